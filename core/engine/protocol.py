@@ -1,0 +1,132 @@
+"""The engine protocol: submit a request, get a stream of events. Knows no torch, no chats, no SQLite.
+
+    async with engine:                              # loads; leaving it drains
+        generation = engine.submit(request)         # returns at once; never blocks the event loop
+        async for event in generation: ...          # Started, Delta*, Finished
+        generation.cancel()                         # takes effect within one step; Finished still comes, with usage
+
+Errors are raised out of the iteration, as core.errors types: PromptTooLong, Overloaded, AdapterUnusable,
+OutOfMemory, EngineError. Failure of one request never harms another.
+"""
+
+from __future__ import annotations
+
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, field
+from enum import StrEnum
+from types import TracebackType
+from typing import Protocol, Self
+
+from core.types import AdapterRef, Message, Sampling, Usage
+
+
+class FinishReason(StrEnum):
+    END = "end"  # the model ended its turn
+    STOP = "stop"  # a stop string
+    LENGTH = "length"  # max_tokens, or the context is full
+    CANCELLED = "cancelled"
+    DEADLINE = "deadline"
+
+
+@dataclass(frozen=True, slots=True)
+class Scope:
+    """Who a request runs for. Fairness counts by partner, channel, user; nothing cached is shared across channels.
+
+    `conversation` keys what may be reused on its next turn; `Engine.forget` drops it.
+    """
+
+    partner: str = ""
+    channel: str = ""
+    user: str = ""
+    conversation: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Request:
+    """One generation. Messages are rendered by the chat template; the oldest turns are dropped to fit.
+
+    adapter None is the bare base model. `max_prompt_tokens` bounds the rendered prompt (0: the model's context).
+    `deadline_s` is counted from submit; what exists by then is the answer, Finished(DEADLINE).
+    """
+
+    id: str
+    messages: tuple[Message, ...]
+    sampling: Sampling = field(default_factory=Sampling)
+    adapter: AdapterRef | None = None
+    scope: Scope = field(default_factory=Scope)
+    max_prompt_tokens: int = 0
+    deadline_s: float = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Started:
+    """The prompt is rendered and the request has a row. `dropped` counts the oldest messages left out to fit."""
+
+    prompt_tokens: int
+    reused_tokens: int = 0
+    dropped: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Delta:
+    """Text that was added since the last event. Whole characters only; never part of a stop string."""
+
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Finished:
+    reason: FinishReason
+    usage: Usage
+
+
+Event = Started | Delta | Finished
+
+
+class Generation(Protocol):
+    """One running request. Leaving the iteration early does not cancel it: call cancel()."""
+
+    def __aiter__(self) -> AsyncIterator[Event]: ...
+
+    def cancel(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class EngineInfo:
+    """What is loaded. `fingerprint` identifies the base model's weights: adapters trained on another are refused."""
+
+    model: str
+    fingerprint: str
+    description: str  # for people: "CPU, 2 threads, fp32"
+    context: int
+
+
+@dataclass(frozen=True, slots=True)
+class EngineStats:
+    running: int = 0
+    waiting: int = 0
+    resident_adapters: int = 0
+    generated_tokens: int = 0
+
+
+class Engine(Protocol):
+    @property
+    def info(self) -> EngineInfo: ...
+
+    def submit(self, request: Request) -> Generation: ...
+
+    async def forget(self, channel: str, conversation: str = "") -> None:
+        """Drop all that is kept of a conversation (of all of the channel's, if none is named) from memory."""
+        ...
+
+    def stats(self) -> EngineStats: ...
+
+    async def drain(self, deadline_s: float) -> None:
+        """Take no more; finish what runs within the deadline, then cancel the rest."""
+        ...
+
+    async def __aenter__(self) -> Self: ...
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None: ...

@@ -1,0 +1,167 @@
+"""The job folder: what `serve` and the trainer process say to each other. Knows neither the store nor torch.
+
+    jobs/<id>/spec.json    written once, by serve          jobs/<id>/data.jsonl   the data set, as brought
+    jobs/<id>/lock         held by the trainer             jobs/<id>/checkpoint/  the trainer's own
+    jobs/<id>/out/         the adapter folder, complete once the event `finished` is out
+    standard output        one event as JSON per line      standard input         its end means: checkpoint and exit
+
+Exit status of the trainer: 0 finished, 3 interrupted (resume later), 1 failed (an event `failed` says why).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import asdict, dataclass, field, fields
+from pathlib import Path
+from typing import ClassVar, Literal
+
+from core.errors import JobError
+
+SPEC_VERSION = 1
+EXIT_FINISHED, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 3
+
+
+@dataclass(frozen=True, slots=True)
+class HyperParameters:
+    """Of one LoRA fine-tune. Zero for a clip means off; dropout None means by the number of rows."""
+
+    rank: int = 16
+    alpha: int = 32
+    dropout: float | None = None
+    learning_rate: float = 5e-4
+    epochs: int = 3
+    rows_per_step: int = 8
+    clip_value: float = 1.0
+    clip_norm: float = 1.0
+    weight_decay: float = 0.0
+    warmup: float = 0.05
+    schedule: Literal["cosine", "constant"] = "cosine"
+    max_tokens: int = 1024
+    seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Spec:
+    """Everything a trainer needs to know. Paths are absolute, or relative to the job folder."""
+
+    job: str
+    model: str
+    fingerprint: str
+    data: str
+    data_sha256: str
+    label: str  # what the adapter will be called: name@version
+    instructions: str = ""
+    device: str = "cpu"
+    dtype: str = "float32"
+    threads: int = 1
+    nice: int = 10
+    hyper: HyperParameters = field(default_factory=HyperParameters)
+    version: int = SPEC_VERSION
+
+    def write(self, folder: Path) -> None:
+        aside = folder / "spec.json.new"
+        aside.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        aside.replace(folder / "spec.json")
+
+    @classmethod
+    def read(cls, folder: Path) -> Spec:
+        """Raises JobError for a missing, damaged or newer spec.json; it names the file and the key."""
+        path = folder / "spec.json"
+        try:
+            known = json.loads(path.read_text(encoding="utf-8"))
+            unknown = set(known) - {f.name for f in fields(cls)}
+            if known.get("version") != SPEC_VERSION or unknown:
+                raise JobError(detail=f"{path}: version {known.get('version')!r}, unknown keys {sorted(unknown)}")
+            return cls(**{**known, "hyper": HyperParameters(**known["hyper"])})
+        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            raise JobError(detail=f"{path} cannot be read: {error}") from error
+
+
+@dataclass(frozen=True, slots=True)
+class Checked:
+    """The data set was read. `rejected` and `mended` hold "line 7: reason" for the person, the first of them."""
+
+    kind: ClassVar[str] = "checked"
+    rows: int
+    used: int
+    duplicates: int
+    tokens: int
+    train: int
+    validation: int
+    test: int
+    rejected: tuple[str, ...] = ()
+    mended: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Progress:
+    kind: ClassVar[str] = "progress"
+    step: int
+    steps: int
+    epoch: int
+    epochs: int
+    loss: float
+    tokens_per_s: float
+    seconds_left: float
+    grad_norm: float = 0.0
+    clipped: float = 0.0  # the fraction of gradient values that clipping by value touched
+
+
+@dataclass(frozen=True, slots=True)
+class Evaluated:
+    """Mean loss per assistant token on rows that training did not see."""
+
+    kind: ClassVar[str] = "evaluated"
+    step: int
+    split: Literal["validation", "test"]
+    loss: float
+    rows: int
+    who: Literal["base", "candidate"] = "candidate"
+
+
+@dataclass(frozen=True, slots=True)
+class Warned:
+    kind: ClassVar[str] = "warned"
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Done:
+    kind: ClassVar[str] = "finished"
+    steps: int
+    seconds: float
+    train_loss_first: float
+    train_loss_last: float
+    test_loss_base: float | None = None
+    test_loss: float | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Failed:
+    """`fault` is "yours" where the data or a setting is to blame, "ours" otherwise."""
+
+    kind: ClassVar[str] = "failed"
+    fault: Literal["yours", "ours"]
+    reason: str
+    line: int = 0
+
+
+JobEvent = Checked | Progress | Evaluated | Warned | Done | Failed
+_EVENTS: dict[str, type[JobEvent]] = {
+    event.kind: event for event in (Checked, Progress, Evaluated, Warned, Done, Failed)
+}
+
+
+def dump_event(event: JobEvent) -> str:
+    """One line of JSON, without the newline."""
+    return json.dumps({"kind": event.kind, **asdict(event)}, ensure_ascii=False, allow_nan=False)
+
+
+def load_event(line: str) -> JobEvent:
+    """Raises JobError for a line that is no event."""
+    try:
+        given = json.loads(line)
+        event = _EVENTS[given.pop("kind")]
+        return event(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise JobError(detail=f"not an event of the trainer: {line[:200]!r}") from error

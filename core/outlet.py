@@ -1,0 +1,39 @@
+"""A bot's writing side, as the reply loop needs it. Knows nothing of listening, platforms or the store."""
+
+from __future__ import annotations
+
+from typing import Protocol
+
+from core.types import Address, Body, Handle, Receipt
+
+
+class Outlet(Protocol):
+    """Writes the parts of a delivery. Every method but `open` may be repeated without a second message.
+
+    The caller commits a handle before anything final is written through it, and a receipt after.
+    Any exception out of these methods means "outcome unknown": the caller recovers and repeats, or fails the handle.
+    """
+
+    def split(self, body: Body) -> tuple[Body, ...]:
+        """Cut a final body into the parts that the platform holds; joined, their texts are the text. Pure."""
+        ...
+
+    async def open(self, to: Address) -> Handle:
+        """Post the first small message, or open a stream."""
+        ...
+
+    async def show(self, handle: Handle, text: str) -> None:
+        """Show the text so far: best effort, at the platform's pace; never raises for a slow or cut platform."""
+        ...
+
+    async def finish(self, handle: Handle, body: Body) -> Receipt:
+        """Write the final form. Repeatable: "not modified" is success."""
+        ...
+
+    async def recover(self, handle: Handle) -> Handle:
+        """Bring a handle left by a crash back to where `show` and `finish` work."""
+        ...
+
+    async def fail(self, handle: Handle, body: Body) -> None:
+        """End the handle visibly, with a sentence that says why."""
+        ...

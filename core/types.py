@@ -1,0 +1,183 @@
+"""Values that cross folders: frozen dataclasses and enums. Standard library only; no behaviour, no I/O."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from enum import StrEnum
+from pathlib import Path
+from typing import NewType
+
+Handle = NewType("Handle", str)
+"""The bot's own JSON, by which one part of a delivery can be written again."""
+
+Receipt = NewType("Receipt", str)
+"""The bot's own JSON, proof that a part is held by the platform in its final form."""
+
+
+class Lane(StrEnum):
+    """CONTROL is handled at once and idempotent; TURN is handled in order per conversation."""
+
+    CONTROL = "control"
+    TURN = "turn"
+
+
+class Kind(StrEnum):
+    MESSAGE = "message"
+    EDIT = "edit"
+    PRESS = "press"
+    MEMBERSHIP = "membership"
+    STOP = "stop"
+    FILE = "file"
+
+
+class Role(StrEnum):
+    SYSTEM = "system"
+    USER = "user"
+    ASSISTANT = "assistant"
+
+
+@dataclass(frozen=True, slots=True)
+class Message:
+    """One turn as the chat template sees it."""
+
+    role: Role
+    text: str
+
+
+@dataclass(frozen=True, slots=True)
+class Address:
+    """Where a reply goes. `place` is a chat or a Slack channel; `conversation` is one thread of turns in it."""
+
+    platform: str
+    account: str
+    place: str
+    conversation: str
+    reply_to: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Attachment:
+    """A file that a person sent, by the platform's id for it; on the terminal the id is a local path."""
+
+    file_id: str
+    name: str
+    size_bytes: int = 0
+    media_type: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Incoming:
+    """One platform update, read. `update_key` and `message_key` are unique per account: a repeat is a no-op."""
+
+    lane: Lane
+    kind: Kind
+    address: Address
+    user: str  # the platform's immutable id; stored only as a keyed hash
+    update_key: str
+    message_key: str
+    text: str = ""
+    language: str = ""
+    attachments: tuple[Attachment, ...] = ()
+    action: str = ""
+    value: str = ""
+    raw: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Button:
+    """A choice below a reply; pressing it comes back as Incoming(kind=PRESS, action=..., value=...)."""
+
+    text: str
+    action: str
+    value: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Body:
+    """What one reply says: Markdown text, and what may hang below it.
+
+    `note` is a small remark on the reply itself (tokens and seconds); a bot may leave it out.
+    """
+
+    text: str
+    buttons: tuple[Button, ...] = ()
+    files: tuple[Path, ...] = ()
+    note: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Sampling:
+    """How one reply is drawn. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off.
+
+    Random numbers depend on `seed` and the position of the token alone.
+    """
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    seed: int = 0
+    stop: tuple[str, ...] = ()
+    max_tokens: int = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """Tokens of one generation. `reused_tokens` are those of the prompt that were not computed again."""
+
+    prompt_tokens: int
+    completion_tokens: int
+    reused_tokens: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterRef:
+    """An adapter version as machines know it, and the label (`name@version`) by which people do."""
+
+    sha256: str
+    folder: Path
+    label: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Limits:
+    """What one user of a channel may use. 0 means no limit."""
+
+    per_minute: int = 6
+    per_hour: int = 60
+    tokens_in: int = 2000
+    tokens_out: int = 512
+
+
+@dataclass(frozen=True, slots=True)
+class Price:
+    """Integer nano-units of the currency per token; `share_bps` of it, in basis points, is the partner's."""
+
+    id: int
+    in_nano: int
+    out_nano: int
+    share_bps: int
+
+
+@dataclass(frozen=True, slots=True)
+class Channel:
+    """One place where the model is offered under one agreement.
+
+    `adapter` is the adapter name whose champion the channel answers from.
+    """
+
+    id: int
+    name: str
+    title: str
+    partner: str
+    adapter: str
+    instructions: str = ""
+    language: str = ""
+    limits: Limits = field(default_factory=Limits)
+    sampling: Sampling = field(default_factory=Sampling)
+    archived: bool = False
+
+
+Json = str | int | float | bool | None | list["Json"] | Mapping[str, "Json"]

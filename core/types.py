@@ -181,3 +181,55 @@ class Channel:
 
 
 Json = str | int | float | bool | None | list["Json"] | Mapping[str, "Json"]
+
+
+@dataclass(frozen=True, slots=True)
+class Caller:
+    """Who gave a command, and where. `user` is the keyed hash; `language` is resolved: person, channel, then "en"."""
+
+    user: str
+    address: Address
+    channel: Channel
+    language: str
+    inbox_id: int
+    conversation_id: int
+    attachments: tuple[Attachment, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class StopReply:
+    """After the commit: stop what is being answered in the caller's conversation."""
+
+
+@dataclass(frozen=True, slots=True)
+class AnswerAgain:
+    """Instead of the body: a new answer to the conversation's last question."""
+
+
+@dataclass(frozen=True, slots=True)
+class ForgetMemory:
+    """After the commit: the engine drops what it keeps of the conversation ("" is all of the channel's)."""
+
+    channel: str
+    conversation: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class WakeTraining:
+    """After the commit: the jobs' supervisor looks at the job table."""
+
+
+@dataclass(frozen=True, slots=True)
+class EraseFiles:
+    """After the commit: privacy sweeps files whose rows are marked as erased, and folds the WAL."""
+
+
+After = StopReply | AnswerAgain | ForgetMemory | WakeTraining | EraseFiles
+
+
+@dataclass(frozen=True, slots=True)
+class Outcome:
+    """What a command says, and what is to be done once its transaction is committed."""
+
+    body: Body
+    after: tuple[After, ...] = ()

@@ -79,7 +79,9 @@ class Deliveries:
         """End the delivery visibly, without a charge. Where even that cannot be shown, the books still close."""
         try:
             outlet = self._outlet(to)
-            handle = await self.database.read(lambda tx: _handle(tx, delivery_id, 1)) or await self.open(delivery_id, to)
+            handle = await self.database.read(lambda tx: _handle(tx, delivery_id, 1)) or await self.open(
+                delivery_id, to
+            )
             await outlet.fail(handle, body)
         except Exception:  # the platform's own failure must not keep the row open for ever
             log.exception("delivery.fail_unshown", extra={"delivery": delivery_id})
@@ -153,9 +155,7 @@ def _keep_handle(tx: Tx, delivery_id: int, number: int, handle: Handle) -> None:
     )
 
 
-def _keep_receipt(
-    tx: Tx, delivery_id: int, number: int, receipt: Receipt, settle: Callable[[Tx], None] | None
-) -> None:
+def _keep_receipt(tx: Tx, delivery_id: int, number: int, receipt: Receipt, settle: Callable[[Tx], None] | None) -> None:
     tx.run("UPDATE part SET receipt = ? WHERE delivery_id = ? AND number = ?", [receipt, delivery_id, number])
     if settle is not None:
         tx.run("UPDATE delivery SET state = 'done', body = NULL WHERE id = ?", [delivery_id])

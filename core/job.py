@@ -11,6 +11,7 @@ Exit status of the trainer: 0 finished, 3 interrupted (resume later), 1 failed (
 from __future__ import annotations
 
 import json
+from collections.abc import Callable
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import ClassVar, Literal
@@ -147,7 +148,7 @@ class Failed:
 
 
 JobEvent = Checked | Progress | Evaluated | Warned | Done | Failed
-_EVENTS: dict[str, type[JobEvent]] = {
+_EVENTS: dict[str, Callable[..., JobEvent]] = {
     event.kind: event for event in (Checked, Progress, Evaluated, Warned, Done, Failed)
 }
 

@@ -130,3 +130,28 @@ class Engine(Protocol):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class ModelSettings:
+    """Which base model, and how it is held. `name` is "demo", a local folder or a Hugging Face id.
+
+    device: auto, cpu, cuda, cuda:N. dtype: auto, float32, bfloat16, float16. quantization: none, 8bit, 4bit.
+    """
+
+    name: str = "demo"
+    device: str = "auto"
+    dtype: str = "auto"
+    quantization: str = "none"
+    revision: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class EngineSettings:
+    """Bounds of the local engine. `threads` 0 means all cores."""
+
+    max_rows: int = 8
+    max_context: int = 4096
+    max_waiting: int = 256
+    adapters_in_memory: int = 64
+    threads: int = 0

@@ -213,8 +213,8 @@ class Database:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             results, failed = [], [(item, error) for item in batch]
-        for item, error in failed:
-            item.done.set_exception(_translate(error))
+        for item, problem in failed:
+            item.done.set_exception(_translate(problem))
         for item, result in results:
             item.done.set_result(result)
 

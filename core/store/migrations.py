@@ -1,8 +1,8 @@
 """The schema, as numbered steps that are never changed once released. Knows nothing of who reads or writes it.
 
 People's text is in `inbox.payload`, `delivery.body`, `turn.text` and `channel.instructions` alone; all but the
-instructions are encrypted (core.store.home.Cipher) and short-lived. Users are keyed hashes. Times are milliseconds since 1970.
-Money is integer nano-units.
+instructions are encrypted (core.store.home.Cipher) and short-lived. Users are keyed hashes. Times are milliseconds
+since 1970. Money is integer nano-units.
 """
 
 from __future__ import annotations
@@ -268,8 +268,12 @@ def m002_flow(db: sqlite_utils.Database) -> None:
                 gross_nano = gross_nano + excluded.gross_nano, partner_nano = partner_nano + excluded.partner_nano,
                 owner_nano = owner_nano + excluded.owner_nano;
         END;;
-        CREATE TRIGGER ledger_no_update BEFORE UPDATE ON ledger BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END;;
-        CREATE TRIGGER ledger_no_delete BEFORE DELETE ON ledger BEGIN SELECT RAISE(ABORT, 'the ledger is append-only'); END
+        CREATE TRIGGER ledger_no_update BEFORE UPDATE ON ledger BEGIN
+            SELECT RAISE(ABORT, 'the ledger is append-only');
+        END;;
+        CREATE TRIGGER ledger_no_delete BEFORE DELETE ON ledger BEGIN
+            SELECT RAISE(ABORT, 'the ledger is append-only');
+        END
         """,
     )
 

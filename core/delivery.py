@@ -8,7 +8,6 @@ So a crash at any point leads back to `open` or `finish`, and neither writes a s
 from __future__ import annotations
 
 import json
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -17,8 +16,6 @@ from core.errors import AppError
 from core.outlet import Outlet
 from core.store.database import Database, Tx
 from core.types import Address, Body, Button, Handle, Receipt
-
-log = logging.getLogger(__name__)
 
 
 @dataclass(slots=True)
@@ -76,15 +73,9 @@ class Deliveries:
             )
 
     async def fail(self, delivery_id: int, to: Address, body: Body, settle: Callable[[Tx], None]) -> None:
-        """End the delivery visibly, without a charge. Where even that cannot be shown, the books still close."""
-        try:
-            outlet = self._outlet(to)
-            handle = await self.database.read(lambda tx: _handle(tx, delivery_id, 1)) or await self.open(
-                delivery_id, to
-            )
-            await outlet.fail(handle, body)
-        except Exception:  # the platform's own failure must not keep the row open for ever
-            log.exception("delivery.fail_unshown", extra={"delivery": delivery_id})
+        """End the delivery visibly, without a charge; `settle` runs in the transaction that closes it."""
+        handle = await self.open(delivery_id, to)
+        await self._outlet(to).fail(handle, body)
 
         def close(tx: Tx) -> None:
             tx.run("UPDATE delivery SET state = 'failed', body = NULL WHERE id = ?", [delivery_id])

@@ -17,7 +17,7 @@ MAX_ATTEMPTS = 5
 
 @dataclass(frozen=True, slots=True)
 class Taken:
-    """One row that is being handled. `generated`: its text is stored already and only wants delivery."""
+    """One row that is being handled."""
 
     id: int
     lane: Lane
@@ -32,7 +32,6 @@ class Taken:
     value: str
     received_ms: int
     attempts: int
-    generated: bool
     oversize: int = 0  # characters of a text that was too long to keep
 
 
@@ -87,8 +86,8 @@ def recover(tx: Tx) -> None:
     tx.run("UPDATE inbox SET state = 'new', attempts = attempts + 1 WHERE state = 'running'")
 
 
-def take(tx: Tx, limit: int, accounts: Collection[tuple[str, str]], active: Collection[int]) -> list[Taken]:
-    """The rows to begin now: each conversation's oldest open turn, and every control row, oldest first.
+def take(tx: Tx, room: int, accounts: Collection[tuple[str, str]], active: Collection[int]) -> list[Taken]:
+    """The rows to begin now: every control row, and at most `room` turns, each its conversation's oldest open one.
 
     `accounts` are the (platform, account) pairs whose bot is running; `active` are the rows being handled already.
     """
@@ -96,18 +95,24 @@ def take(tx: Tx, limit: int, accounts: Collection[tuple[str, str]], active: Coll
         "SELECT * FROM inbox AS this WHERE state IN ('new', 'generated') AND (lane = 'control' OR NOT EXISTS ("
         " SELECT 1 FROM inbox AS other WHERE other.platform = this.platform AND other.account = this.account"
         " AND other.place = this.place AND other.conversation = this.conversation AND other.id < this.id"
-        " AND other.lane = 'turn' AND other.state IN ('new', 'running', 'generated'))) ORDER BY id LIMIT ?",
-        [limit + len(active) + 1000],
+        " AND other.lane = 'turn' AND other.state IN ('new', 'running', 'generated'))) ORDER BY id"
     )
-    due = [row for row in rows if row["id"] not in active and (row["platform"], row["account"]) in accounts][:limit]
-    for row in due:
+    due = [row for row in rows if row["id"] not in active and (row["platform"], row["account"]) in accounts]
+    control = [row for row in due if row["lane"] == Lane.CONTROL]
+    turns = [row for row in due if row["lane"] == Lane.TURN][: max(room, 0)]
+    for row in control + turns:
         if row["state"] == "new":
             tx.run("UPDATE inbox SET state = 'running' WHERE id = ?", [row["id"]])
-    return [_taken(tx, row) for row in due]
+    return [_taken(tx, row) for row in control + turns]
 
 
 def mark_generated(tx: Tx, inbox_id: int) -> None:
-    tx.run("UPDATE inbox SET state = 'generated' WHERE id = ?", [inbox_id])
+    tx.run("UPDATE inbox SET state = 'generated' WHERE id = ? AND state = 'running'", [inbox_id])
+
+
+def is_generated(tx: Tx, inbox_id: int) -> bool:
+    """Whether the row's text is stored, so that only its delivery is left to do."""
+    return bool(tx.value("SELECT state = 'generated' FROM inbox WHERE id = ?", [inbox_id]))
 
 
 def close(tx: Tx, inbox_id: int, outcome: str, *, dead: bool = False) -> None:
@@ -165,6 +170,5 @@ def _taken(tx: Tx, row: Row) -> Taken:
         value=payload.get("value", ""),
         received_ms=row["received_ms"],
         attempts=row["attempts"],
-        generated=row["state"] == "generated",
         oversize=payload.get("oversize", 0),
     )

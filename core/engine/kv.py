@@ -1,0 +1,180 @@
+"""Key/value slots: one slot per running row, rows compact, positions per row. Knows no requests and no text.
+
+Memory outside the used part of the running rows is always zero: a row is wiped when it is released, so nothing of a
+finished conversation lingers. Slots grow with what runs; they are not laid out for the longest context at start.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+LENGTH_STEP = 64  # views are cut to a multiple of this
+FIRST_LENGTH = 256
+
+
+class Window:
+    """What the next forward pass reads and writes: rows [first, first + rows), each from its own position on."""
+
+    def __init__(self) -> None:
+        self.first = 0
+        self.rows = 1
+        self.length = 0  # keys visible to the pass: positions [0, length)
+        self.row_index = torch.empty(0, dtype=torch.long)  # (B, 1)
+        self.positions = torch.empty(0, dtype=torch.long)  # (B, T)
+
+
+class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not typed
+    """Keys and values of one layer: (slots, kv_heads, length, head_dim)."""
+
+    is_sliding = False
+
+    def __init__(self, window: Window) -> None:
+        super().__init__()
+        self.window = window
+        self.capacity = (0, 0)  # slots, length
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        slots, length = self.capacity
+        self.keys = key_states.new_zeros((slots, key_states.shape[1], length, key_states.shape[3]))
+        self.values = value_states.new_zeros((slots, value_states.shape[1], length, value_states.shape[3]))
+        self.is_initialized = True
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """Write (B, kv_heads, T, head_dim) at the window's positions; return views (B, kv_heads, length, head_dim)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        window = self.window
+        # Two index tensors around a slice put their shape first: (B, T, kv_heads, head_dim).
+        self.keys[window.row_index, :, window.positions] = key_states.transpose(1, 2)
+        self.values[window.row_index, :, window.positions] = value_states.transpose(1, 2)
+        rows = slice(window.first, window.first + window.rows)
+        return self.keys[rows, :, : window.length], self.values[rows, :, : window.length]
+
+    def resize(self, slots: int, length: int, *, rows: int, used: int) -> None:
+        """Another capacity; the first `used` positions of the first `rows` slots are kept, the rest is zero."""
+        self.capacity = (slots, length)
+        if self.is_initialized:
+            self.keys = _resized(self.keys, slots, length, rows, used)
+            self.values = _resized(self.values, slots, length, rows, used)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.window.length, 0
+
+    def get_seq_length(self) -> int:
+        return self.window.length
+
+    def get_max_length(self) -> int:
+        return self.capacity[1]
+
+
+class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
+    """The slots of all layers. Rows [0, rows) are running; `used[row]` tokens of each are filled."""
+
+    def __init__(self, layers: int, *, max_rows: int, max_length: int) -> None:
+        self.window = Window()
+        super().__init__(layers=[SlotLayer(self.window) for _ in range(layers)])
+        self.max_rows, self.max_length = max_rows, max_length
+        self.slots, self.length = 0, 0  # capacity
+        self.used: list[int] = []
+        self.reach: list[int] = []  # how far each row may have been written
+
+    @property
+    def rows(self) -> int:
+        return len(self.used)
+
+    def add_row(self) -> int:
+        """An empty row after the others."""
+        assert self.rows < self.max_rows
+        if self.rows == self.slots:
+            length = max(self.length, min(FIRST_LENGTH, self.max_length))
+            self._resize(min(max(1, 2 * self.slots), self.max_rows), length)
+        self.used.append(0)
+        self.reach.append(0)
+        return self.rows - 1
+
+    def reserve(self, length: int) -> None:
+        """Make room for rows of that length. May raise an out-of-memory error; the rows stay as they are."""
+        assert length <= self.max_length
+        if length > self.length:
+            self._resize(self.slots, min(max(length, 2 * self.length), self.max_length))
+
+    def begin(self, first: int, positions: Tensor) -> Tensor:
+        """Set the window for a pass over positions (B, T) of rows [first, first + B); return its mask.
+
+        The mask is bool (B, 1, T, length): each token sees its own row up to and with itself.
+        """
+        rows, tokens = positions.shape
+        window = self.window
+        window.first, window.rows, window.positions = first, rows, positions
+        window.row_index = torch.arange(first, first + rows, device=positions.device)[:, None]
+        for row in range(first, first + rows):
+            self.reach[row] = self.used[row] + tokens
+        needed = max(self.reach[first : first + rows])
+        window.length = min(-(-needed // LENGTH_STEP) * LENGTH_STEP, self.length)
+        keys = torch.arange(window.length, device=positions.device)
+        return keys[None, None, None, :] <= positions[:, None, :, None]
+
+    def advance(self, first: int, rows: int, tokens: int) -> None:
+        """The pass is done: its tokens are part of the rows."""
+        for row in range(first, first + rows):
+            self.used[row] += tokens
+
+    def move(self, source: int, target: int) -> None:
+        """Copy a row over a wiped one, and wipe the source."""
+        assert self.used[target] == 0
+        length = self.used[source]
+        for tensor in self._tensors():
+            tensor[target, :, :length] = tensor[source, :, :length]
+        self.used[target] = self.reach[target] = length
+        self.wipe(source)
+
+    def wipe(self, row: int) -> None:
+        """Zero a row, also what a pass that failed half-way wrote beyond its used part."""
+        for tensor in self._tensors():
+            tensor[row, :, : self.reach[row]] = 0
+        self.used[row] = self.reach[row] = 0
+
+    def drop_last(self) -> None:
+        """The last row, wiped before, is no longer there. Without rows all memory is given back."""
+        assert self.used[-1] == 0
+        self.used.pop()
+        self.reach.pop()
+        if not self.used and self.length > FIRST_LENGTH:
+            self.clear()
+
+    def clear(self) -> None:
+        """Give all memory back."""
+        self.used, self.reach = [], []
+        self.slots, self.length = 0, 0
+        for layer in self.layers:
+            layer.keys = layer.values = None
+            layer.is_initialized = False
+            layer.capacity = (0, 0)
+
+    def is_blank(self) -> bool:
+        """Whether nothing but zeros is held outside the used part of the running rows."""
+        rows, used = self.rows, [*self.used]
+        for tensor in self._tensors():
+            if bool(tensor[rows:].any()) or any(bool(tensor[row, :, used[row] :].any()) for row in range(rows)):
+                return False
+        return True
+
+    def _tensors(self) -> list[Tensor]:
+        return [tensor for layer in self.layers if layer.is_initialized for tensor in (layer.keys, layer.values)]
+
+    def _resize(self, slots: int, length: int) -> None:
+        used = max(self.used, default=0)
+        for layer in self.layers:
+            layer.resize(slots, length, rows=self.rows, used=used)
+        self.slots, self.length = slots, length
+
+
+def _resized(old: Tensor, slots: int, length: int, rows: int, used: int) -> Tensor:
+    new = old.new_zeros((slots, old.shape[1], length, old.shape[3]))
+    new[:rows, :, :used] = old[:rows, :, :used]
+    old.zero_()  # freed memory may lie in an allocator's pool for long
+    return new

@@ -1,0 +1,184 @@
+"""Which waiting request runs next: fair by tokens, bounded. Plain Python; knows no torch, no model, no text.
+
+Virtual token counters (Sheng et al., "Fairness in Serving Large Language Models", arXiv 2401.00588), one routine at
+three levels: among partners the one served least so far goes first, inside it the channel, inside that the user, whose
+requests go in order. Who returns after a pause is lifted to the least counter of those present: no credit is saved up.
+"""
+
+from __future__ import annotations
+
+from collections import deque
+from collections.abc import Iterator
+from typing import Generic, TypeVar
+
+from core.engine.protocol import Scope
+
+PROMPT_COST, COMPLETION_COST = 1, 2  # of one token; as in the paper's code
+MAX_ABSENT = 1024  # counters kept of those who are not here, per level
+
+T = TypeVar("T")
+
+
+class QueueFull(Exception):
+    """No room, and nobody present holds more of the queue than the newcomer would."""
+
+
+class Node(Generic[T]):
+    """One party: the root, a partner, a channel or a user. Only users have a queue, the others children."""
+
+    def __init__(self) -> None:
+        self.served = 0
+        self.floor = 0  # least counter that a child returning to an empty level is lifted to
+        self.waiting = 0  # items in all queues below
+        self.running = 0
+        self.children: dict[str, Node[T]] = {}
+        self.queue: deque[T] = deque()
+
+    @property
+    def present(self) -> bool:
+        return self.waiting > 0 or self.running > 0
+
+    def enter(self, name: str) -> Node[T]:
+        """The child of that name; lifted if it was absent."""
+        child = self.children.get(name)
+        if child is None:
+            self._forget_absent()
+            child = self.children[name] = Node()
+        if not child.present:
+            child.served = max(child.served, self._least())
+        return child
+
+    def next_child(self) -> Node[T]:
+        """The child with waiting items that was served least; the one that is here longest if equal."""
+        return min((child for child in self.children.values() if child.waiting), key=lambda child: child.served)
+
+    def _least(self) -> int:
+        self.floor = min((child.served for child in self.children.values() if child.present), default=self.floor)
+        return self.floor
+
+    def leave(self, child: Node[T]) -> None:
+        """Remember the counter of the last one to leave, so that an empty level does not start from zero."""
+        if not any(other.present for other in self.children.values()):
+            self.floor = max(self.floor, child.served)
+
+    def _forget_absent(self) -> None:
+        """Drop counters that would be lifted anyway; of too many others, the least."""
+        if len(self.children) < MAX_ABSENT:
+            return
+        least = self._least()
+        absent = sorted((child.served, name) for name, child in self.children.items() if not child.present)
+        excess = max(0, len(absent) - MAX_ABSENT // 2)
+        for i, (served, name) in enumerate(absent):
+            if served <= least or i < excess:
+                del self.children[name]
+
+
+class Scheduler(Generic[T]):
+    """Items wait, are taken in fair order, are charged while they run, and are done. At most `max_waiting` wait."""
+
+    def __init__(self, max_waiting: int) -> None:
+        self.max_waiting = max_waiting
+        self.root: Node[T] = Node()
+        self.waiting: dict[int, tuple[T, Scope]] = {}  # by id(item), in order of arrival
+
+    def __len__(self) -> int:
+        return len(self.waiting)
+
+    def items(self) -> Iterator[T]:
+        """All that wait, in order of arrival."""
+        return (item for item, _ in list(self.waiting.values()))
+
+    def add(self, item: T, scope: Scope) -> T | None:
+        """Let the item wait. When full, return the item that had to go for it: the newest of who holds the most.
+
+        Raises QueueFull if that would be the newcomer itself.
+        """
+        displaced = self._displace(scope) if len(self.waiting) >= self.max_waiting else None
+        path = self._enter(scope)
+        for node in path:
+            node.waiting += 1
+        path[-1].queue.append(item)
+        self.waiting[id(item)] = (item, scope)
+        return displaced
+
+    def take(self) -> T | None:
+        """The item whose turn it is, now running; None if nothing waits."""
+        if not self.waiting:
+            return None
+        path = [self.root]
+        while path[-1].children:
+            path.append(path[-1].next_child())
+        item = path[-1].queue.popleft()
+        for node in path:
+            node.waiting -= 1
+            node.running += 1
+        del self.waiting[id(item)]
+        return item
+
+    def remove(self, item: T) -> bool:
+        """Let a waiting item go; False if it does not wait."""
+        found = self.waiting.pop(id(item), None)
+        if found is None:
+            return False
+        path = self._path(found[1])
+        queue = path[-1].queue
+        del queue[next(i for i, other in enumerate(queue) if other is item)]
+        for node in path:
+            node.waiting -= 1
+        self._left(path)
+        return True
+
+    def charge(self, scope: Scope, cost: int) -> None:
+        """Count what a running item of that scope has used."""
+        for node in self._path(scope):
+            node.served += cost
+
+    def done(self, scope: Scope) -> None:
+        """An item of that scope no longer runs."""
+        path = self._path(scope)
+        for node in path:
+            node.running -= 1
+        self._left(path)
+
+    def _enter(self, scope: Scope) -> list[Node[T]]:
+        path = [self.root]
+        for name in _names(scope):
+            path.append(path[-1].enter(name))
+        return path
+
+    def _path(self, scope: Scope) -> list[Node[T]]:
+        path = [self.root]
+        for name in _names(scope):
+            path.append(path[-1].children[name])
+        return path
+
+    def _left(self, path: list[Node[T]]) -> None:
+        for parent, child in zip(path, path[1:], strict=False):
+            if not child.present:
+                parent.leave(child)
+
+    def _displace(self, newcomer: Scope) -> T:
+        """Take out the newest item of the heaviest party, at the first level where it holds two more than the newcomer.
+
+        With a difference of one, the newcomer would only become the heaviest itself.
+        """
+        node, found = self.root, False
+        for name in _names(newcomer):
+            heaviest = max(node.children.values(), key=lambda child: child.waiting)
+            if not found:
+                mine = node.children.get(name)
+                found = heaviest.waiting >= (mine.waiting if mine else 0) + 2
+                if not found:
+                    if mine is None:
+                        raise QueueFull
+                    heaviest = mine
+            node = heaviest
+        if not (found and node.queue):
+            raise QueueFull
+        item = node.queue[-1]
+        self.remove(item)
+        return item
+
+
+def _names(scope: Scope) -> tuple[str, str, str]:
+    return scope.partner, scope.channel, scope.user

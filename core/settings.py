@@ -1,0 +1,229 @@
+"""What can be set: one frozen dataclass per table of the configuration, and what each key means.
+
+Knows nothing of files, nor of who uses a value.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass, field, fields
+from difflib import get_close_matches
+from pathlib import Path
+
+from core.engine.protocol import EngineSettings, ModelSettings
+from core.job import HyperParameters
+from core.types import Limits
+
+NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
+
+
+@dataclass(frozen=True, slots=True)
+class EngineChoice(EngineSettings):
+    kind: str = "local"
+    script: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Generation:
+    """How a channel answers unless it says otherwise."""
+
+    temperature: float = 0.0
+    top_p: float = 1.0
+    top_k: int = 0
+    min_p: float = 0.0
+    repetition_penalty: float = 1.0
+    stop: tuple[str, ...] = ()
+    deadline_s: float = 120.0
+
+
+@dataclass(frozen=True, slots=True)
+class Finetune(HyperParameters):
+    threads: int = 1
+    nice: int = 10
+
+    @property
+    def hyper(self) -> HyperParameters:
+        return HyperParameters(**{one.name: getattr(self, one.name) for one in fields(HyperParameters)})
+
+
+@dataclass(frozen=True, slots=True)
+class Privacy:
+    conversation_hours: float = 24
+    payload_minutes: float = 15
+    dead_days: float = 7
+    dataset_days: float = 30
+    audit_days: float = 400
+    key_file: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Log:
+    level: str = "info"
+
+
+@dataclass(frozen=True, slots=True)
+class PartnerSeed:
+    title: str = ""
+    share: float = 0.0
+
+
+@dataclass(frozen=True, slots=True)
+class ChannelSeed:
+    """A channel to create where it is missing. `limits` holds the values that differ from [limits]."""
+
+    title: str = ""
+    partner: str = "owner"
+    instructions: str = ""
+    language: str = ""
+    bind: tuple[str, ...] = ()
+    temperature: float | None = None
+    top_p: float | None = None
+    limits: Limits = field(default_factory=Limits)
+
+
+@dataclass(frozen=True, slots=True)
+class BotTable:
+    """[bots.NAME]: `kind` is the bot's entry point, NAME unless given; `settings` are handed to it as they are."""
+
+    kind: str
+    settings: Mapping[str, object] = field(repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Config:
+    model: ModelSettings = field(default_factory=ModelSettings)
+    engine: EngineChoice = field(default_factory=EngineChoice)
+    generation: Generation = field(default_factory=Generation)
+    limits: Limits = field(default_factory=Limits)
+    finetune: Finetune = field(default_factory=Finetune)
+    privacy: Privacy = field(default_factory=Privacy)
+    log: Log = field(default_factory=Log)
+    partners: Mapping[str, PartnerSeed] = field(default_factory=dict)
+    channels: Mapping[str, ChannelSeed] = field(default_factory=dict)
+    bots: Mapping[str, BotTable] = field(default_factory=dict)
+    file: Path | None = None
+    secrets: frozenset[str] = field(default=frozenset(), repr=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Key:
+    """What a key means, and which of its type's values are allowed. `above` is excluded, `low` and `high` are not."""
+
+    meaning: str
+    choices: tuple[str, ...] = ()
+    low: float | None = None
+    high: float | None = None
+    above: float | None = None
+    pattern: str = ""
+
+    def refuse(self, value: object) -> str:
+        """What is allowed, if `value` is not; else nothing."""
+        if isinstance(value, str):
+            if self.choices and value not in self.choices:
+                return f"must be one of {', '.join(self.choices)}{nearest(value, self.choices)}"
+            if self.pattern and not re.fullmatch(self.pattern, value):
+                return f"must look like {self.pattern}"
+        if isinstance(value, int | float):
+            if self.low is not None and not value >= self.low:
+                return f"must be at least {self.low:g}"
+            if self.above is not None and not value > self.above:
+                return f"must be above {self.above:g}"
+            if self.high is not None and not value <= self.high:
+                return f"must be at most {self.high:g}"
+        return ""
+
+
+KEYS: Mapping[str, Mapping[str, Key]] = {
+    "model": {
+        "name": Key('"demo", a local folder, or a Hugging Face id', pattern=r"\S(.*\S)?"),
+        "device": Key("auto, cpu, cuda or cuda:N", pattern=r"auto|cpu|cuda(:\d+)?"),
+        "dtype": Key("how weights are held", choices=("auto", "float32", "bfloat16", "float16")),
+        "quantization": Key("fewer bits per weight", choices=("none", "8bit", "4bit")),
+        "revision": Key("the revision of a Hugging Face id; empty is its newest"),
+    },
+    "engine": {
+        "kind": Key(
+            "local runs the model here; scripted answers from a table, for tests", choices=("local", "scripted")
+        ),
+        "script": Key("file of the scripted engine's answers"),
+        "max_rows": Key("replies that are generated at once", low=1, high=1024),
+        "max_context": Key("tokens of one conversation, prompt and reply", low=64),
+        "max_waiting": Key("replies that may wait for a row; more are refused as busy", low=1),
+        "adapters_in_memory": Key("adapters kept ready for use", low=1),
+        "threads": Key("CPU threads of the model; 0 is all cores", low=0, high=1024),
+    },
+    "generation": {
+        "temperature": Key("0 always takes the likeliest token", low=0, high=2),
+        "top_p": Key("share of the likeliest tokens to draw from", above=0, high=1),
+        "top_k": Key("number of the likeliest tokens to draw from; 0 is all", low=0),
+        "min_p": Key("least probability, relative to the likeliest token's", low=0, high=1),
+        "repetition_penalty": Key("above 1 discourages repetition", above=0, high=10),
+        "stop": Key("strings that end a reply"),
+        "deadline_s": Key("seconds after which what exists is the answer", above=0),
+    },
+    "limits": {
+        "per_minute": Key("messages of one person in a minute; 0 is no limit", low=0),
+        "per_hour": Key("messages of one person in an hour; 0 is no limit", low=0),
+        "tokens_in": Key("longest prompt in tokens; 0 is what the model can take", low=0),
+        "tokens_out": Key("longest reply in tokens", low=1),
+    },
+    "finetune": {
+        "rank": Key("rank of the adapter's matrices", low=1, high=1024),
+        "alpha": Key("the adapter is scaled by alpha / rank", low=1),
+        "dropout": Key('on the adapter\'s input; "auto" is by the number of rows', low=0, high=0.99),
+        "learning_rate": Key("of AdamW, at its highest", above=0, high=1),
+        "epochs": Key("rounds over the rows", low=1, high=1000),
+        "rows_per_step": Key("rows of one optimiser step", low=1),
+        "clip_value": Key("each gradient value is cut to [-x, x]; 0 is off", low=0),
+        "clip_norm": Key("the gradient's joint norm is cut to x; 0 is off", low=0),
+        "weight_decay": Key("of AdamW", low=0, high=1),
+        "warmup": Key("share of the steps in which the learning rate rises", low=0, high=1),
+        "schedule": Key("how the learning rate falls", choices=("cosine", "constant")),
+        "max_tokens": Key("longest conversation that is trained on", low=16),
+        "seed": Key("of order and dropout", low=0),
+        "threads": Key("CPU threads of the trainer", low=1, high=1024),
+        "nice": Key("how far the trainer stands back for chat", low=0, high=19),
+    },
+    "privacy": {
+        "conversation_hours": Key("how long turns of a conversation are kept", above=0),
+        "payload_minutes": Key("how long a message is kept after its answer", above=0),
+        "dead_days": Key("how long an update that could not be read is kept", above=0),
+        "dataset_days": Key("how long a data set is kept after its last job", above=0),
+        "audit_days": Key("how long the audit log is kept", above=0),
+        "key_file": Key("the key of stored text; empty is secret.key in the home"),
+    },
+    "log": {"level": Key("what is written to standard error", choices=("debug", "info", "warning", "error"))},
+    "partners.NAME": {
+        "title": Key("what people read; empty is NAME"),
+        "share": Key("the partner's share of the revenue", low=0, high=1),
+    },
+    "channels.NAME": {
+        "title": Key("what people read; empty is NAME"),
+        "partner": Key("whose channel it is", pattern=NAME.pattern),
+        "instructions": Key("what the model is told before every conversation"),
+        "language": Key("of commands and notices; empty is the person's", choices=("", "en", "zh")),
+        "bind": Key('places: "platform:account" or "platform:account/place"'),
+        "temperature": Key("instead of [generation] temperature", low=0, high=2),
+        "top_p": Key("instead of [generation] top_p", above=0, high=1),
+        "limits": Key("a table of [limits] keys that differ here"),
+    },
+}
+SECTIONS: Mapping[str, type] = {
+    "model": ModelSettings,
+    "engine": EngineChoice,
+    "generation": Generation,
+    "limits": Limits,
+    "finetune": Finetune,
+    "privacy": Privacy,
+    "log": Log,
+    "partners.NAME": PartnerSeed,
+    "channels.NAME": ChannelSeed,
+}
+GROUPS = ("partners", "channels", "bots")
+
+
+def nearest(name: str, known: Iterable[str]) -> str:
+    """The known name that was meant, as the end of a sentence."""
+    found = get_close_matches(name, list(known), 1)
+    return f"; did you mean {found[0]}?" if found else ""

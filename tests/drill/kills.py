@@ -1,0 +1,296 @@
+"""Kills the whole flow at random points, and proves that nothing is lost, doubled or charged wrongly.
+
+    python -m tests.drill.kills --kills 60 --torn 30 --seed 1 [--json FILE]
+
+A fresh process per life is forked from this one, which has imported everything and started no thread. Each life
+takes what the fake platform has, answers it with the scripted engine, and is cut by SIGKILL; after each death the
+invariants are checked on the file, and a copy whose WAL was cut or garbled is opened and checked as well.
+"""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import json
+import os
+import random
+import shutil
+import signal
+import sqlite3
+import sys
+import tempfile
+import time
+from collections import Counter
+from pathlib import Path
+
+import sqlite_utils
+
+from core.delivery import Deliveries
+from core.engine.protocol import Request
+from core.engine.scripted import ScriptedEngine
+from core.privacy import Retention
+from core.service import Service, ServiceSettings
+from core.store import directory, ledger
+from core.store.database import Database, Tx, now_ms
+from core.store.home import Cipher, Home, Lock
+from core.training import Training, TrainingSettings
+from tests.drill.platform import Platform, PlatformOutlet, update
+
+CONVERSATIONS, USERS, PER_KILL = 7, 5, 4
+OWNER = "u0"
+
+
+def plan(seed: int, count: int) -> list[tuple[str, str, str, bool]]:
+    """(text, conversation, user, is a stop press) for each update; the same for the same seed."""
+    randomness = random.Random(seed)
+    updates = []
+    for n in range(count):
+        conversation, draw = f"c{randomness.randrange(CONVERSATIONS)}", randomness.random()
+        user = f"u{randomness.randrange(USERS)}"
+        if draw < 0.06:
+            updates.append((f'/channel set drill title="title {n}"', conversation, OWNER, False))
+        elif draw < 0.10:
+            updates.append(("/usage", conversation, user, False))
+        elif draw < 0.14:
+            updates.append(("/retry", conversation, user, False))
+        elif draw < 0.16:
+            updates.append(("/new", conversation, user, False))
+        elif draw < 0.20:
+            updates.append(("", conversation, user, True))
+        else:
+            words = " ".join(["word"] * randomness.randrange(1, 20))
+            updates.append((f"question {n} {words}", conversation, user, False))
+    return updates
+
+
+def answer(request: Request) -> str:
+    return f"answer to {request.messages[-1].text}"
+
+
+def prepare(home: Home) -> None:
+    """The channel, its price and its operator, before the first life."""
+    with Lock(home), Database(home.database, Cipher.open(home.key_file, create=True)) as database:
+
+        def work(tx: Tx) -> None:
+            directory.ensure_terminal(tx, "home")
+            channel = directory.create_channel(tx, "drill", title="Drill")
+            tx.run("UPDATE channel SET per_minute = 0, per_hour = 0 WHERE id = ?", [channel.id])
+            tx.run(
+                "UPDATE price SET in_nano = 150, out_nano = 601, share_bps = 3333 WHERE channel_id = ?", [channel.id]
+            )
+            directory.bind(tx, "fake", "bot", "", channel.id)
+            tx.insert(
+                "operator",
+                user_hash=tx.cipher.hash_user("fake", "bot", OWNER),
+                label="owner",
+                granted_by="drill",
+                granted_ms=tx.now_ms,
+            )
+
+        database.write_now(work)
+
+
+async def live(home: Home, platform: Platform, seed: int, updates: list[tuple[str, str, str, bool]]) -> None:
+    """One life: accept what is not acknowledged, with repeats, and answer until all is settled."""
+    randomness = random.Random(seed)
+    with Lock(home):
+        async with (
+            Database(home.database, Cipher.open(home.key_file, create=False)) as database,
+            ScriptedEngine(answer, delay_s=0.0005) as engine,
+        ):
+            deliveries = Deliveries(database)
+            training = Training(database, home, deliveries, engine.info, TrainingSettings())
+            service = Service(database, home, engine, deliveries, training, ServiceSettings(Retention()))
+            service.register("fake", "bot", PlatformOutlet(platform, randomness))
+            async with asyncio.TaskGroup() as tasks:
+                running = tasks.create_task(service.run())
+                done = platform.acknowledged()
+                waiting = [n for n in range(len(updates)) if n not in done]
+                while waiting:
+                    size = randomness.randrange(1, 6)
+                    batch = waiting[:size] + [n for n in done if randomness.random() < 3 / (len(done) + 1)]
+                    await service.accept(
+                        *(
+                            update(n, updates[n][0], conversation=updates[n][1], user=updates[n][2], stop=updates[n][3])
+                            for n in batch
+                        )
+                    )
+                    for n in waiting[:size]:
+                        platform.write(platform.acks, {"n": n})
+                    waiting = waiting[size:]
+                    await asyncio.sleep(randomness.random() * 0.01)
+                await service.settled("fake", "bot")
+                await service.drain(5)
+                running.cancel()
+
+
+def life(home: Home, platform: Platform, seed: int, updates: list[tuple[str, str, str, bool]]) -> int:
+    """Fork one life; its process id."""
+    pid = os.fork()
+    if pid:
+        return pid
+    code = 1
+    try:
+        asyncio.run(live(home, platform, seed, updates))
+        code = 0
+    except BaseException as error:
+        sys.stderr.write(f"a life ended by itself: {error!r}\n")
+        if isinstance(error, BaseExceptionGroup):
+            sys.stderr.write(f"{error.exceptions!r}\n")
+    finally:
+        os._exit(code)
+
+
+def violations(database: Path, cipher: Cipher) -> list[str]:
+    connection = sqlite3.connect(database, isolation_level=None)
+    try:
+        return ledger.check(Tx(sqlite_utils.Database(connection, execute_plugins=False), cipher, now_ms()))
+    finally:
+        connection.close()
+
+
+def copy_of(home: Home, into: Path) -> Path:
+    """The database as the kill left it: checked on a copy, so that the check never mends the original."""
+    target = into / "copy.db"
+    for suffix in ("", "-wal", "-shm"):
+        Path(f"{target}{suffix}").unlink(missing_ok=True)
+        source = Path(f"{home.database}{suffix}")
+        if source.exists() and suffix != "-shm":
+            shutil.copyfile(source, f"{target}{suffix}")
+    return target
+
+
+def tear(wal: Path, randomness: random.Random) -> None:
+    """Cut the WAL at a random byte, or garble up to 64 bytes at one."""
+    data = bytearray(wal.read_bytes())
+    at = randomness.randrange(len(data))
+    if randomness.random() < 0.5:
+        del data[at:]
+    else:
+        noise = randomness.randbytes(randomness.randrange(1, 65))
+        data[at : at + len(noise)] = noise
+    wal.write_bytes(data)
+
+
+def audit_books(
+    home: Home, platform: Platform, updates: list[tuple[str, str, str, bool]]
+) -> tuple[list[str], Counter[str]]:
+    """What the platform holds against what the books say, after all is settled."""
+    problems: list[str] = []
+    outcomes: Counter[str] = Counter()
+    cipher = Cipher.open(home.key_file, create=False)
+    connection = sqlite3.connect(home.database, isolation_level=None)
+    tx = Tx(sqlite_utils.Database(connection, execute_plugins=False), cipher, now_ms())
+    held = platform.messages()
+    rows = {int(row["update_key"]): row for row in tx.all("SELECT * FROM inbox")}
+    if set(rows) != set(range(len(updates))):
+        problems.append(f"{len(updates) - len(rows)} updates are not in the inbox")
+    booked: set[str] = set()
+    for n, row in sorted(rows.items()):
+        outcomes[row["outcome"]] += 1
+        handles = [
+            part["handle"]
+            for part in tx.all(
+                "SELECT handle FROM part JOIN delivery ON delivery.id = delivery_id WHERE inbox_id = ? ORDER BY number",
+                [row["id"]],
+            )
+        ]
+        booked.update(handles)
+        finals = {held[handle].final for handle in handles}
+        said = "".join(held[handle].text for handle in handles)
+        text, _, _, stop = updates[n]
+        if row["state"] not in ("done", "dead"):
+            problems.append(f"update {n} is {row['state']}")
+        elif stop:
+            if handles:
+                problems.append(f"stop {n} has a message")
+        elif row["outcome"] in ("replied", "command"):
+            if finals != {"finish"}:
+                problems.append(f"update {n} is {row['outcome']} but the platform holds {finals or 'nothing'}")
+            complete = tx.value("SELECT finish FROM generation WHERE inbox_id = ?", [row["id"]]) == "end"
+            if text.startswith("question") and complete and said != f"answer to {text}".strip():
+                problems.append(f"update {n} was answered {said!r}")
+        elif not handles or finals != {"fail"}:
+            problems.append(f"update {n} ended {row['outcome']} without a visible refusal: {finals}")
+    loose = [handle for handle, message in held.items() if handle not in booked]
+    outcomes["orphans"] = len(loose)
+    problems += [f"{handle} is final but in no book" for handle in loose if held[handle].final]
+    replied = sum(1 for row in rows.values() if row["outcome"] == "replied")
+    charged = tx.value("SELECT count(*) FROM ledger")
+    if charged != replied:
+        problems.append(f"{charged} charges for {replied} replies")
+    commands = sum(1 for text, *_ in updates if text.startswith("/channel set"))
+    audited = tx.value("SELECT count(*) FROM audit WHERE action LIKE 'channel%set'")
+    if audited != commands:
+        problems.append(f"{commands} settings took effect {audited} times")
+    connection.close()
+    return problems, outcomes
+
+
+def drill(kills: int, torn: int, seed: int, folder: Path) -> dict[str, object]:
+    randomness = random.Random(seed)
+    home, platform = Home(folder / "home"), Platform(folder)
+    home.create()
+    prepare(home)
+    cipher = Cipher.open(home.key_file, create=False)
+    updates = plan(seed, kills * PER_KILL)
+    problems: list[str] = []
+    died = torn_checked = tears_due = 0
+    began = time.monotonic()
+    while died < kills:
+        pid = life(home, platform, randomness.randrange(2**31), updates[: (died + 1) * PER_KILL])
+        time.sleep(0.02 + randomness.random() * 0.16)
+        os.kill(pid, signal.SIGKILL)
+        _, status = os.waitpid(pid, 0)
+        died += 1
+        if os.WIFEXITED(status) and os.WEXITSTATUS(status) != 0:
+            problems.append(f"life {died} ended by itself with {os.WEXITSTATUS(status)}")
+        copy = copy_of(home, folder)
+        problems += [f"after kill {died}: {problem}" for problem in violations(copy, cipher)]
+        tears_due += torn
+        while tears_due >= kills:
+            tears_due -= kills
+            copy = copy_of(home, folder)
+            wal = Path(f"{copy}-wal")
+            if wal.exists() and wal.stat().st_size:
+                tear(wal, randomness)
+                torn_checked += 1
+                problems += [f"torn WAL after kill {died}: {problem}" for problem in violations(copy, cipher)]
+            else:
+                tears_due += kills  # nothing to tear after this kill: the next ones make up for it
+                break
+    pid = life(home, platform, randomness.randrange(2**31), updates)
+    _, status = os.waitpid(pid, 0)
+    if status:
+        problems.append(f"the last life ended with {status}")
+    problems += violations(home.database, cipher)
+    books, outcomes = audit_books(home, platform, updates)
+    return {
+        "kills": died,
+        "torn": torn_checked,
+        "updates": len(updates),
+        "outcomes": dict(outcomes),
+        "violations": problems + books,
+        "seconds": round(time.monotonic() - began, 1),
+        "seed": seed,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--kills", type=int, default=60)
+    parser.add_argument("--torn", type=int, default=30)
+    parser.add_argument("--seed", type=int, default=1)
+    parser.add_argument("--json", type=Path)
+    given = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        result = drill(given.kills, given.torn, given.seed, Path(folder))
+    report = json.dumps(result, indent=2)
+    if given.json:
+        given.json.write_text(report)
+    sys.stdout.write(report + "\n")
+    sys.exit(bool(result["violations"]))
+
+
+if __name__ == "__main__":
+    main()

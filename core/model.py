@@ -141,9 +141,7 @@ def _device(wanted: str) -> torch.device:
     if device.type not in ("cpu", "cuda"):
         raise ModelLoadFailed(detail=f"device={wanted} is not one of auto, cpu, cuda, cuda:N")
     if device.type == "cuda" and not torch.cuda.is_available():
-        raise ModelLoadFailed(
-            detail=f"device={wanted}, but torch sees no CUDA GPU: set device=cpu"
-        )
+        raise ModelLoadFailed(detail=f"device={wanted}, but torch sees no CUDA GPU: set device=cpu")
     if device.type == "cuda" and (device.index or 0) >= torch.cuda.device_count():
         raise ModelLoadFailed(detail=f"device={wanted}, but there are {torch.cuda.device_count()} GPUs, counted from 0")
     return device
@@ -233,9 +231,7 @@ def _config(folder: Path) -> Any:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        detail = (
-            f"{folder}/config.json is not known to transformers (code of the model's own is not run): {error}"
-        )
+        detail = f"{folder}/config.json is not known to transformers (code of the model's own is not run): {error}"
         raise ModelLoadFailed(detail=detail) from error
     for name in config.architectures or []:
         if not name.endswith(CAUSAL):

@@ -22,7 +22,7 @@ from core.store.database import Database, Tx
 from core.store.home import Home
 from core.store.inbox import Taken
 from core.texts import say
-from core.types import AdapterRef, Address, Body, Button, Caller, Handle, Message, Role
+from core.types import AdapterRef, Address, Body, Button, Caller, Handle, Message, Role, Sampling
 
 log = logging.getLogger(__name__)
 _MINUTE_MS, _HOUR_MS = 60_000, 3_600_000
@@ -49,6 +49,7 @@ class Replies:
     home: Home
     engine: Engine
     deliveries: Deliveries
+    sampling: Sampling = field(default_factory=Sampling)  # what a channel does not set for itself
     deadline_s: float = 120.0
     running: dict[Address, Generation] = field(default_factory=dict)
 
@@ -150,7 +151,11 @@ class Replies:
             id=pinned.generation_id,
             messages=pinned.messages,
             sampling=replace(
-                channel.sampling, temperature=temperature, seed=pinned.seed, max_tokens=channel.limits.tokens_out
+                self.sampling,
+                temperature=temperature,
+                top_p=channel.sampling.top_p,
+                seed=pinned.seed,
+                max_tokens=channel.limits.tokens_out,
             ),
             adapter=pinned.adapter,
             scope=Scope(channel.partner, channel.name, caller.user, str(caller.conversation_id)),

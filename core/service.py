@@ -15,7 +15,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from core import operators, privacy, tuning, users
 from core.commands import Call, parse
@@ -44,6 +44,7 @@ from core.types import (
     Kind,
     Lane,
     Outcome,
+    Sampling,
     StopReply,
     WakeTraining,
 )
@@ -67,6 +68,7 @@ class ServiceSettings:
     """`max_replies` bounds the turns that are handled at once; more wait in the inbox."""
 
     retention: privacy.Retention
+    sampling: Sampling = field(default_factory=Sampling)
     max_replies: int = 256
     deadline_s: float = 120.0
 
@@ -89,7 +91,7 @@ class Service:
         self._deliveries = deliveries
         self._training = training
         self._settings = settings
-        self._replies = Replies(database, home, engine, deliveries, settings.deadline_s)
+        self._replies = Replies(database, home, engine, deliveries, settings.sampling, settings.deadline_s)
         self._accounts: set[tuple[str, str]] = set()
         self._active: dict[int, Lane] = {}
         self._work = asyncio.Event()

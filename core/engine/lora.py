@@ -32,10 +32,10 @@ class Plan:
 class Stack:
     """A_cat and B_cat of one linear module, applied by a forward hook."""
 
-    def __init__(self, linear: nn.Module, plans: PlanHolder, *, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(self, linear: nn.Linear, plans: PlanHolder, *, device: torch.device, dtype: torch.dtype) -> None:
         self.plans = plans
-        self.a = torch.zeros(0, int(linear.in_features), device=device, dtype=dtype)  # (S*R, in)
-        self.b = torch.zeros(int(linear.out_features), 0, device=device, dtype=dtype)  # (out, S*R)
+        self.a = torch.zeros(0, linear.in_features, device=device, dtype=dtype)  # (S*R, in)
+        self.b = torch.zeros(linear.out_features, 0, device=device, dtype=dtype)  # (out, S*R)
         linear.register_forward_hook(self)
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
@@ -159,7 +159,7 @@ class LoraStacks:
         self.slot_count, self.rank = slots, rank
 
 
-def linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
+def linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
     """The modules that an adapter may change, by name: linear ones that see (B, T, in)."""
     text = module.config.get_text_config()  # type: ignore[union-attr, operator]  # a transformers model
     experts = any(getattr(text, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
@@ -171,4 +171,4 @@ def linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
     """(out, in) of every module that an adapter may change."""
-    return {name: (int(child.out_features), int(child.in_features)) for name, child in linear_modules(module)}
+    return {name: (child.out_features, child.in_features) for name, child in linear_modules(module)}

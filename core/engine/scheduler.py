@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator
+from itertools import pairwise
 from typing import Generic, TypeVar
 
 from core.engine.protocol import Scope
@@ -153,7 +154,7 @@ class Scheduler(Generic[T]):
         return path
 
     def _left(self, path: list[Node[T]]) -> None:
-        for parent, child in zip(path, path[1:], strict=False):
+        for parent, child in pairwise(path):
             if not child.present:
                 parent.leave(child)
 

@@ -1,0 +1,275 @@
+"""Adapter folders in PEFT's format -> checked LoRA weights in host memory. Knows no requests, no rows and no peft.
+
+Read are adapter_config.json and adapter_model.safetensors alone. What the engine would not compute exactly as PEFT
+does is refused with its reason, never approximated.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import re
+import threading
+from collections import OrderedDict
+from collections.abc import Iterable, Mapping
+from concurrent.futures import Future
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from core.errors import AdapterUnusable
+from core.types import AdapterRef
+
+log = logging.getLogger(__name__)
+
+CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "manifest.json"
+MAX_RANK = 256
+MAX_CONFIG_BYTES = 2**20
+FLOATS = (torch.float32, torch.bfloat16, torch.float16)
+TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+PLAIN_INIT = (True, False, "gaussian", "eva", "orthogonal")  # the others change the base model's weights
+# Keys that do not change what an adapter computes, or that are read below. Any other key must be empty.
+# fmt: off
+KNOWN_KEYS = frozenset({
+    "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
+    "eva_config", "exclude_modules", "inference_mode", "init_lora_weights", "layers_pattern",
+    "layers_to_transform", "loftq_config", "lora_alpha", "lora_dropout", "lora_ga_config", "megatron_core",
+    "peft_type", "peft_version", "qalora_group_size", "r", "rank_pattern", "revision", "runtime_config",
+    "target_modules", "task_type", "use_rslora",
+})
+# fmt: on
+
+
+@dataclass(frozen=True, slots=True)
+class AdapterWeights:
+    """(A, B) per module, A (r, in), B (out, r) with the scale folded in. `rank` is the largest r."""
+
+    sha256: str
+    rank: int
+    pairs: Mapping[str, tuple[Tensor, Tensor]]
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """What an adapter must fit: the model's fingerprint, and (out, in) of each module that may be changed."""
+
+    fingerprint: str
+    shapes: Mapping[str, tuple[int, int]]
+    dtype: torch.dtype = torch.float32
+
+
+class AdapterStore:
+    """Loaded adapters by sha256, least recently used dropped first. Called from any thread; one load per adapter.
+
+    Who runs with an adapter holds its weights itself: dropping one here never touches a running request.
+    """
+
+    def __init__(self, base: Base, *, limit: int) -> None:
+        self.base, self.limit = base, limit
+        self._lock = threading.Lock()
+        self._loaded: OrderedDict[str, Future[AdapterWeights]] = OrderedDict()
+
+    def __len__(self) -> int:
+        return len(self._loaded)
+
+    def get(self, ref: AdapterRef) -> AdapterWeights:
+        """The adapter's weights; read now if they are not here. Raises AdapterUnusable; a failure is not remembered."""
+        with self._lock:
+            future = self._loaded.get(ref.sha256)
+            mine = future is None
+            if future is None:
+                future = self._loaded[ref.sha256] = Future()
+            self._loaded.move_to_end(ref.sha256)
+            while len(self._loaded) > self.limit:
+                self._loaded.popitem(last=False)
+        if mine:
+            self._load(ref, future)
+        return future.result()
+
+    def _load(self, ref: AdapterRef, future: Future[AdapterWeights]) -> None:
+        try:
+            future.set_result(load_adapter(ref, self.base))
+            log.info("adapter.loaded", extra={"adapter": ref.label or ref.sha256[:12]})
+        except BaseException as error:  # whoever waits for the same load must hear of it
+            with self._lock:
+                if self._loaded.get(ref.sha256) is future:
+                    del self._loaded[ref.sha256]
+            future.set_exception(error)
+
+
+def load_adapter(ref: AdapterRef, base: Base) -> AdapterWeights:
+    """Read and check an adapter folder. Raises AdapterUnusable with the reason as detail."""
+    name = ref.label or ref.sha256[:12]
+    try:
+        _check_manifest(ref.folder, base)
+        config = _read_config(ref.folder)
+        pairs = _fold(config, _read_tensors(ref.folder, config, base), base.dtype)
+    except (ValueError, OSError, SafetensorError) as error:
+        raise AdapterUnusable(detail=f"adapter {name} in {ref.folder}: {error}") from error
+    return AdapterWeights(ref.sha256, max(len(a) for a, _ in pairs.values()), pairs)
+
+
+def _check_manifest(folder: Path, base: Base) -> None:
+    if not folder.is_dir():
+        raise ValueError("the folder does not exist")
+    if not (folder / MANIFEST).is_file():
+        return
+    manifest = _read_json(folder / MANIFEST)
+    wanted = manifest.get("base_fingerprint")
+    if wanted and wanted != base.fingerprint:
+        made_for, loaded = str(wanted)[:12], base.fingerprint[:12]
+        raise ValueError(f"it was made for the base model {made_for}, but the one loaded is {loaded}")
+
+
+def _read_json(path: Path) -> dict[str, Any]:
+    if not path.is_file():
+        raise ValueError(f"{path.name} is missing")
+    if path.stat().st_size > MAX_CONFIG_BYTES:
+        raise ValueError(f"{path.name} is larger than {MAX_CONFIG_BYTES} bytes")
+    values = json.loads(path.read_text("utf-8"))
+    if not isinstance(values, dict):
+        raise ValueError(f"{path.name} is not a table of keys and values")
+    return values
+
+
+def _read_config(folder: Path) -> dict[str, Any]:
+    config = _read_json(folder / CONFIG)
+    if config.get("peft_type") != "LORA":
+        raise ValueError(f"peft_type={config.get('peft_type')} is not LORA; peft can convert it")
+    if config.get("bias", "none") != "none":
+        raise ValueError(f"bias={config['bias']}: trained biases of the base model cannot be kept apart per row")
+    if config.get("init_lora_weights", True) not in PLAIN_INIT:
+        raise ValueError(
+            f"init_lora_weights={config['init_lora_weights']} changes the base model: save it with "
+            "path_initial_model_for_weight_conversion"
+        )
+    for key, value in config.items():
+        if key not in KNOWN_KEYS and value:
+            raise ValueError(f"{key}={value!r} is not supported: only plain LoRA on linear layers is")
+    _check_numbers(config)
+    return config
+
+
+def _check_numbers(config: Mapping[str, Any]) -> None:
+    patterns = [config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}]
+    if not all(isinstance(pattern, dict) for pattern in patterns):
+        raise ValueError("rank_pattern and alpha_pattern must be tables of module names and numbers")
+    for rank in (config.get("r"), *patterns[0].values()):
+        if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
+            raise ValueError(f"rank {rank!r} is not a whole number from 1 to {MAX_RANK}")
+    for alpha in (config.get("lora_alpha"), *patterns[1].values()):
+        if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
+            raise ValueError(f"lora_alpha {alpha!r} is not a number")
+
+
+def _read_tensors(folder: Path, config: Mapping[str, Any], base: Base) -> dict[str, dict[str, Tensor]]:
+    """{module: {"A": (r, in), "B": (out, r)}}, all as the configuration and the base model say."""
+    path = folder / WEIGHTS
+    if not path.is_file():
+        pickled = any((folder / name).exists() for name in ("adapter_model.bin", "adapter_model.pt"))
+        reason = "; pickled weights can run code and are not read: save it as safetensors" if pickled else ""
+        raise ValueError(f"{WEIGHTS} is missing{reason}")
+    found: dict[str, dict[str, Tensor]] = {}
+    with safe_open(path, framework="pt") as file:
+        for key in file.keys():  # noqa: SIM118 - not a dictionary
+            match = TENSOR_NAME.fullmatch(key)
+            if match is None:
+                raise ValueError(f"tensor {key} is not the A or B of a LoRA on a linear layer")
+            module, side = match["module"], match["side"]
+            _check_module(module, config, base)
+            tensor = file.get_tensor(key)
+            _check_tensor(key, tensor, _shape(module, side, config, base))
+            found.setdefault(module, {})[side] = tensor
+    _check_complete(found, config, base)
+    return found
+
+
+def _check_module(module: str, config: Mapping[str, Any], base: Base) -> None:
+    if module not in base.shapes:
+        raise ValueError(f"the base model has no linear layer {module} that adapters may change")
+    if not _is_target(module, config):
+        raise ValueError(f"tensors for {module}, which target_modules does not name")
+
+
+def _shape(module: str, side: str, config: Mapping[str, Any], base: Base) -> tuple[int, int]:
+    rows, columns = base.shapes[module]
+    rank = _rank(module, config)
+    return (rank, columns) if side == "A" else (rows, rank)
+
+
+def _check_tensor(key: str, tensor: Tensor, shape: tuple[int, int]) -> None:
+    if tensor.dtype not in FLOATS:
+        raise ValueError(f"tensor {key} is of type {tensor.dtype}")
+    if tuple(tensor.shape) != shape:
+        raise ValueError(f"tensor {key} has the shape {tuple(tensor.shape)}, not {shape}")
+    if not bool(tensor.isfinite().all()):
+        raise ValueError(f"tensor {key} holds values that are not finite")
+
+
+def _check_complete(found: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any], base: Base) -> None:
+    for module, sides in found.items():
+        if missing := {"A", "B"} - sides.keys():
+            raise ValueError(f"lora_{missing.pop()} of {module} is missing")
+    if config.get("target_modules") == "all-linear":
+        expected: Iterable[str] = (name for name in base.shapes if ".layers." in name)
+    else:
+        expected = (name for name in base.shapes if _is_target(name, config))
+    for module in expected:
+        if module not in found:
+            raise ValueError(f"the weights of {module} are missing, which target_modules names")
+    if not found:
+        raise ValueError("it changes no layer of this base model")
+
+
+def _is_target(module: str, config: Mapping[str, Any]) -> bool:
+    """Whether PEFT would put a LoRA on that module (peft/tuners/tuners_utils.py, check_target_module_exists)."""
+    targets, excluded = config.get("target_modules"), config.get("exclude_modules")
+    if excluded and _named(module, excluded):
+        return False
+    if targets == "all-linear":
+        return True
+    if not targets or not _named(module, targets):
+        return False
+    layers = config.get("layers_to_transform")
+    if layers is None or isinstance(targets, str):
+        return True
+    patterns = config.get("layers_pattern") or [r"[^.]+"]
+    for pattern in [patterns] if isinstance(patterns, str) else patterns:
+        if match := re.match(rf".*\.{pattern}\.(\d+)\.", module):
+            return int(match[1]) in ([layers] if isinstance(layers, int) else layers)
+    return False
+
+
+def _named(module: str, names: Any) -> bool:
+    if isinstance(names, str):
+        return re.fullmatch(names, module) is not None
+    return any(module == name or module.endswith(f".{name}") for name in names)
+
+
+def _rank(module: str, config: Mapping[str, Any]) -> int:
+    return int(_by_pattern(module, config.get("rank_pattern"), config["r"]))
+
+
+def _by_pattern(module: str, pattern: Mapping[str, Any] | None, default: Any) -> Any:
+    for key, value in (pattern or {}).items():
+        if re.match(rf"(.*\.)?({key})$", module):
+            return value
+    return default
+
+
+def _fold(
+    config: Mapping[str, Any], found: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype
+) -> dict[str, tuple[Tensor, Tensor]]:
+    """(A, scale * B) per module; the scale is alpha / r, or alpha / sqrt(r) with rsLoRA."""
+    pairs = {}
+    for module, sides in found.items():
+        rank = _rank(module, config)
+        alpha = float(_by_pattern(module, config.get("alpha_pattern"), config["lora_alpha"]))
+        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
+        pairs[module] = (sides["A"].to(dtype), (sides["B"].float() * scale).to(dtype))
+    return pairs

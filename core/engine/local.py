@@ -1,0 +1,230 @@
+"""The engine of this process: a model thread behind the protocol. Knows no chats, users' texts or SQLite.
+
+Threads and what they may touch: the event loop submits and reads events; the model thread owns all tensors of rows;
+two more render prompts, read adapter files and load the model. Events cross to the loop once per step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+import time
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from core.demo import Progress
+from core.engine.adapter_files import AdapterStore, AdapterWeights, Base
+from core.engine.loop import Job, ModelThread, Output
+from core.engine.lora import shapes
+from core.engine.protocol import (
+    EngineInfo,
+    EngineSettings,
+    EngineStats,
+    Event,
+    Finished,
+    ModelSettings,
+    Request,
+)
+from core.engine.runner import check_exact
+from core.engine.text import Detokenizer, StopScanner
+from core.errors import AppError, EngineError, Overloaded
+from core.model import BaseModel, load_model
+from core.prompt import Rendered, render
+
+log = logging.getLogger(__name__)
+
+DRAIN_S = 10.0  # when the engine is left without an error
+CANCEL_S = 60.0  # for cancelled requests to end: one step, which may be a long one
+
+
+class LocalGeneration:
+    """The events of one request, on the event loop. Read by one reader, once."""
+
+    def __init__(self, engine: LocalEngine) -> None:
+        self._engine = engine
+        self._events: asyncio.Queue[Event | AppError] = asyncio.Queue()
+        self._over = False
+        self.job: Job | None = None  # None: refused at submit
+
+    def cancel(self) -> None:
+        if self.job is not None:
+            self._engine.cancel(self.job)
+
+    def put(self, event: Event | AppError) -> None:
+        self._events.put_nowait(event)
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self
+
+    async def __anext__(self) -> Event:
+        if self._over:
+            raise StopAsyncIteration
+        event = await self._events.get()
+        self._over = isinstance(event, Finished | AppError)
+        if isinstance(event, AppError):
+            raise event
+        return event
+
+
+class LocalEngine:
+    """Implements core.engine.protocol.Engine. The model is loaded when the engine is entered.
+
+    `cache` takes the converted demo model; `progress` is called from a thread with (fraction, what).
+    A `model` that is loaded already may be handed over instead.
+    """
+
+    def __init__(
+        self,
+        model_settings: ModelSettings,
+        settings: EngineSettings,
+        cache: Path,
+        *,
+        progress: Progress | None = None,
+        model: BaseModel | None = None,
+    ) -> None:
+        self.model_settings, self.settings = model_settings, settings
+        self._cache, self._progress = cache, progress
+        self._model = model
+        self._open: dict[Job, LocalGeneration] = {}
+        self._none_open = asyncio.Event()
+        self._draining = False
+        self._info: EngineInfo | None = None
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        self._workers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="engine")
+        try:
+            model = await self._loop.run_in_executor(self._workers, self._load)
+        except BaseException:
+            self._workers.shutdown(wait=False, cancel_futures=True)
+            raise
+        context = min(model.context, self.settings.max_context)
+        self._info = EngineInfo(model.name, model.fingerprint, model.description, context)
+        self._adapters = AdapterStore(
+            Base(model.fingerprint, shapes(model.module), model.dtype), limit=self.settings.adapters_in_memory
+        )
+        self._model, self._draining = model, False
+        self.thread = ModelThread(
+            model,
+            self.settings,
+            context=context,
+            prepare=self._prepare,
+            spawn=self._workers.submit,
+            emit=self._emit,
+        )
+        self.thread.start()
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            await self.drain(DRAIN_S if kind is None else 0.0)
+        finally:
+            await self._loop.run_in_executor(None, self.thread.stop)
+            self._workers.shutdown(wait=False, cancel_futures=True)
+            self._info = None
+
+    @property
+    def info(self) -> EngineInfo:
+        if self._info is None:
+            raise EngineError(detail="the engine is not running: enter it first")
+        return self._info
+
+    def submit(self, request: Request) -> LocalGeneration:
+        """Begin a request; returns at once. What goes wrong is raised out of the iteration."""
+        generation = LocalGeneration(self)
+        try:
+            tokenizer = self._running_model().tokenizer
+            job = Job(
+                request,
+                deadline=time.monotonic() + request.deadline_s,
+                detokenizer=Detokenizer(tokenizer),
+                scanner=StopScanner(request.sampling.stop),
+            )
+            self._open[job] = generation  # before the model thread can end it
+            try:
+                self.thread.submit(job)
+            except AppError:
+                self._close(job)
+                raise
+            generation.job = job
+        except AppError as error:
+            generation.put(error)
+        return generation
+
+    def cancel(self, job: Job) -> None:
+        if self._info is not None:
+            self.thread.cancel(job)
+
+    async def forget(self, channel: str, conversation: str = "") -> None:
+        """Wipe what memory holds of a conversation; what runs or waits for it ends as cancelled."""
+        if self._info is not None:
+            await asyncio.wrap_future(self.thread.forget(channel, conversation))
+
+    def stats(self) -> EngineStats:
+        if self._info is None:
+            return EngineStats()
+        thread = self.thread
+        return EngineStats(thread.running, thread.waiting, len(self._adapters), thread.generated_tokens)
+
+    async def drain(self, deadline_s: float) -> None:
+        """Take no more; finish what runs within the deadline, then cancel the rest."""
+        self._draining = True
+        if not await self._all_over(deadline_s):
+            for generation in list(self._open.values()):
+                generation.cancel()
+            if not await self._all_over(CANCEL_S):
+                log.error("engine.drain_stuck", extra={"open": len(self._open)})
+
+    async def _all_over(self, deadline_s: float) -> bool:
+        """Whether no request is open any more, after at most that time."""
+        if self._open:
+            self._none_open.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._none_open.wait(), deadline_s)
+        return not self._open
+
+    def _running_model(self) -> BaseModel:
+        if self._info is None or self._model is None:
+            raise EngineError(detail="the engine is not running: enter it first")
+        if self._draining:
+            raise Overloaded(detail="the engine is shutting down", retry_after_s=DRAIN_S)
+        return self._model
+
+    # --- other threads
+
+    def _load(self) -> BaseModel:
+        model = self._model or load_model(
+            self.model_settings, self._cache, progress=self._progress, threads=self.settings.threads
+        )
+        check_exact(model)
+        return model
+
+    def _prepare(self, job: Job) -> tuple[Rendered, AdapterWeights | None]:
+        """Render the prompt and read the adapter. max_tokens are left to the answer, of at most half the context."""
+        assert self._model is not None
+        request, context = job.request, self.info.context
+        limit = context - min(request.sampling.max_tokens, context // 2)
+        limit = min(limit, request.max_prompt_tokens or limit)
+        rendered = render(request.messages, self._model.tokenizer, limit)
+        return rendered, None if request.adapter is None else self._adapters.get(request.adapter)
+
+    def _emit(self, outputs: list[Output]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._deliver, outputs)
+        except RuntimeError:  # the event loop is closed: nobody listens
+            log.warning("engine.nobody_listens", extra={"events": len(outputs)})
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        for job, event in outputs:
+            generation = self._open.get(job)
+            if generation is None:
+                continue
+            generation.put(event)
+            if isinstance(event, Finished | AppError):
+                self._close(job)

@@ -1,0 +1,434 @@
+"""The model thread: admit, prefill, decode, emit, cancel. Takes jobs, gives events; knows no asyncio, chats or SQLite.
+
+One step is: end what is cancelled or late, let prepared jobs in, at most one chunk of prefill, one token for every
+row that is past its prompt. Requests join and leave between steps. Rows past their prompt come first, then the one
+that is still taking it in; when one ends, later rows move up.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+from dataclasses import dataclass, field
+from enum import Enum
+from functools import partial
+
+import torch
+from torch import Tensor
+
+from core.engine.adapter_files import AdapterWeights
+from core.engine.protocol import Delta, EngineSettings, Event, Finished, FinishReason, Request, Started
+from core.engine.runner import Runner, translate
+from core.engine.sampling import NOT_FINITE, sample
+from core.engine.scheduler import COMPLETION_COST, PROMPT_COST, QueueFull, Scheduler
+from core.engine.text import Detokenizer, StopScanner
+from core.errors import AppError, EngineError, Overloaded
+from core.model import BaseModel
+from core.prompt import Rendered
+from core.types import Usage
+
+log = logging.getLogger(__name__)
+
+LOOKAHEAD = 2  # jobs prepared beyond the free rows, so that none waits for its adapter file while a row is free
+CHUNK_CPU, CHUNK_CUDA = 128, 1024  # prompt tokens between two decode steps
+FIRST_GUESS_S = 10.0  # of how long one request takes, before any has been seen
+
+
+class State(Enum):
+    WAITING = 1  # in the scheduler
+    PREPARING = 2  # being rendered, its adapter being read
+    READY = 3
+    RUNNING = 4  # has a row
+    ENDED = 5
+
+
+@dataclass(eq=False, slots=True)
+class Job:
+    """One request on its way through the engine. Only the model thread writes it, but for `cancelled`."""
+
+    request: Request
+    deadline: float  # time.monotonic()
+    detokenizer: Detokenizer
+    scanner: StopScanner
+    submitted: float = field(default_factory=time.monotonic)
+    state: State = State.WAITING
+    cancelled: bool = False
+    prompt: tuple[int, ...] = ()
+    dropped: int = 0
+    filled: int = 0  # prompt tokens in the cache
+    answer: list[int] = field(default_factory=list)
+    adapter: AdapterWeights | None = None
+    slot: int | None = None
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(len(self.prompt), len(self.answer))
+
+
+Output = tuple[Job, Event | AppError]
+Prepare = Callable[[Job], tuple[Rendered, AdapterWeights | None]]
+
+
+class ModelThread:
+    """Owns the runner. `start`, `submit`, `cancel`, `forget`, `stop` and the counters may be used from any thread.
+
+    `emit` gets the outputs of one step at once, on the model thread; after Finished or an error nothing more comes.
+    `spawn` runs a call on a thread of its own, so that adapter files are never read between two steps.
+    """
+
+    def __init__(
+        self,
+        model: BaseModel,
+        settings: EngineSettings,
+        *,
+        context: int,
+        prepare: Prepare,
+        spawn: Callable[[Callable[[], None]], object],
+        emit: Callable[[list[Output]], None],
+    ) -> None:
+        self.model, self.settings, self.context = model, settings, context
+        self.runner = Runner(model, max_rows=settings.max_rows, context=context)
+        self.chunk = CHUNK_CUDA if model.device.type == "cuda" else CHUNK_CPU
+        self.generated_tokens = 0
+        self.rows: list[Job] = []  # index is the row; past their prompt but perhaps the last
+        self._prepare, self._spawn, self._emit = prepare, spawn, emit
+        self._outputs: list[Output] = []
+        self._mean_s = FIRST_GUESS_S
+        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
+        # Under the lock: what other threads touch.
+        self._wake = threading.Condition()
+        self._scheduler: Scheduler[Job] = Scheduler(settings.max_waiting)
+        self._preparing: set[Job] = set()
+        self._ready: deque[Job] = deque()
+        self._failed: list[tuple[Job, AppError]] = []
+        self._forgets: list[tuple[str, str, Future[None]]] = []
+        self._stopping = False
+
+    # --- any thread
+
+    @property
+    def running(self) -> int:
+        return len(self.rows)
+
+    @property
+    def waiting(self) -> int:
+        return len(self._scheduler) + len(self._preparing) + len(self._ready)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Let a job wait for its turn. Raises Overloaded; may end another job with it, see Scheduler.add."""
+        with self._wake:
+            try:
+                displaced = self._scheduler.add(job, job.request.scope)
+            except QueueFull:
+                raise self._overloaded() from None
+            if displaced is not None:
+                self._failed.append((displaced, self._overloaded()))
+            self._wake.notify()
+
+    def cancel(self, job: Job) -> None:
+        """End the job within one step; Finished still comes."""
+        with self._wake:
+            job.cancelled = True
+            self._wake.notify()
+
+    def forget(self, channel: str, conversation: str) -> Future[None]:
+        """End what runs or waits for that conversation (or channel) and wipe its rows; done when that has happened."""
+        done: Future[None] = Future()
+        with self._wake:
+            self._forgets.append((channel, conversation, done))
+            self._wake.notify()
+        return done
+
+    def stop(self) -> None:
+        """End all jobs as cancelled, then the thread."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    def _overloaded(self) -> Overloaded:
+        ahead = self.waiting + 1
+        return Overloaded(retry_after_s=max(1.0, round(ahead / self.settings.max_rows * self._mean_s, 1)))
+
+    # --- the model thread
+
+    def _run(self) -> None:
+        if self.settings.threads and self.model.device.type == "cpu":
+            torch.set_num_threads(self.settings.threads)  # holds for the calling thread
+        with torch.inference_mode():
+            while self._wait_for_work():
+                try:
+                    self._step()
+                except Exception as error:  # the thread outlives any error of a step
+                    log.exception("engine.step_failed")
+                    self._fail_running(translate(error))
+                self._flush()
+            self._end_all()
+            self._flush()
+
+    def _wait_for_work(self) -> bool:
+        """Sleep until there is something to do; False when the thread is to stop."""
+        with self._wake:
+            while not self._stopping:
+                jobs = self._outside_rows()
+                if self.rows or self._ready or self._failed or self._forgets or self._takeable():
+                    break
+                if any(job.cancelled for job in jobs):
+                    break
+                left = min((job.deadline - time.monotonic() for job in jobs), default=None)
+                if left is not None and left <= 0:
+                    break
+                self._wake.wait(left)
+            return not self._stopping
+
+    def _step(self) -> None:
+        self._end_unwanted()
+        self._send_to_prepare()
+        self._prefill()
+        past_prompt = [job for job in self.rows if job.filled == len(job.prompt)]
+        if past_prompt:
+            self._decode(past_prompt)
+
+    def _outside_rows(self) -> list[Job]:
+        return [*self._scheduler.items(), *self._preparing, *self._ready]
+
+    def _takeable(self) -> int:
+        """How many jobs may be taken from the scheduler now."""
+        free = self.settings.max_rows - len(self.rows)
+        return max(0, min(len(self._scheduler), free + LOOKAHEAD - len(self._preparing) - len(self._ready)))
+
+    def _end_unwanted(self) -> None:
+        with self._wake:
+            forgets, self._forgets = self._forgets, []
+            failed, self._failed = self._failed, []
+            jobs = [*self._outside_rows(), *self.rows]
+        for job, error in failed:
+            self._end(job, error)
+        now = time.monotonic()
+        for job in jobs:
+            forgotten = any(_concerns(job, channel, conversation) for channel, conversation, _ in forgets)
+            if job.cancelled or forgotten:
+                self._end(job, FinishReason.CANCELLED)
+            elif now >= job.deadline:
+                self._end(job, FinishReason.DEADLINE)
+        for _, _, done in forgets:
+            done.set_result(None)
+
+    def _send_to_prepare(self) -> None:
+        with self._wake:
+            for _ in range(self._takeable()):
+                job = self._scheduler.take()
+                assert job is not None
+                job.state = State.PREPARING
+                self._preparing.add(job)
+                self._spawn(partial(self._prepare_job, job))
+
+    def _prepare_job(self, job: Job) -> None:
+        """On another thread: render the prompt, read the adapter; then the job is ready."""
+        error: AppError | None = None
+        prompt, weights = Rendered((), 0), None
+        try:
+            prompt, weights = self._prepare(job)
+        except AppError as found:
+            error = found
+        except Exception as found:  # a tokenizer's own error must not leave the job hanging
+            log.exception("engine.prepare_failed")
+            error = translate(found)
+        with self._wake:
+            if job.state is not State.PREPARING:
+                return  # cancelled or late meanwhile
+            self._preparing.discard(job)
+            if error is None:
+                job.prompt, job.dropped, job.adapter = prompt.ids, prompt.dropped, weights
+                job.state = State.READY
+                self._scheduler.charge(job.request.scope, PROMPT_COST * len(job.prompt))
+                self._ready.append(job)
+            else:
+                self._failed.append((job, error))
+            self._wake.notify()
+
+    def _prefill(self) -> None:
+        """Prompt tokens of one chunk: of the row that is taking in its prompt, then of jobs that are ready."""
+        budget = self.chunk
+        while budget > 0:
+            job = self.rows[-1] if self.rows and self.rows[-1].filled < len(self.rows[-1].prompt) else self._admit()
+            if job is None:
+                return
+            part = job.prompt[job.filled : job.filled + budget]
+            budget -= len(part)
+            try:
+                logits = self.runner.prefill(len(self.rows) - 1, part, job.slot)
+            except Exception as error:  # this row's trouble alone
+                log.exception("engine.prefill_failed")
+                self._end(job, translate(error))
+                continue
+            job.filled += len(part)
+            if job.filled == len(job.prompt):
+                self._accept([job], logits)
+
+    def _admit(self) -> Job | None:
+        """Give the next ready job a row."""
+        with self._wake:
+            if not self._ready or len(self.rows) == self.settings.max_rows:
+                return None
+            job = self._ready.popleft()
+        try:
+            job.slot = None if job.adapter is None else self.runner.lora.acquire(job.adapter)
+            self.runner.cache.add_row()
+        except Exception as error:  # no memory for this one
+            log.exception("engine.admit_failed")
+            self._end(job, translate(error))
+            return self._admit()
+        job.state = State.RUNNING
+        self.rows.append(job)
+        self._outputs.append((job, Started(prompt_tokens=len(job.prompt), dropped=job.dropped)))
+        return job
+
+    def _decode(self, jobs: list[Job]) -> None:
+        """One token for every row past its prompt: rows [0, len(jobs))."""
+        try:
+            logits = self._forward(0, jobs)
+        except Exception as error:
+            log.exception("engine.decode_failed")
+            self._decode_apart(jobs, error)
+            return
+        self._accept(jobs, logits)
+
+    def _decode_apart(self, jobs: list[Job], error: Exception) -> None:
+        """The pass failed for all: run each row alone, so that only those end that cannot go on."""
+        results: list[tuple[Job, Tensor | Exception]] = []
+        for row, job in enumerate(jobs):
+            try:
+                results.append((job, error if len(jobs) == 1 else self._forward(row, [job])))
+            except Exception as own:
+                results.append((job, own))
+        for job, result in results:
+            if isinstance(result, Exception):
+                self._end(job, translate(result))
+            else:
+                self._accept([job], result)
+
+    def _forward(self, first: int, jobs: Sequence[Job]) -> Tensor:
+        return self.runner.decode(first, [job.answer[-1] for job in jobs], [job.slot for job in jobs])
+
+    def _accept(self, jobs: Sequence[Job], logits: Tensor) -> None:
+        """Draw one token per row from (B, V), and show or end."""
+        ids = sample(
+            logits,
+            [job.request.sampling for job in jobs],
+            [len(job.answer) for job in jobs],
+            [(*job.prompt, *job.answer) if job.request.sampling.repetition_penalty != 1 else () for job in jobs],
+        )
+        for job, token in zip(jobs, ids, strict=True):
+            if token == NOT_FINITE:
+                self._end(job, EngineError(detail="the model's output is not finite; its adapter may be damaged"))
+                continue
+            job.answer.append(token)
+            self.generated_tokens += 1
+            with self._wake:
+                self._scheduler.charge(job.request.scope, COMPLETION_COST)
+            reason = self._show(job, token)
+            if reason is not None:
+                self._end(job, reason)
+
+    def _show(self, job: Job, token: int) -> FinishReason | None:
+        """Emit what became certain; the reason to end, if there is one."""
+        if token in self.model.eos_ids:
+            return FinishReason.END
+        self._emit_text(job, job.scanner.push(job.detokenizer.push(token)))
+        if job.scanner.hit:
+            return FinishReason.STOP
+        total = len(job.prompt) + len(job.answer)
+        full = len(job.answer) >= job.request.sampling.max_tokens or total >= self.context
+        return FinishReason.LENGTH if full else None
+
+    def _emit_text(self, job: Job, text: str) -> None:
+        if text:
+            self._outputs.append((job, Delta(text)))
+
+    def _end(self, job: Job, outcome: FinishReason | AppError) -> None:
+        """Take a job out of wherever it is; say why, with usage."""
+        if job.state is State.ENDED:
+            return
+        if isinstance(outcome, FinishReason):
+            outcome = self._last_text(job, outcome)
+            self._outputs.append((job, Finished(outcome, job.usage)))
+        else:
+            self._outputs.append((job, outcome))
+        if job.state is State.RUNNING:
+            self._leave_row(self.rows.index(job))
+            self._mean_s += 0.1 * (time.monotonic() - job.submitted - self._mean_s)
+        if job.slot is not None and job.adapter is not None:
+            self.runner.lora.release(job.adapter.sha256)
+        with self._wake:
+            self._preparing.discard(job)
+            if job in self._ready:
+                self._ready.remove(job)
+            # Displaced jobs have left the scheduler already, others than waiting ones count as running in it.
+            if not self._scheduler.remove(job) and job.state is not State.WAITING:
+                self._scheduler.done(job.request.scope)
+            job.state = State.ENDED
+        job.prompt, job.answer, job.adapter, job.slot = (), [], None, None
+
+    def _last_text(self, job: Job, reason: FinishReason) -> FinishReason:
+        """Show what was held back, unless a stop string ended the answer; it may itself complete one."""
+        if reason is FinishReason.STOP:
+            return reason
+        self._emit_text(job, job.scanner.push(job.detokenizer.flush()))
+        if job.scanner.hit:
+            return FinishReason.STOP
+        self._emit_text(job, job.scanner.flush())
+        return reason
+
+    def _leave_row(self, row: int) -> None:
+        """Wipe a row and close the gap: the last row past its prompt moves up, then the one that is still filling."""
+        cache = self.runner.cache
+        cache.wipe(row)
+        last = len(self.rows) - 1
+        past_prompt = sum(job.filled == len(job.prompt) for job in self.rows)
+        for source in (past_prompt - 1, last):
+            if source > row:
+                cache.move(source, row)
+                self.rows[row] = self.rows[source]
+                row = source
+        self.rows.pop()
+        cache.drop_last()
+
+    def _fail_running(self, error: AppError) -> None:
+        """A step broke: nothing is known of the rows any more."""
+        jobs, self.rows = self.rows, []
+        self.runner.cache.clear()
+        for job in jobs:
+            job.state = State.READY  # it has no row to leave
+            self._end(job, error)
+
+    def _end_all(self) -> None:
+        with self._wake:
+            jobs = [*self._outside_rows(), *self.rows]
+            failed, self._failed = self._failed, []
+            forgets, self._forgets = self._forgets, []
+        for job, error in failed:
+            self._end(job, error)
+        for job in jobs:
+            self._end(job, FinishReason.CANCELLED)
+        for _, _, done in forgets:
+            done.set_result(None)
+        self.runner.cache.clear()
+
+    def _flush(self) -> None:
+        outputs, self._outputs = self._outputs, []
+        if outputs:
+            self._emit(outputs)
+
+
+def _concerns(job: Job, channel: str, conversation: str) -> bool:
+    scope = job.request.scope
+    return scope.channel == channel and (not conversation or scope.conversation == conversation)

@@ -1,0 +1,87 @@
+"""Which rows are trained in which step: a pure function of lengths, data, seed and epoch. Knows no text and no model.
+
+Rows of like length go together, so that hardly any padding is computed; which of them, and in which order the steps
+come, is drawn anew in each epoch. A step is the rows of one optimiser step; it is worked off in micro-batches, whose
+size bounds memory and the time until a stop is noticed.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import random
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from core.prompt import TrainingRow
+
+Micro = tuple[int, ...]
+Step = tuple[Micro, ...]
+
+POOL_STEPS = 50  # rows are sorted by length within pools of so many steps: like lengths together, yet drawn by chance
+
+
+@dataclass(frozen=True, slots=True)
+class Batch:
+    """Rows padded on the right. `attention` is None where nothing is padded; padding is never recognised by its id."""
+
+    ids: Tensor  # (B, T) int64
+    taught: Tensor  # (B, T) bool: the model is to say this token
+    attention: Tensor | None  # (B, T) int64
+    tokens: int  # without padding
+    supervised: int  # how many losses are summed
+
+
+def plan_epoch(
+    lengths: Sequence[int], *, rows_per_step: int, micro_tokens: int, data_sha256: str, seed: int, epoch: int
+) -> list[Step]:
+    """The steps of one epoch as row numbers; every row exactly once. Raises ValueError for sizes below 1.
+
+    A micro-batch holds at most micro_tokens tokens with its padding, but always at least one row.
+    """
+    if rows_per_step < 1 or micro_tokens < 1:
+        raise ValueError(f"rows_per_step={rows_per_step}, micro_tokens={micro_tokens}: both must be at least 1")
+    chance = random.Random(hashlib.sha256(f"{data_sha256}:{seed}:{epoch}".encode()).digest())  # noqa: S311  # no secret
+    rows = list(range(len(lengths)))
+    chance.shuffle(rows)
+    steps: list[Step] = []
+    for start in range(0, len(rows), POOL_STEPS * rows_per_step):
+        pool = sorted(rows[start : start + POOL_STEPS * rows_per_step], key=lambda row: lengths[row])
+        parts = [pool[at : at + rows_per_step] for at in range(0, len(pool), rows_per_step)]
+        steps += [split_step(part, lengths, micro_tokens=micro_tokens) for part in parts]
+    chance.shuffle(steps)
+    return steps
+
+
+def split_step(rows: Sequence[int], lengths: Sequence[int], *, micro_tokens: int) -> Step:
+    """Cut rows into micro-batches in order of length; none exceeds micro_tokens with padding unless it is one row."""
+    micros: list[list[int]] = []
+    for row in sorted(rows, key=lambda row: lengths[row]):
+        if micros and (len(micros[-1]) + 1) * lengths[row] <= micro_tokens:
+            micros[-1].append(row)
+        else:
+            micros.append([row])
+    return tuple(tuple(micro) for micro in micros)
+
+
+def collate(rows: Sequence[TrainingRow], device: torch.device) -> Batch:
+    """Pad rows on the right into one batch. The padding's id is 0 and never looked at."""
+    width = max(len(row.ids) for row in rows)
+    ids = torch.zeros(len(rows), width, dtype=torch.int64)
+    taught = torch.zeros(len(rows), width, dtype=torch.bool)
+    attention = torch.zeros(len(rows), width, dtype=torch.int64)
+    for i, row in enumerate(rows):
+        ids[i, : len(row.ids)] = torch.tensor(row.ids)
+        taught[i, : len(row.ids)] = torch.tensor(row.supervised)
+        attention[i, : len(row.ids)] = 1
+    taught[:, 0] = False  # nothing comes before the first token, so nothing could have predicted it
+    padded = not bool(attention.all())
+    return Batch(
+        ids=ids.to(device),
+        taught=taught.to(device),
+        attention=attention.to(device) if padded else None,
+        tokens=sum(len(row.ids) for row in rows),
+        supervised=int(taught.sum()),
+    )

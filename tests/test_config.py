@@ -1,0 +1,161 @@
+"""The configuration: everything has a default, everything wrong is named together with what is allowed."""
+
+from __future__ import annotations
+
+import tomllib
+from dataclasses import fields
+from pathlib import Path
+
+import pytest
+
+from core.config import config_table_markdown, load_config, read_config, show_config
+from core.errors import BadConfig
+from core.settings import KEYS, SECTIONS, Config
+
+EXAMPLE = Path(__file__).parent.parent / "deploy" / "config.example.toml"
+
+
+def read(text: str, **environment: str) -> Config:
+    return read_config(tomllib.loads(text), environment)
+
+
+def problems(text: str, **environment: str) -> str:
+    with pytest.raises(BadConfig) as caught:
+        read(text, **environment)
+    return str(caught.value.fields["problems"])
+
+
+def test_no_file_means_all_defaults():
+    assert load_config(None, {}) == Config()
+    assert read("") == Config()
+
+
+def test_the_example_holds_every_key_with_its_default():
+    text = EXAMPLE.read_text(encoding="utf-8")
+    table = tomllib.loads(text)
+    for section, keys in KEYS.items():
+        if section.endswith(".NAME"):
+            assert all(f"# {key} = " in text for key in keys), section
+        else:
+            assert list(table[section]) == list(keys), section
+    assert read(text) == Config()
+
+
+def test_the_commented_part_of_the_example_is_right_too():
+    lines = EXAMPLE.read_text(encoding="utf-8").splitlines()
+    tables = [
+        line[2:]
+        for line in lines
+        if line.startswith("# [") or (line[:2] == "# " and line[2:].partition(" ")[2][:1] == "=")
+    ]
+    config = read("\n".join(tables), TELEGRAM_TOKEN="1:x")
+    assert config.partners["acme"].share == 0.3
+    assert config.channels["acme"].limits.per_minute == 20
+    assert config.bots["telegram"].settings == {"token": "1:x"}
+
+
+@pytest.mark.parametrize("section", KEYS)
+def test_every_field_has_its_key_and_every_key_its_field(section):
+    assert {one.name for one in fields(SECTIONS[section])} == set(KEYS[section])
+
+
+@pytest.mark.parametrize("section", [name for name in KEYS if not name.endswith(".NAME")])
+def test_every_default_is_allowed(section):
+    for name, key in KEYS[section].items():
+        assert key.refuse(getattr(SECTIONS[section](), name)) == "", name
+
+
+ZOO = {
+    "[modle]\n": ["[modle] is unknown", "did you mean model?"],
+    "[model]\ndevise = 'cpu'": ["model.devise is unknown", "did you mean device?"],
+    "[model]\ndevice = 'gpu'": ["model.device = 'gpu'", "auto|cpu|cuda"],
+    "[model]\ndtype = 'float31'": ["model.dtype = 'float31'", "float32, bfloat16", "did you mean float32?"],
+    "[engine]\nmax_rows = 0": ["engine.max_rows = 0", "at least 1"],
+    "[engine]\nmax_rows = '8'": ["engine.max_rows = '8'", "a whole number"],
+    "[engine]\nmax_rows = true": ["engine.max_rows = True", "a whole number"],
+    "[engine]\nmax_rows = 1.5": ["a whole number"],
+    "[engine]\nkind = 'remot'": ["local, scripted"],
+    "[generation]\ntemperature = nan": ["generation.temperature", "at least 0"],
+    "[generation]\ntemperature = inf": ["at most 2"],
+    "[generation]\ntop_p = 0": ["above 0"],
+    "[generation]\nstop = 'x'": ["a list of texts"],
+    "[generation]\nstop = [1]": ["a list of texts"],
+    "[finetune]\ndropout = 1.2": ["finetune.dropout = 1.2", "at most 0.99"],
+    "[finetune]\nschedule = 'linear'": ["cosine, constant"],
+    "[privacy]\nconversation_hours = -1": ["above 0"],
+    "[log]\nlevel = 'loud'": ["debug, info, warning, error"],
+    "model = 3": ["model = 3", "[model]"],
+    "channels = 3": ["[channels.NAME]"],
+    "[channels.'A B']": ["[channels.A B]", "small letters"],
+    "[channels.acme]\nbind = ['telegram']": ["channels.acme.bind", "platform:account"],
+    "[channels.acme]\ntitel = 'x'": ["channels.acme.titel is unknown", "did you mean title?"],
+    "[channels.acme.limits]\nper_minute = -1": ["channels.acme.limits.per_minute = -1", "at least 0"],
+    "[partners.acme]\nshare = 30": ["partners.acme.share", "at most 1"],
+    "[bots.telegram]\ntoken = 'env:NO_SUCH'": ["bots.telegram.token", "NO_SUCH is not set"],
+    "[bots.telegram]\nkind = 3": ["bots.telegram.kind"],
+}
+
+
+@pytest.mark.parametrize("text", ZOO)
+def test_what_is_wrong_is_named_with_what_is_allowed(text):
+    said = problems(text)
+    assert all(part in said for part in ZOO[text]), said
+
+
+def test_all_problems_of_a_file_are_reported_together():
+    said = problems("[model]\nnam = 'x'\ndtype = 'y'\n[engine]\nmax_rows = 0")
+    assert len(said.splitlines()) == 3
+
+
+def test_a_file_that_is_missing_or_no_toml_is_named(tmp_path):
+    with pytest.raises(BadConfig, match="cannot be read: No such file"):
+        load_config(tmp_path / "none.toml", {})
+    (tmp_path / "bad.toml").write_text("[model\n")
+    with pytest.raises(BadConfig, match=r"bad\.toml"):
+        load_config(tmp_path / "bad.toml", {})
+    (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
+    with pytest.raises(BadConfig, match="is not TOML"):
+        load_config(tmp_path / "bytes.toml", {})
+
+
+def test_a_whole_number_is_a_number_and_auto_is_none():
+    config = read("[generation]\ntemperature = 1\n[finetune]\ndropout = 'auto'\nrank = 4")
+    assert config.generation.temperature == 1.0
+    assert config.finetune.dropout is None
+    assert config.finetune.hyper.rank == 4
+
+
+def test_a_channel_takes_the_limits_that_it_does_not_set():
+    config = read("[limits]\nper_minute = 3\nper_hour = 4\n[channels.acme.limits]\nper_hour = 9")
+    limits = config.channels["acme"].limits
+    assert (limits.per_minute, limits.per_hour) == (3, 9)
+
+
+def test_a_bot_that_is_not_enabled_is_left_out():
+    config = read("[bots.a]\nenabled = false\n[bots.b]\nkind = 'telegram'\nx = 1")
+    assert list(config.bots) == ["b"]
+    assert (config.bots["b"].kind, config.bots["b"].settings) == ("telegram", {"x": 1})
+
+
+def test_secrets_are_in_no_repr_and_masked_when_shown():
+    config = read(
+        "[bots.t]\ntoken = 'env:T'\nsigning_secret = 'abc'\nname = 'x'\nmore = { api_key = 'k1' }", T="s3cr3t"
+    )
+    assert config.bots["t"].settings["token"] == "s3cr3t"
+    shown = show_config(config)
+    for secret in ("s3cr3t", "abc", "k1"):
+        assert secret not in repr(config)
+        assert secret not in shown
+    assert 'token = "***"' in shown
+    assert 'name = "x"' in shown
+
+
+def test_what_is_shown_reads_back_as_the_same():
+    config = read("[channels.acme]\ntitle = 'A \"b\"'\nbind = ['telegram:x/y']\n[partners.p]\nshare = 0.25")
+    assert read(show_config(config)) == config
+
+
+def test_the_table_for_the_readme_names_every_key():
+    table = config_table_markdown()
+    assert all(f"`{section}.{key}`" in table for section, keys in KEYS.items() for key in keys)
+    assert "| `finetune.learning_rate` | `0.0005` |" in table

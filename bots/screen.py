@@ -27,9 +27,10 @@ from prompt_toolkit.key_binding import KeyBindings, KeyPressEvent
 from prompt_toolkit.patch_stdout import patch_stdout
 from prompt_toolkit.styles import Style
 from rich.cells import cell_len, set_cell_size
-from rich.console import Console, JustifyMethod
-from rich.markdown import Heading, Markdown
+from rich.console import Console, ConsoleOptions, JustifyMethod, RenderResult
+from rich.markdown import CodeBlock, Heading, Markdown
 from rich.segment import Segment
+from rich.syntax import Syntax
 from rich.text import Text
 
 from bots.render import closed_blocks, printable
@@ -88,7 +89,7 @@ class Screen:
             style=_STYLE,
             erase_when_done=True,
         )
-        self._app.min_redraw_interval = _REDRAW_S
+        self._redraw_due = False
 
     @property
     def _app(self) -> Application[None]:
@@ -100,7 +101,7 @@ class Screen:
 
     async def run(self) -> None:
         """Until Ctrl-D, or the terminal is gone. `typed` then ends with None."""
-        self._print([*self._greeting, ""])
+        self._print([*(part for line in self._greeting for part in _wrapped(line, self._width)), ""])
         try:
             with patch_stdout(raw=True):
                 await self._session.prompt_async(handle_sigint=False, set_exception_handler=False)
@@ -130,6 +131,12 @@ class Screen:
                 reply.printed += len(closed)
         else:
             self._session.bottom_toolbar = FormattedText([("class:dim", reply.text.strip())])
+        if not self._redraw_due:
+            self._redraw_due = True
+            asyncio.get_running_loop().call_later(_REDRAW_S, self._redraw)
+
+    def _redraw(self) -> None:
+        self._redraw_due = False
         self._app.invalidate()
 
     async def end(self, number: int, body: Body) -> None:
@@ -243,16 +250,22 @@ class Screen:
         def _(event: KeyPressEvent) -> None:
             if event.current_buffer.text:
                 event.current_buffer.reset()
-            elif self._unanswered or any(reply.key for reply in self._replies.values()):
-                self.typed.put_nowait(Typed(self._new_key(), None))
-            else:
+            elif not self._stop_reply():
                 self.notice(self._words("terminal.leave_hint"))
 
         @keys.add("c-d", filter=Condition(lambda: not self._session.default_buffer.text))
         def _(event: KeyPressEvent) -> None:
+            self._stop_reply()
             event.app.exit()
 
         return keys
+
+    def _stop_reply(self) -> bool:
+        """Ask to stop what is being answered; whether there is anything."""
+        busy = bool(self._unanswered) or any(reply.key for reply in self._replies.values())
+        if busy:
+            self.typed.put_nowait(Typed(self._new_key(), None))
+        return busy
 
     def _send(self, text: str) -> None:
         key = self._new_key()
@@ -314,10 +327,15 @@ class _LeftHeading(Heading):
     LEVEL_ALIGN: ClassVar[dict[str, JustifyMethod]] = {}
 
 
+class _Code(CodeBlock):
+    def __rich_console__(self, console: Console, options: ConsoleOptions) -> RenderResult:
+        yield Syntax(str(self.text).rstrip(), self.lexer_name, theme=self.theme, word_wrap=True, padding=(0, 2))
+
+
 class _ChatMarkdown(Markdown):
     """As people write in chats: a line break is a line break, and headings stand at the left."""
 
-    elements: ClassVar = {**Markdown.elements, "heading_open": _LeftHeading}
+    elements: ClassVar = {**Markdown.elements, "heading_open": _LeftHeading, "fence": _Code, "code_block": _Code}
 
     def __init__(self, text: str) -> None:
         super().__init__(text, code_theme="ansi_dark", hyperlinks=False)
@@ -341,9 +359,15 @@ def markdown_lines(text: str, width: int) -> list[str]:
 def _ansi(console: Console, line: list[Segment]) -> str:
     text = Text.assemble(*((segment.text, segment.style or "") for segment in line if not segment.control))
     text.rstrip()
+    if not text.plain:
+        return ""
     with console.capture() as capture:
         console.print(text, end="", soft_wrap=True)
     return capture.get()
+
+
+def _wrapped(text: str, width: int) -> list[str]:
+    return [line.plain for line in Text(text).wrap(Console(width=width), width)]
 
 
 def _dim(text: str) -> str:

@@ -186,6 +186,8 @@ class TerminalBot:
             await asyncio.wait({asking, gone}, return_when=asyncio.FIRST_COMPLETED)
             asking.cancel()
             gone.cancel()
+        if sheet.gone.is_set():
+            raise BrokenPipeError(errno.EPIPE, "standard output is closed")
 
     async def _ask_lines(self, door: Door, sheet: _Paper) -> None:
         async for line in _lines(0):
@@ -268,7 +270,7 @@ class _Paper:
             if error.errno not in (errno.EPIPE, errno.EBADF):
                 raise StorageError(detail=f"standard output cannot be written: {error.strerror}") from error
             self.gone.set()
-            raise
+            await asyncio.Event().wait()  # not written, and never will be: the next start owes it
         self.unanswered.discard(self._keys.pop(number, ""))
         self.answered.set()
 

@@ -53,10 +53,11 @@ class Spec:
     label: str  # what the adapter will be called: name@version
     instructions: str = ""
     device: str = "cpu"
-    dtype: str = "float32"
+    dtype: str = "auto"  # float32 on a CPU, bfloat16 on a GPU; or one of the two
     threads: int = 1
     nice: int = 10
     hyper: HyperParameters = field(default_factory=HyperParameters)
+    model_name: str = ""  # for people, and for the adapter's manifest; "" is the last name of `model`
     version: int = SPEC_VERSION
 
     def write(self, folder: Path) -> None:

@@ -262,6 +262,7 @@ def _tokenizer(folder: Path, *, vocab_size: int) -> Any:
 
 
 def _module(folder: Path, config: Any, device: torch.device, dtype: torch.dtype, quantization: str) -> torch.nn.Module:
+    from safetensors import SafetensorError
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
@@ -283,7 +284,7 @@ def _module(folder: Path, config: Any, device: torch.device, dtype: torch.dtype,
         )
     except torch.cuda.OutOfMemoryError as error:
         raise OutOfMemory(detail=f"{folder} does not fit on {device} as {SHORT[dtype]}: {error}") from error
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
         raise ModelLoadFailed(detail=f"{folder} cannot be loaded as a causal language model: {error}") from error
     wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if wrong:

@@ -25,12 +25,13 @@ POOL_STEPS = 50  # rows are sorted by length within pools of so many steps: like
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows padded on the right. `attention` is None where nothing is padded; padding is never recognised by its id."""
+    """Rows padded on the right, or packed into one row. Padding is never recognised by its id."""
 
     ids: Tensor  # (B, T) int64
     taught: Tensor  # (B, T) bool: the model is to say this token
-    attention: Tensor | None  # (B, T) int64
-    tokens: int  # without padding
+    attention: Tensor | None  # (B, T) int64, or (1, 1, T, T) bool of a packed row; None where nothing is padded
+    positions: Tensor | None  # (1, T) int64 of a packed row
+    tokens: int  # of the rows, without padding
     supervised: int  # how many losses are summed
 
 
@@ -82,6 +83,47 @@ def collate(rows: Sequence[TrainingRow], device: torch.device) -> Batch:
         ids=ids.to(device),
         taught=taught.to(device),
         attention=attention.to(device) if padded else None,
+        positions=None,
         tokens=sum(len(row.ids) for row in rows),
         supervised=int(taught.sum()),
+    )
+
+
+def shared_prefix(rows: Sequence[TrainingRow]) -> int:
+    """How many tokens all rows begin with: the instructions they stand under. What is taught comes later in each.
+
+    At least one token that is not taught stays with every row, since `pack` cannot predict a row's first own token.
+    """
+    first = rows[0]
+    limit = min((row.supervised.index(True) if True in row.supervised else len(row.ids)) - 1 for row in rows)
+    same = 0
+    while same < limit and all(row.ids[same] == first.ids[same] for row in rows):
+        same += 1
+    return same
+
+
+def pack(rows: Sequence[TrainingRow], device: torch.device, *, prefix: int) -> Batch:
+    """Rows as one: the prefix that they share once, then what each has of its own, which sees the prefix and itself.
+
+    The loss is that of `collate` (dropout falls on the prefix once instead of once per row), without padding and
+    without computing the channel's instructions again for each row.
+    """
+    ids, taught = list(rows[0].ids[:prefix]), [False] * prefix
+    positions, owner = list(range(prefix)), [0] * prefix
+    for number, row in enumerate(rows, 1):
+        assert row.ids[:prefix] == rows[0].ids[:prefix]
+        assert not any(row.supervised[: prefix + 1])
+        ids += row.ids[prefix:]
+        taught += row.supervised[prefix:]
+        positions += range(prefix, len(row.ids))
+        owner += [number] * (len(row.ids) - prefix)
+    whose = torch.tensor(owner)
+    sees = ((whose[None, :] == 0) | (whose[None, :] == whose[:, None])).tril()  # (T, T)
+    return Batch(
+        ids=torch.tensor([ids]).to(device),
+        taught=torch.tensor([taught]).to(device),
+        attention=sees[None, None].to(device),
+        positions=torch.tensor([positions]).to(device),
+        tokens=sum(len(row.ids) for row in rows),
+        supervised=sum(taught),
     )

@@ -27,16 +27,16 @@ class LoraLinear(nn.Module):
         self.base = base
         self.scale = alpha / rank
         self.dropout = dropout
-        like = {"device": base.weight.device, "dtype": torch.float32}
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, **like))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, **like))
+        device = base.weight.device  # float32 whatever the base model is held in: its updates are small
+        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device, dtype=torch.float32))
+        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
 
     def forward(self, x: Tensor) -> Tensor:
         keep, keep_scale = None, 1.0
         if self.training and self.dropout > 0:
             keep, keep_scale = draw_keep(x.shape, self.dropout, x.device)
-        y: Tensor = _LoraProduct.apply(
+        y: Tensor = _LoraProduct.apply(  # type: ignore[no-untyped-call]  # torch types no apply
             x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale, keep, keep_scale
         )
         return y
@@ -101,12 +101,12 @@ def draw_keep(shape: torch.Size, dropout: float, device: torch.device) -> tuple[
     return keep, RESOLUTION / (RESOLUTION - dropped)
 
 
-def target_names(model: nn.Module) -> list[str]:
+def target_names(model: Any) -> list[str]:
     """The last names of all linear layers but the output layer, sorted: what `target_modules` will say.
 
     Raises JobError for a model without linear layers, or one that uses a name both for a linear layer and otherwise.
     """
-    head = model.get_output_embeddings() if hasattr(model, "get_output_embeddings") else None
+    head = model.get_output_embeddings()
     linear = {name.rpartition(".")[2] for name, m in model.named_modules() if type(m) is nn.Linear and m is not head}
     other = {
         name.rpartition(".")[2] for name, m in model.named_modules() if type(m) is not nn.Linear or m is head
@@ -159,7 +159,7 @@ def load_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
             getattr(layer, f"lora_{letter}").copy_(tensors[f"{PEFT_PREFIX}{name}.lora_{letter}.weight"])
 
 
-class without_lora:  # noqa: N801  # reads as a statement: with without_lora(model): ...
+class without_lora:
     """Within this block the model is the bare base model."""
 
     def __init__(self, model: nn.Module) -> None:

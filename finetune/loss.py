@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from core.errors import JobError
 from finetune.batches import Batch
 
-CHUNK = 256  # supervised positions at a time: 50 MB of float32 logits at a vocabulary of 49,152
+CHUNK = 128  # supervised positions at a time: 25 MB of float32 logits at a vocabulary of 49,152
 
 
 class Scorer(nn.Module):
@@ -31,15 +31,20 @@ class Scorer(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum of -log p over the supervised tokens, in float32. The mean is this divided by `batch.supervised`."""
-        hidden = self._hidden(batch.ids, batch.attention)[:, :-1]  # (B, T-1, D); position t speaks of token t + 1
+        hidden = self._hidden(batch.ids, batch.attention, batch.positions)[
+            :, :-1
+        ]  # (B, T-1, D); position t speaks of token t + 1
         chosen = batch.taught[:, 1:]
         head = self.model.get_output_embeddings()
-        total: Tensor = _HeadLoss.apply(hidden[chosen], batch.ids[:, 1:][chosen], head.weight, head.bias)
+        total: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]  # torch types no apply
+            hidden[chosen], batch.ids[:, 1:][chosen], head.weight, head.bias
+        )
         return total
 
-    def _hidden(self, ids: Tensor, attention: Tensor | None) -> Tensor:
+    def _hidden(self, ids: Tensor, attention: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         backbone = getattr(self.model, self.model.base_model_prefix)
-        hidden: Tensor = backbone(input_ids=ids, attention_mask=attention, use_cache=False).last_hidden_state
+        out = backbone(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False)
+        hidden: Tensor = out.last_hidden_state
         return hidden
 
     @torch.no_grad()
@@ -48,7 +53,7 @@ class Scorer(nn.Module):
         ids = torch.arange(4, device=self.model.device)[None] % self.model.config.get_text_config().vocab_size
         was_training = self.model.training
         self.model.eval()
-        ours = self.model.get_output_embeddings()(self._hidden(ids, None))
+        ours = self.model.get_output_embeddings()(self._hidden(ids))
         theirs = self.model(input_ids=ids, use_cache=False).logits
         self.model.train(was_training)
         if not torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-3):

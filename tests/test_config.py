@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import sqlite3
 import tomllib
+from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
 
@@ -11,6 +13,7 @@ import pytest
 from core.config import config_table_markdown, load_config, read_config, show_config
 from core.errors import BadConfig
 from core.settings import KEYS, SECTIONS, Config
+from tests.bots.test_terminal import Program
 
 EXAMPLE = Path(__file__).parent.parent / "deploy" / "config.example.toml"
 
@@ -159,3 +162,31 @@ def test_the_table_for_the_readme_names_every_key():
     table = config_table_markdown()
     assert all(f"`{section}.{key}`" in table for section, keys in KEYS.items() for key in keys)
     assert "| `finetune.learning_rate` | `0.0005` |" in table
+
+
+# --- what it makes of the directory ---
+
+
+def test_a_start_makes_what_is_missing_and_only_apply_changes_what_exists(tmp_path):
+    program = Program(
+        tmp_path, extra="[partners.acme]\nshare = 0.25\n[channels.acme]\npartner = 'acme'\ntitle = 'One'\n"
+    )
+    assert program.run("chat").returncode == 0
+    program = Program(
+        tmp_path, extra="[channels.acme]\npartner = 'acme'\ntitle = 'Two'\n[partners.acme]\nshare = 0.5\n"
+    )
+    program.run("chat")
+    assert titles(program) == {"acme": "One"}
+    applied = program.run("config", "apply")
+    assert "channel acme: title = 'One' -> 'Two'" in applied.stdout
+    assert "partner acme: share_bps = 2500 -> 5000" in applied.stdout
+    assert titles(program) == {"acme": "Two"}
+    assert program.run("config", "apply").stdout == "Nothing to change.\n"
+    with closing(sqlite3.connect(program.home / "distributary.db")) as database:
+        rows = database.execute("SELECT target, before, after FROM audit WHERE action = 'config apply'").fetchall()
+    assert ("channel acme", '{"title": "One"}', '{"title": "Two"}') in rows
+
+
+def titles(program: Program) -> dict[str, str]:
+    with closing(sqlite3.connect(program.home / "distributary.db")) as database:
+        return dict(database.execute("SELECT name, title FROM channel WHERE name <> 'terminal'").fetchall())

@@ -18,7 +18,7 @@ from typing import Self
 
 from core.demo import Progress
 from core.engine.adapter_files import AdapterStore, AdapterWeights, Base
-from core.engine.loop import Job, ModelThread, Output
+from core.engine.loop import ModelThread, Output
 from core.engine.lora import shapes
 from core.engine.protocol import (
     EngineInfo,
@@ -31,6 +31,7 @@ from core.engine.protocol import (
 )
 from core.engine.runner import check_exact
 from core.engine.text import Detokenizer, StopScanner
+from core.engine.ticket import Job
 from core.errors import AppError, EngineError, Overloaded
 from core.model import BaseModel, load_model
 from core.prompt import Rendered, render
@@ -228,3 +229,8 @@ class LocalEngine:
             generation.put(event)
             if isinstance(event, Finished | AppError):
                 self._close(job)
+
+    def _close(self, job: Job) -> None:
+        del self._open[job]
+        if not self._open:
+            self._none_open.set()

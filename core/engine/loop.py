@@ -13,60 +13,26 @@ import time
 from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from dataclasses import dataclass, field
-from enum import Enum
 from functools import partial
 
 import torch
 from torch import Tensor
 
 from core.engine.adapter_files import AdapterWeights
-from core.engine.protocol import Delta, EngineSettings, Event, Finished, FinishReason, Request, Started
+from core.engine.protocol import Delta, EngineSettings, Event, Finished, FinishReason, Started
 from core.engine.runner import Runner, translate
 from core.engine.sampling import NOT_FINITE, sample
 from core.engine.scheduler import COMPLETION_COST, PROMPT_COST, QueueFull, Scheduler
-from core.engine.text import Detokenizer, StopScanner
+from core.engine.ticket import Job, State
 from core.errors import AppError, EngineError, Overloaded
 from core.model import BaseModel
 from core.prompt import Rendered
-from core.types import Usage
 
 log = logging.getLogger(__name__)
 
 LOOKAHEAD = 2  # jobs prepared beyond the free rows, so that none waits for its adapter file while a row is free
 CHUNK_CPU, CHUNK_CUDA = 128, 1024  # prompt tokens between two decode steps
 FIRST_GUESS_S = 10.0  # of how long one request takes, before any has been seen
-
-
-class State(Enum):
-    WAITING = 1  # in the scheduler
-    PREPARING = 2  # being rendered, its adapter being read
-    READY = 3
-    RUNNING = 4  # has a row
-    ENDED = 5
-
-
-@dataclass(eq=False, slots=True)
-class Job:
-    """One request on its way through the engine. Only the model thread writes it, but for `cancelled`."""
-
-    request: Request
-    deadline: float  # time.monotonic()
-    detokenizer: Detokenizer
-    scanner: StopScanner
-    submitted: float = field(default_factory=time.monotonic)
-    state: State = State.WAITING
-    cancelled: bool = False
-    prompt: tuple[int, ...] = ()
-    dropped: int = 0
-    filled: int = 0  # prompt tokens in the cache
-    answer: list[int] = field(default_factory=list)
-    adapter: AdapterWeights | None = None
-    slot: int | None = None
-
-    @property
-    def usage(self) -> Usage:
-        return Usage(len(self.prompt), len(self.answer))
 
 
 Output = tuple[Job, Event | AppError]

@@ -1,0 +1,283 @@
+"""The `distributary` command: arguments, environment, errors for people. Knows what starts what."""
+
+from __future__ import annotations
+
+import argparse
+import asyncio
+import logging
+import os
+import shlex
+import sys
+import traceback
+from collections.abc import Callable, Mapping, Sequence
+from importlib.metadata import version
+from pathlib import Path
+from typing import Any
+
+from bots import control
+from bots.doctor import Level, Patient, examine, report
+from bots.outlet import Bot
+from bots.program import Parts, enabled_bots, open_store, run_program
+from bots.seeds import greeting
+from bots.terminal import Surroundings, TerminalBot, is_interactive, read_settings
+from bots.usage import usage
+from core.commands import COMMANDS
+from core.config import FILE_NAME, load_config, show_config
+from core.errors import AppError, BadConfig, UserError
+from core.settings import Config
+from core.store.home import Home
+from core.texts import resolve, say
+
+HOME_VARIABLE, CONFIG_VARIABLE = "DISTRIBUTARY_HOME", "DISTRIBUTARY_CONFIG"
+_CHAT_DRAIN_S, _SERVE_DRAIN_S = 5.0, 30.0
+_FIELDS_OF_EVERY_RECORD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Run one command; its exit status. 2 is a wrong argument or configuration, 1 any other failure."""
+    given = _parser().parse_args(arguments)
+    try:
+        return int(given.run(given))
+    except KeyboardInterrupt:  # while loading: all is closed, but a thread in torch would hold up the exit
+        os._exit(130)
+    except Exception as error:  # the outermost handler: one line for the person, the rest with --verbose
+        return _complain(error, verbose=given.verbose)
+
+
+def _complain(error: Exception, *, verbose: bool) -> int:
+    leaf: BaseException = error
+    while isinstance(leaf, BaseExceptionGroup):
+        leaf = next((one for one in leaf.exceptions if isinstance(one, AppError)), leaf.exceptions[0])
+    if isinstance(leaf, BrokenPipeError):  # who read our output has gone: `| head` is no failure
+        os.dup2(os.open(os.devnull, os.O_WRONLY), 1)
+        return 0
+    if verbose:
+        traceback.print_exception(error)
+    if isinstance(leaf, AppError):
+        told = control.sentence(leaf)
+    else:
+        told = f"{say('en', 'error.internal')} ({type(leaf).__name__}: {leaf}; --verbose shows more)"
+    sys.stderr.write(f"distributary: {told}\n")
+    return 2 if isinstance(leaf, BadConfig | UserError) else 1
+
+
+# --- the commands ---
+
+
+def _chat(given: argparse.Namespace) -> int:
+    config, home = _config(given), _home(given)
+    interactive = is_interactive() and os.environ.get("TERM", "") not in ("", "dumb")
+    _start_log("info" if given.verbose else "warning")
+    table = config.bots.get("terminal")
+    settings = read_settings(table.settings if table else {})
+    language = settings.language or _language()
+
+    async def terminal(parts: Parts) -> Mapping[str, Bot]:
+        lines = await parts.database.read(
+            lambda tx: greeting(tx, parts.engine.info, settings.place, language, _version())
+        )
+        history = home.path / "history"
+        if interactive:
+            from bots.screen import prune_history  # prompt_toolkit and rich are for people only
+
+            await asyncio.to_thread(prune_history, history, config.privacy.conversation_hours * 3600)
+        surroundings = Surroundings(language, lines, history, _commands(language))
+        return {"terminal": TerminalBot(settings, surroundings, interactive=interactive)}
+
+    return asyncio.run(run_program(config, home, terminal, drain_s=_CHAT_DRAIN_S, restart=False))
+
+
+def _serve(given: argparse.Namespace) -> int:
+    config, home = _config(given), _home(given)
+    _start_log("debug" if given.verbose else config.log.level)
+    bots = enabled_bots(config.bots)
+    if not bots:
+        raise BadConfig(
+            detail="no bot is enabled: add a table [bots.NAME]; deploy/config.example.toml shows how",
+            file=str(config.file or "the configuration"),
+            problems="no [bots.NAME]",
+        )
+
+    async def configured(_: Parts) -> Mapping[str, Bot]:
+        return bots
+
+    return asyncio.run(run_program(config, home, configured, drain_s=_SERVE_DRAIN_S, restart=True))
+
+
+def _doctor(given: argparse.Namespace) -> int:
+    problem = ""
+    config: Config | None = None
+    try:
+        config = _config(given)
+    except BadConfig as error:
+        problem = error.detail
+    findings = examine(Patient(_home(given), config, problem, _language()))
+    sys.stdout.write(report(findings))
+    return 1 if any(finding.level is Level.BAD for finding in findings) else 0
+
+
+def _usage(given: argparse.Namespace) -> int:
+    sys.stdout.write(usage(_home(given), given.channel, as_json=given.json))
+    return 0
+
+
+def _command(given: argparse.Namespace) -> int:
+    """`distributary channel ...` is the chat command /channel ..., given by the terminal's owner."""
+    return _ask(given, {"command": f"/{given.name} {shlex.join(given.words)}".strip()})
+
+
+def _apply(given: argparse.Namespace) -> int:
+    config = _config(given)
+    if config.file is None:
+        raise BadConfig(detail="there is no configuration file to apply; name one with --config", file="-", problems="")
+    import tomllib
+
+    table = tomllib.loads(config.file.read_text(encoding="utf-8"))
+    return _ask(given, {"apply": {name: table[name] for name in ("limits", "partners", "channels") if name in table}})
+
+
+def _show(given: argparse.Namespace) -> int:
+    sys.stdout.write(show_config(_config(given)))
+    return 0
+
+
+def _ask(given: argparse.Namespace, request: dict[str, Any]) -> int:
+    """Let the process that owns the home do it; where there is none, do it here."""
+    home = _home(given)
+    answer = control.ask(home, request)
+    if answer is None:
+        answer = {"text": asyncio.run(_do_here(_config(given), home, request))}
+    if "error" in answer:
+        sys.stderr.write(f"distributary: {answer['error']}\n")
+        return 2
+    sys.stdout.write(answer["text"].rstrip() + "\n")
+    return 0
+
+
+async def _do_here(config: Config, home: Home, request: dict[str, Any]) -> str:
+    async with open_store(config, home) as database:
+        desk = control.Desk(database, home)
+        if "apply" in request:
+            return await desk.apply(request["apply"])
+        return (await desk.run(request["command"])).text
+
+
+# --- arguments and environment ---
+
+
+def _shared() -> argparse.ArgumentParser:
+    """What may stand before the command and after it. New each time: parsers change the defaults of their parents."""
+    shared = argparse.ArgumentParser(add_help=False, argument_default=argparse.SUPPRESS)
+    shared.add_argument(
+        "--config", type=Path, metavar="FILE", help=f"else ${CONFIG_VARIABLE}, else {FILE_NAME} in the home"
+    )
+    shared.add_argument(
+        "--home",
+        type=Path,
+        metavar="DIR",
+        help=f"where everything is kept; else ${HOME_VARIABLE}, else your data folder",
+    )
+    shared.add_argument("--verbose", "-v", action="store_true", help="log more; show tracebacks")
+    return shared
+
+
+def _parser() -> argparse.ArgumentParser:
+    about = "A language model for people, through partner channels."
+    parser = argparse.ArgumentParser("distributary", description=about, parents=[_shared()])
+    parser.set_defaults(config=None, home=None, verbose=False)
+    parser.add_argument("--version", action="version", version=f"distributary {version('distributary')}")
+    commands = parser.add_subparsers(metavar="COMMAND", required=True)
+
+    def add(to: Any, name: str, run: Callable[[argparse.Namespace], int], text: str) -> argparse.ArgumentParser:
+        made: argparse.ArgumentParser = to.add_parser(name, help=text, description=text, parents=[_shared()])
+        made.set_defaults(run=run, name=name)
+        return made
+
+    add(commands, "chat", _chat, "talk to the model here; piped lines are answered one by one")
+    add(commands, "serve", _serve, "run the bots that the configuration enables")
+    add(commands, "doctor", _doctor, "look for what is wrong, and say what to do")
+    used = add(commands, "usage", _usage, "what was used, by day and channel")
+    used.add_argument("channel", nargs="?", default="")
+    used.add_argument("--json", action="store_true")
+    for name, text in (
+        ("channel", "list, create, show, set or archive channels"),
+        ("operator", "invite, list or remove operators"),
+    ):
+        add(commands, name, _command, text).add_argument("words", nargs=argparse.REMAINDER, metavar="...")
+    config = add(commands, "config", _show, "show the configuration, or apply its channels and partners")
+    what = config.add_subparsers(metavar="show|apply", required=True)
+    add(what, "show", _show, "what is in use, secrets masked")
+    add(what, "apply", _apply, "change existing channels and partners to what the file says")
+    return parser
+
+
+def _home(given: argparse.Namespace) -> Home:
+    chosen = given.home or os.environ.get(HOME_VARIABLE)
+    if chosen:
+        return Home(Path(chosen).expanduser().absolute())
+    from platformdirs import user_data_path
+
+    return Home(user_data_path("distributary"))
+
+
+def _config(given: argparse.Namespace) -> Config:
+    """The file that was named; else the home's, if there is one; else the defaults."""
+    named = given.config or os.environ.get(CONFIG_VARIABLE)
+    file = Path(named).expanduser() if named else _home(given).path / FILE_NAME
+    return load_config(file if named or file.exists() else None, os.environ)
+
+
+def _language() -> str:
+    """What the environment asks for, if we speak it."""
+    variables = ("LC_ALL", "LC_MESSAGES", "LANG")
+    wanted = next((os.environ[name] for name in variables if os.environ.get(name)), "")
+    return resolve(wanted.partition(".")[0].replace("_", "-")) or "en"
+
+
+def _commands(language: str) -> dict[str, str]:
+    return {command.name: command.help(language) for command in COMMANDS}
+
+
+def _version() -> str:
+    return ".".join(version("distributary").split(".")[:2])
+
+
+# --- the log ---
+
+
+class _Fields(logging.Formatter):
+    """One event and its fields on a line."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        line = super().format(record)
+        fields = " ".join(f"{k}={v}" for k, v in vars(record).items() if k not in _FIELDS_OF_EVERY_RECORD)
+        head, newline, trace = line.partition("\n")
+        return f"{head} {fields}".rstrip() + newline + trace
+
+
+class _StandardError(logging.StreamHandler[Any]):
+    """Writes to what sys.stderr is at that moment: at a terminal, the lines above the editor."""
+
+    @property
+    def stream(self) -> Any:
+        return sys.stderr
+
+    @stream.setter
+    def stream(self, _: Any) -> None:
+        pass
+
+
+def _start_log(level: str) -> None:
+    handler = _StandardError()
+    handler.setFormatter(_Fields("%(asctime)s %(levelname)s %(message)s"))
+    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
+    for noisy in ("asyncio", "httpx", "urllib3", "transformers", "filelock"):
+        logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLogger().level))
+    from core import privacy
+
+    if hasattr(privacy, "install_log_filter"):
+        privacy.install_log_filter()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,167 @@
+"""`python -m finetune check|train JOBDIR`: a job folder in, events on standard output, JOBDIR/out at the end.
+
+Standard output carries events and nothing else, whatever a library prints. The end of standard input, SIGTERM and
+SIGINT mean: write a checkpoint and go. Knows how a trainer lives and dies, and nothing of how it trains.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ctypes
+import fcntl
+import logging
+import os
+import signal
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+from typing import IO
+
+from core.errors import AppError, BadDataset, JobError
+from core.job import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, Failed, JobEvent, Spec, dump_event
+
+log = logging.getLogger("finetune")
+M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """The exit status of core.job."""
+    parser = argparse.ArgumentParser(prog="python -m finetune", description=__doc__)
+    parser.add_argument("action", choices=["check", "train"])
+    parser.add_argument("job", type=Path, metavar="JOBDIR")
+    given = parser.parse_args(arguments)
+    logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
+    logging.captureWarnings(True)
+    # Threads that wait for each other spin by default: beside another busy program that is 20 times slower. Read when
+    # torch is loaded, so it is set before.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    stop = threading.Event()
+    events = Events(_own_stdout(), stop)
+    _watch(stop)
+    return run(given.action, given.job.absolute(), events, stop)
+
+
+class Events:
+    """Writes events as lines. A reader that is gone is the same as being told to stop."""
+
+    def __init__(self, out: IO[str], stop: threading.Event) -> None:
+        self.out, self.stop = out, stop
+
+    def __call__(self, event: JobEvent) -> None:
+        try:
+            self.out.write(dump_event(event) + "\n")
+            self.out.flush()
+        except BrokenPipeError:
+            self.stop.set()
+
+
+def run(action: str, folder: Path, emit: Events, stop: threading.Event) -> int:
+    """Do it, and turn every way in which it can end into an event and an exit status."""
+    from finetune.train import Interrupted, train  # torch takes seconds to load: signals are watched before
+
+    try:
+        with _locked(folder):
+            spec = Spec.read(folder)
+            _be_nice(spec)
+            if action == "check":
+                from finetune.prepare import prepare
+
+                prepare(folder, spec, emit)
+            else:
+                train(folder, spec, emit, stop)
+    except Interrupted:
+        log.info("train.interrupted")
+        return EXIT_INTERRUPTED
+    except BadDataset as error:
+        emit(Failed("yours", str(error.fields.get("reason", error)), line=int(error.fields.get("line", 0))))
+        return EXIT_FAILED
+    except AppError as error:
+        fault = "yours" if isinstance(error, JobError) and error.fields.get("fault") == "yours" else "ours"
+        emit(Failed("yours" if fault == "yours" else "ours", error.detail or str(error)))
+        return EXIT_FAILED
+    except Exception as error:
+        log.exception("train.failed")
+        emit(Failed("ours", f"{type(error).__name__}: {error}"[:500]))
+        return EXIT_FAILED
+    return EXIT_FINISHED
+
+
+@contextmanager
+def _locked(folder: Path) -> Iterator[None]:
+    """Hold JOBDIR/lock. The kernel lets go of it when the process ends, however it ends. Raises JobError."""
+    try:
+        handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise JobError(detail=f"{folder} is not a job folder: {error}") from error
+    try:
+        try:
+            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError as error:
+            raise JobError(detail=f"another trainer is at work on {folder}") from error
+        yield
+    finally:
+        os.close(handle)
+
+
+def _own_stdout() -> IO[str]:
+    """Standard output for events alone: what others write there goes to standard error from now on."""
+    sys.stdout.flush()
+    events = os.fdopen(os.dup(1), "w", encoding="utf-8", newline="\n")
+    os.dup2(2, 1)
+    return events
+
+
+def _watch(stop: threading.Event) -> None:
+    def told(signum: int, frame: object) -> None:
+        stop.set()
+
+    signal.signal(signal.SIGTERM, told)
+    signal.signal(signal.SIGINT, told)
+
+    def read_to_end() -> None:
+        with suppress(OSError, ValueError):
+            while os.read(0, 4096):
+                pass
+        stop.set()
+
+    threading.Thread(target=read_to_end, name="stdin", daemon=True).start()
+
+
+def _be_nice(spec: Spec) -> None:
+    with suppress(OSError):
+        os.nice(max(0, spec.nice))
+    _keep_freed_memory()
+    _multiply_by_onednn()
+
+
+def _keep_freed_memory() -> None:
+    """Let glibc keep what a step frees for the next one: giving it back and zeroing it anew costs 15% of a step."""
+    with suppress(OSError, AttributeError):
+        mallopt = ctypes.CDLL(None).mallopt
+        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the most it takes
+        mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
+        mallopt(M_TOP_PAD, 64 * 2**20)
+
+
+def _multiply_by_onednn() -> None:
+    """On AMD processors let oneDNN take float32 products instead of MKL, which is half as fast there.
+
+    torch has one switch for it, which also allows rounding to bfloat16 where the processor gains by that (AMX, which
+    AMD has not); so it stays on only if what comes out is float32. The same processor always decides alike.
+    """
+    import torch
+
+    if "AMD" not in str(torch.cpu.get_capabilities().get("cpu_name", "")):
+        return
+    a, b = torch.linspace(-1, 1, 64 * 576).reshape(64, 576).sin(), torch.linspace(-3, 3, 576 * 64).reshape(576, 64)
+    exact = a.double() @ b.double()
+    torch.set_float32_matmul_precision("medium")
+    if not torch.allclose((a @ b).double(), exact, rtol=1e-5, atol=5e-3):  # bfloat16 would be off by 0.1
+        torch.set_float32_matmul_precision("highest")
+    log.info("train.products matmul_precision=%s", torch.get_float32_matmul_precision())
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,86 @@
+"""The base model as the trainer loads it: whole precision, frozen, checked to be the one that is served."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.errors import JobError
+from core.job import Spec
+from core.weights import fingerprint
+
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True, slots=True)
+class Base:
+    """`name` is for people: it never holds a path of this machine."""
+
+    name: str
+    fingerprint: str
+    template_sha256: str
+    folder: Path
+    tokenizer: Any
+
+
+def find_base(spec: Spec, job_folder: Path) -> Base:
+    """Check the base model and load its tokenizer. Raises JobError if it is not the model of spec.fingerprint."""
+    folder = job_folder / spec.model  # an absolute path stays as it is
+    try:
+        found = fingerprint(folder)
+    except (OSError, ValueError) as error:
+        raise JobError(detail=f"the base model in {folder} cannot be read: {error}") from error
+    if spec.fingerprint and found != spec.fingerprint:
+        detail = f"the base model in {folder} is {found[:12]}, but the job is for {spec.fingerprint[:12]}"
+        raise JobError(detail=detail)
+    tokenizer = _tokenizer(folder)
+    template = hashlib.sha256(str(tokenizer.get_chat_template()).encode()).hexdigest()
+    return Base(spec.model_name or folder.name, found, template, folder, tokenizer)
+
+
+def _tokenizer(folder: Path) -> Any:
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is here; read when huggingface_hub is first imported
+    from transformers import AutoTokenizer
+
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError, ImportError) as error:
+        raise JobError(detail=f"the tokenizer in {folder} cannot be loaded: {error}") from error
+    if not tokenizer.chat_template:
+        raise JobError(detail=f"the tokenizer in {folder} has no chat template")
+    return tokenizer
+
+
+def choose_dtype(spec: Spec) -> torch.dtype:
+    """What the base model is held in. "auto" is bfloat16 on a GPU and float32 on a CPU. Raises JobError."""
+    if spec.dtype == "auto":
+        return torch.float32 if torch.device(spec.device).type == "cpu" else torch.bfloat16
+    if spec.dtype not in DTYPES:
+        raise JobError(detail=f"dtype={spec.dtype} is not auto, {' or '.join(DTYPES)} (float16 overflows in training)")
+    return DTYPES[spec.dtype]
+
+
+def load_module(base: Base, spec: Spec) -> Any:
+    """The model itself, frozen, on the spec's device. Raises JobError."""
+    from transformers import AutoModelForCausalLM
+    from transformers.utils import logging as transformers_logging
+
+    transformers_logging.disable_progress_bar()
+    dtype = choose_dtype(spec)
+    try:
+        module = AutoModelForCausalLM.from_pretrained(
+            base.folder,
+            dtype=dtype,
+            attn_implementation="sdpa",
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=True,
+        )
+        return module.requires_grad_(False).to(torch.device(spec.device))
+    except (OSError, ValueError, KeyError, RuntimeError) as error:
+        raise JobError(detail=f"the base model in {base.folder} cannot be loaded: {error}") from error

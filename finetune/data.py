@@ -1,0 +1,273 @@
+"""A data set's file -> conversations, with a report by line. Knows no tokens and no model.
+
+JSONL or CSV, plain or gzip, in UTF-8. A line that cannot be used is rejected with its reason and the others go on;
+a file that cannot be read to its end, or that is larger than memory should hold, is refused as a whole.
+"""
+
+from __future__ import annotations
+
+import csv
+import gzip
+import io
+import json
+import zlib
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import IO, Any
+
+from core.errors import BadDataset
+from finetune.records import BadRecord, Conversation, read_record
+
+MAX_BYTES = 200 * 10**6  # unpacked
+MAX_LINE_BYTES = 64 * 1024
+MAX_LINES = 200_000
+MAX_DEPTH = 8
+MIN_ROWS = 10
+NAMED = 20  # so many rejected or mended lines are named; the rest is counted
+BOM, GZIP = b"\xef\xbb\xbf", b"\x1f\x8b"
+Stream = io.BufferedIOBase | IO[bytes]
+TWO_BYTE_BOMS = (b"\xff\xfe", b"\xfe\xff")
+
+
+@dataclass(slots=True)
+class Report:
+    """What became of a file's rows: rows = used + duplicates + rejected. The texts are "line 7: reason"."""
+
+    rows: int = 0
+    used: int = 0
+    duplicates: int = 0
+    rejected: int = 0
+    mended: int = 0
+    rejections: list[str] = field(default_factory=list)
+    mendings: list[str] = field(default_factory=list)
+    first: tuple[int, str] = (0, "")  # the first rejection
+
+    def reject(self, line: int, reason: str) -> None:
+        self.rejected += 1
+        self.first = self.first if self.first[0] else (line, reason)
+        if len(self.rejections) < NAMED:
+            self.rejections.append(f"line {line}: {reason}")
+
+    def mend(self, line: int, reason: str) -> None:
+        self.mended += 1
+        if len(self.mendings) < NAMED:
+            self.mendings.append(f"line {line}: {reason}")
+
+
+def bad(line: int, reason: str) -> BadDataset:
+    return BadDataset(detail=f"line {line}: {reason}" if line else reason, line=line, reason=reason)
+
+
+def read(path: Path) -> tuple[list[Conversation], Report]:
+    """All usable conversations, each once, in the order of the file.
+
+    Raises BadDataset (line, reason) if the file as a whole cannot be used.
+    """
+    report = Report()
+    found: dict[str, Conversation] = {}
+    for line, record in _records(path):
+        report.rows += 1
+        if isinstance(record, BadRecord):
+            report.reject(line, str(record))
+            continue
+        try:
+            conversation, mended = read_record(record)
+        except BadRecord as error:
+            report.reject(line, str(error))
+            continue
+        if conversation.key in found:
+            report.duplicates += 1
+            continue
+        if mended:
+            report.mend(line, "; ".join(mended))
+        found[conversation.key] = Conversation(conversation.turns, conversation.key, line)
+    report.used = len(found)
+    check_enough(report)
+    return list(found.values()), report
+
+
+def check_enough(report: Report) -> None:
+    """Raises BadDataset if too little is usable; it names the first rejected line."""
+    line, reason = report.first
+    first = f"; the first of them, line {line}: {reason}" if line else ""
+    if report.used < MIN_ROWS:
+        raise bad(
+            line, f"{report.used} usable rows, at least {MIN_ROWS} are needed ({report.rejected} rejected{first})"
+        )
+    if report.rejected > report.used + report.duplicates:
+        raise bad(line, f"{report.rejected} of {report.rows} rows cannot be used{first}")
+
+
+def _records(path: Path) -> Iterator[tuple[int, Any]]:
+    """(line, record); the record is a BadRecord where the line does not even parse."""
+    with path.open("rb") as file:
+        packed = file.read(2) == GZIP
+        file.seek(0)
+        lines = _Lines(io.BufferedReader(gzip.GzipFile(fileobj=file)) if packed else file)
+        first = lines.first()
+        if not first:
+            raise bad(1, "the file is empty")
+        if first.lstrip()[:1] == b"[":
+            raise bad(lines.number, "a JSON list: write one object per line (JSONL)")
+        yield from _json_records(lines) if first.lstrip()[:1] == b"{" else _csv_records(lines)
+
+
+class _Lines:
+    """Counted lines of bytes, none longer than MAX_LINE_BYTES, at most MAX_BYTES of them in all.
+
+    A longer line comes out as None, its rest skipped.
+    """
+
+    def __init__(self, stream: Stream) -> None:
+        self.stream = stream
+        self.number = 0
+        self.bytes = 0
+        self._again: bytes | None = None
+
+    def first(self) -> bytes:
+        """The first line that holds anything, without a byte order mark; it will be read again."""
+        line: bytes | None = b"\n"
+        while line and not line.strip():
+            line = self._next()
+            if self.number == 1 and line is not None:
+                if line[:2] in TWO_BYTE_BOMS:
+                    raise bad(1, "the file is in UTF-16: save it as UTF-8")
+                line = line.removeprefix(BOM)
+        if line is None:
+            raise bad(self.number, f"the first line is longer than {MAX_LINE_BYTES} bytes")
+        self._again = line
+        return line
+
+    def __iter__(self) -> Iterator[bytes | None]:
+        if self._again is not None:
+            line, self._again = self._again, None
+            yield line
+        while (following := self._next()) != b"":
+            yield following
+
+    def _next(self) -> bytes | None:
+        """The next line, b"" at the end, None for one that is too long."""
+        line = self._read()
+        if not line:
+            return b""
+        self.number += 1
+        if self.number > MAX_LINES:
+            raise bad(self.number, f"more than {MAX_LINES} lines")
+        if len(line) <= MAX_LINE_BYTES:
+            return line
+        while line and not line.endswith(b"\n"):
+            line = self._read()
+        return None
+
+    def _read(self) -> bytes:
+        try:
+            line = self.stream.readline(MAX_LINE_BYTES + 1)
+        except (EOFError, zlib.error, gzip.BadGzipFile) as error:
+            raise bad(self.number + 1, f"the gzip file is damaged or cut off: {error}") from error
+        self.bytes += len(line)
+        if self.bytes > MAX_BYTES:
+            raise bad(self.number + 1, f"more than {MAX_BYTES // 10**6} MB unpacked")
+        return line
+
+
+def _json_records(lines: _Lines) -> Iterator[tuple[int, Any]]:
+    for line in lines:
+        if line is None:
+            yield lines.number, BadRecord(f"longer than {MAX_LINE_BYTES} bytes")
+        elif line.strip():
+            try:
+                yield lines.number, parse_json(line)
+            except BadRecord as error:
+                yield lines.number, error
+
+
+def parse_json(line: bytes) -> Any:
+    """One JSON value of bounded depth and size. Raises BadRecord for all else: NaN, nesting, digits without end."""
+    try:
+        value = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
+    except BadRecord:
+        raise
+    except UnicodeDecodeError as error:
+        raise BadRecord("not in UTF-8") from error
+    except json.JSONDecodeError as error:
+        raise BadRecord(f"not JSON: {error.msg} at character {error.pos + 1}") from error
+    except RecursionError as error:
+        raise BadRecord(f"nested deeper than {MAX_DEPTH} levels") from error
+    except ValueError as error:  # an integer longer than sys.get_int_max_str_digits()
+        raise BadRecord("a number with too many digits") from error
+    _check_depth(value)
+    return value
+
+
+def _refuse_constant(name: str) -> Any:
+    raise BadRecord(f"{name} is not JSON")
+
+
+def _check_depth(value: Any) -> None:
+    level = [value]
+    for _ in range(MAX_DEPTH):
+        level = [inner for outer in level for inner in _inside(outer)]
+        if not level:
+            return
+    raise BadRecord(f"nested deeper than {MAX_DEPTH} levels")
+
+
+def _inside(value: Any) -> list[Any]:
+    if isinstance(value, dict):
+        return list(value.values())
+    return value if isinstance(value, list) else []
+
+
+def _csv_records(lines: _Lines) -> Iterator[tuple[int, Any]]:
+    csv.field_size_limit(MAX_LINE_BYTES)
+    header: list[str] | None = None
+    starts = 1
+    delimiter = ","
+
+    def text_lines() -> Iterator[str]:
+        for line in lines:
+            if line is None:
+                raise bad(lines.number, f"longer than {MAX_LINE_BYTES} bytes")
+            try:
+                yield line.decode("utf-8")
+            except UnicodeDecodeError as error:
+                raise bad(lines.number, "not in UTF-8") from error
+
+    texts = text_lines()
+    head = next(texts)
+    delimiter = max(",;\t", key=head.count)
+    rows = csv.reader(_chain(head, texts), delimiter=delimiter, strict=True)
+    while True:
+        try:
+            row = next(rows)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            raise bad(starts, f"not CSV: {error}") from error
+        if header is None:
+            header = _header(row, lines.number)
+        elif any(cell.strip() for cell in row):
+            yield starts, _cells(header, row)
+        starts = lines.number + 1
+
+
+def _chain(head: str, rest: Iterator[str]) -> Iterator[str]:
+    yield head
+    yield from rest
+
+
+def _header(row: list[str], line: int) -> list[str]:
+    header = [name.strip().lower() for name in row]
+    known = ({"prompt", "completion"}, {"instruction", "output"}, {"question", "answer"}, {"q", "a"})
+    if not any(pair <= set(header) for pair in known):
+        raise bad(line, "neither JSONL nor CSV with columns question and answer, prompt and completion, or alike")
+    if len(set(header)) != len(header):
+        raise bad(line, "two columns have the same name")
+    return header
+
+
+def _cells(header: list[str], row: list[str]) -> dict[str, str] | BadRecord:
+    if len(row) != len(header):
+        return BadRecord(f"{len(row)} columns, but the header has {len(header)}")
+    return dict(zip(header, row, strict=True))

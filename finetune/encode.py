@@ -1,0 +1,97 @@
+"""Conversations -> token ids and what of them is taught, exactly as they are served. Knows no files and no model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, replace
+from itertools import groupby
+
+from core.errors import BadInput
+from core.prompt import ChatTokenizer, TrainingRow, render_training
+from core.types import Role
+from finetune.data import Report, check_enough
+from finetune.records import BadRecord, Conversation, Turn, under_instructions
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One row of training; `key` is its conversation's."""
+
+    row: TrainingRow
+    key: str
+    line: int
+
+
+def encode(
+    conversations: Sequence[Conversation],
+    tokenizer: ChatTokenizer,
+    *,
+    instructions: str,
+    max_tokens: int,
+    report: Report,
+) -> list[Row]:
+    """The rows that fit max_tokens; the oldest exchanges of longer ones are left out. Writes into `report`.
+
+    Raises BadDataset if too few are left.
+    """
+    rows = []
+    for conversation in conversations:
+        served = under_instructions(conversation, instructions)
+        try:
+            row, dropped = encode_one(served, tokenizer, max_tokens=max_tokens)
+        except BadRecord as error:
+            report.used -= 1
+            report.reject(conversation.line, str(error))
+            continue
+        if dropped:
+            report.mend(conversation.line, f"the oldest {dropped} messages were left out to fit {max_tokens} tokens")
+        rows.append(Row(row, conversation.key, conversation.line))
+    check_enough(report)
+    return rows
+
+
+def encode_one(conversation: Conversation, tokenizer: ChatTokenizer, *, max_tokens: int) -> tuple[TrainingRow, int]:
+    """(row, number of messages left out). Raises BadRecord if even the last exchange is too long."""
+    length = 0
+    for shorter in _shorter_and_shorter(conversation):
+        row = _taught_only(render(shorter, tokenizer), shorter)
+        length = len(row.ids)
+        if length <= max_tokens and any(row.supervised):
+            return row, len(conversation.turns) - len(shorter.turns)
+    if length <= max_tokens:
+        raise BadRecord("nothing in it is taught")
+    raise BadRecord(f"{length} tokens long, at most {max_tokens} are trained (max_tokens)")
+
+
+def render(conversation: Conversation, tokenizer: ChatTokenizer) -> TrainingRow:
+    try:
+        return render_training(conversation.messages, tokenizer)
+    except BadInput as error:
+        raise BadRecord(error.detail or str(error)) from error
+
+
+def _shorter_and_shorter(conversation: Conversation) -> Iterator[Conversation]:
+    """The conversation, then without its first exchange, and so on down to the last; a system turn stays."""
+    head = 1 if conversation.turns[0].message.role is Role.SYSTEM else 0
+    starts = [i for i, turn in enumerate(conversation.turns) if turn.message.role is Role.USER]
+    for start in starts:
+        kept: tuple[Turn, ...] = (*conversation.turns[:head], *conversation.turns[start:])
+        yield replace(conversation, turns=kept)
+
+
+def _taught_only(row: TrainingRow, conversation: Conversation) -> TrainingRow:
+    """Take the answers of weight 0 out of what is taught. Answers are runs of supervised tokens, in their order."""
+    taught = [turn.taught for turn in conversation.turns if turn.message.role is Role.ASSISTANT]
+    runs = sum(1 for supervised, _ in groupby(row.supervised) if supervised)
+    if all(taught):
+        return row
+    if runs != len(taught):  # the template let only the last answer be supervised
+        taught = taught[-runs:]
+    supervised: list[bool] = []
+    answer = -1
+    before = False
+    for here in row.supervised:
+        answer += here and not before
+        supervised.append(here and taught[answer])
+        before = here
+    return TrainingRow(row.ids, tuple(supervised))

@@ -1,0 +1,76 @@
+"""Spec and data file -> rows to train, validate and test on. What `python -m finetune check` does."""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from core.errors import BadDataset, JobError
+from core.job import Checked, JobEvent, Spec
+from core.prompt import TrainingRow
+from finetune import settings
+from finetune.base import Base, find_base
+from finetune.data import Report, read
+from finetune.encode import encode
+from finetune.split import Split, split
+
+log = logging.getLogger(__name__)
+Emit = Callable[[JobEvent], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Prepared:
+    base: Base
+    rows: Sequence[TrainingRow]
+    split: Split
+    report: Report
+
+    def part(self, numbers: Sequence[int]) -> list[TrainingRow]:
+        return [self.rows[number] for number in numbers]
+
+
+def prepare(folder: Path, spec: Spec, emit: Emit) -> Prepared:
+    """Check settings, base model and data; tell what became of the rows. Raises BadDataset, JobError."""
+    settings.check(spec)
+    path = folder / spec.data
+    _check_data(path, spec.data_sha256)
+    conversations, report = read(path)
+    base = find_base(spec, folder)
+    rows = encode(
+        conversations,
+        base.tokenizer,
+        instructions=spec.instructions,
+        max_tokens=spec.hyper.max_tokens,
+        report=report,
+    )
+    parts = split([row.key for row in rows])
+    emit(
+        Checked(
+            rows=report.rows,
+            used=report.used,
+            duplicates=report.duplicates,
+            tokens=sum(len(row.row.ids) for row in rows),
+            train=len(parts.train),
+            validation=len(parts.validation),
+            test=len(parts.test),
+            rejected=tuple(report.rejections),
+            mended=tuple(report.mendings),
+        )
+    )
+    log.info("data.checked rows=%d used=%d rejected=%d", report.rows, report.used, report.rejected)
+    return Prepared(base, [row.row for row in rows], parts, report)
+
+
+def _check_data(path: Path, sha256: str) -> None:
+    try:
+        with path.open("rb") as file:
+            found = hashlib.file_digest(file, "sha256").hexdigest()
+    except OSError as error:
+        raise JobError(detail=f"the data set {path} cannot be read: {error}") from error
+    if path.stat().st_size == 0:
+        raise BadDataset(detail="the file is empty", line=1, reason="the file is empty")
+    if sha256 and found != sha256:
+        raise JobError(detail=f"the data set {path} is {found[:12]}, but the job is for {sha256[:12]}")

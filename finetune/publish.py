@@ -1,0 +1,86 @@
+"""The job's result: a PEFT folder, written aside and renamed to `out` when it is whole. Knows no optimiser.
+
+Any program that loads PEFT adapters loads it; manifest.json and README.md say where it came from.
+"""
+
+from __future__ import annotations
+
+import json
+import platform
+import shutil
+from dataclasses import asdict
+from importlib.metadata import version
+from pathlib import Path
+
+from safetensors.torch import save
+from torch import Tensor
+
+from core.errors import JobError
+from core.job import Done
+from finetune.checkpoint import sync_folder, write_durably
+from finetune.report import Manifest, model_card
+
+OUT, ASIDE, MANIFEST = "out", "out.new", "manifest.json"
+WEIGHTS = "adapter_model.safetensors"
+
+
+def publish(folder: Path, tensors: dict[str, Tensor], manifest: Manifest) -> None:
+    """Write JOBDIR/out. Until the rename nothing of that name exists; afterwards it is complete."""
+    aside = folder / ASIDE
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    _write_config(aside, manifest)
+    write_durably(aside / WEIGHTS, save(tensors, {"format": "pt"}))
+    write_durably(aside / "README.md", model_card(manifest).encode())
+    text = json.dumps({**asdict(manifest), "seed": manifest.seed}, ensure_ascii=False, allow_nan=False, indent=2)
+    write_durably(aside / MANIFEST, text.encode())
+    aside.rename(folder / OUT)
+    sync_folder(folder)
+
+
+def published(folder: Path) -> Done | None:
+    """What the event `finished` says of an `out` that is there already: the trainer was killed after the rename."""
+    path = folder / OUT / MANIFEST
+    if not path.is_file():
+        return None
+    try:
+        manifest = json.loads(path.read_text("utf-8"))
+        losses = manifest["losses"]
+        return done(manifest["steps"], manifest["seconds"], losses)
+    except (ValueError, KeyError, TypeError) as error:
+        raise JobError(detail=f"{path} is damaged: {error}") from error
+
+
+def done(steps: int, seconds: float, losses: dict[str, float]) -> Done:
+    return Done(
+        steps=steps,
+        seconds=seconds,
+        train_loss_first=losses["train_first"],
+        train_loss_last=losses["train_last"],
+        test_loss_base=losses["test_base"],
+        test_loss=losses["test_candidate"],
+    )
+
+
+def versions() -> dict[str, str]:
+    names = ("torch", "transformers", "peft", "safetensors")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
+def _write_config(folder: Path, manifest: Manifest) -> None:
+    from peft import LoraConfig, TaskType
+
+    config = LoraConfig(
+        task_type=TaskType.CAUSAL_LM,
+        base_model_name_or_path=manifest.base_model,
+        r=manifest.hyper.rank,
+        lora_alpha=manifest.hyper.alpha,
+        lora_dropout=manifest.dropout,
+        target_modules=list(manifest.target_modules),
+        inference_mode=True,
+    )
+    config.save_pretrained(folder)
+    path = folder / "adapter_config.json"
+    known = json.loads(path.read_text("utf-8"))
+    known["target_modules"] = sorted(known["target_modules"])  # a set in PEFT: its order would change the file's hash
+    write_durably(path, (json.dumps(known, indent=2, sort_keys=True) + "\n").encode())

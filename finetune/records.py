@@ -1,0 +1,217 @@
+"""One record of a data set, as JSON or CSV gave it -> one conversation. Pure; knows no files, templates or tokens.
+
+Five shapes are read, told apart by their keys:
+
+    {"messages": [{"role": "user", "content": "..."}, ...]}             OpenAI; each with an optional "weight" of 0 or 1
+    {"conversations": [{"from": "human", "value": "..."}, ...]}         ShareGPT; "system" may stand beside it
+    {"prompt": "...", "completion": "..."}                              each a text, or a list of messages
+    {"instruction": "...", "input": "...", "output": "..."}             Alpaca
+    {"question": "...", "answer": "..."}, or q and a                    also in CSV, like the two before
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any, NamedTuple
+
+from core.types import Message, Role
+
+MAX_TURNS = 400
+ROLES = {
+    **dict.fromkeys(("system", "developer"), Role.SYSTEM),
+    **dict.fromkeys(("user", "human"), Role.USER),
+    **dict.fromkeys(("assistant", "gpt", "bot", "chatgpt", "model"), Role.ASSISTANT),
+}
+SHAPES: tuple[tuple[str, ...], ...] = (  # a record is of the first shape whose keys it has
+    ("messages",),
+    ("conversations",),
+    ("prompt", "completion"),
+    ("instruction", "output"),
+    ("question", "answer"),
+    ("q", "a"),
+)
+
+
+class BadRecord(ValueError):
+    """The record cannot be used; the message says why, without repeating its text."""
+
+
+class Turn(NamedTuple):
+    message: Message
+    taught: bool  # the model learns to say it
+
+
+@dataclass(frozen=True, slots=True)
+class Conversation:
+    """Leading system turn (or none), then user and assistant in turn; the last is the assistant's.
+
+    `line` is where it begins in the file; `key` names it by what it says, before any instructions are added.
+    """
+
+    turns: tuple[Turn, ...]
+    key: str = ""
+    line: int = 0
+
+    @property
+    def messages(self) -> tuple[Message, ...]:
+        return tuple(turn.message for turn in self.turns)
+
+
+@dataclass(slots=True)
+class Mending:
+    """Collects what was changed so that a record could be used."""
+
+    said: list[str]
+
+    def note(self, what: str) -> None:
+        if what not in self.said:
+            self.said.append(what)
+
+
+def read_record(record: Any) -> tuple[Conversation, tuple[str, ...]]:
+    """(conversation, what had to be mended). Raises BadRecord."""
+    if not isinstance(record, Mapping):
+        raise BadRecord(f"the line holds {_kind(record)}, not an object with keys")
+    mending = Mending([])
+    turns = _in_turn(_turns(record, mending), mending)
+    conversation = Conversation(tuple(turns))
+    return replace(conversation, key=conversation_key(conversation)), tuple(mending.said)
+
+
+def conversation_key(conversation: Conversation) -> str:
+    """sha256 of the canonical JSON of who says what; by it rows are known as the same, and are split."""
+    said = [[turn.message.role.value, turn.message.text] for turn in conversation.turns]
+    return hashlib.sha256(json.dumps(said, ensure_ascii=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def under_instructions(conversation: Conversation, instructions: str) -> Conversation:
+    """The conversation as it is served: one without a system turn stands under the channel's instructions."""
+    if not instructions or conversation.turns[0].message.role is Role.SYSTEM:
+        return conversation
+    first = Turn(Message(Role.SYSTEM, instructions), taught=False)
+    return replace(conversation, turns=(first, *conversation.turns))
+
+
+def _turns(record: Mapping[str, Any], mending: Mending) -> list[Turn]:
+    shape = next((keys for keys in SHAPES if all(record.get(key) is not None for key in keys)), None)
+    if shape is None:
+        known = "; ".join(" and ".join(keys) for keys in SHAPES)
+        raise BadRecord(f"none of the known keys: {known}")
+    if shape == ("messages",):
+        return _list(record["messages"], mending)
+    if shape == ("conversations",):
+        turns = _list(record["conversations"], mending)
+        return [*_system(record, mending), *turns]
+    if shape == ("prompt", "completion"):
+        prompt, completion = record["prompt"], record["completion"]
+        asked = _list(prompt, mending) if isinstance(prompt, list) else [_turn(Role.USER, prompt, mending)]
+        said = (
+            _list(completion, mending) if isinstance(completion, list) else [_turn(Role.ASSISTANT, completion, mending)]
+        )
+        return [*(turn._replace(taught=False) for turn in asked), *said]
+    asked_key, said_key = shape[0], shape[1]
+    question = _text(record[asked_key], asked_key, mending)
+    if shape == ("instruction", "output") and record.get("input"):
+        question = f"{question}\n\n{_text(record['input'], 'input', mending)}"
+    answer = _text(record[said_key], said_key, mending)
+    return [
+        *_system(record, mending),
+        Turn(Message(Role.USER, question.strip()), taught=False),
+        Turn(Message(Role.ASSISTANT, answer.strip()), taught=True),
+    ]
+
+
+def _system(record: Mapping[str, Any], mending: Mending) -> list[Turn]:
+    return [_turn(Role.SYSTEM, record["system"], mending)] if record.get("system") else []
+
+
+def _turn(role: Role, content: Any, mending: Mending) -> Turn:
+    return Turn(Message(role, _text(content, role.value, mending).strip()), taught=role is Role.ASSISTANT)
+
+
+def _list(given: Any, mending: Mending) -> list[Turn]:
+    if not isinstance(given, list) or not given:
+        raise BadRecord("the conversation is not a list of messages, or an empty one")
+    if len(given) > MAX_TURNS:
+        raise BadRecord(f"{len(given)} messages, at most {MAX_TURNS} are read")
+    return [_message(one, number, mending) for number, one in enumerate(given, 1)]
+
+
+def _message(given: Any, number: int, mending: Mending) -> Turn:
+    if not isinstance(given, Mapping):
+        raise BadRecord(f"message {number} is {_kind(given)}, not an object")
+    name = given.get("role", given.get("from"))
+    role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
+    if role is None:
+        shown = repr(name[:20]) if isinstance(name, str) else _kind(name)
+        raise BadRecord(f"message {number} has the role {shown}: user, assistant and system are known")
+    content = given.get("content", given.get("value"))
+    turn = _turn(role, _joined(content, number), mending)
+    weight = given.get("weight", 1)
+    if isinstance(weight, bool) or weight not in (0, 1):
+        raise BadRecord(f"message {number} has a weight that is neither 0 nor 1")
+    return turn._replace(taught=turn.taught and weight == 1)
+
+
+def _joined(content: Any, number: int) -> Any:
+    """A content may be a list of parts; those of text are joined, others cannot be trained on."""
+    if not isinstance(content, list):
+        return content
+    if not all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
+        raise BadRecord(f"message {number} holds more than text")
+    texts = [part.get("text") for part in content]
+    if not all(isinstance(text, str) for text in texts):
+        raise BadRecord(f"message {number} holds a part without text")
+    return "".join(texts)
+
+
+def _text(given: Any, where: str, mending: Mending) -> str:
+    """Text that every later step can hold: no NUL, no half of a surrogate pair."""
+    if not isinstance(given, str):
+        raise BadRecord(f"{where} is {_kind(given)}, not a text")
+    text = given
+    if "\0" in text:
+        text = text.replace("\0", "")
+        mending.note("NUL characters were left out")
+    if any("\ud800" <= char <= "\udfff" for char in text):
+        text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
+        mending.note("halves of surrogate pairs were replaced")
+    return text
+
+
+def _kind(value: Any) -> str:
+    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "empty"}
+    return names.get(type(value), "a number")
+
+
+def _in_turn(turns: list[Turn], mending: Mending) -> list[Turn]:
+    """Check that user and assistant speak in turn; join what one of them says in pieces; end with an answer."""
+    merged: list[Turn] = []
+    for turn in turns:
+        role, text = turn.message.role, turn.message.text
+        if not text:
+            raise BadRecord(f"a message of the {role.value} is empty")
+        last = merged[-1] if merged else None
+        if last is not None and last.message.role is role and last.taught == turn.taught:
+            merged[-1] = last._replace(message=Message(role, f"{last.message.text}\n\n{text}"))
+            mending.note(f"messages of the {role.value} that follow each other were joined")
+        elif role is Role.SYSTEM and last is not None:
+            raise BadRecord("a system message stands after the beginning")
+        elif last is not None and last.message.role is role:
+            raise BadRecord("two answers follow each other with different weights")
+        else:
+            merged.append(turn)
+    while merged and merged[-1].message.role is not Role.ASSISTANT:
+        merged.pop()
+        mending.note("what follows the last answer was left out")
+    if not merged:
+        raise BadRecord("no message of the assistant")
+    spoken = merged[1:] if merged[0].message.role is Role.SYSTEM else merged
+    if spoken[0].message.role is not Role.USER:
+        raise BadRecord("the conversation does not begin with the user")
+    if not any(turn.taught for turn in merged):
+        raise BadRecord("no answer with a weight of 1")
+    return merged

@@ -1,0 +1,47 @@
+"""Which rows train, which validate and which test: by the hash of what is said, for good. Pure.
+
+A row's place depends on its own hash and on how many rows there are, never on their order. The test's rows are those
+of the smallest hashes and its share only shrinks as a set grows, so that no row that was trained on ever tests.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+SMALL, LARGE = 200, 600  # rows
+SHARE_SMALL, SHARE_LARGE = 0.30, 0.10  # of the test
+VALIDATION = 0.05
+FEWEST = 3  # rows in test and in validation, however few there are
+
+
+@dataclass(frozen=True, slots=True)
+class Split:
+    """Row numbers."""
+
+    train: tuple[int, ...]
+    validation: tuple[int, ...]
+    test: tuple[int, ...]
+
+
+def share_of_test(rows: int) -> float:
+    """30% below 200 rows, falling linearly to 10% at 600."""
+    way = min(1.0, max(0.0, (rows - SMALL) / (LARGE - SMALL)))
+    return SHARE_SMALL + way * (SHARE_LARGE - SHARE_SMALL)
+
+
+def split(keys: Sequence[str]) -> Split:
+    """`keys` are sha256 in hexadecimal, all different. Raises ValueError for fewer rows than three parts need."""
+    if len(keys) < 3 * FEWEST:
+        raise ValueError(f"{len(keys)} rows cannot be split: at least {3 * FEWEST} are needed")
+    place = [int(key[:16], 16) / 16**16 for key in keys]  # [0, 1)
+    order = sorted(range(len(keys)), key=lambda row: keys[row])
+    share = share_of_test(len(keys))
+    n_test = max(FEWEST, sum(at < share for at in place))
+    n_validation = max(FEWEST, sum(at >= 1 - VALIDATION for at in place))
+    n_test = min(n_test, len(keys) - n_validation - FEWEST)
+    return Split(
+        train=tuple(sorted(order[n_test : len(order) - n_validation])),
+        validation=tuple(sorted(order[len(order) - n_validation :])),
+        test=tuple(sorted(order[:n_test])),
+    )

@@ -1,0 +1,345 @@
+"""The training loop, top to bottom. Knows nothing of chats, adapters' names or the store.
+
+Every random number follows from (seed, step) or (data, seed, epoch), and a checkpoint holds all else; so a job that
+was cut at any point and goes on ends with the very same bits, on a CPU with the same number of threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import math
+import threading
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from core.errors import JobError
+from core.job import Evaluated, Progress, Spec, Warned
+from core.prompt import TrainingRow
+from finetune import lora
+from finetune.base import choose_dtype, load_module
+from finetune.batches import Batch, Step, collate, pack, plan_epoch, shared_prefix, split_step
+from finetune.checkpoint import Position, load_checkpoint, save_checkpoint
+from finetune.loss import Scorer
+from finetune.optimise import clip_by_norm, clip_by_value, learning_rate
+from finetune.prepare import Emit, Prepared, prepare
+from finetune.publish import done, publish, published, versions
+from finetune.report import Manifest
+from finetune.settings import LEAST_PREFIX, Resolved, resolve
+
+log = logging.getLogger(__name__)
+
+CHECKPOINT = "checkpoint"
+CHECKPOINT_S = 20.0
+PROGRESS_S = 1.0
+FORWARD_SHARE = 0.4  # of a training step's time: what evaluating a token costs beside training one
+
+
+class Interrupted(Exception):
+    """The job is to stop; its checkpoint is written."""
+
+
+class NonFinite(Exception):
+    """A loss or a gradient is NaN or infinite; nothing was changed by this step."""
+
+
+@dataclass(slots=True)
+class Taken:
+    """One optimiser step: mean loss per supervised token, norm before clipping by it, fraction clipped by value."""
+
+    loss: float
+    grad_norm: float
+    clipped: float
+    tokens: int
+
+
+def train(folder: Path, spec: Spec, emit: Emit, stop: threading.Event) -> None:
+    """Do the job, or the rest of it. Raises Interrupted, JobError, BadDataset."""
+    if (finished := published(folder)) is not None:
+        emit(finished)
+        return
+    torch.set_num_threads(spec.threads)
+    prepared = prepare(folder, spec, emit)
+    trainer = Trainer(folder, spec, prepared, emit, stop)
+    trainer.run()
+
+
+class Trainer:
+    """One job: the model with its delta, the optimiser, and how far they have come."""
+
+    def __init__(self, folder: Path, spec: Spec, prepared: Prepared, emit: Emit, stop: threading.Event) -> None:
+        self.folder, self.spec, self.prepared, self.emit, self.stop = folder, spec, prepared, emit, stop
+        self.device = torch.device(spec.device)
+        self.train_rows = prepared.part(prepared.split.train)
+        self.settings: Resolved = resolve(spec.hyper, rows=len(self.train_rows), device=self.device.type)
+        self._check_stop()
+        model = load_module(prepared.base, spec)
+        torch.manual_seed(spec.hyper.seed)
+        self.targets = lora.add_lora(model, rank=spec.hyper.rank, alpha=spec.hyper.alpha, dropout=self.settings.dropout)
+        self.model: Any = model
+        self.scorer = Scorer(model)
+        self.parameters = lora.trainable(model)
+        self.prefix = self._shared_prefix()
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=spec.hyper.learning_rate, weight_decay=spec.hyper.weight_decay
+        )
+        self._epoch, self._plan = 0, self._plan_of(0)
+        self.steps_per_epoch = len(self._plan)
+        self.steps = self.steps_per_epoch * spec.hyper.epochs
+        self.position = self._begin()
+        self._session_tokens, self._session_s = 0, 0.0
+
+    def run(self) -> None:
+        try:
+            self._train()
+            self._evaluate_test()
+        except Interrupted:
+            self._save()
+            raise
+        losses = self._losses()
+        publish(self.folder, lora.state(self.model), self._manifest(losses))
+        self.emit(done(self.position.step, self.position.seconds, losses))
+
+    def _train(self) -> None:
+        told = saved = -math.inf
+        while self.position.step < self.steps:
+            began = time.monotonic()
+            try:
+                taken = self.take_step()
+            except NonFinite as error:
+                self._go_back(error)
+                continue
+            self._count(taken, time.monotonic() - began)
+            last_of_epoch = self.position.step % self.steps_per_epoch == 0
+            if began - told >= PROGRESS_S or self.position.step == self.steps:
+                self._tell(taken)
+                told = began
+            if last_of_epoch:
+                self._evaluate("validation", f"validation_{self.position.step // self.steps_per_epoch}")
+            if last_of_epoch or began - saved >= CHECKPOINT_S:
+                self._save()
+                saved = time.monotonic()
+
+    def take_step(self) -> Taken:
+        """Forward, backward, clip, update. Raises Interrupted or NonFinite before anything is changed."""
+        step, hyper = self.position.step, self.spec.hyper
+        torch.manual_seed(step_seed(hyper.seed, step))
+        rate = learning_rate(step, self.steps, hyper) * self.position.rate_factor
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+        batches = [[self.train_rows[row] for row in micro] for micro in self._step(step)]
+        supervised = sum(sum(row.supervised[1:]) for rows in batches for row in rows)
+        loss, tokens = 0.0, 0
+        self.scorer.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        for rows in batches:
+            self._check_stop()
+            batch = self.batch(rows)
+            # Sum over tokens / tokens of the whole step: however a step is cut, every token weighs the same.
+            part = self.scorer(batch) / supervised
+            part.backward()
+            loss += float(part.detach())
+            tokens += batch.tokens
+        self._check_stop()
+
+        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
+        # Looked for first: clamping would make an ordinary 1.0 of an infinite gradient.
+        if not (math.isfinite(loss) and all_finite(gradients)):
+            raise NonFinite(f"step {step + 1}: the loss or its gradient is not finite")
+        clipped = clip_by_value(gradients, hyper.clip_value)
+        norm = clip_by_norm(gradients, hyper.clip_norm)
+        self.optimizer.step()
+        return Taken(loss, norm, clipped, tokens)
+
+    def _begin(self) -> Position:
+        identity = self._identity()
+        checkpoint = self.folder / CHECKPOINT
+        position = load_checkpoint(checkpoint, identity, self.model, self.optimizer)
+        if position is None:
+            if checkpoint.exists():
+                self.emit(Warned("the checkpoint is of other settings, or damaged; the job begins anew"))
+            position = Position(identity)
+            save_checkpoint(checkpoint, position, self.model, self.optimizer)
+        log.info("train.begin step=%d of %d, %d rows", position.step, self.steps, len(self.train_rows))
+        return position
+
+    def _go_back(self, error: NonFinite) -> None:
+        """To the last checkpoint, once, with half the learning rate."""
+        failed_factor = self.position.rate_factor
+        position = load_checkpoint(self.folder / CHECKPOINT, self.position.identity, self.model, self.optimizer)
+        if failed_factor < 1 or position is None:
+            raise JobError(
+                detail=f"{error}, also at half the learning rate; try finetune.learning_rate="
+                f"{self.spec.hyper.learning_rate / 4:g}",
+                fault="yours",
+            )
+        self.position = position
+        self.position.rate_factor = failed_factor / 2
+        self._save()
+        self.emit(Warned(f"{error}; going on from step {position.step} with half the learning rate"))
+
+    def _count(self, taken: Taken, seconds: float) -> None:
+        self.position.step += 1
+        self.position.tokens += taken.tokens
+        self.position.seconds += seconds
+        self.position.losses.append(taken.loss)
+        self._session_tokens += taken.tokens
+        self._session_s += seconds
+
+    def _tell(self, taken: Taken) -> None:
+        pace = self._session_tokens / max(self._session_s, 1e-9)
+        self.emit(
+            Progress(
+                step=self.position.step,
+                steps=self.steps,
+                epoch=(self.position.step - 1) // self.steps_per_epoch + 1,
+                epochs=self.spec.hyper.epochs,
+                loss=taken.loss,
+                tokens_per_s=round(pace, 1),
+                seconds_left=round(self._tokens_left() / pace, 1),
+                grad_norm=taken.grad_norm,
+                clipped=taken.clipped,
+            )
+        )
+
+    def _tokens_left(self) -> float:
+        """Of training; tokens that are only evaluated count for their share."""
+        parts = self.prepared.split
+        epoch = sum(len(row.ids) for row in self.train_rows)
+        validation = sum(len(self.prepared.rows[row].ids) for row in parts.validation)
+        test = sum(len(self.prepared.rows[row].ids) for row in parts.test)
+        evaluations = self.spec.hyper.epochs - self.position.step // self.steps_per_epoch
+        training = epoch * self.spec.hyper.epochs - self.position.tokens
+        return max(0.0, training + FORWARD_SHARE * (evaluations * validation + 2 * test))
+
+    def _evaluate_test(self) -> None:
+        self._evaluate("test", "test_candidate")
+        with lora.without_lora(self.model):
+            self._evaluate("test", "test_base", who="base")
+
+    def _evaluate(
+        self, part: Literal["validation", "test"], name: str, *, who: Literal["base", "candidate"] = "candidate"
+    ) -> None:
+        """Measure once: what a checkpoint holds already is not measured again."""
+        rows = self.prepared.part(getattr(self.prepared.split, part))
+        if name not in self.position.evaluated:
+            loss = self.mean_loss(rows)
+            if not math.isfinite(loss):
+                raise JobError(detail=f"the loss on the {part} rows is not finite after step {self.position.step}")
+            self.position.evaluated[name] = loss
+        loss = self.position.evaluated[name]
+        self.emit(Evaluated(step=self.position.step, split=part, loss=loss, rows=len(rows), who=who))
+
+    @torch.no_grad()
+    def mean_loss(self, rows: Sequence[TrainingRow]) -> float:
+        """Mean loss per supervised token, without dropout. Holds no more than one micro-batch. Raises Interrupted."""
+        self.scorer.eval()
+        total, supervised = 0.0, 0
+        lengths = [len(row.ids) - self.prefix for row in rows]
+        for micro in split_step(range(len(rows)), lengths, micro_tokens=self.settings.micro_tokens):
+            self._check_stop()
+            batch = self.batch([rows[row] for row in micro])
+            total += float(self.scorer(batch))
+            supervised += batch.supervised
+        return total / supervised
+
+    def batch(self, rows: Sequence[TrainingRow]) -> Batch:
+        return pack(rows, self.device, prefix=self.prefix) if self.prefix else collate(rows, self.device)
+
+    @torch.no_grad()
+    def _shared_prefix(self) -> int:
+        """How many tokens all rows share, or 0 where packing is of no use, or not exact for this model."""
+        prefix = shared_prefix(self.prepared.rows)
+        text = self.model.config.get_text_config()
+        if not self.settings.share_prefix or prefix < LEAST_PREFIX or getattr(text, "sliding_window", None):
+            return 0
+        self.scorer.eval()
+        two = self.train_rows[:2]
+        packed, padded = self.scorer(pack(two, self.device, prefix=prefix)), self.scorer(collate(two, self.device))
+        if not torch.allclose(packed, padded, rtol=1e-3):
+            log.warning("train.not_packed: packed %g, padded %g", packed, padded)
+            return 0
+        return prefix
+
+    def _plan_of(self, epoch: int) -> list[Step]:
+        return plan_epoch(
+            [len(row.ids) - self.prefix for row in self.train_rows],
+            rows_per_step=self.spec.hyper.rows_per_step,
+            micro_tokens=self.settings.micro_tokens,
+            data_sha256=self.spec.data_sha256,
+            seed=self.spec.hyper.seed,
+            epoch=epoch,
+        )
+
+    def _step(self, step: int) -> Step:
+        epoch, at = divmod(step, self.steps_per_epoch)
+        if epoch != self._epoch:
+            self._epoch, self._plan = epoch, self._plan_of(epoch)
+        return self._plan[at]
+
+    def _save(self) -> None:
+        save_checkpoint(self.folder / CHECKPOINT, self.position, self.model, self.optimizer)
+
+    def _check_stop(self) -> None:
+        if self.stop.is_set():
+            raise Interrupted
+
+    def _identity(self) -> str:
+        """Of all that decides the result. Threads, niceness and paths do not."""
+        spec, base = asdict(self.spec), self.prepared.base
+        known = {name: spec[name] for name in ("job", "label", "instructions", "data_sha256", "dtype", "hyper")}
+        known |= {"base": base.fingerprint, "template": base.template_sha256, "resolved": asdict(self.settings)}
+        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
+
+    def _losses(self) -> dict[str, float]:
+        losses = self.position.losses
+        few = max(1, min(10, len(losses) // 4))
+        ends = {"train_first": sum(losses[:few]) / few, "train_last": sum(losses[-few:]) / few}
+        return {**ends, **self.position.evaluated}
+
+    def _manifest(self, losses: dict[str, float]) -> Manifest:
+        spec, base, parts, report = self.spec, self.prepared.base, self.prepared.split, self.prepared.report
+        return Manifest(
+            label=spec.label,
+            job=spec.job,
+            base_model=base.name,
+            base_fingerprint=base.fingerprint,
+            template_sha256=base.template_sha256,
+            instructions_sha256=hashlib.sha256(spec.instructions.encode()).hexdigest(),
+            data_sha256=spec.data_sha256,
+            rows={
+                "train": len(parts.train),
+                "validation": len(parts.validation),
+                "test": len(parts.test),
+                "rejected": report.rejected,
+                "duplicates": report.duplicates,
+            },
+            hyper=spec.hyper,
+            dropout=self.settings.dropout,
+            steps=self.position.step,
+            tokens=self.position.tokens,
+            seconds=round(self.position.seconds, 1),
+            losses=losses,
+            target_modules=tuple(self.targets),
+            versions=versions(),
+            threads=spec.threads,
+            dtype=str(choose_dtype(spec)).removeprefix("torch."),
+            created=datetime.now(UTC).isoformat(timespec="seconds"),
+        )
+
+
+def step_seed(seed: int, step: int) -> int:
+    """The seed of all that is drawn within one optimiser step."""
+    return int.from_bytes(hashlib.sha256(f"{seed}:{step}".encode()).digest()[:8], "big") >> 1
+
+
+def all_finite(gradients: list[torch.Tensor]) -> bool:
+    return bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients, math.inf))).all())

@@ -1,0 +1,348 @@
+"""Promises of the local engine: join and leave, cancel, stop, deadline, bounds, failures, forgetting."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import threading
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import pytest
+
+from core.engine.local import LocalEngine
+from core.engine.protocol import Delta, EngineSettings, Finished, FinishReason, ModelSettings, Scope, Started
+from core.errors import AdapterUnusable, EngineError, Overloaded, PromptTooLong
+from core.model import BaseModel
+from core.types import AdapterRef
+from tests.engine.dialogue import ask, hear, running
+
+LONG = {"max_tokens": 300}
+
+
+class Gate:
+    """Lets the model thread take steps only while open; counts the passes."""
+
+    def __init__(self, engine: LocalEngine) -> None:
+        self.open = threading.Event()
+        self.open.set()
+        self.passes = 0
+        forward = engine.thread.runner._forward
+
+        def gated(*args: Any) -> Any:
+            assert self.open.wait(30)
+            self.passes += 1
+            return forward(*args)
+
+        engine.thread.runner._forward = gated  # type: ignore[method-assign]
+
+
+@pytest.fixture
+def endless(base: BaseModel) -> BaseModel:
+    """The base model without an end token: answers have the length that the test asks for."""
+    return dataclasses.replace(base, eos_ids=frozenset())
+
+
+async def eventually(condition: Callable[[], bool]) -> None:
+    async with asyncio.timeout(30):
+        while not condition():  # noqa: ASYNC110 - the model thread tells nobody
+            await asyncio.sleep(0.005)
+
+
+async def test_events_come_in_order_with_usage(endless: BaseModel) -> None:
+    async with running(endless) as engine:
+        events = [event async for event in engine.submit(ask("hello", max_tokens=10))]
+        assert isinstance(events[0], Started)
+        assert all(isinstance(event, Delta) for event in events[1:-1])
+        last = events[-1]
+        assert isinstance(last, Finished)
+        assert last.reason is FinishReason.LENGTH
+        assert (last.usage.prompt_tokens, last.usage.completion_tokens) == (events[0].prompt_tokens, 10)
+        assert engine.stats().generated_tokens == 10
+        assert engine.info.fingerprint == endless.fingerprint
+
+
+async def test_the_end_token_ends_the_answer_and_is_not_shown(base: BaseModel) -> None:
+    async with running(base) as engine:
+        plain = await hear(engine.submit(ask("q", max_tokens=6)))
+    first = base.tokenizer.encode(plain.text[3:4], add_special_tokens=False)[0]
+    async with running(dataclasses.replace(base, eos_ids=frozenset({first}))) as engine:
+        ended = await hear(engine.submit(ask("q", max_tokens=6)))
+    assert ended.finished is not None
+    assert ended.finished.reason is FinishReason.END
+    assert plain.text.startswith(ended.text)
+    assert len(ended.text) <= 3
+
+
+async def test_requests_join_and_leave_between_steps(endless: BaseModel) -> None:
+    """A short request that comes later ends while a long one goes on, in the same batch."""
+    async with running(endless, max_rows=2) as engine:
+        long = engine.submit(ask("long", **LONG))
+        assert isinstance(await anext(long), Started)
+        short = await hear(engine.submit(ask("short", max_tokens=4)))
+        assert short.finished is not None
+        assert engine.stats().running == 1
+        long.cancel()
+        heard = await hear(long)
+        assert heard.finished is not None
+        assert heard.finished.reason is FinishReason.CANCELLED
+
+
+async def test_eight_rows_take_one_pass_per_token_together(endless: BaseModel) -> None:
+    async with running(endless) as engine:
+        gate = Gate(engine)
+        await asyncio.gather(*(hear(engine.submit(ask(f"{i}", max_tokens=20))) for i in range(8)))
+        assert gate.passes < 8 + 20 + 8  # prefills, joint steps, some slack for joining
+
+
+async def test_cancel_in_decode_frees_the_row_and_gives_usage(endless: BaseModel) -> None:
+    async with running(endless) as engine:
+        generation = engine.submit(ask("x", **LONG))
+        tokens = 0
+        async for event in generation:
+            if isinstance(event, Delta):
+                generation.cancel()
+            if isinstance(event, Finished):
+                assert event.reason is FinishReason.CANCELLED
+                tokens = event.usage.completion_tokens
+        assert 1 <= tokens < 300
+        assert engine.stats().running == 0
+        assert engine.thread.runner.cache.is_blank()
+
+
+async def test_cancel_in_prefill_frees_the_row_within_a_step(endless: BaseModel) -> None:
+    async with running(endless) as engine:
+        gate = Gate(engine)
+        engine.thread.chunk = 16
+        generation = engine.submit(ask("word " * 40, **LONG))
+        gate.open.clear()
+        assert isinstance(await anext(generation), Started) if gate.passes else True
+        generation.cancel()
+        gate.open.set()
+        heard = await hear(generation)
+        assert heard.finished is not None
+        assert heard.finished.reason is FinishReason.CANCELLED
+        assert heard.finished.usage.completion_tokens == 0
+        assert gate.passes <= 2
+        assert engine.thread.runner.cache.is_blank()
+
+
+async def test_cancel_while_waiting(endless: BaseModel) -> None:
+    async with running(endless, max_rows=1) as engine:
+        gate = Gate(engine)
+        gate.open.clear()
+        running_one = engine.submit(ask("a", max_tokens=5))
+        waiting = [engine.submit(ask(f"w{i}", max_tokens=5)) for i in range(6)]
+        for generation in waiting:
+            generation.cancel()
+        gate.open.set()
+        assert {(await hear(g)).finished.reason for g in waiting} == {FinishReason.CANCELLED}  # type: ignore[union-attr]
+        assert (await hear(running_one)).finished.reason is FinishReason.LENGTH  # type: ignore[union-attr]
+        assert engine.stats().waiting == 0
+
+
+async def test_a_stop_string_ends_the_answer_before_it(endless: BaseModel) -> None:
+    async with running(endless) as engine:
+        plain = (await hear(engine.submit(ask("x")))).text
+        stop = plain[8:12]
+        heard = await hear(engine.submit(ask("x", stop=("never there", stop))))
+        assert heard.finished is not None
+        assert heard.finished.reason is FinishReason.STOP
+        assert heard.text == plain[: plain.index(stop)]
+
+
+async def test_characters_are_never_split(endless: BaseModel) -> None:
+    async with running(endless) as engine:
+        for seed in range(5):
+            heard = await hear(engine.submit(ask("é", temperature=1.5, seed=seed, max_tokens=60)))
+            assert not any(delta.endswith("\ufffd") for delta in heard.deltas)
+
+
+async def test_a_deadline_keeps_what_exists(endless: BaseModel) -> None:
+    async with running(endless) as engine:
+        late = await hear(engine.submit(ask("x", deadline_s=0.0)))
+        assert late.finished is not None
+        assert late.finished.reason is FinishReason.DEADLINE
+        generation = engine.submit(ask("x", deadline_s=1.0, max_tokens=400))
+        gate = Gate(engine)
+        heard = asyncio.create_task(hear(generation))
+        await eventually(lambda: engine.thread.generated_tokens > 3)
+        gate.open.clear()
+        await asyncio.sleep(1.0)
+        gate.open.set()
+        finished = (await heard).finished
+        assert finished is not None
+        assert finished.reason is FinishReason.DEADLINE
+        assert finished.usage.completion_tokens > 3
+
+
+async def test_a_deadline_also_ends_what_waits_while_nothing_runs(endless: BaseModel) -> None:
+    async with running(endless) as engine:
+        stuck = threading.Event()
+        engine.thread._prepare = lambda job: stuck.wait(30)  # type: ignore[assignment, return-value]
+        heard = await hear(engine.submit(ask("x", deadline_s=0.1)))
+        stuck.set()
+        assert heard.finished is not None
+        assert heard.finished.reason is FinishReason.DEADLINE
+
+
+async def test_a_full_queue_refuses_with_an_estimate_but_lets_another_partner_in(endless: BaseModel) -> None:
+    async with running(endless, max_rows=1, max_waiting=4) as engine:
+        gate = Gate(engine)
+        gate.open.clear()
+        flood = [engine.submit(ask(f"f{i}", scope=Scope(partner="flood"), max_tokens=2)) for i in range(16)]
+        calm = engine.submit(ask("calm", scope=Scope(partner="calm"), max_tokens=2))
+        gate.open.set()
+        outcomes = await asyncio.gather(*map(hear, flood), return_exceptions=True)
+        refused = [outcome for outcome in outcomes if isinstance(outcome, Overloaded)]
+        assert refused
+        assert len(refused) < 16
+        assert all(error.retry_after_s >= 1 for error in refused)
+        assert (await hear(calm)).finished is not None
+
+
+async def test_a_flood_of_one_partner_does_not_delay_another(endless: BaseModel) -> None:
+    async with running(endless, max_rows=1) as engine:
+        order: list[str] = []
+
+        async def note(name: str) -> None:
+            await hear(engine.submit(ask(name, scope=Scope(partner=name[0]), max_tokens=4)))
+            order.append(name)
+
+        async with asyncio.TaskGroup() as group:
+            for i in range(12):
+                group.create_task(note(f"f{i}"))
+            await eventually(lambda: len(order) >= 1)
+            group.create_task(note("calm"))
+        assert order.index("calm") <= 1 + 2 + 3  # one runs, two are prepared ahead, then its turn
+
+
+async def test_context_is_never_exceeded(endless: BaseModel) -> None:
+    async with running(endless, max_context=64) as engine:
+        heard = await hear(engine.submit(ask("a", max_tokens=1000)))
+        assert heard.finished is not None
+        assert heard.finished.reason is FinishReason.LENGTH
+        assert heard.finished.usage.prompt_tokens + heard.finished.usage.completion_tokens == 64
+        with pytest.raises(PromptTooLong) as caught:
+            await hear(engine.submit(ask("a" * 100, max_tokens=10)))
+        assert caught.value.fields["limit"] == 54
+        with pytest.raises(PromptTooLong):
+            await hear(engine.submit(ask("a" * 10, max_prompt_tokens=5)))
+
+
+async def test_an_unusable_adapter_fails_its_own_request_alone(endless: BaseModel, adapters: list[AdapterRef]) -> None:
+    missing = AdapterRef("0" * 64, Path("/nowhere"), "gone@1")
+    async with running(endless) as engine:
+        good = engine.submit(ask("x", adapter=adapters[0]))
+        with pytest.raises(AdapterUnusable, match="gone@1"):
+            await hear(engine.submit(ask("x", adapter=missing)))
+        assert (await hear(good)).finished is not None
+
+
+async def test_a_pass_that_fails_for_one_row_ends_that_row_alone(endless: BaseModel) -> None:
+    async with running(endless) as engine:
+        alone = await hear(engine.submit(ask("good", max_tokens=30)))
+        forward = engine.thread.runner._forward
+
+        def poisoned(first: int, ids: Any, positions: Any, slots: Any) -> Any:
+            rows = engine.thread.rows[first : first + len(ids)]
+            if positions.shape[1] == 1 and any(job.request.id == "bad" and len(job.answer) > 5 for job in rows):
+                raise ValueError("poisoned")
+            return forward(first, ids, positions, slots)
+
+        engine.thread.runner._forward = poisoned  # type: ignore[method-assign]
+        bad, good = engine.submit(ask("bad", **LONG)), engine.submit(ask("good", max_tokens=30))
+        with pytest.raises(EngineError, match="poisoned"):
+            await hear(bad)
+        assert (await hear(good)).text == alone.text
+        assert engine.thread.runner.cache.is_blank()
+
+
+async def test_a_crash_of_the_model_thread_fails_what_runs_and_the_thread_goes_on(endless: BaseModel) -> None:
+    async with running(endless) as engine:
+        before = await hear(engine.submit(ask("x")))
+        crashing = [engine.submit(ask(f"{i}", **LONG)) for i in range(3)]
+        for generation in crashing:
+            await anext(generation)
+        accept = engine.thread._accept
+
+        def crash(*args: Any) -> None:
+            engine.thread._accept = accept  # type: ignore[method-assign]
+            raise RuntimeError("boom")
+
+        engine.thread._accept = crash  # type: ignore[method-assign]
+        outcomes = await asyncio.gather(*map(hear, crashing), return_exceptions=True)
+        assert all(isinstance(outcome, EngineError) for outcome in outcomes)
+        assert (await hear(engine.submit(ask("x")))).text == before.text
+        assert engine.stats().running == 0
+
+
+async def test_an_answer_that_is_not_finite_is_an_error_of_its_row_alone(
+    endless: BaseModel, adapters: list[AdapterRef]
+) -> None:
+    async with running(endless) as engine:
+        alone = await hear(engine.submit(ask("good", adapter=adapters[0])))
+        weights = engine._adapters.get(adapters[1])
+        for _, b in weights.pairs.values():
+            b.mul_(1e30)  # finite, but what it computes is not
+        good = engine.submit(ask("good", adapter=adapters[0]))
+        with pytest.raises(EngineError, match="not finite"):
+            await hear(engine.submit(ask("bad", adapter=adapters[1])))
+        assert (await hear(good)).text == alone.text
+
+
+async def test_forget_ends_and_wipes_a_conversation_and_leaves_the_others(endless: BaseModel) -> None:
+    async with running(endless) as engine:
+        mine, other = Scope("p", "c", "u", "mine"), Scope("p", "c", "u", "other")
+        forgotten, kept = engine.submit(ask("a", scope=mine, **LONG)), engine.submit(ask("b", scope=other, **LONG))
+        await anext(forgotten)
+        await anext(kept)
+        await engine.forget("c", "mine")
+        assert engine.stats().running == 1
+        assert (await hear(forgotten)).finished.reason is FinishReason.CANCELLED  # type: ignore[union-attr]
+        await engine.forget("c")
+        assert engine.thread.runner.cache.is_blank()
+        assert (await hear(kept)).finished.reason is FinishReason.CANCELLED  # type: ignore[union-attr]
+        await engine.forget("unknown")
+
+
+async def test_nothing_lingers_in_memory_after_an_answer(endless: BaseModel) -> None:
+    async with running(endless) as engine:
+        cache = engine.thread.runner.cache
+        await asyncio.gather(*(hear(engine.submit(ask(f"{i}" * 20 * i))) for i in range(6)))
+        assert cache._tensors()
+        assert cache.is_blank()
+        await hear(engine.submit(ask("x", max_tokens=400)))
+        assert not cache._tensors()  # grown memory is given back when idle
+
+
+async def test_drain_finishes_what_runs_and_refuses_the_rest(endless: BaseModel) -> None:
+    async with running(endless) as engine:
+        generation = engine.submit(ask("x", max_tokens=8))
+        draining = asyncio.create_task(engine.drain(30.0))
+        await asyncio.sleep(0)
+        with pytest.raises(Overloaded):
+            await hear(engine.submit(ask("late")))
+        await draining
+        assert (await hear(generation)).finished.reason is FinishReason.LENGTH  # type: ignore[union-attr]
+
+
+async def test_leaving_the_engine_cancels_after_the_drain_and_ends_its_thread(endless: BaseModel) -> None:
+    async with running(endless, max_rows=1) as engine:
+        generations = [engine.submit(ask(f"{i}", **LONG)) for i in range(4)]
+        await engine.drain(0.0)
+        reasons = [(await hear(generation)).finished.reason for generation in generations]  # type: ignore[union-attr]
+        assert FinishReason.CANCELLED in reasons
+    assert not engine.thread._thread.is_alive()
+    with pytest.raises(EngineError, match="not running"):
+        await hear(engine.submit(ask("x")))
+
+
+async def test_the_engine_can_be_entered_again(endless: BaseModel) -> None:
+    engine = LocalEngine(ModelSettings(), EngineSettings(), Path(), model=endless)
+    texts = []
+    for _ in range(2):
+        async with engine:
+            texts.append((await hear(engine.submit(ask("x")))).text)
+    assert texts[0] == texts[1]

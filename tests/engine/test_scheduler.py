@@ -1,0 +1,158 @@
+"""Fairness and bounds of the waiting queue, on plain items."""
+
+from __future__ import annotations
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from core.engine import scheduler as module
+from core.engine.protocol import Scope
+from core.engine.scheduler import QueueFull, Scheduler
+
+
+class Item:
+    def __init__(self, scope: Scope, cost: int = 10) -> None:
+        self.scope, self.cost = scope, cost
+
+
+SCOPES = st.builds(Scope, st.sampled_from("pq"), st.sampled_from("cd"), st.sampled_from("uv"))
+
+
+def serve(scheduler: Scheduler[Item], turns: int) -> list[Item]:
+    """Run one item after the other, each charged with its cost."""
+    served = []
+    for _ in range(turns):
+        item = scheduler.take()
+        if item is None:
+            break
+        scheduler.charge(item.scope, item.cost)
+        scheduler.done(item.scope)
+        served.append(item)
+    return served
+
+
+def flood(scheduler: Scheduler[Item], scope: Scope, count: int, cost: int = 10) -> None:
+    for _ in range(count):
+        scheduler.add(Item(scope, cost), scope)
+
+
+@given(st.lists(st.tuples(SCOPES, st.integers(1, 50)), max_size=40))
+def test_every_item_is_served_once_and_in_order_for_each_user(asked: list[tuple[Scope, int]]) -> None:
+    scheduler: Scheduler[Item] = Scheduler(max_waiting=100)
+    items = [Item(scope, cost) for scope, cost in asked]
+    for item in items:
+        scheduler.add(item, item.scope)
+    served = serve(scheduler, 100)
+    assert sorted(map(id, served)) == sorted(map(id, items))
+    for scope in {item.scope for item in items}:
+        assert [i for i in served if i.scope == scope] == [i for i in items if i.scope == scope]
+    assert len(scheduler) == 0
+    assert not scheduler.root.present
+
+
+@given(st.integers(1, 30), st.integers(1, 30))
+def test_two_who_always_wait_are_served_equal_tokens_to_within_one_item(cost_p: int, cost_q: int) -> None:
+    scheduler: Scheduler[Item] = Scheduler(max_waiting=1000)
+    for name, cost in (("p", cost_p), ("q", cost_q)):
+        flood(scheduler, Scope(partner=name), 100, cost)
+    served = serve(scheduler, 60)
+    tokens = {name: sum(i.cost for i in served if i.scope.partner == name) for name in "pq"}
+    assert abs(tokens["p"] - tokens["q"]) <= max(cost_p, cost_q)
+
+
+@pytest.mark.parametrize("level", ["partner", "channel", "user"])
+def test_a_flood_does_not_hold_up_another_at_its_level(level: str) -> None:
+    scheduler: Scheduler[Item] = Scheduler(max_waiting=1000)
+    flood(scheduler, Scope(**{level: "flood"}), 100)
+    serve(scheduler, 5)
+    flood(scheduler, Scope(**{level: "calm"}), 1)
+    served = serve(scheduler, 2)
+    assert "calm" in [getattr(item.scope, level) for item in served]
+
+
+def test_who_returns_has_saved_up_no_credit() -> None:
+    scheduler: Scheduler[Item] = Scheduler(max_waiting=1000)
+    flood(scheduler, Scope(partner="late"), 1)
+    serve(scheduler, 1)
+    flood(scheduler, Scope(partner="busy"), 100)
+    serve(scheduler, 50)
+    flood(scheduler, Scope(partner="late"), 50)
+    served = [item.scope.partner for item in serve(scheduler, 10)]
+    assert 4 <= served.count("busy") <= 6
+
+
+def test_who_leaves_an_empty_house_does_not_return_as_new() -> None:
+    scheduler: Scheduler[Item] = Scheduler(max_waiting=1000)
+    flood(scheduler, Scope(partner="a"), 50)
+    serve(scheduler, 50)
+    flood(scheduler, Scope(partner="b"), 10)
+    flood(scheduler, Scope(partner="a"), 10)
+    served = [item.scope.partner for item in serve(scheduler, 10)]
+    assert 4 <= served.count("a") <= 6
+
+
+def test_when_full_the_flood_makes_room_for_a_newcomer_but_not_for_itself() -> None:
+    scheduler: Scheduler[Item] = Scheduler(max_waiting=3)
+    own = Scope(partner="flood")
+    items = [Item(own) for _ in range(3)]
+    for item in items:
+        assert scheduler.add(item, own) is None
+    with pytest.raises(QueueFull):
+        scheduler.add(Item(own), own)
+    calm = Scope(partner="calm")
+    assert scheduler.add(Item(calm), calm) is items[-1]
+    with pytest.raises(QueueFull):
+        scheduler.add(Item(calm), calm)
+    assert len(scheduler) == 3
+
+
+def test_room_is_shared_inside_a_partner_too() -> None:
+    scheduler: Scheduler[Item] = Scheduler(max_waiting=4)
+    flood(scheduler, Scope("p", "c", "u"), 4)
+    other = Scope("p", "d", "u")
+    assert scheduler.add(Item(other), other) is not None
+    friend = Scope("p", "c", "v")
+    assert scheduler.add(Item(friend), friend) is not None
+
+
+@given(st.lists(st.tuples(st.sampled_from(["add", "take", "remove", "done"]), SCOPES), max_size=80))
+def test_counts_always_agree_and_the_queue_is_bounded(steps: list[tuple[str, Scope]]) -> None:
+    scheduler: Scheduler[Item] = Scheduler(max_waiting=5)
+    waiting: list[Item] = []
+    running: list[Item] = []
+    for what, scope in steps:
+        if what == "add":
+            item = Item(scope)
+            try:
+                displaced = scheduler.add(item, scope)
+            except QueueFull:
+                assert len(waiting) == 5
+                continue
+            waiting.append(item)
+            if displaced is not None:
+                waiting.remove(displaced)
+        elif what == "take":
+            taken = scheduler.take()
+            assert (taken is None) == (not waiting)
+            if taken is not None:
+                waiting.remove(taken)
+                running.append(taken)
+                scheduler.charge(taken.scope, 7)
+        elif what == "remove" and waiting:
+            assert scheduler.remove(waiting[0])
+            assert not scheduler.remove(waiting.pop(0))
+        elif what == "done" and running:
+            scheduler.done(running.pop(0).scope)
+        assert list(scheduler.items()) == waiting
+        assert len(scheduler) == len(waiting) <= 5
+        assert (scheduler.root.waiting, scheduler.root.running) == (len(waiting), len(running))
+
+
+def test_counters_of_those_who_left_are_bounded(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(module, "MAX_ABSENT", 16)
+    scheduler: Scheduler[Item] = Scheduler(max_waiting=5)
+    for i in range(200):
+        flood(scheduler, Scope(partner=str(i)), 1, cost=i % 7)
+        serve(scheduler, 1)
+    assert len(scheduler.root.children) <= 17

@@ -1,0 +1,126 @@
+"""The real process, as `serve` runs it: its events, its exit status, and what every way of ending it leaves."""
+
+from __future__ import annotations
+
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+
+from core.job import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, Checked, Done, Failed, Progress, load_event
+
+ROOT = Path(__file__).parents[2]
+WAIT_S = 120
+
+
+def start(folder, action="train"):
+    return subprocess.Popen(
+        [sys.executable, "-m", "finetune", action, str(folder)],
+        cwd=ROOT,
+        env={**os.environ, "PYTHONWARNINGS": "default"},
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+    )
+
+
+def read_until(process, kind):
+    """Events up to the first of that kind."""
+    events = []
+    for line in process.stdout:
+        events.append(load_event(line))
+        if isinstance(events[-1], kind):
+            return events
+    raise AssertionError(f"the trainer ended first: {events} {process.stderr.read()}")
+
+
+def end(process):
+    """(exit status, the remaining events); standard input stays open meanwhile. All of stdout must be events."""
+    with process:
+        events = [load_event(line) for line in process.stdout]
+        status = process.wait(WAIT_S)
+    return status, events
+
+
+@pytest.fixture(scope="module")
+def long_epochs():
+    return 30  # some five seconds, so that there is a middle to cut
+
+
+def test_a_kill_in_the_middle_leaves_nothing_half_published_and_the_job_goes_on(make_job, long_epochs):
+    folder = make_job(epochs=long_epochs)
+    process = start(folder)
+    reached = read_until(process, Progress)
+    while reached[-1].step < 12:
+        reached += read_until(process, Progress)
+    process.kill()
+    assert end(process)[0] == -signal.SIGKILL
+    assert not (folder / "out").exists()
+
+    status, events = end(start(folder))
+    assert status == EXIT_FINISHED
+    first = next(event for event in events if isinstance(event, Progress))
+    assert first.step > 1
+    assert isinstance(events[-1], Done)
+    manifest = json.loads((folder / "out" / "manifest.json").read_text())
+    assert manifest["steps"] == first.steps
+
+
+@pytest.mark.parametrize("how", ["end of input", "SIGTERM"])
+def test_told_to_stop_it_writes_a_checkpoint_and_goes(make_job, long_epochs, how):
+    folder = make_job(epochs=long_epochs)
+    process = start(folder)
+    read_until(process, Progress)
+    began = time.monotonic()
+    if how == "SIGTERM":
+        process.terminate()
+    else:
+        process.stdin.close()
+    status, events = end(process)
+    assert status == EXIT_INTERRUPTED
+    assert not any(isinstance(event, Failed | Done) for event in events)
+    assert time.monotonic() - began < 20
+    assert (folder / "checkpoint" / "state.safetensors").is_file()
+    assert not (folder / "out").exists()
+
+
+def test_a_second_trainer_is_refused_and_the_first_goes_on(make_job, long_epochs):
+    folder = make_job(epochs=long_epochs)
+    first = start(folder)
+    read_until(first, Progress)
+    status, events = end(start(folder))
+    assert status == EXIT_FAILED
+    (failed,) = events
+    assert failed.fault == "ours"
+    assert "another trainer is at work" in failed.reason
+    assert first.poll() is None
+    first.terminate()
+    assert end(first)[0] == EXIT_INTERRUPTED
+
+
+def test_check_reads_and_does_nothing_more(make_job):
+    folder = make_job()
+    status, events = end(start(folder, "check"))
+    assert status == EXIT_FINISHED
+    assert [type(event) for event in events] == [Checked]
+    assert sorted(path.name for path in folder.iterdir()) == ["data.jsonl", "lock", "spec.json"]
+
+
+def test_bad_data_is_yours_with_its_line(make_job):
+    status, events = end(start(make_job(data=b'{"q": NaN}\n' * 20)))
+    assert status == EXIT_FAILED
+    (failed,) = events
+    assert (failed.fault, failed.line) == ("yours", 1)
+    assert "NaN is not JSON" in failed.reason
+
+
+def test_a_folder_that_is_no_job_fails_with_a_reason(tmp_path):
+    status, events = end(start(tmp_path))
+    assert status == EXIT_FAILED
+    assert "spec.json" in events[0].reason

@@ -1,0 +1,263 @@
+"""A job from spec to adapter on a tiny model: what it says, what it leaves, and that it goes on with the same bits."""
+
+from __future__ import annotations
+
+import json
+import math
+import threading
+from dataclasses import replace
+
+import pytest
+import torch
+from safetensors.torch import load_file
+from transformers import AutoModelForCausalLM
+
+from core.engine.adapter_files import Base, load_adapter
+from core.errors import BadDataset, JobError
+from core.job import Checked, Done, Evaluated, Progress, Spec, Warned
+from core.types import AdapterRef
+from core.weights import fingerprint
+from finetune import train as loop
+from finetune.checkpoint import FILE
+from finetune.train import Interrupted, NonFinite, Trainer, train
+from tests.finetune.conftest import Heard, faq
+from tests.tiny import quietly
+
+
+def go(folder, stop=None, **changes):
+    heard = Heard()
+    spec = replace(Spec.read(folder), **changes)
+    train(folder, spec, heard, stop or threading.Event())
+    return heard
+
+
+def stop_after(monkeypatch, steps):
+    """Set the stop while step number `steps` + 1 is under way."""
+    stop = threading.Event()
+    take = Trainer.take_step
+
+    def counted(self):
+        if self.position.step == steps:
+            stop.set()
+        return take(self)
+
+    monkeypatch.setattr(Trainer, "take_step", counted)
+    return stop
+
+
+def test_a_job_tells_what_it_does_and_leaves_an_adapter(make_job):
+    folder = make_job()
+    heard = go(folder)
+    (checked,) = heard.of(Checked)
+    assert (checked.rows, checked.used) == (60, 60)
+    assert checked.train + checked.validation + checked.test == 60
+    last = heard.of(Progress)[-1]
+    assert last.step == last.steps
+    assert last.epoch == last.epochs == 2
+    assert last.tokens_per_s > 0
+    assert [(e.split, e.who) for e in heard.of(Evaluated)] == [
+        ("validation", "candidate"),
+        ("validation", "candidate"),
+        ("test", "candidate"),
+        ("test", "base"),
+    ]
+    (done,) = heard.of(Done)
+    assert heard[-1] is done
+    assert done.train_loss_last < done.train_loss_first
+    assert done.test_loss is not None
+    assert done.test_loss_base is not None
+    assert done.test_loss < done.test_loss_base - 0.3
+    assert sorted(path.name for path in (folder / "out").iterdir()) == [
+        "README.md",
+        "adapter_config.json",
+        "adapter_model.safetensors",
+        "manifest.json",
+    ]
+    assert not (folder / "out.new").exists()
+
+
+def test_the_manifest_says_where_it_came_from_and_nothing_it_read(make_job, tiny_folder):
+    folder = make_job()
+    go(folder, model_name="Tiny-1B")
+    manifest = json.loads((folder / "out" / "manifest.json").read_text())
+    assert manifest["label"] == "terminal@1"
+    assert manifest["base_fingerprint"] == fingerprint(tiny_folder)
+    assert manifest["base_model"] == "Tiny-1B"
+    assert manifest["data_sha256"] == Spec.read(folder).data_sha256
+    assert manifest["hyper"]["rank"] == 4
+    assert manifest["dropout"] == 0.1
+    assert sum(manifest["rows"][part] for part in ("train", "validation", "test")) == 60
+    for path in (folder / "out").iterdir():
+        content = path.read_bytes()
+        for word in (b"What is", b"Be brief", str(tiny_folder).encode(), str(folder).encode()):
+            assert word not in content, (path.name, word)
+
+
+def test_peft_and_the_engine_load_it_and_it_is_what_was_trained(make_job, tiny_folder, monkeypatch):
+    from peft import PeftModel
+
+    trained = []
+    run = Trainer.run
+    monkeypatch.setattr(Trainer, "run", lambda self: trained.append(self) or run(self))
+    folder = make_job()
+    go(folder)
+    base = AutoModelForCausalLM.from_pretrained(tiny_folder)
+    shapes = {n: tuple(m.weight.shape) for n, m in base.named_modules() if n.endswith("_proj")}
+    twin = quietly(lambda: PeftModel.from_pretrained(base, folder / "out")).eval()
+    ids = torch.arange(40)[None]
+    ours = trained[0].model.eval()(ids).logits
+    torch.testing.assert_close(twin(ids).logits, ours, atol=1e-5, rtol=1e-5)
+    with twin.disable_adapter():
+        assert (twin(ids).logits - ours).abs().max() > 0.1
+    weights = load_adapter(AdapterRef("x", folder / "out"), Base(fingerprint(tiny_folder), shapes))
+    assert weights.rank == 4
+    assert len(weights.pairs) == 14
+
+
+@pytest.mark.parametrize("cut", [0, 3, 5])
+def test_a_job_that_was_cut_ends_with_the_same_bits(make_job, monkeypatch, cut):
+    """Steps and all cut at `cut`, mid-epoch and at an epoch's end: adapter and moments equal an uncut run's."""
+    whole, parts = make_job("whole"), make_job("parts")
+    go(whole)
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        go(parts, stop_after(patch, cut))
+    assert not (parts / "out").exists()
+    heard = go(parts)
+    assert heard.of(Progress)[0].step == cut + 1
+    one, other = (load_file(folder / "checkpoint" / FILE) for folder in (whole, parts))
+    assert one.keys() == other.keys()
+    assert any(name.endswith("exp_avg_sq") for name in one)
+    assert all(torch.equal(one[name], other[name]) for name in one)
+    assert (whole / "out/adapter_model.safetensors").read_bytes() == (
+        parts / "out/adapter_model.safetensors"
+    ).read_bytes()
+
+
+def test_a_stop_is_noticed_within_one_micro_batch(make_job, monkeypatch):
+    stop, seen = threading.Event(), []
+    real = Trainer.batch
+
+    def batch(self, rows):
+        seen.append(len(rows))
+        if len(seen) == 3:
+            stop.set()
+        return real(self, rows)
+
+    monkeypatch.setattr(Trainer, "batch", batch)
+    with pytest.raises(Interrupted):
+        go(make_job(), stop)
+    assert len(seen) == 3
+
+
+def test_a_prefix_that_all_rows_share_is_packed_and_the_losses_are_the_same(make_job, monkeypatch):
+    """Without dropout, so that both ways compute the same."""
+    packed = go(make_job("packed", dropout=0.0)).of(Done)[0]
+    monkeypatch.setattr(Trainer, "_shared_prefix", lambda self: 0)
+    padded = go(make_job("padded", dropout=0.0)).of(Done)[0]
+    assert packed.test_loss_base == pytest.approx(padded.test_loss_base, rel=1e-4)
+    assert packed.test_loss == pytest.approx(padded.test_loss, rel=0.05)  # other micro-batches, other rows together
+
+
+def test_where_packing_is_not_exact_rows_are_padded(make_job, monkeypatch):
+    monkeypatch.setattr(loop, "pack", lambda rows, device, prefix: loop.collate(rows[:1], device))
+    assert go(make_job()).of(Done)
+
+
+def test_an_out_that_is_there_is_told_and_not_made_again(make_job, monkeypatch):
+    """The trainer was killed between the rename and its last word."""
+    folder = make_job()
+    first = go(folder)
+    monkeypatch.setattr(loop, "prepare", None)
+    (again,) = go(folder)
+    assert replace(again, seconds=0.0) == replace(first[-1], seconds=0.0)
+
+
+def test_a_damaged_checkpoint_or_one_of_other_settings_begins_anew(make_job, monkeypatch):
+    folder = make_job()
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        go(folder, stop_after(patch, 3))
+    path = folder / "checkpoint" / FILE
+    path.write_bytes(path.read_bytes()[:100])
+    heard = go(folder)
+    assert "begins anew" in heard.of(Warned)[0].text
+    assert heard.of(Progress)[0].step == 1
+
+
+def test_a_value_that_is_not_finite_goes_back_once_with_half_the_rate(make_job, monkeypatch):
+    take, thrown, rates = Trainer.take_step, [], []
+
+    def failing(self):
+        if self.position.step == 4 and not thrown:
+            thrown.append(True)
+            raise NonFinite("step 5: the loss or its gradient is not finite")
+        taken = take(self)
+        rates.append(self.position.rate_factor)
+        return taken
+
+    monkeypatch.setattr(Trainer, "take_step", failing)
+    heard = go(make_job())
+    (warned,) = heard.of(Warned)
+    assert "half the learning rate" in warned.text
+    assert set(rates[:4]) == {1.0}
+    assert set(rates[4:]) == {0.5}
+    assert heard.of(Done)
+
+
+def test_the_second_value_that_is_not_finite_ends_the_job(make_job, monkeypatch):
+    monkeypatch.setattr(
+        loop.Scorer, "forward", lambda self, batch: self.model.model.layers[0].mlp.up_proj.lora_A.sum() * math.nan
+    )
+    folder = make_job()
+    heard = Heard()
+    with pytest.raises(JobError, match="also at half the learning rate") as caught:
+        train(folder, Spec.read(folder), heard, threading.Event())
+    assert caught.value.fields["fault"] == "yours"
+    assert len(heard.of(Warned)) == 1
+    assert not (folder / "out").exists()
+
+
+def test_an_infinite_gradient_is_seen_though_clipping_would_hide_it(make_job, monkeypatch):
+    class Steep(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return x.sum() * 0
+
+        @staticmethod
+        def backward(ctx, grad):
+            return torch.full((4, 32), math.inf)
+
+    def forward(self, batch):
+        return Steep.apply(self.model.model.layers[0].mlp.up_proj.lora_A)
+
+    monkeypatch.setattr(loop.Scorer, "forward", forward)
+    with pytest.raises(JobError, match="not finite"):
+        go(make_job())
+
+
+def test_another_base_model_is_ours_to_answer_for(make_job):
+    with pytest.raises(JobError, match="but the job is for abcdef") as caught:
+        go(make_job(), fingerprint="abcdef")
+    assert "fault" not in caught.value.fields
+
+
+def test_another_data_file_is_refused(make_job):
+    folder = make_job()
+    (folder / "data.jsonl").write_bytes(faq(61))
+    with pytest.raises(JobError, match="but the job is for"):
+        go(folder)
+
+
+def test_bad_data_names_its_line(make_job):
+    with pytest.raises(BadDataset) as caught:
+        go(make_job(data=b'{"q": 1}\n' * 20))
+    assert caught.value.fields["line"] == 1
+
+
+@pytest.mark.parametrize(
+    ("setting", "value"),
+    [("rank", 0), ("dropout", 1.0), ("learning_rate", math.nan), ("epochs", 0), ("schedule", "linear")],
+)
+def test_a_setting_out_of_range_is_named(make_job, setting, value):
+    with pytest.raises(JobError, match=f"finetune.{setting}=") as caught:
+        go(make_job(**{setting: value}))
+    assert caught.value.fields["fault"] == "yours"

@@ -1,0 +1,135 @@
+"""The doctor finds what is wrong, says what to do, and changes nothing."""
+
+from __future__ import annotations
+
+import os
+import re
+import subprocess
+import sys
+import time
+import tomllib
+from pathlib import Path
+from types import SimpleNamespace
+
+import pytest
+
+from bots import doctor
+from bots.doctor import Finding, Level, Patient, examine, has_wal_reset_bug, report
+from core.config import read_config
+from core.store.database import Database
+from core.store.home import Cipher, Home
+
+ROOT = Path(__file__).parents[1]
+SCRIPTED = {"engine": {"kind": "scripted"}}
+
+
+@pytest.fixture
+def home(tmp_path: Path) -> Home:
+    made = Home(tmp_path / "home")
+    made.create()
+    with Database(made.database, Cipher.open(made.key_file, create=True)):
+        pass
+    return made
+
+
+def findings(home: Home, given: dict[str, object] | None = None) -> dict[str, Finding]:
+    """What is not good, by the sentence's name."""
+    patient = Patient(home, read_config(given or SCRIPTED, {}))
+    return {one.name: one for one in examine(patient) if one.level is not Level.GOOD}
+
+
+def test_a_healthy_home_has_no_bad_finding_and_stays_as_it_is(home):
+    before = {path: path.stat().st_mtime_ns for path in home.path.rglob("*") if path.is_file()}
+    found = findings(home)
+    assert {name for name, one in found.items() if one.level is Level.BAD} == set()
+    assert {path: path.stat().st_mtime_ns for path in before} == before
+
+
+def test_a_home_that_is_not_there_yet_is_no_trouble(tmp_path):
+    assert all(one.level is not Level.BAD for one in findings(Home(tmp_path / "none" / "yet")).values())
+    assert not (tmp_path / "none").exists()
+
+
+def test_an_open_key_and_an_open_home_are_told(home):
+    home.key_file.chmod(0o644)
+    home.path.chmod(0o755)
+    found = findings(home)
+    assert "chmod 600" in found["key"].action
+    assert "chmod 700" in found["home"].action
+
+
+def test_a_missing_key_is_bad(home):
+    home.key_file.unlink()
+    assert findings(home)["key"].level is Level.BAD
+
+
+def test_a_damaged_database_is_bad(home):
+    home.database.write_bytes(b"SQLite format 3\x00" + os.urandom(8192))
+    assert findings(home)["database"].level is Level.BAD
+
+
+def test_a_clock_behind_the_database_is_bad(home):
+    os.utime(home.database, (time.time() + 7200,) * 2)
+    assert "120 min" in findings(home)["clock"].text
+
+
+def test_a_disk_without_room_is_bad(home, monkeypatch):
+    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**8))
+    assert findings(home)["disk"].level is Level.BAD
+
+
+def test_a_bot_that_is_not_installed_is_told_with_those_that_are(home):
+    found = findings(home, {**SCRIPTED, "bots": {"telegrim": {}}})
+    assert "terminal" in found["bots"].text
+
+
+def test_a_model_folder_without_a_model_is_bad(home, tmp_path):
+    assert findings(home, {"model": {"name": str(tmp_path)}})["model"].level is Level.BAD
+
+
+def test_a_check_that_fails_hides_no_other(home, monkeypatch):
+    def breaks(_: Patient) -> list[Finding]:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(doctor, "CHECKS", (breaks, *doctor.CHECKS))
+    found = examine(Patient(home, read_config(SCRIPTED, {})))
+    assert "breaks" in found[0].text
+    assert len(found) > 5
+
+
+@pytest.mark.parametrize("version", ["3.7.0", "3.40.1", "3.44.5", "3.45.0", "3.50.6", "3.51.2"])
+def test_these_sqlites_have_the_wal_reset_bug(version):
+    assert has_wal_reset_bug(tuple(map(int, version.split("."))))
+
+
+@pytest.mark.parametrize("version", ["3.6.9", "3.44.6", "3.50.7", "3.51.3", "3.52.0"])
+def test_these_sqlites_do_not(version):
+    assert not has_wal_reset_bug(tuple(map(int, version.split("."))))
+
+
+def test_the_worst_comes_first_and_columns_stand_below_each_other():
+    told = report([Finding(Level.BAD, "a", "b", "c"), Finding(Level.GOOD, "long name", "x")])
+    assert told == "✗ a           b   c\n✓ long name   x\n"
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_every_sentence_is_there(language):
+    texts = tomllib.loads((ROOT / "core" / "texts" / f"{language}.toml").read_text(encoding="utf-8"))
+    source = (ROOT / "bots" / "doctor.py").read_text(encoding="utf-8")
+    used = set(re.findall(r'Level\.\w+(?: if [^,]+)?, "(\w+)", "(\w+)"', source))
+    assert used
+    for name, key in used:
+        assert name in texts["doctor"]
+        assert key in texts["doctor"]
+
+
+def test_the_command_ends_with_1_if_something_is_bad(home):
+    command = [sys.executable, "-m", "bots", "--home", str(home.path), "doctor"]
+    (home.path / "config.toml").write_text('[engine]\nkind = "scripted"\n', encoding="utf-8")
+    good = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert (good.returncode, good.stderr) == (0, ""), good.stdout
+    (home.path / "config.toml").write_text("[engin]\n", encoding="utf-8")
+    bad = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    assert bad.returncode == 1
+    assert bad.stdout.startswith("✗ ")
+    assert "did you mean engine?" in bad.stdout

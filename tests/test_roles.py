@@ -1,0 +1,106 @@
+"""Six roles x every command: no effect without a grant, and whatever needs one is audited."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+from core.commands import COMMANDS, Form, Grant, find
+from core.store import directory
+from core.texts import languages, say
+from tests.people import ROLES, Town, town
+
+GRANTS = dict.fromkeys(ROLES, Grant.ANYONE) | {"operator": Grant.OPERATOR, "owner": Grant.OWNER}
+FORMS = [(command.name, form) for command in COMMANDS for form in command.forms]
+NEED_GRANT = [(name, form) for name, form in FORMS if form.who is not Grant.ANYONE]
+
+
+@pytest.fixture
+def it(tmp_path: Path) -> Iterator[Town]:
+    with town(tmp_path) as made:
+        yield made
+
+
+def line(it: Town, name: str, form: Form) -> str:
+    """The form's own example, about things that are there."""
+    if (name, form.word) == ("channel", "create"):
+        return "/channel create brook The Brook"
+    if (name, form.word) == ("operator", "remove"):
+        return f"/operator remove {it.operator_id('operator')}"
+    if name == "claim":
+        return f"/claim {it.database.write_now(lambda tx: directory.invite(tx, None, 'Kim', 'test'))}"
+    return form.example
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize(("name", "form"), FORMS, ids=[f"{name} {form.word}".strip() for name, form in FORMS])
+def test_no_effect_without_a_grant_and_all_is_audited(it: Town, role: str, name: str, form: Form) -> None:
+    text = line(it, name, form)
+    allowed = GRANTS[role] >= form.who
+    before, audited = it.rows(), len(it.audit())
+    said = it.says(role, text)
+    rows = it.audit()[audited:]
+    if form.who is not Grant.ANYONE:
+        assert len(rows) == 1
+        assert rows[0]["actor"] == it.hash(role)
+        assert rows[0]["action"] == f"{name} {form.word}".strip()
+        assert rows[0]["allowed"] == allowed
+    assert (said == say("en", "error.not_allowed")) is not allowed
+    if not allowed:
+        assert it.rows() == before
+
+
+@pytest.mark.parametrize("role", [role for role in ROLES if GRANTS[role] is Grant.ANYONE])
+@pytest.mark.parametrize(
+    ("here", "nowhere"),
+    [
+        ("/channel show acme", "/channel show nothing"),
+        ("/channel set acme title=x", "/channel set nothing title=x"),
+        ("/channel archive terminal", "/channel archive nothing"),
+        ("/channel create acme", "/channel create nothing"),
+        ("/operator invite terminal", "/operator invite nothing"),
+        ("/operator remove 1", "/operator remove 999"),
+    ],
+)
+def test_a_refusal_does_not_tell_what_exists(it: Town, role: str, here: str, nowhere: str) -> None:
+    assert it.says(role, here) == it.says(role, nowhere) == say("en", "error.not_allowed")
+
+
+def test_an_operator_is_one_of_the_named_channel_wherever_it_is_said(it: Town) -> None:
+    assert it.says("operator", "/channel set acme title=There", place="delta").startswith("Changed")
+    assert it.says("operator", "/channel set title=Here", place="delta") == say("en", "error.not_allowed")
+    assert it.says("other_operator", "/channel show delta", place="acme").startswith("**Delta**")
+
+
+@pytest.mark.parametrize("setting", ["adapter=delta", "price_in=1", "price_out=1", "share=50", "bind=fake:bot"])
+def test_money_places_and_adapter_names_are_the_owners_to_set(it: Town, setting: str) -> None:
+    before = it.rows()
+    assert it.says("operator", f"/channel set acme title=New {setting}") == say("en", "error.not_allowed")
+    assert it.rows() == before
+    assert it.audit()[-1]["allowed"] == 0
+    assert it.says("owner", f"/channel set acme title=New {setting}").startswith("Changed")
+
+
+@pytest.mark.parametrize("what", ["/operator invite all", "/operator invite delta Kim"])
+def test_nobody_invites_to_more_than_they_operate(it: Town, what: str) -> None:
+    assert it.says("operator", what) == say("en", "error.not_allowed")
+    assert it.rows()["invite"] == []
+
+
+def test_an_operator_sees_and_removes_those_of_the_own_channel_alone(it: Town) -> None:
+    assert "other_operator" not in it.says("operator", "/operator list")
+    for who in ("other_operator", "owner"):
+        assert it.says("operator", f"/operator remove {it.operator_id(who)}") == say("en", "error.not_allowed")
+    assert "other_operator" in it.says("owner", "/operator list")
+
+
+@pytest.mark.parametrize("language", languages())
+@pytest.mark.parametrize("role", ROLES)
+def test_help_shows_what_one_may_do(it: Town, role: str, language: str) -> None:
+    said = it.says(role, "/help", language=language)
+    for command in COMMANDS:
+        assert (f"`/{command.name}`" in said) is (command.who <= GRANTS[role])
+    assert say(language, "help.who_operator") in it.says("stranger", "/help adapter", language=language)
+    assert find("adapter").help(language) in it.says("operator", "/help", language=language)

@@ -1,0 +1,235 @@
+"""The flow: accept, take, answer, deliver, settle; and what a person sees when something is wrong."""
+
+from __future__ import annotations
+
+import asyncio
+from pathlib import Path
+
+import pytest
+
+from core.engine.protocol import Request
+from core.errors import EngineError
+from core.store import inbox, ledger
+from core.store.database import Tx
+from core.texts import say
+from core.types import Attachment, Kind, Role
+from tests.world import OWNER, world
+
+
+async def test_a_question_is_answered_and_charged_once(tmp_path: Path) -> None:
+    async with world(tmp_path) as it:
+        assert await it.ask("hello there") == "you said hello there"
+        row = await it.database.read(lambda tx: tx.one("SELECT * FROM ledger"))
+        assert row is not None
+        assert row["gross_nano"] == row["tokens_in"] * 150 + row["tokens_out"] * 600
+        assert row["partner_nano"] == row["gross_nano"] * 3000 // 10_000
+        assert await it.database.read(ledger.check) == []
+
+
+async def test_a_repeat_is_a_no_op(tmp_path: Path) -> None:
+    async with world(tmp_path) as it:
+        for _ in range(3):
+            await it.send("hello", key="same")
+        await it.settled()
+        assert it.bot.said() == ["you said hello"]
+        assert await it.count("ledger") == 1
+
+
+async def test_turns_of_a_conversation_are_in_order_and_others_do_not_wait(tmp_path: Path) -> None:
+    async with world(tmp_path, delay_s=0.002) as it:
+        for n in range(4):
+            await it.send(f"a{n}", conversation="a")
+            await it.send(f"b{n}", conversation="b")
+        await it.settled()
+        said = it.bot.said()
+        for name in "ab":
+            assert [text for text in said if text.startswith(f"you said {name}")] == [
+                f"you said {name}{n}" for n in range(4)
+            ]
+        last = next(request for request in it.engine.requests if request.messages[-1].text == "a3")
+        assert [turn.text for turn in last.messages if turn.role is Role.USER] == ["a0", "a1", "a2", "a3"]
+
+
+async def test_stop_makes_the_visible_text_the_final_one_and_it_is_charged(tmp_path: Path) -> None:
+    async with world(tmp_path, lambda _: "word " * 500, delay_s=0.005) as it:
+        await it.send("talk")
+        await it.bot.showing.wait()
+        await it.send("", kind=Kind.STOP)
+        await it.settled()
+        (said,) = it.bot.said()
+        assert 0 < len(said) < len("word " * 500)
+        row = await it.database.read(lambda tx: tx.one("SELECT tokens_out FROM ledger"))
+        assert row is not None
+        assert row["tokens_out"] == len(said.split())
+
+
+async def test_an_engine_error_is_seen_and_not_charged(tmp_path: Path) -> None:
+    async with world(tmp_path, lambda _: EngineError(detail="boom")) as it:
+        said = await it.ask("hello")
+        assert said == say("en", "error.engine")
+        assert await it.count("ledger") == 0
+        assert await it.count("inbox", "state = 'done' AND outcome = 'failed'") == 1
+
+
+async def test_a_bug_inside_never_leaves_a_person_without_an_answer(tmp_path: Path) -> None:
+    def broken(_: Request) -> str:
+        raise ZeroDivisionError
+
+    async with world(tmp_path, broken) as it:
+        assert await it.ask("hello")
+        assert await it.count("inbox", "state IN ('new', 'running')") == 0
+
+
+async def test_the_limit_is_said_once_with_when_it_ends(tmp_path: Path) -> None:
+    async with world(tmp_path) as it:
+        for n in range(9):
+            await it.send(f"m{n}")
+        await it.settled()
+        said = it.bot.said()
+        assert len(said) == 7
+        assert "6" in said[-1]
+        assert await it.count("ledger") == 6
+        assert await it.count("inbox", "outcome = 'refused_quietly'") == 2
+
+
+@pytest.mark.parametrize(
+    ("text", "attachments", "key"),
+    [
+        ("", (), "service.empty_message"),
+        ("   \n ", (), "service.empty_message"),
+        ("", (Attachment("f", "photo.jpg"),), "service.text_only"),
+    ],
+)
+async def test_a_message_without_text_gets_a_polite_answer(
+    tmp_path: Path, text: str, attachments: tuple[Attachment, ...], key: str
+) -> None:
+    async with world(tmp_path) as it:
+        assert await it.ask(text, attachments=attachments) == say("en", key)
+        assert await it.ask(text, attachments=attachments, language="zh") == say("zh", key)
+
+
+async def test_a_megabyte_is_refused_with_its_size_and_not_kept(tmp_path: Path) -> None:
+    async with world(tmp_path) as it:
+        said = await it.ask("x" * 1_000_000)
+        assert "1000000" in said.replace(",", "").replace(" ", "")
+        assert it.home.database.stat().st_size < 700_000
+
+
+async def test_nul_and_lone_surrogates_are_answered(tmp_path: Path) -> None:
+    async with world(tmp_path) as it:
+        assert await it.ask("a\x00b\ud83d") == "you said a\ufffdb?"
+
+
+async def test_a_place_without_a_channel_gets_a_polite_refusal(tmp_path: Path) -> None:
+    async with world(tmp_path) as it:
+        assert await it.ask("hello", place="elsewhere") == say("en", "service.no_channel")
+        assert await it.count("generation") == 0
+
+
+async def test_an_unknown_command_names_the_nearest(tmp_path: Path) -> None:
+    async with world(tmp_path) as it:
+        assert "/finetune" in await it.ask("/fintune faq.jsonl", user=OWNER)
+        assert it.engine.requests == []
+
+
+async def test_retry_answers_the_last_question_again_and_replaces_the_answer(tmp_path: Path) -> None:
+    async with world(tmp_path, lambda request: f"{request.sampling.seed} {len(request.messages)}") as it:
+        first = await it.ask("hello")
+        second = await it.ask("/retry")
+        assert first != second
+        await it.ask("and now")
+        last = it.engine.requests[-1]
+        assert [turn.text for turn in last.messages] == ["hello", second, "and now"]
+        assert await it.count("ledger") == 3
+
+
+async def test_a_platform_that_is_away_gets_the_answer_later_and_once(tmp_path: Path) -> None:
+    async with world(tmp_path) as it:
+        it.bot.faults = 2
+        assert await it.ask("hello") == "you said hello"
+        assert await it.count("ledger") == 1
+
+
+async def test_an_adapter_of_another_base_model_never_answers_from_the_base(tmp_path: Path) -> None:
+    async with world(tmp_path) as it:
+
+        def promote(tx: Tx) -> None:
+            tx.insert(
+                "adapter",
+                sha256="a" * 64,
+                name="acme",
+                version=1,
+                base_fingerprint="another model",
+                manifest="{}",
+                created_ms=1,
+            )
+            tx.run("UPDATE adapter_name SET champion = ? WHERE name = 'acme'", ["a" * 64])
+
+        await it.database.write(promote)
+        assert "acme@1" in await it.ask("hello")
+        assert it.engine.requests == []
+        assert await it.count("ledger") == 0
+
+
+async def test_after_a_crash_the_owed_answer_is_given_first_and_once(tmp_path: Path) -> None:
+    async with world(tmp_path, running=False) as it:
+        await it.send("first")
+        await it.database.write(lambda tx: inbox.take(tx, 10, {("fake", "bot")}, ()))
+    async with world(tmp_path) as it:
+        await it.send("second")
+        await it.settled()
+        assert it.bot.said() == ["you said first", "you said second"]
+        assert await it.count("ledger") == 2
+
+
+async def test_a_row_that_kills_the_process_five_times_ends_with_a_notice(tmp_path: Path) -> None:
+    for _ in range(inbox.MAX_ATTEMPTS):
+        async with world(tmp_path, running=False) as it:
+            if not await it.count("inbox"):
+                await it.send("poison")
+            await it.database.write(inbox.recover)
+            await it.database.write(lambda tx: inbox.take(tx, 10, {("fake", "bot")}, ()))
+    async with world(tmp_path) as it:
+        await it.settled()
+        assert it.bot.said() == [say("en", "error.gave_up")]
+        assert await it.count("inbox", "state = 'dead'") == 1
+
+
+async def test_an_unreadable_update_is_kept_and_stops_nothing(tmp_path: Path) -> None:
+    async with world(tmp_path) as it:
+        await it.service.accept_dead("fake", "bot", "bad", '{"update_id": 1, "new_field": {}}')
+        assert await it.ask("hello") == "you said hello"
+        assert await it.count("inbox", "state = 'dead' AND outcome = 'unreadable'") == 1
+
+
+async def test_drain_cuts_at_the_deadline_and_the_text_so_far_is_the_answer(tmp_path: Path) -> None:
+    async with world(tmp_path, lambda _: "word " * 5000, delay_s=0.01) as it:
+        await it.send("talk")
+        await it.bot.showing.wait()
+        async with asyncio.timeout(10):
+            await it.service.drain(1.0)
+        assert it.bot.said()[0].startswith("word")
+        assert await it.count("ledger") == 1
+
+
+async def test_a_thumb_is_kept_for_the_person_who_was_answered_alone(tmp_path: Path) -> None:
+    async with world(tmp_path) as it:
+        await it.ask("hello")
+        (body,) = it.bot.final.values()
+        up = next(button for button in body.buttons if button.value.endswith(":1"))
+        for user in ("someone-else", "stranger-id", "stranger-id"):
+            await it.send("", kind=Kind.PRESS, action=up.action, value=up.value, user=user)
+        await it.settled()
+        assert await it.count("feedback") == 1
+
+
+async def test_the_price_of_a_reply_is_the_one_when_it_began(tmp_path: Path) -> None:
+    async with world(tmp_path, lambda _: "word " * 50, delay_s=0.005) as it:
+        await it.send("talk")
+        await it.bot.showing.wait()
+        await it.ask("/channel set acme price_out=9999", user=OWNER, conversation="other")
+        await it.settled()
+        price = await it.database.read(
+            lambda tx: tx.value("SELECT out_nano FROM ledger JOIN price ON price.id = price_id")
+        )
+        assert price == 600

@@ -34,7 +34,7 @@ drill: $(STAMP)
 	$(BIN)/python -m pytest -m drill --timeout=14400 $(ARGS)
 
 bench: $(STAMP)
-	$(BIN)/python -m tests.bench $(ARGS)
+	$(BIN)/python -m tests.bench.ready $(ARGS)
 
 clean:
 	rm -rf $(VENV)

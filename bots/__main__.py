@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import logging
 import os
 import shlex
 import sys
@@ -21,6 +20,7 @@ from bots.program import Parts, enabled_bots, open_store, run_program
 from bots.seeds import greeting
 from bots.terminal import Surroundings, TerminalBot, is_interactive, read_settings
 from bots.usage import usage
+from core import logs
 from core.commands import COMMANDS
 from core.config import FILE_NAME, load_config, show_config
 from core.errors import AppError, BadConfig, UserError
@@ -30,7 +30,6 @@ from core.texts import resolve, say
 
 HOME_VARIABLE, CONFIG_VARIABLE = "DISTRIBUTARY_HOME", "DISTRIBUTARY_CONFIG"
 _CHAT_DRAIN_S, _SERVE_DRAIN_S = 5.0, 30.0
-_FIELDS_OF_EVERY_RECORD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
@@ -67,7 +66,7 @@ def _complain(error: Exception, *, verbose: bool) -> int:
 def _chat(given: argparse.Namespace) -> int:
     config, home = _config(given), _home(given)
     interactive = is_interactive() and os.environ.get("TERM", "") not in ("", "dumb")
-    _start_log("info" if given.verbose else "warning")
+    logs.install("info" if given.verbose else "warning")
     table = config.bots.get("terminal")
     settings = read_settings(table.settings if table else {})
     language = settings.language or _language()
@@ -89,7 +88,7 @@ def _chat(given: argparse.Namespace) -> int:
 
 def _serve(given: argparse.Namespace) -> int:
     config, home = _config(given), _home(given)
-    _start_log("debug" if given.verbose else config.log.level)
+    logs.install("debug" if given.verbose else config.log.level)
     bots = enabled_bots(config.bots)
     if not bots:
         raise BadConfig(
@@ -224,7 +223,10 @@ def _config(given: argparse.Namespace) -> Config:
     """The file that was named; else the home's, if there is one; else the defaults."""
     named = given.config or os.environ.get(CONFIG_VARIABLE)
     file = Path(named).expanduser() if named else _home(given).path / FILE_NAME
-    return load_config(file if named or file.exists() else None, os.environ)
+    config = load_config(file if named or file.exists() else None, os.environ)
+    for secret in config.secrets:
+        logs.register_secret(secret)
+    return config
 
 
 def _language() -> str:
@@ -240,43 +242,6 @@ def _commands(language: str) -> dict[str, str]:
 
 def _version() -> str:
     return ".".join(version("distributary").split(".")[:2])
-
-
-# --- the log ---
-
-
-class _Fields(logging.Formatter):
-    """One event and its fields on a line."""
-
-    def format(self, record: logging.LogRecord) -> str:
-        line = super().format(record)
-        fields = " ".join(f"{k}={v}" for k, v in vars(record).items() if k not in _FIELDS_OF_EVERY_RECORD)
-        head, newline, trace = line.partition("\n")
-        return f"{head} {fields}".rstrip() + newline + trace
-
-
-class _StandardError(logging.StreamHandler[Any]):
-    """Writes to what sys.stderr is at that moment: at a terminal, the lines above the editor."""
-
-    @property
-    def stream(self) -> Any:
-        return sys.stderr
-
-    @stream.setter
-    def stream(self, _: Any) -> None:
-        pass
-
-
-def _start_log(level: str) -> None:
-    handler = _StandardError()
-    handler.setFormatter(_Fields("%(asctime)s %(levelname)s %(message)s"))
-    logging.basicConfig(level=level.upper(), handlers=[handler], force=True)
-    for noisy in ("asyncio", "httpx", "urllib3", "transformers", "filelock"):
-        logging.getLogger(noisy).setLevel(max(logging.WARNING, logging.getLogger().level))
-    from core import privacy
-
-    if hasattr(privacy, "install_log_filter"):
-        privacy.install_log_filter()
 
 
 if __name__ == "__main__":

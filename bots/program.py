@@ -26,6 +26,7 @@ from core.errors import BadConfig
 from core.privacy import Retention
 from core.service import Service, ServiceSettings
 from core.settings import BotTable, Config, Generation
+from core.store import directory
 from core.store.database import Database
 from core.store.home import Cipher, Home, Lock
 from core.training import Training, TrainingSettings
@@ -66,6 +67,7 @@ async def open_store(config: Config, home: Home) -> AsyncIterator[Database]:
 async def open_parts(config: Config, home: Home, progress: Progress | None = None) -> AsyncIterator[Parts]:
     async with open_store(config, home) as database, make_engine(config, home, progress) as engine:
         deliveries = Deliveries(database)
+        await database.write(lambda tx: directory.keep_base(tx, engine.info.fingerprint))
         training = Training(database, home, deliveries, engine.info, training_settings(config))
         service = Service(database, home, engine, deliveries, training, service_settings(config))
         yield Parts(config, home, database, engine, training, service)
@@ -88,7 +90,7 @@ def key_file(config: Config, home: Home) -> Path:
 
 
 def training_settings(config: Config) -> TrainingSettings:
-    return TrainingSettings()
+    return TrainingSettings(hyper=config.finetune.hyper, threads=config.finetune.threads, nice=config.finetune.nice)
 
 
 def service_settings(config: Config) -> ServiceSettings:

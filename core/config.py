@@ -68,7 +68,7 @@ class _Reader:
             channels={n: self.channel(n, t, limits) for n, t in self.tables(given, "channels")},
             bots={n: self.bot(n, t) for n, t in self.tables(given, "bots") if t.get("enabled", True) is not False},
             file=file,
-            secrets=frozenset(self.secrets),
+            secrets=frozenset(self.secrets - {""}),
         )
 
     def tables(self, given: Mapping[str, Any], group: str) -> list[tuple[str, Mapping[str, Any]]]:
@@ -100,6 +100,7 @@ class _Reader:
         if not isinstance(kind, str):
             self.problems.append(f"bots.{name}.kind = {kind!r} must be text")
         settings = {key: value for key, value in table.items() if key not in ("kind", "enabled")}
+        self.secrets |= {str(value) for key, value in settings.items() if _SECRET_KEY.search(key)}
         return BotTable(str(kind), types.MappingProxyType(settings))
 
     def section(self, path: str, kind: str, given: object, base: object = None, **fixed: object) -> Any:
@@ -134,8 +135,8 @@ class _Reader:
         if isinstance(value, list):
             return [self.fill(inner, path) for inner in value]
         if isinstance(value, str) and value.startswith(_ENV):
-            self.secrets.add(path)
             name = value.removeprefix(_ENV)
+            self.secrets.add(self.environment.get(name, ""))
             if not self.environment.get(name):
                 self.problems.append(f"{path} = {value!r}: the environment variable {name} is not set")
             return self.environment.get(name, "")
@@ -202,14 +203,17 @@ def _table(path: str, section: Any, secrets: frozenset[str]) -> list[str]:
 
 
 def _masked(path: str, value: object, secrets: frozenset[str]) -> str:
-    hidden = any(path == secret or secret.startswith(f"{path}.") for secret in secrets)
-    last = path.rpartition(".")[2]
-    if value and (hidden or (path.startswith("bots.") and _SECRET_KEY.search(last))):
+    inside = value if isinstance(value, list | tuple) else [value]
+    hidden = path.startswith("bots.") and _SECRET_KEY.search(path.rpartition(".")[2])
+    if value and (hidden or any(isinstance(one, str) and one in secrets for one in inside)):
         return '"***"'
-    return _toml(value, path)
+    if isinstance(value, Mapping):
+        shown = (f"{key} = {_masked(f'{path}.{key}', inner, secrets)}" for key, inner in value.items())
+        return "{ " + ", ".join(shown) + " }"
+    return _toml(value)
 
 
-def _toml(value: object, path: str = "") -> str:
+def _toml(value: object) -> str:
     match value:
         case None:
             return '"auto"'
@@ -218,11 +222,8 @@ def _toml(value: object, path: str = "") -> str:
         case str():
             escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
             return f'"{escaped}"'
-        case Mapping():
-            shown = (f"{key} = {_masked(f'{path}.{key}', inner, frozenset())}" for key, inner in value.items())
-            return "{ " + ", ".join(shown) + " }"
         case list() | tuple():
-            return "[" + ", ".join(_toml(inner, path) for inner in value) + "]"
+            return "[" + ", ".join(_toml(inner) for inner in value) + "]"
         case float():
             return f"{value:g}" if value != int(value) or abs(value) > 1e15 else f"{value:.1f}"
         case _:

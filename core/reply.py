@@ -220,7 +220,7 @@ def settle(tx: Tx, row: Taken, body: Body) -> None:
     )
     ledger.charge(tx, generation["id"])
     conversation = turns.conversation_id(tx, row.address, generation["channel_id"])
-    if row.text.lstrip().startswith("/") or row.action:  # an answer given again
+    if row.text.lstrip()[:1] in ("/", "／") or row.action:  # an answer given again
         turns.drop_last_answer(tx, conversation)
     else:
         turns.append(tx, conversation, row.id, Role.USER, row.text, row.user_hash)

@@ -103,7 +103,7 @@ class Config:
     channels: Mapping[str, ChannelSeed] = field(default_factory=dict)
     bots: Mapping[str, BotTable] = field(default_factory=dict)
     file: Path | None = None
-    secrets: frozenset[str] = field(default=frozenset(), repr=False)
+    secrets: frozenset[str] = field(default=frozenset(), repr=False)  # their values: never shown, never logged
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,15 +169,15 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "tokens_out": Key("longest reply in tokens", low=1),
     },
     "finetune": {
-        "rank": Key("rank of the adapter's matrices", low=1, high=1024),
-        "alpha": Key("the adapter is scaled by alpha / rank", low=1),
-        "dropout": Key('on the adapter\'s input; "auto" is by the number of rows', low=0, high=0.99),
+        "rank": Key("rank of the adapter's matrices", low=1, high=256),
+        "alpha": Key("the adapter is scaled by alpha / rank", low=1, high=4096),
+        "dropout": Key('on the adapter\'s input; "auto" is by the number of rows', low=0, high=0.9),
         "learning_rate": Key("of AdamW, at its highest", above=0, high=1),
         "epochs": Key("rounds over the rows", low=1, high=1000),
-        "rows_per_step": Key("rows of one optimiser step", low=1),
+        "rows_per_step": Key("rows of one optimiser step", low=1, high=4096),
         "clip_value": Key("each gradient value is cut to [-x, x]; 0 is off", low=0),
         "clip_norm": Key("the gradient's joint norm is cut to x; 0 is off", low=0),
-        "weight_decay": Key("of AdamW", low=0, high=1),
+        "weight_decay": Key("of AdamW", low=0, high=10),
         "warmup": Key("share of the steps in which the learning rate rises", low=0, high=1),
         "schedule": Key("how the learning rate falls", choices=("cosine", "constant")),
         "max_tokens": Key("longest conversation that is trained on", low=16),

@@ -83,7 +83,7 @@ ZOO = {
     "[generation]\ntop_p = 0": ["above 0"],
     "[generation]\nstop = 'x'": ["a list of texts"],
     "[generation]\nstop = [1]": ["a list of texts"],
-    "[finetune]\ndropout = 1.2": ["finetune.dropout = 1.2", "at most 0.99"],
+    "[finetune]\ndropout = 1.2": ["finetune.dropout = 1.2", "at most 0.9"],
     "[finetune]\nschedule = 'linear'": ["cosine, constant"],
     "[privacy]\nconversation_hours = -1": ["above 0"],
     "[log]\nlevel = 'loud'": ["debug, info, warning, error"],

@@ -151,6 +151,7 @@ class Database:
         if self._closed:
             raise StorageError(detail="the database is closed")
         done: Future[T] = Future()
+        done.set_running_or_notify_cancel()  # who stops waiting does not undo the write
         try:
             self._waiting.put_nowait(_Write(work, done))
         except queue.Full:

@@ -171,6 +171,17 @@ def set_price(tx: Tx, channel_id: int, in_nano: int, out_nano: int, share_bps: i
     )
 
 
+# --- the base model ---
+
+
+def keep_base(tx: Tx, fingerprint: str) -> None:
+    """The base model that is loaded: adapters trained on another one cannot be put into service."""
+    tx.run(
+        "INSERT INTO setting VALUES ('base_fingerprint', ?) ON CONFLICT DO UPDATE SET value = excluded.value",
+        [fingerprint],
+    )
+
+
 # --- people ---
 
 

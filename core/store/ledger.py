@@ -15,7 +15,7 @@ from core.types import Price
 def charge(tx: Tx, generation_id: str) -> None:
     """Book one delivered reply at the price that its generation pinned. A second call for it is an error (UNIQUE)."""
     row = tx.one(
-        "SELECT channel_id, price_id, tokens_in, tokens_reused, tokens_out, in_nano, out_nano, share_bps"
+        "SELECT generation.channel_id, price_id, tokens_in, tokens_reused, tokens_out, in_nano, out_nano, share_bps"
         " FROM generation JOIN price ON price.id = price_id WHERE generation.id = ?",
         [generation_id],
     )

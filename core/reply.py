@@ -62,7 +62,7 @@ class Replies:
         if row.attempts and await self.database.read(lambda tx: inbox.stopped_since(tx, row)):
             raise UserError("service.stopped")
         if pinned.adapter is not None:
-            await asyncio.to_thread(adapters.verify, pinned.adapter.folder, pinned.adapter.sha256)
+            await asyncio.to_thread(adapters.verify, pinned.adapter)
         handle = await self.deliveries.open(pinned.delivery_id, caller.address)
         began = time.monotonic()
         answer, finished = await self._run(self._request(row, caller, pinned, again=again), handle, caller.address)
@@ -237,6 +237,9 @@ def fail(tx: Tx, row: Taken) -> None:
 
 
 def _keep(tx: Tx, row: Taken, pinned: Pinned, body: Body, finished: Finished) -> None:
+    """Raises UserError where the person was forgotten while this was generated: then nothing of it is stored."""
+    if tx.value("SELECT outcome FROM inbox WHERE id = ?", [row.id]) == "forgotten":
+        raise UserError("service.stopped")
     usage = finished.usage
     tx.run(
         "UPDATE generation SET state = 'generated', finish = ?, tokens_in = ?, tokens_reused = ?, tokens_out = ?"

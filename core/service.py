@@ -17,7 +17,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from core import operators, privacy, tuning, users
+from core import operators, privacy, tuning, users, versions
 from core.commands import Call, parse
 from core.datasets import prepare_finetune
 from core.delivery import Deliveries, keep_body, kept_body, new_delivery
@@ -56,6 +56,7 @@ HANDLERS: Mapping[tuple[str, str], operators.Handler] = {
     **privacy.HANDLERS,
     **operators.HANDLERS,
     **tuning.HANDLERS,
+    **versions.HANDLERS,
 }
 _LOOK_AGAIN_S = 30.0
 _STORAGE_RETRY_S = 2.0
@@ -133,7 +134,7 @@ class Service:
     async def run(self) -> None:
         """Answer until cancelled; `drain` first for a clean end."""
         await self._database.write(inbox.recover)
-        await self._database.write(privacy.reapply)
+        await privacy.reapply(self._database, self._home)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._training.run(), name="training")
             tasks.create_task(

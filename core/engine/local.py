@@ -104,7 +104,9 @@ class LocalEngine:
             self._workers.shutdown(wait=False, cancel_futures=True)
             raise
         context = min(model.context, self.settings.max_context)
-        self._info = EngineInfo(model.name, model.fingerprint, model.description, context)
+        self._info = EngineInfo(
+            model.name, model.fingerprint, model.description, context, model.folder, str(model.device)
+        )
         self._adapters = AdapterStore(
             Base(model.fingerprint, shapes(model.module), model.dtype), limit=self.settings.adapters_in_memory
         )

@@ -14,6 +14,7 @@ from __future__ import annotations
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from enum import StrEnum
+from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
@@ -93,12 +94,17 @@ class Generation(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class EngineInfo:
-    """What is loaded. `fingerprint` identifies the base model's weights: adapters trained on another are refused."""
+    """What is loaded. `fingerprint` identifies the base model's weights: adapters trained on another are refused.
+
+    `folder` is where the weights lie, for a trainer on the same machine; `device` is where they run ("cpu", "cuda:0").
+    """
 
     model: str
     fingerprint: str
     description: str  # for people: "CPU, 2 threads, fp32"
     context: int
+    folder: Path | None = None
+    device: str = "cpu"
 
 
 @dataclass(frozen=True, slots=True)

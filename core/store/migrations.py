@@ -150,8 +150,8 @@ def m002_flow(db: sqlite_utils.Database) -> None:
     _run(
         db,
         """
-        CREATE TABLE conversation (
-            id INTEGER PRIMARY KEY,
+        CREATE TABLE conversation (  -- an id is never used twice: the engine keys its memory by it
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
             platform TEXT NOT NULL,
             account TEXT NOT NULL,
             place TEXT NOT NULL,

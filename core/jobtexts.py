@@ -1,0 +1,115 @@
+"""What people read of a job: progress, report, refusal. Makes sentences of rows and events; changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import TypeVar
+
+from core.job import Checked, Done, Evaluated, JobEvent, Progress, Warned
+from core.store.jobs import Job
+from core.texts import duration, say
+from core.types import Body
+from core.versions import promote_button
+
+_BAR_CELLS = 20
+_SHOWN_LINES = 5
+_SHOWN_CHARACTERS = 160
+T = TypeVar("T")
+
+
+def progress_text(job: Job, events: Sequence[JobEvent]) -> str:
+    """The one message that is edited while the job runs."""
+    head = say(job.language, "training.improving", title=job.title, label=job.label)
+    progress = _last(events, Progress)
+    if progress is None:
+        checked = _last(events, Checked)
+        doing = "training.loading" if checked else "training.checking"
+        return f"{head}\n{say(job.language, doing, name=job.dataset)}"
+    share = progress.step / max(progress.steps, 1)
+    full = round(share * _BAR_CELLS)
+    lines = [
+        say(job.language, "training.round", epoch=progress.epoch, epochs=progress.epochs),
+        say(
+            job.language,
+            "training.bar",
+            bar="▓" * full + "░" * (_BAR_CELLS - full),
+            percent=round(share * 100),
+            left=duration(job.language, progress.seconds_left),
+        ),
+        say(
+            job.language,
+            "training.loss",
+            loss=f"{progress.loss:.2f}",
+            unseen=_unseen(job.language, events),
+            pace=round(progress.tokens_per_s),
+        ),
+        say(job.language, "training.stop_hint", id=job.id),
+    ]
+    return "\n".join([f"{head} · {lines[0]}", "", *(f"{line}  " for line in lines[1:-1]), "", lines[-1]])
+
+
+def ended_body(job: Job, events: Sequence[JobEvent]) -> Body:
+    """What the message becomes when the job has ended."""
+    if job.state == "cancelled":
+        return Body(say(job.language, _cancelled_key(job), title=job.title, id=job.id))
+    if job.state == "failed":
+        return Body(failed_text(job))
+    return report(job, events)
+
+
+def report(job: Job, events: Sequence[JobEvent]) -> Body:
+    """Of a published version: what was used, how it does on rows that it never saw, what to do next."""
+    done, checked = _last(events, Done), _last(events, Checked)
+    better = done is not None and _better(done)
+    lines = [say(job.language, "training.ready" if better else "training.not_better", label=job.label)]
+    if done is not None and done.test_loss is not None and done.test_loss_base is not None and checked is not None:
+        losses = {"base": f"{done.test_loss_base:.2f}", "tuned": f"{done.test_loss:.2f}"}
+        lines.append(say(job.language, "training.unseen_result", rows=checked.test, **losses))
+    if checked is not None:
+        lines += rows_text(job.language, job.dataset, checked)
+    lines += [f"- {_shown(event.text)}" for event in events if isinstance(event, Warned)]
+    if done is not None:
+        lines.append(say(job.language, "training.took", time=duration(job.language, done.seconds), steps=done.steps))
+    key = "training.promote_hint" if better else "training.promote_anyway_hint"
+    lines += ["", say(job.language, key, label=job.label, title=job.title)]
+    return Body("\n".join(lines), (promote_button(job.language, job.label),) if better else ())
+
+
+def rows_text(language: str, name: str, checked: Checked) -> list[str]:
+    """What became of each row that was not simply used, by line."""
+    lines = [say(language, "training.rows", name=name, used=checked.used, rows=checked.rows)]
+    if checked.duplicates:
+        lines.append(f"- {say(language, 'training.duplicates', n=checked.duplicates)}")
+    for told in (checked.rejected, checked.mended):
+        lines += [f"- {_shown(one)}" for one in told[:_SHOWN_LINES]]
+        if len(told) > _SHOWN_LINES:
+            lines.append(f"- {say(language, 'training.more_lines', n=len(told) - _SHOWN_LINES)}")
+    return lines
+
+
+def failed_text(job: Job) -> str:
+    """Whose fault it is, what happened, and what to do."""
+    fault, _, reason = job.reason.partition(": ")
+    key = "training.failed_yours" if fault == "yours" else "training.failed_ours"
+    return say(job.language, key, title=job.title, id=job.id, name=job.dataset, reason=_shown(reason))
+
+
+def _cancelled_key(job: Job) -> str:
+    return "training.cancelled_erased" if job.reason == "erased" else "training.cancelled"
+
+
+def _better(done: Done) -> bool:
+    return done.test_loss is not None and done.test_loss_base is not None and done.test_loss < done.test_loss_base
+
+
+def _unseen(language: str, events: Sequence[JobEvent]) -> str:
+    losses = [event.loss for event in events if isinstance(event, Evaluated) and event.split == "validation"]
+    return say(language, "training.unseen", loss=f"{losses[-1]:.2f}") if losses else ""
+
+
+def _last(events: Sequence[JobEvent], kind: type[T]) -> T | None:
+    return next((event for event in reversed(events) if isinstance(event, kind)), None)
+
+
+def _shown(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 1]}…"

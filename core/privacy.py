@@ -1,0 +1,211 @@
+"""What people may ask of their data: /privacy, /consent, /forget. Knows rows; files and periods are core.retention's.
+
+/forget writes a tombstone first, then erases, all in the transaction of the command. The tombstone is also kept in a
+file beside the database, so that a database brought back from a copy forgets the same people again before it serves.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import os
+from collections.abc import Mapping
+from dataclasses import replace
+
+from core import adapters
+from core.commands import Call
+from core.operators import Handler
+from core.retention import Retention, clean, keep_clean, retention_of
+from core.retention import sweep as sweep_files
+from core.store import directory, jobs
+from core.store.database import Database, Tx, Value
+from core.store.home import Home
+from core.texts import Later, duration, say
+from core.types import Body, Button, Caller, EraseFiles, ForgetMemory, Outcome, StopReply, WakeTraining
+
+__all__ = ["HANDLERS", "Retention", "clean", "erase", "keep_clean", "reapply", "sweep"]
+
+ERASED = "erased"
+_TOMBSTONES = "erasures"
+
+
+# --- commands ---
+
+
+def privacy(tx: Tx, caller: Caller, call: Call) -> Outcome:
+    kept = retention_of(tx)
+    language = caller.language
+    text = say(
+        language,
+        "privacy.what",
+        title=caller.channel.title,
+        conversation=duration(language, kept.conversation_hours * 3600),
+        payload=duration(language, kept.payload_minutes * 60),
+        consent=Later("privacy.consent_is_on" if _consents(tx, caller) else "privacy.consent_is_off"),
+    )
+    return Outcome(Body(text))
+
+
+def consent(tx: Tx, caller: Caller, call: Call) -> Outcome:
+    """Per person and channel. Off also erases the data sets that hold what the person said here."""
+    choice = call.arguments.get("choice", "")
+    key: list[Value] = [caller.user, caller.channel.id]
+    if not choice:
+        state = "privacy.consent_is_on" if _consents(tx, caller) else "privacy.consent_is_off"
+        return Outcome(Body(f"{say(caller.language, state)} {say(caller.language, 'privacy.consent_how')}"))
+    title = caller.channel.title
+    if choice == "on":
+        tx.run("INSERT OR IGNORE INTO consent VALUES (?, ?, ?)", [*key, tx.now_ms])
+        return Outcome(Body(say(caller.language, "privacy.consent_on", title=title)))
+    tx.run("DELETE FROM consent WHERE user_hash = ? AND channel_id = ?", key)
+    after = (
+        (EraseFiles(), WakeTraining()) if _erase_datasets(tx, _datasets_of(tx, caller.user, caller.channel.id)) else ()
+    )
+    return Outcome(Body(say(caller.language, "privacy.consent_off", title=title)), after)
+
+
+def forget(tx: Tx, caller: Caller, call: Call) -> Outcome:
+    if call.arguments.get("choice") != "yes":
+        button = Button(say(caller.language, "privacy.forget_button"), "command", "/forget yes")
+        return Outcome(Body(say(caller.language, "privacy.forget_ask"), (button,)))
+    memories = _conversations_of(tx, caller.user)
+    tx.insert("erasure", user_hash=caller.user, at_ms=tx.now_ms)
+    unpublished = erase(tx, caller.user, tx.now_ms, keep_row=caller.inbox_id)
+    for label, now in unpublished:
+        directory.audit(tx, replace(caller, user=ERASED), "adapter unpublish", label, label, now)
+    text = say(caller.language, "privacy.forgotten")
+    return Outcome(Body(text), (StopReply(), *memories, EraseFiles(), WakeTraining()))
+
+
+HANDLERS: Mapping[tuple[str, str], Handler] = {
+    ("privacy", ""): privacy,
+    ("consent", ""): consent,
+    ("forget", ""): forget,
+}
+
+
+# --- erasing ---
+
+
+def erase(tx: Tx, user_hash: str, until_ms: int, *, keep_row: int = 0) -> list[tuple[str, str]]:
+    """Remove what is stored of a person up to a moment: (label, version that answers now) of each adapter withdrawn.
+
+    Charges and counts stay: they hold no text, and core.retention takes the person out of them. `keep_row` is the
+    message that asks for it: it still has to be answered.
+    """
+    who: list[Value] = [user_hash, until_ms]
+    tx.run("DELETE FROM turn WHERE user_hash = ? AND at_ms <= ?", who)
+    tx.run("DELETE FROM feedback WHERE user_hash = ? AND at_ms <= ?", who)
+    tx.run("DELETE FROM consent WHERE user_hash = ? AND granted_ms <= ?", who)
+    tx.run("DELETE FROM person WHERE user_hash = ? AND first_ms <= ?", who)
+    rows = "SELECT id FROM inbox WHERE user_hash = ? AND received_ms <= ? AND id <> ?"
+    tx.run(f"UPDATE delivery SET body = NULL WHERE inbox_id IN ({rows})", [*who, keep_row])
+    tx.run(f"UPDATE inbox SET payload = NULL WHERE id IN ({rows})", [*who, keep_row])
+    tx.run(
+        "UPDATE generation SET state = 'failed', ended_ms = ? WHERE state <> 'delivered'"
+        f" AND inbox_id IN ({rows} AND state IN ('new', 'running', 'generated'))",
+        [tx.now_ms, *who, keep_row],
+    )
+    tx.run(
+        "UPDATE inbox SET state = 'done', outcome = 'forgotten', closed_ms = ?"
+        f" WHERE id IN ({rows} AND state IN ('new', 'running', 'generated'))",
+        [tx.now_ms, *who, keep_row],
+    )
+    datasets = _datasets_of(tx, user_hash)
+    _erase_datasets(tx, datasets)
+    unpublished = _unpublish(tx, datasets)
+    tx.run("DELETE FROM dataset_person WHERE user_hash = ?", [user_hash])
+    return unpublished
+
+
+async def sweep(database: Database, home: Home) -> None:
+    """After an erasure: tombstones to their file, then the files of what is erased, then the WAL."""
+    found = await database.read(_tombstones)
+    await asyncio.to_thread(_keep_tombstones, home, found)
+    await sweep_files(database, home)
+
+
+async def reapply(database: Database, home: Home) -> None:
+    """At start, before anything is answered: a database from a copy forgets again whom it should have forgotten."""
+    known = await asyncio.to_thread(_kept_tombstones, home)
+
+    def work(tx: Tx) -> bool:
+        missing = known - _tombstones(tx)
+        for user_hash, at_ms in sorted(missing):
+            tx.insert("erasure", user_hash=user_hash, at_ms=at_ms)
+            erase(tx, user_hash, at_ms)
+        return bool(missing)
+
+    if await database.write(work):
+        await sweep(database, home)
+
+
+def _consents(tx: Tx, caller: Caller) -> bool:
+    found = tx.value("SELECT 1 FROM consent WHERE user_hash = ? AND channel_id = ?", [caller.user, caller.channel.id])
+    return bool(found)
+
+
+def _conversations_of(tx: Tx, user_hash: str) -> list[ForgetMemory]:
+    rows = tx.all(
+        "SELECT DISTINCT channel.name, conversation_id FROM turn JOIN conversation ON conversation.id = conversation_id"
+        " JOIN channel ON channel.id = channel_id WHERE turn.user_hash = ?",
+        [user_hash],
+    )
+    return [ForgetMemory(row["name"], str(row["conversation_id"])) for row in rows]
+
+
+def _datasets_of(tx: Tx, user_hash: str, channel_id: int | None = None) -> list[str]:
+    """Those that hold what the person said; of one channel, or of all."""
+    rows = tx.all(
+        "SELECT DISTINCT dataset_sha256 FROM dataset_person WHERE user_hash = ? AND (? IS NULL OR NOT EXISTS"
+        " (SELECT 1 FROM job WHERE job.dataset_sha256 = dataset_person.dataset_sha256 AND job.channel_id <> ?))",
+        [user_hash, channel_id, channel_id],
+    )
+    return [row["dataset_sha256"] for row in rows]
+
+
+def _erase_datasets(tx: Tx, datasets: list[str]) -> bool:
+    """Their files go with the next sweep; jobs that read them end. Whether there was anything to do."""
+    for sha256 in datasets:
+        tx.run("UPDATE dataset SET erased_ms = ? WHERE sha256 = ? AND erased_ms IS NULL", [tx.now_ms, sha256])
+        for row in tx.all("SELECT id FROM job WHERE dataset_sha256 = ? AND ended_ms IS NULL", [sha256]):
+            jobs.cancel(tx, row["id"], ERASED)
+    return bool(datasets)
+
+
+def _unpublish(tx: Tx, datasets: list[str]) -> list[tuple[str, str]]:
+    unpublished = []
+    for sha256 in datasets:
+        for row in tx.all("SELECT sha256 FROM adapter WHERE dataset_sha256 = ? AND unpublished_ms IS NULL", [sha256]):
+            version = adapters.by_sha(tx, row["sha256"])
+            adapters.unpublish(tx, version.sha256, ERASED)
+            unpublished.append((version.label, adapters.champion(tx, version.name)[1]))
+    return unpublished
+
+
+# --- tombstones in a file: "hash milliseconds" on a line ---
+
+
+def _tombstones(tx: Tx) -> set[tuple[str, int]]:
+    return {(row["user_hash"], row["at_ms"]) for row in tx.all("SELECT user_hash, at_ms FROM erasure")}
+
+
+def _kept_tombstones(home: Home) -> set[tuple[str, int]]:
+    path = home.path / _TOMBSTONES
+    if not path.exists():
+        return set()
+    parts = (line.split() for line in path.read_text("ascii", "replace").splitlines())
+    return {(part[0], int(part[1])) for part in parts if len(part) == 2 and part[1].isdecimal()}
+
+
+def _keep_tombstones(home: Home, found: set[tuple[str, int]]) -> None:
+    """Add those that are missing. A line that a crash has cut is not read, and written again."""
+    missing = sorted(found - _kept_tombstones(home))
+    if not missing:
+        return
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+    descriptor = os.open(home.path / _TOMBSTONES, flags, 0o600)
+    try:
+        os.write(descriptor, "".join(f"\n{user_hash} {at_ms}" for user_hash, at_ms in missing).encode() + b"\n")
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

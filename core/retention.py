@@ -1,0 +1,256 @@
+"""How long things are kept, and that they go when the time is over: rows by the clock, files by what rows say.
+
+Knows no person and no command. The ledger, prices and counts are never touched.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import os
+import shutil
+import time
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+
+from core.errors import AppError
+from core.store import directory
+from core.store.database import Database, Tx
+from core.store.home import Home
+
+log = logging.getLogger(__name__)
+_EVERY_S = 60.0
+_BATCH = 1000
+_MINUTE_MS, _HOUR_MS, _DAY_MS = 60_000, 3_600_000, 86_400_000
+_LEFT_OVER_S = 3600.0  # a file without a row may be about to get one
+_LOG_S = 30 * 86_400.0
+_CLOSED = "inbox.state IN ('done', 'dead')"
+
+
+@dataclass(frozen=True, slots=True)
+class Retention:
+    """The table [privacy] of the configuration."""
+
+    conversation_hours: float = 24
+    payload_minutes: float = 15
+    dead_days: float = 7
+    dataset_days: float = 30
+    audit_days: float = 400
+
+
+def keep_retention(tx: Tx, retention: Retention) -> None:
+    """Write the periods down, so that /privacy says what is in force."""
+    tx.run(
+        "INSERT INTO setting VALUES ('retention', ?) ON CONFLICT DO UPDATE SET value = excluded.value",
+        [json.dumps(asdict(retention))],
+    )
+
+
+def retention_of(tx: Tx) -> Retention:
+    kept = tx.value("SELECT value FROM setting WHERE key = 'retention'")
+    return Retention(**json.loads(kept)) if kept else Retention()
+
+
+# --- rows ---
+
+
+async def keep_clean(database: Database, home: Home, retention: Retention) -> None:
+    """Once a minute, until cancelled. Trouble is logged, and tried again the next time."""
+    await database.write(lambda tx: keep_retention(tx, retention))
+    while True:
+        try:
+            await clean(database, home, retention)
+        except (AppError, OSError) as error:
+            log.error("retention.failed", extra={"error": str(error)})
+        await asyncio.sleep(_EVERY_S)
+
+
+async def clean(database: Database, home: Home, retention: Retention) -> int:
+    """One pass by the database's clock: how many rows it changed. Small transactions, so that no one waits long."""
+    changed = 0
+    for step in _steps(retention):
+        while count := await database.write(step):
+            changed += count
+            if count < _BATCH:
+                break
+    if changed:
+        log.info("retention.cleaned", extra={"rows": changed})
+        await sweep(database, home)
+    return changed
+
+
+def _steps(retention: Retention) -> list[Callable[[Tx], int]]:
+    """Each changes at most _BATCH rows and says how many."""
+    turn_ms = round(retention.conversation_hours * _HOUR_MS)
+    payload_ms = round(retention.payload_minutes * _MINUTE_MS)
+    dead_ms = max(payload_ms, round(retention.dead_days * _DAY_MS))
+    dataset_ms = round(retention.dataset_days * _DAY_MS)
+    audit_ms = round(retention.audit_days * _DAY_MS)
+
+    def each(change: str, table: str, key: str, where: str, *ages_ms: int) -> Callable[[Tx], int]:
+        sql = f"{change} WHERE {key} IN (SELECT {key} FROM {table} WHERE {where} LIMIT {_BATCH})"
+        return lambda tx: tx.run(sql, [tx.now_ms - age for age in ages_ms])
+
+    said = "SELECT 1 FROM inbox WHERE inbox.id = inbox_id"
+    open_here = (
+        "SELECT 1 FROM inbox WHERE inbox.platform = conversation.platform AND inbox.account = conversation.account"
+        f" AND inbox.place = conversation.place AND inbox.conversation = conversation.conversation AND NOT {_CLOSED}"
+    )
+    return [
+        each("DELETE FROM turn", "turn", "id", "at_ms <= ?", turn_ms),
+        each(
+            "DELETE FROM conversation",
+            "conversation",
+            "id",
+            f"started_ms <= ? AND NOT EXISTS (SELECT 1 FROM turn WHERE conversation_id = conversation.id)"
+            f" AND NOT EXISTS ({open_here})",
+            turn_ms,
+        ),
+        each(
+            "UPDATE inbox SET payload = NULL",
+            "inbox",
+            "id",
+            "payload IS NOT NULL AND state = 'done' AND closed_ms <= ?",
+            payload_ms,
+        ),
+        each(
+            "UPDATE inbox SET payload = NULL",
+            "inbox",
+            "id",
+            "payload IS NOT NULL AND state = 'dead' AND closed_ms <= ?",
+            dead_ms,
+        ),
+        each(
+            "UPDATE delivery SET body = NULL",
+            "delivery",
+            "id",
+            f"body IS NOT NULL AND EXISTS ({said} AND {_CLOSED} AND closed_ms <= ?)",
+            payload_ms,
+        ),
+        # Where something was said is the address of a person: it goes when nothing can be written there any more.
+        each(
+            "UPDATE inbox SET place = '', conversation = '', reply_to = ''",
+            "inbox",
+            "id",
+            f"place <> '' AND {_CLOSED} AND closed_ms <= ?",
+            dead_ms,
+        ),
+        each(
+            "UPDATE part SET handle = '', receipt = ''",
+            "part",
+            "delivery_id",
+            "handle <> '' AND delivery_id IN (SELECT delivery.id FROM delivery JOIN inbox ON inbox.id = inbox_id"
+            f" WHERE {_CLOSED} AND closed_ms <= ?)",
+            dead_ms,
+        ),
+        _unlink,
+        lambda tx: _expire_datasets(tx, dataset_ms),
+        each(
+            "DELETE FROM job_event",
+            "job_event",
+            "job_id",
+            "job_id IN (SELECT id FROM job WHERE ended_ms <= ?)",
+            dataset_ms,
+        ),
+        each("DELETE FROM audit", "audit", "id", "at_ms <= ?", audit_ms),
+        each("DELETE FROM invite", "invite", "code_hash", "expires_ms <= ?", audit_ms),
+        each(
+            "DELETE FROM person",
+            "person",
+            "user_hash",
+            "last_ms <= ? AND user_hash NOT IN (SELECT user_hash FROM operator)"
+            " AND user_hash NOT IN (SELECT user_hash FROM consent)",
+            max(turn_ms, dataset_ms),
+        ),
+    ]
+
+
+def _unlink(tx: Tx) -> int:
+    """Take forgotten people out of what is kept: no count says any more whose it was.
+
+    An hour later than the rest: the limits of a channel look back so far, and /forget must not renew them.
+    """
+    changed = 0
+    for table, at in (("generation", "started_ms"), ("inbox", "received_ms")):
+        changed += tx.run(
+            f"UPDATE {table} SET user_hash = '' WHERE user_hash <> '' AND {at} <= ? AND EXISTS"
+            f" (SELECT 1 FROM erasure WHERE erasure.user_hash = {table}.user_hash AND at_ms >= {at})",
+            [tx.now_ms - _HOUR_MS],
+        )
+    return changed
+
+
+def _expire_datasets(tx: Tx, age_ms: int) -> int:
+    return tx.run(
+        "UPDATE dataset SET erased_ms = ? WHERE erased_ms IS NULL AND created_ms <= ? AND NOT EXISTS (SELECT 1 FROM job"
+        " WHERE dataset_sha256 = dataset.sha256 AND (ended_ms IS NULL OR ended_ms > ?))",
+        [tx.now_ms, tx.now_ms - age_ms, tx.now_ms - age_ms],
+    )
+
+
+# --- files ---
+
+
+async def sweep(database: Database, home: Home) -> None:
+    """Remove the files of what is erased, and fold the WAL, so that what is deleted is in no file any more."""
+    rows = await database.read(_rows)
+    await asyncio.to_thread(_sweep_files, home, rows)
+    await database.checkpoint()
+
+
+@dataclass(frozen=True, slots=True)
+class _Rows:
+    """What the database says of files: what it knows, and what of this is to go."""
+
+    datasets: frozenset[str]
+    erased_datasets: frozenset[str]
+    adapters: frozenset[str]
+    erased_adapters: frozenset[str]
+    open_jobs: frozenset[str]
+    forgotten_ms: int  # when the terminal's person last asked to be forgotten
+
+
+def _rows(tx: Tx) -> _Rows:
+    def column(sql: str) -> frozenset[str]:
+        return frozenset(str(row["value"]) for row in tx.all(sql))
+
+    local = tx.cipher.hash_user(directory.TERMINAL, "home", directory.LOCAL_USER)
+    return _Rows(
+        datasets=column("SELECT sha256 AS value FROM dataset WHERE erased_ms IS NULL"),
+        erased_datasets=column("SELECT sha256 AS value FROM dataset WHERE erased_ms IS NOT NULL"),
+        adapters=column("SELECT sha256 AS value FROM adapter"),
+        erased_adapters=column("SELECT sha256 AS value FROM adapter WHERE unpublished_reason = 'erased'"),
+        open_jobs=column("SELECT id AS value FROM job WHERE ended_ms IS NULL"),
+        forgotten_ms=int(tx.value("SELECT ifnull(max(at_ms), 0) FROM erasure WHERE user_hash = ?", [local])),
+    )
+
+
+def _sweep_files(home: Home, rows: _Rows) -> None:
+    for path in _entries(home.datasets):
+        if path.name in rows.erased_datasets or (path.name not in rows.datasets and _age_s(path) > _LEFT_OVER_S):
+            path.unlink(missing_ok=True)
+    for path in _entries(home.adapters):
+        if path.name in rows.erased_adapters or (path.name not in rows.adapters and _age_s(path) > _LEFT_OVER_S):
+            shutil.rmtree(path, ignore_errors=True)
+    for path in _entries(home.jobs):
+        if path.name not in rows.open_jobs and _age_s(path) > 1:
+            shutil.rmtree(path, ignore_errors=True)
+    for path in _entries(home.logs):
+        if path.name.startswith("job-") and _age_s(path) > _LOG_S:
+            path.unlink(missing_ok=True)
+    history = home.path / "history"  # what was typed at the terminal
+    if history.exists() and history.stat().st_mtime * 1000 <= rows.forgotten_ms + 1000:
+        history.unlink(missing_ok=True)
+
+
+def _entries(folder: Path) -> list[Path]:
+    return [folder / name for name in sorted(os.listdir(folder))] if folder.is_dir() else []
+
+
+def _age_s(path: Path) -> float:
+    try:
+        return time.time() - path.stat().st_ctime
+    except OSError:
+        return 0.0

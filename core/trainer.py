@@ -1,0 +1,173 @@
+"""One trainer process: started on a job folder, heard, and stopped. Knows no rows, no adapters and no sentences.
+
+It runs `python -m finetune train JOBDIR` in a session of its own. The end of its standard input tells it to write a
+checkpoint and go; so it also goes when this program is killed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import fcntl
+import logging
+import os
+import signal
+import sys
+from asyncio.subprocess import DEVNULL, PIPE, Process
+from collections.abc import Awaitable, Callable, Mapping, Sequence
+from contextlib import suppress
+from pathlib import Path
+
+from core.errors import JobError
+from core.job import JobEvent, load_event
+
+log = logging.getLogger(__name__)
+
+COMMAND = (sys.executable, "-P", "-m", "finetune")
+_ROOT = Path(__file__).resolve().parents[1]
+_MAX_LINE_BYTES = 2**20
+_MAX_LOG_BYTES = 2**20
+_TERMINATE_S = 5.0
+_LOCK_S, _LOOK_S = 60.0, 0.2
+# What a trainer needs to find its libraries and its device. Tokens and passwords are not among it.
+_PASSED = frozenset(
+    "PATH HOME USER LANG LANGUAGE TZ TMPDIR TEMP TMP VIRTUAL_ENV LD_LIBRARY_PATH DYLD_LIBRARY_PATH SYSTEMROOT".split()
+)
+_PASSED_GROUPS = ("LC_", "CUDA_", "NVIDIA_", "OMP_", "MKL_", "TORCH_", "NCCL_", "XDG_")
+
+
+class Trainer:
+    """Use once. `run` returns the exit status, negative for a signal; `stop` may be called at any time."""
+
+    def __init__(
+        self, folder: Path, log_file: Path, *, command: Sequence[str] = COMMAND, silence_s: float = 600.0
+    ) -> None:
+        self._folder = folder
+        self._log_file = log_file
+        self._command = command
+        self._silence_s = silence_s
+        self._process: Process | None = None
+        self._stopping = False
+
+    async def run(self, hear: Callable[[JobEvent], Awaitable[None]]) -> int:
+        """Start it, give each event to `hear`, and wait for its end. Raises JobError where it cannot be started."""
+        await _until_unlocked(self._folder)
+        self._process = process = await self._spawn()
+        if self._stopping:
+            self._hang_up()
+        try:
+            await self._listen(process, hear)
+            return await process.wait()
+        finally:
+            if process.returncode is None:  # we are cancelled, or cannot hear it any more
+                self._signal(signal.SIGKILL)
+                await process.wait()
+
+    async def stop(self, deadline_s: float) -> None:
+        """Ask it to write a checkpoint and go; make it go when the time is over. Returns when it is asked."""
+        self._stopping = True
+        process = self._process
+        if process is None or process.returncode is not None:
+            return
+        self._hang_up()
+        for patience_s, number in ((deadline_s, signal.SIGTERM), (_TERMINATE_S, signal.SIGKILL)):
+            try:
+                async with asyncio.timeout(patience_s):
+                    await process.wait()
+                    return
+            except TimeoutError:
+                self._signal(number)
+
+    async def _spawn(self) -> Process:
+        descriptor = await asyncio.to_thread(_open_log, self._log_file)
+        try:
+            return await asyncio.create_subprocess_exec(
+                *self._command,
+                "train",
+                str(self._folder),
+                stdin=PIPE,
+                stdout=PIPE,
+                stderr=descriptor if descriptor >= 0 else DEVNULL,
+                env=environment(os.environ),
+                cwd=self._folder,
+                start_new_session=True,
+                limit=_MAX_LINE_BYTES,
+            )
+        except OSError as error:
+            raise JobError(detail=f"the trainer cannot be started: {error}") from error
+        finally:
+            if descriptor >= 0:
+                os.close(descriptor)
+
+    async def _listen(self, process: Process, hear: Callable[[JobEvent], Awaitable[None]]) -> None:
+        assert process.stdout is not None
+        while True:
+            try:
+                async with asyncio.timeout(self._silence_s):
+                    line = await process.stdout.readline()
+            except TimeoutError:
+                log.error("trainer.silent", extra={"job": self._folder.name, "seconds": self._silence_s})
+                self._signal(signal.SIGKILL)
+                return
+            except ValueError:  # longer than any event
+                log.warning("trainer.line_too_long", extra={"job": self._folder.name})
+                continue
+            if not line:
+                return
+            try:
+                event = load_event(line.decode("utf-8", "replace"))
+            except JobError:
+                log.warning("trainer.not_an_event", extra={"job": self._folder.name, "bytes": len(line)})
+                continue
+            await hear(event)
+
+    def _hang_up(self) -> None:
+        if self._process is not None and self._process.stdin is not None:
+            self._process.stdin.close()
+
+    def _signal(self, number: signal.Signals) -> None:
+        """To the trainer and whatever it has started."""
+        if self._process is not None and self._process.returncode is None:
+            with suppress(ProcessLookupError, PermissionError):
+                os.killpg(self._process.pid, number)
+
+
+def environment(given: Mapping[str, str]) -> dict[str, str]:
+    """What a trainer may know of our environment; none of it is a secret."""
+    passed = {name: value for name, value in given.items() if name in _PASSED or name.startswith(_PASSED_GROUPS)}
+    return {**passed, "PYTHONPATH": str(_ROOT), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
+
+
+async def _until_unlocked(folder: Path) -> None:
+    """Wait for a trainer of an earlier life, which is writing its checkpoint. Raises JobError if it does not end."""
+    try:
+        async with asyncio.timeout(_LOCK_S):
+            while await asyncio.to_thread(_is_locked, folder / "lock"):  # noqa: ASYNC110 - no one tells us
+                await asyncio.sleep(_LOOK_S)
+    except TimeoutError:
+        raise JobError(detail=f"another trainer has been at work on {folder.name} for {_LOCK_S:g} s") from None
+
+
+def _is_locked(path: Path) -> bool:
+    try:
+        descriptor = os.open(path, os.O_RDWR | os.O_CLOEXEC)
+    except FileNotFoundError:
+        return False
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        return False
+    except BlockingIOError:
+        return True
+    finally:
+        os.close(descriptor)
+
+
+def _open_log(path: Path) -> int:
+    """Where the trainer's standard error goes; -1 where there is no room. A file that has grown large begins anew."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+    try:
+        if path.exists() and path.stat().st_size > _MAX_LOG_BYTES:
+            flags |= os.O_TRUNC
+        return os.open(path, flags, 0o600)
+    except OSError as error:
+        log.warning("trainer.no_log", extra={"error": error.strerror})
+        return -1

@@ -1,0 +1,108 @@
+"""What /finetune does: start, status, list, cancel. Knows rows; the supervisor (core.training) does the work."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from core import jobtexts
+from core.commands import Call
+from core.delivery import new_delivery
+from core.errors import BadInput, UnknownThing
+from core.operators import Handler
+from core.store import directory, jobs
+from core.store.database import Tx
+from core.store.jobs import Job
+from core.texts import Later, duration, say
+from core.types import Body, Caller, Outcome, WakeTraining
+
+_MAX_OPEN = 8
+_LISTED = 10
+
+
+def start(tx: Tx, caller: Caller, call: Call) -> Outcome:
+    """Queue a job on a data set that core.datasets has brought: its sha256 is the argument.
+
+    Raises BadInput where the channel has an open job already, or too many wait.
+    """
+    waiting = jobs.open_jobs(tx)
+    for job in waiting:
+        if job.channel_id == caller.channel.id:
+            raise BadInput("training.busy", title=job.title, id=job.id)
+    if len(waiting) >= _MAX_OPEN:
+        raise BadInput("training.too_many", n=len(waiting))
+    job = jobs.create(tx, caller, call.arguments["dataset"])
+    new_delivery(tx, job_id=job.id)
+    directory.audit(tx, caller, "finetune start", job.label, None, {"job": job.id, "dataset": job.dataset_sha256})
+    key = "training.queued" if waiting else "training.started"
+    fields = {"id": job.id, "name": job.dataset, "title": job.title, "label": job.label, "before": len(waiting)}
+    return Outcome(Body(say(caller.language, key, **fields)), (WakeTraining(),))
+
+
+def status(tx: Tx, caller: Caller, call: Call) -> Outcome:
+    """Raises UnknownThing."""
+    job = _find(tx, caller, call)
+    if job is None:
+        return Outcome(Body(say(caller.language, "training.none")))
+    events = jobs.events(tx, job.id)
+    lines = [_line(tx, caller, job)]
+    if job.state == "failed":
+        lines.append(jobtexts.failed_text(job))
+    elif job.state in ("running", "publishing"):
+        lines.append(jobtexts.progress_text(job, events))
+    elif job.state == "published":
+        lines.append(jobtexts.report(job, events).text)
+    return Outcome(Body("\n\n".join(lines)))
+
+
+def list_jobs(tx: Tx, caller: Caller, call: Call) -> Outcome:
+    found = jobs.of_channel(tx, caller.channel.id, _LISTED)
+    if not found:
+        return Outcome(Body(say(caller.language, "training.none")))
+    head = say(caller.language, "training.list", title=caller.channel.title)
+    return Outcome(Body("\n".join([head, "", *(f"- {_line(tx, caller, job)}" for job in found)])))
+
+
+def cancel(tx: Tx, caller: Caller, call: Call) -> Outcome:
+    """Raises UnknownThing."""
+    job = _find(tx, caller, call)
+    if job is None:
+        return Outcome(Body(say(caller.language, "training.none")))
+    if not jobs.cancel(tx, job.id, "asked"):
+        return Outcome(Body(say(caller.language, "training.ended_already", id=job.id)))
+    directory.audit(tx, caller, "finetune cancel", job.label, {"job": job.id, "state": job.state}, "cancelled")
+    return Outcome(Body(say(caller.language, "training.cancelled", id=job.id, title=job.title)), (WakeTraining(),))
+
+
+HANDLERS: Mapping[tuple[str, str], Handler] = {
+    ("finetune", ""): start,
+    ("finetune", "start"): start,
+    ("finetune", "status"): status,
+    ("finetune", "list"): list_jobs,
+    ("finetune", "cancel"): cancel,
+}
+
+
+def _find(tx: Tx, caller: Caller, call: Call) -> Job | None:
+    """The job that was named, or the channel's newest; None where it has none. Raises UnknownThing.
+
+    A job of another channel is as unknown as one that never was.
+    """
+    typed = call.arguments.get("job", "")
+    if not typed:
+        return next(iter(jobs.of_channel(tx, caller.channel.id, 1)), None)
+    job = jobs.find(tx, int(typed)) if typed.isdecimal() and len(typed) < 16 else None
+    if job is None or job.channel_id != caller.channel.id:
+        raise UnknownThing("training.no_job", typed=typed[:40])
+    return job
+
+
+def _line(tx: Tx, caller: Caller, job: Job) -> str:
+    return say(
+        caller.language,
+        "training.line",
+        id=job.id,
+        label=job.label,
+        name=job.dataset,
+        state=Later(f"training.state_{job.state}"),
+        age=duration(caller.language, max(0, tx.now_ms - job.created_ms) / 1000),
+    )

@@ -1,0 +1,202 @@
+"""What /adapter does: list, show, promote, roll back. Knows no files and no model.
+
+Promotion moves the champion of a name, so it needs a grant for every channel that follows the name, and says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from core import adapters
+from core.adapters import BASE, Version
+from core.commands import Call, Grant
+from core.errors import BadInput, NotAllowed, UnknownThing
+from core.operators import Handler
+from core.store import directory
+from core.store.database import Tx
+from core.texts import Later, duration, say
+from core.types import Body, Button, Caller, Outcome
+
+_MAX_REASON = 200
+_SHOWN_VERSIONS = 20
+
+
+def list_versions(tx: Tx, caller: Caller, call: Call) -> Outcome:
+    name = caller.channel.adapter
+    champion, _ = adapters.champion(tx, name)
+    known = adapters.versions(tx, name)
+    lines = [_line(tx, caller, version, champion) for version in known[:_SHOWN_VERSIONS]]
+    if len(known) > _SHOWN_VERSIONS:
+        lines.append(say(caller.language, "adapter.more", n=len(known) - _SHOWN_VERSIONS))
+    state = Later("adapter.in_service") if champion is None else Later("adapter.plain")
+    lines.append(say(caller.language, "adapter.line_base", state=state))
+    head = say(caller.language, "adapter.list", title=caller.channel.title)
+    return Outcome(Body("\n".join([head, "", *(f"- {line}" for line in lines)])))
+
+
+def show(tx: Tx, caller: Caller, call: Call) -> Outcome:
+    """Raises UnknownThing."""
+    version = _find(tx, caller, call.arguments["version"])
+    if version is None:
+        return Outcome(Body(say(caller.language, "adapter.shown_base")))
+    made = version.manifest
+    rows, hyper = made.get("rows") or {}, made.get("hyper") or {}
+    champion, _ = adapters.champion(tx, version.name)
+    text = say(
+        caller.language,
+        "adapter.shown",
+        label=version.label,
+        state=_state(tx, version, champion),
+        age=_age(tx, caller, version),
+        base=made.get("base_model", "?"),
+        dataset=_dataset(tx, version),
+        sha=version.dataset_sha256[:12] or "?",
+        train=rows.get("train", "?"),
+        validation=rows.get("validation", "?"),
+        test=rows.get("test", "?"),
+        losses=_losses(made),
+        rank=hyper.get("rank", "?"),
+        alpha=hyper.get("alpha", "?"),
+        dropout=made.get("dropout", "?"),
+        learning_rate=hyper.get("learning_rate", "?"),
+        epochs=hyper.get("epochs", "?"),
+        clip_value=hyper.get("clip_value", "?"),
+        clip_norm=hyper.get("clip_norm", "?"),
+        seed=hyper.get("seed", "?"),
+        time=duration(caller.language, float(made.get("seconds", 0))),
+        adapter=version.sha256[:12],
+    )
+    buttons = () if version.sha256 == champion or version.unpublished else (_promote_button(caller, version.label),)
+    return Outcome(Body(text, buttons))
+
+
+def promote(tx: Tx, caller: Caller, call: Call) -> Outcome:
+    """Raises UnknownThing, BadInput for a version that cannot be used, NotAllowed where a follower is not theirs."""
+    version = _find(tx, caller, call.arguments["version"])
+    reason = call.arguments.get("reason", "")
+    if len(reason) > _MAX_REASON:
+        raise BadInput("adapter.reason_too_long", limit=_MAX_REASON)
+    followers = _followers(tx, caller)
+    name = caller.channel.adapter
+    before, label_before = adapters.champion(tx, name)
+    if version is not None:
+        _check_usable(tx, version)
+    sha256 = version.sha256 if version else None
+    label = version.label if version else BASE
+    if sha256 == before:
+        return Outcome(Body(say(caller.language, "adapter.already", label=label)))
+    adapters.promote(tx, name, sha256, caller.user, reason)
+    directory.audit(tx, caller, "adapter promote", name, label_before, {"version": label, "reason": reason})
+    text = say(caller.language, "adapter.promoted", channels=followers, label=label, before=label_before)
+    return Outcome(Body(text))
+
+
+def rollback(tx: Tx, caller: Caller, call: Call) -> Outcome:
+    """Raises NotAllowed where a follower is not theirs."""
+    followers = _followers(tx, caller)
+    name = caller.channel.adapter
+    _, label_before = adapters.champion(tx, name)
+    if adapters.undo(tx, name) is None:
+        return Outcome(Body(say(caller.language, "adapter.nothing_to_undo", label=label_before)))
+    _, label = adapters.champion(tx, name)
+    directory.audit(tx, caller, "adapter rollback", name, label_before, {"version": label})
+    text = say(caller.language, "adapter.rolled_back", channels=followers, label=label, before=label_before)
+    return Outcome(Body(text))
+
+
+HANDLERS: Mapping[tuple[str, str], Handler] = {
+    ("adapter", "list"): list_versions,
+    ("adapter", "show"): show,
+    ("adapter", "promote"): promote,
+    ("adapter", "rollback"): rollback,
+}
+
+
+def promote_button(language: str, label: str) -> Button:
+    """Puts a version into service by one press."""
+    return Button(say(language, "adapter.promote_button"), "command", f"/adapter promote {label}")
+
+
+def _promote_button(caller: Caller, label: str) -> Button:
+    return promote_button(caller.language, label)
+
+
+def _find(tx: Tx, caller: Caller, typed: str) -> Version | None:
+    """The version that was meant, of this channel's name alone; None is base. Raises UnknownThing."""
+    if typed.lower() == BASE:
+        return None
+    name, _, number = typed.rpartition("@")
+    known = adapters.versions(tx, caller.channel.adapter)
+    for version in known:
+        if name in ("", version.name) and number == str(version.version):
+            return version
+    names = ", ".join([*(version.label for version in known[:_SHOWN_VERSIONS]), BASE])
+    raise UnknownThing("adapter.no_version", typed=typed[:80], known=names)
+
+
+def _check_usable(tx: Tx, version: Version) -> None:
+    if version.unpublished:
+        raise BadInput("adapter.is_unpublished", label=version.label, reason=_reason(version))
+    if _other_base(tx, version):
+        raise BadInput("adapter.is_of_another_base", label=version.label)
+
+
+def _other_base(tx: Tx, version: Version) -> bool:
+    loaded = tx.value("SELECT value FROM setting WHERE key = 'base_fingerprint'")
+    return loaded is not None and loaded != version.base_fingerprint
+
+
+def _followers(tx: Tx, caller: Caller) -> str:
+    """The channels that follow the name, with their places, for people. Raises NotAllowed."""
+    rows = tx.all(
+        "SELECT id, title FROM channel WHERE adapter = ? AND archived_ms IS NULL ORDER BY name",
+        [caller.channel.adapter],
+    )
+    if any(directory.grant_of(tx, caller.user, row["id"]) < Grant.OPERATOR for row in rows):
+        raise NotAllowed
+    return ", ".join(_with_places(row["title"], directory.places(tx, row["id"])) for row in rows)
+
+
+def _with_places(title: str, places: tuple[str, ...]) -> str:
+    return f"**{title}** ({', '.join(places)})" if places else f"**{title}**"
+
+
+def _line(tx: Tx, caller: Caller, version: Version, champion: str | None) -> str:
+    return say(
+        caller.language,
+        "adapter.line",
+        label=version.label,
+        state=_state(tx, version, champion),
+        dataset=_dataset(tx, version),
+        losses=_losses(version.manifest),
+        age=_age(tx, caller, version),
+    )
+
+
+def _state(tx: Tx, version: Version, champion: str | None) -> Later:
+    if version.unpublished:
+        return Later("adapter.unpublished", reason=_reason(version))
+    if _other_base(tx, version):
+        return Later("adapter.other_base")
+    return Later("adapter.in_service") if version.sha256 == champion else Later("adapter.ready")
+
+
+def _reason(version: Version) -> str:
+    return Later("adapter.erased") if version.unpublished == "erased" else version.unpublished
+
+
+def _dataset(tx: Tx, version: Version) -> str:
+    return tx.value("SELECT name FROM dataset WHERE sha256 = ?", [version.dataset_sha256]) or "?"
+
+
+def _losses(manifest: Mapping[str, Any]) -> str:
+    losses = manifest.get("losses") or {}
+    base, tuned = losses.get("test_base"), losses.get("test_candidate")
+    if not isinstance(base, int | float) or not isinstance(tuned, int | float):
+        return "?"
+    return f"{base:.2f} → {tuned:.2f}"
+
+
+def _age(tx: Tx, caller: Caller, version: Version) -> str:
+    return duration(caller.language, max(0, tx.now_ms - version.created_ms) / 1000)

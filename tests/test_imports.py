@@ -17,8 +17,10 @@ LEVELS = (
     {"config", "texts", "metrics"},
     {"commands", "prompt", "engine.scheduler", "engine.text", "engine.scripted", "weights", "demo"},
     {"model", "engine.*", "store.*", "delivery"},
-    {"adapters", "privacy", "training", "datasets", "reply"},
-    {"service", "operators", "tuning", "users"},
+    {"adapters", "datasets", "reply", "retention", "trainer"},
+    {"operators"},
+    {"users", "versions", "tuning", "privacy", "training", "jobtexts"},
+    {"service"},
 )
 # who: what it must not import, not even through others of ours (True) or only itself (False)
 FORBIDDEN: dict[str, tuple[set[str], bool]] = {

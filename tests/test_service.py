@@ -38,8 +38,8 @@ async def test_a_repeat_is_a_no_op(tmp_path: Path) -> None:
 async def test_turns_of_a_conversation_are_in_order_and_others_do_not_wait(tmp_path: Path) -> None:
     async with world(tmp_path, delay_s=0.002) as it:
         for n in range(4):
-            await it.send(f"a{n}", conversation="a")
-            await it.send(f"b{n}", conversation="b")
+            await it.send(f"a{n}", conversation="a", user="ann")
+            await it.send(f"b{n}", conversation="b", user="bob")
         await it.settled()
         said = it.bot.said()
         for name in "ab":
@@ -176,7 +176,7 @@ async def test_after_a_crash_the_owed_answer_is_given_first_and_once(tmp_path: P
         await it.send("first")
         await it.database.write(lambda tx: inbox.take(tx, 10, {("fake", "bot")}, ()))
     async with world(tmp_path) as it:
-        await it.send("second")
+        await it.send("second", key="second")
         await it.settled()
         assert it.bot.said() == ["you said first", "you said second"]
         assert await it.count("ledger") == 2

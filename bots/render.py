@@ -1,4 +1,4 @@
-"""Text on its way to a screen: cutting, Markdown blocks, progress bars. Pure; knows nothing of platforms or replies."""
+"""Text on its way to a screen: cutting, Markdown blocks, plain text. Pure; knows nothing of platforms or replies."""
 
 from __future__ import annotations
 
@@ -127,8 +127,7 @@ def printable(text: str) -> str:
     return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs"))
 
 
-def progress_bar(fraction: float, width: int = 20) -> str:
-    """A bar and its percentage: "▓▓▓▓▓░░░ 61 %"."""
-    share = min(1.0, max(0.0, fraction))
-    full = int(share * width)
-    return "▓" * full + "░" * (width - full) + f" {int(share * 100)} %"
+def plain(markdown: str) -> str:
+    """The text without its markup, for places that show none: a line for each line."""
+    inlines = [token.children or [] for token in _parser().parse(markdown) if token.type == "inline"]
+    return "\n".join("".join("\n" if "break" in part.type else part.content for part in parts) for parts in inlines)

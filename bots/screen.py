@@ -33,7 +33,7 @@ from rich.segment import Segment
 from rich.syntax import Syntax
 from rich.text import Text
 
-from bots.render import closed_blocks, printable
+from bots.render import closed_blocks, plain, printable
 from core.types import Body
 
 PROMPT = "› "
@@ -130,7 +130,7 @@ class Screen:
                 self._print_block(reply, closed)
                 reply.printed += len(closed)
         else:
-            self._session.bottom_toolbar = FormattedText([("class:dim", reply.text.strip())])
+            self._session.bottom_toolbar = FormattedText([("class:dim", plain(reply.text))])
         if not self._redraw_due:
             self._redraw_due = True
             asyncio.get_running_loop().call_later(_REDRAW_S, self._redraw)

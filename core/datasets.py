@@ -11,100 +11,131 @@ import errno
 import hashlib
 import json
 import os
+import stat
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
 from core.commands import Call, Grant
-from core.errors import AppError, BadInput, StorageError, StorageFull
+from core.errors import AppError, BadInput
 from core.store import directory, jobs
 from core.store.database import Database, Tx
 from core.store.home import Home
+from core.store.jobs import CONVERSATIONS
 from core.types import Caller
 
-CONVERSATIONS = "conversations"
-MAX_BYTES = 256 * 2**20
+MAX_BYTES = 200 * 10**6
+MAX_OPEN = 8
 _MAX_CONVERSATIONS = 20_000
 _CHUNK = 2**20
 
 
 async def prepare_finetune(home: Home, database: Database, caller: Caller, call: Call) -> Call:
-    """For `/finetune FILE`: the same call with the data set's sha256 in the place of the file; else the call as it is.
+    """For `/finetune FILE`: the same call with the data set's sha256 as `dataset` and its name as `name`.
 
-    Raises BadInput for a data set that is not there, cannot be read or is too large; StorageError for a full disk.
+    Any other call comes back as it is. Raises BadInput for a data set that is not there, cannot be read or is too
+    large, or where no job can be taken in; AppError for a disk that is full or cannot be written.
     """
     if call.key not in (("finetune", ""), ("finetune", "start")):
         return call
     grant = await database.read(lambda tx: directory.grant_of(tx, caller.user, caller.channel.id))
     if grant < Grant.OPERATOR:
         return call  # refused and audited where all commands are
+    await database.read(lambda tx: check_room(tx, caller))
     typed = call.arguments.get("dataset", "")
-    if typed == CONVERSATIONS:
-        sha256 = await _bring_conversations(home, database, caller)
-    else:
-        sha256 = await _bring_named(home, database, caller, typed)
-    return replace(call, arguments={**call.arguments, "dataset": sha256})
+    try:
+        if typed == CONVERSATIONS and not caller.attachments:
+            sha256, name = await _bring_conversations(home, database, caller), CONVERSATIONS
+        else:
+            sha256, name = await _bring_named(home, database, caller, typed)
+    except OSError as error:  # of the home: what is wrong with the file itself is told as such
+        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+        raise AppError("error.storage_full" if full else "error.storage", f"no data set: {error}") from error
+    return replace(call, arguments={**call.arguments, "dataset": sha256, "name": name})
+
+
+def check_room(tx: Tx, caller: Caller) -> int:
+    """How many jobs would be before a new one. Raises BadInput where the channel has one, or too many wait."""
+    waiting = jobs.open_jobs(tx)
+    for job in waiting:
+        if job.channel_id == caller.channel.id:
+            raise BadInput("training.busy", title=job.title, id=job.id)
+    if len(waiting) >= MAX_OPEN:
+        raise BadInput("training.too_many", n=len(waiting))
+    return len(waiting)
 
 
 def stored(home: Home, sha256: str) -> Path:
     return home.datasets / sha256
 
 
-async def _bring_named(home: Home, database: Database, caller: Caller, typed: str) -> str:
-    path = _local_path(caller, typed)
-    if path is not None and await asyncio.to_thread(path.exists):
-        return await _bring_file(home, database, caller, path)
+async def _bring_named(home: Home, database: Database, caller: Caller, typed: str) -> tuple[str, str]:
+    """(sha256, name) of a file that was sent, of a path on the terminal, or of a data set that was brought earlier."""
+    local = caller.address.platform == directory.TERMINAL  # where the person sits at this machine
+    if caller.attachments and not local:
+        raise BadInput("training.no_files_here")
+    path = Path(caller.attachments[0].file_id) if caller.attachments else _typed_path(typed) if local else None
+    file = await asyncio.to_thread(_open, path) if path is not None else None
+    if path is not None and file is not None:
+        return await _bring_file(home, database, caller, path.name, file)
     known = await database.read(lambda tx: jobs.known_dataset(tx, caller.user, typed)) if typed else None
-    if known is not None and await asyncio.to_thread(stored(home, known).is_file):
+    if known is not None and await asyncio.to_thread(stored(home, known[0]).is_file):
         return known
-    if not typed:
+    if not typed and path is None:
         raise BadInput("training.no_dataset")
-    raise BadInput("training.dataset_not_found", typed=typed[:200])
+    raise BadInput("training.dataset_not_found", typed=(typed or str(path))[:200])
 
 
-def _local_path(caller: Caller, typed: str) -> Path | None:
-    """A file of this machine: on the terminal alone, where the person sits at it."""
-    if caller.address.platform != directory.TERMINAL:
-        return None
-    if caller.attachments:
-        return Path(caller.attachments[0].file_id)
+def _typed_path(typed: str) -> Path | None:
     try:
         return Path(typed).expanduser() if typed else None
     except RuntimeError:  # ~nobody
         return None
 
 
-async def _bring_file(home: Home, database: Database, caller: Caller, path: Path) -> str:
-    name = path.name
+def _open(path: Path) -> BinaryIO | None:
+    """A plain file, open; None where there is none. Raises BadInput for what is not a file that can be read."""
     try:
-        sha256, size = await asyncio.to_thread(_copy, path, home)
-    except IsADirectoryError:
-        raise BadInput("training.dataset_is_folder", name=name) from None
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not be waited for
+    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return None
     except OSError as error:
-        if error.errno in (errno.ENOSPC, errno.EDQUOT):
-            raise StorageFull(detail=f"no room for the data set: {error}") from error
-        raise BadInput("training.dataset_unreadable", name=name, reason=error.strerror or "?") from error
+        if error.errno == errno.ENAMETOOLONG:
+            return None
+        raise BadInput("training.dataset_unreadable", name=path.name, reason=error.strerror or "?") from error
+    file = os.fdopen(descriptor, "rb")
+    mode = os.fstat(descriptor).st_mode
+    if stat.S_ISREG(mode):
+        return file
+    file.close()
+    if stat.S_ISDIR(mode):
+        raise BadInput("training.dataset_is_folder", name=path.name)
+    raise BadInput("training.dataset_unreadable", name=path.name, reason="not a plain file")
+
+
+async def _bring_file(home: Home, database: Database, caller: Caller, name: str, file: BinaryIO) -> tuple[str, str]:
+    def copy() -> tuple[str, int]:
+        with file:
+            return _keep(_chunks(file, name), home)
+
+    sha256, size = await asyncio.to_thread(copy)
     await database.write(
         lambda tx: jobs.keep_dataset(tx, sha256, name, source="file", size_bytes=size, brought_by=caller.user)
     )
-    return sha256
-
-
-def _copy(path: Path, home: Home) -> tuple[str, int]:
-    with path.open("rb") as file:
-        if not file.seekable() or path.is_dir():
-            raise BadInput("training.dataset_unreadable", name=path.name, reason="not a file")
-        return _keep(_chunks(file, path.name), home)
+    return sha256, name
 
 
 def _chunks(file: BinaryIO, name: str) -> Iterator[bytes]:
     size = 0
-    while chunk := file.read(_CHUNK):
-        size += len(chunk)
-        if size > MAX_BYTES:
-            raise BadInput("training.dataset_too_large", name=name, limit=MAX_BYTES // 2**20)
-        yield chunk
+    try:
+        while chunk := file.read(_CHUNK):
+            size += len(chunk)
+            if size > MAX_BYTES:
+                raise BadInput("training.dataset_too_large", name=name, limit=MAX_BYTES // 10**6)
+            yield chunk
+    except OSError as error:
+        raise BadInput("training.dataset_unreadable", name=name, reason=error.strerror or "?") from error
     if not size:
         raise BadInput("training.dataset_empty", name=name)
 
@@ -138,10 +169,7 @@ async def _bring_conversations(home: Home, database: Database, caller: Caller) -
     if not said:
         raise BadInput("training.no_conversations", people=people)
     lines = [json.dumps({"messages": messages}, ensure_ascii=False).encode() + b"\n" for _, messages in said]
-    try:
-        sha256, size = await asyncio.to_thread(_keep, iter(lines), home)
-    except OSError as error:
-        raise StorageError(detail=f"the data set cannot be written: {error}") from error
+    sha256, size = await asyncio.to_thread(_keep, iter(lines), home)
     whose = {user for user, _ in said}
 
     def keep(tx: Tx) -> None:
@@ -154,7 +182,12 @@ async def _bring_conversations(home: Home, database: Database, caller: Caller) -
         for user in sorted(whose):
             tx.run("INSERT OR IGNORE INTO dataset_person VALUES (?, ?)", [sha256, user])
 
-    await database.write(keep)
+    try:
+        await database.write(keep)
+    except AppError:
+        if await database.read(lambda tx: jobs.is_erased(tx, sha256)):
+            await asyncio.to_thread(stored(home, sha256).unlink, missing_ok=True)
+        raise
     return sha256
 
 

@@ -29,9 +29,9 @@ class HyperParameters:
     rank: int = 16
     alpha: int = 32
     dropout: float | None = None
-    learning_rate: float = 5e-4
-    epochs: int = 3
-    rows_per_step: int = 8
+    learning_rate: float = 1e-3
+    epochs: int = 2
+    rows_per_step: int = 4
     clip_value: float = 1.0
     clip_norm: float = 1.0
     weight_decay: float = 0.0

@@ -39,7 +39,7 @@ def progress_text(job: Job, events: Sequence[JobEvent]) -> str:
         say(
             job.language,
             "training.loss",
-            loss=f"{progress.loss:.2f}",
+            loss=_losses(events, progress),
             unseen=_unseen(job.language, events),
             pace=round(progress.tokens_per_s),
         ),
@@ -80,10 +80,12 @@ def rows_text(language: str, name: str, checked: Checked) -> list[str]:
     lines = [say(language, "training.rows", name=name, used=checked.used, rows=checked.rows)]
     if checked.duplicates:
         lines.append(f"- {say(language, 'training.duplicates', n=checked.duplicates)}")
-    for told in (checked.rejected, checked.mended):
-        lines += [f"- {_shown(one)}" for one in told[:_SHOWN_LINES]]
-        if len(told) > _SHOWN_LINES:
-            lines.append(f"- {say(language, 'training.more_lines', n=len(told) - _SHOWN_LINES)}")
+    rejected = checked.rows - checked.used - checked.duplicates  # of these only the first are named
+    for told, count in ((checked.rejected, rejected), (checked.mended, len(checked.mended))):
+        shown = told[:_SHOWN_LINES]
+        lines += [f"- {_shown(one)}" for one in shown]
+        if count > len(shown):
+            lines.append(f"- {say(language, 'training.more_lines', n=count - len(shown))}")
     return lines
 
 
@@ -100,6 +102,12 @@ def _cancelled_key(job: Job) -> str:
 
 def _better(done: Done) -> bool:
     return done.test_loss is not None and done.test_loss_base is not None and done.test_loss < done.test_loss_base
+
+
+def _losses(events: Sequence[JobEvent], now: Progress) -> str:
+    """Of the first step that was told, and of the newest."""
+    first = next((event for event in events if isinstance(event, Progress)), now)
+    return f"{now.loss:.2f}" if first is now else f"{first.loss:.2f} → {now.loss:.2f}"
 
 
 def _unseen(language: str, events: Sequence[JobEvent]) -> str:

@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from core.errors import JobError
-from core.job import JobEvent, load_event
+from core.job import EXIT_INTERRUPTED, JobEvent, load_event
 
 log = logging.getLogger(__name__)
 
@@ -27,6 +27,7 @@ _ROOT = Path(__file__).resolve().parents[1]
 _MAX_LINE_BYTES = 2**20
 _MAX_LOG_BYTES = 2**20
 _TERMINATE_S = 5.0
+_LEAVE_S = 30.0
 _LOCK_S, _LOOK_S = 60.0, 0.2
 # What a trainer needs to find its libraries and its device. Tokens and passwords are not among it.
 _PASSED = frozenset(
@@ -46,17 +47,19 @@ class Trainer:
         self._command = command
         self._silence_s = silence_s
         self._process: Process | None = None
-        self._stopping = False
+        self._told_to_stop = asyncio.Event()
 
     async def run(self, hear: Callable[[JobEvent], Awaitable[None]]) -> int:
         """Start it, give each event to `hear`, and wait for its end. Raises JobError where it cannot be started."""
-        await _until_unlocked(self._folder)
+        await self._until_unlocked()
+        if self._told_to_stop.is_set():
+            return EXIT_INTERRUPTED
         self._process = process = await self._spawn()
-        if self._stopping:
+        if self._told_to_stop.is_set():
             self._hang_up()
         try:
             await self._listen(process, hear)
-            return await process.wait()
+            return await self._ended(process)
         finally:
             if process.returncode is None:  # we are cancelled, or cannot hear it any more
                 self._signal(signal.SIGKILL)
@@ -64,7 +67,7 @@ class Trainer:
 
     async def stop(self, deadline_s: float) -> None:
         """Ask it to write a checkpoint and go; make it go when the time is over. Returns when it is asked."""
-        self._stopping = True
+        self._told_to_stop.set()
         process = self._process
         if process is None or process.returncode is not None:
             return
@@ -120,6 +123,30 @@ class Trainer:
                 continue
             await hear(event)
 
+    async def _ended(self, process: Process) -> int:
+        """Its exit status; it has closed its standard output, so it has no more to do than to go."""
+        try:
+            async with asyncio.timeout(_LEAVE_S):
+                return await process.wait()
+        except TimeoutError:
+            log.error("trainer.stays", extra={"job": self._folder.name})
+            self._signal(signal.SIGKILL)
+            return await process.wait()
+
+    async def _until_unlocked(self) -> None:
+        """Wait for a trainer of an earlier life, which is writing its checkpoint. Raises JobError if it never ends."""
+        try:
+            async with asyncio.timeout(_LOCK_S):
+                while await asyncio.to_thread(_is_locked, self._folder / "lock"):
+                    with suppress(TimeoutError):
+                        async with asyncio.timeout(_LOOK_S):
+                            await self._told_to_stop.wait()
+                            return
+        except TimeoutError:
+            raise JobError(
+                detail=f"another trainer has been at work on {self._folder.name} for {_LOCK_S:g} s"
+            ) from None
+
     def _hang_up(self) -> None:
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.close()
@@ -135,16 +162,6 @@ def environment(given: Mapping[str, str]) -> dict[str, str]:
     """What a trainer may know of our environment; none of it is a secret."""
     passed = {name: value for name, value in given.items() if name in _PASSED or name.startswith(_PASSED_GROUPS)}
     return {**passed, "PYTHONPATH": str(_ROOT), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
-
-
-async def _until_unlocked(folder: Path) -> None:
-    """Wait for a trainer of an earlier life, which is writing its checkpoint. Raises JobError if it does not end."""
-    try:
-        async with asyncio.timeout(_LOCK_S):
-            while await asyncio.to_thread(_is_locked, folder / "lock"):  # noqa: ASYNC110 - no one tells us
-                await asyncio.sleep(_LOOK_S)
-    except TimeoutError:
-        raise JobError(detail=f"another trainer has been at work on {folder.name} for {_LOCK_S:g} s") from None
 
 
 def _is_locked(path: Path) -> bool:

@@ -17,36 +17,45 @@ from pathlib import Path
 
 from core import adapters, jobtexts
 from core.adapters import Candidate
-from core.datasets import CONVERSATIONS, stored
+from core.datasets import stored
 from core.delivery import Deliveries, keep_body, kept_body, new_delivery
 from core.engine.protocol import EngineInfo
 from core.errors import AdapterUnusable, AppError, JobError, StorageError
-from core.job import EXIT_FINISHED, EXIT_INTERRUPTED, Failed, HyperParameters, JobEvent, Progress, Spec
+from core.job import EXIT_FINISHED, Failed, HyperParameters, JobEvent, Spec
+from core.jobboard import Board
 from core.store import jobs
 from core.store.database import Database, Tx
 from core.store.home import Home
 from core.store.jobs import Job
 from core.trainer import COMMAND, Trainer
-from core.types import Body, Handle
+from core.types import Body
 
 log = logging.getLogger(__name__)
 _LOOK_AGAIN_S = 30.0
-_TROUBLE_S = 5.0
+_LONGEST_WAIT_S = 600.0
 _CANCEL_S = 15.0
-_SHOW_S = 1.0
-_SHOW_DEADLINE_S = 10.0
-_ATTEMPTS = 3
+_ATTEMPTS = 3  # trainers that end without progress
+_TRIES = 8  # at all else, a platform that is away included: about ten minutes
 _DATA = "data"
 
 
 @dataclass(frozen=True, slots=True)
 class TrainingSettings:
-    """`silence_s`: a trainer that says nothing for so long is taken for dead."""
+    """A trainer that says nothing for `silence_s` is taken for dead. After trouble `retry_s` pass, then ever more."""
 
     hyper: HyperParameters = field(default_factory=HyperParameters)
     threads: int = 1
     nice: int = 10
     silence_s: float = 600.0
+    retry_s: float = 5.0
+
+
+@dataclass(frozen=True, slots=True)
+class _Trouble:
+    """How often a job could not be done for a reason that is not the job's, and until when it is put off."""
+
+    tries: int
+    until: float  # of time.monotonic
 
 
 class Training:
@@ -73,61 +82,84 @@ class Training:
         self._idle.set()
         self._trainer: Trainer | None = None
         self._stopping = False
+        self._troubles: dict[int, _Trouble] = {}
 
     def wake(self) -> None:
         self._changed.set()
 
     async def run(self) -> None:
-        """Do jobs one after another until cancelled. No job's trouble ends it."""
+        """Do jobs one after another until cancelled. No job's trouble ends it, or holds up the others."""
         while True:
             self._changed.clear()
             job = None if self._stopping else await self._next()
             if job is None:
-                with suppress(TimeoutError):
-                    async with asyncio.timeout(_LOOK_AGAIN_S):
-                        await self._changed.wait()
+                await self._wait(self._settings.retry_s if self._troubles else _LOOK_AGAIN_S)
                 continue
             self._idle.clear()
             try:
                 await self._do(job)
+                self._troubles.pop(job.id, None)
             except Exception as error:  # the job stays as it is and is taken up again
                 log.exception("job.trouble", extra={"job": job.id})
-                await self._count(job, error)
-                await asyncio.sleep(_TROUBLE_S)
+                await self._postpone(job, _cause(error))
             finally:
                 self._idle.set()
 
     async def stop(self, deadline_s: float) -> None:
         """Begin no job; let the trainer write its checkpoint. The job goes on at the next start."""
         self._stopping = True
+        self._changed.set()
         if self._trainer is not None:
             await self._trainer.stop(deadline_s)
         with suppress(TimeoutError):
             async with asyncio.timeout(deadline_s):
                 await self._idle.wait()
 
+    async def _wait(self, seconds: float) -> None:
+        """Until something has changed, or so long."""
+        with suppress(TimeoutError):
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
+
     # --- one job ---
 
     async def _next(self) -> Job | None:
-        """The oldest one whose bot is there to show it."""
+        """The oldest one whose bot is there to show it, and that is not put off."""
         try:
             due = await self._database.read(jobs.due)
         except StorageError as error:
             log.error("job.look_failed", extra={"error": str(error)})
             return None
-        return next((job for job in due if self._deliveries.reaches(job.address)), None)
+        now = time.monotonic()
+        ready = (job for job in due if job.id not in self._troubles or self._troubles[job.id].until <= now)
+        return next((job for job in ready if self._deliveries.reaches(job.address)), None)
 
     async def _do(self, job: Job) -> None:
-        if job.open:
-            handle = await self._deliveries.open(await self._delivery(job), job.address)
-            if not await self._publish_placed(job):
-                await self._train(job, handle)
-        if self._stopping and await self._is_open(job):
-            return
+        if job.open and not await self._publish_placed(job):
+            await self._train(job)
+        if await self._is_open(job):
+            return  # this program ends: the job goes on at the next start
+        await self._clear(job)
         await self._tell_end(job)
-        await asyncio.to_thread(self._clear, job)
 
-    async def _train(self, job: Job, handle: Handle) -> None:
+    async def _postpone(self, job: Job, error: Exception) -> None:
+        """Trouble of our own, or of a platform: the others first. After some tries the job, or its message, is over."""
+        tries = self._troubles[job.id].tries + 1 if job.id in self._troubles else 1
+        wait_s = min(self._settings.retry_s * 2 ** (tries - 1), _LONGEST_WAIT_S)
+        self._troubles[job.id] = _Trouble(tries, time.monotonic() + wait_s)
+        if tries < _TRIES or isinstance(error, StorageError):  # a full disk is waited out
+            return
+        try:
+            if await self._is_open(job):
+                await self._fail(job, "ours", error.detail if isinstance(error, JobError) else type(error).__name__)
+                self._troubles[job.id] = _Trouble(0, 0)
+            else:
+                await self._database.write(lambda tx: jobs.give_up_message(tx, job.id))
+                del self._troubles[job.id]
+        except AppError as second:
+            log.error("job.not_given_up", extra={"job": job.id, "error": str(second)})
+
+    async def _train(self, job: Job) -> None:
         """Run its trainer, or what is left for it to do, until there is a result or a reason."""
         if not await self._database.write(lambda tx: jobs.start(tx, job.id)):
             return
@@ -136,11 +168,16 @@ class Training:
             return
         try:
             folder = await asyncio.to_thread(self._lay_out, job)
+        except FileNotFoundError:
+            await self._fail(job, "ours", "its data set is not there any more")
+            return
         except OSError as error:
             await self._fail(job, "ours", f"the job folder cannot be written: {error.strerror}")
             return
+        board = Board(self._database, self._deliveries, job)
+        await board.open(await self._delivery(job))
         while not self._stopping and await self._is_open(job):
-            status, failed = await self._run_trainer(job, folder, handle)
+            status, failed = await self._run_trainer(job, folder, board)
             if not await self._is_open(job):
                 return  # cancelled
             if failed is not None:
@@ -150,10 +187,9 @@ class Training:
             else:
                 await self._again(job, status)
 
-    async def _run_trainer(self, job: Job, folder: Path, handle: Handle) -> tuple[int, Failed | None]:
+    async def _run_trainer(self, job: Job, folder: Path, board: Board) -> tuple[int, Failed | None]:
         """(exit status, what it said of its failure)."""
         failed: list[Failed] = []
-        board = _Board(self._database, self._deliveries, job, handle)
         self._trainer = trainer = Trainer(
             folder,
             self._home.logs / f"job-{job.id}.log",
@@ -181,7 +217,7 @@ class Training:
     async def _watch(self, job: Job, trainer: Trainer) -> None:
         """Stop the trainer of a job that is cancelled."""
         while await self._is_open(job):
-            await self._changed.wait()
+            await self._wait(_LOOK_AGAIN_S)
             self._changed.clear()
         await trainer.stop(_CANCEL_S)
 
@@ -194,8 +230,8 @@ class Training:
         if attempts >= _ATTEMPTS:
             how = f"signal {-status}" if status < 0 else f"exit status {status}"
             await self._fail(job, "ours", f"the trainer ended {attempts} times without progress ({how})")
-        elif status == EXIT_INTERRUPTED:
-            await asyncio.sleep(_TROUBLE_S)
+        else:
+            await self._wait(self._settings.retry_s)
 
     # --- its folder ---
 
@@ -227,11 +263,19 @@ class Training:
             model_name=info.model,
         )
 
-    def _clear(self, job: Job) -> None:
-        """Nothing of people's text outlives its job."""
-        shutil.rmtree(self._home.jobs / str(job.id), ignore_errors=True)
-        if job.source == CONVERSATIONS:
-            stored(self._home, job.dataset_sha256).unlink(missing_ok=True)
+    async def _clear(self, job: Job) -> None:
+        """Nothing that holds people's text outlives its job: data, checkpoint, and a result that nobody will use."""
+        erased = await self._database.read(lambda tx: jobs.is_erased(tx, job.dataset_sha256))
+        unused = await self._database.read(lambda tx: jobs.unpublished_folder(tx, job.id))
+
+        def remove() -> None:
+            shutil.rmtree(self._home.jobs / str(job.id), ignore_errors=True)
+            if erased:
+                stored(self._home, job.dataset_sha256).unlink(missing_ok=True)
+            if unused:
+                shutil.rmtree(self._home.adapters / unused, ignore_errors=True)
+
+        await asyncio.to_thread(remove)
 
     # --- publishing ---
 
@@ -253,7 +297,15 @@ class Training:
         folder = self._home.adapters / sha256
         if not sha256 or not await asyncio.to_thread(folder.is_dir):
             return False
-        await self._write_down(job, await asyncio.to_thread(adapters.inspect, folder))
+        try:
+            candidate = await asyncio.to_thread(adapters.inspect, folder)
+        except AdapterUnusable as error:
+            await self._fail(job, "ours", f"its result cannot be used: {error.detail}")
+            return True
+        if candidate.sha256 != sha256:
+            await self._fail(job, "ours", "its result was damaged on the disk")
+            return True
+        await self._write_down(job, candidate)
         return True
 
     async def _write_down(self, job: Job, candidate: Candidate) -> None:
@@ -264,7 +316,6 @@ class Training:
                 return
             adapters.publish(tx, candidate, job.adapter, job.version)
             jobs.end(tx, job.id, "published", result=candidate.sha256)
-            self._forget_conversations(tx, job)
             body = jobtexts.report(replace(job, state="published"), jobs.events(tx, job.id))
             keep_body(tx, new_delivery(tx, job_id=job.id), body)
 
@@ -280,43 +331,29 @@ class Training:
     # --- ends ---
 
     async def _fail(self, job: Job, fault: str, reason: str) -> None:
-        def work(tx: Tx) -> None:
-            if jobs.end(tx, job.id, "failed", f"{fault}: {reason}"[:500]):
-                self._forget_conversations(tx, job)
-
-        await self._database.write(work)
+        await self._database.write(lambda tx: jobs.end(tx, job.id, "failed", f"{fault}: {reason}"[:500]))
         log.warning("job.failed", extra={"job": job.id, "fault": fault})
 
-    def _forget_conversations(self, tx: Tx, job: Job) -> None:
-        """What people said is needed by this job alone; whose it was stays written down, for /forget."""
-        if job.source == CONVERSATIONS:
-            tx.run("UPDATE dataset SET erased_ms = ? WHERE sha256 = ?", [tx.now_ms, job.dataset_sha256])
-
     async def _tell_end(self, job: Job) -> None:
+        """The last form of the job's message, unless nobody waits for one."""
         delivery_id = await self._delivery(job)
 
         def body(tx: Tx) -> Body | None:
+            if jobs.is_told(tx, job.id):
+                return None
             kept = kept_body(tx, delivery_id)
-            ended = jobs.find(tx, job.id)
-            assert ended is not None
-            return kept or jobtexts.ended_body(ended, jobs.events(tx, job.id))
+            if kept is None:
+                ended = jobs.find(tx, job.id)
+                assert ended is not None
+                kept = jobtexts.ended_body(ended, jobs.events(tx, job.id))
+                keep_body(tx, delivery_id, kept)
+            return kept
 
         said = await self._database.write(body)
-        assert said is not None
+        if said is None:
+            return
         await self._deliveries.open(delivery_id, job.address)
         await self._deliveries.finish(delivery_id, job.address, said, lambda tx: None)
-
-    async def _count(self, job: Job, error: Exception) -> None:
-        """Trouble of our own, or a platform's: after a few times the job has failed, so that it holds up no other."""
-        try:
-            attempts = await self._database.write(lambda tx: jobs.count_attempt(tx, job.id))
-            if attempts >= _ATTEMPTS and await self._is_open(job):
-                reason = error.detail if isinstance(error, JobError) else type(error).__name__
-                await self._fail(job, "ours", reason)
-            elif attempts >= 2 * _ATTEMPTS:
-                await self._database.write(lambda tx: jobs.give_up_message(tx, job.id))
-        except AppError as second:
-            log.error("job.not_counted", extra={"job": job.id, "error": str(second)})
 
     async def _delivery(self, job: Job) -> int:
         return await self._database.write(lambda tx: new_delivery(tx, job_id=job.id))
@@ -325,38 +362,11 @@ class Training:
         return await self._database.read(lambda tx: jobs.state_of(tx, job.id)) in jobs.OPEN
 
 
-class _Board:
-    """The job's one message: events are kept as they come, and the newest state is shown at a calm pace."""
-
-    def __init__(self, database: Database, deliveries: Deliveries, job: Job, handle: Handle) -> None:
-        self._database = database
-        self._deliveries = deliveries
-        self._job = job
-        self._handle = handle
-        self._news = asyncio.Event()
-        self._news.set()
-        self._kept = 0.0
-
-    async def post(self, event: JobEvent) -> None:
-        last = isinstance(event, Progress) and event.step == event.steps
-        if isinstance(event, Progress) and not last and time.monotonic() - self._kept < _SHOW_S:
-            return
-        self._kept = time.monotonic()
-        await self._database.write(lambda tx: jobs.add_event(tx, self._job.id, event))
-        self._news.set()
-
-    async def paint(self) -> None:
-        while True:
-            await self._news.wait()
-            self._news.clear()
-            events = await self._database.read(lambda tx: jobs.events(tx, self._job.id))
-            try:
-                async with asyncio.timeout(_SHOW_DEADLINE_S):
-                    text = jobtexts.progress_text(self._job, events)
-                    await self._deliveries.show(self._handle, self._job.address, text)
-            except Exception as error:  # showing is best effort; the end of the job is not
-                log.warning("job.show_failed", extra={"job": self._job.id, "error": type(error).__name__})
-            await asyncio.sleep(_SHOW_S)
+def _cause(error: Exception) -> Exception:
+    """What really went wrong, where a task group has wrapped it."""
+    while isinstance(error, ExceptionGroup):
+        error = error.exceptions[0]
+    return error
 
 
 def _with_line(failed: Failed) -> str:

@@ -6,35 +6,30 @@ from collections.abc import Mapping
 
 from core import jobtexts
 from core.commands import Call
+from core.datasets import check_room
 from core.delivery import new_delivery
-from core.errors import BadInput, UnknownThing
+from core.errors import UnknownThing
 from core.operators import Handler
 from core.store import directory, jobs
 from core.store.database import Tx
 from core.store.jobs import Job
 from core.texts import Later, duration, say
-from core.types import Body, Caller, Outcome, WakeTraining
+from core.types import Body, Caller, EraseFiles, Outcome, WakeTraining
 
-_MAX_OPEN = 8
 _LISTED = 10
 
 
 def start(tx: Tx, caller: Caller, call: Call) -> Outcome:
-    """Queue a job on a data set that core.datasets has brought: its sha256 is the argument.
+    """Queue a job on a data set that core.datasets has brought: its sha256 is the argument, and what they call it.
 
     Raises BadInput where the channel has an open job already, or too many wait.
     """
-    waiting = jobs.open_jobs(tx)
-    for job in waiting:
-        if job.channel_id == caller.channel.id:
-            raise BadInput("training.busy", title=job.title, id=job.id)
-    if len(waiting) >= _MAX_OPEN:
-        raise BadInput("training.too_many", n=len(waiting))
-    job = jobs.create(tx, caller, call.arguments["dataset"])
+    before = check_room(tx, caller)
+    job = jobs.create(tx, caller, call.arguments["dataset"], call.arguments.get("name", ""))
     new_delivery(tx, job_id=job.id)
     directory.audit(tx, caller, "finetune start", job.label, None, {"job": job.id, "dataset": job.dataset_sha256})
-    key = "training.queued" if waiting else "training.started"
-    fields = {"id": job.id, "name": job.dataset, "title": job.title, "label": job.label, "before": len(waiting)}
+    key = "training.queued" if before else "training.started"
+    fields = {"id": job.id, "name": job.dataset, "title": job.title, "label": job.label, "before": before}
     return Outcome(Body(say(caller.language, key, **fields)), (WakeTraining(),))
 
 
@@ -67,10 +62,12 @@ def cancel(tx: Tx, caller: Caller, call: Call) -> Outcome:
     job = _find(tx, caller, call)
     if job is None:
         return Outcome(Body(say(caller.language, "training.none")))
-    if not jobs.cancel(tx, job.id, "asked"):
+    if not jobs.cancel(tx, job.id, jobs.ASKED):
         return Outcome(Body(say(caller.language, "training.ended_already", id=job.id)))
     directory.audit(tx, caller, "finetune cancel", job.label, {"job": job.id, "state": job.state}, "cancelled")
-    return Outcome(Body(say(caller.language, "training.cancelled", id=job.id, title=job.title)), (WakeTraining(),))
+    return Outcome(
+        Body(say(caller.language, "training.cancelled", id=job.id, title=job.title)), (WakeTraining(), EraseFiles())
+    )
 
 
 HANDLERS: Mapping[tuple[str, str], Handler] = {

@@ -187,7 +187,8 @@ def _reason(version: Version) -> str:
 
 
 def _dataset(tx: Tx, version: Version) -> str:
-    return tx.value("SELECT name FROM dataset WHERE sha256 = ?", [version.dataset_sha256]) or "?"
+    """What its channel called the data set."""
+    return tx.value("SELECT dataset FROM job WHERE result = ?", [version.sha256]) or "?"
 
 
 def _losses(manifest: Mapping[str, Any]) -> str:

@@ -79,7 +79,15 @@ def before(word: str, folder: Path, lock: int) -> int:
         say(Failed("yours" if word == "yours" else "ours", "a reason", line=7 if word == "yours" else 0))
         return EXIT_FAILED
     if word == "garbage":
-        for line in (b"{", b"hello", b"[]", b'{"kind": "nonsense"}', b"\xff\xfe", b'{"kind": "progress"}', b"x" * 2**21):
+        for line in (
+            b"{",
+            b"hello",
+            b"[]",
+            b'{"kind": "nonsense"}',
+            b"\xff\xfe",
+            b'{"kind": "progress"}',
+            b"x" * 2**21,
+        ):
             sys.stdout.buffer.write(line + b"\n")
         sys.stdout.buffer.flush()
     if word == "environment":

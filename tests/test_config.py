@@ -161,7 +161,7 @@ def test_what_is_shown_reads_back_as_the_same():
 def test_the_table_for_the_readme_names_every_key():
     table = config_table_markdown()
     assert all(f"`{section}.{key}`" in table for section, keys in KEYS.items() for key in keys)
-    assert "| `finetune.learning_rate` | `0.0005` |" in table
+    assert "| `finetune.learning_rate` | `0.001` |" in table
 
 
 # --- what it makes of the directory ---

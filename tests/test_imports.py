@@ -19,7 +19,7 @@ LEVELS = (
     {"model", "engine.*", "store.*", "delivery"},
     {"adapters", "datasets", "reply", "retention", "trainer"},
     {"operators"},
-    {"users", "versions", "tuning", "privacy", "training", "jobtexts"},
+    {"users", "versions", "tuning", "privacy", "training", "jobboard", "jobtexts"},
     {"service"},
 )
 # who: what it must not import, not even through others of ours (True) or only itself (False)

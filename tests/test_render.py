@@ -6,7 +6,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bots.render import closed_blocks, is_boundary, printable, progress_bar, split_text
+from bots.render import closed_blocks, is_boundary, plain, printable, split_text
 
 regex = pytest.importorskip("regex")
 
@@ -101,8 +101,7 @@ def test_printable_keeps_text_and_drops_what_steers_a_terminal():
     assert printable("a\x1b[31mb\x07\tc\nd\u200de中") == "a[31mb\tc\nd\u200de中"
 
 
-@pytest.mark.parametrize(
-    ("fraction", "shown"), [(0, "░░░░ 0 %"), (0.61, "▓▓░░ 61 %"), (1, "▓▓▓▓ 100 %"), (7, "▓▓▓▓ 100 %")]
-)
-def test_progress_bar(fraction, shown):
-    assert progress_bar(fraction, 4) == shown
+def test_plain_text_keeps_every_line_and_no_markup():
+    assert plain("Improving **Acme** · round 2\n\n▓▓░ 61 %  \nloss `2.0`\n\n- [a](b)") == (
+        "Improving Acme · round 2\n▓▓░ 61 %\nloss 2.0\na"
+    )

@@ -22,7 +22,6 @@ from importlib import resources
 from pathlib import Path
 
 HELD_OUT = 20
-TOKENS_OUT = 96
 
 
 def rows() -> tuple[list[dict[str, str]], list[dict[str, str]]]:
@@ -81,7 +80,6 @@ def tour(home: Path) -> dict[str, object]:
     references = [row["a"] for row in held_out]
 
     began = time.monotonic()
-    chat(home, f"/channel set terminal tokens_out={TOKENS_OUT}")
     before = answers(home, questions)
     asked = time.monotonic()
     job = chat(home, f"/finetune {faq}")

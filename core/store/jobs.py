@@ -5,14 +5,17 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from core.job import JobEvent, Progress, dump_event, load_event
+from core.job import Checked, Done, Failed, JobEvent, Progress, dump_event, load_event
 from core.store.database import Row, Tx
 from core.types import Address, Caller
 
 OPEN = ("queued", "running", "publishing")
+ASKED = "asked"  # the reason of a cancellation by an operator
+CONVERSATIONS = "conversations"  # the source of a data set that is made of what people said
+MAX_EVENTS = 200
 _OPEN = "('queued', 'running', 'publishing')"
 _JOB = (
-    "SELECT job.*, dataset.name AS dataset, dataset.source, channel.title, channel.instructions"
+    "SELECT job.*, dataset.source, channel.title, channel.instructions"
     " FROM job JOIN dataset ON dataset.sha256 = dataset_sha256 JOIN channel ON channel.id = channel_id"
 )
 
@@ -47,8 +50,11 @@ class Job:
         return self.state in OPEN
 
 
-def create(tx: Tx, caller: Caller, dataset_sha256: str) -> Job:
-    """A queued job for the caller's channel; its version is one that no adapter and no job of that name ever had."""
+def create(tx: Tx, caller: Caller, dataset_sha256: str, dataset: str = "") -> Job:
+    """A queued job for the caller's channel; its version is one that no adapter and no job of that name ever had.
+
+    `dataset` is what these people call the data set: others may have brought the same bytes under another name.
+    """
     name = caller.channel.adapter
     version = 1 + int(
         tx.value(
@@ -64,6 +70,7 @@ def create(tx: Tx, caller: Caller, dataset_sha256: str) -> Job:
         adapter=name,
         version=version,
         dataset_sha256=dataset_sha256,
+        dataset=dataset or dataset_sha256[:12],
         state="queued",
         platform=at.platform,
         account=at.account,
@@ -136,22 +143,39 @@ def published_folder(tx: Tx, job_id: int) -> str:
     return str(json.loads(data)["sha256"]) if data else ""
 
 
+def unpublished_folder(tx: Tx, job_id: int) -> str:
+    """The same where no version came of it, so that nobody will ever use the folder."""
+    sha256 = published_folder(tx, job_id)
+    return "" if tx.value("SELECT 1 FROM adapter WHERE sha256 = ?", [sha256]) else sha256
+
+
 def end(tx: Tx, job_id: int, state: str, reason: str = "", result: str | None = None) -> bool:
-    """Published, cancelled or failed; whether it was open until now."""
-    return bool(
-        tx.run(
-            f"UPDATE job SET state = ?, reason = ?, result = ?, ended_ms = ? WHERE id = ? AND state IN {_OPEN}",
-            [state, reason, result, tx.now_ms, job_id],
-        )
+    """Published, cancelled or failed; whether it was open until now.
+
+    What people said is needed by its job alone: that data set is erased with it. Whose it was stays written down.
+    """
+    changed = tx.run(
+        f"UPDATE job SET state = ?, reason = ?, result = ?, ended_ms = ? WHERE id = ? AND state IN {_OPEN}",
+        [state, reason, result, tx.now_ms, job_id],
     )
+    tx.run(
+        "UPDATE dataset SET erased_ms = ? WHERE erased_ms IS NULL AND source = ?"
+        " AND sha256 = (SELECT dataset_sha256 FROM job WHERE id = ?)"
+        f" AND NOT EXISTS (SELECT 1 FROM job WHERE dataset_sha256 = dataset.sha256 AND state IN {_OPEN})",
+        [tx.now_ms, CONVERSATIONS, job_id],
+    )
+    return bool(changed)
 
 
 def cancel(tx: Tx, job_id: int, reason: str) -> bool:
-    """End it unpublished; the supervisor stops its trainer. Whether it was open. One that never began says nothing."""
+    """End it unpublished; the supervisor stops its trainer. Whether it was open.
+
+    Of one that was asked for before it began, the answer to that says enough: it gets no message of its own.
+    """
     queued = state_of(tx, job_id) == "queued"
     if not end(tx, job_id, "cancelled", reason):
         return False
-    if queued:
+    if queued and reason == ASKED:
         tx.run("UPDATE delivery SET state = 'done' WHERE job_id = ?", [job_id])
     return True
 
@@ -161,19 +185,35 @@ def give_up_message(tx: Tx, job_id: int) -> None:
     tx.run("UPDATE delivery SET state = 'failed', body = NULL WHERE job_id = ?", [job_id])
 
 
+def is_told(tx: Tx, job_id: int) -> bool:
+    """Whether the job's message has its last form, or will get none."""
+    return bool(tx.value("SELECT state IN ('done', 'failed') FROM delivery WHERE job_id = ?", [job_id]))
+
+
 def count_attempt(tx: Tx, job_id: int) -> int:
     """One more trainer that ended without a result or progress; how many by now."""
     return int(tx.value("UPDATE job SET attempts = attempts + 1 WHERE id = ? RETURNING attempts", [job_id]))
 
 
 def add_event(tx: Tx, job_id: int, event: JobEvent) -> None:
-    """Keep what the trainer said; of its progress the newest, which also means that it is alive and well."""
+    """Keep what the trainer said: each thing once, of its progress the first and the newest, never more than a bound.
+
+    A step that it had not come to before means that it is alive and well.
+    """
+    data = dump_event(event)
+    of_kind = "FROM job_event WHERE job_id = ? AND kind = ?"
     if isinstance(event, Progress):
         last = newest_progress(tx, job_id)
         if last is None or event.step > last.step:
             tx.run("UPDATE job SET attempts = 0 WHERE id = ?", [job_id])
-        tx.run("DELETE FROM job_event WHERE job_id = ? AND kind = 'progress'", [job_id])
-    _insert_event(tx, job_id, event.kind, dump_event(event))
+        tx.run(f"DELETE {of_kind} AND seq > (SELECT min(seq) {of_kind})", [job_id, event.kind, job_id, event.kind])
+    elif isinstance(event, Checked | Done | Failed):
+        tx.run(f"DELETE {of_kind}", [job_id, event.kind])
+    elif tx.value(
+        f"SELECT count(*) >= ? OR ifnull(max(data = ?), 0) {of_kind}", [MAX_EVENTS, data, job_id, event.kind]
+    ):
+        return
+    _insert_event(tx, job_id, event.kind, data)
 
 
 def events(tx: Tx, job_id: int) -> list[JobEvent]:
@@ -183,7 +223,9 @@ def events(tx: Tx, job_id: int) -> list[JobEvent]:
 
 
 def newest_progress(tx: Tx, job_id: int) -> Progress | None:
-    data = tx.value("SELECT data FROM job_event WHERE job_id = ? AND kind = 'progress'", [job_id])
+    data = tx.value(
+        "SELECT data FROM job_event WHERE job_id = ? AND kind = 'progress' ORDER BY seq DESC LIMIT 1", [job_id]
+    )
     event = load_event(data) if data else None
     return event if isinstance(event, Progress) else None
 
@@ -192,27 +234,36 @@ def newest_progress(tx: Tx, job_id: int) -> Progress | None:
 
 
 def keep_dataset(tx: Tx, sha256: str, name: str, *, source: str, size_bytes: int, brought_by: str) -> None:
-    """Write a data set down; the same bytes brought again are there again, under the newer name."""
+    """Write a data set down. The same bytes brought again are there again; whose they were first, they stay."""
     tx.run(
         "INSERT INTO dataset (sha256, name, source, size_bytes, brought_by, created_ms) VALUES (?, ?, ?, ?, ?, ?)"
-        " ON CONFLICT DO UPDATE SET name = excluded.name, erased_ms = NULL",
+        " ON CONFLICT DO UPDATE SET created_ms = excluded.created_ms, erased_ms = NULL",
         [sha256, name, source, size_bytes, brought_by, tx.now_ms],
     )
 
 
-def known_dataset(tx: Tx, user_hash: str, typed: str) -> str | None:
-    """The sha256 of a data set by its name or the beginning of its hash: one that this person may know of.
+def known_dataset(tx: Tx, user_hash: str, typed: str) -> tuple[str, str] | None:
+    """(sha256, name) of a data set by its name or the beginning of its hash: one that this person may know of.
 
-    That is what they brought themselves, and what jobs of the channels that they operate have read.
+    That is what they brought themselves, and what jobs of the channels that they operate have read; never what people
+    said, because they consented for one channel.
     """
-    return tx.value(  # type: ignore[no-any-return]
-        "SELECT sha256 FROM dataset WHERE erased_ms IS NULL"
-        " AND (name = ? OR (length(?) >= 8 AND substr(sha256, 1, length(?)) = ?))"
-        " AND (brought_by = ? OR EXISTS (SELECT 1 FROM job JOIN operator ON operator.user_hash = ?"
-        " AND (operator.channel_id IS NULL OR operator.channel_id = job.channel_id) WHERE dataset_sha256 = sha256))"
-        " ORDER BY created_ms DESC LIMIT 1",
-        [typed, typed, typed, typed.lower(), user_hash, user_hash],
+    row = tx.one(
+        "SELECT known.sha256, known.name FROM dataset JOIN ("
+        " SELECT sha256, name, created_ms AS at_ms FROM dataset WHERE brought_by = ?"
+        " UNION ALL SELECT dataset_sha256, job.dataset, job.created_ms FROM job JOIN operator ON user_hash = ?"
+        " AND (operator.channel_id IS NULL OR operator.channel_id = job.channel_id)"
+        ") AS known ON known.sha256 = dataset.sha256 WHERE erased_ms IS NULL AND source <> ?"
+        " AND (known.name = ? OR (length(?) >= 8 AND substr(known.sha256, 1, length(?)) = ?))"
+        " ORDER BY at_ms DESC LIMIT 1",
+        [user_hash, user_hash, CONVERSATIONS, typed, typed, typed, typed.lower()],
     )
+    return (row["sha256"], row["name"]) if row else None
+
+
+def is_erased(tx: Tx, sha256: str) -> bool:
+    """Whether it was erased, or never was."""
+    return not tx.value("SELECT 1 FROM dataset WHERE sha256 = ? AND erased_ms IS NULL", [sha256])
 
 
 def _insert_event(tx: Tx, job_id: int, kind: str, data: str) -> None:

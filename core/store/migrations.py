@@ -304,6 +304,7 @@ def m003_training(db: sqlite_utils.Database) -> None:
             adapter TEXT NOT NULL REFERENCES adapter_name,
             version INTEGER NOT NULL,
             dataset_sha256 TEXT NOT NULL REFERENCES dataset,
+            dataset TEXT NOT NULL DEFAULT '',  -- its name, as people of this channel know it
             state TEXT NOT NULL
                 CHECK (state IN ('queued', 'running', 'publishing', 'published', 'cancelled', 'failed')),
             reason TEXT NOT NULL DEFAULT '',

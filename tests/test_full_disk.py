@@ -50,7 +50,7 @@ async def test_a_disk_that_fills_up_while_it_answers_delays_the_answer_and_doubl
         await it.send("talk")
         await it.bot.showing.wait()
         ballast = fill(small_disk)
-        while it.service._replies.running:  # until the text is there and has to be stored
+        while it.service._replies.running:  # noqa: ASYNC110 - until the text is there and has to be stored
             await asyncio.sleep(0.01)
         ballast.unlink()
         await it.settled()

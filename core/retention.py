@@ -208,7 +208,8 @@ class _Rows:
     erased_datasets: frozenset[str]
     adapters: frozenset[str]
     erased_adapters: frozenset[str]
-    open_jobs: frozenset[str]
+    jobs: frozenset[str]
+    ended_jobs: frozenset[str]
     forgotten_ms: int  # when the terminal's person last asked to be forgotten
 
 
@@ -222,7 +223,8 @@ def _rows(tx: Tx) -> _Rows:
         erased_datasets=column("SELECT sha256 AS value FROM dataset WHERE erased_ms IS NOT NULL"),
         adapters=column("SELECT sha256 AS value FROM adapter"),
         erased_adapters=column("SELECT sha256 AS value FROM adapter WHERE unpublished_reason = 'erased'"),
-        open_jobs=column("SELECT id AS value FROM job WHERE ended_ms IS NULL"),
+        jobs=column("SELECT id AS value FROM job"),
+        ended_jobs=column("SELECT id AS value FROM job WHERE ended_ms IS NOT NULL"),
         forgotten_ms=int(tx.value("SELECT ifnull(max(at_ms), 0) FROM erasure WHERE user_hash = ?", [local])),
     )
 
@@ -235,7 +237,7 @@ def _sweep_files(home: Home, rows: _Rows) -> None:
         if path.name in rows.erased_adapters or (path.name not in rows.adapters and _age_s(path) > _LEFT_OVER_S):
             shutil.rmtree(path, ignore_errors=True)
     for path in _entries(home.jobs):
-        if path.name not in rows.open_jobs and _age_s(path) > 1:
+        if path.name in rows.ended_jobs or (path.name not in rows.jobs and _age_s(path) > _LEFT_OVER_S):
             shutil.rmtree(path, ignore_errors=True)
     for path in _entries(home.logs):
         if path.name.startswith("job-") and _age_s(path) > _LOG_S:

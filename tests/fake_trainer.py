@@ -12,7 +12,8 @@ Its checkpoint is the number of steps done. Words that begin with a letter are l
     silent        the first life says nothing, for ever
     environment   tells the names in its environment
     other-base, other-data, no-weights                   a result that must not be used
-    worse         a result that is not better than base  keeps-lock  the first life passes its lock on, then kills itself
+    worse         a result that is not better than base
+    keeps-lock    the first life passes its lock on, then kills itself
 """
 
 from __future__ import annotations

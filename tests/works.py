@@ -86,9 +86,9 @@ class Works:
         self.training.wake()
         return job_id
 
-    async def ended(self) -> str:
-        """Wait until every message has its last form; what the newest says."""
-        await self.bot.until(lambda: len(self.bot.final) == len(self.bot.opened) > 0)
+    async def ended(self, messages: int = 1) -> str:
+        """Wait until so many messages have their last form; what the newest says."""
+        await self.bot.until(lambda: len(self.bot.final) == messages)
         return self.bot.said()[-1]
 
     async def job(self, job_id: int) -> Row:

@@ -1,0 +1,228 @@
+"""What /finetune answers, in both languages, and what it leaves: rows, deliveries, the audit log."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+
+from core import tuning
+from core.commands import parse
+from core.datasets import MAX_OPEN
+from core.errors import AppError, BadInput, UnknownThing
+from core.job import Checked, Done, Evaluated, Failed, JobEvent, Progress
+from core.operators import run_command
+from core.store import directory, jobs
+from core.store.database import Row, Tx
+from core.texts import say
+from core.types import Outcome, WakeTraining
+from tests.people import Town, town
+
+SHA = "a" * 64
+CHECKED = Checked(100, 90, 4, 9000, 80, 5, 5, rejected=("line 7: not JSON", "line 9: no answer"), mended=("line 2: x",))
+DONE = Done(60, 125.0, 3.0, 1.0, 2.5, 1.5)
+
+
+@pytest.fixture
+def it(tmp_path: Path) -> Iterator[Town]:
+    with town(tmp_path) as made:
+        made.database.write_now(
+            lambda tx: jobs.keep_dataset(tx, SHA, "faq.jsonl", source="file", size_bytes=1, brought_by="x")
+        )
+        yield made
+
+
+def run(it: Town, text: str, who: str = "operator", place: str = "acme", language: str = "en") -> Outcome:
+    call = parse(text)
+    if call.form.word in ("", "start"):  # as core.datasets leaves it
+        call = replace(call, arguments={"dataset": SHA, "name": call.arguments["dataset"]})
+    return it.database.write_now(lambda tx: run_command(tx, it.caller(tx, who, place, language), call, tuning.HANDLERS))
+
+
+def says(it: Town, text: str, who: str = "operator", place: str = "acme", language: str = "en") -> str:
+    return run(it, text, who, place, language).body.text
+
+
+def job_row(it: Town, job_id: int = 1) -> Row:
+    row = it.database.read_now(lambda tx: tx.one("SELECT * FROM job WHERE id = ?", [job_id]))
+    assert row is not None
+    return row
+
+
+def hear(it: Town, *events: JobEvent, state: str = "running") -> None:
+    def work(tx: Tx) -> None:
+        jobs.start(tx, 1)
+        for event in events:
+            jobs.add_event(tx, 1, event)
+        if state not in jobs.OPEN:
+            jobs.end(tx, 1, state)
+
+    it.database.write_now(work)
+
+
+# --- start ---
+
+
+def test_start_queues_a_job_with_its_delivery_and_wakes_the_supervisor(it: Town) -> None:
+    outcome = run(it, "/finetune faq.jsonl", language="zh")
+    assert outcome.after == (WakeTraining(),)
+    for fact in ("faq.jsonl", "acme@1", "1", "Acme"):
+        assert fact in outcome.body.text
+    row = job_row(it)
+    assert (row["state"], row["language"], row["actor"], row["dataset"]) == (
+        "queued",
+        "zh",
+        it.hash("operator"),
+        "faq.jsonl",
+    )
+    assert it.database.read_now(lambda tx: tx.value("SELECT state FROM delivery WHERE job_id = 1")) == "open"
+
+
+def test_both_forms_start(it: Town) -> None:
+    assert says(it, "/finetune start faq.jsonl") == say(
+        "en", "training.started", id=1, title="Acme", name="faq.jsonl", label="acme@1"
+    )
+
+
+def test_a_second_job_of_a_channel_is_refused_with_the_first_named(it: Town) -> None:
+    run(it, "/finetune faq.jsonl")
+    with pytest.raises(BadInput) as refused:
+        run(it, "/finetune faq.jsonl")
+    sentence = say("en", refused.value.key, **refused.value.fields)
+    assert "/finetune cancel 1" in sentence
+    assert it.database.read_now(lambda tx: tx.value("SELECT count(*) FROM job")) == 1
+
+
+def test_a_job_of_another_channel_waits_and_says_so(it: Town) -> None:
+    run(it, "/finetune faq.jsonl")
+    assert says(it, "/finetune b.jsonl", "other_operator", "delta") == say(
+        "en", "training.queued", id=2, title="Delta", name="b.jsonl", label="delta@1", before=1
+    )
+
+
+def test_too_many_open_jobs_are_refused(it: Town) -> None:
+    def fill(tx: Tx) -> None:
+        for n in range(MAX_OPEN):
+            channel = directory.create_channel(tx, f"c{n}")
+            jobs.create(tx, replace(it.caller(tx, "owner"), channel=channel), SHA)
+
+    it.database.write_now(fill)
+    with pytest.raises(BadInput) as refused:
+        run(it, "/finetune faq.jsonl")
+    assert refused.value.key == "training.too_many"
+
+
+@pytest.mark.parametrize("text", ["/finetune faq.jsonl", "/finetune status", "/finetune list", "/finetune cancel 1"])
+@pytest.mark.parametrize("who", ["stranger", "user", "other_operator", "removed"])
+def test_who_is_no_operator_here_is_refused_and_audited(it: Town, who: str, text: str) -> None:
+    run(it, "/finetune faq.jsonl")
+    assert says(it, text, who) == say("en", "error.not_allowed")
+    assert it.audit()[-1]["allowed"] == 0
+    assert job_row(it)["state"] == "queued"
+
+
+def test_start_and_cancel_are_audited_with_what_was_before_and_after(it: Town) -> None:
+    run(it, "/finetune faq.jsonl")
+    run(it, "/finetune cancel")
+    first, second = it.audit()[-2:]
+    assert (first["action"], first["target"], json.loads(str(first["after"]))["dataset"]) == (
+        "finetune start",
+        "acme@1",
+        SHA,
+    )
+    assert (second["action"], second["target"]) == ("finetune cancel", "acme@1")
+    assert json.loads(str(second["before"]))["state"] == "queued"
+    assert second["after"] == "cancelled"
+
+
+# --- status, list, cancel ---
+
+
+@pytest.mark.parametrize("text", ["/finetune status", "/finetune list", "/finetune cancel"])
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_a_channel_without_jobs_is_told_how_to_begin(it: Town, text: str, language: str) -> None:
+    assert says(it, text, language=language) == say(language, "training.none")
+
+
+@pytest.mark.parametrize("text", ["/finetune status 1", "/finetune cancel 1"])
+def test_a_job_of_another_channel_does_not_exist(it: Town, text: str) -> None:
+    run(it, "/finetune faq.jsonl")
+    with pytest.raises(UnknownThing) as refused:
+        run(it, text, "other_operator", "delta")
+    with pytest.raises(UnknownThing) as absent:
+        run(it, text.replace("1", "99"), "other_operator", "delta")
+    assert refused.value.key == absent.value.key
+    assert job_row(it)["state"] == "queued"
+
+
+@pytest.mark.parametrize("typed", ["0", "-1", "one", "1.0", "١", "9" * 40, "1;"])
+def test_what_is_no_number_of_a_job_is_unknown(it: Town, typed: str) -> None:
+    run(it, "/finetune faq.jsonl")
+    with pytest.raises(AppError):
+        run(it, f"/finetune status '{typed}x'")
+    if typed != "١":  # an Arabic one is a one
+        with pytest.raises(UnknownThing):
+            run(it, f"/finetune status {typed}")
+
+
+def test_status_shows_how_far_it_is(it: Town) -> None:
+    run(it, "/finetune faq.jsonl")
+    assert "waiting" in says(it, "/finetune status")
+    hear(it, CHECKED)
+    assert say("en", "training.loading", name="faq.jsonl") in says(it, "/finetune status 1")
+    early, late = Progress(1, 60, 1, 3, 3.5, 200.0, 590.0), Progress(15, 60, 1, 3, 2.25, 210.0, 450.0)
+    hear(it, early, late, Evaluated(15, "validation", 2.4, 5))
+    text = says(it, "/finetune status")
+    for fact in ("▓" * 5 + "░" * 15, "25 %", "8 min", "3.50 → 2.25", "2.40", "210", "1 of 3"):
+        assert fact in text
+
+
+@pytest.mark.parametrize("language", ["en", "zh"])
+def test_status_of_a_published_job_is_its_report(it: Town, language: str) -> None:
+    run(it, "/finetune faq.jsonl")
+    hear(it, CHECKED, Evaluated(60, "test", 1.5, 5), DONE, state="published")
+    text = says(it, "/finetune status", language="en")
+    for fact in ("90 of 100", "4 ", "line 7: not JSON", "line 9: no answer", "2.50 → 1.50", "On 5 rows", "3 min"):
+        assert fact in text
+    assert "and 4 more" in text  # six were rejected, two are named
+    assert "/adapter promote acme@1" in says(it, "/finetune status", language=language)
+
+
+def test_status_of_a_failed_job_says_whose_fault_it_was(it: Town) -> None:
+    run(it, "/finetune faq.jsonl")
+    hear(it, Failed("yours", "not JSON", 7))
+    it.database.write_now(lambda tx: jobs.end(tx, 1, "failed", "yours: line 7: not JSON"))
+    assert say("en", "training.failed_yours", id=1, name="faq.jsonl", title="Acme", reason="line 7: not JSON") in says(
+        it, "/finetune status"
+    )
+
+
+def test_a_reason_with_braces_and_markdown_is_only_shown(it: Town) -> None:
+    run(it, "/finetune faq.jsonl")
+    it.database.write_now(lambda tx: jobs.end(tx, 1, "failed", "ours: {x} {0} %s " + "long " * 200))
+    text = says(it, "/finetune status")
+    assert "{x} {0} %s" in text
+    assert len(text) < 600
+
+
+def test_list_shows_the_newest_first_and_only_this_channels(it: Town) -> None:
+    run(it, "/finetune a.jsonl")
+    run(it, "/finetune cancel")
+    run(it, "/finetune b.jsonl")
+    run(it, "/finetune c.jsonl", "other_operator", "delta")
+    lines = [line for line in says(it, "/finetune list").splitlines() if line.startswith("- ")]
+    assert [("b.jsonl" in line, "a.jsonl" in line) for line in lines] == [(True, False), (False, True)]
+    assert "cancelled" in lines[1]
+
+
+def test_cancel_ends_a_job_once(it: Town) -> None:
+    run(it, "/finetune faq.jsonl")
+    outcome = run(it, "/finetune cancel 1")
+    assert WakeTraining() in outcome.after
+    assert outcome.body.text == say("en", "training.cancelled", id=1, title="Acme")
+    assert job_row(it)["state"] == "cancelled"
+    assert says(it, "/finetune cancel 1") == say("en", "training.ended_already", id=1)
+    assert says(it, "/finetune faq.jsonl")  # another may begin

@@ -104,11 +104,10 @@ def _open(path: Path) -> BinaryIO | None:
         if error.errno == errno.ENAMETOOLONG:
             return None
         raise BadInput("training.dataset_unreadable", name=path.name, reason=error.strerror or "?") from error
-    file = os.fdopen(descriptor, "rb")
     mode = os.fstat(descriptor).st_mode
     if stat.S_ISREG(mode):
-        return file
-    file.close()
+        return os.fdopen(descriptor, "rb")
+    os.close(descriptor)
     if stat.S_ISDIR(mode):
         raise BadInput("training.dataset_is_folder", name=path.name)
     raise BadInput("training.dataset_unreadable", name=path.name, reason="not a plain file")

@@ -27,7 +27,7 @@ def start(tx: Tx, caller: Caller, call: Call) -> Outcome:
     before = check_room(tx, caller)
     job = jobs.create(tx, caller, call.arguments["dataset"], call.arguments.get("name", ""))
     new_delivery(tx, job_id=job.id)
-    directory.audit(tx, caller, "finetune start", job.label, None, {"job": job.id, "dataset": job.dataset_sha256})
+    directory.audit(tx, caller, " ".join(call.key).strip(), job.label, None, {"job": job.id, "dataset": job.dataset_sha256})
     key = "training.queued" if before else "training.started"
     fields = {"id": job.id, "name": job.dataset, "title": job.title, "label": job.label, "before": before}
     return Outcome(Body(say(caller.language, key, **fields)), (WakeTraining(),))

@@ -2,34 +2,20 @@
 
 from __future__ import annotations
 
-import json
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from core import operators, users
-from core.commands import COMMANDS, Call, parse
-from core.operators import Handler, run_command
+from core.commands import parse
+from core.operators import run_command
+from core.service import HANDLERS
 from core.store import directory, turns
 from core.store.database import Database, Tx
 from core.store.home import Cipher
-from core.types import Address, Body, Caller, Outcome, Role
+from core.types import Address, Caller, Outcome, Role
 
 ROLES = ("stranger", "user", "other_operator", "operator", "owner", "removed")
-
-
-def _stub(tx: Tx, caller: Caller, call: Call) -> Outcome:
-    """Stands for the commands of other files: an effect that can be seen."""
-    tx.run("INSERT OR REPLACE INTO setting VALUES (?, ?)", [" ".join(call.key), json.dumps(dict(call.arguments))])
-    return Outcome(Body("done"))
-
-
-HANDLERS: dict[tuple[str, str], Handler] = {
-    **{(command.name, form.word): _stub for command in COMMANDS for form in command.forms},
-    **users.HANDLERS,
-    **operators.HANDLERS,
-}
 
 
 @dataclass

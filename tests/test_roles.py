@@ -7,11 +7,14 @@ from pathlib import Path
 
 import pytest
 
+from core import adapters
 from core.commands import COMMANDS, Form, Grant, find
-from core.store import directory
+from core.store import directory, jobs
+from core.store.database import Tx
 from core.texts import languages, say
 from tests.people import ROLES, Town, town
 
+DATASET = "d" * 64
 GRANTS = dict.fromkeys(ROLES, Grant.ANYONE) | {"operator": Grant.OPERATOR, "owner": Grant.OWNER}
 FORMS = [(command.name, form) for command in COMMANDS for form in command.forms]
 NEED_GRANT = [(name, form) for name, form in FORMS if form.who is not Grant.ANYONE]
@@ -20,7 +23,14 @@ NEED_GRANT = [(name, form) for name, form in FORMS if form.who is not Grant.ANYO
 @pytest.fixture
 def it(tmp_path: Path) -> Iterator[Town]:
     with town(tmp_path) as made:
+        made.database.write_now(lambda tx: _train(tx, made))
         yield made
+
+
+def _train(tx: Tx, it: Town) -> None:
+    """A data set, and a version that was made of it."""
+    jobs.keep_dataset(tx, DATASET, "faq.jsonl", source="file", size_bytes=1, brought_by=it.hash("owner"))
+    adapters.publish(tx, adapters.Candidate("a" * 64, Path(), "base", DATASET, "{}"), "acme", 4)
 
 
 def line(it: Town, name: str, form: Form) -> str:
@@ -29,6 +39,11 @@ def line(it: Town, name: str, form: Form) -> str:
         return "/channel create brook The Brook"
     if (name, form.word) == ("operator", "remove"):
         return f"/operator remove {it.operator_id('operator')}"
+    if name == "finetune" and form.parameters and form.parameters[0].name == "dataset":
+        return f"/finetune {form.word} {DATASET}"  # as core.datasets has brought it
+    if (name, form.word) in (("finetune", "status"), ("finetune", "cancel"), ("adapter", "rollback")):
+        it.says("owner", f"/finetune {DATASET}" if name == "finetune" else "/adapter promote 4")
+        return f"/{name} {form.word}"
     if name == "claim":
         return f"/claim {it.database.write_now(lambda tx: directory.invite(tx, None, 'Kim', 'test'))}"
     return form.example

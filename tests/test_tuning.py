@@ -12,7 +12,7 @@ import pytest
 from core import tuning
 from core.commands import parse
 from core.datasets import MAX_OPEN
-from core.errors import AppError, BadInput, UnknownThing
+from core.errors import BadInput, UnknownThing
 from core.job import Checked, Done, Evaluated, Failed, JobEvent, Progress
 from core.operators import run_command
 from core.store import directory, jobs
@@ -129,13 +129,13 @@ def test_start_and_cancel_are_audited_with_what_was_before_and_after(it: Town) -
     run(it, "/finetune cancel")
     first, second = it.audit()[-2:]
     assert (first["action"], first["target"], json.loads(str(first["after"]))["dataset"]) == (
-        "finetune start",
+        "finetune",
         "acme@1",
         SHA,
     )
     assert (second["action"], second["target"]) == ("finetune cancel", "acme@1")
     assert json.loads(str(second["before"]))["state"] == "queued"
-    assert second["after"] == "cancelled"
+    assert json.loads(str(second["after"])) == "cancelled"
 
 
 # --- status, list, cancel ---
@@ -158,14 +158,11 @@ def test_a_job_of_another_channel_does_not_exist(it: Town, text: str) -> None:
     assert job_row(it)["state"] == "queued"
 
 
-@pytest.mark.parametrize("typed", ["0", "-1", "one", "1.0", "١", "9" * 40, "1;"])
+@pytest.mark.parametrize("typed", ["0", "-1", "one", "1.0", "9" * 40, "1;", "²"])
 def test_what_is_no_number_of_a_job_is_unknown(it: Town, typed: str) -> None:
     run(it, "/finetune faq.jsonl")
-    with pytest.raises(AppError):
-        run(it, f"/finetune status '{typed}x'")
-    if typed != "١":  # an Arabic one is a one
-        with pytest.raises(UnknownThing):
-            run(it, f"/finetune status {typed}")
+    with pytest.raises(UnknownThing):
+        run(it, f"/finetune status {typed}")
 
 
 def test_status_shows_how_far_it_is(it: Town) -> None:

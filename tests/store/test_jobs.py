@@ -48,7 +48,11 @@ def events(it: Town, job: Job) -> list[JobEvent]:
 
 
 def hear(it: Town, job: Job, *heard: JobEvent) -> None:
-    it.database.write_now(lambda tx: [jobs.add_event(tx, job.id, event) for event in heard])
+    def work(tx: Tx) -> None:
+        for event in heard:
+            jobs.add_event(tx, job.id, event)
+
+    it.database.write_now(work)
 
 
 def is_erased(it: Town, sha256: str) -> bool:

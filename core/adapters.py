@@ -68,7 +68,7 @@ def inspect(folder: Path) -> Candidate:
         config = _json(folder / CONFIG)
         if config.get("peft_type") != "LORA":
             raise ValueError(f"peft_type={config.get('peft_type')!r} is not LORA")
-        if not any(True for _ in tensor_entries(folder / WEIGHTS)):
+        if not list(tensor_entries(folder / WEIGHTS)):
             raise ValueError(f"{WEIGHTS} holds no tensors")
         text = (folder / MANIFEST).read_text("utf-8")
         manifest = _json(folder / MANIFEST)

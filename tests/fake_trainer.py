@@ -102,8 +102,8 @@ def steps(word: str, folder: Path, spec: Spec, told: threading.Event) -> int:
     if done:
         say(Warned(f"goes on from step {done}"))
     for step in range(done + 1, STEPS + 1):
-        say(Progress(step, STEPS, 1, 1, 3.0 / step, 100.0, 60.0 * (STEPS - step)))
         keep(folder, step)
+        say(Progress(step, STEPS, 1, 1, 3.0 / step, 100.0, 60.0 * (STEPS - step)))
         if step == 2 and not done and not pause(word, told):
             return EXIT_INTERRUPTED
         if told.is_set():

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import hashlib
 import json
 import os
 import signal
@@ -21,7 +22,9 @@ from core.texts import say
 from core.trainer import COMMAND, environment
 from core.training import TrainingSettings
 from core.types import Address, Handle
+from tests.fake_trainer import COMMAND as FAKE_TRAINER
 from tests.works import WatchedBot, works
+from tests.world import OWNER, world
 
 PAUSED = "50 %"  # what the message shows when the fake trainer waits at its second step of four
 
@@ -48,6 +51,26 @@ async def test_a_job_becomes_a_version_and_its_one_message_a_report(tmp_path: Pa
         for fact in ("acme@1", "10 of 12", "line 3: not JSON", "2.50 → 1.50", "/adapter promote acme@1"):
             assert fact in said
         assert await it.database.read(lambda tx: adapters.champion(tx, "acme")) == (None, "base")
+
+
+async def test_through_the_door_a_command_is_answered_and_its_job_tells_its_end(tmp_path: Path) -> None:
+    data = b'{"word": "", "q": "a", "a": "b"}\n'
+    sha256 = hashlib.sha256(data).hexdigest()
+
+    def bring(tx: Tx) -> None:
+        owner = tx.cipher.hash_user("fake", "bot", OWNER)
+        jobs.keep_dataset(tx, sha256, "faq.jsonl", source="file", size_bytes=len(data), brought_by=owner)
+
+    async with world(tmp_path, trainer=FAKE_TRAINER) as it:
+        (it.home.datasets / sha256).write_bytes(data)
+        await it.database.write(bring)
+        await it.send("/finetune faq.jsonl", user=OWNER)
+        await it.settled()
+        answer, report = it.bot.said()
+        assert "acme@1" in answer
+        assert say("en", "training.ready", label="acme@1") in report
+        assert "acme@1" in await it.ask("/adapter promote acme@1", user=OWNER)
+        assert await it.ask("/finetune faq.jsonl") == say("en", "error.not_allowed")
 
 
 async def test_the_message_shows_a_bar_and_what_is_left(tmp_path: Path) -> None:

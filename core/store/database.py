@@ -33,6 +33,8 @@ Value = str | bytes | int | float | None
 Row = dict[str, Any]
 _MAX_WAITING = 10_000
 _MAX_BATCH = 128
+_MAX_WAL_BYTES = 4 * 2**20
+_BUSY_MS = 5000
 
 
 def now_ms() -> int:
@@ -191,7 +193,6 @@ class Database:
         return batch
 
     def _commit(self, connection: sqlite3.Connection, batch: list[_Write]) -> None:
-        checkpoint = any(item.work is _checkpoint_marker for item in batch)
         results: list[tuple[_Write, Any]] = []
         failed: list[tuple[_Write, BaseException]] = []
         try:
@@ -208,12 +209,14 @@ class Database:
                     failed.append((item, error))
                 connection.execute("RELEASE one")
             connection.execute("COMMIT")
-            if checkpoint:
-                connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
         except BaseException as error:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             results, failed = [], [(item, error) for item in batch]
+        trouble = self._fold(connection, asked=any(item.work is _checkpoint_marker for item in batch))
+        if trouble is not None:
+            failed += [(item, trouble) for item, _ in results if item.work is _checkpoint_marker]
+            results = [(item, result) for item, result in results if item.work is not _checkpoint_marker]
         for item, problem in failed:
             item.done.set_exception(_translate(problem))
         for item, result in results:
@@ -222,17 +225,29 @@ class Database:
     def _open_writer(self) -> sqlite3.Connection:
         connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
         for pragma in (
-            "busy_timeout = 5000",
+            f"busy_timeout = {_BUSY_MS}",
             "journal_mode = WAL",
             "synchronous = FULL",
             "foreign_keys = ON",
             "secure_delete = ON",
-            "wal_autocheckpoint = 1000",
+            "wal_autocheckpoint = 0",
         ):
             connection.execute(f"PRAGMA {pragma}").fetchall()
         MIGRATIONS.apply(sqlite_utils.Database(connection, execute_plugins=False))
         self.path.chmod(0o600)
         return connection
+
+    def _fold(self, connection: sqlite3.Connection, *, asked: bool) -> sqlite3.Error | None:
+        """Empty the WAL where that was asked for, or it has grown large; what went wrong. Commits stay commits."""
+        try:
+            if asked or self.path.with_name(f"{self.path.name}-wal").stat().st_size > _MAX_WAL_BYTES:
+                _truncate_wal(connection, patience_ms=_BUSY_MS if asked else 0)
+        except sqlite3.Error as error:
+            log.warning("store.checkpoint_failed", extra={"error": str(error)})
+            return error
+        except FileNotFoundError:
+            pass
+        return None
 
     # --- the readers ---
 
@@ -260,13 +275,24 @@ def open_read_only(path: Path) -> sqlite3.Connection:
     return connection
 
 
+def _truncate_wal(connection: sqlite3.Connection, *, patience_ms: int) -> None:
+    """Fold the WAL into the file and empty it, in one go.
+
+    SQLite's own checkpoints leave the folded frames in place until the log wraps. A WAL that is damaged in there takes
+    the file with it; an empty one cannot be damaged. A reader in the way is waited for, or left to the next commit.
+    """
+    connection.execute(f"PRAGMA busy_timeout = {patience_ms}")
+    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    connection.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
+
+
 def _checkpoint_marker(_: Tx) -> None:
     """Recognised by the writer, which checkpoints after the commit."""
 
 
 def _close_writer(connection: sqlite3.Connection) -> None:
     try:
-        connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+        _truncate_wal(connection, patience_ms=_BUSY_MS)
     except sqlite3.Error as error:  # what is committed stays in the WAL and is read at the next start
         log.warning("store.checkpoint_failed", extra={"error": str(error)})
     connection.close()

@@ -65,11 +65,11 @@ def report(job: Job, events: Sequence[JobEvent]) -> Body:
     if done is not None and done.test_loss is not None and done.test_loss_base is not None and checked is not None:
         losses = {"base": f"{done.test_loss_base:.2f}", "tuned": f"{done.test_loss:.2f}"}
         lines.append(say(job.language, "training.unseen_result", rows=checked.test, **losses))
+    if done is not None:
+        lines.append(say(job.language, "training.took", time=duration(job.language, done.seconds), steps=done.steps))
     if checked is not None:
         lines += rows_text(job.language, job.dataset, checked)
     lines += [f"- {_shown(event.text)}" for event in events if isinstance(event, Warned)]
-    if done is not None:
-        lines.append(say(job.language, "training.took", time=duration(job.language, done.seconds), steps=done.steps))
     key = "training.promote_hint" if better else "training.promote_anyway_hint"
     lines += ["", say(job.language, key, label=job.label, title=job.title)]
     return Body("\n".join(lines), (promote_button(job.language, job.label),) if better else ())

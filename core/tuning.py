@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from core import jobtexts
 from core.commands import Call
@@ -27,7 +28,8 @@ def start(tx: Tx, caller: Caller, call: Call) -> Outcome:
     before = check_room(tx, caller)
     job = jobs.create(tx, caller, call.arguments["dataset"], call.arguments.get("name", ""))
     new_delivery(tx, job_id=job.id)
-    directory.audit(tx, caller, " ".join(call.key).strip(), job.label, None, {"job": job.id, "dataset": job.dataset_sha256})
+    made: Json = {"job": job.id, "dataset": job.dataset_sha256}
+    directory.audit(tx, caller, " ".join(call.key).strip(), job.label, None, made)
     key = "training.queued" if before else "training.started"
     fields = {"id": job.id, "name": job.dataset, "title": job.title, "label": job.label, "before": before}
     return Outcome(Body(say(caller.language, key, **fields)), (WakeTraining(),))
@@ -38,6 +40,7 @@ def status(tx: Tx, caller: Caller, call: Call) -> Outcome:
     job = _find(tx, caller, call)
     if job is None:
         return Outcome(Body(say(caller.language, "training.none")))
+    job = replace(job, language=caller.language)
     events = jobs.events(tx, job.id)
     lines = [_line(tx, caller, job)]
     if job.state == "failed":

@@ -28,7 +28,7 @@ lint: $(STAMP)
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 
 test: lint
-	$(BIN)/python -m pytest -m 'not gpu and not drill' $(ARGS)
+	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not gpu and not drill' $(ARGS)
 
 drill: $(STAMP)
 	$(BIN)/python -m pytest -m drill --timeout=14400 $(ARGS)

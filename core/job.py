@@ -52,6 +52,8 @@ class Spec:
     data_sha256: str
     label: str  # what the adapter will be called: name@version
     instructions: str = ""
+    champion: str = ""  # the folder of the version that answers now; "" is the base model
+    champion_label: str = "base"
     device: str = "cpu"
     dtype: str = "auto"  # float32 on a CPU, bfloat16 on a GPU; or one of the two
     threads: int = 1
@@ -121,6 +123,30 @@ class Evaluated:
     who: Literal["base", "candidate"] = "candidate"
 
 
+FEWEST_TEST_ROWS = 30  # below, an interval says more about chance than about the model
+Verdict = Literal["passed", "no_better", "style_only", "too_few"]
+
+
+@dataclass(frozen=True, slots=True)
+class Judged:
+    """The gate's verdict on rows that training did not see, against what the channel answers from now.
+
+    Losses and lifts are means per token. `low` and `high` hold the difference of the losses, 95% sure.
+    """
+
+    kind: ClassVar[str] = "judged"
+    verdict: Verdict
+    rows: int
+    better: int
+    champion: str
+    loss_champion: float
+    loss: float
+    low: float
+    high: float
+    lift_champion: float
+    lift: float
+
+
 @dataclass(frozen=True, slots=True)
 class Warned:
     kind: ClassVar[str] = "warned"
@@ -148,9 +174,9 @@ class Failed:
     line: int = 0
 
 
-JobEvent = Checked | Progress | Evaluated | Warned | Done | Failed
+JobEvent = Checked | Progress | Evaluated | Judged | Warned | Done | Failed
 _EVENTS: dict[str, Callable[..., JobEvent]] = {
-    event.kind: event for event in (Checked, Progress, Evaluated, Warned, Done, Failed)
+    event.kind: event for event in (Checked, Progress, Evaluated, Judged, Warned, Done, Failed)
 }
 
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-from core.job import Checked, Done, Evaluated, JobEvent, Progress, Warned
+from core.job import FEWEST_TEST_ROWS, Checked, Done, Evaluated, JobEvent, Judged, Progress, Warned
 from core.store.jobs import Job
 from core.texts import duration, say
 from core.types import Body
@@ -59,20 +59,38 @@ def ended_body(job: Job, events: Sequence[JobEvent]) -> Body:
 
 def report(job: Job, events: Sequence[JobEvent]) -> Body:
     """Of a published version: what was used, how it does on rows that it never saw, what to do next."""
+    language, judged = job.language, _last(events, Judged)
     done, checked = _last(events, Done), _last(events, Checked)
-    better = done is not None and _better(done)
-    lines = [say(job.language, "training.ready" if better else "training.not_better", label=job.label)]
-    if done is not None and done.test_loss is not None and done.test_loss_base is not None and checked is not None:
-        losses = {"base": f"{done.test_loss_base:.2f}", "tuned": f"{done.test_loss:.2f}"}
-        lines.append(say(job.language, "training.unseen_result", rows=checked.test, **losses))
+    lines = verdict_text(language, job.label, judged) if judged else [say(language, "training.ready", label=job.label)]
     if done is not None:
-        lines.append(say(job.language, "training.took", time=duration(job.language, done.seconds), steps=done.steps))
+        lines.append(say(language, "training.took", time=duration(language, done.seconds), steps=done.steps))
     if checked is not None:
-        lines += rows_text(job.language, job.dataset, checked)
+        lines += rows_text(language, job.dataset, checked)
     lines += [f"- {_shown(event.text)}" for event in events if isinstance(event, Warned)]
-    key = "training.promote_hint" if better else "training.promote_anyway_hint"
-    lines += ["", say(job.language, key, label=job.label, title=job.title)]
-    return Body("\n".join(lines), (promote_button(job.language, job.label),) if better else ())
+    passed = judged is None or judged.verdict == "passed"
+    hint = "training.promote_hint" if passed else "training.promote_anyway_hint"
+    lines += ["", say(language, hint, label=job.label, title=job.title)]
+    return Body("\n".join(lines), (promote_button(language, job.label),) if passed else ())
+
+
+def verdict_text(language: str, label: str, judged: Judged) -> list[str]:
+    """The gate's verdict, and the numbers that it rests on."""
+    fields = {"label": label, "champion": judged.champion, "rows": judged.rows, "fewest": FEWEST_TEST_ROWS}
+    return [
+        say(language, f"training.verdict_{judged.verdict}", **fields),
+        say(
+            language,
+            "training.judged",
+            rows=judged.rows,
+            before=f"{judged.loss_champion:.2f}",
+            after=f"{judged.loss:.2f}",
+            champion=judged.champion,
+            better=judged.better,
+            low=f"{judged.low:+.2f}",
+            high=f"{judged.high:+.2f}",
+        ),
+        say(language, "training.lift", lift=f"{judged.lift:.2f}", before=f"{judged.lift_champion:.2f}", **fields),
+    ]
 
 
 def rows_text(language: str, name: str, checked: Checked) -> list[str]:
@@ -98,10 +116,6 @@ def failed_text(job: Job) -> str:
 
 def _cancelled_key(job: Job) -> str:
     return "training.cancelled_erased" if job.reason == "erased" else "training.cancelled"
-
-
-def _better(done: Done) -> bool:
-    return done.test_loss is not None and done.test_loss_base is not None and done.test_loss < done.test_loss_base
 
 
 def _losses(events: Sequence[JobEvent], now: Progress) -> str:

@@ -28,7 +28,7 @@ from core.store.database import Database, Tx
 from core.store.home import Home
 from core.store.jobs import Job
 from core.trainer import COMMAND, Trainer
-from core.types import Body
+from core.types import AdapterRef, Body
 
 log = logging.getLogger(__name__)
 _LOOK_AGAIN_S = 30.0
@@ -167,7 +167,8 @@ class Training:
             await self._fail(job, "ours", f"the engine {self._info.model!r} has no base model to train on")
             return
         try:
-            folder = await asyncio.to_thread(self._lay_out, job)
+            champion = await self._database.read(lambda tx: self._champion(tx, job))
+            folder = await asyncio.to_thread(self._lay_out, job, champion)
         except FileNotFoundError:
             await self._fail(job, "ours", "its data set is not there any more")
             return
@@ -235,7 +236,14 @@ class Training:
 
     # --- its folder ---
 
-    def _lay_out(self, job: Job) -> Path:
+    def _champion(self, tx: Tx, job: Job) -> AdapterRef | None:
+        """What the channel answers from now, which the candidate has to beat; None is the base model."""
+        sha256, label = adapters.champion(tx, job.adapter)
+        if sha256 is None or adapters.by_sha(tx, sha256).base_fingerprint != self._info.fingerprint:
+            return None
+        return AdapterRef(sha256, self._home.adapters / sha256, label)
+
+    def _lay_out(self, job: Job, champion: AdapterRef | None) -> Path:
         """jobs/<id>/ with spec.json and the data. What an earlier life laid out stays."""
         folder = self._home.jobs / str(job.id)
         folder.mkdir(mode=0o700, exist_ok=True)
@@ -243,10 +251,10 @@ class Training:
             return folder
         name = _DATA + "".join(Path(job.dataset).suffixes[-2:])[:20]
         shutil.copyfile(stored(self._home, job.dataset_sha256), folder / name)
-        self._spec(job, name).write(folder)
+        self._spec(job, name, champion).write(folder)
         return folder
 
-    def _spec(self, job: Job, data: str) -> Spec:
+    def _spec(self, job: Job, data: str, champion: AdapterRef | None) -> Spec:
         settings, info = self._settings, self._info
         return Spec(
             job=str(job.id),
@@ -256,6 +264,8 @@ class Training:
             data_sha256=job.dataset_sha256,
             label=job.label,
             instructions=job.instructions,
+            champion=str(champion.folder) if champion else "",
+            champion_label=champion.label if champion else adapters.BASE,
             device=info.device,
             threads=settings.threads,
             nice=settings.nice,

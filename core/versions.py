@@ -82,6 +82,7 @@ def promote(tx: Tx, caller: Caller, call: Call) -> Outcome:
     before, label_before = adapters.champion(tx, name)
     if version is not None:
         _check_usable(tx, version)
+        _check_verdict(version, reason)
     sha256 = version.sha256 if version else None
     label = version.label if version else BASE
     if sha256 == before:
@@ -140,6 +141,14 @@ def _check_usable(tx: Tx, version: Version) -> None:
         raise BadInput("adapter.is_unpublished", label=version.label, reason=_reason(version))
     if _other_base(tx, version):
         raise BadInput("adapter.is_of_another_base", label=version.label)
+
+
+def _check_verdict(version: Version, reason: str) -> None:
+    """A version that did not pass goes into service only by who says why; the audit log keeps it."""
+    verdict = (version.manifest.get("judged") or {}).get("verdict", "passed")
+    if verdict != "passed" and not reason:
+        why = Later(f"adapter.verdict_{verdict}")
+        raise BadInput("adapter.needs_reason", label=version.label, why=why)
 
 
 def _other_base(tx: Tx, version: Version) -> bool:

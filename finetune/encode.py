@@ -15,11 +15,12 @@ from finetune.records import BadRecord, Conversation, Turn, under_instructions
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of training; `key` is its conversation's."""
+    """One row of training; `key` is its conversation's, `served` what of it was rendered."""
 
     row: TrainingRow
     key: str
     line: int
+    served: Conversation
 
 
 def encode(
@@ -38,26 +39,40 @@ def encode(
     for conversation in conversations:
         served = under_instructions(conversation, instructions)
         try:
-            row, dropped = encode_one(served, tokenizer, max_tokens=max_tokens)
+            row, shorter = encode_one(served, tokenizer, max_tokens=max_tokens)
         except BadRecord as error:
             report.used -= 1
             report.reject(conversation.line, str(error))
             continue
-        if dropped:
+        if dropped := len(served.turns) - len(shorter.turns):
             report.mend(conversation.line, f"the oldest {dropped} messages were left out to fit {max_tokens} tokens")
-        rows.append(Row(row, conversation.key, conversation.line))
+        rows.append(Row(row, conversation.key, conversation.line, shorter))
     check_enough(report)
     return rows
 
 
-def encode_one(conversation: Conversation, tokenizer: ChatTokenizer, *, max_tokens: int) -> tuple[TrainingRow, int]:
-    """(row, number of messages left out). Raises BadRecord if even the last exchange is too long."""
+def under_questions_of(row: Row, other: Row, tokenizer: ChatTokenizer) -> TrainingRow:
+    """The row's answers under another row's questions: as many tokens are taught, and they are the same."""
+    asked = [turn for turn in other.served.turns if turn.message.role is Role.USER]
+    turns, questions = [], 0
+    for turn in row.served.turns:
+        if turn.message.role is Role.USER:
+            turn, questions = asked[questions % len(asked)], questions + 1
+        turns.append(turn)
+    conversation = replace(row.served, turns=tuple(turns))
+    return _taught_only(render(conversation, tokenizer), conversation)
+
+
+def encode_one(
+    conversation: Conversation, tokenizer: ChatTokenizer, *, max_tokens: int
+) -> tuple[TrainingRow, Conversation]:
+    """(row, what of the conversation is in it). Raises BadRecord if even the last exchange is too long."""
     length = 0
     for shorter in _shorter_and_shorter(conversation):
         row = _taught_only(render(shorter, tokenizer), shorter)
         length = len(row.ids)
         if length <= max_tokens and any(row.supervised):
-            return row, len(conversation.turns) - len(shorter.turns)
+            return row, shorter
     if length <= max_tokens:
         raise BadRecord("nothing in it is taught")
     raise BadRecord(f"{length} tokens long, at most {max_tokens} are trained (max_tokens)")

@@ -41,6 +41,23 @@ class Scorer(nn.Module):
         )
         return total
 
+    @torch.no_grad()
+    def token_losses(self, batch: Batch) -> Tensor:
+        """-log p of each supervised token (N,), in float32: row after row, in the order of the batch's rows."""
+        hidden = self._hidden(batch.ids, batch.attention, batch.positions)[:, :-1]
+        chosen = batch.taught[:, 1:]
+        hidden, targets = hidden[chosen], batch.ids[:, 1:][chosen]
+        head = self.model.get_output_embeddings()
+        parts = [
+            nn.functional.cross_entropy(
+                nn.functional.linear(hidden[at : at + CHUNK], head.weight, head.bias).float(),
+                targets[at : at + CHUNK],
+                reduction="none",
+            )
+            for at in range(0, len(hidden), CHUNK)
+        ]
+        return torch.cat(parts)
+
     def _hidden(self, ids: Tensor, attention: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         backbone = getattr(self.model, self.model.base_model_prefix)
         out = backbone(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False)

@@ -14,7 +14,7 @@ from core.prompt import TrainingRow
 from finetune import settings
 from finetune.base import Base, find_base
 from finetune.data import Report, read
-from finetune.encode import encode
+from finetune.encode import Row, encode, under_questions_of
 from finetune.split import Split, split
 
 log = logging.getLogger(__name__)
@@ -24,12 +24,22 @@ Emit = Callable[[JobEvent], None]
 @dataclass(frozen=True, slots=True)
 class Prepared:
     base: Base
-    rows: Sequence[TrainingRow]
+    encoded: Sequence[Row]
     split: Split
     report: Report
 
+    @property
+    def rows(self) -> list[TrainingRow]:
+        return [row.row for row in self.encoded]
+
     def part(self, numbers: Sequence[int]) -> list[TrainingRow]:
-        return [self.rows[number] for number in numbers]
+        return [self.encoded[number].row for number in numbers]
+
+    def swapped(self, numbers: Sequence[int]) -> list[TrainingRow]:
+        """The same answers, each under the questions of a row half the list away."""
+        half = len(numbers) // 2
+        pairs = zip(numbers, [*numbers[half:], *numbers[:half]], strict=True)
+        return [under_questions_of(self.encoded[one], self.encoded[other], self.base.tokenizer) for one, other in pairs]
 
 
 def prepare(folder: Path, spec: Spec, emit: Emit) -> Prepared:
@@ -61,7 +71,7 @@ def prepare(folder: Path, spec: Spec, emit: Emit) -> Prepared:
         )
     )
     log.info("data.checked rows=%d used=%d rejected=%d", report.rows, report.used, report.rejected)
-    return Prepared(base, [row.row for row in rows], parts, report)
+    return Prepared(base, rows, parts, report)
 
 
 def _check_data(path: Path, sha256: str) -> None:

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from core.errors import JobError
-from core.job import Done
+from core.job import Done, JobEvent, Judged
 from finetune.checkpoint import sync_folder, write_durably
 from finetune.report import Manifest, model_card
 
@@ -38,15 +38,15 @@ def publish(folder: Path, tensors: dict[str, Tensor], manifest: Manifest) -> Non
     sync_folder(folder)
 
 
-def published(folder: Path) -> Done | None:
-    """What the event `finished` says of an `out` that is there already: the trainer was killed after the rename."""
+def published(folder: Path) -> list[JobEvent]:
+    """The last events of an `out` that is there already: the trainer was killed after the rename. Else none."""
     path = folder / OUT / MANIFEST
     if not path.is_file():
-        return None
+        return []
     try:
         manifest = json.loads(path.read_text("utf-8"))
         losses = manifest["losses"]
-        return done(manifest["steps"], manifest["seconds"], losses)
+        return [Judged(**manifest["judged"]), done(manifest["steps"], manifest["seconds"], losses)]
     except (ValueError, KeyError, TypeError) as error:
         raise JobError(detail=f"{path} is damaged: {error}") from error
 

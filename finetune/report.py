@@ -29,6 +29,7 @@ class Manifest:
     tokens: int
     seconds: float
     losses: dict[str, float]  # train_first, train_last, validation after each epoch, test of base and candidate
+    judged: dict[str, Any]  # the gate's verdict and its numbers
     target_modules: tuple[str, ...]
     versions: dict[str, str]
     threads: int
@@ -65,6 +66,7 @@ def model_card(manifest: Manifest) -> str:
         ("Learning rate", f"{manifest.hyper.learning_rate:g}, {manifest.hyper.schedule}"),
         ("Rows per step, seed", f"{manifest.hyper.rows_per_step}, {manifest.hyper.seed}"),
         ("Clipping by value, by norm", f"{manifest.hyper.clip_value:g}, {manifest.hyper.clip_norm:g}"),
+        ("Verdict", f"{manifest.judged['verdict']}, against {manifest.judged['champion']}"),
         ("Losses", ", ".join(f"{name} {value:.4f}" for name, value in manifest.losses.items())),
         ("Made with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),
         ("Made at", manifest.created),

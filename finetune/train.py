@@ -16,17 +16,18 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 
 from core.errors import JobError
-from core.job import Evaluated, Progress, Spec, Warned
+from core.job import Evaluated, Judged, Progress, Spec, Warned
 from core.prompt import TrainingRow
 from finetune import lora
 from finetune.base import choose_dtype, load_module
 from finetune.batches import Batch, Step, collate, pack, plan_epoch, shared_prefix, split_step
 from finetune.checkpoint import Position, load_checkpoint, save_checkpoint
+from finetune.gate import Scores, judge
 from finetune.loss import Scorer
 from finetune.optimise import clip_by_norm, clip_by_value, learning_rate
 from finetune.prepare import Emit, Prepared, prepare
@@ -62,8 +63,9 @@ class Taken:
 
 def train(folder: Path, spec: Spec, emit: Emit, stop: threading.Event) -> None:
     """Do the job, or the rest of it. Raises Interrupted, JobError, BadDataset."""
-    if (finished := published(folder)) is not None:
-        emit(finished)
+    if said := published(folder):
+        for event in said:
+            emit(event)
         return
     torch.set_num_threads(spec.threads)
     prepared = prepare(folder, spec, emit)
@@ -99,12 +101,13 @@ class Trainer:
     def run(self) -> None:
         try:
             self._train()
-            self._evaluate_test()
+            judged = self._judge()
         except Interrupted:
             self._save()
             raise
+        self.emit(judged)
         losses = self._losses()
-        publish(self.folder, lora.state(self.model), self._manifest(losses))
+        publish(self.folder, lora.state(self.model), self._manifest(losses, judged))
         self.emit(done(self.position.step, self.position.seconds, losses))
 
     def _train(self) -> None:
@@ -122,7 +125,7 @@ class Trainer:
                 self._tell(taken)
                 told = began
             if last_of_epoch:
-                self._evaluate("validation", f"validation_{self.position.step // self.steps_per_epoch}")
+                self._evaluate_validation()
             if last_of_epoch or began - saved >= CHECKPOINT_S:
                 self._save()
                 saved = time.monotonic()
@@ -218,38 +221,73 @@ class Trainer:
         test = sum(len(self.prepared.rows[row].ids) for row in parts.test)
         evaluations = self.spec.hyper.epochs - self.position.step // self.steps_per_epoch
         training = epoch * self.spec.hyper.epochs - self.position.tokens
-        return max(0.0, training + FORWARD_SHARE * (evaluations * validation + 2 * test))
+        models = 3 if self.spec.champion else 2  # each under two questions
+        return max(0.0, training + FORWARD_SHARE * (evaluations * validation + 2 * models * test))
 
-    def _evaluate_test(self) -> None:
-        self._evaluate("test", "test_candidate")
-        with lora.without_lora(self.model):
-            self._evaluate("test", "test_base", who="base")
-
-    def _evaluate(
-        self, part: Literal["validation", "test"], name: str, *, who: Literal["base", "candidate"] = "candidate"
-    ) -> None:
+    def _evaluate_validation(self) -> None:
         """Measure once: what a checkpoint holds already is not measured again."""
-        rows = self.prepared.part(getattr(self.prepared.split, part))
+        name = f"validation_{self.position.step // self.steps_per_epoch}"
+        rows = self.prepared.part(self.prepared.split.validation)
         if name not in self.position.evaluated:
-            loss = self.mean_loss(rows)
-            if not math.isfinite(loss):
-                raise JobError(detail=f"the loss on the {part} rows is not finite after step {self.position.step}")
-            self.position.evaluated[name] = loss
+            self._keep_loss(name, self.mean_loss(rows))
         loss = self.position.evaluated[name]
-        self.emit(Evaluated(step=self.position.step, split=part, loss=loss, rows=len(rows), who=who))
+        self.emit(Evaluated(step=self.position.step, split="validation", loss=loss, rows=len(rows)))
+
+    def _judge(self) -> Judged:
+        """Compare with what answers now, on the rows that neither training nor watching it saw."""
+        numbers = self.prepared.split.test
+        own, other = self.prepared.part(numbers), self.prepared.swapped(numbers)
+        tokens = [sum(row.supervised[1:]) for row in own]
+        candidate = self._scores(own, other)
+        with lora.without_lora(self.model):
+            base = self._scores(own, other)
+        champion, label = base, "base"
+        if self.spec.champion:
+            try:
+                with lora.with_adapter(self.model, self.folder / self.spec.champion):
+                    champion, label = self._scores(own, other), self.spec.champion_label
+            except (JobError, OSError, ValueError) as error:
+                self.emit(Warned(f"compared with the base model: {self.spec.champion_label} cannot be read: {error}"))
+        for who, scores in (("candidate", candidate), ("base", base)):
+            loss = sum(scores.own) / sum(tokens)
+            self._keep_loss(f"test_{who}", loss)
+            self.emit(
+                Evaluated(
+                    step=self.position.step,
+                    split="test",
+                    loss=loss,
+                    rows=len(own),
+                    who="base" if who == "base" else "candidate",
+                )
+            )
+        return judge(candidate, champion, tokens, champion_label=label, seed=self.spec.hyper.seed)
+
+    def _scores(self, own: Sequence[TrainingRow], other: Sequence[TrainingRow]) -> Scores:
+        return Scores(self.row_losses(own), self.row_losses(other))
+
+    def _keep_loss(self, name: str, loss: float) -> None:
+        if not math.isfinite(loss):
+            raise JobError(detail=f"the loss {name} is not finite after step {self.position.step}")
+        self.position.evaluated[name] = loss
+
+    def mean_loss(self, rows: Sequence[TrainingRow]) -> float:
+        """Mean loss per supervised token, without dropout. Raises Interrupted."""
+        return sum(self.row_losses(rows)) / sum(sum(row.supervised[1:]) for row in rows)
 
     @torch.no_grad()
-    def mean_loss(self, rows: Sequence[TrainingRow]) -> float:
-        """Mean loss per supervised token, without dropout. Holds no more than one micro-batch. Raises Interrupted."""
+    def row_losses(self, rows: Sequence[TrainingRow]) -> list[float]:
+        """Each row's summed loss, without dropout. Holds no more than one micro-batch. Raises Interrupted."""
         self.scorer.eval()
-        total, supervised = 0.0, 0
+        losses = [0.0] * len(rows)
         lengths = [len(row.ids) - self.prefix for row in rows]
         for micro in split_step(range(len(rows)), lengths, micro_tokens=self.settings.micro_tokens):
             self._check_stop()
-            batch = self.batch([rows[row] for row in micro])
-            total += float(self.scorer(batch))
-            supervised += batch.supervised
-        return total / supervised
+            some = [rows[row] for row in micro]
+            counts = [sum(row.supervised[1:]) for row in some]
+            parts = torch.split(self.scorer.token_losses(self.batch(some)), counts)
+            for row, part in zip(micro, parts, strict=True):
+                losses[row] = float(part.double().sum())
+        return losses
 
     def batch(self, rows: Sequence[TrainingRow]) -> Batch:
         return pack(rows, self.device, prefix=self.prefix) if self.prefix else collate(rows, self.device)
@@ -305,7 +343,7 @@ class Trainer:
         ends = {"train_first": sum(losses[:few]) / few, "train_last": sum(losses[-few:]) / few}
         return {**ends, **self.position.evaluated}
 
-    def _manifest(self, losses: dict[str, float]) -> Manifest:
+    def _manifest(self, losses: dict[str, float], judged: Judged) -> Manifest:
         spec, base, parts, report = self.spec, self.prepared.base, self.prepared.split, self.prepared.report
         return Manifest(
             label=spec.label,
@@ -328,6 +366,7 @@ class Trainer:
             tokens=self.position.tokens,
             seconds=round(self.position.seconds, 1),
             losses=losses,
+            judged=asdict(judged),
             target_modules=tuple(self.targets),
             versions=versions(),
             threads=spec.threads,

@@ -12,7 +12,7 @@ Its checkpoint is the number of steps done. Words that begin with a letter are l
     silent        the first life says nothing, for ever
     environment   tells the names in its environment
     other-base, other-data, no-weights                   a result that must not be used
-    worse         a result that is not better than base
+    worse, style, few                                    a result that does not pass the gate
     keeps-lock    the first life passes its lock on, then kills itself
 """
 
@@ -25,6 +25,7 @@ import signal
 import subprocess
 import sys
 import threading
+from dataclasses import asdict
 from pathlib import Path
 
 from core.job import (
@@ -36,8 +37,10 @@ from core.job import (
     Evaluated,
     Failed,
     JobEvent,
+    Judged,
     Progress,
     Spec,
+    Verdict,
     Warned,
     dump_event,
 )
@@ -126,8 +129,25 @@ def pause(word: str, told: threading.Event) -> bool:
 
 
 def finish(word: str) -> int:
-    say(Done(STEPS, 61.0, 3.0, 0.75, 2.5, 2.75 if word == "worse" else 1.5))
+    say(judged(word))
+    say(Done(STEPS, 61.0, 3.0, 0.75, 2.5, judged(word).loss))
     return EXIT_FINISHED
+
+
+def judged(word: str) -> Judged:
+    verdicts: dict[str, Verdict] = {"worse": "no_better", "style": "style_only", "few": "too_few"}
+    return Judged(
+        verdict=verdicts.get(word, "passed"),
+        rows=40,
+        better=39,
+        champion="base",
+        loss_champion=2.5,
+        loss=2.75 if word == "worse" else 1.5,
+        low=-1.25,
+        high=-0.75,
+        lift_champion=0.25,
+        lift=0.5,
+    )
 
 
 def publish(word: str, folder: Path, spec: Spec) -> None:
@@ -138,6 +158,7 @@ def publish(word: str, folder: Path, spec: Spec) -> None:
     if word != "no-weights":
         (aside / "adapter_model.safetensors").write_bytes(len(header).to_bytes(8, "little") + header + WEIGHTS)
     manifest = {
+        "judged": asdict(judged(word)),
         "label": spec.label,
         "job": spec.job,
         "base_fingerprint": "another" if word == "other-base" else spec.fingerprint,

@@ -48,7 +48,7 @@ async def test_a_job_becomes_a_version_and_its_one_message_a_report(tmp_path: Pa
         assert (version["name"], version["version"]) == ("acme", 1)
         await asyncio.to_thread(adapters.inspect, it.home.adapters / version["sha256"])
         assert len(it.bot.opened) == 1
-        for fact in ("acme@1", "10 of 12", "line 3: not JSON", "2.50 → 1.50", "/adapter promote acme@1"):
+        for fact in ("acme@1", "10 of 12", "line 3: not JSON", "2.50 (base) → 1.50", "/adapter promote acme@1"):
             assert fact in said
         assert await it.database.read(lambda tx: adapters.champion(tx, "acme")) == (None, "base")
 
@@ -68,7 +68,7 @@ async def test_through_the_door_a_command_is_answered_and_its_job_tells_its_end(
         await it.settled()
         answer, report = it.bot.said()
         assert "acme@1" in answer
-        assert say("en", "training.ready", label="acme@1") in report
+        assert say("en", "training.verdict_passed", label="acme@1", champion="base") in report
         assert "acme@1" in await it.ask("/adapter promote acme@1", user=OWNER)
         assert await it.ask("/finetune faq.jsonl") == say("en", "error.not_allowed")
 
@@ -85,15 +85,32 @@ async def test_the_message_shows_a_bar_and_what_is_left(tmp_path: Path) -> None:
 async def test_the_report_speaks_the_language_of_who_asked(tmp_path: Path) -> None:
     async with works(tmp_path) as it:
         await it.order(language="zh")
-        assert say("zh", "training.ready", label="acme@1") in await it.ended()
+        assert say("zh", "training.verdict_passed", label="acme@1", champion="base") in await it.ended()
 
 
-async def test_a_version_that_is_no_better_is_published_and_said_to_be_so(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("word", "verdict"), [("worse", "no_better"), ("style", "style_only"), ("few", "too_few")])
+async def test_a_version_that_does_not_pass_is_kept_and_said_to_be_so(tmp_path: Path, word: str, verdict: str) -> None:
     async with works(tmp_path) as it:
-        await it.order("worse")
-        assert say("en", "training.not_better", label="acme@1") in await it.ended()
+        await it.order(word)
+        said = await it.ended()
+        assert said.startswith(
+            say("en", f"training.verdict_{verdict}", label="acme@1", champion="base", rows=40, fewest=30)
+        )
         (body,) = it.bot.final.values()
         assert not body.buttons
+        assert len(await it.versions()) == 1
+
+
+async def test_a_candidate_has_to_beat_what_answers_now(tmp_path: Path) -> None:
+    async with works(tmp_path) as it:
+        await it.order()
+        await it.ended()
+        (first,) = await it.versions()
+        await it.database.write(lambda tx: adapters.promote(tx, "acme", first["sha256"], "owner", ""))
+        job_id = await it.order("pause")
+        await it.bot.until(lambda: PAUSED in it.bot.newest)
+        spec = await asyncio.to_thread(Spec.read, it.folder(job_id))
+        assert (Path(spec.champion), spec.champion_label) == (it.home.adapters / first["sha256"], "acme@1")
 
 
 async def test_nothing_that_holds_text_outlives_its_job(tmp_path: Path) -> None:
@@ -102,7 +119,14 @@ async def test_nothing_that_holds_text_outlives_its_job(tmp_path: Path) -> None:
         await it.ended()
         assert not it.folder(job_id).exists()
         kinds = await it.database.read(lambda tx: tx.all("SELECT kind FROM job_event ORDER BY seq"))
-        assert {row["kind"] for row in kinds} == {"checked", "progress", "evaluated", "finished", "publishing"}
+        assert {row["kind"] for row in kinds} == {
+            "checked",
+            "progress",
+            "evaluated",
+            "judged",
+            "finished",
+            "publishing",
+        }
 
 
 async def test_the_instructions_of_the_channel_are_in_the_spec(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from core import tuning
 from core.commands import parse
 from core.datasets import MAX_OPEN
 from core.errors import BadInput, UnknownThing
-from core.job import Checked, Done, Evaluated, Failed, JobEvent, Progress
+from core.job import Checked, Done, Evaluated, Failed, JobEvent, Judged, Progress
 from core.operators import run_command
 from core.store import directory, jobs
 from core.store.database import Row, Tx
@@ -180,9 +180,18 @@ def test_status_shows_how_far_it_is(it: Town) -> None:
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_status_of_a_published_job_is_its_report(it: Town, language: str) -> None:
     run(it, "/finetune faq.jsonl")
-    hear(it, CHECKED, Evaluated(60, "test", 1.5, 5), DONE, state="published")
+    judged = Judged("passed", 40, 38, "acme@3", 2.5, 1.5, -1.25, -0.75, 0.25, 0.5)
+    hear(it, CHECKED, Evaluated(60, "test", 1.5, 40), judged, DONE, state="published")
     text = says(it, "/finetune status", language="en")
-    for fact in ("90 of 100", "4 ", "line 7: not JSON", "line 9: no answer", "2.50 → 1.50", "On 5 rows", "3 min"):
+    for fact in (
+        "90 of 100",
+        "4 ",
+        "line 7: not JSON",
+        "line 9: no answer",
+        "2.50 (acme@3) → 1.50",
+        "38 of 40",
+        "3 min",
+    ):
         assert fact in text
     assert "and 4 more" in text  # six were rejected, two are named
     assert "/adapter promote acme@1" in says(it, "/finetune status", language=language)

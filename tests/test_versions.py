@@ -140,3 +140,18 @@ def test_an_imported_manifest_may_say_little(it: Town) -> None:
     )
     assert "acme@4" in it.says("operator", "/adapter show 4")
     assert "acme@4" in it.says("operator", "/adapter list")
+
+
+@pytest.mark.parametrize("verdict", ["no_better", "style_only", "too_few"])
+def test_what_did_not_pass_goes_into_service_only_with_a_reason_that_is_kept(it: Town, verdict: str) -> None:
+    manifest = json.dumps({**MANIFEST, "judged": {"verdict": verdict}})
+    candidate = adapters.Candidate("9" * 64, Path(), "loaded", "", manifest)
+    it.database.write_now(lambda tx: adapters.publish(tx, candidate, "acme", 4))
+    with pytest.raises(BadInput) as refused:
+        it.says("operator", "/adapter promote 4")
+    assert refused.value.key == "adapter.needs_reason"
+    assert say("en", f"adapter.verdict_{verdict}") in say("en", refused.value.key, **refused.value.fields)
+    assert champion(it) == "base"
+    it.says("operator", "/adapter promote 4 the tone is what we want")
+    assert champion(it) == "acme@4"
+    assert json.loads(str(it.audit()[-1]["after"]))["reason"] == "the tone is what we want"

@@ -23,14 +23,14 @@ def taught_text(row, tokenizer):
 
 
 def test_answers_and_their_ends_are_taught(tokenizer):
-    row, dropped = encode_one(
+    row, kept = encode_one(
         conversation(("user", "one", None), ("assistant", "two", None), ("user", "x", None), ("assistant", "y", None)),
         tokenizer,
         max_tokens=1000,
     )
     assert taught_text(row, tokenizer) == "two<|im_end|>y<|im_end|>"
     assert row.ids[max(i for i, taught in enumerate(row.supervised) if taught)] == END
-    assert dropped == 0
+    assert len(kept.turns) == 4
 
 
 def test_the_context_is_what_the_served_model_sees(tokenizer):
@@ -53,8 +53,9 @@ def test_an_answer_of_weight_0_is_context(tokenizer):
 
 def test_the_oldest_exchanges_of_a_long_row_are_left_out(tokenizer):
     turns = [turn for i in range(5) for turn in (("user", f"question {i}", None), ("assistant", f"answer {i}", None))]
-    row, dropped = encode_one(conversation(*turns, instructions="S"), tokenizer, max_tokens=160)
+    row, kept = encode_one(conversation(*turns, instructions="S"), tokenizer, max_tokens=160)
     text = tokenizer.decode(row.ids)
+    dropped = len(turns) + 1 - len(kept.turns)
     assert dropped > 0
     assert dropped % 2 == 0
     assert len(row.ids) <= 160

@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from core.engine.adapter_files import Base, load_adapter
 from core.errors import BadDataset, JobError
-from core.job import Checked, Done, Evaluated, Progress, Spec, Warned
+from core.job import Checked, Done, Evaluated, Judged, Progress, Spec, Warned
 from core.types import AdapterRef
 from core.weights import fingerprint
 from finetune import train as loop
@@ -168,7 +168,8 @@ def test_an_out_that_is_there_is_told_and_not_made_again(make_job, monkeypatch):
     folder = make_job()
     first = go(folder)
     monkeypatch.setattr(loop, "prepare", None)
-    (again,) = go(folder)
+    judged, again = go(folder)
+    assert judged in first
     assert replace(again, seconds=0.0) == replace(first[-1], seconds=0.0)
 
 
@@ -261,3 +262,40 @@ def test_a_setting_out_of_range_is_named(make_job, setting, value):
     with pytest.raises(JobError, match=f"finetune.{setting}=") as caught:
         go(make_job(**{setting: value}))
     assert caught.value.fields["fault"] == "yours"
+
+
+def test_a_candidate_is_judged_against_the_version_that_answers_now(make_job):
+    first = make_job("first", epochs=1)
+    (before,) = go(first).of(Judged)
+    second = make_job("second", rank=8, seed=1)  # of another rank than the champion
+    heard = go(second, champion=str(first / "out"), champion_label="terminal@1")
+    (judged,) = heard.of(Judged)
+    assert (before.champion, judged.champion) == ("base", "terminal@1")
+    assert judged.loss_champion == pytest.approx(before.loss, rel=1e-5)
+    assert judged.lift_champion == pytest.approx(before.lift, rel=1e-3, abs=1e-5)
+    assert judged.loss == pytest.approx(heard.of(Done)[0].test_loss)
+    assert judged.rows == heard.of(Checked)[0].test
+    assert judged.verdict == "too_few"
+    assert json.loads((second / "out" / "manifest.json").read_text())["judged"]["champion"] == "terminal@1"
+
+
+def test_a_champion_that_cannot_be_read_is_told_and_base_stands_in(make_job):
+    folder = make_job()
+    heard = go(folder, champion="nowhere", champion_label="terminal@9")
+    assert heard.of(Judged)[0].champion == "base"
+    assert any("terminal@9" in warned.text for warned in heard.of(Warned))
+
+
+def test_losses_of_rows_are_those_of_the_rows_alone_and_a_swapped_row_teaches_the_same_tokens(make_job):
+    folder = make_job()
+    spec = Spec.read(folder)
+    trainer = Trainer(folder, spec, loop.prepare(folder, spec, Heard()), Heard(), threading.Event())
+    numbers = trainer.prepared.split.test
+    own, other = trainer.prepared.part(numbers), trainer.prepared.swapped(numbers)
+    together = trainer.row_losses(own)
+    alone = [trainer.row_losses([row])[0] for row in own]
+    assert together == pytest.approx(alone, rel=1e-4)
+    for one, two in zip(own, other, strict=True):
+        taught = [i for i, said in zip(one.ids, one.supervised, strict=True) if said]
+        assert taught == [i for i, said in zip(two.ids, two.supervised, strict=True) if said]
+        assert one.ids != two.ids

@@ -1,0 +1,73 @@
+"""Is the candidate better than what answers now, and about these questions? Numbers in, a verdict out. Knows no model.
+
+Every row is its own pair: the same answer, scored by both. Intervals are by bootstrap over rows, because rows differ
+far more than models do (Miller 2024, arXiv 2411.00640). *Lift* is the loss of an answer under another row's question
+minus its loss under its own: a model that has learned only a tone gains loss but no lift.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+from numpy.typing import NDArray
+
+from core.job import FEWEST_TEST_ROWS, Judged, Verdict
+
+_SAMPLES = 10_000
+_AT_ONCE = 2**22  # indices drawn at a time
+Sums = NDArray[np.float64]
+
+
+@dataclass(frozen=True, slots=True)
+class Scores:
+    """Of one model on the test rows: the summed loss of each row's answer under its own and under another question."""
+
+    own: Sequence[float]
+    other: Sequence[float]
+
+
+def judge(candidate: Scores, champion: Scores, tokens: Sequence[int], *, champion_label: str, seed: int) -> Judged:
+    """`tokens` is how many tokens of each row are scored. Losses and lifts are means per token, in nats."""
+    n = np.asarray(tokens, dtype=np.float64)
+    own, own_before = np.asarray(candidate.own), np.asarray(champion.own)
+    lift, lift_before = np.asarray(candidate.other) - own, np.asarray(champion.other) - own_before
+    low, high = _interval(own - own_before, n, seed)
+    lift_low, _ = _interval(lift, n, seed)
+    _, gained_high = _interval(lift - lift_before, n, seed)
+    return Judged(
+        verdict=_verdict(len(n), high, lift_low, gained_high),
+        rows=len(n),
+        better=int((own < own_before).sum()),
+        champion=champion_label,
+        loss_champion=float(own_before.sum() / n.sum()),
+        loss=float(own.sum() / n.sum()),
+        low=low,
+        high=high,
+        lift_champion=float(lift_before.sum() / n.sum()),
+        lift=float(lift.sum() / n.sum()),
+    )
+
+
+def _verdict(rows: int, high: float, lift_low: float, gained_high: float) -> Verdict:
+    if rows < FEWEST_TEST_ROWS:
+        return "too_few"
+    if high >= 0:
+        return "no_better"
+    return "style_only" if lift_low <= 0 or gained_high < 0 else "passed"
+
+
+def _interval(sums: Sums, tokens: Sums, seed: int) -> tuple[float, float]:
+    """The middle 95% of the mean per token over rows drawn anew."""
+    chance = np.random.default_rng(seed)
+    n = len(sums)
+    drawn = []
+    left = _SAMPLES
+    while left:
+        some = min(left, max(1, _AT_ONCE // n))
+        rows = chance.integers(0, n, size=(some, n))
+        drawn.append(sums[rows].sum(axis=1) / tokens[rows].sum(axis=1))
+        left -= some
+    low, high = np.quantile(np.concatenate(drawn), (0.025, 0.975))
+    return float(low), float(high)

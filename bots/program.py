@@ -23,7 +23,6 @@ from core import demo
 from core.delivery import Deliveries
 from core.engine.protocol import Engine, EngineSettings
 from core.errors import BadConfig
-from core.privacy import Retention
 from core.service import Service, ServiceSettings
 from core.settings import BotTable, Config, Generation
 from core.store import directory
@@ -94,10 +93,8 @@ def training_settings(config: Config) -> TrainingSettings:
 
 
 def service_settings(config: Config) -> ServiceSettings:
-    privacy = asdict(config.privacy)
-    privacy.pop("key_file")
     return ServiceSettings(
-        retention=Retention(**privacy),
+        retention=config.privacy.retention,
         sampling=_sampling(config.generation),
         deadline_s=config.generation.deadline_s,
     )

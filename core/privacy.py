@@ -14,7 +14,7 @@ from dataclasses import replace
 from core import adapters
 from core.commands import Call
 from core.operators import Handler
-from core.retention import Retention, clean, keep_clean, retention_of
+from core.retention import clean, keep_clean, retention_of
 from core.retention import sweep as sweep_files
 from core.store import directory, jobs
 from core.store.database import Database, Tx, Value
@@ -22,7 +22,7 @@ from core.store.home import Home
 from core.texts import Later, duration, say
 from core.types import Body, Button, Caller, EraseFiles, ForgetMemory, Outcome, StopReply, WakeTraining
 
-__all__ = ["HANDLERS", "Retention", "clean", "erase", "keep_clean", "reapply", "sweep"]
+__all__ = ["HANDLERS", "clean", "erase", "keep_clean", "reapply", "sweep"]
 
 ERASED = "erased"
 _TOMBSTONES = "erasures"

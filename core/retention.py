@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from core.errors import AppError
+from core.settings import Retention
 from core.store import directory
 from core.store.database import Database, Tx
 from core.store.home import Home
@@ -27,17 +28,6 @@ _MINUTE_MS, _HOUR_MS, _DAY_MS = 60_000, 3_600_000, 86_400_000
 _LEFT_OVER_S = 3600.0  # a file without a row may be about to get one
 _LOG_S = 30 * 86_400.0
 _CLOSED = "inbox.state IN ('done', 'dead')"
-
-
-@dataclass(frozen=True, slots=True)
-class Retention:
-    """The table [privacy] of the configuration."""
-
-    conversation_hours: float = 24
-    payload_minutes: float = 15
-    dead_days: float = 7
-    dataset_days: float = 30
-    audit_days: float = 400
 
 
 def keep_retention(tx: Tx, retention: Retention) -> None:

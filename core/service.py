@@ -27,6 +27,7 @@ from core.outlet import Outlet
 from core.reply import Replies
 from core.reply import fail as fail_reply
 from core.reply import settle as settle_reply
+from core.settings import Retention
 from core.store import directory, inbox, turns
 from core.store.database import Database, Tx
 from core.store.home import Home
@@ -68,7 +69,7 @@ _NOTICE_WINDOW_MS = 60_000
 class ServiceSettings:
     """`max_replies` bounds the turns that are handled at once; more wait in the inbox."""
 
-    retention: privacy.Retention
+    retention: Retention
     sampling: Sampling = field(default_factory=Sampling)
     max_replies: int = 256
     deadline_s: float = 120.0

@@ -48,13 +48,23 @@ class Finetune(HyperParameters):
 
 
 @dataclass(frozen=True, slots=True)
-class Privacy:
+class Retention:
+    """How long what is kept (core.retention)."""
+
     conversation_hours: float = 24
     payload_minutes: float = 15
     dead_days: float = 7
     dataset_days: float = 30
     audit_days: float = 400
+
+
+@dataclass(frozen=True, slots=True)
+class Privacy(Retention):
     key_file: str = ""
+
+    @property
+    def retention(self) -> Retention:
+        return Retention(**{one.name: getattr(self, one.name) for one in fields(Retention)})
 
 
 @dataclass(frozen=True, slots=True)

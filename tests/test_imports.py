@@ -15,7 +15,7 @@ LEVELS = (
     {"types", "errors"},
     {"engine.protocol", "job", "outlet", "settings", "words", "logs"},
     {"config", "texts", "metrics"},
-    {"commands", "prompt", "engine.scheduler", "engine.text", "engine.scripted", "weights", "demo"},
+    {"commands", "prompt", "engine.scheduler", "engine.text", "engine.stream", "engine.scripted", "weights", "demo"},
     {"model", "engine.*", "store.*", "delivery"},
     {"adapters", "datasets", "reply", "retention", "trainer"},
     {"operators"},

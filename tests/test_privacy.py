@@ -13,7 +13,7 @@ import pytest
 from core import adapters, privacy, retention
 from core.commands import parse
 from core.datasets import prepare_finetune
-from core.retention import Retention
+from core.settings import Retention
 from core.store import directory, jobs
 from core.store.database import Database, Tx
 from core.store.home import Cipher, Home

@@ -13,8 +13,8 @@ from core.delivery import Deliveries
 from core.engine.protocol import Request
 from core.engine.scripted import ScriptedEngine
 from core.errors import AppError
-from core.privacy import Retention
 from core.service import Service, ServiceSettings
+from core.settings import Retention
 from core.store import directory
 from core.store.database import Database, Tx, now_ms
 from core.store.home import Cipher, Home

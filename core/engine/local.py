@@ -10,7 +10,6 @@ import asyncio
 import contextlib
 import logging
 import time
-from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from types import TracebackType
@@ -24,12 +23,12 @@ from core.engine.protocol import (
     EngineInfo,
     EngineSettings,
     EngineStats,
-    Event,
     Finished,
     ModelSettings,
     Request,
 )
 from core.engine.runner import check_exact
+from core.engine.stream import EventStream
 from core.engine.text import Detokenizer, StopScanner
 from core.engine.ticket import Job
 from core.errors import AppError, EngineError, Overloaded
@@ -42,33 +41,17 @@ DRAIN_S = 10.0  # when the engine is left without an error
 CANCEL_S = 60.0  # for cancelled requests to end: one step, which may be a long one
 
 
-class LocalGeneration:
-    """The events of one request, on the event loop. Read by one reader, once."""
+class LocalGeneration(EventStream):
+    """The events of one request; cancelled, it ends within one step."""
 
     def __init__(self, engine: LocalEngine) -> None:
+        super().__init__()
         self._engine = engine
-        self._events: asyncio.Queue[Event | AppError] = asyncio.Queue()
-        self._over = False
         self.job: Job | None = None  # None: refused at submit
 
     def cancel(self) -> None:
         if self.job is not None:
             self._engine.cancel(self.job)
-
-    def put(self, event: Event | AppError) -> None:
-        self._events.put_nowait(event)
-
-    def __aiter__(self) -> AsyncIterator[Event]:
-        return self
-
-    async def __anext__(self) -> Event:
-        if self._over:
-            raise StopAsyncIteration
-        event = await self._events.get()
-        self._over = isinstance(event, Finished | AppError)
-        if isinstance(event, AppError):
-            raise event
-        return event
 
 
 class LocalEngine:

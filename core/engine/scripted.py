@@ -9,7 +9,7 @@ import asyncio
 import json
 import re
 import tomllib
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -18,12 +18,12 @@ from core.engine.protocol import (
     Delta,
     EngineInfo,
     EngineStats,
-    Event,
     Finished,
     FinishReason,
     Request,
     Started,
 )
+from core.engine.stream import EventStream
 from core.engine.text import StopScanner
 from core.errors import BadConfig, Overloaded, PromptTooLong
 from core.types import Role, Usage
@@ -35,31 +35,15 @@ WORD = re.compile(r"\s*\S+|\s+$")
 FINGERPRINT = "scripted"
 
 
-class ScriptedGeneration:
+class ScriptedGeneration(EventStream):
     """The events of one request; what is to come is made while it is read, or by a task of the engine."""
 
     def __init__(self) -> None:
-        self._events: asyncio.Queue[Event | Exception] = asyncio.Queue()
-        self._over = False
+        super().__init__()
         self.cancelled = asyncio.Event()
 
     def cancel(self) -> None:
         self.cancelled.set()
-
-    def put(self, event: Event | Exception) -> None:
-        self._events.put_nowait(event)
-
-    def __aiter__(self) -> AsyncIterator[Event]:
-        return self
-
-    async def __anext__(self) -> Event:
-        if self._over:
-            raise StopAsyncIteration
-        event = await self._events.get()
-        self._over = isinstance(event, Finished | Exception)
-        if isinstance(event, Exception):
-            raise event
-        return event
 
 
 class ScriptedEngine:

@@ -28,8 +28,8 @@ import sqlite_utils
 from core.delivery import Deliveries
 from core.engine.protocol import Request
 from core.engine.scripted import ScriptedEngine
-from core.privacy import Retention
 from core.service import Service, ServiceSettings
+from core.settings import Retention
 from core.store import directory, ledger
 from core.store.database import Database, Tx, now_ms
 from core.store.home import Cipher, Home, Lock

@@ -1,0 +1,32 @@
+"""The events of one request on their way to its reader. Knows no engine and no torch."""
+
+from __future__ import annotations
+
+import asyncio
+from collections.abc import AsyncIterator
+
+from core.engine.protocol import Event, Finished
+
+
+class EventStream:
+    """Half of core.engine.protocol.Generation: an engine adds `cancel`. Read by one reader, once."""
+
+    def __init__(self) -> None:
+        self._events: asyncio.Queue[Event | Exception] = asyncio.Queue()
+        self._over = False
+
+    def put(self, event: Event | Exception) -> None:
+        """On the event loop. `Finished` or an exception is the last one; an exception is raised at the reader."""
+        self._events.put_nowait(event)
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self
+
+    async def __anext__(self) -> Event:
+        if self._over:
+            raise StopAsyncIteration
+        event = await self._events.get()
+        self._over = isinstance(event, Finished | Exception)
+        if isinstance(event, Exception):
+            raise event
+        return event

@@ -43,6 +43,7 @@ def progress_text(job: Job, events: Sequence[JobEvent]) -> str:
             unseen=_unseen(job.language, events),
             pace=round(progress.tokens_per_s),
         ),
+        *([say(job.language, "training.comparing")] if progress.step == progress.steps else []),
         say(job.language, "training.stop_hint", id=job.id),
     ]
     return "\n".join([f"{head} · {lines[0]}", "", *(f"{line}  " for line in lines[1:-1]), "", lines[-1]])

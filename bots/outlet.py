@@ -11,8 +11,9 @@ from collections.abc import Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Protocol, Self
 
+from core.commands import Grant
 from core.errors import BadConfig
-from core.outlet import Outlet
+from core.outlet import Outlet, Reopen
 from core.types import Address, Attachment, Body, Button, Handle, Incoming, Kind, Lane, Receipt
 
 __all__ = [
@@ -23,12 +24,14 @@ __all__ = [
     "Bot",
     "Button",
     "Door",
+    "Grant",
     "Handle",
     "Incoming",
     "Kind",
     "Lane",
     "Outlet",
     "Receipt",
+    "Reopen",
     "find_bots",
 ]
 
@@ -52,6 +55,10 @@ class Door(Protocol):
 
     async def accept_dead(self, platform: str, account: str, update_key: str, raw: str) -> None:
         """Keep an update that cannot be read, so that it can be acknowledged."""
+        ...
+
+    async def grant(self, at: Address, user: str) -> Grant:
+        """What this person may do in the channel of that place: for menus, never for deciding."""
         ...
 
     async def settled(self, platform: str, account: str) -> None:

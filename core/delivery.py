@@ -13,7 +13,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from core.errors import AppError
-from core.outlet import Outlet
+from core.outlet import Outlet, Reopen
 from core.store.database import Database, Tx
 from core.types import Address, Body, Button, Handle, Receipt
 
@@ -65,7 +65,10 @@ class Deliveries:
                 if handle is None:
                     handle = await outlet.open(to)
                     await self.database.write(lambda tx, n=number, h=handle: _keep_handle(tx, delivery_id, n, h))  # type: ignore[misc]
-                receipt = await outlet.finish(handle, part)
+                try:
+                    receipt = await outlet.finish(handle, part)
+                except Reopen:
+                    receipt = await outlet.finish(await self._reopen(delivery_id, number, outlet, handle), part)
             await self.database.write(
                 lambda tx, n=number, r=receipt, last=last: _keep_receipt(  # type: ignore[misc]
                     tx, delivery_id, n, r, settle if last else None
@@ -74,14 +77,22 @@ class Deliveries:
 
     async def fail(self, delivery_id: int, to: Address, body: Body, settle: Callable[[Tx], None]) -> None:
         """End the delivery visibly, without a charge; `settle` runs in the transaction that closes it."""
-        handle = await self.open(delivery_id, to)
-        await self._outlet(to).fail(handle, body)
+        handle, outlet = await self.open(delivery_id, to), self._outlet(to)
+        try:
+            await outlet.fail(handle, body)
+        except Reopen:
+            await outlet.fail(await self._reopen(delivery_id, 1, outlet, handle), body)
 
         def close(tx: Tx) -> None:
             tx.run("UPDATE delivery SET state = 'failed', body = NULL WHERE id = ?", [delivery_id])
             settle(tx)
 
         await self.database.write(close)
+
+    async def _reopen(self, delivery_id: int, number: int, outlet: Outlet, left: Handle) -> Handle:
+        handle = await outlet.recover(left)
+        await self.database.write(lambda tx: _keep_handle(tx, delivery_id, number, handle))
+        return handle
 
 
 # --- rows: run inside a transaction ---

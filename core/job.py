@@ -52,6 +52,7 @@ class Spec:
     data_sha256: str
     label: str  # what the adapter will be called: name@version
     instructions: str = ""
+    language: str = "en"  # of the sentences in its events
     champion: str = ""  # the folder of the version that answers now; "" is the base model
     champion_label: str = "base"
     device: str = "cpu"

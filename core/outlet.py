@@ -7,6 +7,10 @@ from typing import Protocol
 from core.types import Address, Body, Handle, Receipt
 
 
+class Reopen(Exception):
+    """Out of `finish` or `fail`: this handle holds nothing final. `recover` it, commit what it gives, then repeat."""
+
+
 class Outlet(Protocol):
     """Writes the parts of a delivery. Every method but `open` may be repeated without a second message.
 

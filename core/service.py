@@ -18,7 +18,7 @@ from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 
 from core import operators, privacy, tuning, users, versions
-from core.commands import Call, parse
+from core.commands import Call, Grant, parse
 from core.datasets import prepare_finetune
 from core.delivery import Deliveries, keep_body, kept_body, new_delivery
 from core.engine.protocol import Engine
@@ -28,6 +28,7 @@ from core.reply import Replies
 from core.reply import fail as fail_reply
 from core.reply import settle as settle_reply
 from core.settings import Retention
+from core.retention import retention_of
 from core.store import directory, inbox, turns
 from core.store.database import Database, Tx
 from core.store.home import Home
@@ -35,6 +36,7 @@ from core.store.inbox import Taken
 from core.texts import duration, resolve, say
 from core.training import Training
 from core.types import (
+    Address,
     After,
     AnswerAgain,
     Body,
@@ -121,6 +123,16 @@ class Service:
         """Commit an update that could not be read, so that it can be acknowledged and never stops a bot."""
         await self._database.write(lambda tx: inbox.accept_dead(tx, platform, account, update_key, raw))
         log.error("inbox.unreadable", extra={"platform": platform, "account": account})
+
+    async def grant(self, at: Address, user: str) -> Grant:
+        """What this person may do in the channel of that place: what a bot's menu shows."""
+
+        def work(tx: Tx) -> Grant:
+            channel = directory.channel_for(tx, at.platform, at.account, at.place)
+            who = tx.cipher.hash_user(at.platform, at.account, user)
+            return directory.grant_of(tx, who, channel.id) if channel else Grant.ANYONE
+
+        return await self._database.read(work)
 
     async def settled(self, platform: str, account: str) -> None:
         """Wait until all that was accepted from this account is ended, the messages of its jobs included."""
@@ -241,6 +253,9 @@ class Service:
         if row.kind in (Kind.EDIT, Kind.MEMBERSHIP):
             await self._database.write(lambda tx: inbox.close(tx, row.id, "ignored"))
             return False
+        if row.action == "notice":
+            await self._database.write(lambda tx: _keep_notice(tx, row, caller))
+            return True
         if row.oversize:
             raise UserError("service.message_too_large", size=row.oversize, limit=inbox.MAX_TEXT)
         if not text:
@@ -380,6 +395,14 @@ def _caller(tx: Tx, row: Taken) -> Caller:
         conversation_id=turns.conversation_id(tx, replace(at, reply_to=""), channel.id),
         attachments=row.attachments,
     )
+
+
+def _keep_notice(tx: Tx, row: Taken, caller: Caller) -> None:
+    """What a bot itself has to say of a message: `value` is the key of its sentence."""
+    kept = duration(caller.language, retention_of(tx).conversation_hours * 3600)
+    text = say(caller.language, row.value, title=caller.channel.title, kept=kept)
+    keep_body(tx, new_delivery(tx, inbox_id=row.id), Body(text))
+    inbox.mark_generated(tx, row.id)
 
 
 def _stored(tx: Tx, row: Taken) -> tuple[int, Body, bool]:

@@ -27,6 +27,7 @@ from core.store import jobs
 from core.store.database import Database, Tx
 from core.store.home import Home
 from core.store.jobs import Job
+from core.texts import say
 from core.trainer import COMMAND, Trainer
 from core.types import AdapterRef, Body
 
@@ -182,7 +183,7 @@ class Training:
             if not await self._is_open(job):
                 return  # cancelled
             if failed is not None:
-                await self._fail(job, failed.fault, _with_line(failed))
+                await self._fail(job, failed.fault, _with_line(failed, job.language))
             elif status == EXIT_FINISHED:
                 await self._publish(job, folder / "out")
             else:
@@ -264,6 +265,7 @@ class Training:
             data_sha256=job.dataset_sha256,
             label=job.label,
             instructions=job.instructions,
+            language=job.language,
             champion=str(champion.folder) if champion else "",
             champion_label=champion.label if champion else adapters.BASE,
             device=info.device,
@@ -379,5 +381,5 @@ def _cause(error: Exception) -> Exception:
     return error
 
 
-def _with_line(failed: Failed) -> str:
-    return f"line {failed.line}: {failed.reason}" if failed.line else failed.reason
+def _with_line(failed: Failed, language: str) -> str:
+    return say(language, "data.line", line=failed.line, reason=failed.reason) if failed.line else failed.reason

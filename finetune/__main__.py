@@ -21,6 +21,7 @@ from typing import IO
 
 from core.errors import AppError, BadDataset, JobError
 from core.job import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, Failed, JobEvent, Spec, dump_event
+from core.texts import Later
 
 log = logging.getLogger("finetune")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
@@ -59,11 +60,13 @@ class Events:
 
 def run(action: str, folder: Path, emit: Events, stop: threading.Event) -> int:
     """Do it, and turn every way in which it can end into an event and an exit status."""
+    language = "en"
     from finetune.train import Interrupted, train  # torch takes seconds to load: signals are watched before
 
     try:
         with _locked(folder):
             spec = Spec.read(folder)
+            language = spec.language
             _be_nice(spec)
             if action == "check":
                 from finetune.prepare import prepare
@@ -75,7 +78,9 @@ def run(action: str, folder: Path, emit: Events, stop: threading.Event) -> int:
         log.info("train.interrupted")
         return EXIT_INTERRUPTED
     except BadDataset as error:
-        emit(Failed("yours", str(error.fields.get("reason", error)), line=int(error.fields.get("line", 0))))
+        reason = error.fields["reason"]
+        told = reason.said(language) if isinstance(reason, Later) else str(reason)
+        emit(Failed("yours", told, line=int(error.fields.get("line", 0))))
         return EXIT_FAILED
     except AppError as error:
         fault = "yours" if isinstance(error, JobError) and error.fields.get("fault") == "yours" else "ours"

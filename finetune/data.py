@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from core.errors import BadDataset
+from core.texts import Later
 from finetune.records import BadRecord, Conversation, read_record
 
 MAX_BYTES = 200 * 10**6  # unpacked
@@ -32,31 +33,33 @@ TWO_BYTE_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
 @dataclass(slots=True)
 class Report:
-    """What became of a file's rows: rows = used + duplicates + rejected. The texts are "line 7: reason"."""
+    """What became of a file's rows: rows = used + duplicates + rejected. The first of them are named, by line."""
 
     rows: int = 0
     used: int = 0
     duplicates: int = 0
     rejected: int = 0
     mended: int = 0
-    rejections: list[str] = field(default_factory=list)
-    mendings: list[str] = field(default_factory=list)
-    first: tuple[int, str] = (0, "")  # the first rejection
+    rejections: list[Later] = field(default_factory=list)
+    mendings: list[Later] = field(default_factory=list)
+    first: int = 0  # the line of the first rejection
 
-    def reject(self, line: int, reason: str) -> None:
+    def reject(self, line: int, reason: Later) -> None:
         self.rejected += 1
-        self.first = self.first if self.first[0] else (line, reason)
+        self.first = self.first or line
         if len(self.rejections) < NAMED:
-            self.rejections.append(f"line {line}: {reason}")
+            self.rejections.append(Later("data.line", line=line, reason=reason))
 
-    def mend(self, line: int, reason: str) -> None:
+    def mend(self, line: int, reason: Later) -> None:
         self.mended += 1
         if len(self.mendings) < NAMED:
-            self.mendings.append(f"line {line}: {reason}")
+            self.mendings.append(Later("data.line", line=line, reason=reason))
 
 
-def bad(line: int, reason: str) -> BadDataset:
-    return BadDataset(detail=f"line {line}: {reason}" if line else reason, line=line, reason=reason)
+def bad(line: int, key: str, **fields: object) -> BadDataset:
+    """The file as a whole cannot be used; `fields["reason"]` is a sentence of the section [data]."""
+    reason = Later(f"data.{key}", **fields)
+    return BadDataset(detail=f"line {line}: {reason.said('en')}", line=line, reason=reason)
 
 
 def read(path: Path) -> tuple[list[Conversation], Report]:
@@ -69,18 +72,18 @@ def read(path: Path) -> tuple[list[Conversation], Report]:
     for line, record in _records(path):
         report.rows += 1
         if isinstance(record, BadRecord):
-            report.reject(line, str(record))
+            report.reject(line, record.reason)
             continue
         try:
             conversation, mended = read_record(record)
         except BadRecord as error:
-            report.reject(line, str(error))
+            report.reject(line, error.reason)
             continue
         if conversation.key in found:
             report.duplicates += 1
             continue
-        if mended:
-            report.mend(line, "; ".join(mended))
+        for what in mended:
+            report.mend(line, what)
         found[conversation.key] = Conversation(conversation.turns, conversation.key, line)
     report.used = len(found)
     check_enough(report)
@@ -89,14 +92,12 @@ def read(path: Path) -> tuple[list[Conversation], Report]:
 
 def check_enough(report: Report) -> None:
     """Raises BadDataset if too little is usable; it names the first rejected line."""
-    line, reason = report.first
-    first = f"; the first of them, line {line}: {reason}" if line else ""
+    first = report.rejections[0] if report.rejections else Later("data.none_rejected")
+    counts = {"used": report.used, "rejected": report.rejected, "rows": report.rows, "first": first}
     if report.used < MIN_ROWS:
-        raise bad(
-            line, f"{report.used} usable rows, at least {MIN_ROWS} are needed ({report.rejected} rejected{first})"
-        )
+        raise bad(report.first, "few_rows", fewest=MIN_ROWS, **counts)
     if report.rejected > report.used + report.duplicates:
-        raise bad(line, f"{report.rejected} of {report.rows} rows cannot be used{first}")
+        raise bad(report.first, "most_rejected", **counts)
 
 
 def _records(path: Path) -> Iterator[tuple[int, Any]]:
@@ -107,9 +108,9 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
         lines = _Lines(io.BufferedReader(gzip.GzipFile(fileobj=file)) if packed else file)
         first = lines.first()
         if not first:
-            raise bad(1, "the file is empty")
+            raise bad(1, "empty")
         if first.lstrip()[:1] == b"[":
-            raise bad(lines.number, "a JSON list: write one object per line (JSONL)")
+            raise bad(lines.number, "json_list")
         yield from _json_records(lines) if first.lstrip()[:1] == b"{" else _csv_records(lines)
 
 
@@ -132,10 +133,10 @@ class _Lines:
             line = self._next()
             if self.number == 1 and line is not None:
                 if line[:2] in TWO_BYTE_BOMS:
-                    raise bad(1, "the file is in UTF-16: save it as UTF-8")
+                    raise bad(1, "utf16")
                 line = line.removeprefix(BOM)
         if line is None:
-            raise bad(self.number, f"the first line is longer than {MAX_LINE_BYTES} bytes")
+            raise bad(self.number, "first_line_long", limit=MAX_LINE_BYTES)
         self._again = line
         return line
 
@@ -153,7 +154,7 @@ class _Lines:
             return b""
         self.number += 1
         if self.number > MAX_LINES:
-            raise bad(self.number, f"more than {MAX_LINES} lines")
+            raise bad(self.number, "many_lines", limit=MAX_LINES)
         if len(line) <= MAX_LINE_BYTES:
             return line
         while line and not line.endswith(b"\n"):
@@ -164,17 +165,17 @@ class _Lines:
         try:
             line = self.stream.readline(MAX_LINE_BYTES + 1)
         except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-            raise bad(self.number + 1, f"the gzip file is damaged or cut off: {error}") from error
+            raise bad(self.number + 1, "bad_gzip", error=error) from error
         self.bytes += len(line)
         if self.bytes > MAX_BYTES:
-            raise bad(self.number + 1, f"more than {MAX_BYTES // 10**6} MB unpacked")
+            raise bad(self.number + 1, "large", limit=MAX_BYTES // 10**6)
         return line
 
 
 def _json_records(lines: _Lines) -> Iterator[tuple[int, Any]]:
     for line in lines:
         if line is None:
-            yield lines.number, BadRecord(f"longer than {MAX_LINE_BYTES} bytes")
+            yield lines.number, BadRecord("long_line", limit=MAX_LINE_BYTES)
         elif line.strip():
             try:
                 yield lines.number, parse_json(line)
@@ -189,19 +190,19 @@ def parse_json(line: bytes) -> Any:
     except BadRecord:
         raise
     except UnicodeDecodeError as error:
-        raise BadRecord("not in UTF-8") from error
+        raise BadRecord("no_utf8") from error
     except json.JSONDecodeError as error:
-        raise BadRecord(f"not JSON: {error.msg} at character {error.pos + 1}") from error
+        raise BadRecord("no_json", error=error.msg, at=error.pos + 1) from error
     except RecursionError as error:
-        raise BadRecord(f"nested deeper than {MAX_DEPTH} levels") from error
+        raise BadRecord("deep", limit=MAX_DEPTH) from error
     except ValueError as error:  # an integer longer than sys.get_int_max_str_digits()
-        raise BadRecord("a number with too many digits") from error
+        raise BadRecord("digits") from error
     _check_depth(value)
     return value
 
 
 def _refuse_constant(name: str) -> Any:
-    raise BadRecord(f"{name} is not JSON")
+    raise BadRecord("constant", name=name)
 
 
 def _check_depth(value: Any) -> None:
@@ -210,7 +211,7 @@ def _check_depth(value: Any) -> None:
         level = [inner for outer in level for inner in _inside(outer)]
         if not level:
             return
-    raise BadRecord(f"nested deeper than {MAX_DEPTH} levels")
+    raise BadRecord("deep", limit=MAX_DEPTH)
 
 
 def _inside(value: Any) -> list[Any]:
@@ -228,11 +229,11 @@ def _csv_records(lines: _Lines) -> Iterator[tuple[int, Any]]:
     def text_lines() -> Iterator[str]:
         for line in lines:
             if line is None:
-                raise bad(lines.number, f"longer than {MAX_LINE_BYTES} bytes")
+                raise bad(lines.number, "long_line", limit=MAX_LINE_BYTES)
             try:
                 yield line.decode("utf-8")
             except UnicodeDecodeError as error:
-                raise bad(lines.number, "not in UTF-8") from error
+                raise bad(lines.number, "no_utf8") from error
 
     texts = text_lines()
     head = next(texts)
@@ -244,7 +245,7 @@ def _csv_records(lines: _Lines) -> Iterator[tuple[int, Any]]:
         except StopIteration:
             return
         except csv.Error as error:
-            raise bad(starts, f"not CSV: {error}") from error
+            raise bad(starts, "no_csv", error=error) from error
         if header is None:
             header = _header(row, lines.number)
         elif any(cell.strip() for cell in row):
@@ -261,13 +262,13 @@ def _header(row: list[str], line: int) -> list[str]:
     header = [name.strip().lower() for name in row]
     known = ({"prompt", "completion"}, {"instruction", "output"}, {"question", "answer"}, {"q", "a"})
     if not any(pair <= set(header) for pair in known):
-        raise bad(line, "neither JSONL nor CSV with columns question and answer, prompt and completion, or alike")
+        raise bad(line, "no_columns")
     if len(set(header)) != len(header):
-        raise bad(line, "two columns have the same name")
+        raise bad(line, "same_columns")
     return header
 
 
 def _cells(header: list[str], row: list[str]) -> dict[str, str] | BadRecord:
     if len(row) != len(header):
-        return BadRecord(f"{len(row)} columns, but the header has {len(header)}")
+        return BadRecord("columns", n=len(row), header=len(header))
     return dict(zip(header, row, strict=True))

@@ -8,6 +8,7 @@ from itertools import groupby
 
 from core.errors import BadInput
 from core.prompt import ChatTokenizer, TrainingRow, render_training
+from core.texts import Later
 from core.types import Role
 from finetune.data import Report, check_enough
 from finetune.records import BadRecord, Conversation, Turn, under_instructions
@@ -42,10 +43,10 @@ def encode(
             row, shorter = encode_one(served, tokenizer, max_tokens=max_tokens)
         except BadRecord as error:
             report.used -= 1
-            report.reject(conversation.line, str(error))
+            report.reject(conversation.line, error.reason)
             continue
         if dropped := len(served.turns) - len(shorter.turns):
-            report.mend(conversation.line, f"the oldest {dropped} messages were left out to fit {max_tokens} tokens")
+            report.mend(conversation.line, Later("data.shortened", n=dropped, limit=max_tokens))
         rows.append(Row(row, conversation.key, conversation.line, shorter))
     check_enough(report)
     return rows
@@ -74,15 +75,15 @@ def encode_one(
         if length <= max_tokens and any(row.supervised):
             return row, shorter
     if length <= max_tokens:
-        raise BadRecord("nothing in it is taught")
-    raise BadRecord(f"{length} tokens long, at most {max_tokens} are trained (max_tokens)")
+        raise BadRecord("nothing_taught")
+    raise BadRecord("too_long", n=length, limit=max_tokens)
 
 
 def render(conversation: Conversation, tokenizer: ChatTokenizer) -> TrainingRow:
     try:
         return render_training(conversation.messages, tokenizer)
     except BadInput as error:
-        raise BadRecord(error.detail or str(error)) from error
+        raise BadRecord("template", error=error.detail or str(error)) from error
 
 
 def _shorter_and_shorter(conversation: Conversation) -> Iterator[Conversation]:

@@ -8,12 +8,12 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.errors import BadDataset, JobError
+from core.errors import JobError
 from core.job import Checked, JobEvent, Spec
 from core.prompt import TrainingRow
 from finetune import settings
 from finetune.base import Base, find_base
-from finetune.data import Report, read
+from finetune.data import Report, bad, read
 from finetune.encode import Row, encode, under_questions_of
 from finetune.split import Split, split
 
@@ -66,8 +66,8 @@ def prepare(folder: Path, spec: Spec, emit: Emit) -> Prepared:
             train=len(parts.train),
             validation=len(parts.validation),
             test=len(parts.test),
-            rejected=tuple(report.rejections),
-            mended=tuple(report.mendings),
+            rejected=tuple(one.said(spec.language) for one in report.rejections),
+            mended=tuple(one.said(spec.language) for one in report.mendings),
         )
     )
     log.info("data.checked rows=%d used=%d rejected=%d", report.rows, report.used, report.rejected)
@@ -81,6 +81,6 @@ def _check_data(path: Path, sha256: str) -> None:
     except OSError as error:
         raise JobError(detail=f"the data set {path} cannot be read: {error}") from error
     if path.stat().st_size == 0:
-        raise BadDataset(detail="the file is empty", line=1, reason="the file is empty")
+        raise bad(1, "empty")
     if sha256 and found != sha256:
         raise JobError(detail=f"the data set {path} is {found[:12]}, but the job is for {sha256[:12]}")

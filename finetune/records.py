@@ -17,6 +17,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
+from core.texts import Later
 from core.types import Message, Role
 
 MAX_TURNS = 400
@@ -36,7 +37,11 @@ SHAPES: tuple[tuple[str, ...], ...] = (  # a record is of the first shape whose 
 
 
 class BadRecord(ValueError):
-    """The record cannot be used; the message says why, without repeating its text."""
+    """The record cannot be used; `reason`, a sentence of the section [data], says why, without repeating its text."""
+
+    def __init__(self, key: str, **fields: object) -> None:
+        self.reason = Later(f"data.{key}", **fields)
+        super().__init__(self.reason.said("en"))
 
 
 class Turn(NamedTuple):
@@ -64,17 +69,18 @@ class Conversation:
 class Mending:
     """Collects what was changed so that a record could be used."""
 
-    said: list[str]
+    said: list[Later]
 
-    def note(self, what: str) -> None:
-        if what not in self.said:
+    def note(self, key: str, **fields: object) -> None:
+        what = Later(f"data.{key}", **fields)
+        if not any((str(one), one.fields) == (str(what), what.fields) for one in self.said):
             self.said.append(what)
 
 
-def read_record(record: Any) -> tuple[Conversation, tuple[str, ...]]:
+def read_record(record: Any) -> tuple[Conversation, tuple[Later, ...]]:
     """(conversation, what had to be mended). Raises BadRecord."""
     if not isinstance(record, Mapping):
-        raise BadRecord(f"the line holds {_kind(record)}, not an object with keys")
+        raise BadRecord("no_object", kind=_kind(record))
     mending = Mending([])
     turns = _in_turn(_turns(record, mending), mending)
     conversation = Conversation(tuple(turns))
@@ -99,7 +105,7 @@ def _turns(record: Mapping[str, Any], mending: Mending) -> list[Turn]:
     shape = next((keys for keys in SHAPES if all(record.get(key) is not None for key in keys)), None)
     if shape is None:
         known = "; ".join(" and ".join(keys) for keys in SHAPES)
-        raise BadRecord(f"none of the known keys: {known}")
+        raise BadRecord("no_keys", known=known)
     if shape == ("messages",):
         return _list(record["messages"], mending)
     if shape == ("conversations",):
@@ -134,25 +140,25 @@ def _turn(role: Role, content: Any, mending: Mending) -> Turn:
 
 def _list(given: Any, mending: Mending) -> list[Turn]:
     if not isinstance(given, list) or not given:
-        raise BadRecord("the conversation is not a list of messages, or an empty one")
+        raise BadRecord("no_list")
     if len(given) > MAX_TURNS:
-        raise BadRecord(f"{len(given)} messages, at most {MAX_TURNS} are read")
+        raise BadRecord("many_messages", n=len(given), limit=MAX_TURNS)
     return [_message(one, number, mending) for number, one in enumerate(given, 1)]
 
 
 def _message(given: Any, number: int, mending: Mending) -> Turn:
     if not isinstance(given, Mapping):
-        raise BadRecord(f"message {number} is {_kind(given)}, not an object")
+        raise BadRecord("message_no_object", n=number, kind=_kind(given))
     name = given.get("role", given.get("from"))
     role = ROLES.get(name.strip().lower()) if isinstance(name, str) else None
     if role is None:
         shown = repr(name[:20]) if isinstance(name, str) else _kind(name)
-        raise BadRecord(f"message {number} has the role {shown}: user, assistant and system are known")
+        raise BadRecord("role", n=number, role=shown)
     content = given.get("content", given.get("value"))
     turn = _turn(role, _joined(content, number), mending)
     weight = given.get("weight", 1)
     if isinstance(weight, bool) or weight not in (0, 1):
-        raise BadRecord(f"message {number} has a weight that is neither 0 nor 1")
+        raise BadRecord("weight", n=number)
     return turn._replace(taught=turn.taught and weight == 1)
 
 
@@ -161,30 +167,30 @@ def _joined(content: Any, number: int) -> Any:
     if not isinstance(content, list):
         return content
     if not all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
-        raise BadRecord(f"message {number} holds more than text")
+        raise BadRecord("more_than_text", n=number)
     texts = [part.get("text") for part in content]
     if not all(isinstance(text, str) for text in texts):
-        raise BadRecord(f"message {number} holds a part without text")
+        raise BadRecord("part_without_text", n=number)
     return "".join(texts)
 
 
 def _text(given: Any, where: str, mending: Mending) -> str:
     """Text that every later step can hold: no NUL, no half of a surrogate pair."""
     if not isinstance(given, str):
-        raise BadRecord(f"{where} is {_kind(given)}, not a text")
+        raise BadRecord("no_text", where=where, kind=_kind(given))
     text = given
     if "\0" in text:
         text = text.replace("\0", "")
-        mending.note("NUL characters were left out")
+        mending.note("nul")
     if any("\ud800" <= char <= "\udfff" for char in text):
         text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
-        mending.note("halves of surrogate pairs were replaced")
+        mending.note("surrogates")
     return text
 
 
-def _kind(value: Any) -> str:
-    names = {dict: "an object", list: "a list", str: "a text", bool: "true or false", type(None): "empty"}
-    return names.get(type(value), "a number")
+def _kind(value: Any) -> Later:
+    names = {dict: "object", list: "list", str: "text", bool: "bool", type(None): "empty"}
+    return Later(f"data.kind_{names.get(type(value), 'number')}")
 
 
 def _in_turn(turns: list[Turn], mending: Mending) -> list[Turn]:
@@ -193,25 +199,25 @@ def _in_turn(turns: list[Turn], mending: Mending) -> list[Turn]:
     for turn in turns:
         role, text = turn.message.role, turn.message.text
         if not text:
-            raise BadRecord(f"a message of the {role.value} is empty")
+            raise BadRecord("empty_message", role=role.value)
         last = merged[-1] if merged else None
         if last is not None and last.message.role is role and last.taught == turn.taught:
             merged[-1] = last._replace(message=Message(role, f"{last.message.text}\n\n{text}"))
-            mending.note(f"messages of the {role.value} that follow each other were joined")
+            mending.note("joined", role=role.value)
         elif role is Role.SYSTEM and last is not None:
-            raise BadRecord("a system message stands after the beginning")
+            raise BadRecord("late_system")
         elif last is not None and last.message.role is role:
-            raise BadRecord("two answers follow each other with different weights")
+            raise BadRecord("two_weights")
         else:
             merged.append(turn)
     while merged and merged[-1].message.role is not Role.ASSISTANT:
         merged.pop()
-        mending.note("what follows the last answer was left out")
+        mending.note("tail")
     if not merged:
-        raise BadRecord("no message of the assistant")
+        raise BadRecord("no_answer")
     spoken = merged[1:] if merged[0].message.role is Role.SYSTEM else merged
     if spoken[0].message.role is not Role.USER:
-        raise BadRecord("the conversation does not begin with the user")
+        raise BadRecord("no_question")
     if not any(turn.taught for turn in merged):
-        raise BadRecord("no answer with a weight of 1")
+        raise BadRecord("nothing_weighs")
     return merged

@@ -23,6 +23,7 @@ import torch
 from core.errors import JobError
 from core.job import Evaluated, Judged, Progress, Spec, Warned
 from core.prompt import TrainingRow
+from core.texts import say
 from finetune import lora
 from finetune.base import choose_dtype, load_module
 from finetune.batches import Batch, Step, collate, pack, plan_epoch, shared_prefix, split_step
@@ -168,7 +169,7 @@ class Trainer:
         position = load_checkpoint(checkpoint, identity, self.model, self.optimizer)
         if position is None:
             if checkpoint.exists():
-                self.emit(Warned("the checkpoint is of other settings, or damaged; the job begins anew"))
+                self._warn("checkpoint")
             position = Position(identity)
             save_checkpoint(checkpoint, position, self.model, self.optimizer)
         log.info("train.begin step=%d of %d, %d rows", position.step, self.steps, len(self.train_rows))
@@ -176,7 +177,7 @@ class Trainer:
 
     def _go_back(self, error: NonFinite) -> None:
         """To the last checkpoint, once, with half the learning rate."""
-        failed_factor = self.position.rate_factor
+        failed_factor, failed_at = self.position.rate_factor, self.position.step + 1
         position = load_checkpoint(self.folder / CHECKPOINT, self.position.identity, self.model, self.optimizer)
         if failed_factor < 1 or position is None:
             raise JobError(
@@ -187,7 +188,7 @@ class Trainer:
         self.position = position
         self.position.rate_factor = failed_factor / 2
         self._save()
-        self.emit(Warned(f"{error}; going on from step {position.step} with half the learning rate"))
+        self._warn("non_finite", at=failed_at, step=position.step)
 
     def _count(self, taken: Taken, seconds: float) -> None:
         self.position.step += 1
@@ -247,7 +248,7 @@ class Trainer:
                 with lora.with_adapter(self.model, self.folder / self.spec.champion):
                     champion, label = self._scores(own, other), self.spec.champion_label
             except (JobError, OSError, ValueError) as error:
-                self.emit(Warned(f"compared with the base model: {self.spec.champion_label} cannot be read: {error}"))
+                self._warn("champion", champion=self.spec.champion_label, error=error)
         for who, scores in (("candidate", candidate), ("base", base)):
             loss = sum(scores.own) / sum(tokens)
             self._keep_loss(f"test_{who}", loss)
@@ -261,6 +262,9 @@ class Trainer:
                 )
             )
         return judge(candidate, champion, tokens, champion_label=label, seed=self.spec.hyper.seed)
+
+    def _warn(self, key: str, **fields: object) -> None:
+        self.emit(Warned(say(self.spec.language, f"data.warn_{key}", **fields)))
 
     def _scores(self, own: Sequence[TrainingRow], other: Sequence[TrainingRow]) -> Scores:
         return Scores(self.row_losses(own), self.row_losses(other))

@@ -4,13 +4,17 @@ from __future__ import annotations
 
 import gzip
 import json
+import re
 from importlib import resources
+from pathlib import Path
 
 import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+import finetune
 from core.errors import BadDataset
+from core.texts import say
 from core.types import Message, Role
 from finetune import data
 from finetune.data import parse_json, read
@@ -44,7 +48,7 @@ def refusal(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(BadDataset) as caught:
         read(path)
-    return caught.value.fields["line"], caught.value.fields["reason"]
+    return caught.value.fields["line"], caught.value.fields["reason"].said("en")
 
 
 def report(tmp_path, content):
@@ -157,7 +161,7 @@ def test_what_can_be_mended_is_mended_and_told():
         (b'{"q": ' + b"[" * 9 + b"]" * 9 + b"}", "nested deeper"),
         (b'{"q": "\xff", "a": "x"}', "not in UTF-8"),
         (b'{"q": "x", "a": "y"', "not JSON"),
-        (b'{"q": "x", "a": "' + b"y" * 70000 + b'"}', "longer than 65536 bytes"),
+        (b'{"q": "x", "a": "' + b"y" * 70000 + b'"}', "longer than 65,536 bytes"),
         (b"null", "empty"),
         (b'"text"', "a text"),
     ],
@@ -165,7 +169,7 @@ def test_what_can_be_mended_is_mended_and_told():
 def test_a_broken_line_is_rejected_with_its_number_and_the_rest_is_used(tmp_path, line, reason):
     found = report(tmp_path, faq(15) + line + b"\n" + faq(30))
     assert (found.used, found.duplicates, found.rejected) == (30, 15, 1)
-    where, _, why = found.rejections[0].partition(": ")
+    where, _, why = found.rejections[0].said("en").partition(": ")
     assert where == "line 16"
     assert any(part in why for part in reason.split("|"))
 
@@ -252,3 +256,26 @@ def test_instructions_stand_before_rows_without_a_system_turn_only():
     assert served.key == plain.key
     assert under_instructions(own, "Be brief.") is own
     assert under_instructions(plain, "") is plain
+
+
+def test_every_reason_has_its_sentence():
+    root = Path(finetune.__file__).parent
+    used = {
+        key
+        for path in root.glob("*.py")
+        for key in re.findall(
+            r'(?:BadRecord\(|\.note\(|bad\([^,()]+(?:\([^)]*\))?, |Later\("data\.)"?(\w+)"', path.read_text("utf-8")
+        )
+    }
+    warned = re.findall(r'_warn\("(\w+)"', (root / "train.py").read_text("utf-8"))
+    keys = {f"data.{key}" for key in used} | {f"data.warn_{key}" for key in warned}
+    assert len(keys) > 40
+    assert [key for key in sorted(keys) if say("en", key) == key] == []
+
+
+def test_reasons_are_told_in_the_language_of_who_asked(tmp_path):
+    found = report(tmp_path, faq(30) + b"oops\n")
+    assert found.rejections[0].said("zh").startswith("第 31 行：不是 JSON")
+    with pytest.raises(BadDataset) as caught:
+        report(tmp_path, faq(3) + b"oops\n" * 5)
+    assert "第 4 行：" in caught.value.fields["reason"].said("zh")

@@ -27,8 +27,8 @@ from core.outlet import Outlet
 from core.reply import Replies
 from core.reply import fail as fail_reply
 from core.reply import settle as settle_reply
-from core.settings import Retention
 from core.retention import retention_of
+from core.settings import Retention
 from core.store import directory, inbox, turns
 from core.store.database import Database, Tx
 from core.store.home import Home

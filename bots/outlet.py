@@ -13,7 +13,7 @@ from typing import Protocol, Self
 
 from core.commands import Grant
 from core.errors import BadConfig
-from core.outlet import Outlet, Reopen
+from core.outlet import Outlet, Reopen, Unreachable
 from core.types import Address, Attachment, Body, Button, Handle, Incoming, Kind, Lane, Receipt
 
 __all__ = [
@@ -32,6 +32,7 @@ __all__ = [
     "Outlet",
     "Receipt",
     "Reopen",
+    "Unreachable",
     "find_bots",
 ]
 

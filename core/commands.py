@@ -89,6 +89,7 @@ SETTINGS = (
     "title",
     "instructions",
     "language",
+    "questions",
     "per_minute",
     "per_hour",
     "tokens_in",
@@ -105,6 +106,7 @@ _CHANNEL = Parameter("channel", optional=True)
 _OPERATOR, _OWNER = Grant.OPERATOR, Grant.OWNER
 
 COMMANDS: tuple[Command, ...] = (
+    Command("start", (Form("", "/start", (Parameter("link", optional=True),)),)),
     Command("help", (Form("", "/help finetune", (Parameter("command", optional=True),)),)),
     Command("new", (Form("", "/new"),)),
     Command("stop", (Form("", "/stop"),), Lane.CONTROL, patient=True),

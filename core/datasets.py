@@ -12,7 +12,8 @@ import hashlib
 import json
 import os
 import stat
-from collections.abc import Iterator
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
@@ -23,15 +24,19 @@ from core.store import directory, jobs
 from core.store.database import Database, Tx
 from core.store.home import Home
 from core.store.jobs import CONVERSATIONS
-from core.types import Caller
+from core.types import Address, Attachment, Caller
 
 MAX_BYTES = 200 * 10**6
 MAX_OPEN = 8
 _MAX_CONVERSATIONS = 20_000
 _CHUNK = 2**20
+_FETCH_S = 300.0
 
 
-async def prepare_finetune(home: Home, database: Database, caller: Caller, call: Call) -> Call:
+Fetch = Callable[[Address, Attachment], AsyncIterator[bytes]]
+
+
+async def prepare_finetune(home: Home, database: Database, fetch: Fetch, caller: Caller, call: Call) -> Call:
     """For `/finetune FILE`: the same call with the data set's sha256 as `dataset` and its name as `name`.
 
     Any other call comes back as it is. Raises BadInput for a data set that is not there, cannot be read or is too
@@ -48,7 +53,7 @@ async def prepare_finetune(home: Home, database: Database, caller: Caller, call:
         if typed == CONVERSATIONS and not caller.attachments:
             sha256, name = await _bring_conversations(home, database, caller), CONVERSATIONS
         else:
-            sha256, name = await _bring_named(home, database, caller, typed)
+            sha256, name = await _bring_named(home, database, fetch, caller, typed)
     except OSError as error:  # of the home: what is wrong with the file itself is told as such
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise AppError("error.storage_full" if full else "error.storage", f"no data set: {error}") from error
@@ -70,21 +75,44 @@ def stored(home: Home, sha256: str) -> Path:
     return home.datasets / sha256
 
 
-async def _bring_named(home: Home, database: Database, caller: Caller, typed: str) -> tuple[str, str]:
+async def _bring_named(home: Home, database: Database, fetch: Fetch, caller: Caller, typed: str) -> tuple[str, str]:
     """(sha256, name) of a file that was sent, of a path on the terminal, or of a data set that was brought earlier."""
     local = caller.address.platform == directory.TERMINAL  # where the person sits at this machine
     if caller.attachments and not local:
-        raise BadInput("training.no_files_here")
+        sent = caller.attachments[0]
+        file = await _fetched(home, fetch(caller.address, sent), sent.name)
+        return await _bring_file(home, database, caller, sent.name, file)
     path = Path(caller.attachments[0].file_id) if caller.attachments else _typed_path(typed) if local else None
-    file = await asyncio.to_thread(_open, path) if path is not None else None
-    if path is not None and file is not None:
-        return await _bring_file(home, database, caller, path.name, file)
+    opened = await asyncio.to_thread(_open, path) if path is not None else None
+    if path is not None and opened is not None:
+        return await _bring_file(home, database, caller, path.name, opened)
     known = await database.read(lambda tx: jobs.known_dataset(tx, caller.user, typed)) if typed else None
     if known is not None and await asyncio.to_thread(stored(home, known[0]).is_file):
         return known
     if not typed and path is None:
         raise BadInput("training.no_dataset")
     raise BadInput("training.dataset_not_found", typed=(typed or str(path))[:200])
+
+
+async def _fetched(home: Home, chunks: AsyncIterator[bytes], name: str) -> BinaryIO:
+    """What a platform holds, in a file that has no name. Raises BadInput."""
+    file = tempfile.TemporaryFile(dir=home.datasets)  # noqa: SIM115 - whoever gets it closes it
+    try:
+        size = 0
+        async with asyncio.timeout(_FETCH_S):
+            async for chunk in chunks:
+                size += len(chunk)
+                if size > MAX_BYTES:
+                    raise BadInput("training.dataset_too_large", name=name, limit=MAX_BYTES // 10**6)
+                await asyncio.to_thread(file.write, chunk)
+        await asyncio.to_thread(file.seek, 0)
+    except TimeoutError as error:
+        file.close()
+        raise BadInput("training.dataset_unreadable", name=name, reason="it took too long") from error
+    except BaseException:
+        file.close()
+        raise
+    return file
 
 
 def _typed_path(typed: str) -> Path | None:

@@ -8,14 +8,14 @@ So a crash at any point leads back to `open` or `finish`, and neither writes a s
 from __future__ import annotations
 
 import json
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from core.errors import AppError
-from core.outlet import Outlet, Reopen
+from core.errors import AppError, BadInput
+from core.outlet import Fetches, Outlet, Reopen
 from core.store.database import Database, Tx
-from core.types import Address, Body, Button, Handle, Receipt
+from core.types import Address, Attachment, Body, Button, Handle, Receipt
 
 
 @dataclass(slots=True)
@@ -37,6 +37,13 @@ class Deliveries:
             return self._outlets[to.platform, to.account]
         except KeyError:
             raise AppError(detail=f"no bot is running for {to.platform} {to.account}") from None
+
+    def fetch(self, to: Address, attachment: Attachment) -> AsyncIterator[bytes]:
+        """The bytes of a file that was sent there. Raises BadInput where they cannot be had."""
+        outlet = self._outlet(to)
+        if not isinstance(outlet, Fetches):
+            raise BadInput("training.no_files_here")
+        return outlet.fetch(attachment)
 
     async def open(self, delivery_id: int, to: Address) -> Handle:
         """The handle of part 1: the one that a crash left, recovered, or a new one, committed."""

@@ -22,6 +22,7 @@ _OWNERS_SETTINGS = frozenset({"adapter", "price_in", "price_out", "share", "bind
 _PRICES = ("price_in", "price_out", "share")
 _MOST = 1_000_000_000
 _MAX_TITLE, _MAX_INSTRUCTIONS, _MAX_LABEL, _MAX_SHOWN = 80, 8000, 80, 80
+_MOST_QUESTIONS, _MAX_QUESTION = 4, 60
 _BIND = re.compile(r"([^\s:/]+):([^\s:/]+)(?:[:/](\S+))?")
 
 Setting = str | int | float
@@ -119,6 +120,7 @@ def channel_show(tx: Tx, caller: Caller, call: Call) -> Outcome:
         if channel.language
         else say(language, "operators.auto"),
         "instructions": channel.instructions or none,
+        "questions": " | ".join(channel.questions) or none,
     }
     text = say(
         language,
@@ -197,6 +199,7 @@ def _settings(tx: Tx, channel: Channel) -> dict[str, Setting]:
         "tokens_in": limits.tokens_in,
         "tokens_out": limits.tokens_out,
         "temperature": sampling.temperature,
+        "questions": "\n".join(channel.questions),
         "top_p": sampling.top_p,
         "adapter": channel.adapter,
         "price_in": price.in_nano,
@@ -240,6 +243,8 @@ def _read(tx: Tx, channel: Channel, key: str, text: str) -> Setting:
             if len(text) > _MAX_INSTRUCTIONS:
                 _refuse(key, text, "operators.need_shorter", limit=_MAX_INSTRUCTIONS)
             return text
+        case "questions":
+            return _read_questions(key, text)
         case "language":
             if text.lower() not in ("", "auto") and not resolve(text):
                 _refuse(key, text, "operators.need_language", codes=", ".join(languages()))
@@ -265,6 +270,13 @@ def _read_title(key: str, text: str) -> str:
     if len(title) > _MAX_TITLE:
         _refuse(key, text, "operators.need_shorter", limit=_MAX_TITLE)
     return title
+
+
+def _read_questions(key: str, text: str) -> str:
+    questions = [" ".join(one.split()) for one in re.split(r"[|\n]", text)]
+    if any(len(one) > _MAX_QUESTION for one in questions) or len(questions) > _MOST_QUESTIONS:
+        _refuse(key, text, "operators.need_questions", most=_MOST_QUESTIONS, limit=_MAX_QUESTION)
+    return "\n".join(one for one in questions if one)
 
 
 def _read_bind(text: str) -> tuple[str, str, str]:

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
-from typing import Protocol
+from collections.abc import AsyncIterator
+from typing import Protocol, runtime_checkable
 
-from core.types import Address, Body, Handle, Receipt
+from core.errors import AppError
+from core.types import Address, Attachment, Body, Handle, Receipt
 
 
 class Reopen(Exception):
     """Out of `finish` or `fail`: this handle holds nothing final. `recover` it, commit what it gives, then repeat."""
+
+
+class Unreachable(AppError):
+    """Nobody can be reached there any more: repeating is of no use."""
+
+    key = "error.unreachable"
 
 
 class Outlet(Protocol):
@@ -40,4 +48,13 @@ class Outlet(Protocol):
 
     async def fail(self, handle: Handle, body: Body) -> None:
         """End the handle visibly, with a sentence that says why."""
+        ...
+
+
+@runtime_checkable
+class Fetches(Protocol):
+    """An outlet whose platform keeps the files that people send."""
+
+    def fetch(self, attachment: Attachment) -> AsyncIterator[bytes]:
+        """The bytes of a file. Raises BadInput for one that is too large, or not there any more."""
         ...

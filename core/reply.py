@@ -196,9 +196,11 @@ class Replies:
             finished.reason
         )
         note = say(language, "service.note", tokens=tokens, seconds=f"{seconds:.1f}")
+        go_on = (Button(say(language, "service.continue"), "say", say(language, "service.continue_asked")),)
         return Body(
             answer.strip(),
             (
+                *(go_on if cut else ()),
                 Button(say(language, "service.again"), "command", "/retry"),
                 Button("👍", "feedback", f"{pinned.generation_id}:1"),
                 Button("👎", "feedback", f"{pinned.generation_id}:-1"),

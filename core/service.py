@@ -17,17 +17,16 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field, replace
 
-from core import operators, privacy, tuning, users, versions
+from core import gestures, operators, privacy, tuning, users, versions
 from core.commands import Call, Grant, parse
 from core.datasets import prepare_finetune
 from core.delivery import Deliveries, keep_body, kept_body, new_delivery
 from core.engine.protocol import Engine
 from core.errors import AppError, EngineError, LimitReached, NotAllowed, Overloaded, StorageError, UserError
-from core.outlet import Outlet
+from core.outlet import Outlet, Unreachable
 from core.reply import Replies
 from core.reply import fail as fail_reply
 from core.reply import settle as settle_reply
-from core.retention import retention_of
 from core.settings import Retention
 from core.store import directory, inbox, turns
 from core.store.database import Database, Tx
@@ -128,8 +127,8 @@ class Service:
         """What this person may do in the channel of that place: what a bot's menu shows."""
 
         def work(tx: Tx) -> Grant:
-            channel = directory.channel_for(tx, at.platform, at.account, at.place)
             who = tx.cipher.hash_user(at.platform, at.account, user)
+            channel = directory.channel_of_person(tx, at.platform, at.account, at.place, who)
             return directory.grant_of(tx, who, channel.id) if channel else Grant.ANYONE
 
         return await self._database.read(work)
@@ -223,10 +222,14 @@ class Service:
         try:
             if row.attempts >= inbox.MAX_ATTEMPTS:
                 raise AppError("error.gave_up")
+            if row.kind in gestures.QUIET or row.action == "feedback":
+                if row.kind is Kind.STOP or row.action == "blocked":
+                    self._replies.stop(row.address)
+                await self._database.write(lambda tx: gestures.close(tx, row))
+                return
             if not await self._database.read(lambda tx: inbox.is_generated(tx, row.id)):
                 caller = await self._database.write(lambda tx: _caller(tx, row))
-                if not await self._act(row, caller):
-                    return
+                await self._act(row, caller)
             await self._deliver(row)
         except StorageError:
             raise
@@ -240,22 +243,12 @@ class Service:
             log.exception("reply.crashed", extra={"row": row.id})
             await self._refuse(row, caller, AppError(detail=type(error).__name__))
 
-    async def _act(self, row: Taken, caller: Caller) -> bool:
-        """Do what the row asks, up to its stored text; whether there is a text to deliver."""
+    async def _act(self, row: Taken, caller: Caller) -> None:
+        """Do what the row asks, up to its stored text."""
         text = row.value if row.kind is Kind.PRESS and row.action == "command" else row.text.strip()
-        if row.kind is Kind.STOP:
-            self._replies.stop(row.address)
-            await self._database.write(lambda tx: inbox.close(tx, row.id, "stop"))
-            return False
-        if row.kind is Kind.PRESS and row.action == "feedback":
-            await self._database.write(lambda tx: _vote(tx, row))
-            return False
-        if row.kind in (Kind.EDIT, Kind.MEMBERSHIP):
-            await self._database.write(lambda tx: inbox.close(tx, row.id, "ignored"))
-            return False
         if row.action == "notice":
-            await self._database.write(lambda tx: _keep_notice(tx, row, caller))
-            return True
+            await self._database.write(lambda tx: gestures.keep_notice(tx, row, caller))
+            return
         if row.oversize:
             raise UserError("service.message_too_large", size=row.oversize, limit=inbox.MAX_TEXT)
         if not text:
@@ -265,11 +258,10 @@ class Service:
             await self._replies.generate(row, caller, text, again=False)
         else:
             await self._command(row, caller, call)
-        return True
 
     async def _command(self, row: Taken, caller: Caller, call: Call) -> None:
         """Run a command and store what it says in one transaction; then do what follows from it."""
-        call = await prepare_finetune(self._home, self._database, caller, call)
+        call = await prepare_finetune(self._home, self._database, self._deliveries.fetch, caller, call)
 
         def work(tx: Tx) -> tuple[Outcome, bool]:
             outcome = operators.run_command(tx, caller, call, HANDLERS)
@@ -352,6 +344,9 @@ class Service:
             try:
                 await self._until_stored(write)
                 return
+            except Unreachable:
+                log.info("delivery.unreachable", extra={"row": row.id})
+                break
             except Exception as error:  # a bot's or platform's failure: outcome unknown, so the same again
                 log.warning("delivery.failed", extra={"row": row.id, "error": type(error).__name__}, exc_info=True)
                 if delay_s is not None:
@@ -369,10 +364,12 @@ class Service:
 
 
 def _lane(incoming: Incoming) -> Lane:
-    """A bot says which lane; a message whose command is control lane is so on every platform."""
-    if incoming.kind is Kind.MESSAGE and incoming.text.lstrip()[:1] in ("/", "／") and len(incoming.text) < 200:
+    """A bot says which lane; a command has its own on every platform, typed or by a button."""
+    pressed = incoming.kind is Kind.PRESS and incoming.action == "command"
+    text = incoming.value if pressed else incoming.text if incoming.kind is Kind.MESSAGE else ""
+    if text.lstrip()[:1] in ("/", "／") and len(text) < 200:
         try:
-            return parse(incoming.text.strip()).command.lane
+            return parse(text.strip()).command.lane
         except UserError:
             return incoming.lane
     return incoming.lane
@@ -381,7 +378,7 @@ def _lane(incoming: Incoming) -> Lane:
 def _caller(tx: Tx, row: Taken) -> Caller:
     """Who is speaking, in which channel and language. Raises NotAllowed where no channel is bound to the place."""
     at = row.address
-    channel = directory.channel_for(tx, at.platform, at.account, at.place)
+    channel = directory.channel_of_person(tx, at.platform, at.account, at.place, row.user_hash)
     language = directory.person_language(tx, row.user_hash) or resolve(row.language)
     if channel is None:
         raise NotAllowed("service.no_channel")
@@ -397,14 +394,6 @@ def _caller(tx: Tx, row: Taken) -> Caller:
     )
 
 
-def _keep_notice(tx: Tx, row: Taken, caller: Caller) -> None:
-    """What a bot itself has to say of a message: `value` is the key of its sentence."""
-    kept = duration(caller.language, retention_of(tx).conversation_hours * 3600)
-    text = say(caller.language, row.value, title=caller.channel.title, kept=kept)
-    keep_body(tx, new_delivery(tx, inbox_id=row.id), Body(text))
-    inbox.mark_generated(tx, row.id)
-
-
 def _stored(tx: Tx, row: Taken) -> tuple[int, Body, bool]:
     """The delivery of a generated row, its text, and whether it is a reply of the model (else a command's)."""
     delivery_id = new_delivery(tx, inbox_id=row.id)
@@ -413,17 +402,3 @@ def _stored(tx: Tx, row: Taken) -> tuple[int, Body, bool]:
         raise EngineError(detail=f"row {row.id} is generated but has no text")
     charged = tx.value("SELECT 1 FROM generation WHERE inbox_id = ? AND state = 'generated'", [row.id])
     return delivery_id, body, bool(charged)
-
-
-def _vote(tx: Tx, row: Taken) -> None:
-    """Keep a thumb; the last one counts. Only the person who was answered has a vote, on a delivered reply."""
-    generation_id, _, vote = row.value.partition(":")
-    if vote in ("1", "-1") and tx.value(
-        "SELECT 1 FROM generation WHERE id = ? AND user_hash = ? AND state = 'delivered'",
-        [generation_id, row.user_hash],
-    ):
-        tx.run(
-            "INSERT INTO feedback VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET vote = excluded.vote",
-            [generation_id, row.user_hash, int(vote), tx.now_ms],
-        )
-    inbox.close(tx, row.id, "control")

@@ -86,6 +86,7 @@ class ChannelSeed:
     partner: str = "owner"
     instructions: str = ""
     language: str = ""
+    questions: tuple[str, ...] = ()
     bind: tuple[str, ...] = ()
     temperature: float | None = None
     top_p: float | None = None
@@ -213,6 +214,7 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "partner": Key("whose channel it is", pattern=NAME.pattern),
         "instructions": Key("what the model is told before every conversation"),
         "language": Key("of commands and notices; empty is the person's", choices=("", "en", "zh")),
+        "questions": Key("what people may tap to begin with"),
         "bind": Key('places: "platform:account" or "platform:account/place"'),
         "temperature": Key("instead of [generation] temperature", low=0, high=2),
         "top_p": Key("instead of [generation] top_p", above=0, high=1),

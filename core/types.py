@@ -175,6 +175,7 @@ class Channel:
     adapter: str
     instructions: str = ""
     language: str = ""
+    questions: tuple[str, ...] = ()  # to begin with
     limits: Limits = field(default_factory=Limits)
     sampling: Sampling = field(default_factory=Sampling)
     archived: bool = False

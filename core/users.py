@@ -7,15 +7,30 @@ from collections.abc import Mapping
 from core.commands import Call, Grant, help_text
 from core.errors import BadInput
 from core.operators import Handler
+from core.retention import retention_of
 from core.store import directory
 from core.store.database import Row, Tx
 from core.store.ledger import day_of
-from core.texts import languages, resolve, say
-from core.types import AnswerAgain, Body, Caller, ForgetMemory, Outcome, StopReply
+from core.texts import duration, languages, resolve, say
+from core.types import AnswerAgain, Body, Button, Caller, ForgetMemory, Outcome, StopReply
 
 _NANO = 1_000_000_000
 _SMALL_NANO = _NANO // 100
 _DAY_MS = 86_400_000
+
+
+def start(tx: Tx, caller: Caller, call: Call) -> Outcome:
+    """Say who answers here. The payload of a channel's link brings the person to that channel."""
+    at, payload = caller.address, call.arguments.get("link", "")
+    own = tx.cipher.hash_user(at.platform, at.account, at.place) == caller.user
+    linked = directory.channel_of_link(tx, at.platform, at.account, payload) if payload and own else None
+    if linked is not None and linked.id != caller.channel.id:
+        directory.came_by_link(tx, caller.user, at.platform, linked.id)
+    channel = linked or caller.channel
+    language = directory.person_language(tx, caller.user) or caller.language
+    kept = duration(language, retention_of(tx).conversation_hours * 3600)
+    questions = tuple(Button(question, "say", question) for question in channel.questions)
+    return Outcome(Body(say(language, "users.hello", title=channel.title, kept=kept), questions))
 
 
 def show_help(tx: Tx, caller: Caller, call: Call) -> Outcome:
@@ -145,6 +160,7 @@ def claim(tx: Tx, caller: Caller, call: Call) -> Outcome:
 
 
 HANDLERS: Mapping[tuple[str, str], Handler] = {
+    ("start", ""): start,
     ("help", ""): show_help,
     ("new", ""): new,
     ("stop", ""): stop,

@@ -14,6 +14,7 @@ from core.types import Caller, Channel, Json, Limits, Price, Sampling
 
 OWNER_PARTNER, TERMINAL, LOCAL_USER = "owner", "terminal", "local"
 RESERVED = frozenset({"base", "all"})  # an adapter version, and every channel
+LINK = "start="  # before the payload of a link, as the place that a channel is bound to
 INVITE_MS = 7 * 24 * 3_600_000
 _ALPHABET = "23456789ABCDEFGHJKMNPQRSTUVWXYZ"  # nothing that is read as something else
 _CODE_LENGTH, _CODE_GROUP = 12, 4
@@ -42,6 +43,41 @@ def channel_for(tx: Tx, platform: str, account: str, place: str) -> Channel | No
         [platform, account, place],
     )
     return _channel(row) if row and row["archived_ms"] is None else None
+
+
+def channel_of_person(tx: Tx, platform: str, account: str, place: str, user_hash: str) -> Channel | None:
+    """The channel of a place; in a place of their own, the one whose link a person came by.
+
+    None where there is none, or it is archived.
+    """
+    if tx.cipher.hash_user(platform, account, place) == user_hash:
+        row = tx.one(
+            f"{_CHANNEL} JOIN person ON channel.id = person.channel_id WHERE user_hash = ? AND archived_ms IS NULL"
+            " AND NOT EXISTS (SELECT 1 FROM binding WHERE platform = ? AND account = ? AND place = ?)",
+            [user_hash, platform, account, place],
+        )
+        if row is not None:
+            return _channel(row)
+    return channel_for(tx, platform, account, place)
+
+
+def channel_of_link(tx: Tx, platform: str, account: str, payload: str) -> Channel | None:
+    """The channel whose link this is: it is bound to the place `start=<payload>` of the account."""
+    row = tx.one(
+        f"{_CHANNEL} JOIN binding ON channel_id = channel.id"
+        " WHERE platform = ? AND account = ? AND place = ? AND archived_ms IS NULL",
+        [platform, account, f"{LINK}{payload}"],
+    )
+    return _channel(row) if row else None
+
+
+def move_place(tx: Tx, platform: str, account: str, before: str, now: str) -> None:
+    """A place has another name from now on: what is bound to it and what was said in it goes along."""
+    for table in ("binding", "conversation", "job", "inbox"):
+        tx.run(
+            f"UPDATE OR IGNORE {table} SET place = ? WHERE platform = ? AND account = ? AND place = ?",
+            [now, platform, account, before],
+        )
 
 
 def channel_by_name(tx: Tx, name: str) -> Channel | None:
@@ -204,6 +240,12 @@ def set_person_language(tx: Tx, user_hash: str, platform: str, language: str) ->
     tx.run("UPDATE person SET language = ? WHERE user_hash = ?", [language, user_hash])
 
 
+def came_by_link(tx: Tx, user_hash: str, platform: str, channel_id: int) -> None:
+    """From now on this channel answers the person, where they are by themselves."""
+    touch_person(tx, user_hash, platform)
+    tx.run("UPDATE person SET channel_id = ? WHERE user_hash = ?", [channel_id, user_hash])
+
+
 # --- operators ---
 
 
@@ -341,6 +383,7 @@ def _channel(row: Row) -> Channel:
         adapter=row["adapter"],
         instructions=row["instructions"],
         language=row["language"],
+        questions=tuple(row["questions"].splitlines()),
         limits=Limits(row["per_minute"], row["per_hour"], row["tokens_in"], row["tokens_out"]),
         sampling=Sampling(temperature=row["temperature"], top_p=row["top_p"]),
         archived=row["archived_ms"] is not None,

@@ -338,3 +338,16 @@ def m003_training(db: sqlite_utils.Database) -> None:
         ) STRICT, WITHOUT ROWID
         """,
     )
+
+
+@MIGRATIONS()
+def m004_bots(db: sqlite_utils.Database) -> None:
+    """What bots need: the channel that a person came to by a link, questions to begin with, why a thumb is down."""
+    _run(
+        db,
+        """
+        ALTER TABLE person ADD COLUMN channel_id INTEGER REFERENCES channel;;
+        ALTER TABLE channel ADD COLUMN questions TEXT NOT NULL DEFAULT '';;
+        ALTER TABLE feedback ADD COLUMN reason TEXT NOT NULL DEFAULT ''
+        """,
+    )

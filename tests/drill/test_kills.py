@@ -37,4 +37,4 @@ def test_60_kills_and_100_torn_wals_break_no_promise(tmp_path: Path) -> None:
 def test_2000_kills_and_1000_torn_wals_break_no_promise(tmp_path: Path) -> None:
     result = _drill(tmp_path, kills=2000, torn=1000, seed=1)
     assert result["kills"] >= 2000  # type: ignore[operator]
-    assert result["torn"] >= 100  # type: ignore[operator]0  # type: ignore[operator]
+    assert result["torn"] >= 1000  # type: ignore[operator]

@@ -1,0 +1,1 @@
+"""The Telegram bot: the one folder that imports aiogram."""

@@ -1,0 +1,109 @@
+"""The Telegram bot of one token: finds out who it is, then listens and writes. Knows no message and no answer."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Mapping
+from contextlib import suppress
+from itertools import chain, repeat
+from typing import Self
+
+from aiogram.exceptions import (
+    TelegramAPIError,
+    TelegramNotFound,
+    TelegramRetryAfter,
+    TelegramUnauthorizedError,
+)
+from aiogram.methods import DeleteWebhook, GetMe, SetWebhook, TelegramMethod
+from aiogram.types import User
+
+from bots.outlet import BadConfig, Door
+from bots.telegram.api import Api, T, make_bot
+from bots.telegram.courtesy import Courtesy
+from bots.telegram.intake import Intake
+from bots.telegram.outlet import TelegramOutlet
+from bots.telegram.pace import Pace
+from bots.telegram.places import PLATFORM
+from bots.telegram.reader import ALLOWED, Reader
+from bots.telegram.settings import TelegramSettings, read_settings
+from bots.telegram.webhook import Webhooks, path_of
+
+log = logging.getLogger(__name__)
+_PAUSES_S = (1.0, 2.0, 5.0, 10.0, 30.0)
+
+
+class TelegramBot:
+    """One account: a table [bots.NAME] with a token. Several tables are several accounts in one process."""
+
+    platform = PLATFORM
+
+    def __init__(self, settings: TelegramSettings, pace: Pace | None = None) -> None:
+        self._settings, self._pace = settings, pace
+
+    @classmethod
+    def configure(cls, settings: Mapping[str, object]) -> Self:
+        return cls(read_settings(settings))
+
+    async def run(self, door: Door) -> None:
+        """Until cancelled. Raises BadConfig where Telegram does not know the token."""
+        settings = self._settings
+        bot = make_bot(settings.token, settings.api)
+        try:
+            api = Api(bot, self._pace or Pace())
+            me = await self._at_last(api, GetMe())
+            await self._serve(door, api, me)
+        except (TelegramUnauthorizedError, TelegramNotFound):
+            raise BadConfig(
+                detail="Telegram does not know the token of [bots.telegram]: ask @BotFather for it with /token"
+            ) from None
+        finally:
+            with suppress(Exception):
+                await bot.session.close()
+
+    async def _serve(self, door: Door, api: Api, me: User) -> None:
+        settings, account = self._settings, (me.username or str(me.id)).lower()
+        outlet = TelegramOutlet(api, transport=settings.transport, rich=settings.rich)
+        courtesy = Courtesy(api, door)
+        intake = Intake(account, api, Reader(api.bot, me, account), courtesy, door)
+        door.register(PLATFORM, account, outlet)
+        if not me.can_read_all_group_messages:
+            log.info("telegram.group_privacy", extra={"account": account})
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(outlet.sights.keep(), name=f"{account} sights")
+            tasks.create_task(courtesy.run(), name=f"{account} courtesy")
+            if settings.webhook:
+                await self._listen(api, intake)
+            else:
+                await self._at_last(api, DeleteWebhook(drop_pending_updates=False))
+                log.info("telegram.polling", extra={"account": account})
+                await intake.poll()
+
+    async def _listen(self, api: Api, intake: Intake) -> None:
+        settings = self._settings
+        server, secret = Webhooks.at(*settings.host_and_port), settings.webhook_secret
+        await server.listen(secret, intake.take)
+        try:
+            url = settings.webhook.rstrip("/") + path_of(secret)
+            await self._at_last(api, SetWebhook(url=url, secret_token=secret, allowed_updates=ALLOWED))
+            log.info("telegram.webhook", extra={"listen": settings.listen})
+            await asyncio.Event().wait()
+        finally:
+            await server.leave(secret)
+
+    async def _at_last(self, api: Api, method: TelegramMethod[T]) -> T:
+        """What must be done before anything else, however long Telegram is away."""
+        for wait_s in chain(_PAUSES_S, repeat(_PAUSES_S[-1])):
+            try:
+                return await api.call(method)
+            except (TelegramUnauthorizedError, TelegramNotFound):
+                raise
+            except TelegramRetryAfter as error:
+                wait_s = error.retry_after
+            except (TelegramAPIError, TimeoutError, OSError) as error:
+                log.warning(
+                    "telegram.away",
+                    extra={"method": method.__api_method__, "error": type(error).__name__, "again_in_s": wait_s},
+                )
+            await asyncio.sleep(wait_s)
+        raise AssertionError("never")

@@ -1,0 +1,1 @@
+"""The Telegram bot through the real aiogram, against the fake Bot API."""

@@ -1,0 +1,1 @@
+"""Strict fake servers of the platforms, on loopback."""

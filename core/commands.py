@@ -111,7 +111,14 @@ COMMANDS: tuple[Command, ...] = (
     Command("new", (Form("", "/new"),)),
     Command("stop", (Form("", "/stop"),), Lane.CONTROL, patient=True),
     Command("retry", (Form("", "/retry"),)),
-    Command("usage", (Form("", "/usage"),)),
+    Command(
+        "usage",
+        (
+            Form("", "/usage"),
+            Form("chart", "/usage chart", (), _OPERATOR),
+            Form("csv", "/usage csv", (), _OPERATOR),
+        ),
+    ),
     Command("privacy", (Form("", "/privacy"),)),
     Command("consent", (Form("", "/consent on", (Parameter("choice", optional=True, choices=("on", "off")),)),)),
     Command("forget", (Form("", "/forget", (Parameter("choice", optional=True, choices=("yes",)),)),)),
@@ -362,10 +369,8 @@ def _right(command: Command, form: Form) -> dict[str, str]:
 
 
 def _help_key(command: Command, form: Form) -> str:
-    """A form has a sentence of its own where a command has several."""
-    if len(command.forms) == 1:
-        return f"help.{command.name}"
-    return f"help.{command.name}_{form.word or command.forms[1].word}"
+    """A form with a word has a sentence of its own."""
+    return f"help.{command.name}_{form.word}" if form.word else f"help.{command.name}"
 
 
 def _parameter(parameter: Parameter) -> Later:

@@ -229,6 +229,9 @@ def _sweep_files(home: Home, rows: _Rows) -> None:
     for path in _entries(home.jobs):
         if path.name in rows.ended_jobs or (path.name not in rows.jobs and _age_s(path) > _LEFT_OVER_S):
             shutil.rmtree(path, ignore_errors=True)
+    for path in _entries(home.sent):
+        if _age_s(path) > _LOG_S:
+            path.unlink(missing_ok=True)
     for path in _entries(home.logs):
         if path.name.startswith("job-") and _age_s(path) > _LOG_S:
             path.unlink(missing_ok=True)

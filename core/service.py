@@ -50,6 +50,7 @@ from core.types import (
     StopReply,
     WakeTraining,
 )
+from core.usagefiles import prepare_usage
 
 log = logging.getLogger(__name__)
 
@@ -262,6 +263,7 @@ class Service:
     async def _command(self, row: Taken, caller: Caller, call: Call) -> None:
         """Run a command and store what it says in one transaction; then do what follows from it."""
         call = await prepare_finetune(self._home, self._database, self._deliveries.fetch, caller, call)
+        call = await prepare_usage(self._home, self._database, caller, call)
 
         def work(tx: Tx) -> tuple[Outcome, bool]:
             outcome = operators.run_command(tx, caller, call, HANDLERS)

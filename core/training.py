@@ -15,7 +15,7 @@ from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
-from core import adapters, jobtexts
+from core import adapters, charts, jobtexts
 from core.adapters import Candidate
 from core.datasets import stored
 from core.delivery import Deliveries, keep_body, kept_body, new_delivery
@@ -322,6 +322,9 @@ class Training:
 
     async def _write_down(self, job: Job, candidate: Candidate) -> None:
         """The version, the job's end and what is said of it, in one transaction."""
+        events = await self._database.read(lambda tx: jobs.events(tx, job.id))
+        curve = self._home.sent / f"{job.adapter}-{job.version}-loss-{job.id}.png"
+        picture = await asyncio.to_thread(charts.loss_curve, events, curve)
 
         def work(tx: Tx) -> None:
             if jobs.state_of(tx, job.id) not in jobs.OPEN:  # cancelled meanwhile: nobody will use the folder
@@ -329,7 +332,7 @@ class Training:
             adapters.publish(tx, candidate, job.adapter, job.version)
             jobs.end(tx, job.id, "published", result=candidate.sha256)
             body = jobtexts.report(replace(job, state="published"), jobs.events(tx, job.id))
-            keep_body(tx, new_delivery(tx, job_id=job.id), body)
+            keep_body(tx, new_delivery(tx, job_id=job.id), replace(body, files=(picture,) if picture else ()))
 
         await self._database.write(work)
         log.info("job.published", extra={"job": job.id, "adapter": candidate.sha256[:12]})

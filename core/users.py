@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
+from pathlib import Path
 
 from core.commands import Call, Grant, help_text
 from core.errors import BadInput
@@ -13,6 +14,7 @@ from core.store.database import Row, Tx
 from core.store.ledger import day_of
 from core.texts import duration, languages, resolve, say
 from core.types import AnswerAgain, Body, Button, Caller, ForgetMemory, Outcome, StopReply
+from core.usagefiles import DAYS
 
 _NANO = 1_000_000_000
 _SMALL_NANO = _NANO // 100
@@ -67,9 +69,20 @@ def usage(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """The caller's own, in this channel; for its operators the channel's as well."""
     today = day_of(tx.now_ms)
     lines = _own_usage(tx, caller, today)
-    if directory.grant_of(tx, caller.user, caller.channel.id) >= Grant.OPERATOR:
-        lines += ["", _channel_usage(tx, caller, today)]
-    return Outcome(Body("\n".join(lines)))
+    if directory.grant_of(tx, caller.user, caller.channel.id) < Grant.OPERATOR:
+        return Outcome(Body("\n".join(lines)))
+    lines += ["", _channel_usage(tx, caller, today)]
+    forms = ("chart", "csv")
+    buttons = (Button(say(caller.language, f"users.usage_{one}"), "command", f"/usage {one}") for one in forms)
+    return Outcome(Body("\n".join(lines), tuple(buttons)))
+
+
+def usage_file(tx: Tx, caller: Caller, call: Call) -> Outcome:
+    """The file that core.usagefiles has made: a chart, or the same days as a table."""
+    key = "users.usage_drawn" if call.form.word == "chart" else "users.usage_listed"
+    text = say(caller.language, key, title=caller.channel.title, days=DAYS)
+    path = call.arguments.get("file")
+    return Outcome(Body(text, files=(Path(path),) if path else ()))
 
 
 def _own_usage(tx: Tx, caller: Caller, today: str) -> list[str]:
@@ -166,6 +179,8 @@ HANDLERS: Mapping[tuple[str, str], Handler] = {
     ("stop", ""): stop,
     ("retry", ""): retry,
     ("usage", ""): usage,
+    ("usage", "chart"): usage_file,
+    ("usage", "csv"): usage_file,
     ("whoami", ""): whoami,
     ("language", ""): language,
     ("claim", ""): claim,

@@ -2,12 +2,18 @@
 
 from __future__ import annotations
 
+import io
+import logging
 import os
 import subprocess
+import sys
+import threading
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
+
+from core import logs
 
 
 @pytest.fixture
@@ -31,3 +37,21 @@ def read_only(tmp_path: Path) -> Iterator[Path]:
     yield folder
     if root:
         subprocess.run(["umount", folder], check=True)
+
+
+@pytest.fixture
+def written() -> Iterator[io.StringIO]:
+    """What the one log has written; everything is as before afterwards."""
+    root = logging.getLogger()
+    before = (root.handlers[:], root.level, logging.getLogRecordFactory(), sys.excepthook, threading.excepthook)
+    known = (set(logs._secrets), logs._known)
+    stream = io.StringIO()
+    logs.install("debug", stream)
+    yield stream
+    logging.captureWarnings(False)
+    root.handlers[:], root.level = before[0], before[1]
+    logging.setLogRecordFactory(before[2])
+    sys.excepthook, threading.excepthook = before[3], before[4]
+    logs._secrets.clear()
+    logs._secrets.update(known[0])
+    logs._known = known[1]

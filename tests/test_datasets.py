@@ -17,6 +17,7 @@ import pytest
 from core import datasets
 from core.commands import Call, parse
 from core.datasets import prepare_finetune, stored
+from core.delivery import Deliveries
 from core.errors import AppError, BadInput
 from core.store import directory, jobs, turns
 from core.store.database import Database, Tx
@@ -49,7 +50,9 @@ class House:
         return self.database.write_now(work)
 
     async def prepare(self, text: str, caller: Caller | None = None) -> Call:
-        return await prepare_finetune(self.home, self.database, caller or self.caller(), parse(text))
+        return await prepare_finetune(
+            self.home, self.database, Deliveries(self.database).fetch, caller or self.caller(), parse(text)
+        )
 
     async def refused(self, text: str, caller: Caller | None = None) -> BadInput:
         """The refusal; nothing may be left of it in the store."""
@@ -249,13 +252,13 @@ async def test_without_a_file_the_right_form_is_said(it: House) -> None:
 @pytest.mark.parametrize("text", ["/finetune status", "/finetune list", "/finetune cancel 1", "/help", "/new"])
 async def test_other_commands_pass_as_they_are(it: House, text: str) -> None:
     call = parse(text)
-    assert await prepare_finetune(it.home, it.database, it.caller(), call) is call
+    assert await prepare_finetune(it.home, it.database, Deliveries(it.database).fetch, it.caller(), call) is call
 
 
 async def test_who_may_not_is_left_to_the_refusal_and_no_file_is_looked_at(it: House, tmp_path: Path) -> None:
     call = parse(f"/finetune {tmp_path}/nothing.jsonl")
     for caller in (it.caller("stranger"), it.caller("delta-op", "acme")):
-        assert await prepare_finetune(it.home, it.database, caller, call) is call
+        assert await prepare_finetune(it.home, it.database, Deliveries(it.database).fetch, caller, call) is call
 
 
 async def test_a_path_is_a_path_at_the_terminal_only(it: House, tmp_path: Path) -> None:

@@ -14,12 +14,12 @@ ROOT = Path(__file__).parents[1]
 LEVELS = (
     {"types", "errors"},
     {"engine.protocol", "job", "outlet", "settings", "words", "logs"},
-    {"config", "texts", "metrics"},
+    {"config", "texts", "metrics", "charts"},
     {"commands", "prompt", "engine.scheduler", "engine.text", "engine.stream", "engine.scripted", "weights", "demo"},
     {"model", "engine.*", "store.*", "delivery"},
-    {"adapters", "datasets", "reply", "retention", "trainer"},
+    {"adapters", "datasets", "reply", "retention", "trainer", "usagefiles"},
     {"operators"},
-    {"users", "versions", "tuning", "privacy", "training", "jobboard", "jobtexts"},
+    {"users", "gestures", "versions", "tuning", "privacy", "training", "jobboard", "jobtexts"},
     {"service"},
 )
 # who: what it must not import, not even through others of ours (True) or only itself (False)

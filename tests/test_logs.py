@@ -7,7 +7,6 @@ import logging
 import sys
 import threading
 import warnings
-from collections.abc import Iterator
 
 import pytest
 
@@ -31,22 +30,9 @@ OURS = "a very own secret of 30 letters"
 
 
 @pytest.fixture
-def written() -> Iterator[io.StringIO]:
-    """What the one log has written; everything is as before afterwards."""
-    root = logging.getLogger()
-    before = (root.handlers[:], root.level, logging.getLogRecordFactory(), sys.excepthook, threading.excepthook)
-    known = (set(logs._secrets), logs._known)
-    stream = io.StringIO()
-    logs.install("debug", stream)
+def written(written: io.StringIO) -> io.StringIO:
     logs.register_secret(OURS)
-    yield stream
-    logging.captureWarnings(False)
-    root.handlers[:], root.level = before[0], before[1]
-    logging.setLogRecordFactory(before[2])
-    sys.excepthook, threading.excepthook = before[3], before[4]
-    logs._secrets.clear()
-    logs._secrets.update(known[0])
-    logs._known = known[1]
+    return written
 
 
 def clean(text: str) -> bool:

@@ -13,6 +13,7 @@ import pytest
 from core import adapters, privacy, retention
 from core.commands import parse
 from core.datasets import prepare_finetune
+from core.delivery import Deliveries
 from core.settings import Retention
 from core.store import directory, jobs
 from core.store.database import Database, Tx
@@ -83,7 +84,9 @@ async def bring(it: World) -> str:
         return Caller(user, Address("fake", "bot", "p", "c"), channel, "en", 0, 0)
 
     who = await it.database.read(caller)
-    call = await prepare_finetune(it.home, it.database, who, parse("/finetune conversations"))
+    call = await prepare_finetune(
+        it.home, it.database, Deliveries(it.database).fetch, who, parse("/finetune conversations")
+    )
     return call.arguments["dataset"]
 
 

@@ -95,6 +95,16 @@ class RawUpdates(TelegramMethod[list[Any]]):
     allowed_updates: list[str] | None = None
 
 
+class RawMember(TelegramMethod[dict[str, Any]]):
+    """getChatMember, its answer unread: aiogram refuses a member who lacks a right that is newer than they are."""
+
+    __returning__ = dict[str, Any]
+    __api_method__ = "getChatMember"
+
+    chat_id: int
+    user_id: int
+
+
 class Api:
     """Writes for one account."""
 

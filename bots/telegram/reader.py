@@ -15,8 +15,7 @@ from typing import Any
 
 from aiogram import Bot, Dispatcher, F, Router
 from aiogram.enums import ChatMemberStatus, ChatType
-from aiogram.exceptions import TelegramAPIError
-from aiogram.methods import GetChatMember
+from aiogram.exceptions import ClientDecodeError, TelegramAPIError
 from aiogram.types import (
     CallbackQuery,
     ChatMemberUpdated,
@@ -30,6 +29,7 @@ from aiogram.types import (
 from pydantic import ValidationError
 
 from bots.outlet import Address, Attachment, Grant, Incoming, Kind, Lane
+from bots.telegram.api import RawMember
 from bots.telegram.buttons import pressed
 from bots.telegram.places import PLATFORM, conversation, topic_of
 from core.commands import COMMANDS, parse
@@ -261,14 +261,14 @@ class Reader:
         if known is not None and time.monotonic() - known[0] < _ADMIN_KNOWN_S:
             return known[1]
         try:
-            method = GetChatMember(chat_id=message.chat.id, user_id=user)
-            member = await self._bot(method, request_timeout=5)
-        except (TelegramAPIError, TimeoutError):
+            member = await self._bot(RawMember(chat_id=message.chat.id, user_id=user), request_timeout=5)
+        except (TelegramAPIError, ClientDecodeError, TimeoutError):
             return False  # not verified: the person is told to write in private
-        self._admins[message.chat.id, user] = time.monotonic(), member.status in _ADMINS
+        admin = member.get("status") in _ADMINS
+        self._admins[message.chat.id, user] = time.monotonic(), admin
         if len(self._admins) > 1_000:
             self._admins.popitem(last=False)
-        return member.status in _ADMINS
+        return admin
 
 
 def _said(message: Message) -> bool:

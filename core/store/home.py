@@ -46,6 +46,11 @@ class Home:
         return self.path / "models"
 
     @property
+    def sent(self) -> Path:
+        """Pictures and tables on their way to a chat."""
+        return self.path / "sent"
+
+    @property
     def logs(self) -> Path:
         return self.path / "logs"
 
@@ -59,7 +64,7 @@ class Home:
 
     def create(self) -> None:
         """Make the folders, for this user's eyes only. Raises StorageError naming the folder that cannot be made."""
-        for folder in (self.path, self.adapters, self.datasets, self.jobs, self.models, self.logs):
+        for folder in (self.path, self.adapters, self.datasets, self.jobs, self.models, self.sent, self.logs):
             try:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             except OSError as error:

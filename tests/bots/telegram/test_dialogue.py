@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import asyncio
 from pathlib import Path
 
 import pytest
@@ -222,8 +221,6 @@ async def test_an_edit_runs_nothing(tmp_path: Path) -> None:
         await it.ask(ANN, "a question")
         chat = it.there.chat(ANN.id)
         for text in ("a better question", "/forget yes"):
-
-
             it.there.update(edited_message=message(chat, ANN, 1, text) | {"edit_date": 1_790_000_001})
         await it.settled()
         assert len(it.there.held(ANN.id)) == 1

@@ -1,0 +1,144 @@
+"""Pictures of numbers, as PNG files: a loss curve, a bar chart of days. Knows no database and no sentence.
+
+Words in pictures are the few that every operator reads; everything else stands in the message below.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from PIL import Image, ImageDraw, ImageFont
+
+from core.job import Evaluated, JobEvent, Progress
+
+WIDTH, HEIGHT, _SCALE = 900, 420, 2
+_LEFT, _RIGHT, _TOP, _BOTTOM = 70, 24, 44, 44
+_INK, _GRID, _BLUE, _ORANGE, _GREEN = "#1f2933", "#dde3ea", "#2563c9", "#e07a1f", "#2a9d63"
+_SMOOTH = 0.8  # of the running mean of the training loss
+
+
+@dataclass(frozen=True, slots=True)
+class _Frame:
+    """Where values lie in the picture, in pixels of the enlarged canvas."""
+
+    low: float
+    high: float
+
+    def y(self, value: float) -> float:
+        share = (value - self.low) / ((self.high - self.low) or 1.0)
+        return _SCALE * (HEIGHT - _BOTTOM - share * (HEIGHT - _TOP - _BOTTOM))
+
+    @staticmethod
+    def x(share: float) -> float:
+        return _SCALE * (_LEFT + share * (WIDTH - _LEFT - _RIGHT))
+
+
+def loss_curve(events: Sequence[JobEvent], path: Path) -> Path | None:
+    """Training loss (and its running mean), validation, and the test rows before and after; None for too few points."""
+    steps = [(event.step, event.loss) for event in events if isinstance(event, Progress)]
+    unseen = [(e.step, e.loss) for e in events if isinstance(e, Evaluated) and e.split == "validation"]
+    tests = [(e.step, e.loss) for e in events if isinstance(e, Evaluated) and e.split == "test"]
+    values = [loss for _, loss in (*steps, *unseen, *tests) if math.isfinite(loss)]
+    if len(steps) < 2 or not values:
+        return None
+    last = max(step for step, _ in (*steps, *unseen, *tests)) or 1
+    frame, canvas, draw = _paper(0.0 if min(values) < 1 else min(values) * 0.9, max(values) * 1.02)
+    _x_marks(draw, [(step / last, str(step)) for step in _round_steps(last)])
+    _line(draw, frame, [(step / last, loss) for step, loss in steps], "#b9cdf0", 2)
+    _line(draw, frame, _smoothed([(step / last, loss) for step, loss in steps]), _BLUE, 5)
+    _line(draw, frame, [(step / last, loss) for step, loss in unseen], _ORANGE, 5, dots=True)
+    _line(draw, frame, [(step / last, loss) for step, loss in tests], _GREEN, 3, dots=True)
+    _legend(draw, [("train", _BLUE), ("validation", _ORANGE), ("test", _GREEN)])
+    return _save(canvas, path)
+
+
+def day_bars(days: Sequence[tuple[str, int]], path: Path) -> Path:
+    """One bar a day, (YYYY-MM-DD, count), oldest first."""
+    frame, canvas, draw = _paper(0.0, max([1, *(count for _, count in days)]) * 1.05)
+    width = 1 / max(len(days), 1)
+    for place, (_, count) in enumerate(days):
+        if count:
+            left, right = frame.x((place + 0.15) * width), frame.x((place + 0.85) * width)
+            draw.rounded_rectangle((left, frame.y(count), right, frame.y(0)), radius=4, fill=_BLUE)
+    every = max(1, len(days) // 6)
+    _x_marks(draw, [((place + 0.5) * width, day[5:]) for place, (day, _) in enumerate(days) if place % every == 0])
+    return _save(canvas, path)
+
+
+def _paper(low: float, high: float) -> tuple[_Frame, Image.Image, ImageDraw.ImageDraw]:
+    """White, with lines at round values."""
+    step = _round_step((high - low) / 4 or 1.0)
+    low, high = math.floor(low / step) * step, math.ceil(high / step) * step
+    canvas = Image.new("RGB", (WIDTH * _SCALE, HEIGHT * _SCALE), "white")
+    draw, frame = ImageDraw.Draw(canvas), _Frame(low, high)
+    value = low
+    while value <= high + step / 2:
+        y = frame.y(value)
+        draw.line((frame.x(0), y, frame.x(1), y), fill=_GRID, width=2)
+        draw.text((frame.x(0) - 16, y), f"{value:,.10g}", fill=_INK, font=_font(), anchor="rm")
+        value += step
+    return frame, canvas, draw
+
+
+def _x_marks(draw: ImageDraw.ImageDraw, marks: Sequence[tuple[float, str]]) -> None:
+    for share, label in marks:
+        draw.text((_Frame.x(share), _SCALE * (HEIGHT - _BOTTOM + 14)), label, fill=_INK, font=_font(), anchor="mt")
+
+
+def _line(
+    draw: ImageDraw.ImageDraw,
+    frame: _Frame,
+    points: Sequence[tuple[float, float]],
+    colour: str,
+    width: int,
+    *,
+    dots: bool = False,
+) -> None:
+    places = [(frame.x(share), frame.y(value)) for share, value in points if math.isfinite(value)]
+    if len(places) > 1:
+        draw.line(places, fill=colour, width=width, joint="curve")
+    for x, y in places if dots else ():
+        draw.ellipse((x - 8, y - 8, x + 8, y + 8), fill=colour)
+
+
+def _legend(draw: ImageDraw.ImageDraw, entries: Sequence[tuple[str, str]]) -> None:
+    x = _Frame.x(0)
+    for label, colour in entries:
+        draw.rounded_rectangle((x, 30, x + 36, 42), radius=4, fill=colour)
+        draw.text((x + 48, 36), label, fill=_INK, font=_font(), anchor="lm")
+        x += 48 + draw.textlength(label, font=_font()) + 48
+
+
+def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
+    mean, made = points[0][1], []
+    for share, value in points:
+        mean = _SMOOTH * mean + (1 - _SMOOTH) * value if math.isfinite(value) else mean
+        made.append((share, mean))
+    return made
+
+
+def _round_step(rough: float) -> float:
+    """1, 2 or 5 times a power of ten, not below `rough`."""
+    power = 10.0 ** math.floor(math.log10(rough))
+    return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
+
+
+def _round_steps(last: int) -> list[int]:
+    step = max(1, int(_round_step(last / 6)))
+    return list(range(0, last + 1, step))
+
+
+def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
+    return ImageFont.load_default(26)
+
+
+def _save(canvas: Image.Image, path: Path) -> Path:
+    """Written aside and renamed: a bot never sends half a picture."""
+    aside = path.with_name(f".{path.name}.{os.getpid()}")
+    canvas.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS).save(aside, "PNG")
+    aside.replace(path)
+    return path

@@ -24,6 +24,7 @@ from core.store.database import Database, Tx
 from core.store.home import Cipher, Home
 from core.texts import say
 from core.types import Address, Attachment, Caller, Role
+from tests.world import FakeBot
 
 ROW = b'{"q": "a question", "a": "an answer"}\n'
 
@@ -50,9 +51,10 @@ class House:
         return self.database.write_now(work)
 
     async def prepare(self, text: str, caller: Caller | None = None) -> Call:
-        return await prepare_finetune(
-            self.home, self.database, Deliveries(self.database).fetch, caller or self.caller(), parse(text)
-        )
+        deliveries = Deliveries(self.database)
+        deliveries.register("fake", "bot", FakeBot())
+        who = caller or self.caller()
+        return await prepare_finetune(self.home, self.database, deliveries.fetch, who, parse(text))
 
     async def refused(self, text: str, caller: Caller | None = None) -> BadInput:
         """The refusal; nothing may be left of it in the store."""

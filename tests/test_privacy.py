@@ -84,9 +84,8 @@ async def bring(it: World) -> str:
         return Caller(user, Address("fake", "bot", "p", "c"), channel, "en", 0, 0)
 
     who = await it.database.read(caller)
-    call = await prepare_finetune(
-        it.home, it.database, Deliveries(it.database).fetch, who, parse("/finetune conversations")
-    )
+    fetch = Deliveries(it.database).fetch
+    call = await prepare_finetune(it.home, it.database, fetch, who, parse("/finetune conversations"))
     return call.arguments["dataset"]
 
 

@@ -58,10 +58,10 @@ class Talk:
         await self.there.until(lambda: len(self.there.answered) > done)
         await self.settled()
 
-    async def settled(self) -> None:
+    async def settled(self, seconds: float = 20.0) -> None:
         """All that Telegram had is taken in, and all that was taken in is ended."""
         await self.there.until(lambda: not self.there.account.pending)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(seconds):
             await self.here.service.settled("telegram", "acme_bot")
 
 

@@ -98,9 +98,8 @@ async def test_a_second_poller_is_explained_and_waited_out(
 ) -> None:
     monkeypatch.setattr("bots.telegram.intake._CONFLICT_S", 0.05)
     async with FakeTelegram().open() as there, talk(tmp_path, there=there) as it:
-        there.account.polling += 1  # somebody else's request is open
+        there.account.take_over()  # somebody else asks for updates
         await it.there.until(lambda: any(call.status == 409 for call in there.calls))
-        there.account.polling -= 1
         assert (await it.ask(ANN, "hello")).text == "you said hello"
     assert "telegram.two_pollers" in caplog.text
 

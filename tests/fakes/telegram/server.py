@@ -75,6 +75,13 @@ class Account:
     webhook: dict[str, Any] | None = None
     came: asyncio.Event = field(default_factory=asyncio.Event)
     confirmed: list[int] = field(default_factory=list)
+    poller: int = 0
+
+    def take_over(self) -> int:
+        """A new request for updates ends the one before it."""
+        self.poller += 1
+        self.came.set()
+        return self.poller
 
 
 class FakeTelegram:
@@ -131,7 +138,7 @@ class FakeTelegram:
             yield self
         finally:
             for account in self.accounts.values():
-                account.came.set()
+                account.take_over()
             await runner.cleanup()
 
     # --- what people do ---
@@ -284,30 +291,30 @@ class FakeTelegram:
     async def _getUpdates(self, account: Account, method: Any, files: dict[str, bytes]) -> Any:
         if account.webhook:
             raise Refused(409, "Conflict: can't use getUpdates method while webhook is active; use deleteWebhook first")
-        if account.polling:
-            raise Refused(
-                409, "Conflict: terminated by other getUpdates request; make sure that only one bot instance is running"
-            )
         if method.offset is not None:
             confirmed = [one["update_id"] for one in account.pending if one["update_id"] < method.offset]
             account.confirmed += confirmed
             account.pending = [one for one in account.pending if one["update_id"] >= method.offset]
         account.polling += 1
+        mine = account.take_over()
         try:
             async with asyncio.timeout(min(method.timeout or 0, 5)):
-                while not account.pending:
+                while not account.pending and account.poller == mine:
                     account.came.clear()
                     await account.came.wait()
-                    if not self.url:
-                        break
         except TimeoutError:
             pass
         finally:
             account.polling -= 1
+        if account.poller != mine:
+            described = (
+                "Conflict: terminated by other getUpdates request; make sure that only one bot instance is running"
+            )
+            raise Refused(409, described)
         allowed = method.allowed_updates or []
-        return [one for one in account.pending if not allowed or set(one) & set(allowed) or len(one) == 1][
-            : method.limit
-        ]
+        waiting = [one for one in account.pending if not allowed or set(one) & set(allowed) or len(one) == 1]
+        oldest = sorted(one["update_id"] for one in waiting)[: method.limit]
+        return [one for one in waiting if one["update_id"] in oldest]
 
     async def _setWebhook(self, account: Account, method: Any, files: dict[str, bytes]) -> Any:
         account.webhook = {"url": method.url, "secret": method.secret_token}

@@ -35,6 +35,7 @@ drill: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m tests.bench.ready $(ARGS)
+	$(BIN)/python -m tests.bench.telegram $(ARGS)
 
 clean:
 	rm -rf $(VENV)

@@ -28,6 +28,7 @@ from bots.telegram.places import PLATFORM
 from bots.telegram.reader import ALLOWED, Reader
 from bots.telegram.settings import TelegramSettings, read_settings
 from bots.telegram.webhook import Webhooks, path_of
+from core.errors import AppError
 
 log = logging.getLogger(__name__)
 _PAUSES_S = (1.0, 2.0, 5.0, 10.0, 30.0)
@@ -40,6 +41,7 @@ class TelegramBot:
 
     def __init__(self, settings: TelegramSettings, pace: Pace | None = None) -> None:
         self._settings, self._pace = settings, pace
+        self._known = False  # whether Telegram has known the token in this run
 
     @classmethod
     def configure(cls, settings: Mapping[str, object]) -> Self:
@@ -52,11 +54,13 @@ class TelegramBot:
         try:
             api = Api(bot, self._pace or Pace())
             me = await self._at_last(api, GetMe())
+            self._known = True
             await self._serve(door, api, me)
         except (TelegramUnauthorizedError, TelegramNotFound):
-            raise BadConfig(
-                detail="Telegram does not know the token of [bots.telegram]: ask @BotFather for it with /token"
-            ) from None
+            detail = "Telegram does not know the token of [bots.telegram]: ask @BotFather for it with /token"
+            if self._known:  # taken back while we ran: that stops no other bot
+                raise AppError(detail=detail) from None
+            raise BadConfig(detail=detail, file="[bots.telegram]", problems=detail) from None
         finally:
             with suppress(Exception):
                 await bot.session.close()

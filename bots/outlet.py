@@ -14,6 +14,7 @@ from typing import Protocol, Self
 from core.commands import Grant
 from core.errors import BadConfig
 from core.outlet import Outlet, Reopen, Unreachable
+from core.store.installations import Installations
 from core.types import Address, Attachment, Body, Button, Handle, Incoming, Kind, Lane, Receipt
 
 __all__ = [
@@ -27,6 +28,7 @@ __all__ = [
     "Grant",
     "Handle",
     "Incoming",
+    "Installations",
     "Kind",
     "Lane",
     "Outlet",
@@ -42,6 +44,11 @@ log = logging.getLogger(__name__)
 
 class Door(Protocol):
     """What a bot may ask of the service."""
+
+    @property
+    def installations(self) -> Installations:
+        """Where a bot keeps what a platform hands out for each account."""
+        ...
 
     def register(self, platform: str, account: str, outlet: Outlet) -> None:
         """Say where replies to an account are written; before the first `accept` of that account."""
@@ -60,6 +67,10 @@ class Door(Protocol):
 
     async def grant(self, at: Address, user: str) -> Grant:
         """What this person may do in the channel of that place: for menus, never for deciding."""
+        ...
+
+    async def questions(self, at: Address, user: str) -> tuple[str, ...]:
+        """What the channel of that place suggests to begin with."""
         ...
 
     async def settled(self, platform: str, account: str) -> None:

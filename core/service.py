@@ -32,6 +32,7 @@ from core.store import directory, inbox, turns
 from core.store.database import Database, Tx
 from core.store.home import Home
 from core.store.inbox import Taken
+from core.store.installations import Installations
 from core.texts import duration, resolve, say
 from core.training import Training
 from core.types import (
@@ -89,6 +90,7 @@ class Service:
         training: Training,
         settings: ServiceSettings,
     ) -> None:
+        self.installations = Installations(database)
         self._database = database
         self._home = home
         self._engine = engine
@@ -131,6 +133,16 @@ class Service:
             who = tx.cipher.hash_user(at.platform, at.account, user)
             channel = directory.channel_of_person(tx, at.platform, at.account, at.place, who)
             return directory.grant_of(tx, who, channel.id) if channel else Grant.ANYONE
+
+        return await self._database.read(work)
+
+    async def questions(self, at: Address, user: str) -> tuple[str, ...]:
+        """What the channel of that place suggests to begin with."""
+
+        def work(tx: Tx) -> tuple[str, ...]:
+            who = tx.cipher.hash_user(at.platform, at.account, user)
+            channel = directory.channel_of_person(tx, at.platform, at.account, at.place, who)
+            return channel.questions if channel else ()
 
         return await self._database.read(work)
 

@@ -351,3 +351,25 @@ def m004_bots(db: sqlite_utils.Database) -> None:
         ALTER TABLE feedback ADD COLUMN reason TEXT NOT NULL DEFAULT ''
         """,
     )
+
+
+@MIGRATIONS()
+def m005_installations(db: sqlite_utils.Database) -> None:
+    _run(
+        db,
+        """
+        CREATE TABLE installation (
+            platform TEXT NOT NULL,
+            account TEXT NOT NULL,
+            sealed BLOB NOT NULL,  -- the bot's JSON: tokens, encrypted with the key of the home
+            changed_ms INTEGER NOT NULL,
+            PRIMARY KEY (platform, account)
+        ) STRICT, WITHOUT ROWID;;
+        CREATE TABLE install_state (
+            hash TEXT PRIMARY KEY,
+            platform TEXT NOT NULL,
+            link TEXT NOT NULL,
+            made_ms INTEGER NOT NULL
+        ) STRICT, WITHOUT ROWID
+        """,
+    )

@@ -1,0 +1,1 @@
+"""The Slack bot: the one folder that imports slack_bolt and slack_sdk."""

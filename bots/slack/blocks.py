@@ -1,0 +1,81 @@
+"""What stands below an answer in Slack: buttons, thumbs, the note; and what a press says. Pure.
+
+A block's id says where its conversation is, so that a press finds it wherever the message stands.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from typing import Any
+
+from bots.slack.text import harmless
+from core.types import Address, Body, Button
+
+log = logging.getLogger(__name__)
+Block = dict[str, Any]
+_MAX_LABEL, _MAX_VALUE, _MAX_ID, _ROW = 75, 2000, 255, 5
+STOP = "stop"
+ACTIONS = ("command", "feedback", "say", STOP)
+
+
+def message(body: Body, to: Address) -> list[Block]:
+    """The blocks of a whole message: its Markdown, and what hangs below."""
+    text = [{"type": "markdown", "text": harmless(body.text)}] if body.text.strip() else []
+    return [*text, *below(body, to)]
+
+
+def below(body: Body, to: Address) -> list[Block]:
+    """The note, the buttons and the thumbs."""
+    blocks: list[Block] = []
+    if body.note:
+        blocks.append({"type": "context", "elements": [{"type": "plain_text", "text": body.note[:2000]}]})
+    thumbs = [button for button in body.buttons if button.action == "feedback"]
+    if len(thumbs) == 2:
+        blocks.append(_feedback(thumbs))
+    blocks += _rows([button for button in body.buttons if button.action in ("command", "say")], to)
+    return blocks
+
+
+def stop_row(label: str, to: Address) -> list[Block]:
+    return _rows([Button(label, STOP)], to)
+
+
+def where(block_id: str) -> tuple[str, str]:
+    """(place, conversation) of a press, or ("", "") where the block is not ours."""
+    parts = block_id.split("|")
+    return (parts[2], parts[3]) if len(parts) == 4 and parts[0] == "at" else ("", "")
+
+
+def _rows(buttons: Sequence[Button], to: Address) -> list[Block]:
+    fit = [button for button in buttons if len(button.value) <= _MAX_VALUE]
+    for _ in range(len(buttons) - len(fit)):
+        log.warning("slack.button_left_out")
+    rows = [fit[start : start + _ROW] for start in range(0, len(fit), _ROW)]
+    return [
+        {
+            "type": "actions",
+            "block_id": f"at|{number}|{to.place}|{to.conversation}"[:_MAX_ID],
+            "elements": [
+                {
+                    "type": "button",
+                    "action_id": f"{button.action}:{place}",
+                    "text": {"type": "plain_text", "text": button.text[:_MAX_LABEL], "emoji": True},
+                    **({"value": button.value} if button.value else {}),
+                }
+                for place, button in enumerate(row)
+            ],
+        }
+        for number, row in enumerate(rows)
+    ]
+
+
+def _feedback(thumbs: Sequence[Button]) -> Block:
+    good, bad = ({"text": {"type": "plain_text", "text": one.text}, "value": one.value} for one in thumbs)
+    element = {
+        "type": "feedback_buttons",
+        "action_id": "feedback:0",
+        "positive_button": good,
+        "negative_button": bad,
+    }
+    return {"type": "context_actions", "elements": [element]}

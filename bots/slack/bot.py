@@ -1,0 +1,115 @@
+"""One Slack app: listens by Socket Mode or HTTP, for all its workspaces. Knows no message."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections.abc import Callable, Mapping
+from typing import Self
+
+from aiohttp import ClientError, ClientSession
+from slack_bolt.adapter.socket_mode.aiohttp import AsyncSocketModeHandler
+from slack_bolt.app.async_app import AsyncApp
+from slack_bolt.authorization import AuthorizeResult
+from slack_sdk.errors import SlackApiError
+from slack_sdk.web.async_client import AsyncWebClient
+
+from bots.outlet import Door
+from bots.slack.api import CALL_S, Trouble, trouble
+from bots.slack.courtesy import Courtesy
+from bots.slack.intake import Intake
+from bots.slack.pace import Pace
+from bots.slack.places import PLATFORM
+from bots.slack.settings import SlackSettings, read_settings
+from bots.slack.web import Web
+from bots.slack.workspaces import Workspaces, bad_token
+
+log = logging.getLogger(__name__)
+_PAUSES_S = (1.0, 2.0, 5.0, 10.0, 30.0)
+
+
+class SlackBot:
+    """One Slack app: a table [bots.NAME]."""
+
+    platform = PLATFORM
+
+    def __init__(self, settings: SlackSettings, pace: Callable[[], Pace] = Pace) -> None:
+        self._settings, self._pace = settings, pace
+        self.web: Web | None = None
+
+    @classmethod
+    def configure(cls, settings: Mapping[str, object]) -> Self:
+        return cls(read_settings(settings))
+
+    async def run(self, door: Door) -> None:
+        """Until cancelled. Raises BadConfig where Slack does not know the token."""
+        settings = self._settings
+        async with ClientSession() as session:
+            base = settings.api.rstrip("/") + "/"
+            client = AsyncWebClient(base_url=base, timeout=CALL_S, retry_handlers=[], session=session)
+            workspaces = Workspaces(settings, client, door, self._pace)
+            await _at_last(workspaces)
+            courtesy = Courtesy(door)
+            app = _app(settings, client, Intake(workspaces, courtesy, door))
+            self.web = Web(settings, app, client, workspaces, door)
+            if settings.signing_secret or settings.client_id:
+                await self.web.open()
+            try:
+                async with asyncio.TaskGroup() as tasks:
+                    tasks.create_task(courtesy.run(), name="slack courtesy")
+                    if settings.app_token:
+                        tasks.create_task(_listen(app, settings, client), name="slack socket")
+            finally:
+                await self.web.close()
+
+
+def _app(settings: SlackSettings, client: AsyncWebClient, intake: Intake) -> AsyncApp:
+    """Bolt, with the commit ahead of everything that could call Slack."""
+
+    async def never(**_: object) -> AuthorizeResult:
+        raise AssertionError("before_authorize answers all")
+
+    return AsyncApp(
+        name="distributary",
+        logger=logging.getLogger("slack_bolt"),
+        signing_secret=settings.signing_secret or None,
+        client=client,
+        authorize=never,
+        before_authorize=intake.before_authorize,
+        ssl_check_enabled=False,
+        url_verification_enabled=False,
+        request_verification_enabled=bool(settings.signing_secret),
+    )
+
+
+async def _listen(app: AsyncApp, settings: SlackSettings, client: AsyncWebClient) -> None:
+    """Socket Mode. slack_sdk opens the connection anew when Slack refreshes or cuts it."""
+    tries = 0
+    while True:
+        handler = AsyncSocketModeHandler(app, settings.app_token, web_client=client, ping_interval=5)
+        try:
+            await handler.client.connect()  # type: ignore[no-untyped-call]
+            log.info("slack.socket")
+            await asyncio.Event().wait()
+        except (SlackApiError, ClientError, TimeoutError, OSError) as error:
+            if trouble(error) is Trouble.CLOSED:
+                raise bad_token() from None
+            log.warning("slack.no_socket", extra={"error": type(error).__name__})
+            await asyncio.sleep(_PAUSES_S[min(tries, len(_PAUSES_S) - 1)])
+            tries += 1
+        finally:
+            await handler.client.close()  # type: ignore[no-untyped-call]
+
+
+async def _at_last(workspaces: Workspaces) -> None:
+    """Through a Slack that is away; a token that it does not know is told."""
+    tries = 0
+    while True:
+        try:
+            return await workspaces.open()
+        except (SlackApiError, ClientError, TimeoutError, OSError) as error:
+            if trouble(error) is Trouble.CLOSED:
+                raise bad_token() from None
+            log.warning("slack.away", extra={"method": "auth.test", "error": type(error).__name__})
+            await asyncio.sleep(_PAUSES_S[min(tries, len(_PAUSES_S) - 1)])
+            tries += 1

@@ -1,0 +1,348 @@
+"""Writes answers into Slack: one stream or one edited message while they grow, then a final text. Knows no event.
+
+A handle is one message: channel and ts, and whether it began as a stream. A stream is started without text, so that
+its ts is committed before anything is said. An append with unknown outcome is never repeated: the stream is stopped
+and the message updated with the whole text, which may be repeated for ever. No answer has a second stream.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from collections import OrderedDict
+from collections.abc import AsyncIterator, Callable
+from dataclasses import asdict, dataclass, field, replace
+from typing import Any
+
+from aiohttp import ClientError
+from slack_sdk.errors import SlackApiError
+
+from bots.outlet import Address, Attachment, Body, Handle, Receipt
+from bots.render import split_text
+from bots.slack import blocks, text
+from bots.slack.api import Api, Trouble, trouble
+from bots.slack.places import goes_to, is_dm, thread_of
+from core.texts import say
+
+log = logging.getLogger(__name__)
+WAITING = "…"
+_PAINT_S = 0.7  # between two appends
+_EDIT_S = 3.0  # between two edits of one message
+_REMEMBERED = 2_000
+_ERRORS = (SlackApiError, ClientError, TimeoutError, OSError)
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """A handle, read."""
+
+    channel: str
+    ts: str
+    stream: bool
+    place: str
+    conversation: str
+
+    @classmethod
+    def read(cls, handle: Handle) -> Where:
+        return cls(**json.loads(handle))
+
+    def handle(self) -> Handle:
+        return Handle(json.dumps(asdict(self)))
+
+    @property
+    def to(self) -> Address:
+        return Address("slack", "", self.place, self.conversation)
+
+
+@dataclass(slots=True)
+class Sight:
+    """What is seen of a message that is being written in this run. `broken`: the stream takes no more."""
+
+    sent: str = ""
+    broken: bool = False
+    painted: float = 0.0
+    busy: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+@dataclass(frozen=True, slots=True)
+class Asker:
+    """Who is answered: Slack wants to know before it streams into a channel."""
+
+    team: str
+    user: str
+    language: str = ""
+
+
+class SlackOutlet:
+    """One workspace's. The intake tells who asks; of whom nobody is known, after a restart, the answer is posted."""
+
+    def __init__(self, api: Api, *, transport: str = "stream", clock: Callable[[], float] = time.monotonic) -> None:
+        self._api, self._transport, self._clock = api, transport, clock
+        self._askers: OrderedDict[tuple[str, str], Asker] = OrderedDict()
+        self._sights: OrderedDict[Handle, Sight] = OrderedDict()
+        self._begun: OrderedDict[Address, None] = OrderedDict()
+        self._errands: set[asyncio.Task[None]] = set()
+
+    def asked(self, to: Address, asker: Asker) -> None:
+        _remember(self._askers, (to.place, to.reply_to or to.conversation), asker)
+
+    # --- the contract ---
+
+    def split(self, body: Body) -> tuple[Body, ...]:
+        """Cut within Slack's limits; buttons below the last text, files as messages of their own."""
+        pieces = split_text(body.text, text.LIMIT, lambda part: len(text.harmless(part)))
+        parts = [Body(piece) for piece in pieces]
+        parts[-1] = replace(parts[-1], buttons=body.buttons, note=body.note)
+        return (*parts, *(Body("", files=(path,)) for path in body.files))
+
+    async def open(self, to: Address) -> Handle:
+        asker = self._askers.get((to.place, to.reply_to or to.conversation))
+        where = None
+        if self._may_stream(to, asker):
+            where = await self._start(to, asker)
+        _remember(self._begun, to, None)
+        if where is None:
+            where = await self._post(to, asker)
+        handle = where.handle()
+        _remember(self._sights, handle, Sight())
+        if to.reply_to and thread_of(to):
+            self._errand(self._status(where, asker))
+        return handle
+
+    async def show(self, handle: Handle, text_so_far: str) -> None:
+        sight, where = self._sights.get(handle), Where.read(handle)
+        if sight is None:
+            return
+        now, shown = self._clock(), text.growing(text_so_far)
+        streaming = where.stream and not sight.broken
+        if now - sight.painted < (_PAINT_S if streaming else _EDIT_S) or len(shown) > text.LIMIT:
+            return
+        async with sight.busy:
+            sight.painted = now
+            if streaming:
+                await self._append(where, sight, shown)
+            elif shown.strip() and self._api.free("chat.update"):
+                await self._edit(where, sight, shown)
+
+    async def finish(self, handle: Handle, body: Body) -> Receipt:
+        where, sight = Where.read(handle), self._sights.get(handle)
+        if sight is not None:
+            async with sight.busy:
+                done = where.stream and await self._stop_with(where, sight, body)
+                sight.broken = True
+        else:
+            done = False
+        if not done:
+            await self._settle(where, body)
+        if not where.stream and thread_of(where.to):
+            self._errand(self._session(where, "active"))
+        return Receipt(json.dumps({"channel": where.channel, "ts": where.ts}))
+
+    async def recover(self, handle: Handle) -> Handle:
+        """A message is written on; a stream of an earlier run, or a broken one, is stopped and written as a message."""
+        where = Where.read(handle)
+        if not where.stream:
+            self._sights.setdefault(handle, Sight())
+            return handle
+        await self._stop(where)
+        made = replace(where, stream=False).handle()
+        self._sights.pop(handle, None)
+        _remember(self._sights, made, Sight())
+        return made
+
+    async def fail(self, handle: Handle, body: Body) -> None:
+        where, sight = Where.read(handle), self._sights.get(handle)
+        if sight is not None:
+            sight.broken = True
+        await self._settle(where, self.split(body)[0])
+        if thread_of(where.to):
+            self._errand(self._session(where, "active"))
+
+    def fetch(self, attachment: Attachment) -> AsyncIterator[bytes]:
+        """The bytes of a file that a person shared. Raises BadInput."""
+        return self._api.download(attachment.file_id, attachment.name, attachment.size_bytes)
+
+    async def rest(self) -> None:
+        """Wait for what is still being told on the side."""
+        await asyncio.gather(*self._errands, return_exceptions=True)
+
+    # --- beginning ---
+
+    def _may_stream(self, to: Address, asker: Asker | None) -> bool:
+        return (
+            self._transport == "stream"
+            and bool(to.reply_to)
+            and thread_of(to) is not None
+            and to not in self._begun
+            and (asker is not None or is_dm(to.place))
+            and self._api.free("chat.startStream")
+            and self._api.free("chat.stopStream")
+        )
+
+    async def _start(self, to: Address, asker: Asker | None) -> Where | None:
+        """A stream without text; None where there is none to be had, or nobody knows whether there is."""
+        given = {"channel": to.place, "thread_ts": to.conversation}
+        if asker is not None and not is_dm(to.place):
+            given |= {"recipient_team_id": asker.team, "recipient_user_id": asker.user}
+        try:
+            made = await self._api.once("chat.startStream", **given)
+        except _ERRORS as error:
+            log.info("slack.no_stream", extra={"error": _name(error)})
+            return None
+        return Where(str(made.get("channel", to.place)), str(made["ts"]), True, to.place, to.conversation)
+
+    async def _post(self, to: Address, asker: Asker | None) -> Where:
+        stop = say((asker.language if asker else "") or "en", "slack.stop")
+        below = blocks.stop_row(stop, to) if to.reply_to else []
+        made = await self._api.write(
+            "chat.postMessage",
+            channel=goes_to(to),
+            thread_ts=thread_of(to),
+            text=WAITING,
+            blocks=[{"type": "markdown", "text": WAITING}, *below],
+            unfurl_links=False,
+            unfurl_media=False,
+        )
+        return Where(str(made["channel"]), str(made["ts"]), False, to.place, to.conversation)
+
+    async def _status(self, where: Where, asker: Asker | None) -> None:
+        """What Slack shows while nothing is written yet, and its own stop button."""
+        language = (asker.language if asker else "") or "en"
+        words = [say(language, f"slack.working_{number}") for number in (1, 2, 3)]
+        await self._session(where, "processing")
+        await self._aside(
+            "assistant.threads.setStatus",
+            channel_id=where.channel,
+            thread_ts=where.conversation,
+            status=words[0],
+            loading_messages=words,
+        )
+
+    async def _session(self, where: Where, status: str) -> None:
+        await self._aside(
+            "agents.sessions.setStatus", channel_id=where.channel, thread_ts=where.conversation, status=status
+        )
+
+    # --- growing ---
+
+    async def _append(self, where: Where, sight: Sight, shown: str) -> None:
+        if not shown.startswith(sight.sent):
+            sight.broken = True
+            return
+        new = shown[len(sight.sent) :]
+        if not new or not self._api.free("chat.appendStream"):
+            return
+        sight.broken = True  # until Slack has said that it was taken
+        try:
+            await self._api.once("chat.appendStream", channel=where.channel, ts=where.ts, markdown_text=new)
+        except _ERRORS as error:
+            sight.broken = trouble(error) is not Trouble.WAIT
+            log.info("slack.append_failed", extra={"error": _name(error)})
+            return
+        sight.broken, sight.sent = False, shown
+
+    async def _edit(self, where: Where, sight: Sight, shown: str) -> None:
+        try:
+            if where.stream and sight.broken:
+                await self._stop_once(where)
+            await self._api.once("chat.update", **self._whole(where, Body(shown)))
+        except _ERRORS as error:
+            log.info("slack.edit_failed", extra={"error": _name(error)})
+
+    # --- final ---
+
+    async def _stop_with(self, where: Where, sight: Sight, body: Body) -> bool:
+        """End a whole stream with the rest of its text and its buttons; False where an update has to say it all."""
+        final = text.harmless(body.text)
+        if sight.broken or body.files or not final.startswith(sight.sent):
+            return False
+        rest = final[len(sight.sent) :]
+        await self._api.turn("chat.stopStream")
+        try:
+            await self._api.once(
+                "chat.stopStream",
+                channel=where.channel,
+                ts=where.ts,
+                markdown_text=rest or None,
+                blocks=blocks.below(body, where.to) or None,
+                session_status="active",
+            )
+        except _ERRORS as error:
+            log.info("slack.stop_failed", extra={"error": _name(error)})
+            return False
+        return True
+
+    async def _settle(self, where: Where, body: Body) -> None:
+        """Write the whole final text over whatever is there; repeatable."""
+        if where.stream:
+            await self._stop(where)
+        given = self._whole(where, body)
+        if body.files:
+            given |= {"file_ids": [await self._api.upload(path) for path in body.files], "text": body.files[0].name}
+        try:
+            await self._api.write("chat.update", **given)
+        except SlackApiError as error:
+            if trouble(error) is not Trouble.OPEN:
+                raise
+            await self._stop(where)
+            await self._api.write("chat.update", **given)
+
+    async def _stop(self, where: Where) -> None:
+        """End a stream as it stands; one that has ended is as good."""
+        try:
+            await self._api.write("chat.stopStream", channel=where.channel, ts=where.ts, session_status="active")
+        except SlackApiError as error:
+            if trouble(error) is not Trouble.ENDED:
+                raise
+
+    async def _stop_once(self, where: Where) -> None:
+        try:
+            await self._api.once("chat.stopStream", channel=where.channel, ts=where.ts)
+        except SlackApiError as error:
+            if trouble(error) is not Trouble.ENDED:
+                raise
+
+    def _whole(self, where: Where, body: Body) -> dict[str, Any]:
+        """A message that says exactly this. `text` is what notifications show."""
+        return {
+            "channel": where.channel,
+            "ts": where.ts,
+            "text": text.harmless(body.text)[:3000] or WAITING,
+            "blocks": blocks.message(body, where.to),
+            "link_names": False,
+        }
+
+    # --- on the side ---
+
+    async def _aside(self, method: str, **given: Any) -> None:
+        """Best effort: nobody waits for it and nothing depends on it."""
+        if not self._api.free(method):
+            return
+        try:
+            await self._api.once(method, **given)
+        except _ERRORS as error:
+            log.debug("slack.aside_failed", extra={"method": method, "error": _name(error)})
+
+    def _errand(self, what: Any) -> None:
+        if len(self._errands) > _REMEMBERED:
+            what.close()
+            return
+        task = asyncio.ensure_future(what)
+        self._errands.add(task)
+        task.add_done_callback(self._errands.discard)
+
+
+def _name(error: Exception) -> str:
+    if isinstance(error, SlackApiError) and hasattr(error.response, "get"):
+        return str(error.response.get("error"))
+    return type(error).__name__
+
+
+def _remember(known: OrderedDict[Any, Any], key: Any, value: Any) -> None:
+    """Keep the newest: those before are of answers long settled."""
+    known[key] = value
+    known.move_to_end(key)
+    if len(known) > _REMEMBERED:
+        known.popitem(last=False)

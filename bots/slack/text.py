@@ -1,0 +1,48 @@
+"""Markdown on its way to Slack, and Slack's marked-up text on its way to the model. Pure.
+
+Slack takes standard Markdown; what could ping somebody is made harmless by an invisible word joiner.
+"""
+
+from __future__ import annotations
+
+import re
+
+LIMIT = 11_000  # characters of Markdown blocks in one message: Slack refuses above some 13,200 for all blocks
+_JOINER = "\u2060"
+_ALARM = re.compile(r"<(?=[!@#])|@(?=(?:channel|here|everyone)\b)", re.IGNORECASE)
+_OPEN_END = re.compile(r"(?:<|@[a-zA-Z]{0,8})\Z")
+_ENTITY = re.compile(r"<([^<>\n]*)>")
+
+
+def harmless(markdown: str) -> str:
+    """The text without anything that Slack reads as a ping of people, groups or channels."""
+    return _ALARM.sub(lambda found: found[0] + _JOINER, markdown)
+
+
+def growing(markdown: str) -> str:
+    """What of a text that still grows can be shown: `harmless` of it begins `harmless` of all that may follow."""
+    text = markdown.lstrip()
+    return harmless(_OPEN_END.sub("", text.rstrip()))
+
+
+def read(text: str, bot_user: str = "") -> tuple[bool, str]:
+    """What a person wrote, as they meant it; whether the bot is named in it, whose name is left out."""
+    named = False
+
+    def plain(found: re.Match[str]) -> str:
+        nonlocal named
+        target, _, label = found[1].partition("|")
+        if target[:1] == "@":
+            if bot_user and target[1:] == bot_user:
+                named = True
+                return " "
+            return f"@{label or target[1:]}"
+        if target[:1] == "#":
+            return f"#{label or target[1:]}"
+        if target[:1] == "!":
+            return f"@{label.lstrip('@') or target[1:].partition('^')[0]}"
+        return target.removeprefix("mailto:")
+
+    said = _ENTITY.sub(plain, text)
+    said = said.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
+    return named, said.strip(" ,:\n\t") if named else said.strip()

@@ -1,0 +1,166 @@
+"""What Slack and browsers reach over HTTP: events, and the two pages of installing. Knows no event and no answer.
+
+Every request that is not Slack's is answered 401 and says nothing: headers are checked before Bolt sees them, since
+what is no ASCII, no number or no UTF-8 makes slack_sdk raise.
+"""
+
+from __future__ import annotations
+
+import hmac
+import html
+import logging
+import re
+from urllib.parse import urlencode
+
+from aiohttp import web
+from slack_bolt.adapter.aiohttp import to_aiohttp_response
+from slack_bolt.app.async_app import AsyncApp
+from slack_bolt.request.async_request import AsyncBoltRequest
+from slack_sdk.errors import SlackApiError
+from slack_sdk.signature import SignatureVerifier
+from slack_sdk.web.async_client import AsyncWebClient
+
+from bots.outlet import BadConfig, Door
+from bots.slack.manifest import SCOPES
+from bots.slack.places import PLATFORM
+from bots.slack.settings import SlackSettings
+from bots.slack.workspaces import Workspaces
+from core.texts import resolve, say
+
+log = logging.getLogger(__name__)
+EVENTS, INSTALL, REDIRECT = "/slack/events", "/slack/install", "/slack/oauth_redirect"
+MAX_BYTES = 2_000_000
+_COOKIE = "slack-install"
+_TIME = re.compile(r"[0-9]{1,12}")
+_SIGNATURE = re.compile(r"v0=[0-9a-f]{64}")
+_LINK = re.compile(r"[A-Za-z0-9_-]{0,64}")
+_PAGE = (
+    '<!doctype html><meta charset="utf-8"><meta name="viewport" content="width=device-width">'
+    '<title>{title}</title><body style="font:18px sans-serif;max-width:36em;margin:4em auto;padding:0 1em">'
+    "<h1>{title}</h1><p>{text}</p>"
+)
+
+
+class Web:
+    """One app's. With `app` it takes events; with a client id it can be installed."""
+
+    def __init__(
+        self, settings: SlackSettings, app: AsyncApp, client: AsyncWebClient, workspaces: Workspaces, door: Door
+    ) -> None:
+        self._settings, self._app, self._client = settings, app, client
+        self._workspaces, self._door = workspaces, door
+        self._verifier = SignatureVerifier(settings.signing_secret) if settings.signing_secret else None
+        self._runner: web.AppRunner | None = None
+
+    @property
+    def port(self) -> int:
+        assert self._runner is not None
+        return int(self._runner.addresses[0][1])
+
+    async def open(self) -> None:
+        """Raises BadConfig where the address cannot be listened on."""
+        served = web.Application(client_max_size=MAX_BYTES)
+        if self._verifier is not None:
+            served.router.add_post(EVENTS, self._events)
+        if self._settings.client_id:
+            served.router.add_get(INSTALL, self._install)
+            served.router.add_get(REDIRECT, self._redirect)
+        served.router.add_route("*", "/{path:.*}", _nobody)
+        self._runner = web.AppRunner(served, access_log=None, handle_signals=False)
+        await self._runner.setup()
+        try:
+            await web.TCPSite(self._runner, *self._settings.host_and_port).start()
+        except OSError as error:
+            detail = f"bots.slack.listen = {self._settings.listen!r} cannot be used: {error.strerror}"
+            raise BadConfig(detail=detail, file="[bots.slack]", problems=detail) from error
+
+    async def close(self) -> None:
+        if self._runner is not None:
+            await self._runner.cleanup()
+
+    # --- events ---
+
+    async def _events(self, request: web.Request) -> web.Response:
+        body = await self._verified(request)
+        if body is None:
+            return web.Response(status=401)
+        try:
+            given = AsyncBoltRequest(body=body, query=request.query_string, headers=dict(request.headers))
+            readable = isinstance(given.body, dict) and bool(given.body)
+        except (ValueError, TypeError, KeyError, AttributeError, RecursionError):
+            readable = False
+        if not readable:
+            log.error("slack.unreadable", extra={"bytes": len(body)})
+            await self._door.accept_dead(PLATFORM, "", request.headers["X-Slack-Signature"], body)
+            return web.Response()
+        return await to_aiohttp_response(await self._app.async_dispatch(given))
+
+    async def _verified(self, request: web.Request) -> str | None:
+        """The body of a request that Slack signed within the last five minutes; else None."""
+        times = request.headers.getall("X-Slack-Request-Timestamp", [])
+        signatures = request.headers.getall("X-Slack-Signature", [])
+        if len(times) != 1 or len(signatures) != 1 or self._verifier is None:
+            return None
+        if not _TIME.fullmatch(times[0]) or not _SIGNATURE.fullmatch(signatures[0]):
+            return None
+        try:
+            body = (await request.read()).decode("utf-8")
+        except (UnicodeDecodeError, web.HTTPRequestEntityTooLarge):
+            return None
+        return body if self._verifier.is_valid(body, times[0], signatures[0]) else None
+
+    # --- installing ---
+
+    async def _install(self, request: web.Request) -> web.StreamResponse:
+        """To Slack's own page. `?link=NAME` brings the workspace to the channel of that link."""
+        link = request.query.get("link", "")
+        if not _LINK.fullmatch(link):
+            return _page(request, "install_failed", 400)
+        state = await self._door.installations.begin(PLATFORM, link)
+        asked = {
+            "client_id": self._settings.client_id,
+            "scope": ",".join(SCOPES),
+            "state": state,
+            "redirect_uri": self._settings.url.rstrip("/") + REDIRECT,
+        }
+        there = self._settings.api.rstrip("/").removesuffix("api") + "oauth/v2/authorize"
+        answer = web.Response(status=302, headers={"Location": f"{there}?{urlencode(asked)}"})
+        secure = self._settings.url.startswith("https:")
+        answer.set_cookie(_COOKIE, state, max_age=600, httponly=True, secure=secure, samesite="Lax", path=REDIRECT)
+        return answer
+
+    async def _redirect(self, request: web.Request) -> web.StreamResponse:
+        """Back from Slack's page. The state counts once, and only in the browser that began."""
+        state, code = request.query.get("state", ""), request.query.get("code", "")
+        began = request.cookies.get(_COOKIE, "")
+        if not state or not hmac.compare_digest(state.encode(), began.encode()):
+            return _page(request, "install_failed", 401)
+        link = await self._door.installations.use(PLATFORM, state)
+        if link is None:
+            return _page(request, "install_failed", 401)
+        if not code:
+            return _page(request, "install_cancelled", 200)
+        try:
+            answer = await self._client.oauth_v2_access(
+                client_id=self._settings.client_id,
+                client_secret=self._settings.client_secret,
+                code=code,
+                redirect_uri=self._settings.url.rstrip("/") + REDIRECT,
+            )
+            assert isinstance(answer.data, dict)
+            name = await self._workspaces.add(answer.data, link)
+        except SlackApiError as error:
+            log.warning("slack.install_failed", extra={"error": str(error.response.get("error"))})
+            return _page(request, "install_failed", 400)
+        return _page(request, "installed", 200, name=name)
+
+
+async def _nobody(request: web.Request) -> web.Response:
+    return web.Response(status=401)
+
+
+def _page(request: web.Request, key: str, status: int, **fields: str) -> web.Response:
+    language = resolve(request.headers.get("Accept-Language", "").partition(",")[0]) or "en"
+    title, text = say(language, f"slack.{key}_title"), say(language, f"slack.{key}", **fields)
+    shown = _PAGE.format(title=html.escape(title), text=html.escape(text))
+    return web.Response(status=status, text=shown, content_type="text/html", headers={"Referrer-Policy": "no-referrer"})

@@ -1,0 +1,133 @@
+"""The workspaces that one Slack app serves: who they are, how their token is had and renewed. Knows no message."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field
+
+from slack_sdk.web.async_client import AsyncWebClient
+
+from bots.outlet import BadConfig, Door
+from bots.slack.api import Api
+from bots.slack.outlet import SlackOutlet
+from bots.slack.pace import Pace
+from bots.slack.places import PLATFORM
+from bots.slack.settings import SlackSettings
+from core.logs import register_secret
+
+log = logging.getLogger(__name__)
+_RENEW_S = 2 * 3600  # before a token ends; rotated ones live for twelve hours
+
+
+@dataclass(slots=True)
+class Workspace:
+    """One installation. `kept` is what Slack handed out: token, refresh_token, expires_s, bot_user, name."""
+
+    account: str
+    kept: dict[str, str]
+    outlet: SlackOutlet = field(init=False)
+    api: Api = field(init=False)
+    renewing: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Workspaces:
+    def __init__(self, settings: SlackSettings, client: AsyncWebClient, door: Door, pace: Callable[[], Pace]) -> None:
+        self._settings, self._client, self._door, self._pace = settings, client, door, pace
+        self._known: dict[str, Workspace] = {}
+
+    def get(self, account: str) -> Workspace | None:
+        return self._known.get(account)
+
+    async def open(self) -> None:
+        """Those that have installed the app; or the one whose token is in the configuration."""
+        if self._settings.token:
+            answer = (await self._client.api_call("auth.test", headers=_bearer(self._settings.token))).data
+            assert isinstance(answer, dict)
+            of_org = answer.get("is_enterprise_install") and answer.get("enterprise_id")
+            kept = {"token": self._settings.token, "bot_user": str(answer.get("user_id", ""))}
+            self._register(str(of_org or answer["team_id"]), kept)
+            return
+        for account, kept in (await self._door.installations.all(PLATFORM)).items():
+            self._register(account, kept)
+        log.info("slack.workspaces", extra={"count": len(self._known)})
+
+    async def add(self, answer: Mapping[str, object], link: str) -> str:
+        """Keep what oauth.v2.access gave, and answer there from now on; the name of the workspace."""
+        team, org = (value if isinstance(value := answer.get(key), dict) else {} for key in ("team", "enterprise"))
+        of_org = bool(answer.get("is_enterprise_install"))
+        account = str((org if of_org else team)["id"])
+        kept = {**_tokens(answer), "bot_user": str(answer.get("bot_user_id", ""))}
+        await self._door.installations.keep(PLATFORM, account, kept, link)
+        self._register(account, kept)
+        log.info("slack.installed", extra={"account": account})
+        return str((org if of_org else team).get("name") or account)
+
+    async def drop(self, account: str) -> None:
+        """The app was thrown out: its tokens are forgotten before Slack is told that we know."""
+        if self._settings.token:
+            return
+        await self._door.installations.drop(PLATFORM, account)
+        known = self._known.pop(account, None)
+        if known is not None:
+            known.kept = {}
+        log.info("slack.uninstalled", extra={"account": account})
+
+    def _register(self, account: str, kept: dict[str, str]) -> None:
+        _hide(kept)
+        known = self._known.get(account)
+        if known is not None:
+            known.kept = kept
+            return
+        made = self._known[account] = Workspace(account, kept)
+        made.api = Api(self._client, lambda: self._token(made), self._pace())
+        made.outlet = SlackOutlet(made.api, transport=self._settings.transport)
+        self._door.register(PLATFORM, account, made.outlet)
+
+    async def _token(self, of: Workspace) -> str:
+        """The token of now. One that ends soon is renewed first, by one caller."""
+        async with of.renewing:
+            expires_s, refresh = float(of.kept.get("expires_s") or 0), of.kept.get("refresh_token", "")
+            if refresh and expires_s - time.time() < _RENEW_S:
+                await self._renew(of, refresh)
+            return of.kept.get("token", "")
+
+    async def _renew(self, of: Workspace, refresh: str) -> None:
+        answer = (
+            await self._client.oauth_v2_access(
+                client_id=self._settings.client_id,
+                client_secret=self._settings.client_secret,
+                grant_type="refresh_token",
+                refresh_token=refresh,
+            )
+        ).data
+        assert isinstance(answer, dict)
+        of.kept = {**of.kept, **_tokens(answer)}
+        _hide(of.kept)
+        await self._door.installations.keep(PLATFORM, of.account, of.kept)
+        log.info("slack.token_renewed", extra={"account": of.account})
+
+
+def bad_token() -> BadConfig:
+    detail = "Slack does not know the token of [bots.slack]: copy it from OAuth & Permissions of your app"
+    return BadConfig(detail=detail, file="[bots.slack]", problems=detail)
+
+
+def _tokens(answer: Mapping[str, object]) -> dict[str, str]:
+    found = {"token": str(answer["access_token"])}
+    if answer.get("refresh_token"):
+        found["refresh_token"] = str(answer["refresh_token"])
+        found["expires_s"] = str(time.time() + float(str(answer.get("expires_in") or 43_200)))
+    return found
+
+
+def _bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
+
+
+def _hide(kept: Mapping[str, str]) -> None:
+    for key in ("token", "refresh_token"):
+        if kept.get(key):
+            register_secret(kept[key])

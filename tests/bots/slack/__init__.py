@@ -1,0 +1,1 @@
+"""The Slack bot, against a strict fake of Slack."""

@@ -1,0 +1,103 @@
+"""A whole program that speaks Slack: real core, scripted engine, real Bolt and slack_sdk, fake Slack on loopback."""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+from collections.abc import AsyncIterator, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from bots.slack.bot import SlackBot
+from bots.slack.pace import Pace, Rate
+from bots.slack.web import EVENTS
+from core.engine.protocol import Request
+from core.errors import AppError
+from core.store import directory
+from core.store.database import Tx
+from tests.fakes.slack import FakeSlack, Held
+from tests.fakes.slack.server import APP_TOKEN, SIGNING
+from tests.world import World, world
+
+FAST = Rate(1000.0, 1000.0)
+METHODS = ("chat.startStream", "chat.stopStream", "chat.appendStream", "chat.update", "chat.postMessage")
+
+
+def fast() -> Pace:
+    return Pace(dict.fromkeys(METHODS, FAST))
+
+
+@dataclass
+class Talk:
+    """`there` is the fake Slack, `here` the core."""
+
+    there: FakeSlack
+    here: World
+    bot: SlackBot
+    teams: tuple[str, ...] = ("T1",)
+
+    async def ask(self, user: str, text: str, **more: Any) -> Held:
+        """Say something and wait for what the bot's message becomes in the end."""
+        payload = self.there.message(user, text, **more)
+        return await self.answer(payload)
+
+    async def answer(self, payload: dict[str, Any]) -> Held:
+        before = len(self.there.messages)
+        await self.there.deliver(payload)
+        await self.settled()
+        return list(self.there.messages.values())[before]
+
+    async def settled(self, seconds: float = 20.0) -> None:
+        async with asyncio.timeout(seconds):
+            for team in self.teams:
+                await self.here.service.settled("slack", team)
+
+
+def bind(tx: Tx) -> None:
+    channel = directory.channel_by_name(tx, "acme")
+    assert channel is not None
+    directory.bind(tx, "slack", "T1", "", channel.id)
+    tx.run("UPDATE channel SET per_minute = 0, per_hour = 0 WHERE id = ?", [channel.id])
+    owner = tx.cipher.hash_user("slack", "T1", "UOWNER")
+    directory.grant_operator(tx, owner, None, "owner", "test")
+
+
+@asynccontextmanager
+async def talk(
+    folder: Path,
+    answers: Callable[[Request], str | AppError] | None = None,
+    *,
+    there: FakeSlack | None = None,
+    http: bool = False,
+    delay_s: float = 0.0,
+    pace: Callable[[], Pace] = fast,
+    trainer: tuple[str, ...] = (),
+    **settings: Any,
+) -> AsyncIterator[Talk]:
+    async with contextlib.AsyncExitStack() as stack:
+        if there is None:
+            there = await stack.enter_async_context(FakeSlack().open())
+            there.workspace("T1")
+        here = await stack.enter_async_context(world(folder, answers, delay_s=delay_s, trainer=trainer))
+        await here.database.write(bind)
+        given: dict[str, Any] = {"api": f"{there.url}/api/", "listen": "127.0.0.1:0"}
+        if "client_id" not in settings:
+            given["token"] = there.workspaces["T1"].token
+        given |= {"signing_secret": SIGNING} if http else {"app_token": APP_TOKEN}
+        bot = SlackBot.configure(given | settings)
+        bot._pace = pace
+        async with asyncio.TaskGroup() as tasks:
+            running = tasks.create_task(bot.run(here.service))
+            if http:
+                while bot.web is None or bot.web._runner is None or not bot.web._runner.addresses:  # noqa: ASYNC110 - the port is known when it listens
+                    await asyncio.sleep(0.005)
+                there.events_url = f"http://127.0.0.1:{bot.web.port}{EVENTS}"
+            else:
+                there.events_url = ""
+                await there.until(lambda: there.sockets)
+            try:
+                yield Talk(there, here, bot)
+            finally:
+                running.cancel()

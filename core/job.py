@@ -109,6 +109,17 @@ class Checked:
 
 
 @dataclass(frozen=True, slots=True)
+class Planned:
+    """What is about to be done, before the first step. `tokens` are those of all epochs, rehearsal included."""
+
+    kind: ClassVar[str] = "planned"
+    steps: int
+    tokens: int
+    rows: int
+    rehearsed: int  # rows of what the base can do, beside `rows`
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
     kind: ClassVar[str] = "progress"
     step: int
@@ -192,9 +203,9 @@ class Failed:
     line: int = 0
 
 
-JobEvent = Checked | Progress | Evaluated | Judged | Warned | Done | Failed
+JobEvent = Checked | Planned | Progress | Evaluated | Judged | Warned | Done | Failed
 _EVENTS: dict[str, Callable[..., JobEvent]] = {
-    event.kind: event for event in (Checked, Progress, Evaluated, Judged, Warned, Done, Failed)
+    event.kind: event for event in (Checked, Planned, Progress, Evaluated, Judged, Warned, Done, Failed)
 }
 
 

@@ -3,9 +3,21 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import asdict
 from typing import TypeVar
 
-from core.job import FEWEST_TEST_ROWS, MOST_FORGOTTEN, Checked, Done, Evaluated, JobEvent, Judged, Progress, Warned
+from core.job import (
+    FEWEST_TEST_ROWS,
+    MOST_FORGOTTEN,
+    Checked,
+    Done,
+    Evaluated,
+    JobEvent,
+    Judged,
+    Planned,
+    Progress,
+    Warned,
+)
 from core.store.jobs import Job
 from core.texts import duration, say
 from core.types import Body
@@ -23,8 +35,10 @@ def progress_text(job: Job, events: Sequence[JobEvent]) -> str:
     progress = _last(events, Progress)
     if progress is None:
         checked = _last(events, Checked)
-        doing = "training.loading" if checked else "training.checking"
-        first = f"{head}\n{say(job.language, doing, name=job.dataset)}"
+        planned = _last(events, Planned)
+        doing = "training.planned" if planned else "training.loading" if checked else "training.checking"
+        fields = asdict(planned) if planned else {}
+        first = f"{head}\n{say(job.language, doing, **{'name': job.dataset, **fields})}"
         notes = [f"- {line}" for line in data_text(job.language, checked)] if checked else []
         return "\n".join([first, "", *notes]) if notes else first
     share = progress.step / max(progress.steps, 1)

@@ -21,7 +21,7 @@ from typing import Any
 import torch
 
 from core.errors import JobError
-from core.job import Evaluated, Judged, Progress, Spec, Warned
+from core.job import Evaluated, Judged, Planned, Progress, Spec, Warned
 from core.prompt import TrainingRow
 from core.texts import say
 from finetune import lora, sanity
@@ -111,6 +111,7 @@ class Trainer:
         return own_answers(self.folder, cache, self.prepared.base, spec.instructions, model, self._check_stop)
 
     def run(self) -> None:
+        self._tell_plan()
         try:
             self._train()
             judged = self._judge()
@@ -121,6 +122,17 @@ class Trainer:
         losses = self._losses()
         publish(self.folder, lora.state(self.model), self._manifest(losses, judged))
         self.emit(done(self.position.step, self.position.seconds, losses))
+
+    def _tell_plan(self) -> None:
+        own = len(self.prepared.split.train)
+        self.emit(
+            Planned(
+                steps=self.steps,
+                tokens=sum(len(row.ids) for row in self.train_rows) * self.spec.hyper.epochs,
+                rows=own,
+                rehearsed=len(self.train_rows) - own,
+            )
+        )
 
     def _train(self) -> None:
         told = saved = -math.inf

@@ -13,7 +13,7 @@ from core import jobtexts, tuning
 from core.commands import parse
 from core.datasets import MAX_OPEN
 from core.errors import BadInput, UnknownThing
-from core.job import Checked, Done, Evaluated, Failed, JobEvent, Judged, Progress
+from core.job import Checked, Done, Evaluated, Failed, JobEvent, Judged, Planned, Progress
 from core.operators import run_command
 from core.store import directory, jobs
 from core.store.database import Row, Tx
@@ -170,6 +170,10 @@ def test_status_shows_how_far_it_is(it: Town) -> None:
     assert "waiting" in says(it, "/finetune status")
     hear(it, CHECKED)
     assert say("en", "training.loading", name="faq.jsonl") in says(it, "/finetune status 1")
+    hear(it, Planned(60, 51_000, 80, 24))
+    assert say("en", "training.planned", name="faq.jsonl", steps=60, tokens=51_000, rows=80, rehearsed=24) in says(
+        it, "/finetune status 1"
+    )
     early, late = Progress(1, 60, 1, 3, 3.5, 200.0, 590.0), Progress(15, 60, 1, 3, 2.25, 210.0, 450.0)
     hear(it, early, late, Evaluated(15, "validation", 2.4, 5))
     text = says(it, "/finetune status")

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from core.job import Checked, Done, Failed, JobEvent, Progress, dump_event, load_event
+from core.job import Checked, Done, Failed, JobEvent, Planned, Progress, dump_event, load_event
 from core.store.database import Row, Tx
 from core.types import Address, Caller
 
@@ -207,7 +207,7 @@ def add_event(tx: Tx, job_id: int, event: JobEvent) -> None:
         if last is None or event.step > last.step:
             tx.run("UPDATE job SET attempts = 0 WHERE id = ?", [job_id])
         tx.run(f"DELETE {of_kind} AND seq > (SELECT min(seq) {of_kind})", [job_id, event.kind, job_id, event.kind])
-    elif isinstance(event, Checked | Done | Failed):
+    elif isinstance(event, Checked | Planned | Done | Failed):
         tx.run(f"DELETE {of_kind}", [job_id, event.kind])
     elif tx.value(
         f"SELECT count(*) >= ? OR ifnull(max(data = ?), 0) {of_kind}", [MAX_EVENTS, data, job_id, event.kind]

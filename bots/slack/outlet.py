@@ -63,6 +63,7 @@ class Sight:
     sent: str = ""
     broken: bool = False
     painted: float = 0.0
+    below: list[blocks.Block] = field(default_factory=list)  # the stop button of a message that is edited
     busy: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -106,7 +107,7 @@ class SlackOutlet:
         if where is None:
             where = await self._post(to, asker)
         handle = where.handle()
-        _remember(self._sights, handle, Sight())
+        _remember(self._sights, handle, Sight(below=self._stop_row(where, asker)))
         if to.reply_to and thread_of(to):
             self._errand(self._status(where, asker))
         return handle
@@ -194,8 +195,7 @@ class SlackOutlet:
         return Where(str(made.get("channel", to.place)), str(made["ts"]), True, to.place, to.conversation)
 
     async def _post(self, to: Address, asker: Asker | None) -> Where:
-        stop = say((asker.language if asker else "") or "en", "slack.stop")
-        below = blocks.stop_row(stop, to) if to.reply_to else []
+        below = self._stop_row(Where(goes_to(to), "", False, to.place, to.conversation), asker) if to.reply_to else []
         made = await self._api.write(
             "chat.postMessage",
             channel=goes_to(to),
@@ -206,6 +206,9 @@ class SlackOutlet:
             unfurl_media=False,
         )
         return Where(str(made["channel"]), str(made["ts"]), False, to.place, to.conversation)
+
+    def _stop_row(self, where: Where, asker: Asker | None) -> list[blocks.Block]:
+        return blocks.stop_row(say((asker.language if asker else "") or "en", "slack.stop"), where.to)
 
     async def _status(self, where: Where, asker: Asker | None) -> None:
         """What Slack shows while nothing is written yet, and its own stop button."""
@@ -247,7 +250,8 @@ class SlackOutlet:
         try:
             if where.stream and sight.broken:
                 await self._stop_once(where)
-            await self._api.once("chat.update", **self._whole(where, Body(shown)))
+            given = self._whole(where, Body(shown))
+            await self._api.once("chat.update", **given | {"blocks": [*given["blocks"], *sight.below]})
         except _ERRORS as error:
             log.info("slack.edit_failed", extra={"error": _name(error)})
 

@@ -36,6 +36,7 @@ drill: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m tests.bench.ready $(ARGS)
 	$(BIN)/python -m tests.bench.telegram $(ARGS)
+	$(BIN)/python -m tests.bench.slack $(ARGS)
 
 clean:
 	rm -rf $(VENV)

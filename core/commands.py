@@ -369,8 +369,10 @@ def _right(command: Command, form: Form) -> dict[str, str]:
 
 
 def _help_key(command: Command, form: Form) -> str:
-    """A form with a word has a sentence of its own."""
-    return f"help.{command.name}_{form.word}" if form.word else f"help.{command.name}"
+    """A form with a word has a sentence of its own; one without a word shares that of the form that does the same."""
+    same = (one.word for one in command.forms if (one.parameters, one.who) == (form.parameters, form.who) and one.word)
+    word = form.word or next(same, "")
+    return f"help.{command.name}_{word}" if word else f"help.{command.name}"
 
 
 def _parameter(parameter: Parameter) -> Later:

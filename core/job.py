@@ -38,6 +38,7 @@ class HyperParameters:
     warmup: float = 0.05
     schedule: Literal["cosine", "constant"] = "cosine"
     max_tokens: int = 1024
+    rehearsal: float = 0.3  # rows of what the base can do, for each row of the data set; 0 is none
     seed: int = 0
 
 
@@ -59,6 +60,8 @@ class Spec:
     dtype: str = "auto"  # float32 on a CPU, bfloat16 on a GPU; or one of the two
     threads: int = 1
     nice: int = 10
+    ability: bool = True  # whether the gate looks at what the base could do, and at whole answers
+    cache: str = ""  # a folder for what may be used by later jobs on the same base; "" is none
     hyper: HyperParameters = field(default_factory=HyperParameters)
     model_name: str = ""  # for people, and for the adapter's manifest; "" is the last name of `model`
     version: int = SPEC_VERSION
@@ -125,14 +128,17 @@ class Evaluated:
 
 
 FEWEST_TEST_ROWS = 30  # below, an interval says more about chance than about the model
-Verdict = Literal["passed", "no_better", "style_only", "too_few"]
+MOST_FORGOTTEN = 0.05  # nats per token of the base's own answers
+Verdict = Literal["passed", "no_better", "style_only", "forgets", "unsound", "too_few"]
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
     """The gate's verdict on rows that training did not see, against what the channel answers from now.
 
-    Losses and lifts are means per token. `low` and `high` hold the difference of the losses, 95% sure.
+    Losses and lifts are means per token. `low` and `high` hold the difference of the losses, 95% sure. `ability` is how
+    much more the candidate wonders at the base's own answers to generic prompts, in nats per token; None where it was
+    not measured. `unsound` of `asked` answers were cut, looped or recited the prompt; `unsound_base` of the base's.
     """
 
     kind: ClassVar[str] = "judged"
@@ -146,6 +152,10 @@ class Judged:
     high: float
     lift_champion: float
     lift: float
+    ability: float | None = None
+    unsound: int = 0
+    unsound_base: int = 0
+    asked: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-from core.job import FEWEST_TEST_ROWS, Checked, Done, Evaluated, JobEvent, Judged, Progress, Warned
+from core.job import FEWEST_TEST_ROWS, MOST_FORGOTTEN, Checked, Done, Evaluated, JobEvent, Judged, Progress, Warned
 from core.store.jobs import Job
 from core.texts import duration, say
 from core.types import Body
@@ -91,7 +91,18 @@ def verdict_text(language: str, label: str, judged: Judged) -> list[str]:
             high=f"{judged.high:+.2f}",
         ),
         say(language, "training.lift", lift=f"{judged.lift:.2f}", before=f"{judged.lift_champion:.2f}", **fields),
+        *_health_text(language, judged),
     ]
+
+
+def _health_text(language: str, judged: Judged) -> list[str]:
+    """What the base could do, and how whole answers look; nothing where it was not measured."""
+    if judged.ability is None:
+        return []
+    key = "training.able" if judged.ability <= MOST_FORGOTTEN else "training.unable"
+    sound = {"sound": judged.asked - judged.unsound, "asked": judged.asked}
+    before = {"base": judged.asked - judged.unsound_base}
+    return [say(language, key, change=f"{judged.ability:+.2f}"), say(language, "training.sound", **sound, **before)]
 
 
 def rows_text(language: str, name: str, checked: Checked) -> list[str]:

@@ -271,6 +271,7 @@ class Training:
             device=info.device,
             threads=settings.threads,
             nice=settings.nice,
+            cache=str(self._home.models / "answers"),
             hyper=settings.hyper,
             model_name=info.model,
         )

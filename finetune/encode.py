@@ -52,6 +52,11 @@ def encode(
     return rows
 
 
+def prompt_of(row: Row) -> tuple[int, ...]:
+    """What stands before the row's first answer that is taught."""
+    return row.row.ids[: row.row.supervised.index(True)]
+
+
 def under_questions_of(row: Row, other: Row, tokenizer: ChatTokenizer) -> TrainingRow:
     """The row's answers under another row's questions: as many tokens are taught, and they are the same."""
     asked = [turn for turn in other.served.turns if turn.message.role is Role.USER]

@@ -8,13 +8,14 @@ minus its loss under its own: a model that has learned only a tone gains loss bu
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 
 import numpy as np
 from numpy.typing import NDArray
 
-from core.job import FEWEST_TEST_ROWS, Judged, Verdict
+from core.job import FEWEST_TEST_ROWS, MOST_FORGOTTEN, Judged, Verdict
 
+_MORE_UNSOUND = 1  # of the asked: chance
 _SAMPLES = 10_000
 _AT_ONCE = 2**22  # indices drawn at a time
 Sums = NDArray[np.float64]
@@ -28,8 +29,33 @@ class Scores:
     other: Sequence[float]
 
 
-def judge(candidate: Scores, champion: Scores, tokens: Sequence[int], *, champion_label: str, seed: int) -> Judged:
+@dataclass(frozen=True, slots=True)
+class Health:
+    """What a fine-tune must leave as it was; see core.job.Judged."""
+
+    ability: float | None = None
+    unsound: int = 0
+    unsound_base: int = 0
+    asked: int = 0
+
+    @property
+    def verdict(self) -> Verdict:
+        if self.ability is not None and not self.ability <= MOST_FORGOTTEN:
+            return "forgets"
+        return "unsound" if self.unsound > self.unsound_base + _MORE_UNSOUND else "passed"
+
+
+def judge(
+    candidate: Scores,
+    champion: Scores,
+    tokens: Sequence[int],
+    *,
+    champion_label: str,
+    seed: int,
+    health: Health | None = None,
+) -> Judged:
     """`tokens` is how many tokens of each row are scored. Losses and lifts are means per token, in nats."""
+    health = health or Health()
     n = np.asarray(tokens, dtype=np.float64)
     own, own_before = np.asarray(candidate.own), np.asarray(champion.own)
     lift, lift_before = np.asarray(candidate.other) - own, np.asarray(champion.other) - own_before
@@ -37,7 +63,7 @@ def judge(candidate: Scores, champion: Scores, tokens: Sequence[int], *, champio
     lift_low, _ = _interval(lift, n, seed)
     _, gained_high = _interval(lift - lift_before, n, seed)
     return Judged(
-        verdict=_verdict(len(n), high, lift_low, gained_high),
+        verdict=_verdict(len(n), high, lift_low, gained_high, health),
         rows=len(n),
         better=int((own < own_before).sum()),
         champion=champion_label,
@@ -47,15 +73,16 @@ def judge(candidate: Scores, champion: Scores, tokens: Sequence[int], *, champio
         high=high,
         lift_champion=float(lift_before.sum() / n.sum()),
         lift=float(lift.sum() / n.sum()),
+        **asdict(health),
     )
 
 
-def _verdict(rows: int, high: float, lift_low: float, gained_high: float) -> Verdict:
+def _verdict(rows: int, high: float, lift_low: float, gained_high: float, health: Health) -> Verdict:
     if rows < FEWEST_TEST_ROWS:
         return "too_few"
     if high >= 0:
         return "no_better"
-    return "style_only" if lift_low <= 0 or gained_high < 0 else "passed"
+    return "style_only" if lift_low <= 0 or gained_high < 0 else health.verdict
 
 
 def _interval(sums: Sums, tokens: Sums, seed: int) -> tuple[float, float]:

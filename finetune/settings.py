@@ -29,6 +29,7 @@ def check(spec: Spec) -> None:
         ("weight_decay", h.weight_decay, 0, 10),
         ("warmup", h.warmup, 0, 1),
         ("max_tokens", h.max_tokens, 16, 131072),
+        ("rehearsal", h.rehearsal, 0, 10),
         ("threads", spec.threads, 1, 1024),
     ]
     for name, value, least, most in ranges:

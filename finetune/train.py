@@ -24,11 +24,13 @@ from core.errors import JobError
 from core.job import Evaluated, Judged, Progress, Spec, Warned
 from core.prompt import TrainingRow
 from core.texts import say
-from finetune import lora
+from finetune import lora, sanity
+from finetune.ability import NOTHING, OwnAnswers, answer, end_tokens, own_answers
 from finetune.base import choose_dtype, load_module
 from finetune.batches import Batch, Step, collate, pack, plan_epoch, shared_prefix, split_step
 from finetune.checkpoint import Position, load_checkpoint, save_checkpoint
-from finetune.gate import Scores, judge
+from finetune.encode import prompt_of
+from finetune.gate import Health, Scores, judge
 from finetune.loss import Scorer
 from finetune.optimise import clip_by_norm, clip_by_value, learning_rate
 from finetune.prepare import Emit, Prepared, prepare
@@ -80,10 +82,12 @@ class Trainer:
     def __init__(self, folder: Path, spec: Spec, prepared: Prepared, emit: Emit, stop: threading.Event) -> None:
         self.folder, self.spec, self.prepared, self.emit, self.stop = folder, spec, prepared, emit, stop
         self.device = torch.device(spec.device)
-        self.train_rows = prepared.part(prepared.split.train)
-        self.settings: Resolved = resolve(spec.hyper, rows=len(self.train_rows), device=self.device.type)
         self._check_stop()
         model = load_module(prepared.base, spec)
+        self.own = self._own_answers(model)
+        rows = prepared.part(prepared.split.train)
+        self.train_rows = [*rows, *self.own.to_rehearse(len(rows), spec.hyper.rehearsal)]
+        self.settings: Resolved = resolve(spec.hyper, rows=len(rows), device=self.device.type)
         torch.manual_seed(spec.hyper.seed)
         self.targets = lora.add_lora(model, rank=spec.hyper.rank, alpha=spec.hyper.alpha, dropout=self.settings.dropout)
         self.model: Any = model
@@ -98,6 +102,13 @@ class Trainer:
         self.steps = self.steps_per_epoch * spec.hyper.epochs
         self.position = self._begin()
         self._session_tokens, self._session_s = 0, 0.0
+
+    def _own_answers(self, model: Any) -> OwnAnswers:
+        spec = self.spec
+        if not (spec.ability or spec.hyper.rehearsal):
+            return NOTHING
+        cache = Path(spec.cache) if spec.cache else None
+        return own_answers(self.folder, cache, self.prepared.base, spec.instructions, model, self._check_stop)
 
     def run(self) -> None:
         try:
@@ -261,7 +272,29 @@ class Trainer:
                     who="base" if who == "base" else "candidate",
                 )
             )
-        return judge(candidate, champion, tokens, champion_label=label, seed=self.spec.hyper.seed)
+        health = self._health() if self.spec.ability else Health()
+        return judge(candidate, champion, tokens, champion_label=label, seed=self.spec.hyper.seed, health=health)
+
+    def _health(self) -> Health:
+        """What the base could do and how its answers end, against the candidate's."""
+        measured = self.own.measured
+        some = [self.prepared.encoded[number] for number in self.prepared.split.test[: sanity.ASKED]]
+        prompts, lengths = [prompt_of(row) for row in some], [sum(row.row.supervised) for row in some]
+        after, unsound = sum(self.row_losses(measured)), self._unsound(prompts, lengths)
+        with lora.without_lora(self.model):
+            before, unsound_base = sum(self.row_losses(measured)), self._unsound(prompts, lengths)
+        ability = (after - before) / sum(sum(row.supervised[1:]) for row in measured)
+        self._keep_loss("ability", ability)
+        return Health(ability, unsound, unsound_base, len(some))
+
+    def _unsound(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
+        tokenizer = self.prepared.base.tokenizer
+        ends = end_tokens(self.model, tokenizer)
+        instructions = (
+            tokenizer.encode(self.spec.instructions, add_special_tokens=False) if self.spec.instructions else []
+        )
+        said = answer(self.model, prompts, most=sanity.longest(lengths), ends=ends, listen=self._check_stop)
+        return sum(sanity.unsound(one, instructions, ends) for one in said)
 
     def _warn(self, key: str, **fields: object) -> None:
         self.emit(Warned(say(self.spec.language, f"data.warn_{key}", **fields)))
@@ -299,7 +332,7 @@ class Trainer:
     @torch.no_grad()
     def _shared_prefix(self) -> int:
         """How many tokens all rows share, or 0 where packing is of no use, or not exact for this model."""
-        prefix = shared_prefix(self.prepared.rows)
+        prefix = shared_prefix([*self.prepared.rows, *self.own.rehearsed, *self.own.measured])
         text = self.model.config.get_text_config()
         if not self.settings.share_prefix or prefix < LEAST_PREFIX or getattr(text, "sliding_window", None):
             return 0
@@ -338,7 +371,12 @@ class Trainer:
         """Of all that decides the result. Threads, niceness and paths do not."""
         spec, base = asdict(self.spec), self.prepared.base
         known = {name: spec[name] for name in ("job", "label", "instructions", "data_sha256", "dtype", "hyper")}
-        known |= {"base": base.fingerprint, "template": base.template_sha256, "resolved": asdict(self.settings)}
+        known |= {
+            "own": self.own.sha256,
+            "base": base.fingerprint,
+            "template": base.template_sha256,
+            "resolved": asdict(self.settings),
+        }
         return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
 
     def _losses(self) -> dict[str, float]:

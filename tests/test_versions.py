@@ -142,7 +142,7 @@ def test_an_imported_manifest_may_say_little(it: Town) -> None:
     assert "acme@4" in it.says("operator", "/adapter list")
 
 
-@pytest.mark.parametrize("verdict", ["no_better", "style_only", "too_few"])
+@pytest.mark.parametrize("verdict", ["no_better", "style_only", "forgets", "unsound", "too_few"])
 def test_what_did_not_pass_goes_into_service_only_with_a_reason_that_is_kept(it: Town, verdict: str) -> None:
     manifest = json.dumps({**MANIFEST, "judged": {"verdict": verdict}})
     candidate = adapters.Candidate("9" * 64, Path(), "loaded", "", manifest)

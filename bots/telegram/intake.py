@@ -55,7 +55,10 @@ class Intake:
             except (TelegramUnauthorizedError, TelegramNotFound):
                 raise
             except TelegramConflictError:
-                log.error("telegram.two_pollers", extra={"account": self._account, "again_in_s": _CONFLICT_S})
+                hint = "another program polls with this token: stop it, or use a webhook (deploy/telegram.md)"
+                log.error(
+                    "telegram.two_pollers", extra={"account": self._account, "again_in_s": _CONFLICT_S, "hint": hint}
+                )
                 await asyncio.sleep(_CONFLICT_S)
                 continue
             except TelegramRetryAfter as error:

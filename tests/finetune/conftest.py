@@ -47,7 +47,15 @@ def make_job(tmp_path: Path, tiny_folder: Path) -> MakeJob:
         folder.mkdir()
         content = faq(60) if data is None else data
         (folder / "data.jsonl").write_bytes(content)
-        chosen = {"rank": 4, "alpha": 8, "learning_rate": 1e-2, "epochs": 2, "rows_per_step": 8, **hyper}
+        chosen = {
+            "rank": 4,
+            "alpha": 8,
+            "learning_rate": 1e-2,
+            "epochs": 2,
+            "rows_per_step": 8,
+            "rehearsal": 0,
+            **hyper,
+        }
         Spec(
             job="j1",
             model=str(tiny_folder),
@@ -57,6 +65,7 @@ def make_job(tmp_path: Path, tiny_folder: Path) -> MakeJob:
             label="terminal@1",
             instructions="Be brief.",
             nice=0,
+            ability=False,
             hyper=HyperParameters(**chosen),
         ).write(folder)
         return folder

@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from finetune.gate import Scores, judge
+from finetune.gate import Health, Scores, judge
 
 TOKENS = [20 + n % 30 for n in range(80)]
 
@@ -78,3 +78,23 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
         own, other = list(after), list(after + np.asarray(TOKENS))
         wrong += verdict(Scores(own, other), Scores(list(before), list(before + np.asarray(TOKENS)))) == "passed"
     assert wrong <= 12  # 2.5% are expected on this side; 12 of 200 would be a chance of one in a thousand
+
+
+@pytest.mark.parametrize(
+    ("health", "expected"),
+    [
+        (Health(0.05, 1, 0, 16), "passed"),
+        (Health(0.0501, 0, 0, 16), "forgets"),
+        (Health(float("nan"), 0, 0, 16), "forgets"),
+        (Health(-0.3, 2, 0, 16), "unsound"),
+        (Health(-0.3, 5, 4, 16), "passed"),
+        (Health(), "passed"),
+    ],
+)
+def test_what_the_base_could_do_must_not_be_lost(health: Health, expected: str) -> None:
+    good, bad = scores(1, loss=-0.5, lift=0.5), scores(101, loss=0, lift=0.4)
+    found = judge(good, bad, TOKENS, champion_label="base", seed=0, health=health)
+    assert found.verdict == expected
+    assert (found.asked, found.unsound) == (health.asked, health.unsound)
+    worse = judge(bad, good, TOKENS, champion_label="base", seed=0, health=health)
+    assert worse.verdict == "no_better"

@@ -1,0 +1,172 @@
+"""What the base model can do, so that a fine-tune does not unlearn it: its own greedy answers to generic prompts.
+
+Some are rehearsed: they are trained beside the data set's rows. Others are only measured: what the candidate thinks of
+the base's answers, in nats per token, says whether it still can do what the base could (rehearsal against forgetting:
+Scialom et al. 2022, arXiv 2205.12393). Knows no data set and no verdict.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+import tomllib
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.errors import AppError, JobError
+from core.prompt import TrainingRow, render
+from core.types import Message, Role
+from finetune.base import Base
+from finetune.checkpoint import write_durably
+
+log = logging.getLogger(__name__)
+PROMPTS = Path(__file__).parent / "prompts.toml"
+FILE = "own-answers.json"
+REHEARSED_TOKENS, MEASURED_TOKENS = 80, 120
+FEWEST_REHEARSED = 16
+_AT_ONCE = 24  # prompts that are answered side by side
+Answer = tuple[tuple[int, ...], int]  # (ids of prompt and answer, how many of them are the prompt)
+Listen = Callable[[], None]  # raises Interrupted when the job is to stop
+
+
+@dataclass(frozen=True, slots=True)
+class OwnAnswers:
+    """`sha256` is of all of it: what is trained on belongs to a job's identity."""
+
+    rehearsed: tuple[TrainingRow, ...]
+    measured: tuple[TrainingRow, ...]
+    sha256: str
+
+    def to_rehearse(self, rows: int, share: float) -> list[TrainingRow]:
+        """As many as go with so many rows of a data set; spread over all kinds of prompts."""
+        if share <= 0 or not self.rehearsed:
+            return []
+        count = min(len(self.rehearsed), max(FEWEST_REHEARSED, round(rows * share)))
+        return [self.rehearsed[at * len(self.rehearsed) // count] for at in range(count)]
+
+
+NOTHING = OwnAnswers((), (), "")
+
+
+def own_answers(
+    folder: Path, cache: Path | None, base: Base, instructions: str, model: Any, listen: Listen
+) -> OwnAnswers:
+    """The base's answers under these instructions: of this job, else of an earlier one, else made now.
+
+    `model` must answer as the base does. Raises Interrupted.
+    """
+    key = _key(base, instructions)
+    places = [folder / FILE, *([cache / f"{key[:32]}.json"] if cache else [])]
+    found = next((text for place in places if (text := _kept(place, key)) is not None), None)
+    if found is None:
+        found = json.dumps({"key": key, **_make(base, instructions, model, listen)})
+    for place in places:
+        if _kept(place, key) is None:
+            place.parent.mkdir(parents=True, exist_ok=True)
+            write_durably(place, found.encode())
+    given = json.loads(found)
+    return OwnAnswers(
+        tuple(_row(answer) for answer in given["rehearsed"]),
+        tuple(_row(answer) for answer in given["measured"]),
+        hashlib.sha256(found.encode()).hexdigest(),
+    )
+
+
+def answer(
+    model: Any, prompts: Sequence[Sequence[int]], *, most: int, ends: Sequence[int], listen: Listen
+) -> list[tuple[int, ...]]:
+    """The greedy answer to each prompt, as ids, with its end token if it came to an end within `most` tokens."""
+    said: list[tuple[int, ...]] = [()] * len(prompts)
+    order = sorted(range(len(prompts)), key=lambda at: len(prompts[at]))
+    for start in range(0, len(order), _AT_ONCE):
+        some = order[start : start + _AT_ONCE]
+        for at, ids in zip(some, _answer_batch(model, [prompts[at] for at in some], most, ends, listen), strict=True):
+            said[at] = ids
+    return said
+
+
+def end_tokens(model: Any, tokenizer: Any) -> list[int]:
+    """The ids that end an answer, as the model's own generation settings have them."""
+    given = getattr(getattr(model, "generation_config", None), "eos_token_id", None) or tokenizer.eos_token_id
+    return list(given) if isinstance(given, list | tuple) else [int(given)]
+
+
+@torch.no_grad()
+def _answer_batch(
+    model: Any, prompts: Sequence[Sequence[int]], most: int, ends: Sequence[int], listen: Listen
+) -> list[tuple[int, ...]]:
+    """One batch, padded on the left; padding is masked by length, never recognised by its id."""
+    device, width = model.device, max(len(ids) for ids in prompts)
+    ids = torch.tensor([[0] * (width - len(one)) + list(one) for one in prompts], device=device)  # (B, T)
+    seen = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts], device=device)
+    cache: Any = None
+    said: list[list[int]] = [[] for _ in prompts]
+    open_rows = set(range(len(prompts)))
+    for _ in range(most):
+        listen()
+        positions = (seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
+        out = model(
+            input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=cache, use_cache=True,
+            logits_to_keep=1,
+        )  # fmt: skip
+        cache = out.past_key_values
+        chosen = out.logits[:, -1].argmax(-1)  # (B,)
+        for row in list(open_rows):
+            said[row].append(int(chosen[row]))
+            if said[row][-1] in ends:
+                open_rows.discard(row)
+        if not open_rows:
+            break
+        ids = chosen[:, None]
+        seen = torch.cat([seen, torch.ones_like(ids)], dim=1)
+    return [tuple(one) for one in said]
+
+
+def _make(base: Base, instructions: str, model: Any, listen: Listen) -> dict[str, list[Answer]]:
+    given = tomllib.loads(PROMPTS.read_text("utf-8"))
+    measured = [prompt for skill in given["measured"].values() for prompt in skill]
+    ends = end_tokens(model, base.tokenizer)
+    log.info("ability.answering prompts=%d", len(measured) + len(given["rehearsed"]))
+    model.eval()
+    made: dict[str, list[Answer]] = {}
+    for name, prompts, most in (
+        ("rehearsed", given["rehearsed"], REHEARSED_TOKENS),
+        ("measured", measured, MEASURED_TOKENS),
+    ):
+        asked = [_prompt(prompt, instructions, base) for prompt in prompts]
+        said = answer(model, asked, most=most, ends=ends, listen=listen)
+        made[name] = [((*ids, *ours), len(ids)) for ids, ours in zip(asked, said, strict=True)]
+    return made
+
+
+def _prompt(prompt: str, instructions: str, base: Base) -> tuple[int, ...]:
+    system = (Message(Role.SYSTEM, instructions),) if instructions else ()
+    try:
+        return render((*system, Message(Role.USER, prompt)), base.tokenizer, 10**9).ids
+    except AppError as error:
+        raise JobError(detail=f"the chat template cannot be used: {error.detail or error}") from error
+
+
+def _row(answer: Sequence[Any]) -> TrainingRow:
+    """All that the base said is taught. Where it was cut, no end is: it did not say one."""
+    ids, start = answer
+    return TrainingRow(tuple(ids), (False,) * start + (True,) * (len(ids) - start))
+
+
+def _key(base: Base, instructions: str) -> str:
+    parts = (base.fingerprint, base.template_sha256, instructions, PROMPTS.read_text("utf-8"))
+    return hashlib.sha256("\x1f".join((*parts, f"{REHEARSED_TOKENS} {MEASURED_TOKENS}")).encode()).hexdigest()
+
+
+def _kept(path: Path, key: str) -> str | None:
+    """What was written there, if it is whole and of this key."""
+    try:
+        text = path.read_text("utf-8")
+        return text if json.loads(text).get("key") == key else None
+    except (OSError, ValueError, AttributeError):
+        return None

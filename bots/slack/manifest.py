@@ -50,7 +50,7 @@ def manifest(url: str = "") -> dict[str, Any]:
         "display_information": {"name": "Distributary", "description": say("en", "slack.about")},
         "features": {
             "app_home": {
-                "home_tab_enabled": False,
+                "home_tab_enabled": True,
                 "messages_tab_enabled": True,
                 "messages_tab_read_only_enabled": False,
             },

@@ -242,3 +242,17 @@ async def test_nothing_pings_anybody(tmp_path: Path, http: bool) -> None:
         assert held.said.replace("\u2060", "") == nasty
         for shown in [held.said, *held.history, json.dumps(held.blocks)]:
             assert not any(bad in shown.lower() for bad in ("<!", "<@", "<#", "@channel", "@here", "@everyone"))
+
+
+@both_ways
+async def test_slack_is_told_what_is_going_on(tmp_path: Path, http: bool) -> None:
+    async with talk(tmp_path, http=http) as it:
+        held = await it.ask("UANN", "hello")
+        await it.there.until(lambda: it.there.called("assistant.threads.setStatus"))
+        (status,) = it.there.called("assistant.threads.setStatus")
+        assert status.body["thread_ts"] == held.thread
+        assert status.body["loading_messages"] == [say("en", f"slack.working_{number}") for number in (1, 2, 3)]
+        (processing,) = it.there.called("agents.sessions.setStatus")
+        assert processing.body["status"] == "processing"
+        (stopped,) = it.there.called("chat.stopStream")
+        assert stopped.body["session_status"] == "active"

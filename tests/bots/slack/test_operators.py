@@ -89,6 +89,28 @@ async def test_an_operator_is_known_by_their_id(tmp_path: Path) -> None:
         assert "acme" in (await it.answer(it.there.command("UOWNER", "channel list"))).said
 
 
+@pytest.mark.parametrize("http", [False, True], ids=["socket", "http"])
+async def test_the_home_shows_each_person_what_they_may_see(tmp_path: Path, http: bool) -> None:
+    async with talk(tmp_path, http=http) as it:
+        for user in ("UANN", "UOWNER"):
+            event = {"type": "app_home_opened", "tab": "home", "user": user, "channel": f"D{user}"}
+            await it.there.deliver(it.there.event("T1", event))
+        await it.there.until(lambda: len(it.there.homes) == 2)
+        buttons = {
+            user: [one for block in view["blocks"] for one in block.get("elements", [])]
+            for (_, user), view in it.there.homes.items()
+        }
+        assert [one["value"] for one in buttons["UANN"]] == ["/usage", "/privacy", "/help"]
+        shown = next(one for one in buttons["UOWNER"] if one["value"] == "/channel show")
+        home = Held("T1", "", "", "", blocks=it.there.homes["T1", "UOWNER"]["blocks"])
+        pressed = it.there.press("UOWNER", home, shown["text"]["text"])
+        del pressed["channel"], pressed["message"]
+        pressed["container"] = {"type": "view", "view_id": "V1"}
+        held = await it.answer(pressed)
+        assert held.channel == "DUOWNER"
+        assert "Acme" in held.said
+
+
 def test_the_manifest_is_current() -> None:
     kept = (ROOT / "deploy" / "slack-manifest.json").read_text(encoding="utf-8")
     assert kept == manifest_json(), "run: distributary slack manifest > deploy/slack-manifest.json"

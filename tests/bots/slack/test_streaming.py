@@ -37,6 +37,7 @@ async def test_every_transport_ends_with_one_whole_answer(tmp_path: Path, transp
         held = await it.ask("UANN", "tell me")
         assert held.said == LONG
         assert held.streamed == (transport == "stream")
+        assert bool(it.there.called("chat.update")) == (transport == "edit")
         assert len(it.there.messages) == 1
         assert all(LONG.startswith(seen) or seen == "…" for seen in held.history)
 

@@ -149,7 +149,7 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "name": Key('"demo", a local folder, or a Hugging Face id', pattern=r"\S(.*\S)?"),
         "device": Key("auto, cpu, cuda or cuda:N", pattern=r"auto|cpu|cuda(:\d+)?"),
         "dtype": Key("how weights are held", choices=("auto", "float32", "bfloat16", "float16")),
-        "quantization": Key("fewer bits per weight", choices=("none", "8bit", "4bit")),
+        "quantization": Key("fewer bits per weight", choices=("none", "int8", "8bit", "4bit")),
         "revision": Key("the revision of a Hugging Face id; empty is its newest"),
     },
     "engine": {

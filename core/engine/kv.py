@@ -22,6 +22,7 @@ class Window:
     def __init__(self) -> None:
         self.first = 0
         self.rows = 1
+        self.start = 0  # position of the first row's first token
         self.length = 0  # keys visible to the pass: positions [0, length)
         self.row_index = torch.empty(0, dtype=torch.long)  # (B, 1)
         self.positions = torch.empty(0, dtype=torch.long)  # (B, T)
@@ -48,9 +49,18 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not t
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         window = self.window
+        if window.rows == 1:  # a plain copy is quicker than an indexed one
+            start = window.start
+            self.keys[window.first, :, start : start + key_states.shape[2]] = key_states[0]
+            self.values[window.first, :, start : start + key_states.shape[2]] = value_states[0]
+            return self._views()
         # Two index tensors around a slice put their shape first: (B, T, kv_heads, head_dim).
         self.keys[window.row_index, :, window.positions] = key_states.transpose(1, 2)
         self.values[window.row_index, :, window.positions] = value_states.transpose(1, 2)
+        return self._views()
+
+    def _views(self) -> tuple[Tensor, Tensor]:
+        window = self.window
         rows = slice(window.first, window.first + window.rows)
         return self.keys[rows, :, : window.length], self.values[rows, :, : window.length]
 
@@ -109,7 +119,7 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         """
         rows, tokens = positions.shape
         window = self.window
-        window.first, window.rows, window.positions = first, rows, positions
+        window.first, window.rows, window.positions, window.start = first, rows, positions, self.used[first]
         window.row_index = torch.arange(first, first + rows, device=positions.device)[:, None]
         for row in range(first, first + rows):
             self.reach[row] = self.used[row] + tokens

@@ -142,7 +142,8 @@ class Engine(Protocol):
 class ModelSettings:
     """Which base model, and how it is held. `name` is "demo", a local folder or a Hugging Face id.
 
-    device: auto, cpu, cuda, cuda:N. dtype: auto, float32, bfloat16, float16. quantization: none, 8bit, 4bit.
+    device: auto, cpu, cuda, cuda:N. dtype: auto, float32, bfloat16, float16.
+    quantization: none, int8 (CPU), 8bit and 4bit (CUDA).
     """
 
     name: str = "demo"

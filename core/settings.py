@@ -162,6 +162,7 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "max_waiting": Key("replies that may wait for a row; more are refused as busy", low=1),
         "adapters_in_memory": Key("adapters kept ready for use", low=1),
         "threads": Key("CPU threads of the model; 0 is all cores", low=0, high=1024),
+        "reuse_mib": Key("memory for conversations between their turns, in MiB; 0 keeps nothing", low=0),
     },
     "generation": {
         "temperature": Key("0 always takes the likeliest token", low=0, high=2),

@@ -133,6 +133,26 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         for row in range(first, first + rows):
             self.used[row] += tokens
 
+    def row_bytes(self, row: int) -> int:
+        """How much `take_out` would copy."""
+        return sum(tensor[row, :, : self.used[row]].nbytes for tensor in self._tensors())
+
+    def take_out(self, row: int) -> list[Tensor]:
+        """A copy of the row's used part: (kv_heads, used, head_dim), keys and values of each layer in turn."""
+        return [tensor[row, :, : self.used[row]].clone() for tensor in self._tensors()]
+
+    def put_in(self, row: int, tensors: list[Tensor], count: int) -> None:
+        """Let an empty row begin with the first `count` positions of what was taken out."""
+        assert self.used[row] == 0
+        self.reserve(count)
+        self.reach[row] = count
+        for layer, keys, values in zip(self.layers, tensors[::2], tensors[1::2], strict=True):
+            if not layer.is_initialized:
+                layer.lazy_initialization(keys[None], values[None])
+        for tensor, kept in zip(self._tensors(), tensors, strict=True):
+            tensor[row, :, :count] = kept[:, :count]
+        self.used[row] = count
+
     def move(self, source: int, target: int) -> None:
         """Copy a row over a wiped one, and wipe the source."""
         assert self.used[target] == 0

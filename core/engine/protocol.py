@@ -155,10 +155,11 @@ class ModelSettings:
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """Bounds of the local engine. `threads` 0 means all cores."""
+    """Bounds of the local engine. `threads` 0 means all cores; `reuse_mib` bounds what is kept between turns."""
 
     max_rows: int = 8
     max_context: int = 4096
     max_waiting: int = 256
     adapters_in_memory: int = 64
     threads: int = 0
+    reuse_mib: int = 512

@@ -39,5 +39,9 @@ class Job:
     slot: int | None = None
 
     @property
+    def adapter_sha256(self) -> str:
+        return "" if self.adapter is None else self.adapter.sha256
+
+    @property
     def usage(self) -> Usage:
         return Usage(len(self.prompt), len(self.answer))

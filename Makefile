@@ -35,6 +35,7 @@ drill: $(STAMP)
 
 bench: $(STAMP)
 	$(BIN)/python -m tests.bench.ready $(ARGS)
+	$(BIN)/python -m tests.bench.serving $(SERVING)
 
 clean:
 	rm -rf $(VENV)

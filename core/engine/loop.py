@@ -291,27 +291,23 @@ class ModelThread:
 
     def _decode(self, jobs: list[Job]) -> None:
         """One token for every row past its prompt: rows [0, len(jobs))."""
-        try:
-            logits = self._forward(0, jobs)
-        except Exception as error:
-            log.exception("engine.decode_failed")
-            self._decode_apart(jobs, error)
-            return
-        self._accept(jobs, logits)
-
-    def _decode_apart(self, jobs: list[Job], error: Exception) -> None:
-        """The pass failed for all: run each row alone, so that only those end that cannot go on."""
-        results: list[tuple[Job, Tensor | Exception]] = []
-        for row, job in enumerate(jobs):
-            try:
-                results.append((job, error if len(jobs) == 1 else self._forward(row, [job])))
-            except Exception as own:
-                results.append((job, own))
-        for job, result in results:
-            if isinstance(result, Exception):
-                self._end(job, translate(result))
+        for some, result in self._by_halves(0, jobs):
+            if isinstance(result, Tensor):
+                self._accept(some, result)
             else:
-                self._accept([job], result)
+                self._end(some[0], translate(result))
+
+    def _by_halves(self, first: int, jobs: list[Job]) -> list[tuple[list[Job], Tensor | Exception]]:
+        """Logits of rows [first, first + len(jobs)). A pass that fails, for memory or for one row's sake, is run again
+        in halves, so that only those end that cannot go on alone."""
+        try:
+            return [(jobs, self._forward(first, jobs))]
+        except Exception as error:
+            log.exception("engine.decode_failed", extra={"rows": len(jobs)})
+            if len(jobs) == 1:
+                return [(jobs, error)]
+        half = len(jobs) // 2
+        return self._by_halves(first, jobs[:half]) + self._by_halves(first + half, jobs[half:])
 
     def _forward(self, first: int, jobs: Sequence[Job]) -> Tensor:
         return self.runner.decode(first, [job.answer[-1] for job in jobs], [job.slot for job in jobs])

@@ -271,7 +271,7 @@ class ModelThread:
         kept, count = found
         try:
             self.runner.cache.put_in(row, kept.tensors, count)
-            job.filled = count
+            job.filled = job.reused = count
         except (torch.OutOfMemoryError, MemoryError, RuntimeError):
             log.warning("engine.reuse_no_memory", extra={"kept": len(self.prefixes)})
             self.runner.cache.wipe(row)

@@ -188,6 +188,7 @@ def measure(rounds: int, threads: int, wanted: set[str]) -> dict[str, Any]:
                     if worker not in workers or workers[worker].process is None:
                         continue
                     answer = workers[worker].ask({"rows": rows, "adapters": adapters})
+                    sys.stderr.write(f"round {number}: {name} {rows * TOKENS / answer['seconds']:.1f} tokens/s\n")
                     if number:
                         results.setdefault(name, Result()).add(rows * TOKENS, answer)
         finally:

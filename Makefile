@@ -37,6 +37,7 @@ bench: $(STAMP)
 	$(BIN)/python -m tests.bench.ready $(ARGS)
 	$(BIN)/python -m tests.bench.telegram $(ARGS)
 	$(BIN)/python -m tests.bench.slack $(ARGS)
+	$(BIN)/python -m tests.bench.serving $(SERVING)
 
 clean:
 	rm -rf $(VENV)

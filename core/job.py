@@ -87,7 +87,10 @@ class Spec:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """The data set was read. `rejected` and `mended` hold "line 7: reason" for the person, the first of them."""
+    """The data set was read. `rejected` and `mended` hold "line 7: reason" for the person, the first of them.
+
+    `personal` says what personal data was found in the rows that are used, a sentence for each kind.
+    """
 
     kind: ClassVar[str] = "checked"
     rows: int
@@ -99,6 +102,10 @@ class Checked:
     test: int
     rejected: tuple[str, ...] = ()
     mended: tuple[str, ...] = ()
+    personal: tuple[str, ...] = ()
+    median_tokens: int = 0  # of a row as it is trained, its instructions included
+    longest_tokens: int = 0
+    missing: int = 0  # about so many more rows would be enough for a verdict
 
 
 @dataclass(frozen=True, slots=True)

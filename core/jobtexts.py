@@ -24,7 +24,9 @@ def progress_text(job: Job, events: Sequence[JobEvent]) -> str:
     if progress is None:
         checked = _last(events, Checked)
         doing = "training.loading" if checked else "training.checking"
-        return f"{head}\n{say(job.language, doing, name=job.dataset)}"
+        first = f"{head}\n{say(job.language, doing, name=job.dataset)}"
+        notes = [f"- {line}" for line in data_text(job.language, checked)] if checked else []
+        return "\n".join([first, "", *notes]) if notes else first
     share = progress.step / max(progress.steps, 1)
     full = round(share * _BAR_CELLS)
     lines = [
@@ -67,6 +69,7 @@ def report(job: Job, events: Sequence[JobEvent]) -> Body:
         lines.append(say(language, "training.took", time=duration(language, done.seconds), steps=done.steps))
     if checked is not None:
         lines += rows_text(language, job.dataset, checked)
+        lines += [f"- {line}" for line in data_text(language, checked)]
     lines += [f"- {_shown(event.text)}" for event in events if isinstance(event, Warned)]
     passed = judged is None or judged.verdict == "passed"
     hint = "training.promote_hint" if passed else "training.promote_anyway_hint"
@@ -116,6 +119,19 @@ def rows_text(language: str, name: str, checked: Checked) -> list[str]:
         lines += [f"- {_shown(one)}" for one in shown]
         if count > len(shown):
             lines.append(f"- {say(language, 'training.more_lines', n=count - len(shown))}")
+    return lines
+
+
+def data_text(language: str, checked: Checked) -> list[str]:
+    """What is to be known of the rows that are used, before time is spent on them."""
+    lines = []
+    if checked.longest_tokens:
+        fields = {"median": checked.median_tokens, "longest": checked.longest_tokens}
+        lines.append(say(language, "training.lengths", **fields))
+    if checked.missing:
+        lines.append(say(language, "training.missing", n=checked.missing))
+    if checked.personal:
+        lines.append(say(language, "training.personal", found=", ".join(checked.personal)))
     return lines
 
 

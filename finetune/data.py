@@ -18,6 +18,7 @@ from typing import IO, Any
 
 from core.errors import BadDataset
 from core.texts import Later
+from finetune.personal import find
 from finetune.records import BadRecord, Conversation, read_record
 
 MAX_BYTES = 200 * 10**6  # unpacked
@@ -43,12 +44,21 @@ class Report:
     rejections: list[Later] = field(default_factory=list)
     mendings: list[Later] = field(default_factory=list)
     first: int = 0  # the line of the first rejection
+    personal: dict[str, tuple[int, int]] = field(default_factory=dict)  # kind: (how many, the first one's line)
 
     def reject(self, line: int, reason: Later) -> None:
         self.rejected += 1
         self.first = self.first or line
         if len(self.rejections) < NAMED:
             self.rejections.append(Later("data.line", line=line, reason=reason))
+
+    def note_personal(self, line: int, text: str) -> None:
+        for kind, n in find(text).items():
+            before, first = self.personal.get(kind, (0, line))
+            self.personal[kind] = (before + n, first)
+
+    def personal_data(self) -> list[Later]:
+        return [Later(f"data.personal_{kind}", n=n, line=line) for kind, (n, line) in self.personal.items()]
 
     def mend(self, line: int, reason: Later) -> None:
         self.mended += 1
@@ -84,6 +94,7 @@ def read(path: Path) -> tuple[list[Conversation], Report]:
             continue
         for what in mended:
             report.mend(line, what)
+        report.note_personal(line, "\n".join(message.text for message in conversation.messages))
         found[conversation.key] = Conversation(conversation.turns, conversation.key, line)
     report.used = len(found)
     check_enough(report)

@@ -9,13 +9,13 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import JobError
-from core.job import Checked, JobEvent, Spec
+from core.job import FEWEST_TEST_ROWS, Checked, JobEvent, Spec
 from core.prompt import TrainingRow
 from finetune import settings
 from finetune.base import Base, find_base
 from finetune.data import Report, bad, read
 from finetune.encode import Row, encode, under_questions_of
-from finetune.split import Split, split
+from finetune.split import Split, rows_missing, split
 
 log = logging.getLogger(__name__)
 Emit = Callable[[JobEvent], None]
@@ -57,17 +57,22 @@ def prepare(folder: Path, spec: Spec, emit: Emit) -> Prepared:
         report=report,
     )
     parts = split([row.key for row in rows])
+    lengths = sorted(len(row.row.ids) for row in rows)
     emit(
         Checked(
             rows=report.rows,
             used=report.used,
             duplicates=report.duplicates,
-            tokens=sum(len(row.row.ids) for row in rows),
+            tokens=sum(lengths),
             train=len(parts.train),
             validation=len(parts.validation),
             test=len(parts.test),
             rejected=tuple(one.said(spec.language) for one in report.rejections),
             mended=tuple(one.said(spec.language) for one in report.mendings),
+            personal=tuple(one.said(spec.language) for one in report.personal_data()),
+            median_tokens=lengths[len(lengths) // 2],
+            longest_tokens=lengths[-1],
+            missing=rows_missing(len(rows), len(parts.test), FEWEST_TEST_ROWS),
         )
     )
     log.info("data.checked rows=%d used=%d rejected=%d", report.rows, report.used, report.rejected)

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from itertools import count
 
 SMALL, LARGE = 200, 600  # rows
 SHARE_SMALL, SHARE_LARGE = 0.30, 0.10  # of the test
@@ -28,6 +29,14 @@ def share_of_test(rows: int) -> float:
     """30% below 200 rows, falling linearly to 10% at 600."""
     way = min(1.0, max(0.0, (rows - SMALL) / (LARGE - SMALL)))
     return SHARE_SMALL + way * (SHARE_LARGE - SHARE_SMALL)
+
+
+def rows_missing(rows: int, tested: int, fewest: int) -> int:
+    """About how many more rows bring the test to `fewest` of them; 0 where it has as many."""
+    if tested >= fewest:
+        return 0
+    enough = next(n for n in count(rows + 1) if n * share_of_test(n) >= fewest)
+    return max(enough - rows, fewest - tested)
 
 
 def split(keys: Sequence[str]) -> Split:

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from core import tuning
+from core import jobtexts, tuning
 from core.commands import parse
 from core.datasets import MAX_OPEN
 from core.errors import BadInput, UnknownThing
@@ -232,3 +232,14 @@ def test_cancel_ends_a_job_once(it: Town) -> None:
     assert job_row(it)["state"] == "cancelled"
     assert says(it, "/finetune cancel 1") == say("en", "training.ended_already", id=1)
     assert says(it, "/finetune faq.jsonl")  # another may begin
+
+
+def test_the_report_names_what_is_to_be_known_of_the_rows():
+    plain = jobtexts.data_text("en", CHECKED)
+    known = replace(CHECKED, median_tokens=40, longest_tokens=311, missing=70, personal=("phone numbers: 2",))
+    told = jobtexts.data_text("en", known)
+    assert plain == []
+    assert "40" in told[0]
+    assert "311" in told[0]
+    assert "70" in told[1]
+    assert "phone numbers: 2" in told[2]

@@ -279,3 +279,13 @@ def test_reasons_are_told_in_the_language_of_who_asked(tmp_path):
     with pytest.raises(BadDataset) as caught:
         report(tmp_path, faq(3) + b"oops\n" * 5)
     assert "第 4 行：" in caught.value.fields["reason"].said("zh")
+
+
+def test_personal_data_is_counted_over_the_file_with_its_first_line(tmp_path):
+    rows = [{"q": f"Question {i}?", "a": f"Answer {i}"} for i in range(12)]
+    rows[4]["a"] = "Write to ana@example.org"
+    rows[9]["q"] = "Is it ana@example.org or leo@example.org?"
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    _, report = read(path)
+    assert [one.said("en") for one in report.personal_data()] == ["mail addresses: 3 (first in line 5)"]

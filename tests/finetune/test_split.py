@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from finetune.split import share_of_test, split
+from finetune.split import rows_missing, share_of_test, split
 
 
 def keys(n, salt=""):
@@ -46,3 +46,10 @@ def test_the_parts_of_a_real_size_are_about_their_shares():
     parts = split(keys(503))
     assert 55 <= len(parts.test) <= 95
     assert 15 <= len(parts.validation) <= 40
+
+
+@pytest.mark.parametrize("rows", [10, 50, 99, 150])
+def test_with_the_missing_rows_the_test_is_large_enough(rows):
+    n = rows + rows_missing(rows, tested=3, fewest=30)
+    assert n * share_of_test(n) >= 30
+    assert rows_missing(rows, tested=30, fewest=30) == 0

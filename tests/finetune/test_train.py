@@ -14,7 +14,7 @@ from transformers import AutoModelForCausalLM
 
 from core.engine.adapter_files import Base, load_adapter
 from core.errors import BadDataset, JobError
-from core.job import Checked, Done, Evaluated, Judged, Progress, Spec, Warned
+from core.job import FEWEST_TEST_ROWS, Checked, Done, Evaluated, Judged, Progress, Spec, Warned
 from core.types import AdapterRef
 from core.weights import fingerprint
 from finetune import train as loop
@@ -51,6 +51,8 @@ def test_a_job_tells_what_it_does_and_leaves_an_adapter(make_job):
     (checked,) = heard.of(Checked)
     assert (checked.rows, checked.used) == (60, 60)
     assert checked.train + checked.validation + checked.test == 60
+    assert 0 < checked.median_tokens <= checked.longest_tokens <= checked.tokens
+    assert checked.missing >= FEWEST_TEST_ROWS - checked.test
     last = heard.of(Progress)[-1]
     assert last.step == last.steps
     assert last.epoch == last.epochs == 2

@@ -36,6 +36,8 @@ drill: $(STAMP)
 bench: $(STAMP)
 	$(BIN)/python -m tests.bench.ready $(ARGS)
 	$(BIN)/python -m tests.bench.telegram $(ARGS)
+	$(BIN)/python -m tests.bench.slack $(ARGS)
+	$(BIN)/python -m tests.bench.serving $(SERVING)
 
 clean:
 	rm -rf $(VENV)

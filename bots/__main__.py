@@ -9,7 +9,7 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
-from importlib.metadata import version
+from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any
 
@@ -28,6 +28,7 @@ from core.settings import Config
 from core.store.home import Home
 from core.texts import resolve, say
 
+COMMAND_GROUP = "distributary.commands"
 HOME_VARIABLE, CONFIG_VARIABLE = "DISTRIBUTARY_HOME", "DISTRIBUTARY_CONFIG"
 _CHAT_DRAIN_S, _SERVE_DRAIN_S = 5.0, 30.0
 
@@ -125,6 +126,13 @@ def _command(given: argparse.Namespace) -> int:
     return _ask(given, {"command": f"/{given.name} {shlex.join(given.words)}".strip()})
 
 
+def _plugin(given: argparse.Namespace) -> int:
+    """A command that a bot brings: a function of its words that gives the text to print."""
+    (entry,) = entry_points(group=COMMAND_GROUP, name=given.name)
+    sys.stdout.write(entry.load()(given.words))
+    return 0
+
+
 def _apply(given: argparse.Namespace) -> int:
     config = _config(given)
     if config.file is None:
@@ -203,6 +211,10 @@ def _parser() -> argparse.ArgumentParser:
         ("operator", "invite, list or remove operators"),
     ):
         add(commands, name, _command, text).add_argument("words", nargs=argparse.REMAINDER, metavar="...")
+    for entry in entry_points(group=COMMAND_GROUP):
+        add(commands, entry.name, _plugin, f"what the {entry.name} bot brings").add_argument(
+            "words", nargs=argparse.REMAINDER, metavar="..."
+        )
     config = add(commands, "config", _show, "show the configuration, or apply its channels and partners")
     what = config.add_subparsers(metavar="show|apply", required=True)
     add(what, "show", _show, "what is in use, secrets masked")

@@ -18,6 +18,7 @@ import torch
 
 from core import demo
 from core.demo import Progress, demo_folder
+from core.engine.int8 import quantize
 from core.engine.protocol import ModelSettings
 from core.errors import ModelLoadFailed, OutOfMemory
 from core.weights import fingerprint, weight_files
@@ -26,7 +27,7 @@ log = logging.getLogger(__name__)
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 SHORT = {torch.float32: "fp32", torch.bfloat16: "bf16", torch.float16: "fp16"}
-QUANTIZATIONS = ("none", "8bit", "4bit")
+QUANTIZATIONS = ("none", "int8", "8bit", "4bit")
 CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
@@ -57,9 +58,9 @@ def load_model(
     Raises ModelLoadFailed with a detail that names the thing, the value and the way out; OutOfMemory.
     """
     device, dtype = _device(settings.device), _dtype(settings)
+    _check_quantization(settings.quantization, device, dtype)
     if dtype is None:
         dtype = _auto_dtype(device)
-    _check_quantization(settings.quantization, device)
     folder = _folder(settings, cache, progress)
     config = _config(folder)
     context = exact_context(config)
@@ -165,13 +166,19 @@ def _auto_dtype(device: torch.device) -> torch.dtype:
     return chosen
 
 
-def _check_quantization(wanted: str, device: torch.device) -> None:
+def _check_quantization(wanted: str, device: torch.device, dtype: torch.dtype | None) -> None:
     if wanted not in QUANTIZATIONS:
         raise ModelLoadFailed(detail=f"quantization={wanted} is not one of {', '.join(QUANTIZATIONS)}")
     if wanted == "none":
         return
+    if wanted == "int8":
+        if device.type != "cpu":
+            raise ModelLoadFailed(detail="quantization=int8 is for the CPU; on a GPU set quantization=8bit")
+        if dtype not in (None, torch.float32):
+            raise ModelLoadFailed(detail=f"quantization=int8 computes in float32, not in {SHORT[dtype]}")
+        return
     if device.type != "cuda":
-        raise ModelLoadFailed(detail=f"quantization={wanted} needs a CUDA GPU; on the CPU set quantization=none")
+        raise ModelLoadFailed(detail=f"quantization={wanted} needs a CUDA GPU; on the CPU set quantization=int8")
     if find_spec("bitsandbytes") is None:
         raise ModelLoadFailed(detail=f"quantization={wanted} needs the package bitsandbytes: pip install bitsandbytes")
 
@@ -268,7 +275,7 @@ def _module(folder: Path, config: Any, device: torch.device, dtype: torch.dtype,
 
     transformers_logging.disable_progress_bar()  # the terminal draws its own
     options: dict[str, Any] = {"device_map": device} if device.type == "cuda" else {}
-    if quantization != "none":
+    if quantization in ("8bit", "4bit"):
         options["quantization_config"] = _bitsandbytes(quantization, dtype)
     try:
         module, report = AutoModelForCausalLM.from_pretrained(
@@ -291,7 +298,10 @@ def _module(folder: Path, config: Any, device: torch.device, dtype: torch.dtype,
         raise ModelLoadFailed(detail=f"the weights in {folder} do not fill the model: {len(wrong)} wrong, {wrong[0]}")
     if getattr(module, "_is_stateful", False) or any("sinks" in name for name, _ in module.named_parameters()):
         raise _unfit(config, "it keeps a state that is not plain keys and values, or has attention sinks")
-    return module.requires_grad_(False).eval()  # type: ignore[no-any-return]  # transformers is not typed
+    module = module.requires_grad_(False).eval()
+    if quantization == "int8":
+        quantize(module)
+    return module  # type: ignore[no-any-return]  # transformers is not typed
 
 
 def _bitsandbytes(quantization: str, dtype: torch.dtype) -> Any:

@@ -15,20 +15,21 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 
 from core import gestures, operators, privacy, tuning, users, versions
+from core.callers import caller_of, lane_of
 from core.commands import Call, Grant, parse
 from core.datasets import prepare_finetune
 from core.delivery import Deliveries, keep_body, kept_body, new_delivery
 from core.engine.protocol import Engine
-from core.errors import AppError, EngineError, LimitReached, NotAllowed, Overloaded, StorageError, UserError
+from core.errors import AppError, EngineError, LimitReached, Overloaded, StorageError, UserError
 from core.outlet import Outlet, Unreachable
 from core.reply import Replies
 from core.reply import fail as fail_reply
 from core.reply import settle as settle_reply
 from core.settings import Retention
-from core.store import directory, inbox, turns
+from core.store import directory, inbox
 from core.store.database import Database, Tx
 from core.store.home import Home
 from core.store.inbox import Taken
@@ -118,7 +119,7 @@ class Service:
 
         Raises StorageError (StorageFull) or Overloaded; then nothing is kept and nothing may be acknowledged.
         """
-        await self._database.write(lambda tx: [inbox.accept(tx, one, _lane(one)) for one in incoming])
+        await self._database.write(lambda tx: [inbox.accept(tx, one, lane_of(one)) for one in incoming])
         self._work.set()
 
     async def accept_dead(self, platform: str, account: str, update_key: str, raw: str) -> None:
@@ -241,7 +242,7 @@ class Service:
                 await self._database.write(lambda tx: gestures.close(tx, row))
                 return
             if not await self._database.read(lambda tx: inbox.is_generated(tx, row.id)):
-                caller = await self._database.write(lambda tx: _caller(tx, row))
+                caller = await self._database.write(lambda tx: caller_of(tx, row))
                 await self._act(row, caller)
             await self._deliver(row)
         except StorageError:
@@ -249,12 +250,21 @@ class Service:
         except LimitReached as error:
             await self._refuse_limit(row, caller, error)
         except AppError as error:
+            if error.key == "service.stopped" and await self._cut_by_drain(row):
+                return
             if not isinstance(error, UserError):
                 log.error("reply.failed", extra={"row": row.id, "error": str(error)})
             await self._refuse(row, caller, error)
         except Exception as error:
             log.exception("reply.crashed", extra={"row": row.id})
             await self._refuse(row, caller, AppError(detail=type(error).__name__))
+
+    async def _cut_by_drain(self, row: Taken) -> bool:
+        """Whether the end of this program, and not the person, stopped a reply before its first word.
+
+        Such a row stays as it is: the next start answers it.
+        """
+        return self._draining and not await self._database.read(lambda tx: inbox.stopped_since(tx, row))
 
     async def _act(self, row: Taken, caller: Caller) -> None:
         """Do what the row asks, up to its stored text."""
@@ -375,37 +385,6 @@ class Service:
 
 
 # --- rows: run inside a transaction ---
-
-
-def _lane(incoming: Incoming) -> Lane:
-    """A bot says which lane; a command has its own on every platform, typed or by a button."""
-    pressed = incoming.kind is Kind.PRESS and incoming.action == "command"
-    text = incoming.value if pressed else incoming.text if incoming.kind is Kind.MESSAGE else ""
-    if text.lstrip()[:1] in ("/", "／") and len(text) < 200:
-        try:
-            return parse(text.strip()).command.lane
-        except UserError:
-            return incoming.lane
-    return incoming.lane
-
-
-def _caller(tx: Tx, row: Taken) -> Caller:
-    """Who is speaking, in which channel and language. Raises NotAllowed where no channel is bound to the place."""
-    at = row.address
-    channel = directory.channel_of_person(tx, at.platform, at.account, at.place, row.user_hash)
-    language = directory.person_language(tx, row.user_hash) or resolve(row.language)
-    if channel is None:
-        raise NotAllowed("service.no_channel")
-    directory.touch_person(tx, row.user_hash, at.platform)
-    return Caller(
-        user=row.user_hash,
-        address=at,
-        channel=channel,
-        language=language or resolve(channel.language) or "en",
-        inbox_id=row.id,
-        conversation_id=turns.conversation_id(tx, replace(at, reply_to=""), channel.id),
-        attachments=row.attachments,
-    )
 
 
 def _stored(tx: Tx, row: Taken) -> tuple[int, Body, bool]:

@@ -150,7 +150,7 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "name": Key('"demo", a local folder, or a Hugging Face id', pattern=r"\S(.*\S)?"),
         "device": Key("auto, cpu, cuda or cuda:N", pattern=r"auto|cpu|cuda(:\d+)?"),
         "dtype": Key("how weights are held", choices=("auto", "float32", "bfloat16", "float16")),
-        "quantization": Key("fewer bits per weight", choices=("none", "8bit", "4bit")),
+        "quantization": Key("fewer bits per weight", choices=("none", "int8", "8bit", "4bit")),
         "revision": Key("the revision of a Hugging Face id; empty is its newest"),
     },
     "engine": {
@@ -163,6 +163,7 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "max_waiting": Key("replies that may wait for a row; more are refused as busy", low=1),
         "adapters_in_memory": Key("adapters kept ready for use", low=1),
         "threads": Key("CPU threads of the model; 0 is all cores", low=0, high=1024),
+        "reuse_mib": Key("memory for conversations between their turns, in MiB; 0 keeps nothing", low=0),
     },
     "generation": {
         "temperature": Key("0 always takes the likeliest token", low=0, high=2),

@@ -89,7 +89,8 @@ def test_dtype_is_chosen_by_the_settings(folder: Path) -> None:
         ({"dtype": "int3"}, "dtype=int3 is not one of auto, float32"),
         ({"device": "toaster"}, "device=toaster is not one of"),
         ({"device": "meta"}, "device=meta is not one of"),
-        ({"quantization": "int8"}, "quantization=int8 is not one of none, 8bit, 4bit"),
+        ({"quantization": "2bit"}, "quantization=2bit is not one of none, int8, 8bit, 4bit"),
+        ({"quantization": "int8", "dtype": "bfloat16"}, "computes in float32"),
         ({"quantization": "8bit"}, "needs a CUDA GPU"),
     ],
 )
@@ -210,8 +211,9 @@ def test_what_cannot_be_served_exactly_is_recognised_by_its_configuration(config
         exact_context(config)
 
 
-def test_what_the_configuration_does_not_tell_is_found_by_proof(folder: Path) -> None:
+def test_what_the_configuration_does_not_tell_is_found_by_proof(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     """A model whose attention sees something else through a cache than without one."""
+    monkeypatch.setattr("core.engine.runner.fuse", lambda module: None)  # its own forward runs
     model = load(folder)
     attention: Any = model.module.model.layers[1].self_attn  # type: ignore[union-attr]
     forward = attention.forward

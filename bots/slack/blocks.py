@@ -33,12 +33,12 @@ def below(body: Body, to: Address) -> list[Block]:
     thumbs = [button for button in body.buttons if button.action == "feedback"]
     if len(thumbs) == 2:
         blocks.append(_feedback(thumbs))
-    blocks += _rows([button for button in body.buttons if button.action in ("command", "say")], to)
+    blocks += rows([button for button in body.buttons if button.action in ("command", "say")], to)
     return blocks
 
 
 def stop_row(label: str, to: Address) -> list[Block]:
-    return _rows([Button(label, STOP)], to)
+    return rows([Button(label, STOP)], to)
 
 
 def where(block_id: str) -> tuple[str, str]:
@@ -47,11 +47,12 @@ def where(block_id: str) -> tuple[str, str]:
     return (parts[2], parts[3]) if len(parts) == 4 and parts[0] == "at" else ("", "")
 
 
-def _rows(buttons: Sequence[Button], to: Address) -> list[Block]:
+def rows(buttons: Sequence[Button], to: Address) -> list[Block]:
+    """Buttons, five in a row; one whose value is too long for Slack is left out."""
     fit = [button for button in buttons if len(button.value) <= _MAX_VALUE]
     for _ in range(len(buttons) - len(fit)):
         log.warning("slack.button_left_out")
-    rows = [fit[start : start + _ROW] for start in range(0, len(fit), _ROW)]
+    cut = [fit[start : start + _ROW] for start in range(0, len(fit), _ROW)]
     return [
         {
             "type": "actions",
@@ -66,7 +67,7 @@ def _rows(buttons: Sequence[Button], to: Address) -> list[Block]:
                 for place, button in enumerate(row)
             ],
         }
-        for number, row in enumerate(rows)
+        for number, row in enumerate(cut)
     ]
 
 

@@ -51,7 +51,7 @@ class SlackBot:
             await _at_last(workspaces)
             courtesy = Courtesy(door)
             app = _app(settings, client, Intake(workspaces, courtesy, door))
-            self.web = Web(settings, app, client, workspaces, door)
+            self.web = Web(settings, app, workspaces, door)
             if settings.signing_secret or settings.client_id:
                 await self.web.open()
             try:

@@ -10,6 +10,7 @@ import logging
 from typing import Any
 
 from bots.outlet import Address, Door
+from bots.slack.home import view
 from bots.slack.places import PLATFORM
 from bots.slack.reader import ASK, Payload, ask_view
 from bots.slack.workspaces import Workspace
@@ -57,6 +58,13 @@ class Courtesy:
         event = body["event"]
         if event.get("tab") == "messages":
             await self._greet(workspace, event)
+        elif event.get("tab") == "home":
+            await self._home(workspace, event)
+
+    async def _home(self, workspace: Workspace, event: Payload) -> None:
+        user, at = event["user"], Address(PLATFORM, workspace.account, event["channel"], "")
+        shown = view(event["channel"], user, await self._door.grant(at, user), "en")
+        await workspace.api.once("views.publish", user_id=user, view=shown)
 
     async def _greet(self, workspace: Workspace, event: Payload) -> None:
         """The channel's own questions, as prompts of an empty conversation."""

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from typing import Any
 
 from core.commands import COMMANDS, Grant
+from core.errors import BadInput
 from core.texts import say
 
 COMMAND = "/distributary"
@@ -48,7 +50,7 @@ def manifest(url: str = "") -> dict[str, Any]:
         "display_information": {"name": "Distributary", "description": say("en", "slack.about")},
         "features": {
             "app_home": {
-                "home_tab_enabled": False,
+                "home_tab_enabled": True,
                 "messages_tab_enabled": True,
                 "messages_tab_read_only_enabled": False,
             },
@@ -84,6 +86,13 @@ def manifest(url: str = "") -> dict[str, Any]:
     if url:
         made["oauth_config"]["redirect_urls"] = [f"{url.rstrip('/')}/slack/oauth_redirect"]
     return made
+
+
+def command(words: Sequence[str]) -> str:
+    """`distributary slack manifest [URL]`. Raises BadInput."""
+    if not words or words[0] != "manifest" or len(words) > 2:
+        raise BadInput("slack.usage")
+    return manifest_json(words[1] if len(words) == 2 else "")
 
 
 def manifest_json(url: str = "") -> str:

@@ -23,7 +23,7 @@ from bots.outlet import Address, Attachment, Body, Handle, Receipt
 from bots.render import split_text
 from bots.slack import blocks, text
 from bots.slack.api import Api, Trouble, trouble
-from bots.slack.places import goes_to, is_dm, thread_of
+from bots.slack.places import PLATFORM, goes_to, is_dm, thread_of
 from core.texts import say
 
 log = logging.getLogger(__name__)
@@ -43,6 +43,7 @@ class Where:
     stream: bool
     place: str
     conversation: str
+    reply_to: str = ""
 
     @classmethod
     def read(cls, handle: Handle) -> Where:
@@ -53,7 +54,7 @@ class Where:
 
     @property
     def to(self) -> Address:
-        return Address("slack", "", self.place, self.conversation)
+        return Address(PLATFORM, "", self.place, self.conversation, self.reply_to)
 
 
 @dataclass(slots=True)
@@ -63,6 +64,7 @@ class Sight:
     sent: str = ""
     broken: bool = False
     painted: float = 0.0
+    below: list[blocks.Block] = field(default_factory=list)  # the stop button of a message that is edited
     busy: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
@@ -102,11 +104,11 @@ class SlackOutlet:
         where = None
         if self._may_stream(to, asker):
             where = await self._start(to, asker)
-        _remember(self._begun, to, None)
+        _remember(self._begun, replace(to, account=""), None)
         if where is None:
             where = await self._post(to, asker)
         handle = where.handle()
-        _remember(self._sights, handle, Sight())
+        _remember(self._sights, handle, Sight(below=self._stop_row(where, asker)))
         if to.reply_to and thread_of(to):
             self._errand(self._status(where, asker))
         return handle
@@ -141,14 +143,16 @@ class SlackOutlet:
         return Receipt(json.dumps({"channel": where.channel, "ts": where.ts}))
 
     async def recover(self, handle: Handle) -> Handle:
-        """A message is written on; a stream of an earlier run, or a broken one, is stopped and written as a message."""
+        """What this run began is written on; a stream of an earlier run is stopped, and edited from then on."""
         where = Where.read(handle)
+        _remember(self._begun, where.to, None)
+        if handle in self._sights:
+            return handle
         if not where.stream:
-            self._sights.setdefault(handle, Sight())
+            _remember(self._sights, handle, Sight())
             return handle
         await self._stop(where)
         made = replace(where, stream=False).handle()
-        self._sights.pop(handle, None)
         _remember(self._sights, made, Sight())
         return made
 
@@ -175,7 +179,7 @@ class SlackOutlet:
             self._transport == "stream"
             and bool(to.reply_to)
             and thread_of(to) is not None
-            and to not in self._begun
+            and replace(to, account="") not in self._begun
             and (asker is not None or is_dm(to.place))
             and self._api.free("chat.startStream")
             and self._api.free("chat.stopStream")
@@ -191,11 +195,10 @@ class SlackOutlet:
         except _ERRORS as error:
             log.info("slack.no_stream", extra={"error": _name(error)})
             return None
-        return Where(str(made.get("channel", to.place)), str(made["ts"]), True, to.place, to.conversation)
+        return Where(str(made.get("channel", to.place)), str(made["ts"]), True, to.place, to.conversation, to.reply_to)
 
     async def _post(self, to: Address, asker: Asker | None) -> Where:
-        stop = say((asker.language if asker else "") or "en", "slack.stop")
-        below = blocks.stop_row(stop, to) if to.reply_to else []
+        below = self._stop_row(Where(goes_to(to), "", False, to.place, to.conversation), asker) if to.reply_to else []
         made = await self._api.write(
             "chat.postMessage",
             channel=goes_to(to),
@@ -205,7 +208,10 @@ class SlackOutlet:
             unfurl_links=False,
             unfurl_media=False,
         )
-        return Where(str(made["channel"]), str(made["ts"]), False, to.place, to.conversation)
+        return Where(str(made["channel"]), str(made["ts"]), False, to.place, to.conversation, to.reply_to)
+
+    def _stop_row(self, where: Where, asker: Asker | None) -> list[blocks.Block]:
+        return blocks.stop_row(say((asker.language if asker else "") or "en", "slack.stop"), where.to)
 
     async def _status(self, where: Where, asker: Asker | None) -> None:
         """What Slack shows while nothing is written yet, and its own stop button."""
@@ -247,7 +253,8 @@ class SlackOutlet:
         try:
             if where.stream and sight.broken:
                 await self._stop_once(where)
-            await self._api.once("chat.update", **self._whole(where, Body(shown)))
+            given = self._whole(where, Body(shown))
+            await self._api.once("chat.update", **given | {"blocks": [*given["blocks"], *sight.below]})
         except _ERRORS as error:
             log.info("slack.edit_failed", extra={"error": _name(error)})
 

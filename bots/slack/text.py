@@ -11,6 +11,8 @@ LIMIT = 11_000  # characters of Markdown blocks in one message: Slack refuses ab
 _JOINER = "\u2060"
 _ALARM = re.compile(r"<(?=[!@#])|@(?=(?:channel|here|everyone)\b)", re.IGNORECASE)
 _OPEN_END = re.compile(r"(?:<|@[a-zA-Z]{0,8})\Z")
+_NAME = "\0"  # where the bot was named
+_NAME_END = re.compile(f"{_NAME}[ ,:]*")
 _ENTITY = re.compile(r"<([^<>\n]*)>")
 
 
@@ -35,7 +37,7 @@ def read(text: str, bot_user: str = "") -> tuple[bool, str]:
         if target[:1] == "@":
             if bot_user and target[1:] == bot_user:
                 named = True
-                return " "
+                return _NAME
             return f"@{label or target[1:]}"
         if target[:1] == "#":
             return f"#{label or target[1:]}"
@@ -43,6 +45,6 @@ def read(text: str, bot_user: str = "") -> tuple[bool, str]:
             return f"@{label.lstrip('@') or target[1:].partition('^')[0]}"
         return target.removeprefix("mailto:")
 
-    said = _ENTITY.sub(plain, text)
+    said = _NAME_END.sub("", _ENTITY.sub(plain, text.replace(_NAME, "")))
     said = said.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
-    return named, said.strip(" ,:\n\t") if named else said.strip()
+    return named, said.strip()

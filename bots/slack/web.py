@@ -12,19 +12,19 @@ import logging
 import re
 from urllib.parse import urlencode
 
-from aiohttp import web
+from aiohttp import ClientError, web
 from slack_bolt.adapter.aiohttp import to_aiohttp_response
 from slack_bolt.app.async_app import AsyncApp
 from slack_bolt.request.async_request import AsyncBoltRequest
 from slack_sdk.errors import SlackApiError
 from slack_sdk.signature import SignatureVerifier
-from slack_sdk.web.async_client import AsyncWebClient
 
 from bots.outlet import BadConfig, Door
 from bots.slack.manifest import SCOPES
 from bots.slack.places import PLATFORM
 from bots.slack.settings import SlackSettings
 from bots.slack.workspaces import Workspaces
+from core.errors import StorageError
 from core.texts import resolve, say
 
 log = logging.getLogger(__name__)
@@ -44,10 +44,8 @@ _PAGE = (
 class Web:
     """One app's. With `app` it takes events; with a client id it can be installed."""
 
-    def __init__(
-        self, settings: SlackSettings, app: AsyncApp, client: AsyncWebClient, workspaces: Workspaces, door: Door
-    ) -> None:
-        self._settings, self._app, self._client = settings, app, client
+    def __init__(self, settings: SlackSettings, app: AsyncApp, workspaces: Workspaces, door: Door) -> None:
+        self._settings, self._app = settings, app
         self._workspaces, self._door = workspaces, door
         self._verifier = SignatureVerifier(settings.signing_secret) if settings.signing_secret else None
         self._runner: web.AppRunner | None = None
@@ -141,16 +139,11 @@ class Web:
         if not code:
             return _page(request, "install_cancelled", 200)
         try:
-            answer = await self._client.oauth_v2_access(
-                client_id=self._settings.client_id,
-                client_secret=self._settings.client_secret,
-                code=code,
-                redirect_uri=self._settings.url.rstrip("/") + REDIRECT,
-            )
-            assert isinstance(answer.data, dict)
-            name = await self._workspaces.add(answer.data, link)
-        except SlackApiError as error:
-            log.warning("slack.install_failed", extra={"error": str(error.response.get("error"))})
+            there = self._settings.url.rstrip("/") + REDIRECT
+            answer = await self._workspaces.exchange(code=code, redirect_uri=there)
+            name = await self._workspaces.add(answer, link)
+        except (SlackApiError, ClientError, TimeoutError, StorageError) as error:
+            log.warning("slack.install_failed", extra={"error": type(error).__name__})
             return _page(request, "install_failed", 400)
         return _page(request, "installed", 200, name=name)
 

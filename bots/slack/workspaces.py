@@ -65,6 +65,13 @@ class Workspaces:
         log.info("slack.installed", extra={"account": account})
         return str((org if of_org else team).get("name") or account)
 
+    async def exchange(self, **given: str) -> dict[str, object]:
+        """oauth.v2.access: a code or a refresh token for tokens. Raises SlackApiError."""
+        secrets = {"client_id": self._settings.client_id, "client_secret": self._settings.client_secret}
+        answer = (await self._client.api_call("oauth.v2.access", data={**secrets, **given})).data
+        assert isinstance(answer, dict)
+        return answer
+
     async def drop(self, account: str) -> None:
         """The app was thrown out: its tokens are forgotten before Slack is told that we know."""
         if self._settings.token:
@@ -95,15 +102,7 @@ class Workspaces:
             return of.kept.get("token", "")
 
     async def _renew(self, of: Workspace, refresh: str) -> None:
-        answer = (
-            await self._client.oauth_v2_access(
-                client_id=self._settings.client_id,
-                client_secret=self._settings.client_secret,
-                grant_type="refresh_token",
-                refresh_token=refresh,
-            )
-        ).data
-        assert isinstance(answer, dict)
+        answer = await self.exchange(grant_type="refresh_token", refresh_token=refresh)
         of.kept = {**of.kept, **_tokens(answer)}
         _hide(of.kept)
         await self._door.installations.keep(PLATFORM, of.account, of.kept)

@@ -22,6 +22,7 @@ class Window:
     def __init__(self) -> None:
         self.first = 0
         self.rows = 1
+        self.start = 0  # position of the first row's first token
         self.length = 0  # keys visible to the pass: positions [0, length)
         self.row_index = torch.empty(0, dtype=torch.long)  # (B, 1)
         self.positions = torch.empty(0, dtype=torch.long)  # (B, T)
@@ -48,9 +49,18 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not t
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         window = self.window
+        if window.rows == 1:  # a plain copy is quicker than an indexed one
+            start = window.start
+            self.keys[window.first, :, start : start + key_states.shape[2]] = key_states[0]
+            self.values[window.first, :, start : start + key_states.shape[2]] = value_states[0]
+            return self._views()
         # Two index tensors around a slice put their shape first: (B, T, kv_heads, head_dim).
         self.keys[window.row_index, :, window.positions] = key_states.transpose(1, 2)
         self.values[window.row_index, :, window.positions] = value_states.transpose(1, 2)
+        return self._views()
+
+    def _views(self) -> tuple[Tensor, Tensor]:
+        window = self.window
         rows = slice(window.first, window.first + window.rows)
         return self.keys[rows, :, : window.length], self.values[rows, :, : window.length]
 
@@ -109,7 +119,7 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         """
         rows, tokens = positions.shape
         window = self.window
-        window.first, window.rows, window.positions = first, rows, positions
+        window.first, window.rows, window.positions, window.start = first, rows, positions, self.used[first]
         window.row_index = torch.arange(first, first + rows, device=positions.device)[:, None]
         for row in range(first, first + rows):
             self.reach[row] = self.used[row] + tokens
@@ -122,6 +132,26 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         """The pass is done: its tokens are part of the rows."""
         for row in range(first, first + rows):
             self.used[row] += tokens
+
+    def row_bytes(self, row: int) -> int:
+        """How much `take_out` would copy."""
+        return sum(tensor[row, :, : self.used[row]].nbytes for tensor in self._tensors())
+
+    def take_out(self, row: int) -> list[Tensor]:
+        """A copy of the row's used part: (kv_heads, used, head_dim), keys and values of each layer in turn."""
+        return [tensor[row, :, : self.used[row]].clone() for tensor in self._tensors()]
+
+    def put_in(self, row: int, tensors: list[Tensor], count: int) -> None:
+        """Let an empty row begin with the first `count` positions of what was taken out."""
+        assert self.used[row] == 0
+        self.reserve(count)
+        self.reach[row] = count
+        for layer, keys, values in zip(self.layers, tensors[::2], tensors[1::2], strict=True):
+            if not layer.is_initialized:
+                layer.lazy_initialization(keys[None], values[None])
+        for tensor, kept in zip(self._tensors(), tensors, strict=True):
+            tensor[row, :, :count] = kept[:, :count]
+        self.used[row] = count
 
     def move(self, source: int, target: int) -> None:
         """Copy a row over a wiped one, and wipe the source."""

@@ -26,6 +26,7 @@ from core.engine.protocol import (
     Finished,
     ModelSettings,
     Request,
+    check,
 )
 from core.engine.runner import check_exact
 from core.engine.stream import EventStream
@@ -126,6 +127,7 @@ class LocalEngine:
         generation = LocalGeneration(self)
         try:
             tokenizer = self._running_model().tokenizer
+            check(request)
             job = Job(
                 request,
                 deadline=time.monotonic() + request.deadline_s,

@@ -19,6 +19,7 @@ import torch
 from torch import Tensor
 
 from core.engine.adapter_files import AdapterWeights
+from core.engine.prefix import Kept, PrefixStore
 from core.engine.protocol import Delta, EngineSettings, Event, Finished, FinishReason, Started
 from core.engine.runner import Runner, translate
 from core.engine.sampling import NOT_FINITE, sample
@@ -32,6 +33,7 @@ log = logging.getLogger(__name__)
 
 LOOKAHEAD = 2  # jobs prepared beyond the free rows, so that none waits for its adapter file while a row is free
 CHUNK_CPU, CHUNK_CUDA = 128, 1024  # prompt tokens between two decode steps
+KEPT_AFTER = (FinishReason.END, FinishReason.STOP, FinishReason.LENGTH)
 FIRST_GUESS_S = 10.0  # of how long one request takes, before any has been seen
 
 
@@ -58,6 +60,7 @@ class ModelThread:
     ) -> None:
         self.model, self.settings, self.context = model, settings, context
         self.runner = Runner(model, max_rows=settings.max_rows, context=context)
+        self.prefixes = PrefixStore(settings.reuse_mib * 2**20)
         self.chunk = CHUNK_CUDA if model.device.type == "cuda" else CHUNK_CPU
         self.generated_tokens = 0
         self.rows: list[Job] = []  # index is the row; past their prompt but perhaps the last
@@ -185,7 +188,8 @@ class ModelThread:
                 self._end(job, FinishReason.CANCELLED)
             elif now >= job.deadline:
                 self._end(job, FinishReason.DEADLINE)
-        for _, _, done in forgets:
+        for channel, conversation, done in forgets:
+            self.prefixes.forget(channel, conversation)
             done.set_result(None)
 
     def _send_to_prepare(self) -> None:
@@ -248,39 +252,62 @@ class ModelThread:
             job = self._ready.popleft()
         try:
             job.slot = None if job.adapter is None else self.runner.lora.acquire(job.adapter)
-            self.runner.cache.add_row()
+            row = self.runner.cache.add_row()
+            self._reuse(job, row)
         except Exception as error:  # no memory for this one
             log.exception("engine.admit_failed")
             self._end(job, translate(error))
             return self._admit()
         job.state = State.RUNNING
         self.rows.append(job)
-        self._outputs.append((job, Started(prompt_tokens=len(job.prompt), dropped=job.dropped)))
+        self._outputs.append((job, Started(len(job.prompt), job.filled, job.dropped)))
         return job
+
+    def _reuse(self, job: Job, row: int) -> None:
+        """Begin with what is kept of the conversation."""
+        found = self.prefixes.find(job.request.scope, job.adapter_sha256, job.prompt)
+        if found is None:
+            return
+        kept, count = found
+        try:
+            self.runner.cache.put_in(row, kept.tensors, count)
+            job.filled = job.reused = count
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError):
+            log.warning("engine.reuse_no_memory", extra={"kept": len(self.prefixes)})
+            self.runner.cache.wipe(row)
+            self.prefixes.clear()
+
+    def _keep(self, job: Job, row: int) -> None:
+        """Keep what a finished answer leaves in its row, for the next turn."""
+        cache, scope = self.runner.cache, job.request.scope
+        if not self.prefixes.wants(scope, cache.row_bytes(row)):
+            return
+        ids = (*job.prompt, *job.answer)[: cache.used[row]]
+        try:
+            self.prefixes.put(scope, Kept(job.adapter_sha256, ids, cache.take_out(row)))
+        except (torch.OutOfMemoryError, MemoryError, RuntimeError):
+            log.warning("engine.reuse_no_memory", extra={"kept": len(self.prefixes)})
+            self.prefixes.clear()
 
     def _decode(self, jobs: list[Job]) -> None:
         """One token for every row past its prompt: rows [0, len(jobs))."""
-        try:
-            logits = self._forward(0, jobs)
-        except Exception as error:
-            log.exception("engine.decode_failed")
-            self._decode_apart(jobs, error)
-            return
-        self._accept(jobs, logits)
-
-    def _decode_apart(self, jobs: list[Job], error: Exception) -> None:
-        """The pass failed for all: run each row alone, so that only those end that cannot go on."""
-        results: list[tuple[Job, Tensor | Exception]] = []
-        for row, job in enumerate(jobs):
-            try:
-                results.append((job, error if len(jobs) == 1 else self._forward(row, [job])))
-            except Exception as own:
-                results.append((job, own))
-        for job, result in results:
-            if isinstance(result, Exception):
-                self._end(job, translate(result))
+        for some, result in self._by_halves(0, jobs):
+            if isinstance(result, Tensor):
+                self._accept(some, result)
             else:
-                self._accept([job], result)
+                self._end(some[0], translate(result))
+
+    def _by_halves(self, first: int, jobs: list[Job]) -> list[tuple[list[Job], Tensor | Exception]]:
+        """Logits of rows [first, first + len(jobs)). A pass that fails, for memory or for one row's sake, is run again
+        in halves, so that only those end that cannot go on alone."""
+        try:
+            return [(jobs, self._forward(first, jobs))]
+        except Exception as error:
+            log.exception("engine.decode_failed", extra={"rows": len(jobs)})
+            if len(jobs) == 1:
+                return [(jobs, error)]
+        half = len(jobs) // 2
+        return self._by_halves(first, jobs[:half]) + self._by_halves(first + half, jobs[half:])
 
     def _forward(self, first: int, jobs: Sequence[Job]) -> Tensor:
         return self.runner.decode(first, [job.answer[-1] for job in jobs], [job.slot for job in jobs])
@@ -330,7 +357,10 @@ class ModelThread:
         else:
             self._outputs.append((job, outcome))
         if job.state is State.RUNNING:
-            self._leave_row(self.rows.index(job))
+            row = self.rows.index(job)
+            if outcome in KEPT_AFTER:
+                self._keep(job, row)
+            self._leave_row(row)
             self._mean_s += 0.1 * (time.monotonic() - job.submitted - self._mean_s)
         if job.slot is not None and job.adapter is not None:
             self.runner.lora.release(job.adapter.sha256)
@@ -388,6 +418,7 @@ class ModelThread:
         for _, _, done in forgets:
             done.set_result(None)
         self.runner.cache.clear()
+        self.prefixes.clear()
 
     def _flush(self) -> None:
         outputs, self._outputs = self._outputs, []

@@ -15,13 +15,14 @@ import torch
 from torch import Tensor, nn
 
 from core.engine.adapter_files import AdapterWeights
+from core.engine.int8 import Int8Linear, Part
 
 
 @dataclass(frozen=True, slots=True)
 class Plan:
-    """Which slots a pass uses: columns [start, stop) of the stack, and which of them are foreign to each row.
+    """Which slots a pass uses: [start, stop), and which of them are foreign to each row.
 
-    foreign is bool (B, 1, stop - start), or None if all rows run with the one slot that is used.
+    foreign is bool (B, 1, stop - start, 1), or None if all rows run with the one slot that is used.
     """
 
     start: int
@@ -30,34 +31,70 @@ class Plan:
 
 
 class Stack:
-    """A_cat and B_cat of one linear module, applied by a forward hook."""
+    """A_cat and B_cat of the linear modules that share an input, so that one product takes it in for all of them.
 
-    def __init__(self, linear: nn.Linear, plans: PlanHolder, *, device: torch.device, dtype: torch.dtype) -> None:
+    a is (S * P * R, in): slot by slot, then module by module; b holds one (out, S * R) per module.
+    """
+
+    def __init__(
+        self, in_features: int, outs: Sequence[int], plans: PlanHolder, *, device: torch.device, dtype: torch.dtype
+    ) -> None:
         self.plans = plans
-        self.a = torch.zeros(0, linear.in_features, device=device, dtype=dtype)  # (S*R, in)
-        self.b = torch.zeros(linear.out_features, 0, device=device, dtype=dtype)  # (out, S*R)
-        linear.register_forward_hook(self)
+        self.outs = tuple(outs)
+        self.rank = 0
+        self.a = torch.zeros(0, in_features, device=device, dtype=dtype)
+        self.b = [torch.zeros(out, 0, device=device, dtype=dtype) for out in outs]
 
-    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> Tensor | None:
+    def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
+        """As a forward hook of the one module."""
+        self.add(inputs[0], output)
+
+    def add(self, x: Tensor, y: Tensor) -> None:
+        """Add to y (B, T, sum of outs), in place, what the plan's adapters make of x (B, T, in)."""
         plan = self.plans.current
         if plan is None:
-            return None
-        (x,) = inputs
-        h = nn.functional.linear(x, self.a[plan.start : plan.stop])  # (B, T, columns)
+            return
+        parts, rank, slots = len(self.outs), self.rank, plan.stop - plan.start
+        h = nn.functional.linear(x, self.a[plan.start * parts * rank : plan.stop * parts * rank])
+        h = h.view(*x.shape[:2], slots, parts * rank)
         if plan.foreign is not None:
             # Filled, not multiplied: another tenant's overflow times zero would be NaN.
-            h = h.masked_fill(plan.foreign, 0.0)
-        return output + nn.functional.linear(h, self.b[:, plan.start : plan.stop])
+            h.masked_fill_(plan.foreign, 0.0)
+        flat, column = y.view(-1, y.shape[-1]), 0
+        for part, (out, b) in enumerate(zip(self.outs, self.b, strict=True)):
+            own = h[..., part * rank : (part + 1) * rank].reshape(len(flat), slots * rank)
+            flat[:, column : column + out].addmm_(own, b[:, plan.start * rank : plan.stop * rank].t())
+            column += out
 
-    def resize(self, slots: int, rank: int, *, old_rank: int) -> None:
+    def resize(self, slots: int, rank: int) -> None:
         """Another number of slots or rank; what is there stays in its slot."""
-        a = self.a.new_zeros(slots, rank, self.a.shape[1])
-        b = self.b.new_zeros(self.b.shape[0], slots, rank)
+        parts, old_rank = len(self.outs), self.rank
+        a = self.a.new_zeros(slots, parts, rank, self.a.shape[1])
         if old_rank and len(self.a):
-            old = self.a.view(-1, old_rank, self.a.shape[1])
-            a[: len(old), :old_rank] = old
-            b[:, : len(old), :old_rank] = self.b.view(self.b.shape[0], -1, old_rank)
-        self.a, self.b = a.flatten(0, 1), b.flatten(1, 2)
+            old = self.a.view(-1, parts, old_rank, self.a.shape[1])
+            a[: len(old), :, :old_rank] = old
+        self.a, self.rank = a.flatten(0, 2), rank
+        self.b = [_resized(b, slots, rank, old_rank) for b in self.b]
+
+    def fill(self, slot: int, part: int, a: Tensor, b: Tensor) -> None:
+        """Put one module's A (r, in) and B (out, r) into a slot that is zero."""
+        start = (slot * len(self.outs) + part) * self.rank
+        self.a[start : start + len(a)].copy_(a)
+        self.b[part][:, slot * self.rank : slot * self.rank + len(a)].copy_(b)
+
+    def zero(self, slot: int) -> None:
+        size = len(self.outs) * self.rank
+        self.a[slot * size : (slot + 1) * size] = 0
+        for b in self.b:
+            b[:, slot * self.rank : (slot + 1) * self.rank] = 0
+
+
+def _resized(b: Tensor, slots: int, rank: int, old_rank: int) -> Tensor:
+    new = b.new_zeros(len(b), slots, rank)
+    if old_rank and b.shape[1]:
+        old = b.view(len(b), -1, old_rank)
+        new[:, : old.shape[1], :old_rank] = old
+    return new.flatten(1, 2)
 
 
 class PlanHolder:
@@ -69,14 +106,31 @@ class PlanHolder:
 class LoraStacks:
     """The slots: which adapter lies in which, and who uses it. All methods belong to the model thread."""
 
-    def __init__(self, module: nn.Module, *, max_slots: int, device: torch.device, dtype: torch.dtype) -> None:
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        max_slots: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        groups: Sequence[tuple[str, ...]] = (),
+    ) -> None:
+        """`groups` are the modules whose products are merged, in order; they are given their part by `add`."""
         self.linears = dict(linear_modules(module))
         self.max_slots, self.device, self.dtype = max_slots, device, dtype
         self.plans = PlanHolder()
-        self.stacks: dict[str, Stack] = {}
+        self.merged = bool(groups)
+        self.places = {name: (group, part) for group in groups for part, name in enumerate(group)}
+        self.stacks: dict[str, Stack] = {}  # by the first module of the group
         self.slots: dict[str, int] = {}  # adapter sha256 -> slot, least recently used first
         self.users: Counter[str] = Counter()
         self.slot_count, self.rank = 0, 0
+
+    def add(self, name: str, x: Tensor, y: Tensor) -> None:
+        """Add to y, in place, what the running pass's adapters make of x in the group that begins with `name`."""
+        stack = self.stacks.get(name)
+        if stack is not None:
+            stack.add(x, y)
 
     def acquire(self, adapter: AdapterWeights) -> int:
         """The adapter's slot, filled if need be, held until `release`. At most max_slots different ones at a time."""
@@ -100,11 +154,11 @@ class LoraStacks:
             del self.users[key]
 
     @contextmanager
-    def rows(self, slots: Sequence[int | None]) -> Iterator[None]:
+    def rows(self, slots: Sequence[int | None]) -> Iterator[Plan | None]:
         """Let the forward pass inside run row i with the adapter in slots[i]; None is the bare base model."""
         self.plans.current = self._plan(slots)
         try:
-            yield
+            yield self.plans.current
         finally:
             self.plans.current = None
 
@@ -116,9 +170,8 @@ class LoraStacks:
         foreign = None
         if len(set(slots)) > 1:
             own = torch.tensor([-1 if slot is None else slot for slot in slots], device=self.device)
-            columns = torch.arange(low, high, device=self.device).repeat_interleave(self.rank)
-            foreign = (columns[None, :] != own[:, None])[:, None, :]
-        return Plan(low * self.rank, high * self.rank, foreign)
+            foreign = (torch.arange(low, high, device=self.device)[None, :] != own[:, None])[:, None, :, None]
+        return Plan(low, high, foreign)
 
     def _free_slot(self) -> int:
         taken = set(self.slots.values())
@@ -138,34 +191,38 @@ class LoraStacks:
         if adapter.rank > self.rank:
             self._resize(self.slot_count, adapter.rank)
         for name, (a, b) in adapter.pairs.items():
-            stack = self.stacks.get(name)
-            if stack is None:
-                stack = Stack(self.linears[name], self.plans, device=self.device, dtype=self.dtype)
-                stack.resize(self.slot_count, self.rank, old_rank=0)
-                self.stacks[name] = stack
-            start = slot * self.rank
-            stack.a[start : start + len(a)].copy_(a)
-            stack.b[:, start : start + len(a)].copy_(b)
+            group, part = self.places.get(name, ((name,), 0))
+            self._stack(group).fill(slot, part, a, b)
+
+    def _stack(self, group: tuple[str, ...]) -> Stack:
+        stack = self.stacks.get(group[0])
+        if stack is None:
+            linears = [self.linears[name] for name in group]
+            outs = [linear.out_features for linear in linears]
+            stack = Stack(linears[0].in_features, outs, self.plans, device=self.device, dtype=self.dtype)
+            stack.resize(self.slot_count, self.rank)
+            if not self.merged:
+                linears[0].register_forward_hook(stack)
+            self.stacks[group[0]] = stack
+        return stack
 
     def _zero(self, slot: int) -> None:
-        columns = slice(slot * self.rank, (slot + 1) * self.rank)
         for stack in self.stacks.values():
-            stack.a[columns] = 0
-            stack.b[:, columns] = 0
+            stack.zero(slot)
 
     def _resize(self, slots: int, rank: int) -> None:
         for stack in self.stacks.values():
-            stack.resize(slots, rank, old_rank=self.rank)
+            stack.resize(slots, rank)
         self.slot_count, self.rank = slots, rank
 
 
-def linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Linear]]:
+def linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Linear | Int8Linear | Part]]:
     """The modules that an adapter may change, by name: linear ones that see (B, T, in)."""
     text = module.config.get_text_config()  # type: ignore[union-attr, operator]  # a transformers model
     experts = any(getattr(text, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
     for name, child in module.named_modules():
         # Inside a mixture of experts tokens are regrouped, so a row is no longer the first dimension.
-        if isinstance(child, nn.Linear) and (not experts or "attn" in name or "attention" in name):
+        if isinstance(child, nn.Linear | Int8Linear | Part) and (not experts or "attn" in name or "attention" in name):
             yield name, child
 
 

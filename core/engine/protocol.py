@@ -5,12 +5,13 @@
         async for event in generation: ...          # Started, Delta*, Finished
         generation.cancel()                         # takes effect within one step; Finished still comes, with usage
 
-Errors are raised out of the iteration, as core.errors types: PromptTooLong, Overloaded, AdapterUnusable,
+Errors are raised out of the iteration, as core.errors types: BadInput, PromptTooLong, Overloaded, AdapterUnusable,
 OutOfMemory, EngineError. Failure of one request never harms another.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, field
 from enum import StrEnum
@@ -18,6 +19,7 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
+from core.errors import BadInput
 from core.types import AdapterRef, Message, Sampling, Usage
 
 
@@ -57,6 +59,22 @@ class Request:
     scope: Scope = field(default_factory=Scope)
     max_prompt_tokens: int = 0
     deadline_s: float = 120.0
+
+
+def check(request: Request) -> None:
+    """Raise BadInput for numbers that no engine can draw by, NaN among them."""
+    sampling = request.sampling
+    rules = {
+        "temperature": 0 <= sampling.temperature < math.inf,
+        "top_p": 0 < sampling.top_p <= 1,
+        "top_k": sampling.top_k >= 0,
+        "min_p": 0 <= sampling.min_p <= 1,
+        "repetition_penalty": 0 < sampling.repetition_penalty < math.inf,
+        "max_tokens": sampling.max_tokens >= 1,
+        "deadline_s": request.deadline_s >= 0,
+    }
+    if wrong := [name for name, right in rules.items() if not right]:
+        raise BadInput(detail=f"the engine cannot use this {', '.join(wrong)}")
 
 
 @dataclass(frozen=True, slots=True)
@@ -142,7 +160,8 @@ class Engine(Protocol):
 class ModelSettings:
     """Which base model, and how it is held. `name` is "demo", a local folder or a Hugging Face id.
 
-    device: auto, cpu, cuda, cuda:N. dtype: auto, float32, bfloat16, float16. quantization: none, 8bit, 4bit.
+    device: auto, cpu, cuda, cuda:N. dtype: auto, float32, bfloat16, float16.
+    quantization: none, int8 (CPU), 8bit and 4bit (CUDA).
     """
 
     name: str = "demo"
@@ -154,10 +173,11 @@ class ModelSettings:
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """Bounds of the local engine. `threads` 0 means all cores."""
+    """Bounds of the local engine. `threads` 0 means all cores; `reuse_mib` bounds what is kept between turns."""
 
     max_rows: int = 8
     max_context: int = 4096
     max_waiting: int = 256
     adapters_in_memory: int = 64
     threads: int = 0
+    reuse_mib: int = 512

@@ -34,10 +34,15 @@ class Job:
     prompt: tuple[int, ...] = ()
     dropped: int = 0
     filled: int = 0  # prompt tokens in the cache
+    reused: int = 0  # of these, those that an earlier turn left
     answer: list[int] = field(default_factory=list)
     adapter: AdapterWeights | None = None
     slot: int | None = None
 
     @property
+    def adapter_sha256(self) -> str:
+        return "" if self.adapter is None else self.adapter.sha256
+
+    @property
     def usage(self) -> Usage:
-        return Usage(len(self.prompt), len(self.answer))
+        return Usage(len(self.prompt), len(self.answer), self.reused)

@@ -31,6 +31,7 @@ from aiohttp import web
 
 from bots.telegram.bot import TelegramBot
 from bots.telegram.pace import Limits, Pace, Rate
+from core import logs
 from core.delivery import Deliveries
 from core.engine.protocol import Request
 from core.engine.scripted import ScriptedEngine
@@ -113,8 +114,8 @@ async def stand(updates: list[dict[str, Any]], seed: int, port: Path) -> None:
 
     async with there.open():
         app = web.Application()
-        app.router.add_get("/more/{upto}", more)
-        app.router.add_get("/state", state)
+        app.router.addget("/more/{upto}", more)
+        app.router.addget("/state", state)
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()
@@ -277,7 +278,7 @@ def drill(count: int, kills: int, seed: int, folder: Path) -> dict[str, Any]:
         url, desk = port.read_text().split()
         died = 0
         for number in range(kills):
-            _get(f"{desk}/more/{(number + 1) * count // kills}")
+            get(f"{desk}/more/{(number + 1) * count // kills}")
             transport = draw.choice(("draft", "draft", "edit"))
             pid = fork(lambda transport=transport: live(home, url, transport, to_the_end=False))  # type: ignore[misc]
             time.sleep(0.1 + draw.random() * 0.9)
@@ -288,7 +289,7 @@ def drill(count: int, kills: int, seed: int, folder: Path) -> dict[str, Any]:
         pid = fork(lambda: live(home, url, "draft", to_the_end=True))
         _, status = os.waitpid(pid, 0)
         problems += [f"the last life ended with {status}"] if status else []
-        state = json.loads(_get(f"{desk}/state"))
+        state = json.loads(get(f"{desk}/state"))
         problems += [f"{state['pending']} updates were never confirmed"] if state["pending"] else []
         books, outcomes = audit_books(home, state, updates)
     finally:
@@ -306,7 +307,7 @@ def drill(count: int, kills: int, seed: int, folder: Path) -> dict[str, Any]:
     }
 
 
-def _get(url: str) -> str:
+def get(url: str) -> str:
     with urllib.request.urlopen(url, timeout=30) as answered:
         return str(answered.read().decode())
 
@@ -320,6 +321,7 @@ def main() -> None:
     parser.add_argument("--live", nargs=2, metavar=("HOME", "URL"), help="be the program, until SIGTERM")
     parser.add_argument("--to-the-end", action="store_true", help="... or until nothing is left to do")
     given = parser.parse_args()
+    logs.install("warning")
     if given.live:
         asyncio.run(live(Home(Path(given.live[0])), given.live[1], "draft", to_the_end=given.to_the_end))
         return

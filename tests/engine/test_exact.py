@@ -62,7 +62,7 @@ async def test_any_mix_arriving_at_any_time_equals_peft_one_by_one(base: BaseMod
 
 async def test_neighbours_do_not_matter(base: BaseModel, adapters: list[AdapterRef]) -> None:
     """Canaries: one request alone, and the same among floods of every other adapter."""
-    async with running(base, max_rows=8) as engine:
+    async with running(base, max_rows=8, reuse_mib=0) as engine:
         for canary in (None, adapters[1]):
             alone = await hear(engine.submit(ask("canary", adapter=canary, max_tokens=N)))
             crowd = [engine.submit(ask(f"crowd {i}", adapter=adapters[i % 4], max_tokens=N)) for i in range(7)]

@@ -1,26 +1,258 @@
-"""What people live through in Slack, by Socket Mode and over HTTP alike."""
+"""What people live through in Slack, by Socket Mode and over HTTP alike, in English and Chinese."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
+from core.engine.protocol import Request
+from core.store import directory
+from core.store.database import Tx
 from core.texts import say
-from tests.bots.slack.talk import talk
+from tests.bots.slack.talk import Talk, talk
 
 both_ways = pytest.mark.parametrize("http", [False, True], ids=["socket", "http"])
+both_languages = pytest.mark.parametrize("language", ["en", "zh"])
+
+
+async def speak(it: Talk, language: str, user: str = "UANN") -> None:
+    if language == "zh":
+        await it.ask(user, "/language zh")
 
 
 @both_ways
-async def test_a_question_in_a_dm_is_answered_once_in_its_thread(tmp_path: Path, http: bool) -> None:
+@both_languages
+async def test_a_question_in_a_dm_is_answered_once_in_its_thread(tmp_path: Path, http: bool, language: str) -> None:
     async with talk(tmp_path, http=http) as it:
+        await speak(it, language)
         asked = it.there.message("UANN", "What is a permit?")
+        before = len(it.there.messages)
         held = await it.answer(asked)
         assert held.said == "you said What is a permit?"
         assert held.thread == asked["event"]["ts"]
         assert held.streamed
         assert not held.streaming
-        assert held.labels == [say("en", "service.again")]
-        assert len(it.there.messages) == 1
+        assert held.labels == [say(language, "service.again")]
+        assert len(it.there.messages) == before + 1
         assert await it.here.count("ledger") == 1
+
+
+@both_ways
+async def test_a_thread_is_one_conversation_and_another_is_another(tmp_path: Path, http: bool) -> None:
+    async with talk(tmp_path, http=http) as it:
+        first = it.there.message("UANN", "one")
+        await it.answer(first)
+        await it.ask("UANN", "two", thread_ts=first["event"]["ts"])
+        await it.ask("UANN", "three")
+        lengths = [len(request.messages) for request in it.here.engine.requests]
+        assert lengths == [1, 3, 1]
+
+
+@both_ways
+async def test_in_a_channel_only_who_names_it_is_answered_in_the_thread(tmp_path: Path, http: bool) -> None:
+    async with talk(tmp_path, http=http) as it:
+        await it.there.deliver(it.there.message("UANN", "just talking", channel="C1"))
+        root = it.there.ts()
+        named = it.there.message("UBEN", "so, <@BT1>: is that so? &lt;b&gt;", channel="C1", thread_ts=root)
+        held = await it.answer(named)
+        assert held.thread == root  # a thread that somebody else began
+        assert held.said == "you said so, is that so? <b>"
+        (start,) = it.there.called("chat.startStream")
+        assert (start.body["recipient_user_id"], start.body["recipient_team_id"]) == ("UBEN", "T1")
+        assert "markdown_text" not in start.body
+        assert await it.here.count("inbox") == 1
+
+
+@both_ways
+async def test_bots_and_edits_and_deletions_run_nothing(tmp_path: Path, http: bool) -> None:
+    async with talk(tmp_path, http=http) as it:
+        asked = it.there.message("UANN", "hello")
+        await it.answer(asked)
+        said = asked["event"]
+        changed = {"type": "message", "channel": "DUANN", "ts": it.there.ts(), "hidden": True}
+        for event in (
+            {**changed, "subtype": "message_changed", "message": {**said, "text": "/forget yes"}},
+            {**changed, "subtype": "message_deleted", "previous_message": said},
+            {**said, "ts": it.there.ts(), "bot_id": "B9"},
+            {**said, "ts": it.there.ts(), "user": "BT1"},
+            {**changed, "subtype": "bot_message", "text": "hello", "bot_id": "B8"},
+            {**changed, "subtype": "channel_topic", "user": "UANN", "text": "hello"},
+        ):
+            await it.there.deliver(it.there.event("T1", event))
+        await it.settled()
+        assert len(it.there.messages) == 1
+        assert await it.here.count("generation") == 1
+
+
+@both_ways
+@both_languages
+@pytest.mark.parametrize("command", ["help", "new", "stop", "usage", "language", "privacy", "forget", "whoami"])
+async def test_every_command_for_everyone_answers(tmp_path: Path, http: bool, command: str, language: str) -> None:
+    async with talk(tmp_path, http=http) as it:
+        await speak(it, language)
+        held = await it.ask("UANN", f"/{command}")
+        assert ("。" in held.said or "，" in held.said) == (language == "zh")
+        assert await it.here.count("ledger") == 0
+
+
+@both_ways
+async def test_the_slash_command_runs_commands_and_takes_questions_and_answers_in_a_dm(
+    tmp_path: Path, http: bool
+) -> None:
+    async with talk(tmp_path, http=http) as it:
+        told = await it.there.deliver(it.there.command("UANN", "whoami"))
+        assert isinstance(told, dict)
+        assert (told["response_type"], told["text"]) == ("ephemeral", say("en", "slack.answered_in_dm"))
+        await it.settled()
+        held = await it.answer(it.there.command("UANN", "what is a permit"))
+        assert (held.channel, held.said) == ("DUANN", "you said what is a permit")
+        again = await it.answer(it.there.press("UANN", held, say("en", "service.again")))
+        assert again.said == held.said
+        assert "/retry" in (await it.answer(it.there.command("UANN", ""))).said
+        assert not it.there.held("C1")
+
+
+@both_ways
+async def test_again_and_thumbs(tmp_path: Path, http: bool) -> None:
+    count = 0
+
+    def answer(request: Request) -> str:
+        nonlocal count
+        count += 1
+        return f"answer {count}"
+
+    async with talk(tmp_path, answer, http=http) as it:
+        held = await it.ask("UANN", "a question")
+        again = await it.answer(it.there.press("UANN", held, say("en", "service.again")))
+        assert (again.said, again.thread) == ("answer 2", held.thread)
+        assert it.here.engine.requests[1].messages[-1].text == "a question"
+        for user, label in (("UANN", "+"), ("UANN", "-"), ("UBEN", "+")):
+            await it.there.deliver(it.there.press(user, again, label))
+        await it.settled()
+        rows = await it.here.database.read(
+            lambda tx: tx.all("SELECT vote, adapter FROM feedback JOIN generation ON id = generation_id")
+        )
+        assert rows == [{"vote": -1, "adapter": None}]
+
+
+@both_ways
+@pytest.mark.parametrize("way", ["native", "command", "button"])
+async def test_an_answer_can_be_stopped_and_what_was_seen_is_charged(tmp_path: Path, http: bool, way: str) -> None:
+    given: dict[str, Any] = {"transport": "edit"} if way == "button" else {}
+    async with talk(tmp_path, lambda _: "word " * 4000, http=http, delay_s=0.01, **given) as it:
+        asked = it.there.message("UANN", "tell me all")
+        await it.there.deliver(asked)
+        await it.there.until(lambda: any("word" in one.said for one in it.there.messages.values()))
+        (held,) = it.there.messages.values()
+        thread = asked["event"]["ts"]
+        if way == "native":
+            event = {"type": "agent_session_stopped", "channel": "DUANN", "thread_ts": thread, "user": "UANN"}
+            await it.there.deliver(it.there.event("T1", event | {"streaming_message_ts": [held.ts]}))
+        elif way == "command":
+            await it.there.deliver(it.there.message("UANN", "/stop", thread_ts=thread))
+        else:
+            await it.there.deliver(it.there.press("UANN", held, say("en", "slack.stop")))
+        await it.settled()
+        assert held.said.startswith("word")
+        assert len(held.said) < 5 * 4000 - 1
+        assert not held.streaming
+        assert await it.here.count("ledger") == 1
+
+
+@both_ways
+@both_languages
+async def test_a_file_without_text_is_answered_politely(tmp_path: Path, http: bool, language: str) -> None:
+    async with talk(tmp_path, http=http) as it:
+        await speak(it, language)
+        sent = [{"id": "F1", "name": "plan.pdf", "size": 12, "mimetype": "application/pdf"}]
+        held = await it.ask("UANN", "", subtype="file_share", files=sent)
+        assert held.said == say(language, "service.text_only")
+
+
+@both_ways
+async def test_ask_about_this_message_opens_a_modal_and_answers_in_the_thread(tmp_path: Path, http: bool) -> None:
+    async with talk(tmp_path, http=http) as it:
+        shortcut = {
+            "type": "message_action",
+            "callback_id": "ask",
+            "team": {"id": "T1"},
+            "user": {"id": "UANN", "team_id": "T1"},
+            "channel": {"id": "C1"},
+            "message": {"ts": "1700000000.000100", "text": "Section 4 applies.", "user": "UBEN"},
+            "trigger_id": "t1",
+        }
+        await it.there.deliver(shortcut)
+        await it.there.until(lambda: it.there.called("views.open"))
+        view = it.there.called("views.open")[0].body["view"]
+
+        def submit(text: str | None) -> dict[str, Any]:
+            values = {"question": {"text": {"value": text}}}
+            made = {**view, "id": "V1", "hash": "h1", "state": {"values": values}}
+            return {"type": "view_submission", "team": {"id": "T1"}, "user": {"id": "UANN"}, "view": made}
+
+        refused = await it.there.deliver(submit("  "))
+        assert refused == {"response_action": "errors", "errors": {"question": say("en", "slack.ask_empty")}}
+        held = await it.answer(submit("What does it say?"))
+        assert held.said == "you said > Section 4 applies.\n\nWhat does it say?"
+        assert (held.channel, held.thread) == ("C1", "1700000000.000100")
+
+
+@both_ways
+async def test_the_agents_dm_offers_the_channels_questions(tmp_path: Path, http: bool) -> None:
+    def questions(tx: Tx) -> None:
+        channel = directory.channel_by_name(tx, "acme")
+        assert channel is not None
+        directory.set_channel(tx, channel.id, questions="How long does it take?\nHours?")
+
+    async with talk(tmp_path, http=http) as it:
+        await it.here.database.write(questions)
+        event = {"type": "app_home_opened", "tab": "messages", "user": "UANN", "channel": "DUANN"}
+        await it.there.deliver(it.there.event("T1", event))
+        await it.there.until(lambda: it.there.called("assistant.threads.setSuggestedPrompts"))
+        (call,) = it.there.called("assistant.threads.setSuggestedPrompts")
+        assert [one["message"] for one in call.body["prompts"]] == ["How long does it take?", "Hours?"]
+
+
+@both_ways
+async def test_invited_to_a_channel_it_says_how_to_address_it(tmp_path: Path, http: bool) -> None:
+    async with talk(tmp_path, http=http) as it:
+        event = {"type": "member_joined_channel", "channel": "C1", "user": "BT1", "inviter": "UANN", "team": "T1"}
+        held = await it.answer(it.there.event("T1", event))
+        assert "Acme" in held.said
+        assert held.thread == ""
+
+
+@both_ways
+async def test_a_guest_of_another_workspace_is_somebody_of_their_own(tmp_path: Path, http: bool) -> None:
+    async with talk(tmp_path, http=http) as it:
+        held = await it.ask("UGUEST", "<@BT1> hello", channel="C1", user_team="T9", source_team="T9")
+        assert held.said == "you said hello"
+        (start,) = it.there.called("chat.startStream")
+        assert start.body["recipient_team_id"] == "T9"
+
+
+@both_ways
+async def test_nothing_pings_anybody(tmp_path: Path, http: bool) -> None:
+    nasty = "<!channel> @here @everyone <@U1> <!subteam^S1> <#C1> <!here|now> a<b @Channel"
+    async with talk(tmp_path, lambda _: nasty, http=http, delay_s=0.001) as it:
+        held = await it.ask("UANN", "shout")
+        assert held.said.replace("\u2060", "") == nasty
+        for shown in [held.said, *held.history, json.dumps(held.blocks)]:
+            assert not any(bad in shown.lower() for bad in ("<!", "<@", "<#", "@channel", "@here", "@everyone"))
+
+
+@both_ways
+async def test_slack_is_told_what_is_going_on(tmp_path: Path, http: bool) -> None:
+    async with talk(tmp_path, http=http) as it:
+        held = await it.ask("UANN", "hello")
+        await it.there.until(lambda: it.there.called("assistant.threads.setStatus"))
+        (status,) = it.there.called("assistant.threads.setStatus")
+        assert status.body["thread_ts"] == held.thread
+        assert status.body["loading_messages"] == [say("en", f"slack.working_{number}") for number in (1, 2, 3)]
+        (processing,) = it.there.called("agents.sessions.setStatus")
+        assert processing.body["status"] == "processing"
+        (stopped,) = it.there.called("chat.stopStream")
+        assert stopped.body["session_status"] == "active"

@@ -18,6 +18,7 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "agents.sessions.setStatus": ("channel_id", "status"),
     "assistant.threads.setStatus": ("channel_id", "thread_ts", "status"),
     "assistant.threads.setSuggestedPrompts": ("channel_id", "prompts"),
+    "views.publish": ("user_id", "view"),
     "views.open": ("trigger_id", "view"),
     "files.info": ("file",),
     "files.getUploadURLExternal": ("filename", "length"),

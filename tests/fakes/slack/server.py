@@ -81,6 +81,7 @@ class FakeSlack:
         self.messages: dict[tuple[str, str], Held] = {}
         self.calls: list[Call] = []
         self.files: dict[str, bytes] = {}
+        self.homes: dict[tuple[str, str], dict[str, Any]] = {}
         self.codes: dict[str, Workspace] = {}
         self.limits = False
         self.early = 0
@@ -92,7 +93,7 @@ class FakeSlack:
         self.url = ""
         self.events_url = ""
         self.changed = asyncio.Condition()
-        self._waiting: dict[str, asyncio.Future[object]] = {}
+        self._sent: defaultdict[int, dict[str, asyncio.Future[object]]] = defaultdict(dict)
         self._tick = itertools.count(1)
         self._used: defaultdict[str, list[float]] = defaultdict(list)
         self._closed: dict[str, float] = {}
@@ -202,7 +203,7 @@ class FakeSlack:
         socket = next(one for one in reversed(self.sockets) if not one.closed)
         envelope = f"env-{next(self._tick)}"
         kind = "events_api" if "event" in payload else "slash_commands" if "command" in payload else "interactive"
-        waiting = self._waiting[envelope] = asyncio.get_running_loop().create_future()
+        waiting = self._sent[id(socket)][envelope] = asyncio.get_running_loop().create_future()
         message = {"envelope_id": envelope, "type": kind, "payload": payload, "accepts_response_payload": True}
         if attempt:
             message |= {"retry_attempt": attempt, "retry_reason": "timeout"}
@@ -273,12 +274,16 @@ class FakeSlack:
         await socket.send_str(json.dumps({"type": "hello", "num_connections": 1}))
         self.sockets.append(socket)
         await self._tell()
+        mine = self._sent[id(socket)]
         async for message in socket:
             if message.type == WSMsgType.TEXT:
                 answer = json.loads(message.data)
-                waiting = self._waiting.pop(answer["envelope_id"], None)
+                waiting = mine.pop(answer["envelope_id"], None)
                 if waiting is not None and not waiting.done():
                     waiting.set_result(answer.get("payload") or "")
+        for waiting in self._sent.pop(id(socket)).values():  # what was not acknowledged comes again
+            if not waiting.done():
+                waiting.set_result(None)
         return socket
 
     async def _upload(self, request: web.Request) -> web.Response:
@@ -456,6 +461,15 @@ class FakeSlack:
         held.streaming = False
         held.history.append(held.text)
         return {"ok": True, "channel": held.channel, "ts": held.ts}
+
+    def _views_publish(self, space: Workspace, body: dict[str, Any]) -> dict[str, Any]:
+        if body["view"]["type"] != "home" or len(body["view"]["blocks"]) > 100:
+            return no("invalid_arguments")
+        wrong = rules.wrong_blocks(body["view"]["blocks"])
+        if wrong:
+            return no(wrong)
+        self.homes[space.team, body["user_id"]] = body["view"]
+        return {"ok": True}
 
     def _files_info(self, space: Workspace, body: dict[str, Any]) -> dict[str, Any]:
         if body["file"] not in self.files:

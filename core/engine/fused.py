@@ -1,0 +1,180 @@
+"""The forward pass of the llama-like family in fewer, larger operators. Knows no rows, requests or adapters' files.
+
+What is special to a family lives here: Llama, Mistral, Qwen2, Qwen3 and what shares their classes (SmolLM2 among
+them). q/k/v and gate/up are one product each, whose weights the model's own modules view, so no memory is added; one
+rotary product turns queries and keys together; grouped heads are packed as further queries of one key. `fuse` gives
+None for any other model, which runs its own forward the plain way. The numbers are proved at load either way.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from core.engine.int8 import Int8Linear, merge_int8, part_of
+
+FAMILY = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # model_type -> class prefix
+
+AddLora = Callable[[str, Tensor, Tensor], None]  # (name of the group's first module, input, output to add to)
+
+
+@dataclass(frozen=True, slots=True)
+class Layer:
+    """One decoder layer: merged products with the names that adapters know them by, and its norms."""
+
+    qkv: nn.Module
+    out: nn.Module
+    gate_up: nn.Module
+    down: nn.Module
+    names: tuple[str, str, str, str]  # first module of each product's group
+    norm: Tensor
+    mlp_norm: Tensor
+    eps: float
+    q_norm: Tensor | None
+    k_norm: Tensor | None
+
+
+class Fused:
+    """The model's decoder as a callable: ids and positions in, logits of the last token out."""
+
+    def __init__(self, module: Any) -> None:
+        self.module, self.inner, self.head = module, module.model, module.lm_head
+        config = module.config
+        self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
+        self.groups: list[tuple[str, ...]] = []
+        self.layers = [self._layer(f"model.layers.{i}", layer) for i, layer in enumerate(self.inner.layers)]
+        self.groups.append(("lm_head",))
+        first = self.inner.layers[0].self_attn
+        self.head_dim: int = first.head_dim
+        self.scale: float = first.scaling
+
+    def _layer(self, name: str, layer: Any) -> Layer:
+        attention, mlp = layer.self_attn, layer.mlp
+        groups = [
+            tuple(f"{name}.self_attn.{part}_proj" for part in "qkv"),
+            (f"{name}.self_attn.o_proj",),
+            (f"{name}.mlp.gate_proj", f"{name}.mlp.up_proj"),
+            (f"{name}.mlp.down_proj",),
+        ]
+        self.groups += groups
+        q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
+        return Layer(
+            qkv=_merge(attention, ("q_proj", "k_proj", "v_proj")),
+            out=attention.o_proj,
+            gate_up=_merge(mlp, ("gate_proj", "up_proj")),
+            down=mlp.down_proj,
+            names=(groups[0][0], groups[1][0], groups[2][0], groups[3][0]),
+            norm=layer.input_layernorm.weight,
+            mlp_norm=layer.post_attention_layernorm.weight,
+            eps=layer.input_layernorm.variance_epsilon,
+            q_norm=None if q_norm is None else q_norm.weight,
+            k_norm=None if k_norm is None else k_norm.weight,
+        )
+
+    def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: Any, lora: AddLora | None) -> Tensor:
+        """ids, positions (B, T), mask bool (B, 1, T, L) -> logits (B, V) of the last token of each row."""
+        x = self.inner.embed_tokens(ids)  # (B, T, hidden)
+        cos, sin = self.inner.rotary_emb(x, positions)  # (B, T, head_dim)
+        turn = (cos[:, :, None], _signed(sin)[:, :, None])
+        mask = self._packed(mask)
+        for i, layer in enumerate(self.layers):
+            h = functional.rms_norm(x, (x.shape[-1],), layer.norm, layer.eps)
+            x = x + self._attention(i, layer, h, turn, mask, cache, lora)
+            h = functional.rms_norm(x, (x.shape[-1],), layer.mlp_norm, layer.eps)
+            gate, up = _product(layer.gate_up, layer.names[2], h, lora).chunk(2, dim=-1)
+            x = x + _product(layer.down, layer.names[3], functional.silu(gate).mul_(up), lora)
+        norm = self.inner.norm
+        last = functional.rms_norm(x[:, -1:], (x.shape[-1],), norm.weight, norm.variance_epsilon)
+        return _product(self.head, "lm_head", last, lora)[:, 0]
+
+    def _attention(
+        self,
+        index: int,
+        layer: Layer,
+        x: Tensor,
+        turn: tuple[Tensor, Tensor],
+        mask: Tensor,
+        cache: Any,
+        lora: AddLora | None,
+    ) -> Tensor:
+        rows, tokens, _ = x.shape
+        heads, kv = self.heads, self.kv_heads
+        qkv = _product(layer.qkv, layer.names[0], x, lora).view(rows, tokens, heads + 2 * kv, self.head_dim)
+        qk, v = qkv[:, :, : heads + kv], qkv[:, :, heads + kv :]
+        if layer.q_norm is not None and layer.k_norm is not None:
+            q = functional.rms_norm(qk[:, :, :heads], (self.head_dim,), layer.q_norm, layer.eps)
+            k = functional.rms_norm(qk[:, :, heads:], (self.head_dim,), layer.k_norm, layer.eps)
+            qk = torch.cat((q, k), dim=2)
+        cos, sin = turn
+        qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin)
+        keys, values = cache.layers[index].update(qk[:, :, heads:].transpose(1, 2), v.transpose(1, 2))
+        # Heads that share a key become further queries of it: (B, kv, group * T, head_dim).
+        group = heads // kv
+        q = qk[:, :, :heads].view(rows, tokens, kv, group, self.head_dim).permute(0, 2, 3, 1, 4)
+        q = q.reshape(rows, kv, group * tokens, self.head_dim)
+        out = functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=self.scale)
+        out = out.view(rows, kv, group, tokens, self.head_dim).permute(0, 3, 1, 2, 4)
+        return _product(layer.out, layer.names[1], out.reshape(rows, tokens, heads * self.head_dim), lora)
+
+    def _packed(self, mask: Tensor) -> Tensor:
+        """The mask (B, 1, T, L) for heads packed as queries: (B, 1, group * T, L)."""
+        rows, _, tokens, length = mask.shape
+        group = self.heads // self.kv_heads
+        return mask[:, :, None].expand(rows, 1, group, tokens, length).reshape(rows, 1, group * tokens, length)
+
+
+def fuse(module: nn.Module) -> Fused | None:
+    """The model's fused forward; None if it is not exactly of the family. Its linear weights become views of merged."""
+    config: Any = module.config
+    prefix = FAMILY.get(config.model_type)
+    if prefix is None or type(module).__name__ != f"{prefix}ForCausalLM" or config.hidden_act != "silu":
+        return None
+    kinds = {type(child).__name__ for child in module.modules() if not list(child.children())}
+    known = {"Linear", "Int8Linear", "Embedding", f"{prefix}RMSNorm", f"{prefix}RotaryEmbedding"}
+    if kinds - known - {"SiLU", "SiLUActivation"}:
+        return None  # quantised by others, or a layer that this forward does not know
+    return Fused(module)
+
+
+def _product(linear: nn.Module, name: str, x: Tensor, lora: AddLora | None) -> Tensor:
+    y: Tensor = linear(x)
+    if lora is not None:
+        lora(name, x, y)
+    return y
+
+
+def _signed(sin: Tensor) -> Tensor:
+    """sin with its first half negated, for x cos + roll(x) sin."""
+    first, second = sin.chunk(2, dim=-1)
+    return torch.cat((-first, second), dim=-1)
+
+
+def _merge(owner: Any, names: Sequence[str]) -> nn.Module:
+    """One linear whose output is that of the named ones side by side; they become views of it."""
+    parts: list[Any] = [getattr(owner, name) for name in names]
+    if isinstance(parts[0], Int8Linear):
+        whole = merge_int8(parts)
+        start = 0
+        for name, part in zip(names, parts, strict=True):
+            setattr(owner, name, part_of(whole, start, part.out_features))
+            start += part.out_features
+        return whole
+    weight = torch.cat([part.weight for part in parts])
+    bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+    merged = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
+    merged.weight = nn.Parameter(weight, requires_grad=False)
+    if bias is not None:
+        merged.bias = nn.Parameter(bias, requires_grad=False)
+    start = 0
+    for part in parts:
+        stop = start + part.out_features
+        part.weight = nn.Parameter(weight[start:stop], requires_grad=False)
+        if bias is not None:
+            part.bias = nn.Parameter(bias[start:stop], requires_grad=False)
+        start = stop
+    return merged

@@ -1,0 +1,77 @@
+# ruff: noqa: E501
+"""What the Slack bot promises, and the tests that hold it to that. A row without a test fails."""
+
+from __future__ import annotations
+
+import ast
+from pathlib import Path
+
+import pytest
+
+FEATURES: dict[str, str] = {
+    "committed before it is acknowledged, by Socket Mode and HTTP": "intake::test_nothing_is_acknowledged_before_it_is_committed",
+    "the commit is ahead of any network call; unknown events are acknowledged": "intake::test_the_commit_stands_ahead_of_any_call_to_slack",
+    "retries and replays have one effect": "intake::test_1000_replays_have_one_effect",
+    "deduplicated by channel and ts": "intake::test_a_mention_that_comes_as_two_events_is_answered_once",
+    "events that cannot be read are kept": "intake::test_what_cannot_be_read_is_kept_and_stops_nothing",
+    "signed rubbish is kept": "intake::test_what_is_signed_and_no_json_is_kept_and_acknowledged",
+    "url verification": "intake::test_slacks_own_question_is_answered",
+    "verification failures are 401": "intake::test_10000_forged_requests_are_all_401",
+    "settings are explained": "intake::test_what_is_missing_or_wrong_is_told",
+    "OAuth, links of partners": "workspaces::test_a_workspace_installs_by_a_link_and_gets_the_channel_of_that_link",
+    "success and failure pages": "workspaces::test_the_pages_are_in_the_persons_language_and_harmless",
+    "single-use state": "workspaces::test_of_two_racing_uses_of_one_state_one_wins",
+    "the state belongs to a browser and ends": "workspaces::test_a_state_counts_in_its_own_browser_only_and_not_for_ever",
+    "tokens encrypted at rest, in no log": "workspaces::test_tokens_are_in_no_file_no_log_and_no_error",
+    "token rotation": "workspaces::test_a_token_that_ends_soon_is_renewed_once_and_kept",
+    "uninstall and revocation": "workspaces::test_who_throws_the_app_out_is_forgotten_and_can_come_back",
+    "Enterprise Grid": "workspaces::test_an_organisation_installs_for_all_its_workspaces",
+    "50 workspaces at once": "workspaces::test_50_workspaces_at_once_see_nothing_of_each_other",
+    "streams in DMs and threads": "dialogue::test_a_question_in_a_dm_is_answered_once_in_its_thread",
+    "post and update": "streaming::test_where_no_stream_is_to_be_had_the_answer_is_posted_and_edited",
+    "both transports end whole": "streaming::test_every_transport_ends_with_one_whole_answer",
+    "appends are never repeated": "streaming::test_an_append_with_unknown_outcome_is_never_repeated",
+    "never a second stream": "streaming::test_a_start_whose_answer_is_lost_leaves_one_orphan_and_no_second_stream",
+    "expired streams": "streaming::test_a_stream_that_expires_is_recovered",
+    "crash table": "streaming::test_a_restart_in_the_middle_of_a_stream_ends_in_one_answer",
+    "retry_after": "streaming::test_nothing_goes_out_before_retry_after",
+    "rate buckets": "streaming::test_slacks_own_rates_are_kept_under_load",
+    "splitting": "streaming::test_long_answers_are_split_within_slacks_limits",
+    "network cuts": "streaming::test_a_network_cut_at_every_call_ends_whole_or_visibly_failed",
+    "socket refresh and cut": "streaming::test_a_socket_that_is_refreshed_or_cut_in_mid_answer_loses_nothing",
+    "revoked in mid answer": "streaming::test_a_workspace_that_cannot_be_reached_ends_the_reply_without_a_charge",
+    "no pings, no unfurls": "dialogue::test_nothing_pings_anybody",
+    "status with loading messages, sessions": "dialogue::test_slack_is_told_what_is_going_on",
+    "native stop, stop button, /stop": "dialogue::test_an_answer_can_be_stopped_and_what_was_seen_is_charged",
+    "regenerate, thumbs": "dialogue::test_again_and_thumbs",
+    "agent DM with suggested prompts": "dialogue::test_the_agents_dm_offers_the_channels_questions",
+    "threads are conversations, from our own store": "dialogue::test_a_thread_is_one_conversation_and_another_is_another",
+    "mentions, threads of others": "dialogue::test_in_a_channel_only_who_names_it_is_answered_in_the_thread",
+    "message shortcut, modal": "dialogue::test_ask_about_this_message_opens_a_modal_and_answers_in_the_thread",
+    "slash command": "dialogue::test_the_slash_command_runs_commands_and_takes_questions_and_answers_in_a_dm",
+    "the commands of everywhere": "dialogue::test_every_command_for_everyone_answers",
+    "Slack Connect": "dialogue::test_a_guest_of_another_workspace_is_somebody_of_their_own",
+    "edits, deletions, bots": "dialogue::test_bots_and_edits_and_deletions_run_nothing",
+    "files without text": "dialogue::test_a_file_without_text_is_answered_politely",
+    "invited to a channel": "dialogue::test_invited_to_a_channel_it_says_how_to_address_it",
+    "data set by file, progress in one message, loss curve": "operators::test_a_shared_file_becomes_a_version_in_service",
+    "roles": "operators::test_strangers_are_refused",
+    "operators by id": "operators::test_an_operator_is_known_by_their_id",
+    "files that cannot be had": "operators::test_a_file_that_cannot_be_had_is_named_with_the_way_out",
+    "usage chart, CSV": "operators::test_usage_comes_as_a_chart_and_as_a_table",
+    "App Home by role, with buttons": "operators::test_the_home_shows_each_person_what_they_may_see",
+    "manifest current": "operators::test_the_manifest_is_current",
+    "manifest: agent view": "operators::test_the_manifest_holds_what_slack_takes",
+    "kills": "drill::test_slack_survives_20_kills",
+}  # fmt: skip
+HERE = Path(__file__).parent
+FILES = {"drill": HERE.parents[1] / "drill" / "test_slack.py"}
+
+
+@pytest.mark.parametrize("feature", FEATURES)
+def test_every_feature_has_its_test(feature: str) -> None:
+    place, _, name = FEATURES[feature].partition("::")
+    path = FILES.get(place, HERE / f"test_{place}.py")
+    functions = ast.walk(ast.parse(path.read_text(encoding="utf-8")))
+    names = {one.name for one in functions if isinstance(one, ast.FunctionDef | ast.AsyncFunctionDef)}
+    assert name in names

@@ -1,0 +1,186 @@
+"""How answers are written: streams, edits, limits, and every way in which they can break."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import pytest
+
+from bots.slack.pace import RATES, Pace
+from bots.slack.text import LIMIT, growing, harmless
+from core.engine.protocol import Request
+from tests.bots.slack.talk import Talk, talk
+from tests.fakes.slack import FakeSlack, Held
+
+LONG = "one two three four five six seven eight nine ten"
+
+
+def slowly(_: Request) -> str:
+    return LONG
+
+
+def only(there: FakeSlack) -> Held:
+    (held,) = there.messages.values()
+    return held
+
+
+async def begun(it: Talk, text: str = "tell me") -> Held:
+    """Ask, and wait until something is seen of the answer."""
+    await it.there.deliver(it.there.message("UANN", text))
+    await it.there.until(lambda: any("one" in held.said for held in it.there.messages.values()))
+    return list(it.there.messages.values())[-1]
+
+
+@pytest.mark.parametrize("transport", ["stream", "edit"])
+async def test_every_transport_ends_with_one_whole_answer(tmp_path: Path, transport: str) -> None:
+    async with talk(tmp_path, slowly, delay_s=0.02, transport=transport) as it:
+        held = await it.ask("UANN", "tell me")
+        assert held.said == LONG
+        assert held.streamed == (transport == "stream")
+        assert bool(it.there.called("chat.update")) == (transport == "edit")
+        assert len(it.there.messages) == 1
+        assert all(LONG.startswith(seen) or seen == "…" for seen in held.history)
+
+
+@pytest.mark.parametrize("fault", ["ratelimited", "missing_scope", "500", "unknown_method"])
+async def test_where_no_stream_is_to_be_had_the_answer_is_posted_and_edited(tmp_path: Path, fault: str) -> None:
+    async with talk(tmp_path, slowly, delay_s=0.01) as it:
+        it.there.faults["chat.startStream"].append(fault)
+        held = await it.ask("UANN", "tell me")
+        assert (held.said, held.streamed) == (LONG, False)
+        assert len(it.there.called("chat.startStream")) == 1
+
+
+@pytest.mark.parametrize("fault", ["lost", "cut", "500", "fatal_error"])
+@pytest.mark.parametrize("method", ["chat.appendStream", "chat.stopStream"])
+async def test_an_append_with_unknown_outcome_is_never_repeated(tmp_path: Path, method: str, fault: str) -> None:
+    async with talk(tmp_path, slowly, delay_s=0.02) as it:
+        it.there.faults[method].append(fault)
+        held = await it.ask("UANN", "tell me")
+        assert (held.said, held.streaming) == (LONG, False)
+        assert len(it.there.called("chat.startStream")) == 1
+        assert len(it.there.messages) == 1
+        if method == "chat.appendStream":
+            assert len(it.there.called(method)) == 1
+        assert await it.here.count("ledger") == 1
+
+
+async def test_a_start_whose_answer_is_lost_leaves_one_orphan_and_no_second_stream(tmp_path: Path) -> None:
+    async with talk(tmp_path, slowly) as it:
+        it.there.faults["chat.startStream"].append("lost")
+        await it.there.deliver(it.there.message("UANN", "tell me"))
+        await it.settled()
+        orphan, held = it.there.messages.values()
+        assert (orphan.said, held.said) == ("", LONG)
+        assert len(it.there.called("chat.startStream")) == 1
+
+
+async def test_a_stream_that_expires_is_recovered(tmp_path: Path) -> None:
+    async with talk(tmp_path, lambda _: "one " * 300, delay_s=0.01) as it:
+        held = await begun(it)
+        it.there.later(301)
+        assert not held.streaming
+        await it.settled()
+        assert held.said == ("one " * 300).strip()
+        assert len(it.there.messages) == 1
+        assert await it.here.count("ledger") == 1
+
+
+async def test_a_restart_in_the_middle_of_a_stream_ends_in_one_answer(tmp_path: Path) -> None:
+    async with FakeSlack().open() as there:
+        there.workspace("T1")
+        before = there.ts()
+        with pytest.raises(ExceptionGroup):  # noqa: PT012 - a kill is in the middle
+            async with talk(tmp_path, lambda _: "one " * 2000, there=there, delay_s=0.05) as it:
+                asked = there.message("UANN", "tell me", ts=before)
+                await there.deliver(asked)
+                await there.until(lambda: any("one" in held.said for held in there.messages.values()))
+                raise RuntimeError("killed")
+        held = only(there)
+        there.sockets.clear()
+        async with talk(tmp_path, lambda _: "one two", there=there) as it:
+            await it.settled()
+            assert only(there) is held
+            assert not held.streaming
+            assert len(there.called("chat.startStream")) == 1
+            assert await it.here.count("ledger") == 1
+
+
+async def test_nothing_goes_out_before_retry_after(tmp_path: Path) -> None:
+    async with talk(tmp_path, slowly, transport="edit") as it:
+        it.there.faults["chat.postMessage"].append("wait1")
+        it.there.faults["chat.update"].append("wait1")
+        held = await it.ask("UANN", "tell me")
+        assert held.said == LONG
+        assert it.there.early == 0
+
+
+async def test_slacks_own_rates_are_kept_under_load(tmp_path: Path) -> None:
+    async with talk(tmp_path, lambda _: "short", pace=Pace) as it:
+        it.there.limits = True
+        asked = [it.there.message(f"U{number}", "hello") for number in range(20)]
+        for one in asked:
+            await it.there.deliver(one)
+        await it.settled(60)
+        assert [held.said for held in it.there.messages.values()] == ["short"] * 20
+        started = it.there.called("chat.startStream")
+        assert 1 <= len(started) <= RATES["chat.startStream"].burst + 1
+        assert len(it.there.called("chat.postMessage")) == 20 - len(started)
+
+
+@pytest.mark.parametrize("transport", ["stream", "edit"])
+async def test_long_answers_are_split_within_slacks_limits(tmp_path: Path, transport: str) -> None:
+    text = "\n\n".join(f"Paragraph {number}: " + "@here is text. " * 40 for number in range(60)).strip()
+    async with talk(tmp_path, lambda _: text, transport=transport) as it:
+        await it.here.database.write(lambda tx: tx.run("UPDATE channel SET tokens_out = 50000"))
+        await it.ask("UANN", "tell me all")
+        parts = list(it.there.messages.values())
+        assert len(parts) > 2
+        assert "".join(held.said for held in parts).replace("\u2060", "").split() == text.split()
+        assert [len(held.labels) for held in parts[:-1]] == [0] * (len(parts) - 1)
+        assert all(len(held.said) <= LIMIT for held in parts)
+        assert sum(held.streamed for held in parts) <= 1
+        assert {held.thread for held in parts} == {parts[0].thread}
+
+
+async def test_a_network_cut_at_every_call_ends_whole_or_visibly_failed(tmp_path: Path) -> None:
+    methods = ("chat.startStream", "chat.appendStream", "chat.stopStream", "chat.update", "chat.postMessage")
+    async with talk(tmp_path, slowly, delay_s=0.01) as it:
+        for method in methods:
+            for fault in ("cut", "lost"):
+                it.there.faults[method].append(fault)
+                await it.there.deliver(it.there.message("UANN", f"{method} {fault}"))
+                await it.settled(60)
+                assert list(it.there.messages.values())[-1].said == LONG
+                it.there.faults[method].clear()
+        finals = [held for held in it.there.messages.values() if held.said == LONG]
+        assert len(finals) == 2 * len(methods)
+        assert await it.here.count("ledger") == 2 * len(methods)
+
+
+@pytest.mark.parametrize("how", ["refresh", "cut"])
+async def test_a_socket_that_is_refreshed_or_cut_in_mid_answer_loses_nothing(tmp_path: Path, how: str) -> None:
+    async with talk(tmp_path, lambda _: "one " * 100, delay_s=0.01) as it:
+        held = await begun(it)
+        before = len(it.there.sockets)
+        await (it.there.refresh() if how == "refresh" else it.there.cut())
+        await it.there.until(lambda: len(it.there.sockets) > before, 60)
+        await it.settled(60)
+        assert held.said == ("one " * 100).strip()
+        assert (await it.ask("UANN", "again")).said == ("one " * 100).strip()
+
+
+async def test_a_workspace_that_cannot_be_reached_ends_the_reply_without_a_charge(tmp_path: Path) -> None:
+    async with talk(tmp_path, slowly) as it:
+        it.there.workspaces["T1"].alive = False
+        await it.there.deliver(it.there.message("UANN", "tell me"))
+        await it.settled(60)
+        assert not it.there.messages
+        assert await it.here.count("ledger") == 0
+
+
+@pytest.mark.parametrize("text", ["<!channel> x", "a @here b <@U1>", "< @ <", "mail@here.example @channels", "x@"])
+def test_what_is_shown_while_it_grows_begins_what_is_shown_in_the_end(text: str) -> None:
+    final = harmless(text.strip())
+    for end in range(len(text) + 1):
+        assert final.startswith(growing(text[:end]))

@@ -1,0 +1,160 @@
+"""The family's own forward gives the model's own numbers; every other model runs the plain way."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import nn
+
+from core.engine.adapter_files import AdapterWeights
+from core.engine.fused import fuse
+from core.engine.lora import shapes
+from core.engine.protocol import ModelSettings
+from core.engine.runner import Runner, check_exact
+from core.errors import ModelLoadFailed
+from core.model import BaseModel, load_model
+from tests.tiny import tiny_tokenizer
+
+SIZES: dict[str, Any] = {
+    "vocab_size": 259,
+    "hidden_size": 48,
+    "intermediate_size": 64,
+    "num_hidden_layers": 3,
+    "num_attention_heads": 6,
+    "num_key_value_heads": 2,
+    "head_dim": 16,  # not hidden_size / heads
+    "max_position_embeddings": 256,
+    "initializer_range": 0.3,
+    "bos_token_id": 1,
+    "eos_token_id": 2,
+    "pad_token_id": 0,
+}
+YARN = {"rope_type": "yarn", "factor": 4.0, "original_max_position_embeddings": 64, "rope_theta": 10000.0}
+FAMILY = {
+    "Llama": {},
+    "Llama with biases, yarn and tied weights": {
+        "attention_bias": True, "mlp_bias": True, "tie_word_embeddings": True, "rope_parameters": YARN,
+    },
+    "Mistral": {"sliding_window": None},
+    "Qwen2": {},
+    "Qwen3": {},
+}  # fmt: skip
+OTHERS = {"Gemma": {}, "Phi3": {"partial_rotary_factor": 1.0}, "SmolLM3": {}, "Olmo2": {}}
+
+
+def made(kind: str, folder: Path, **changes: Any) -> BaseModel:
+    """A model of random weights (norms and biases too), saved and loaded as any other."""
+    import transformers
+
+    name = kind.split()[0]
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{name}Config")(**{**SIZES, **changes})
+    model = getattr(transformers, f"{name}ForCausalLM")(config)
+    with torch.no_grad():
+        for parameter in model.parameters():
+            if parameter.dim() == 1:
+                parameter.add_(torch.randn_like(parameter) * 0.2)
+    model.save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return load_model(ModelSettings(name=str(folder), device="cpu"), folder)
+
+
+def answers(runner: Runner, slots: list[int | None]) -> torch.Tensor:
+    """Logits (B, V) of rows of different lengths after chunked prefill and one step together."""
+    for i, slot in enumerate(slots):
+        row = runner.cache.add_row()
+        ids = [(3 + 7 * i + 5 * j) % 250 + 3 for j in range(70 + 9 * i)]
+        runner.prefill(row, ids[:33], slot)
+        runner.prefill(row, ids[33:], slot)
+    return runner.decode(0, [9 + i for i in range(len(slots))], slots)
+
+
+def adapter(model: BaseModel, name: str, rank: int, only: str = "") -> AdapterWeights:
+    torch.manual_seed(rank)
+    pairs = {
+        module: (torch.randn(rank, size) * 0.2, torch.randn(out, rank) * 0.2)
+        for module, (out, size) in shapes(model.module).items()
+        if only in module
+    }
+    return AdapterWeights(name, rank, pairs)
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+@torch.inference_mode()
+def test_the_fused_forward_gives_the_models_own_numbers(kind: str, tmp_path: Path) -> None:
+    model = made(kind, tmp_path, **FAMILY[kind])
+    ids = torch.tensor([[5, 9, 100, 7, 31, 8]])
+    before = model.module(input_ids=ids).logits
+    check_exact(model)
+    assert fuse(model.module) is not None
+    assert torch.allclose(model.module(input_ids=ids).logits, before, atol=1e-5 * float(before.abs().max()))
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+@torch.inference_mode()
+def test_fused_and_plain_agree_with_adapters(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All adapters on all modules, and some on some: mask, slice and bare, within 1e-5 of the largest."""
+    model = made(kind, tmp_path, **FAMILY[kind])
+    found = {}
+    for way in ("fused", "plain"):
+        if way == "plain":
+            monkeypatch.setattr("core.engine.runner.fuse", lambda module: None)
+        for mix in ("mixed", "single", "bare"):
+            runner = Runner(model, max_rows=4, context=256)
+            held = [adapter(model, "a", 8), adapter(model, "b", 3, only="v_proj"), adapter(model, "c", 1)]
+            slots = [runner.lora.acquire(one) for one in held]
+            rows = {"mixed": [slots[0], None, slots[1], slots[2]], "single": [slots[0]] * 4, "bare": [None] * 4}[mix]
+            found[way, mix] = answers(runner, rows)
+            for module in model.module.modules():
+                module._forward_hooks.clear()
+    for mix in ("mixed", "single", "bare"):
+        plain = found["plain", mix]
+        assert float((found["fused", mix] - plain).abs().max()) <= 1e-5 * float(plain.abs().max()), mix
+    assert float((found["fused", "mixed"] - found["fused", "bare"])[[0, 2, 3]].abs().max()) > 0.01
+    assert torch.allclose(found["fused", "mixed"][1], found["fused", "bare"][1], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", OTHERS)
+@torch.inference_mode()
+def test_other_models_run_the_plain_way(kind: str, tmp_path: Path) -> None:
+    model = made(kind, tmp_path, **OTHERS[kind])
+    assert fuse(model.module) is None
+    check_exact(model)
+
+
+def test_a_module_that_the_family_does_not_know_runs_the_plain_way(base: BaseModel) -> None:
+    import copy
+
+    module: Any = copy.deepcopy(base.module)
+    module.model.layers[0].self_attn.extra = nn.Dropout()
+    assert fuse(module) is None
+
+
+def test_a_fused_forward_that_differs_is_refused(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("core.engine.fused._signed", lambda sin: sin)
+    with pytest.raises(ModelLoadFailed, match="exactly"):
+        check_exact(base)
+
+
+@pytest.mark.parametrize(
+    ("kind", "changes", "outcome"),
+    [
+        ("Mistral", {"sliding_window": 64}, 64),
+        ("Qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}, 32),
+        ("Qwen3", {"use_sliding_window": True, "sliding_window": 48, "max_window_layers": 0}, 48),
+        ("Phi3", {"sliding_window": 80}, 80),
+        ("Gemma2", {"sliding_window": 64}, "attn_logit_softcapping"),
+    ],
+)
+def test_contexts_beyond_a_window_are_bounded_or_refused(
+    kind: str, changes: dict[str, Any], outcome: int | str, tmp_path: Path
+) -> None:
+    """A 4-D mask would silently remove the window: the context ends where it begins to matter."""
+    if isinstance(outcome, str):
+        with pytest.raises(ModelLoadFailed, match=outcome):
+            made(kind, tmp_path, **changes)
+        return
+    assert made(kind, tmp_path, **changes).context == outcome

@@ -1,0 +1,133 @@
+"""int8 weights: exact per row, whatever the neighbours hold; and as good as fp32 at saying what people say."""
+
+from __future__ import annotations
+
+import json
+from importlib import resources
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.nn import functional
+
+from core.engine.int8 import Int8Linear, merge_int8, part_of
+from core.engine.protocol import ModelSettings
+from core.engine.runner import Runner
+from core.model import BaseModel, load_model
+from core.types import AdapterRef
+from tests.engine.dialogue import ask, hear, running
+from tests.tiny import save_tiny
+
+
+@pytest.fixture(scope="module")
+def int8(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
+    folder = save_tiny(tmp_path_factory.mktemp("int8"))
+    return load_model(ModelSettings(name=str(folder), device="cpu", quantization="int8"), folder)
+
+
+def linear(out: int, size: int, *, bias: bool = True) -> nn.Linear:
+    torch.manual_seed(out)
+    return nn.Linear(size, out, bias=bias).requires_grad_(False)
+
+
+def by_hand(layer: nn.Linear, x: Tensor) -> Tensor:
+    """The definition in float64: weights in 255 steps per output, inputs in 255 steps of their own row."""
+    weight = layer.weight.double()
+    scale = weight.abs().amax(1, keepdim=True) / 127
+    weight = (weight / scale).round().clamp(-128, 127) * scale
+    largest = x.double().abs().amax(1, keepdim=True)
+    step = 2 / 255
+    zero = round(1 / step)
+    x = (((x.double() / largest / step) + zero).round().clamp(0, 255) - zero) * step * largest
+    return x @ weight.T + (0 if layer.bias is None else layer.bias.double())
+
+
+@pytest.mark.parametrize("rows", [1, 2, 7, 33])
+def test_it_computes_what_it_says(rows: int) -> None:
+    layer = linear(48, 64)
+    x = torch.randn(rows, 64) * torch.logspace(-6, 6, rows)[:, None]
+    found, expected = Int8Linear.of(layer)(x).double(), by_hand(layer, x)
+    step = (
+        x.abs().amax(1, keepdim=True).double() / 127 * layer.weight.abs().max()
+    )  # the largest value lies between two steps
+    assert ((found - expected).abs() <= 1.01 * step + 1e-5 * expected.abs()).all()
+
+
+@pytest.mark.parametrize("outlier", [1000.0, 1e30, float("inf"), float("nan"), 0.0])
+def test_an_outlier_in_one_row_moves_no_other(outlier: float) -> None:
+    layer = Int8Linear.of(linear(48, 64))
+    x = torch.randn(5, 64)
+    calm = layer(x)
+    x[2] *= outlier
+    wild = layer(x)
+    assert torch.equal(wild[[0, 1, 3, 4]], calm[[0, 1, 3, 4]])
+    assert torch.equal(wild[:1], layer(x[:1]))  # nor does the number of rows
+    assert bool(wild[2].isfinite().all()) == (torch.tensor(outlier).isfinite().item())
+
+
+def test_merged_linears_are_the_parts_side_by_side() -> None:
+    parts = [Int8Linear.of(linear(out, 32)) for out in (16, 8, 8)]
+    x = torch.randn(3, 4, 32)
+    whole = merge_int8(parts)
+    assert torch.equal(whole(x), torch.cat([part(x) for part in parts], dim=-1))
+    assert torch.equal(part_of(whole, 16, 8)(x), parts[1](x))
+
+
+@pytest.mark.parametrize("kind", ["fp32", "int8"])
+@torch.inference_mode()
+def test_an_outlier_in_one_rows_embedding_moves_no_other_rows_logits(
+    kind: str, base: BaseModel, int8: BaseModel
+) -> None:
+    model = base if kind == "fp32" else int8
+    weight = model.module.get_input_embeddings().weight  # type: ignore[operator]  # a transformers model
+    before = weight[5].clone()
+
+    def logits() -> Tensor:
+        runner = Runner(model, max_rows=4, context=64)
+        for row in range(4):
+            runner.prefill(runner.cache.add_row(), [7 + row, 9, 11], None)
+        return runner.decode(0, [20, 5, 22, 23], [None] * 4)
+
+    calm = logits()
+    try:
+        weight[5] *= 1000
+        wild = logits()
+    finally:
+        weight[5] = before
+    others = [0, 2, 3]
+    assert float((wild - calm)[others].abs().max()) <= 1e-5 * float(calm.abs().max())
+    assert float((wild - calm)[1].abs().max()) > 1e-3  # the outlier did get in
+
+
+async def test_the_engine_answers_in_int8_with_any_mix(int8: BaseModel, adapters: list[AdapterRef]) -> None:
+    async with running(int8, max_rows=8) as engine:
+        alone = [await hear(engine.submit(ask("canary", adapter=ref))) for ref in (None, adapters[1])]
+        assert all(heard.text for heard in alone)
+        assert alone[0].text != alone[1].text
+
+
+@pytest.mark.drill
+def test_int8_says_200_answers_as_well_as_fp32(demo_cache: Path) -> None:
+    """Mean NLL per answer token within 1 %."""
+    losses = {kind: _mean_nll(kind, demo_cache) for kind in ("none", "int8")}
+    print(f"mean NLL: {losses}, int8 / fp32 - 1 = {losses['int8'] / losses['none'] - 1:.3%}")
+    assert losses["int8"] == pytest.approx(losses["none"], rel=0.01)
+
+
+@torch.inference_mode()
+def _mean_nll(quantization: str, cache: Path) -> float:
+    model = load_model(ModelSettings(quantization=quantization), cache)
+    text = resources.files("zaragoza_construction_faq").joinpath("data/faq-en.jsonl").read_text(encoding="utf-8")
+    rows = [json.loads(line) for line in text.splitlines()[:200]]
+    assert len(rows) == 200
+    total, count = 0.0, 0
+    for row in rows:
+        prompt = model.tokenizer.apply_chat_template(
+            [{"role": "user", "content": row["q"]}], add_generation_prompt=True, return_dict=True
+        )["input_ids"]
+        answer = model.tokenizer.encode(row["a"], add_special_tokens=False)
+        logits = model.module(input_ids=torch.tensor([[*prompt, *answer]])).logits[0, len(prompt) - 1 : -1]
+        total += float(functional.cross_entropy(logits, torch.tensor(answer), reduction="sum"))
+        count += len(answer)
+    return total / count

@@ -114,8 +114,8 @@ async def stand(updates: list[dict[str, Any]], seed: int, port: Path) -> None:
 
     async with there.open():
         app = web.Application()
-        app.router.addget("/more/{upto}", more)
-        app.router.addget("/state", state)
+        app.router.add_get("/more/{upto}", more)
+        app.router.add_get("/state", state)
         runner = web.AppRunner(app, access_log=None)
         await runner.setup()
         await web.TCPSite(runner, "127.0.0.1", 0).start()

@@ -20,6 +20,8 @@ from core.engine.int8 import Int8Linear, merge_int8, part_of
 
 FAMILY = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # model_type -> class prefix
 
+MADE = "_distributary_fused"
+
 AddLora = Callable[[str, Tensor, Tensor], None]  # (name of the group's first module, input, output to add to)
 
 
@@ -135,10 +137,14 @@ def fuse(module: nn.Module) -> Fused | None:
     if prefix is None or type(module).__name__ != f"{prefix}ForCausalLM" or config.hidden_act != "silu":
         return None
     kinds = {type(child).__name__ for child in module.modules() if not list(child.children())}
-    known = {"Linear", "Int8Linear", "Embedding", f"{prefix}RMSNorm", f"{prefix}RotaryEmbedding"}
+    known = {"Linear", "Int8Linear", "Part", "Embedding", f"{prefix}RMSNorm", f"{prefix}RotaryEmbedding"}
     if kinds - known - {"SiLU", "SiLUActivation"}:
         return None  # quantised by others, or a layer that this forward does not know
-    return Fused(module)
+    fused: Fused | None = getattr(module, MADE, None)
+    if fused is None:
+        fused = Fused(module)
+        setattr(module, MADE, fused)  # once per model: merging again would copy its weights
+    return fused
 
 
 def _product(linear: nn.Module, name: str, x: Tensor, lora: AddLora | None) -> Tensor:

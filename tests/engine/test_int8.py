@@ -13,7 +13,7 @@ from torch.nn import functional
 
 from core.engine.int8 import Int8Linear, merge_int8, part_of
 from core.engine.protocol import ModelSettings
-from core.engine.runner import Runner
+from core.engine.runner import Runner, check_exact
 from core.model import BaseModel, load_model
 from core.types import AdapterRef
 from tests.engine.dialogue import ask, hear, running
@@ -100,8 +100,18 @@ def test_an_outlier_in_one_rows_embedding_moves_no_other_rows_logits(
     assert float((wild - calm)[1].abs().max()) > 1e-3  # the outlier did get in
 
 
+@torch.inference_mode()
+def test_weights_are_merged_once_and_the_models_own_forward_still_runs(int8: BaseModel) -> None:
+    check_exact(int8)
+    runners = [Runner(int8, max_rows=1, context=64) for _ in range(2)]
+    assert runners[0].fused is not None
+    assert runners[0].fused is runners[1].fused
+    assert runners[0].fused.layers[0].qkv is runners[1].fused.layers[0].qkv  # type: ignore[union-attr]
+
+
 async def test_the_engine_answers_in_int8_with_any_mix(int8: BaseModel, adapters: list[AdapterRef]) -> None:
     async with running(int8, max_rows=8) as engine:
+        assert engine.thread.runner.fused is not None
         alone = [await hear(engine.submit(ask("canary", adapter=ref))) for ref in (None, adapters[1])]
         assert all(heard.text for heard in alone)
         assert alone[0].text != alone[1].text

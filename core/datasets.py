@@ -28,6 +28,8 @@ from core.types import Address, Attachment, Caller
 
 MAX_BYTES = 200 * 10**6
 MAX_OPEN = 8
+# Slack's API terms (since 2025-05-29) forbid training language models on what its API gives, consent or not.
+NOT_FOR_TRAINING = ("slack",)
 _MAX_CONVERSATIONS = 20_000
 _CHUNK = 2**20
 _FETCH_S = 300.0
@@ -220,13 +222,15 @@ async def _bring_conversations(home: Home, database: Database, caller: Caller) -
 
 def _said(tx: Tx, channel_id: int) -> list[tuple[str, list[dict[str, str]]]]:
     """(whose, messages) for each conversation and person: their questions, each with its answer."""
+    marks = ", ".join("?" * len(NOT_FOR_TRAINING))
     rows = tx.all(
         "SELECT conversation_id, turn.user_hash, role, text FROM turn"
         " JOIN conversation ON conversation.id = conversation_id"
         " JOIN consent ON consent.user_hash = turn.user_hash AND consent.channel_id = conversation.channel_id"
-        " WHERE conversation.channel_id = ? AND at_ms >= granted_ms ORDER BY conversation_id, turn.user_hash, turn.id"
+        f" WHERE conversation.channel_id = ? AND at_ms >= granted_ms AND conversation.platform NOT IN ({marks})"
+        " ORDER BY conversation_id, turn.user_hash, turn.id"
         " LIMIT ?",
-        [channel_id, 2 * _MAX_CONVERSATIONS],
+        [channel_id, *NOT_FOR_TRAINING, 2 * _MAX_CONVERSATIONS],
     )
     said: dict[tuple[int, str], list[dict[str, str]]] = {}
     question: tuple[tuple[int, str], str] | None = None

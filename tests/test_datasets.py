@@ -320,6 +320,15 @@ async def test_only_what_was_said_after_consent_and_was_answered_is_in_it(it: Ho
     assert it.rows("dataset_person") == [{"dataset_sha256": sha256, "user_hash": asker.user}]
 
 
+async def test_what_was_said_in_slack_stays_out_with_consent_too(it: House) -> None:
+    ann = it.caller("ann", "acme")
+    it.consent(ann)
+    it.say(ann, "a question", "an answer")
+    it.database.write_now(lambda tx: tx.run("UPDATE conversation SET platform = 'slack'"))
+    refusal = await it.refused("/finetune conversations", it.caller("acme-op", "acme"))
+    assert refusal.key == "training.no_conversations"
+
+
 async def test_people_in_one_conversation_stay_apart(it: House) -> None:
     ann, bob = it.caller("ann", "acme"), it.caller("bob", "acme")
     for one in (ann, bob):

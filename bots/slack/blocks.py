@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 Block = dict[str, Any]
 _MAX_LABEL, _MAX_VALUE, _MAX_ID, _ROW = 75, 2000, 255, 5
 STOP = "stop"
+LIMITS = "limits"  # opens the modal of a channel's limits
 ACTIONS = ("command", "feedback", "say", STOP)
 
 

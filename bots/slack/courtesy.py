@@ -10,7 +10,8 @@ import logging
 from typing import Any
 
 from bots.outlet import Address, Door
-from bots.slack.home import view
+from bots.slack.blocks import LIMITS, where
+from bots.slack.home import limits_view, view
 from bots.slack.places import PLATFORM
 from bots.slack.reader import ASK, Payload, ask_view
 from bots.slack.workspaces import Workspace
@@ -31,7 +32,7 @@ class Courtesy:
     def offer(self, workspace: Workspace, body: Payload) -> None:
         """Take what is acknowledged; never waits."""
         event = body.get("event") or {}
-        modal = body.get("type") == "message_action" and body.get("callback_id") == ASK
+        modal = (body.get("type") == "message_action" and body.get("callback_id") == ASK) or _asks_for_limits(body)
         if modal or event.get("type") == "app_home_opened":
             try:
                 self._queue.put_nowait((workspace, body))
@@ -54,6 +55,11 @@ class Courtesy:
     async def _do(self, workspace: Workspace, body: Payload) -> None:
         if body.get("type") == "message_action":
             await workspace.api.once("views.open", trigger_id=body["trigger_id"], view=ask_view(body))
+            return
+        if body.get("type") == "block_actions":
+            (place, _), user = where(str(body["actions"][0].get("block_id", ""))), body["user"]["id"]
+            shown = limits_view(place, user, "en")
+            await workspace.api.once("views.open", trigger_id=body["trigger_id"], view=shown)
             return
         event = body["event"]
         if event.get("tab") == "messages":
@@ -78,3 +84,8 @@ class Courtesy:
                 title=say("en", "slack.prompts"),
                 prompts=prompts,
             )
+
+
+def _asks_for_limits(body: Payload) -> bool:
+    pressed = body.get("actions") or [{}]
+    return body.get("type") == "block_actions" and str(pressed[0].get("action_id", "")).startswith(f"{LIMITS}:")

@@ -13,7 +13,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from bots.outlet import Address, Attachment, Incoming, Kind, Lane
-from bots.slack.blocks import ACTIONS, STOP, where
+from bots.slack.blocks import ACTIONS, LIMITS, STOP, where
 from bots.slack.places import PLATFORM, is_dm
 from bots.slack.text import read as read_text
 from core.commands import COMMANDS
@@ -209,6 +209,8 @@ def _press(body: Payload) -> Read:
 def _submitted(body: Payload) -> Read:
     """The modal of "Ask about this message": an empty question is said in the modal itself."""
     account, view = account_of(body), body["view"]
+    if view.get("callback_id") == LIMITS:
+        return _limits(body, account, view)
     if view.get("callback_id") != ASK:
         return Read(account)
     question = str(view["state"]["values"]["question"]["text"].get("value") or "").strip()
@@ -230,6 +232,32 @@ def _submitted(body: Payload) -> Read:
         text=f"{quoted}\n\n{question}" if quoted else question,
     )
     return Read(account, incoming, user_team=str(body["user"].get("team_id") or account))
+
+
+def _limits(body: Payload, account: str, view: Payload) -> Read:
+    """The modal of the limits is the command that it stands for; what is no number is said in the modal itself."""
+    values = {name: str(given["number"].get("value") or "").strip() for name, given in view["state"]["values"].items()}
+    wrong = {
+        name: say("en", "slack.limits_number") for name, value in values.items() if value and not _is_number(value)
+    }
+    if wrong:
+        return Read(account, answer={"response_action": "errors", "errors": wrong})
+    wanted = " ".join(f"{name}={value}" for name, value in values.items() if value)
+    about, key = json.loads(view["private_metadata"]), f"view:{view['id']}:{view.get('hash', '')}"
+    incoming = Incoming(
+        lane=Lane.TURN,
+        kind=Kind.MESSAGE,
+        address=Address(PLATFORM, account, about["place"], about["conversation"]),
+        user=body["user"]["id"],
+        update_key=key,
+        message_key=key,
+        text=f"/channel set {wanted}",
+    )
+    return Read(account, incoming if wanted else None)
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal()
 
 
 def ask_view(body: Payload) -> dict[str, Any]:

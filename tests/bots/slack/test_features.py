@@ -60,6 +60,7 @@ FEATURES: dict[str, str] = {
     "files that cannot be had": "operators::test_a_file_that_cannot_be_had_is_named_with_the_way_out",
     "usage chart, CSV": "operators::test_usage_comes_as_a_chart_and_as_a_table",
     "App Home by role, with buttons": "operators::test_the_home_shows_each_person_what_they_may_see",
+    "modal to change limits by role": "operators::test_limits_are_changed_by_a_modal_and_by_role",
     "manifest current": "operators::test_the_manifest_is_current",
     "manifest: agent view": "operators::test_the_manifest_holds_what_slack_takes",
     "kills": "drill::test_slack_survives_20_kills",

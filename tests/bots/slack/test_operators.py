@@ -111,6 +111,31 @@ async def test_the_home_shows_each_person_what_they_may_see(tmp_path: Path, http
         assert "Acme" in held.said
 
 
+@pytest.mark.parametrize("http", [False, True], ids=["socket", "http"])
+async def test_limits_are_changed_by_a_modal_and_by_role(tmp_path: Path, http: bool) -> None:
+    async with talk(tmp_path, http=http) as it:
+        event = {"type": "app_home_opened", "tab": "home", "user": "UOWNER", "channel": "DUOWNER"}
+        await it.there.deliver(it.there.event("T1", event))
+        await it.there.until(lambda: it.there.homes)
+        home = Held("T1", "DUOWNER", "", "", blocks=it.there.homes["T1", "UOWNER"]["blocks"])
+        await it.there.deliver(it.there.press("UOWNER", home, say("en", "slack.limits_title")))
+        await it.there.until(lambda: it.there.called("views.open"))
+        view = it.there.called("views.open")[0].body["view"]
+
+        def submit(user: str, number: str, view_id: str) -> dict[str, object]:
+            values = {"per_minute": {"number": {"value": number}}, "per_hour": {"number": {"value": None}}}
+            made = {**view, "id": view_id, "hash": "h", "state": {"values": values}}
+            return {"type": "view_submission", "team": {"id": "T1"}, "user": {"id": user}, "view": made}
+
+        refused = await it.there.deliver(submit("UOWNER", "many", "V1"))
+        assert refused == {"response_action": "errors", "errors": {"per_minute": say("en", "slack.limits_number")}}
+        await it.answer(submit("UOWNER", "7", "V1"))
+        forged = await it.answer(submit("UANN", "9", "V2"))
+        assert forged.said == say("en", "error.not_allowed")
+        limit = await it.here.database.read(lambda tx: tx.value("SELECT per_minute FROM channel WHERE name = 'acme'"))
+        assert limit == 7
+
+
 def test_the_manifest_is_current() -> None:
     kept = (ROOT / "deploy" / "slack-manifest.json").read_text(encoding="utf-8")
     assert kept == manifest_json(), "run: distributary slack manifest > deploy/slack-manifest.json"

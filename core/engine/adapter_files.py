@@ -87,8 +87,8 @@ class AdapterStore:
             self._loaded.move_to_end(ref.sha256)
             while len(self._loaded) > self.limit:
                 self._loaded.popitem(last=False)
-        if mine:
-            self._load(ref, future)
+        if mine:  # on a thread that ends: one that ran large operators keeps OpenMP's workers, see LocalEngine
+            threading.Thread(target=self._load, args=(ref, future), name="adapter").start()
         return future.result()
 
     def _load(self, ref: AdapterRef, future: Future[AdapterWeights]) -> None:

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from core.engine.int8 import Int8Linear, merge_int8, part_of
+from core.engine.kv import Segment, SlotCache
 
 FAMILY = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # model_type -> class prefix
 
@@ -42,7 +43,7 @@ class Layer:
 
 
 class Fused:
-    """The model's decoder as a callable: ids and positions in, logits of the last token out."""
+    """The model's forward pass in two: tokens of any rows to each row's last state, and these to logits."""
 
     def __init__(self, module: Any) -> None:
         self.module, self.inner, self.head = module, module.model, module.lm_head
@@ -78,21 +79,29 @@ class Fused:
             k_norm=None if k_norm is None else k_norm.weight,
         )
 
-    def __call__(self, ids: Tensor, positions: Tensor, mask: Tensor, cache: Any, lora: AddLora | None) -> Tensor:
-        """ids, positions (B, T), mask bool (B, 1, T, L) -> logits (B, V) of the last token of each row."""
-        x = self.inner.embed_tokens(ids)  # (B, T, hidden)
-        cos, sin = self.inner.rotary_emb(x, positions)  # (B, T, head_dim)
-        turn = (cos[:, :, None], _signed(sin)[:, :, None])
-        mask = self._packed(mask)
+    def states(self, ids: Tensor, segments: Sequence[Segment], cache: SlotCache, lora: AddLora | None) -> Tensor:
+        """ids (N,), segment by segment and row by row -> (B, hidden), the head's input for the last token of each row.
+
+        Products see all tokens at once, whatever rows they belong to; attention goes by segment.
+        """
+        x = self.inner.embed_tokens(ids)  # (N, hidden)
+        positions = torch.cat([segment.positions.flatten() for segment in segments])
+        cos, sin = self.inner.rotary_emb(x, positions[None])  # (1, N, head_dim)
+        turn = (cos[0, :, None], _signed(sin)[0, :, None])
+        masks = [self._packed(segment.mask, x.dtype) for segment in segments]
         for i, layer in enumerate(self.layers):
             h = functional.rms_norm(x, (x.shape[-1],), layer.norm, layer.eps)
-            x = x + self._attention(i, layer, h, turn, mask, cache, lora)
+            x = x + self._attention(i, layer, h, turn, segments, masks, cache, lora)
             h = functional.rms_norm(x, (x.shape[-1],), layer.mlp_norm, layer.eps)
             gate, up = _product(layer.gate_up, layer.names[2], h, lora).chunk(2, dim=-1)
             x = x + _product(layer.down, layer.names[3], functional.silu(gate).mul_(up), lora)
+        x = torch.cat([x[segment.tokens].view(segment.rows, -1, x.shape[-1])[:, -1] for segment in segments])
         norm = self.inner.norm
-        last = functional.rms_norm(x[:, -1:], (x.shape[-1],), norm.weight, norm.variance_epsilon)
-        return _product(self.head, "lm_head", last, lora)[:, 0]
+        return functional.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
+
+    def logits(self, states: Tensor, lora: AddLora | None) -> Tensor:
+        """(B, hidden) -> (B, V)."""
+        return _product(self.head, "lm_head", states, lora)
 
     def _attention(
         self,
@@ -100,34 +109,40 @@ class Fused:
         layer: Layer,
         x: Tensor,
         turn: tuple[Tensor, Tensor],
-        mask: Tensor,
-        cache: Any,
+        segments: Sequence[Segment],
+        masks: Sequence[Tensor],
+        cache: SlotCache,
         lora: AddLora | None,
     ) -> Tensor:
-        rows, tokens, _ = x.shape
         heads, kv = self.heads, self.kv_heads
-        qkv = _product(layer.qkv, layer.names[0], x, lora).view(rows, tokens, heads + 2 * kv, self.head_dim)
-        qk, v = qkv[:, :, : heads + kv], qkv[:, :, heads + kv :]
+        qkv = _product(layer.qkv, layer.names[0], x, lora).view(len(x), heads + 2 * kv, self.head_dim)
+        qk, v = qkv[:, : heads + kv], qkv[:, heads + kv :]
         if layer.q_norm is not None and layer.k_norm is not None:
-            q = functional.rms_norm(qk[:, :, :heads], (self.head_dim,), layer.q_norm, layer.eps)
-            k = functional.rms_norm(qk[:, :, heads:], (self.head_dim,), layer.k_norm, layer.eps)
-            qk = torch.cat((q, k), dim=2)
+            q = functional.rms_norm(qk[:, :heads], (self.head_dim,), layer.q_norm, layer.eps)
+            k = functional.rms_norm(qk[:, heads:], (self.head_dim,), layer.k_norm, layer.eps)
+            qk = torch.cat((q, k), dim=1)
         cos, sin = turn
         qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin)
-        keys, values = cache.layers[index].update(qk[:, :, heads:].transpose(1, 2), v.transpose(1, 2))
-        # Heads that share a key become further queries of it: (B, kv, group * T, head_dim).
-        group = heads // kv
-        q = qk[:, :, :heads].view(rows, tokens, kv, group, self.head_dim).permute(0, 2, 3, 1, 4)
-        q = q.reshape(rows, kv, group * tokens, self.head_dim)
-        out = functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=self.scale)
-        out = out.view(rows, kv, group, tokens, self.head_dim).permute(0, 3, 1, 2, 4)
-        return _product(layer.out, layer.names[1], out.reshape(rows, tokens, heads * self.head_dim), lora)
+        outs = []
+        for segment, mask in zip(segments, masks, strict=True):
+            shape = (segment.rows, -1, kv, self.head_dim)
+            keys, values = cache.layers[index].put(
+                segment,
+                qk[segment.tokens, heads:].view(shape).transpose(1, 2),
+                v[segment.tokens].view(shape).transpose(1, 2),
+            )
+            # Heads that share a key become further queries of it: (rows, kv, group * T, head_dim).
+            q = qk[segment.tokens, :heads].view(segment.rows, -1, kv, heads // kv, self.head_dim)
+            q = q.permute(0, 2, 3, 1, 4).flatten(2, 3)
+            out = functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=self.scale)
+            out = out.view(segment.rows, kv, heads // kv, -1, self.head_dim).permute(0, 3, 1, 2, 4)
+            outs.append(out.reshape(-1, heads * self.head_dim))
+        return _product(layer.out, layer.names[1], outs[0] if len(outs) == 1 else torch.cat(outs), lora)
 
-    def _packed(self, mask: Tensor) -> Tensor:
-        """The mask (B, 1, T, L) for heads packed as queries: (B, 1, group * T, L)."""
-        rows, _, tokens, length = mask.shape
-        group = self.heads // self.kv_heads
-        return mask[:, :, None].expand(rows, 1, group, tokens, length).reshape(rows, 1, group * tokens, length)
+    def _packed(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
+        """A mask (B, 1, T, L) to add, for heads packed as queries: (B, 1, group * T, L)."""
+        added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+        return added.repeat(1, 1, self.heads // self.kv_heads, 1)
 
 
 def fuse(module: nn.Module) -> Fused | None:

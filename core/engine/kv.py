@@ -6,6 +6,9 @@ finished conversation lingers. Slots grow with what runs; they are not laid out 
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from dataclasses import dataclass
+from itertools import groupby
 from typing import Any
 
 import torch
@@ -16,16 +19,24 @@ LENGTH_STEP = 64  # views are cut to a multiple of this
 FIRST_LENGTH = 256
 
 
-class Window:
-    """What the next forward pass reads and writes: rows [first, first + rows), each from its own position on."""
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Part of a pass: as many tokens of each of some consecutive rows, each from its own position on."""
 
-    def __init__(self) -> None:
-        self.first = 0
-        self.rows = 1
-        self.start = 0  # position of the first row's first token
-        self.length = 0  # keys visible to the pass: positions [0, length)
-        self.row_index = torch.empty(0, dtype=torch.long)  # (B, 1)
-        self.positions = torch.empty(0, dtype=torch.long)  # (B, T)
+    tokens: slice  # where they lie in the pass, row by row
+    first: int
+    rows: int
+    length: int  # keys visible to it: positions [0, length)
+    positions: Tensor  # (rows, T)
+    start: int  # position of the first row's first token
+    row_index: Tensor  # (rows, 1)
+    mask: Tensor  # bool (rows, 1, T, length): each token sees its own row up to and with itself
+
+
+class Window:
+    """The segment that a plain forward pass of the model is about."""
+
+    segment: Segment
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not typed
@@ -45,24 +56,22 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not t
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """Write (B, kv_heads, T, head_dim) at the window's positions; return views (B, kv_heads, length, head_dim)."""
+        """As `put`, at the window's segment."""
+        return self.put(self.window.segment, key_states, value_states)
+
+    def put(self, segment: Segment, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Write (rows, kv_heads, T, head_dim) at a segment; return views (rows, kv_heads, length, head_dim)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
-        window = self.window
-        if window.rows == 1:  # a plain copy is quicker than an indexed one
-            start = window.start
-            self.keys[window.first, :, start : start + key_states.shape[2]] = key_states[0]
-            self.values[window.first, :, start : start + key_states.shape[2]] = value_states[0]
-            return self._views()
-        # Two index tensors around a slice put their shape first: (B, T, kv_heads, head_dim).
-        self.keys[window.row_index, :, window.positions] = key_states.transpose(1, 2)
-        self.values[window.row_index, :, window.positions] = value_states.transpose(1, 2)
-        return self._views()
-
-    def _views(self) -> tuple[Tensor, Tensor]:
-        window = self.window
-        rows = slice(window.first, window.first + window.rows)
-        return self.keys[rows, :, : window.length], self.values[rows, :, : window.length]
+        first, rows = segment.first, slice(segment.first, segment.first + segment.rows)
+        if segment.rows == 1:  # a plain copy is quicker than an indexed one
+            stop = segment.start + key_states.shape[2]
+            self.keys[first, :, segment.start : stop] = key_states[0]
+            self.values[first, :, segment.start : stop] = value_states[0]
+        else:  # two index tensors around a slice put their shape first: (rows, T, kv_heads, head_dim)
+            self.keys[segment.row_index, :, segment.positions] = key_states.transpose(1, 2)
+            self.values[segment.row_index, :, segment.positions] = value_states.transpose(1, 2)
+        return self.keys[rows, :, : segment.length], self.values[rows, :, : segment.length]
 
     def resize(self, slots: int, length: int, *, rows: int, used: int) -> None:
         """Another capacity; the first `used` positions of the first `rows` slots are kept, the rest is zero."""
@@ -72,10 +81,10 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not t
             self.values = _resized(self.values, slots, length, rows, used)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.window.length, 0
+        return self.window.segment.length, 0
 
     def get_seq_length(self) -> int:
-        return self.window.length
+        return self.window.segment.length
 
     def get_max_length(self) -> int:
         return self.capacity[1]
@@ -112,26 +121,34 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         if length > self.length:
             self._resize(self.slots, min(max(length, 2 * self.length), self.max_length))
 
-    def begin(self, first: int, positions: Tensor) -> Tensor:
-        """Set the window for a pass over positions (B, T) of rows [first, first + B); return its mask.
+    def begin(self, first: int, counts: Sequence[int], device: torch.device) -> list[Segment]:
+        """What a pass over the next counts[i] tokens of row first + i reads and writes.
 
-        The mask is bool (B, 1, T, length): each token sees its own row up to and with itself.
+        Neighbours that take in one token each are one segment, as in decoding; every other row is one of its own.
         """
-        rows, tokens = positions.shape
-        window = self.window
-        window.first, window.rows, window.positions, window.start = first, rows, positions, self.used[first]
-        window.row_index = torch.arange(first, first + rows, device=positions.device)[:, None]
-        for row in range(first, first + rows):
-            self.reach[row] = self.used[row] + tokens
-        needed = max(self.reach[first : first + rows])
-        window.length = min(-(-needed // LENGTH_STEP) * LENGTH_STEP, self.length)
-        keys = torch.arange(window.length, device=positions.device)
-        return keys[None, None, None, :] <= positions[:, None, :, None]
+        self.reserve(max(self.used[first + i] + count for i, count in enumerate(counts)))
+        segments, row, token = [], first, 0
+        for count, same in groupby(counts):
+            together = sum(1 for _ in same)
+            for rows in [together] if count == 1 else [1] * together:
+                segments.append(self._segment(slice(token, token + rows * count), row, rows, count, device))
+                row, token = row + rows, token + rows * count
+        return segments
 
-    def advance(self, first: int, rows: int, tokens: int) -> None:
+    def _segment(self, tokens: slice, first: int, rows: int, count: int, device: torch.device) -> Segment:
+        used = self.used[first : first + rows]
+        for row, start in enumerate(used, first):
+            self.reach[row] = start + count
+        length = min(-(-(max(used) + count) // LENGTH_STEP) * LENGTH_STEP, self.length)
+        positions = torch.tensor(used, device=device)[:, None] + torch.arange(count, device=device)
+        row_index = torch.arange(first, first + rows, device=device)[:, None]
+        mask = torch.arange(length, device=device) <= positions[:, None, :, None]
+        return Segment(tokens, first, rows, length, positions, used[0], row_index, mask)
+
+    def advance(self, first: int, counts: Sequence[int]) -> None:
         """The pass is done: its tokens are part of the rows."""
-        for row in range(first, first + rows):
-            self.used[row] += tokens
+        for row, count in enumerate(counts, first):
+            self.used[row] += count
 
     def row_bytes(self, row: int) -> int:
         """How much `take_out` would copy."""

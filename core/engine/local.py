@@ -1,7 +1,7 @@
 """The engine of this process: a model thread behind the protocol. Knows no chats, users' texts or SQLite.
 
 Threads and what they may touch: the event loop submits and reads events; the model thread owns all tensors of rows;
-two more render prompts, read adapter files and load the model. Events cross to the loop once per step.
+two more render prompts and read adapter files; one loads the model and ends. Events cross to the loop once per step.
 """
 
 from __future__ import annotations
@@ -81,12 +81,13 @@ class LocalEngine:
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
-        self._workers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="engine")
+        # A thread that ran a large operator keeps OpenMP's workers as long as it lives, and all spin more slowly
+        # while there are more of them than cores: the one that loads must end before the model thread begins.
+        loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
         try:
-            model = await self._loop.run_in_executor(self._workers, self._load)
-        except BaseException:
-            self._workers.shutdown(wait=False, cancel_futures=True)
-            raise
+            model = await self._loop.run_in_executor(loader, self._load)
+        finally:
+            loader.shutdown(wait=False)
         context = min(model.context, self.settings.max_context)
         self._info = EngineInfo(
             model.name, model.fingerprint, model.description, context, model.folder, str(model.device)
@@ -95,6 +96,7 @@ class LocalEngine:
             Base(model.fingerprint, shapes(model.module), model.dtype), limit=self.settings.adapters_in_memory
         )
         self._model, self._draining = model, False
+        self._workers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="engine")
         self.thread = ModelThread(
             model,
             self.settings,

@@ -1,8 +1,8 @@
-"""The model thread: admit, prefill, decode, emit, cancel. Takes jobs, gives events; knows no asyncio, chats or SQLite.
+"""The model thread: admit, run passes, emit, cancel. Takes jobs, gives events; knows no asyncio, chats or SQLite.
 
-One step is: end what is cancelled or late, let prepared jobs in, at most one chunk of prefill, one token for every
-row that is past its prompt. Requests join and leave between steps. Rows past their prompt come first, then the one
-that is still taking it in; when one ends, later rows move up.
+One step is: end what is cancelled or late, let prepared jobs in, then one pass: a token for every row that is past its
+prompt, beside at most one chunk of prompts. Requests join and leave between steps. Rows past their prompt come first,
+then the one that is still taking it in; when one ends, later rows move up.
 """
 
 from __future__ import annotations
@@ -38,6 +38,7 @@ FIRST_GUESS_S = 10.0  # of how long one request takes, before any has been seen
 
 
 Output = tuple[Job, Event | AppError]
+Taken = tuple[Job, Sequence[int]]  # the ids that a pass takes in for a job
 Prepare = Callable[[Job], tuple[Rendered, AdapterWeights | None]]
 
 
@@ -161,10 +162,7 @@ class ModelThread:
     def _step(self) -> None:
         self._end_unwanted()
         self._send_to_prepare()
-        self._prefill()
-        past_prompt = [job for job in self.rows if job.filled == len(job.prompt)]
-        if past_prompt:
-            self._decode(past_prompt)
+        self._pass()
 
     def _outside_rows(self) -> list[Job]:
         return [*self._scheduler.items(), *self._preparing, *self._ready]
@@ -225,24 +223,28 @@ class ModelThread:
                 self._failed.append((job, error))
             self._wake.notify()
 
-    def _prefill(self) -> None:
-        """Prompt tokens of one chunk: of the row that is taking in its prompt, then of jobs that are ready."""
+    def _pass(self) -> None:
+        """One token for every row past its prompt, beside a chunk of prompts: of the row that is taking its own in,
+        then of jobs that are ready."""
+        parts: list[Sequence[int]] = [job.answer[-1:] for job in self.rows if job.past_prompt]
         budget = self.chunk
         while budget > 0:
-            job = self.rows[-1] if self.rows and self.rows[-1].filled < len(self.rows[-1].prompt) else self._admit()
-            if job is None:
-                return
-            part = job.prompt[job.filled : job.filled + budget]
-            budget -= len(part)
-            try:
-                logits = self.runner.prefill(len(self.rows) - 1, part, job.slot)
-            except Exception as error:  # this row's trouble alone
-                log.exception("engine.prefill_failed")
-                self._end(job, translate(error))
-                continue
-            job.filled += len(part)
-            if job.filled == len(job.prompt):
-                self._accept([job], logits)
+            if len(parts) == len(self.rows) and self._admit() is None:
+                break
+            job = self.rows[len(parts)]
+            parts.append(job.prompt[job.filled : job.filled + budget])
+            budget -= len(parts[-1])
+        results = self._by_halves(0, list(zip(self.rows, parts, strict=True)))
+        for taken, result in results:
+            for job, part in taken if isinstance(result, Tensor) else ():
+                job.filled += 0 if job.past_prompt else len(part)
+        for taken, result in results:  # these first: only what is past its prompt may lie before the others
+            if isinstance(result, Exception):
+                self._end(taken[0][0], translate(result))
+        for taken, result in results:
+            past_prompt = [job for job, _ in taken if job.past_prompt]  # all, but perhaps the last
+            if isinstance(result, Tensor) and past_prompt:
+                self._accept(past_prompt, result[: len(past_prompt)])
 
     def _admit(self) -> Job | None:
         """Give the next ready job a row."""
@@ -289,28 +291,20 @@ class ModelThread:
             log.warning("engine.reuse_no_memory", extra={"kept": len(self.prefixes)})
             self.prefixes.clear()
 
-    def _decode(self, jobs: list[Job]) -> None:
-        """One token for every row past its prompt: rows [0, len(jobs))."""
-        for some, result in self._by_halves(0, jobs):
-            if isinstance(result, Tensor):
-                self._accept(some, result)
-            else:
-                self._end(some[0], translate(result))
-
-    def _by_halves(self, first: int, jobs: list[Job]) -> list[tuple[list[Job], Tensor | Exception]]:
-        """Logits of rows [first, first + len(jobs)). A pass that fails, for memory or for one row's sake, is run again
+    def _by_halves(self, first: int, parts: list[Taken]) -> list[tuple[list[Taken], Tensor | Exception]]:
+        """Logits of rows [first, first + len(parts)). A pass that fails, for memory or for one row's sake, is run again
         in halves, so that only those end that cannot go on alone."""
+        if not parts:
+            return []
         try:
-            return [(jobs, self._forward(first, jobs))]
+            slots = [job.slot for job, _ in parts]
+            return [(parts, self.runner.run(first, [part for _, part in parts], slots))]
         except Exception as error:
-            log.exception("engine.decode_failed", extra={"rows": len(jobs)})
-            if len(jobs) == 1:
-                return [(jobs, error)]
-        half = len(jobs) // 2
-        return self._by_halves(first, jobs[:half]) + self._by_halves(first + half, jobs[half:])
-
-    def _forward(self, first: int, jobs: Sequence[Job]) -> Tensor:
-        return self.runner.decode(first, [job.answer[-1] for job in jobs], [job.slot for job in jobs])
+            log.exception("engine.pass_failed", extra={"rows": len(parts)})
+            if len(parts) == 1:
+                return [(parts, error)]
+        half = len(parts) // 2
+        return self._by_halves(first, parts[:half]) + self._by_halves(first + half, parts[half:])
 
     def _accept(self, jobs: Sequence[Job], logits: Tensor) -> None:
         """Draw one token per row from (B, V), and show or end."""
@@ -389,8 +383,8 @@ class ModelThread:
         cache = self.runner.cache
         cache.wipe(row)
         last = len(self.rows) - 1
-        past_prompt = sum(job.filled == len(job.prompt) for job in self.rows)
-        for source in (past_prompt - 1, last):
+        last_past_prompt = max((i for i, job in enumerate(self.rows) if job.past_prompt), default=0)
+        for source in (last_past_prompt, last):
             if source > row:
                 cache.move(source, row)
                 self.rows[row] = self.rows[source]

@@ -10,6 +10,7 @@ from collections import Counter
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from itertools import groupby
 
 import torch
 from torch import Tensor, nn
@@ -17,14 +18,17 @@ from torch import Tensor, nn
 from core.engine.adapter_files import AdapterWeights
 from core.engine.int8 import Int8Linear, Part
 
+LONG = 16  # tokens of one adapter in a row from which a slice of their own is quicker than a share of the mask
+
 
 @dataclass(frozen=True, slots=True)
-class Plan:
-    """Which slots a pass uses: [start, stop), and which of them are foreign to each row.
+class Piece:
+    """Consecutive tokens of a pass, the slots [start, stop) that they use, and which of these are foreign to each.
 
-    foreign is bool (B, 1, stop - start, 1), or None if all rows run with the one slot that is used.
+    foreign is bool (T, stop - start, 1), or None if all tokens run with the one slot that is used.
     """
 
+    tokens: slice
     start: int
     stop: int
     foreign: Tensor | None
@@ -50,20 +54,22 @@ class Stack:
         self.add(inputs[0], output)
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Add to y (B, T, sum of outs), in place, what the plan's adapters make of x (B, T, in)."""
-        plan = self.plans.current
-        if plan is None:
-            return
-        parts, rank, slots = len(self.outs), self.rank, plan.stop - plan.start
-        h = nn.functional.linear(x, self.a[plan.start * parts * rank : plan.stop * parts * rank])
-        h = h.view(*x.shape[:2], slots, parts * rank)
-        if plan.foreign is not None:
+        """Add to y (..., sum of outs), in place, what the plan's adapters make of x (..., in); tokens in any shape."""
+        x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
+        for piece in self.plans.current:
+            self._add(piece, x[piece.tokens], y[piece.tokens])
+
+    def _add(self, piece: Piece, x: Tensor, y: Tensor) -> None:
+        parts, rank, slots = len(self.outs), self.rank, piece.stop - piece.start
+        h = nn.functional.linear(x, self.a[piece.start * parts * rank : piece.stop * parts * rank])
+        h = h.view(len(x), slots, parts * rank)
+        if piece.foreign is not None:
             # Filled, not multiplied: another tenant's overflow times zero would be NaN.
-            h.masked_fill_(plan.foreign, 0.0)
-        flat, column = y.view(-1, y.shape[-1]), 0
+            h.masked_fill_(piece.foreign, 0.0)
+        column = 0
         for part, (out, b) in enumerate(zip(self.outs, self.b, strict=True)):
-            own = h[..., part * rank : (part + 1) * rank].reshape(len(flat), slots * rank)
-            flat[:, column : column + out].addmm_(own, b[:, plan.start * rank : plan.stop * rank].t())
+            own = h[..., part * rank : (part + 1) * rank].reshape(len(x), slots * rank)
+            y[:, column : column + out].addmm_(own, b[:, piece.start * rank : piece.stop * rank].t())
             column += out
 
     def resize(self, slots: int, rank: int) -> None:
@@ -98,9 +104,9 @@ def _resized(b: Tensor, slots: int, rank: int, old_rank: int) -> Tensor:
 
 
 class PlanHolder:
-    """The plan of the running pass, as the hooks see it."""
+    """The plan of the running pass, as the hooks see it: tokens that run bare are in no piece."""
 
-    current: Plan | None = None
+    current: Sequence[Piece] = ()
 
 
 class LoraStacks:
@@ -154,15 +160,31 @@ class LoraStacks:
             del self.users[key]
 
     @contextmanager
-    def rows(self, slots: Sequence[int | None]) -> Iterator[Plan | None]:
-        """Let the forward pass inside run row i with the adapter in slots[i]; None is the bare base model."""
-        self.plans.current = self._plan(slots)
+    def tokens(self, runs: Sequence[tuple[int | None, int]]) -> Iterator[Sequence[Piece]]:
+        """Let the forward pass inside run its tokens with adapters: (slot, how many tokens) in turn; None is bare."""
+        self.plans.current = self._plan(runs)
         try:
             yield self.plans.current
         finally:
-            self.plans.current = None
+            self.plans.current = ()
 
-    def _plan(self, slots: Sequence[int | None]) -> Plan | None:
+    def _plan(self, runs: Sequence[tuple[int | None, int]]) -> list[Piece]:
+        """Long runs of one adapter are pieces of their own; short neighbours share one, under a mask."""
+        pieces, short, token = [], [], 0
+        for slot, group in groupby(runs, key=lambda run: run[0]):
+            count = sum(tokens for _, tokens in group)
+            if count < LONG:
+                short += [slot] * count
+            else:
+                pieces += [self._masked(token - len(short), short)] if short else []
+                pieces += [] if slot is None else [Piece(slice(token, token + count), slot, slot + 1, None)]
+                short = []
+            token += count
+        pieces += [self._masked(token - len(short), short)] if short else []
+        return [piece for piece in pieces if piece is not None]
+
+    def _masked(self, first: int, slots: Sequence[int | None]) -> Piece | None:
+        """One piece for tokens of any slots."""
         used = {slot for slot in slots if slot is not None}
         if not used:
             return None
@@ -170,8 +192,8 @@ class LoraStacks:
         foreign = None
         if len(set(slots)) > 1:
             own = torch.tensor([-1 if slot is None else slot for slot in slots], device=self.device)
-            foreign = (torch.arange(low, high, device=self.device)[None, :] != own[:, None])[:, None, :, None]
-        return Plan(low, high, foreign)
+            foreign = (torch.arange(low, high, device=self.device)[None, :] != own[:, None])[:, :, None]
+        return Piece(slice(first, first + len(slots)), low, high, foreign)
 
     def _free_slot(self) -> int:
         taken = set(self.slots.values())

@@ -1,6 +1,6 @@
-"""Forward passes over rows: prefill a chunk of one, decode one token of many. Knows no requests, fairness or text.
+"""Forward passes over rows: single tokens of many beside chunks of prompts. Knows no requests, fairness or text.
 
-Exactness is proved at load: what comes out of slots, chunks and mixed rows is compared with the model's own plain
+Exactness is proved at load: what comes out of slots, chunks and mixed passes is compared with the model's own plain
 forward pass, so a model whose attention works otherwise is refused, whatever its configuration says.
 """
 
@@ -14,7 +14,7 @@ from torch import Tensor
 
 from core.engine.fused import fuse
 from core.engine.int8 import Int8Linear
-from core.engine.kv import SlotCache
+from core.engine.kv import Segment, SlotCache
 from core.engine.lora import LoraStacks
 from core.errors import AppError, EngineError, ModelLoadFailed, OutOfMemory
 from core.model import BaseModel
@@ -40,37 +40,43 @@ class Runner:
             groups=self.fused.groups if self.fused else (),
         )
 
-    def prefill(self, row: int, ids: Sequence[int], slot: int | None) -> Tensor:
-        """Take in the next ids of a row; logits (1, V) after the last of them."""
-        start = self.cache.used[row]
-        self.cache.reserve(start + len(ids))
-        positions = torch.arange(start, start + len(ids), device=self.device)[None]  # (1, T)
-        return self._forward(row, torch.tensor([list(ids)], device=self.device), positions, [slot])
+    def run(self, first: int, parts: Sequence[Sequence[int]], slots: Sequence[int | None]) -> Tensor:
+        """Take in the next ids of each of the rows [first, first + B), row i with the adapter in slots[i].
 
-    def decode(self, first: int, ids: Sequence[int], slots: Sequence[int | None]) -> Tensor:
-        """Take in one id for each of the rows [first, first + B); logits (B, V)."""
-        used = self.cache.used[first : first + len(ids)]
-        self.cache.reserve(max(used) + 1)
-        positions = torch.tensor(used, device=self.device)[:, None]  # (B, 1)
-        return self._forward(first, torch.tensor(list(ids), device=self.device)[:, None], positions, slots)
+        parts[i] are one id or more, of any number: prompts' chunks go with other rows' single tokens. Returns logits
+        (B, V) after the last of each. After an error the rows are as they were before.
+        """
+        counts = [len(part) for part in parts]
+        segments = self.cache.begin(first, counts, self.device)
+        ids = torch.tensor([one for part in parts for one in part], device=self.device)
+        runs = list(zip(slots, counts, strict=True))
+        logits = self._plain(ids, segments, runs) if self.fused is None else self._fused(ids, segments, runs)
+        self.cache.advance(first, counts)
+        return logits
 
-    def _forward(self, first: int, ids: Tensor, positions: Tensor, slots: Sequence[int | None]) -> Tensor:
-        """ids, positions (B, T) -> logits (B, V) of the last token of each row."""
-        mask = self.cache.begin(first, positions)
-        with self.lora.rows(slots) as plan:
-            if self.fused is not None:
-                logits = self.fused(ids, positions, mask, self.cache, None if plan is None else self.lora.add)
-            else:
-                logits = self.module(
-                    input_ids=ids,
-                    attention_mask=mask,
-                    position_ids=positions,
+    def _fused(self, ids: Tensor, segments: Sequence[Segment], runs: Sequence[tuple[int | None, int]]) -> Tensor:
+        assert self.fused is not None
+        with self.lora.tokens(runs) as plan:
+            states = self.fused.states(ids, segments, self.cache, self.lora.add if plan else None)
+        with self.lora.tokens([(slot, 1) for slot, _ in runs]) as plan:
+            return self.fused.logits(states, self.lora.add if plan else None)
+
+    def _plain(self, ids: Tensor, segments: Sequence[Segment], runs: Sequence[tuple[int | None, int]]) -> Tensor:
+        logits, begin = [], 0
+        for segment in segments:
+            self.cache.window.segment = segment
+            with self.lora.tokens(runs[begin : begin + segment.rows]):
+                out = self.module(
+                    input_ids=ids[segment.tokens].view(segment.rows, -1),
+                    attention_mask=segment.mask,
+                    position_ids=segment.positions,
                     past_key_values=self.cache,
                     use_cache=True,
                     logits_to_keep=1,
-                ).logits[:, -1]
-        self.cache.advance(first, *ids.shape)
-        return logits
+                )
+            logits.append(out.logits[:, -1])
+            begin += segment.rows
+        return torch.cat(logits)
 
 
 @torch.inference_mode()
@@ -98,11 +104,13 @@ def check_exact(model: BaseModel) -> None:
 
 def _by_slots(model: BaseModel, texts: Sequence[Sequence[int]]) -> Tensor:
     runner = Runner(model, max_rows=len(texts), context=CHECK_TOKENS)
-    for ids in texts:
-        row, half = runner.cache.add_row(), len(ids) // 2
-        runner.prefill(row, ids[:half], None)
-        runner.prefill(row, ids[half:-1], None)
-    return runner.decode(0, [ids[-1] for ids in texts], [None] * len(texts)).float()
+    long, short = texts
+    half, few = len(long) // 2, len(short) // 2
+    runner.run(runner.cache.add_row(), [long[:half]], [None])
+    runner.run(runner.cache.add_row(), [short[:few]], [None])
+    runner.run(0, [long[half : half + 1], short[few:-1]], [None, None])  # one row's step beside another's chunk
+    runner.run(0, [long[half + 1 : -1]], [None])
+    return runner.run(0, [long[-1:], short[-1:]], [None, None]).float()
 
 
 def _plainly(model: BaseModel, texts: Sequence[Sequence[int]]) -> Tensor:

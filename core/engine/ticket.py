@@ -40,6 +40,10 @@ class Job:
     slot: int | None = None
 
     @property
+    def past_prompt(self) -> bool:
+        return self.filled == len(self.prompt)
+
+    @property
     def adapter_sha256(self) -> str:
         return "" if self.adapter is None else self.adapter.sha256
 

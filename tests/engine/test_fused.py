@@ -63,13 +63,13 @@ def made(kind: str, folder: Path, **changes: Any) -> BaseModel:
 
 
 def answers(runner: Runner, slots: list[int | None]) -> torch.Tensor:
-    """Logits (B, V) of rows of different lengths after chunked prefill and one step together."""
-    for i, slot in enumerate(slots):
+    """Logits (B, V) of rows of different lengths after chunks that meet others' steps, and one step together."""
+    for i in range(len(slots)):
         row = runner.cache.add_row()
         ids = [(3 + 7 * i + 5 * j) % 250 + 3 for j in range(70 + 9 * i)]
-        runner.prefill(row, ids[:33], slot)
-        runner.prefill(row, ids[33:], slot)
-    return runner.decode(0, [9 + i for i in range(len(slots))], slots)
+        for part in (ids[:33], ids[33:]):
+            runner.run(0, [*([9 + j] for j in range(row)), part], slots[: row + 1])
+    return runner.run(0, [[9 + i] for i in range(len(slots))], slots)
 
 
 def adapter(model: BaseModel, name: str, rank: int, only: str = "") -> AdapterWeights:

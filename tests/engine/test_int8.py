@@ -86,8 +86,8 @@ def test_an_outlier_in_one_rows_embedding_moves_no_other_rows_logits(
     def logits() -> Tensor:
         runner = Runner(model, max_rows=4, context=64)
         for row in range(4):
-            runner.prefill(runner.cache.add_row(), [7 + row, 9, 11], None)
-        return runner.decode(0, [20, 5, 22, 23], [None] * 4)
+            runner.run(runner.cache.add_row(), [[7 + row, 9, 11]], [None])
+        return runner.run(0, [[20], [5], [22], [23]], [None] * 4)
 
     calm = logits()
     try:

@@ -29,14 +29,14 @@ class Gate:
         self.open = threading.Event()
         self.open.set()
         self.passes = 0
-        forward = engine.thread.runner._forward
+        forward = engine.thread.runner.run
 
         def gated(*args: Any) -> Any:
             assert self.open.wait(30)
             self.passes += 1
             return forward(*args)
 
-        engine.thread.runner._forward = gated  # type: ignore[method-assign]
+        engine.thread.runner.run = gated  # type: ignore[method-assign]
 
 
 @pytest.fixture
@@ -244,15 +244,15 @@ async def test_an_unusable_adapter_fails_its_own_request_alone(endless: BaseMode
 async def test_a_pass_that_fails_for_one_row_ends_that_row_alone(endless: BaseModel) -> None:
     async with running(endless) as engine:
         alone = await hear(engine.submit(ask("good", max_tokens=30)))
-        forward = engine.thread.runner._forward
+        forward = engine.thread.runner.run
 
-        def poisoned(first: int, ids: Any, positions: Any, slots: Any) -> Any:
-            rows = engine.thread.rows[first : first + len(ids)]
-            if positions.shape[1] == 1 and any(job.request.id == "bad" and len(job.answer) > 5 for job in rows):
+        def poisoned(first: int, parts: Any, slots: Any) -> Any:
+            rows = engine.thread.rows[first : first + len(parts)]
+            if any(job.request.id == "bad" and len(job.answer) > 5 for job in rows):
                 raise ValueError("poisoned")
-            return forward(first, ids, positions, slots)
+            return forward(first, parts, slots)
 
-        engine.thread.runner._forward = poisoned  # type: ignore[method-assign]
+        engine.thread.runner.run = poisoned  # type: ignore[method-assign]
         bad, good = engine.submit(ask("bad", **LONG)), engine.submit(ask("good", max_tokens=30))
         with pytest.raises(EngineError, match="poisoned"):
             await hear(bad)

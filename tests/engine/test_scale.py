@@ -111,15 +111,15 @@ async def test_ten_thousand_may_wait_in_bounded_memory(endless: BaseModel) -> No
 async def test_a_lack_of_memory_halves_the_batch_and_nobody_loses_an_answer(endless: BaseModel) -> None:
     async with running(endless, max_rows=8) as engine:
         expected = [(await hear(engine.submit(ask(f"{i}")))).text for i in range(8)]
-        forward, sizes = engine.thread.runner._forward, []
+        forward, sizes = engine.thread.runner.run, []
 
-        def small(first: int, ids: Any, *rest: Any) -> Any:
-            sizes.append(len(ids))
-            if len(ids) > 3:
+        def small(first: int, parts: Any, slots: Any) -> Any:
+            sizes.append(len(parts))
+            if len(parts) > 3:
                 raise torch.OutOfMemoryError("no room for so many rows")
-            return forward(first, ids, *rest)
+            return forward(first, parts, slots)
 
-        engine.thread.runner._forward = small  # type: ignore[method-assign]
+        engine.thread.runner.run = small  # type: ignore[method-assign]
         heard = await asyncio.gather(*(hear(engine.submit(ask(f"{i}"))) for i in range(8)))
         assert [one.text for one in heard] == expected
         assert {8, 4, 2} <= set(sizes)
@@ -127,8 +127,8 @@ async def test_a_lack_of_memory_halves_the_batch_and_nobody_loses_an_answer(endl
         def none(*_: Any) -> Any:
             raise torch.OutOfMemoryError("no room at all")
 
-        engine.thread.runner._forward = none  # type: ignore[method-assign]
+        engine.thread.runner.run = none  # type: ignore[method-assign]
         with pytest.raises(OutOfMemory):
             await hear(engine.submit(ask("x")))
-        engine.thread.runner._forward = forward  # type: ignore[method-assign]
+        engine.thread.runner.run = forward  # type: ignore[method-assign]
         assert (await hear(engine.submit(ask("3")))).text == expected[3]

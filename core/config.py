@@ -10,12 +10,13 @@ import re
 import tomllib
 import types
 from collections.abc import Mapping
-from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
+from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass, replace
 from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from core.errors import BadConfig
-from core.settings import GROUPS, KEYS, NAME, SECTIONS, BotTable, ChannelSeed, Config, nearest
+from core.job import PRESETS
+from core.settings import GROUPS, KEYS, NAME, SECTIONS, BotTable, ChannelSeed, Config, nearest, presets
 from core.types import Limits
 
 FILE_NAME = "config.toml"
@@ -62,6 +63,11 @@ class _Reader:
                 self.problems.append(f"[{name}] is unknown; there are {', '.join(known)}{nearest(name, known)}")
         parts = {name: self.section(name, name, given.get(name, {})) for name in known if name not in GROUPS}
         limits: Limits = parts["limits"]
+        chosen, written = parts["finetune"], given.get("finetune", {})
+        if isinstance(written, Mapping):
+            own = {key: getattr(chosen, key) for key in written if key in KEYS["finetune"]}
+            parts["finetune_presets"] = presets(own)
+            parts["finetune"] = replace(chosen, **{**PRESETS[chosen.preset], **own})
         return Config(
             **parts,
             partners={n: self.section(f"partners.{n}", "partners.NAME", t) for n, t in self.tables(given, "partners")},

@@ -10,9 +10,10 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, field, fields
 from difflib import get_close_matches
 from pathlib import Path
+from typing import Any
 
 from core.engine.protocol import EngineSettings, ModelSettings
-from core.job import HyperParameters
+from core.job import PRESETS, HyperParameters
 from core.types import Limits
 
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
@@ -39,6 +40,8 @@ class Generation:
 
 @dataclass(frozen=True, slots=True)
 class Finetune(HyperParameters):
+    """What is not set is what the preset says."""
+
     threads: int = 1
     nice: int = 10
 
@@ -101,6 +104,12 @@ class BotTable:
     settings: Mapping[str, object] = field(repr=False)
 
 
+def presets(chosen: Mapping[str, Any]) -> Mapping[str, HyperParameters]:
+    """What [finetune] comes to under each preset; what was chosen wins over it."""
+    own = {one.name: chosen[one.name] for one in fields(HyperParameters) if one.name in chosen}
+    return {name: HyperParameters(**{**PRESETS[name], **own, "preset": name}) for name in PRESETS}
+
+
 @dataclass(frozen=True, slots=True)
 class Config:
     model: ModelSettings = field(default_factory=ModelSettings)
@@ -108,6 +117,7 @@ class Config:
     generation: Generation = field(default_factory=Generation)
     limits: Limits = field(default_factory=Limits)
     finetune: Finetune = field(default_factory=Finetune)
+    finetune_presets: Mapping[str, HyperParameters] = field(default_factory=lambda: presets({}), compare=False)
     privacy: Privacy = field(default_factory=Privacy)
     log: Log = field(default_factory=Log)
     partners: Mapping[str, PartnerSeed] = field(default_factory=dict)
@@ -181,11 +191,14 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "tokens_out": Key("longest reply in tokens", low=1),
     },
     "finetune": {
+        "preset": Key("what the other keys here are unless they are set", choices=("auto", "card", "thorough")),
         "rank": Key("rank of the adapter's matrices", low=1, high=256),
         "alpha": Key("the adapter is scaled by alpha / rank", low=1, high=4096),
+        "rslora": Key("the adapter is scaled by alpha / sqrt(rank) instead"),
         "dropout": Key('on the adapter\'s input; "auto" is by the number of rows', low=0, high=0.9),
         "learning_rate": Key("of AdamW, at its highest", above=0, high=1),
         "epochs": Key("rounds over the rows", low=1, high=1000),
+        "patience": Key("evaluations without a gain until it stops; 0 never stops early", low=0, high=1000),
         "rows_per_step": Key("rows of one optimiser step", low=1, high=4096),
         "clip_value": Key("each gradient value is cut to [-x, x]; 0 is off", low=0),
         "clip_norm": Key("the gradient's joint norm is cut to x; 0 is off", low=0),

@@ -1,6 +1,8 @@
-"""Where a killed job goes on: adapter, optimiser and step in one file, written aside and renamed. Knows no data.
+"""Where a killed job goes on: weights, optimiser and step in one file, written aside and renamed. Knows no data.
 
-One file, because only a file can be replaced in one step: there is always the old checkpoint or the new one.
+One file, because only a file can be replaced in one step: there is always the old checkpoint or the new one. BEST is
+the checkpoint as it was when the validation rows were understood best: what is published in the end, and where a job
+that has lost its way goes back to.
 """
 
 from __future__ import annotations
@@ -13,12 +15,12 @@ from typing import Any
 
 import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
-from finetune.lora import load_state, state, trainable
+from finetune.methods import Trained
 
-FILE = "state.safetensors"
+NEWEST, BEST = "state.safetensors", "best.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
 
 
@@ -30,35 +32,52 @@ class Position:
     step: int = 0  # optimiser steps done
     tokens: int = 0
     seconds: float = 0.0  # of training, all starts together
-    rate_factor: float = 1.0  # of the learning rate; halved after a value that is not finite
+    rate_factor: float = 1.0  # of the learning rate; halved when it has lost its way
     losses: list[float] = field(default_factory=list)  # of each step
-    evaluated: dict[str, float] = field(default_factory=dict)  # what was measured, by name
+    validated: dict[int, float] = field(default_factory=dict)  # step -> loss on the validation rows; 0 is untrained
+
+    @property
+    def best(self) -> int:
+        """The step after which the validation rows were understood best; 0 before any was measured."""
+        trained = {step: loss for step, loss in self.validated.items() if step}
+        return min(trained, key=lambda step: (trained[step], step), default=0)
+
+    @property
+    def without_gain(self) -> int:
+        """How many measurements came after the best one."""
+        return sum(step > self.best for step in self.validated) if self.best else 0
 
 
-def save_checkpoint(folder: Path, position: Position, model: nn.Module, optimizer: torch.optim.Optimizer) -> None:
-    """Replace the checkpoint; it is on the disk when this returns."""
-    tensors = state(model)
-    for i, parameter in enumerate(trainable(model)):
-        for name in MOMENTS:
+def save_checkpoint(
+    folder: Path, name: str, position: Position, trained: Trained, optimizer: torch.optim.Optimizer
+) -> None:
+    """Replace the checkpoint of that name; it is on the disk when this returns."""
+    tensors = trained.tensors()
+    for i, parameter in enumerate(trained.parameters):
+        for moment in MOMENTS:
             if parameter in optimizer.state:
-                tensors[f"optimizer.{i}.{name}"] = optimizer.state[parameter][name].detach().cpu().reshape(-1)
+                tensors[f"optimizer.{i}.{moment}"] = optimizer.state[parameter][moment].detach().cpu().reshape(-1)
     folder.mkdir(exist_ok=True)
-    write_durably(folder / FILE, save(tensors, {"position": json.dumps(asdict(position))}))
+    save_durably(folder / name, tensors, {"position": json.dumps(asdict(position))})
 
 
-def load_checkpoint(folder: Path, identity: str, model: nn.Module, optimizer: torch.optim.Optimizer) -> Position | None:
+def load_checkpoint(
+    folder: Path, name: str, identity: str, trained: Trained, optimizer: torch.optim.Optimizer
+) -> Position | None:
     """Put the checkpoint into model and optimiser; None, and nothing touched, if there is none of this identity."""
-    path = folder / FILE
+    path = folder / name
     try:
         with safe_open(path, framework="pt") as file:
-            position = Position(**json.loads(file.metadata()["position"]))
+            known = json.loads(file.metadata()["position"])
+            known["validated"] = {int(step): loss for step, loss in known["validated"].items()}
+            position = Position(**known)
             if position.identity != identity:
                 return None
             tensors = {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118  # not a dictionary
-    except (OSError, SafetensorError, ValueError, KeyError, TypeError):
+    except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError):
         return None
-    load_state(model, tensors)
-    _load_optimizer(optimizer, trainable(model), tensors)
+    trained.load(tensors)
+    _load_optimizer(optimizer, trained.parameters, tensors)
     return position
 
 
@@ -74,6 +93,16 @@ def _load_optimizer(
                 moments[name] = value.reshape(()) if name == "step" else value.reshape(parameter.shape)
             moments |= {name: moments[name].to(parameter.device) for name in MOMENTS[:2]}
             optimizer.state[parameter] = moments
+
+
+def save_durably(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
+    """Like `write_durably`, without a copy of the tensors in memory."""
+    aside = path.with_name(path.name + ".new")
+    save_file(tensors, aside, metadata)
+    with aside.open("rb") as file:
+        os.fsync(file.fileno())
+    aside.replace(path)
+    sync_folder(path.parent)
 
 
 def write_durably(path: Path, content: bytes) -> None:

@@ -25,10 +25,10 @@ RESOLUTION = 2**16  # dropout's probability is a multiple of one part in this
 class LoraLinear(nn.Module):
     """A frozen linear layer with a trainable delta of low rank. x (..., D_in) -> (..., D_out)."""
 
-    def __init__(self, base: nn.Linear, *, rank: int, alpha: int, dropout: float) -> None:
+    def __init__(self, base: nn.Linear, *, rank: int, alpha: int, dropout: float, rslora: bool = False) -> None:
         super().__init__()
         self.base = base
-        self.scale = alpha / rank
+        self.scale = alpha / (math.sqrt(rank) if rslora else rank)
         self.dropout = dropout
         device = base.weight.device  # float32 whatever the base model is held in: its updates are small
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device, dtype=torch.float32))
@@ -120,7 +120,7 @@ def target_names(model: Any) -> list[str]:
     return sorted(linear)
 
 
-def add_lora(model: nn.Module, *, rank: int, alpha: int, dropout: float) -> list[str]:
+def add_lora(model: nn.Module, *, rank: int, alpha: int, dropout: float, rslora: bool = False) -> list[str]:
     """Freeze the model and put LoRA on its linear layers, drawn from torch's generator. Returns `target_names`."""
     names = target_names(model)
     model.requires_grad_(False)
@@ -130,7 +130,7 @@ def add_lora(model: nn.Module, *, rank: int, alpha: int, dropout: float) -> list
         parent = model.get_submodule(parent_name)
         base = getattr(parent, name)
         assert isinstance(base, nn.Linear)
-        setattr(parent, name, LoraLinear(base, rank=rank, alpha=alpha, dropout=dropout))
+        setattr(parent, name, LoraLinear(base, rank=rank, alpha=alpha, dropout=dropout, rslora=rslora))
     return names
 
 

@@ -76,6 +76,7 @@ def _write_config(folder: Path, manifest: Manifest) -> None:
         r=manifest.hyper.rank,
         lora_alpha=manifest.hyper.alpha,
         lora_dropout=manifest.dropout,
+        use_rslora=manifest.hyper.rslora,
         target_modules=list(manifest.target_modules),
         inference_mode=True,
     )

@@ -23,6 +23,7 @@ def check(spec: Spec) -> None:
         ("dropout", h.dropout, 0, 0.9),
         ("learning_rate", h.learning_rate, 1e-8, 1),
         ("epochs", h.epochs, 1, 1000),
+        ("patience", h.patience, 0, 1000),
         ("rows_per_step", h.rows_per_step, 1, 4096),
         ("clip_value", h.clip_value, 0, 1e9),
         ("clip_norm", h.clip_norm, 0, 1e9),

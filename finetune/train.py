@@ -10,10 +10,11 @@ import hashlib
 import json
 import logging
 import math
+import shutil
 import threading
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
@@ -21,17 +22,19 @@ from typing import Any
 import torch
 
 from core.errors import JobError
-from core.job import Evaluated, Judged, Planned, Progress, Spec, Warned
+from core.job import Evaluated, HyperParameters, Judged, Planned, Progress, Spec, Warned
 from core.prompt import TrainingRow
 from core.texts import say
-from finetune import lora, sanity
+from finetune import sanity
 from finetune.ability import NOTHING, OwnAnswers, answer, end_tokens, own_answers
 from finetune.base import choose_dtype, load_module
-from finetune.batches import Batch, Step, collate, pack, plan_epoch, shared_prefix, split_step
-from finetune.checkpoint import Position, load_checkpoint, save_checkpoint
+from finetune.batches import Step, collate, pack, plan_epoch, shared_prefix
+from finetune.checkpoint import BEST, NEWEST, Position, load_checkpoint, save_checkpoint
 from finetune.encode import prompt_of
 from finetune.gate import Health, Scores, judge
 from finetune.loss import Scorer
+from finetune.meter import Meter
+from finetune.methods import LoraDelta
 from finetune.optimise import clip_by_norm, clip_by_value, learning_rate
 from finetune.prepare import Emit, Prepared, prepare
 from finetune.publish import done, publish, published, versions
@@ -42,7 +45,14 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint"
 CHECKPOINT_S = 20.0
+CHECKPOINT_SHARE = 0.05  # of the time: where writing one takes long, they become rarer
 PROGRESS_S = 1.0
+EVALUATE_STEPS, EVALUATE_TIMES = (
+    200,
+    4,
+)  # the validation rows are looked at after so many steps, in an epoch up to so often
+LOST_STEPS, LOST_NATS = 5, 2.0  # so many steps in a row of so much more loss than in the beginning: it has lost its way
+LOST_VALIDATION = 0.5  # nats more than untrained, on the validation rows
 FORWARD_SHARE = 0.4  # of a training step's time: what evaluating a token costs beside training one
 
 
@@ -50,8 +60,12 @@ class Interrupted(Exception):
     """The job is to stop; its checkpoint is written."""
 
 
-class NonFinite(Exception):
-    """A loss or a gradient is NaN or infinite; nothing was changed by this step."""
+class Unstable(Exception):
+    """Training has lost its way: a loss or a gradient is not finite, or the loss is far above where it began."""
+
+    def __init__(self, key: str, **fields: object) -> None:
+        super().__init__(key)
+        self.key, self.fields = key, fields
 
 
 @dataclass(slots=True)
@@ -89,19 +103,37 @@ class Trainer:
         self.train_rows = [*rows, *self.own.to_rehearse(len(rows), spec.hyper.rehearsal)]
         self.settings: Resolved = resolve(spec.hyper, rows=len(rows), device=self.device.type)
         torch.manual_seed(spec.hyper.seed)
-        self.targets = lora.add_lora(model, rank=spec.hyper.rank, alpha=spec.hyper.alpha, dropout=self.settings.dropout)
+        self.trained = LoraDelta(
+            model,
+            rank=spec.hyper.rank,
+            alpha=spec.hyper.alpha,
+            dropout=self.settings.dropout,
+            rslora=spec.hyper.rslora,
+        )
         self.model: Any = model
         self.scorer = Scorer(model)
-        self.parameters = lora.trainable(model)
-        self.prefix = self._shared_prefix()
+        self.parameters = self.trained.parameters
+        self.meter = Meter(
+            self.scorer,
+            self.device,
+            prefix=self._shared_prefix(),
+            micro_tokens=self.settings.micro_tokens,
+            listen=self._check_stop,
+        )
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=spec.hyper.learning_rate, weight_decay=spec.hyper.weight_decay
         )
         self._epoch, self._plan = 0, self._plan_of(0)
         self.steps_per_epoch = len(self._plan)
         self.steps = self.steps_per_epoch * spec.hyper.epochs
+        self.evaluate_every = math.ceil(
+            self.steps_per_epoch / min(EVALUATE_TIMES, math.ceil(self.steps_per_epoch / EVALUATE_STEPS))
+        )
+        self.evaluated: dict[str, float] = {}  # what was measured, by name
         self.position = self._begin()
         self._session_tokens, self._session_s = 0, 0.0
+        self._told = self._next_save = -math.inf
+        self._last: Progress | None = None
 
     def _own_answers(self, model: Any) -> OwnAnswers:
         spec = self.spec
@@ -114,13 +146,13 @@ class Trainer:
         self._tell_plan()
         try:
             self._train()
-            judged = self._judge()
         except Interrupted:
             self._save()
             raise
+        judged = self._judge()
         self.emit(judged)
         losses = self._losses()
-        publish(self.folder, lora.state(self.model), self._manifest(losses, judged))
+        publish(self.folder, self.trained.tensors(), self._manifest(losses, judged))
         self.emit(done(self.position.step, self.position.seconds, losses))
 
     def _tell_plan(self) -> None:
@@ -135,27 +167,54 @@ class Trainer:
         )
 
     def _train(self) -> None:
-        told = saved = -math.inf
-        while self.position.step < self.steps:
-            began = time.monotonic()
+        """Until all steps are done, or nothing is gained any more; then back to the best of them."""
+        while True:
             try:
-                taken = self.take_step()
-            except NonFinite as error:
+                if self._is_to_be_validated():
+                    self._validate()
+                if self._is_over():
+                    break
+                self._advance()
+            except Unstable as error:
                 self._go_back(error)
-                continue
-            self._count(taken, time.monotonic() - began)
-            last_of_epoch = self.position.step % self.steps_per_epoch == 0
-            if began - told >= PROGRESS_S or self.position.step == self.steps:
-                self._tell(taken)
-                told = began
-            if last_of_epoch:
-                self._evaluate_validation()
-            if last_of_epoch or began - saved >= CHECKPOINT_S:
-                self._save()
-                saved = time.monotonic()
+        if self.position.step < self.steps:
+            self._warn("stopped_early", step=self.position.step, steps=self.steps, best=self.position.best)
+            if self._last:
+                self.emit(replace(self._last, step=self.position.step, steps=self.position.step))
+        if self.position.best < self.position.step and self._load(BEST) is None:
+            raise JobError(detail=f"the checkpoint of step {self.position.best} cannot be read any more")
+
+    def _advance(self) -> None:
+        began = time.monotonic()
+        taken = self.take_step()
+        self._count(taken, time.monotonic() - began)
+        if self._is_lost(LOST_STEPS):
+            raise Unstable("diverged", at=self.position.step, loss=taken.loss, before=self._untrained_loss())
+        if began - self._told >= PROGRESS_S or self.position.step == self.steps:
+            self._tell(taken)
+            self._told = began
+        if began >= self._next_save:
+            self._save()
+
+    def _is_over(self) -> bool:
+        patience = self.spec.hyper.patience
+        return self.position.step >= self.steps or 0 < patience <= self.position.without_gain
+
+    def _is_to_be_validated(self) -> bool:
+        step = self.position.step
+        at = step % self.steps_per_epoch
+        return step not in self.position.validated and (at % self.evaluate_every == 0 or step == self.steps)
+
+    def _is_lost(self, steps: int) -> bool:
+        """Whether the last steps' mean loss is far above what it was untrained."""
+        last = self.position.losses[-steps:]
+        return len(last) == steps and not sum(last) / steps <= self._untrained_loss() + LOST_NATS
+
+    def _untrained_loss(self) -> float:
+        return max(self.position.validated[0], *self.position.losses[:1])
 
     def take_step(self) -> Taken:
-        """Forward, backward, clip, update. Raises Interrupted or NonFinite before anything is changed."""
+        """Forward, backward, clip, update. Raises Interrupted or Unstable before anything is changed."""
         step, hyper = self.position.step, self.spec.hyper
         torch.manual_seed(step_seed(hyper.seed, step))
         rate = learning_rate(step, self.steps, hyper) * self.position.rate_factor
@@ -169,7 +228,7 @@ class Trainer:
         self.optimizer.zero_grad(set_to_none=True)
         for rows in batches:
             self._check_stop()
-            batch = self.batch(rows)
+            batch = self.meter.batch(rows)
             # Sum over tokens / tokens of the whole step: however a step is cut, every token weighs the same.
             part = self.scorer(batch) / supervised
             part.backward()
@@ -180,38 +239,42 @@ class Trainer:
         gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
         # Looked for first: clamping would make an ordinary 1.0 of an infinite gradient.
         if not (math.isfinite(loss) and all_finite(gradients)):
-            raise NonFinite(f"step {step + 1}: the loss or its gradient is not finite")
+            raise Unstable("non_finite", at=step + 1)
         clipped = clip_by_value(gradients, hyper.clip_value)
         norm = clip_by_norm(gradients, hyper.clip_norm)
         self.optimizer.step()
         return Taken(loss, norm, clipped, tokens)
 
     def _begin(self) -> Position:
-        identity = self._identity()
-        checkpoint = self.folder / CHECKPOINT
-        position = load_checkpoint(checkpoint, identity, self.model, self.optimizer)
+        position = self._load(NEWEST)
         if position is None:
+            checkpoint = self.folder / CHECKPOINT
             if checkpoint.exists():
                 self._warn("checkpoint")
-            position = Position(identity)
-            save_checkpoint(checkpoint, position, self.model, self.optimizer)
+                shutil.rmtree(checkpoint)
+            position = Position(self._identity())
+            for name in (BEST, NEWEST):
+                save_checkpoint(checkpoint, name, position, self.trained, self.optimizer)
         log.info("train.begin step=%d of %d, %d rows", position.step, self.steps, len(self.train_rows))
         return position
 
-    def _go_back(self, error: NonFinite) -> None:
-        """To the last checkpoint, once, with half the learning rate."""
-        failed_factor, failed_at = self.position.rate_factor, self.position.step + 1
-        position = load_checkpoint(self.folder / CHECKPOINT, self.position.identity, self.model, self.optimizer)
-        if failed_factor < 1 or position is None:
-            raise JobError(
-                detail=f"{error}, also at half the learning rate; try finetune.learning_rate="
-                f"{self.spec.hyper.learning_rate / 4:g}",
-                fault="yours",
-            )
+    def _go_back(self, error: Unstable) -> None:
+        """To where the validation rows were understood best, or to the start; once, with half the learning rate.
+
+        Not to the newest checkpoint: when that was written is a matter of time, and it may be on the wrong way already.
+        """
+        failed_factor, rate = self.position.rate_factor, self.spec.hyper.learning_rate
+        position = self._load(BEST)
+        if position is None or failed_factor < 1:
+            fields = {**error.fields, "rate": f"{min(rate / 4, HyperParameters().learning_rate):g}"}
+            raise JobError(detail=say(self.spec.language, f"data.lost_{error.key}", **fields), fault="yours")
         self.position = position
         self.position.rate_factor = failed_factor / 2
         self._save()
-        self._warn("non_finite", at=failed_at, step=position.step)
+        self._warn(error.key, **error.fields, step=position.step, rate=f"{rate / 2:g}")
+
+    def _load(self, name: str) -> Position | None:
+        return load_checkpoint(self.folder / CHECKPOINT, name, self._identity(), self.trained, self.optimizer)
 
     def _count(self, taken: Taken, seconds: float) -> None:
         self.position.step += 1
@@ -223,19 +286,18 @@ class Trainer:
 
     def _tell(self, taken: Taken) -> None:
         pace = self._session_tokens / max(self._session_s, 1e-9)
-        self.emit(
-            Progress(
-                step=self.position.step,
-                steps=self.steps,
-                epoch=(self.position.step - 1) // self.steps_per_epoch + 1,
-                epochs=self.spec.hyper.epochs,
-                loss=taken.loss,
-                tokens_per_s=round(pace, 1),
-                seconds_left=round(self._tokens_left() / pace, 1),
-                grad_norm=taken.grad_norm,
-                clipped=taken.clipped,
-            )
+        self._last = Progress(
+            step=self.position.step,
+            steps=self.steps,
+            epoch=(self.position.step - 1) // self.steps_per_epoch + 1,
+            epochs=self.spec.hyper.epochs,
+            loss=taken.loss,
+            tokens_per_s=round(pace, 1),
+            seconds_left=round(self._tokens_left() / pace, 1),
+            grad_norm=taken.grad_norm,
+            clipped=taken.clipped,
         )
+        self.emit(self._last)
 
     def _tokens_left(self) -> float:
         """Of training; tokens that are only evaluated count for their share."""
@@ -243,19 +305,29 @@ class Trainer:
         epoch = sum(len(row.ids) for row in self.train_rows)
         validation = sum(len(self.prepared.rows[row].ids) for row in parts.validation)
         test = sum(len(self.prepared.rows[row].ids) for row in parts.test)
-        evaluations = self.spec.hyper.epochs - self.position.step // self.steps_per_epoch
+        evaluations = (self.steps - self.position.step) / self.evaluate_every
         training = epoch * self.spec.hyper.epochs - self.position.tokens
         models = 3 if self.spec.champion else 2  # each under two questions
         return max(0.0, training + FORWARD_SHARE * (evaluations * validation + 2 * models * test))
 
-    def _evaluate_validation(self) -> None:
-        """Measure once: what a checkpoint holds already is not measured again."""
-        name = f"validation_{self.position.step // self.steps_per_epoch}"
-        rows = self.prepared.part(self.prepared.split.validation)
-        if name not in self.position.evaluated:
-            self._keep_loss(name, self.mean_loss(rows))
-        loss = self.position.evaluated[name]
-        self.emit(Evaluated(step=self.position.step, split="validation", loss=loss, rows=len(rows)))
+    def _validate(self) -> None:
+        """Measure, keep what is the best so far, and write a checkpoint, so that it is not measured again."""
+        position, rows = self.position, self.prepared.part(self.prepared.split.validation)
+        best_before = position.validated.get(position.best, math.inf)
+        loss = self.meter.mean_loss(rows)
+        if not math.isfinite(loss):
+            if not position.step:
+                raise JobError(detail="the loss is not finite before the first step")
+            raise Unstable("non_finite", at=position.step)
+        untrained = position.validated.get(0, math.inf)
+        if untrained <= best_before and loss > untrained + LOST_VALIDATION:
+            raise Unstable("diverged", at=position.step, loss=loss, before=untrained)
+        position.validated[position.step] = loss
+        if position.best == position.step:
+            save_checkpoint(self.folder / CHECKPOINT, BEST, position, self.trained, self.optimizer)
+        self._save()
+        if position.step:
+            self.emit(Evaluated(step=position.step, split="validation", loss=loss, rows=len(rows)))
 
     def _judge(self) -> Judged:
         """Compare with what answers now, on the rows that neither training nor watching it saw."""
@@ -263,12 +335,12 @@ class Trainer:
         own, other = self.prepared.part(numbers), self.prepared.swapped(numbers)
         tokens = [sum(row.supervised[1:]) for row in own]
         candidate = self._scores(own, other)
-        with lora.without_lora(self.model):
+        with self.trained.untrained():
             base = self._scores(own, other)
         champion, label = base, "base"
         if self.spec.champion:
             try:
-                with lora.with_adapter(self.model, self.folder / self.spec.champion):
+                with self.trained.version(self.folder / self.spec.champion):
                     champion, label = self._scores(own, other), self.spec.champion_label
             except (JobError, OSError, ValueError) as error:
                 self._warn("champion", champion=self.spec.champion_label, error=error)
@@ -292,9 +364,9 @@ class Trainer:
         measured = self.own.measured
         some = [self.prepared.encoded[number] for number in self.prepared.split.test[: sanity.ASKED]]
         prompts, lengths = [prompt_of(row) for row in some], [sum(row.row.supervised) for row in some]
-        after, unsound = sum(self.row_losses(measured)), self._unsound(prompts, lengths)
-        with lora.without_lora(self.model):
-            before, unsound_base = sum(self.row_losses(measured)), self._unsound(prompts, lengths)
+        after, unsound = sum(self.meter.row_losses(measured)), self._unsound(prompts, lengths)
+        with self.trained.untrained():
+            before, unsound_base = sum(self.meter.row_losses(measured)), self._unsound(prompts, lengths)
         ability = (after - before) / sum(sum(row.supervised[1:]) for row in measured)
         self._keep_loss("ability", ability)
         return Health(ability, unsound, unsound_base, len(some))
@@ -312,34 +384,12 @@ class Trainer:
         self.emit(Warned(say(self.spec.language, f"data.warn_{key}", **fields)))
 
     def _scores(self, own: Sequence[TrainingRow], other: Sequence[TrainingRow]) -> Scores:
-        return Scores(self.row_losses(own), self.row_losses(other))
+        return Scores(self.meter.row_losses(own), self.meter.row_losses(other))
 
     def _keep_loss(self, name: str, loss: float) -> None:
         if not math.isfinite(loss):
             raise JobError(detail=f"the loss {name} is not finite after step {self.position.step}")
-        self.position.evaluated[name] = loss
-
-    def mean_loss(self, rows: Sequence[TrainingRow]) -> float:
-        """Mean loss per supervised token, without dropout. Raises Interrupted."""
-        return sum(self.row_losses(rows)) / sum(sum(row.supervised[1:]) for row in rows)
-
-    @torch.no_grad()
-    def row_losses(self, rows: Sequence[TrainingRow]) -> list[float]:
-        """Each row's summed loss, without dropout. Holds no more than one micro-batch. Raises Interrupted."""
-        self.scorer.eval()
-        losses = [0.0] * len(rows)
-        lengths = [len(row.ids) - self.prefix for row in rows]
-        for micro in split_step(range(len(rows)), lengths, micro_tokens=self.settings.micro_tokens):
-            self._check_stop()
-            some = [rows[row] for row in micro]
-            counts = [sum(row.supervised[1:]) for row in some]
-            parts = torch.split(self.scorer.token_losses(self.batch(some)), counts)
-            for row, part in zip(micro, parts, strict=True):
-                losses[row] = float(part.double().sum())
-        return losses
-
-    def batch(self, rows: Sequence[TrainingRow]) -> Batch:
-        return pack(rows, self.device, prefix=self.prefix) if self.prefix else collate(rows, self.device)
+        self.evaluated[name] = loss
 
     @torch.no_grad()
     def _shared_prefix(self) -> int:
@@ -358,7 +408,7 @@ class Trainer:
 
     def _plan_of(self, epoch: int) -> list[Step]:
         return plan_epoch(
-            [len(row.ids) - self.prefix for row in self.train_rows],
+            [len(row.ids) - self.meter.prefix for row in self.train_rows],
             rows_per_step=self.spec.hyper.rows_per_step,
             micro_tokens=self.settings.micro_tokens,
             data_sha256=self.spec.data_sha256,
@@ -373,7 +423,13 @@ class Trainer:
         return self._plan[at]
 
     def _save(self) -> None:
-        save_checkpoint(self.folder / CHECKPOINT, self.position, self.model, self.optimizer)
+        """Only what may be gone on from: a job that is losing its way keeps the checkpoint from before."""
+        began = time.monotonic()
+        if not self.position.validated or self._is_lost(1):
+            return
+        save_checkpoint(self.folder / CHECKPOINT, NEWEST, self.position, self.trained, self.optimizer)
+        took = time.monotonic() - began
+        self._next_save = began + max(CHECKPOINT_S, took / CHECKPOINT_SHARE)
 
     def _check_stop(self) -> None:
         if self.stop.is_set():
@@ -395,7 +451,8 @@ class Trainer:
         losses = self.position.losses
         few = max(1, min(10, len(losses) // 4))
         ends = {"train_first": sum(losses[:few]) / few, "train_last": sum(losses[-few:]) / few}
-        return {**ends, **self.position.evaluated}
+        validated = {f"validation_{step}": loss for step, loss in sorted(self.position.validated.items())}
+        return {**ends, **validated, **self.evaluated}
 
     def _manifest(self, losses: dict[str, float], judged: Judged) -> Manifest:
         spec, base, parts, report = self.spec, self.prepared.base, self.prepared.split, self.prepared.report
@@ -421,7 +478,7 @@ class Trainer:
             seconds=round(self.position.seconds, 1),
             losses=losses,
             judged=asdict(judged),
-            target_modules=tuple(self.targets),
+            target_modules=tuple(self.trained.targets),
             versions=versions(),
             threads=spec.threads,
             dtype=str(choose_dtype(spec)).removeprefix("torch."),

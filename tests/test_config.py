@@ -12,6 +12,7 @@ import pytest
 
 from core.config import config_table_markdown, load_config, read_config, show_config
 from core.errors import BadConfig
+from core.job import PRESETS, HyperParameters
 from core.settings import KEYS, SECTIONS, Config
 from tests.bots.test_terminal import Program
 
@@ -42,6 +43,17 @@ def test_the_example_holds_every_key_with_its_default():
         else:
             assert list(table[section]) == list(keys), section
     assert read(text) == Config()
+
+
+def test_a_preset_sets_what_is_not_set():
+    config = read('[finetune]\npreset = "card"\nepochs = 9\n')
+    assert config.finetune.hyper == HyperParameters(**{**PRESETS["card"], "preset": "card", "epochs": 9})
+    assert config.finetune.learning_rate == 1e-4
+    assert config.finetune.dropout == 0.1
+    thorough = config.finetune_presets["thorough"]
+    assert (thorough.preset, thorough.rank, thorough.epochs) == ("thorough", 32, 9)
+    assert read("").finetune_presets["auto"] == HyperParameters()
+    assert "preset" in problems('[finetune]\npreset = "cards"\n')
 
 
 def test_the_commented_part_of_the_example_is_right_too():

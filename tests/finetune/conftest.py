@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from transformers import LlamaForCausalLM
 
 from core.job import HyperParameters, JobEvent, Spec
 from tests.tiny import save_tiny, tiny_tokenizer
@@ -20,6 +21,26 @@ MakeJob = Callable[..., Path]
 @pytest.fixture(scope="session")
 def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return save_tiny(tmp_path_factory.mktemp("base"), initializer_range=0.05)
+
+
+@pytest.fixture(scope="session")
+def taught_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A tiny model that knows what rows of `faq` look like, so that there is something to lose."""
+    folder = save_tiny(tmp_path_factory.mktemp("taught"), initializer_range=0.05)
+    model, tokenizer = LlamaForCausalLM.from_pretrained(folder), tiny_tokenizer()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    lines = [json.loads(line) for line in faq(60).splitlines()]
+    turns = [[{"role": "user", "content": row["q"]}, {"role": "assistant", "content": row["a"]}] for row in lines]
+    texts = [tokenizer.apply_chat_template(one, tokenize=False) for one in turns]
+    given = tokenizer(texts, return_tensors="pt", padding=True, add_special_tokens=False)
+    labels = given.input_ids.masked_fill(given.attention_mask == 0, -100)
+    for step in range(100):
+        rows = slice(step % 6 * 10, step % 6 * 10 + 10)
+        model(given.input_ids[rows], attention_mask=given.attention_mask[rows], labels=labels[rows]).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    return folder
 
 
 @pytest.fixture(scope="session")
@@ -42,7 +63,7 @@ def faq(rows: int) -> bytes:
 
 @pytest.fixture
 def make_job(tmp_path: Path, tiny_folder: Path) -> MakeJob:
-    def make(name: str = "job", data: bytes | None = None, **hyper: Any) -> Path:
+    def make(name: str = "job", data: bytes | None = None, *, base: Path = tiny_folder, **hyper: Any) -> Path:
         folder = tmp_path / name
         folder.mkdir()
         content = faq(60) if data is None else data
@@ -58,7 +79,7 @@ def make_job(tmp_path: Path, tiny_folder: Path) -> MakeJob:
         }
         Spec(
             job="j1",
-            model=str(tiny_folder),
+            model=str(base),
             fingerprint="",
             data="data.jsonl",
             data_sha256=hashlib.sha256(content).hexdigest(),

@@ -18,8 +18,9 @@ from core.job import FEWEST_TEST_ROWS, Checked, Done, Evaluated, Judged, Planned
 from core.types import AdapterRef
 from core.weights import fingerprint
 from finetune import train as loop
-from finetune.checkpoint import FILE
-from finetune.train import Interrupted, NonFinite, Trainer, train
+from finetune.checkpoint import BEST, NEWEST
+from finetune.meter import Meter
+from finetune.train import Interrupted, Trainer, Unstable, train
 from tests.finetune.conftest import Heard, faq
 from tests.tiny import quietly
 
@@ -129,10 +130,11 @@ def test_a_job_that_was_cut_ends_with_the_same_bits(make_job, monkeypatch, cut):
     assert not (parts / "out").exists()
     heard = go(parts)
     assert heard.of(Progress)[0].step == cut + 1
-    one, other = (load_file(folder / "checkpoint" / FILE) for folder in (whole, parts))
-    assert one.keys() == other.keys()
-    assert any(name.endswith("exp_avg_sq") for name in one)
-    assert all(torch.equal(one[name], other[name]) for name in one)
+    for name in (NEWEST, BEST):
+        one, other = (load_file(folder / "checkpoint" / name) for folder in (whole, parts))
+        assert one.keys() == other.keys()
+        assert any(name.endswith("exp_avg_sq") for name in one)
+        assert all(torch.equal(one[name], other[name]) for name in one)
     assert (whole / "out/adapter_model.safetensors").read_bytes() == (
         parts / "out/adapter_model.safetensors"
     ).read_bytes()
@@ -140,18 +142,18 @@ def test_a_job_that_was_cut_ends_with_the_same_bits(make_job, monkeypatch, cut):
 
 def test_a_stop_is_noticed_within_one_micro_batch(make_job, monkeypatch):
     stop, seen = threading.Event(), []
-    real = Trainer.batch
+    real = Meter.batch
 
     def batch(self, rows):
         seen.append(len(rows))
-        if len(seen) == 3:
+        if len(seen) == 5:
             stop.set()
         return real(self, rows)
 
-    monkeypatch.setattr(Trainer, "batch", batch)
+    monkeypatch.setattr(Meter, "batch", batch)
     with pytest.raises(Interrupted):
         go(make_job(), stop)
-    assert len(seen) == 3
+    assert len(seen) == 5
 
 
 def test_a_prefix_that_all_rows_share_is_packed_and_the_losses_are_the_same(make_job, monkeypatch):
@@ -182,7 +184,7 @@ def test_a_damaged_checkpoint_or_one_of_other_settings_begins_anew(make_job, mon
     folder = make_job()
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
         go(folder, stop_after(patch, 3))
-    path = folder / "checkpoint" / FILE
+    path = folder / "checkpoint" / NEWEST
     path.write_bytes(path.read_bytes()[:100])
     heard = go(folder)
     assert "begins anew" in heard.of(Warned)[0].text
@@ -195,7 +197,7 @@ def test_a_value_that_is_not_finite_goes_back_once_with_half_the_rate(make_job, 
     def failing(self):
         if self.position.step == 4 and not thrown:
             thrown.append(True)
-            raise NonFinite("step 5: the loss or its gradient is not finite")
+            raise Unstable("non_finite", at=5)
         taken = take(self)
         rates.append(self.position.rate_factor)
         return taken
@@ -206,6 +208,7 @@ def test_a_value_that_is_not_finite_goes_back_once_with_half_the_rate(make_job, 
     assert "half the learning rate" in warned.text
     assert set(rates[:4]) == {1.0}
     assert set(rates[4:]) == {0.5}
+    assert len(rates) == 4 + heard.of(Done)[0].steps  # from the start, where the best is that was measured
     assert heard.of(Done)
 
 
@@ -238,6 +241,91 @@ def test_an_infinite_gradient_is_seen_though_clipping_would_hide_it(make_job, mo
     monkeypatch.setattr(loop.Scorer, "forward", forward)
     with pytest.raises(JobError, match="not finite"):
         go(make_job())
+
+
+def test_a_learning_rate_of_one_stops_restores_and_tells(make_job, taught_folder):
+    """Nothing is made of weights that are lost; the way out is named."""
+    folder = make_job(base=taught_folder, learning_rate=1.0, epochs=8)
+    heard = Heard()
+    with pytest.raises(JobError, match=r"finetune.learning_rate = 0.001") as caught:
+        train(folder, Spec.read(folder), heard, threading.Event())
+    assert caught.value.fields["fault"] == "yours"
+    (warned,) = heard.of(Warned)
+    assert "going on from step 0 with half the learning rate, 0.5" in warned.text
+    assert not (folder / "out").exists()
+    kept = load_file(folder / "checkpoint" / NEWEST)
+    assert all(not tensor.any() for name, tensor in kept.items() if "lora_B" in name)
+
+
+def test_a_job_that_has_lost_its_way_goes_back_to_its_best_whenever_checkpoints_were_written(make_job, monkeypatch):
+    """The third round goes astray once; what comes of it does not depend on the clock."""
+    take = Trainer.take_step
+
+    def astray(self):
+        if self.position.rate_factor == 1 and self.position.step >= 2 * self.steps_per_epoch:
+            for parameter in self.parameters:
+                parameter.data.add_(3.0)
+        return take(self)
+
+    monkeypatch.setattr(Trainer, "take_step", astray)
+    results = []
+    for often in (0.0, 1000.0):
+        monkeypatch.setattr(loop, "CHECKPOINT_S", often)
+        folder = make_job(f"every-{often:g}", epochs=4)
+        heard = go(folder)
+        (warned,) = heard.of(Warned)
+        assert "going on from step 10 " in warned.text
+        results.append((folder / "out" / "adapter_model.safetensors").read_bytes())
+    assert results[0] == results[1]
+
+
+def test_it_stops_when_nothing_is_gained_and_the_best_is_what_is_published(make_job, monkeypatch):
+    """Validation losses as they might be: best after the second round, two rounds without a gain."""
+    made = iter([3.0, 2.0, 1.5, 1.6, 1.7, 1.8])
+    mean_loss = Meter.mean_loss
+    monkeypatch.setattr(Meter, "mean_loss", lambda self, rows: mean_loss(self, rows) * 0 + next(made))
+    states = {}
+    validate = Trainer._validate
+
+    def kept(self):
+        validate(self)
+        states[self.position.step] = {name: tensor.clone() for name, tensor in self.trained.tensors().items()}
+
+    monkeypatch.setattr(Trainer, "_validate", kept)
+    folder = make_job(epochs=10)
+    heard = go(folder)
+    assert list(states) == [0, 5, 10, 15, 20]
+    assert "stopped after 20 of 50 steps" in heard.of(Warned)[0].text
+    assert (heard.of(Progress)[-1].step, heard.of(Progress)[-1].steps) == (20, 20)
+    out = load_file(folder / "out" / "adapter_model.safetensors")
+    assert all(torch.equal(out[name], tensor) for name, tensor in states[10].items())
+    assert json.loads((folder / "out" / "manifest.json").read_text())["losses"]["validation_10"] == 1.5
+
+
+def test_without_patience_all_steps_are_taken(make_job, monkeypatch):
+    made = iter([1.0, 1.1, 1.2, 1.3, 1.4, 1.45])
+    monkeypatch.setattr(Meter, "mean_loss", lambda self, rows: next(made))
+    heard = go(make_job(epochs=5, patience=0))
+    assert heard.of(Done)[0].steps == 25
+    assert not heard.of(Warned)
+
+
+def test_a_long_epoch_is_looked_at_more_often(make_job, monkeypatch):
+    monkeypatch.setattr(loop, "EVALUATE_STEPS", 2)
+    assert [e.step for e in go(make_job()).of(Evaluated)[:-2]] == [2, 4, 5, 7, 9, 10]
+
+
+def test_an_rslora_adapter_is_scaled_by_the_root_of_its_rank_also_for_peft(make_job, tiny_folder, monkeypatch):
+    from peft import PeftModel
+
+    trained = []
+    run = Trainer.run
+    monkeypatch.setattr(Trainer, "run", lambda self: trained.append(self) or run(self))
+    folder = make_job(rslora=True)
+    go(folder)
+    twin = quietly(lambda: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(tiny_folder), folder / "out"))
+    ids = torch.arange(40)[None]
+    torch.testing.assert_close(twin.eval()(ids).logits, trained[0].model.eval()(ids).logits, atol=1e-5, rtol=1e-5)
 
 
 def test_another_base_model_is_ours_to_answer_for(make_job):
@@ -297,8 +385,8 @@ def test_losses_of_rows_are_those_of_the_rows_alone_and_a_swapped_row_teaches_th
     trainer = Trainer(folder, spec, loop.prepare(folder, spec, Heard()), Heard(), threading.Event())
     numbers = trainer.prepared.split.test
     own, other = trainer.prepared.part(numbers), trainer.prepared.swapped(numbers)
-    together = trainer.row_losses(own)
-    alone = [trainer.row_losses([row])[0] for row in own]
+    together = trainer.meter.row_losses(own)
+    alone = [trainer.meter.row_losses([row])[0] for row in own]
     assert together == pytest.approx(alone, rel=1e-4)
     for one, two in zip(own, other, strict=True):
         taught = [i for i, said in zip(one.ids, one.supervised, strict=True) if said]

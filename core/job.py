@@ -163,6 +163,7 @@ class Evaluated:
 
 FEWEST_TEST_ROWS = 30  # below, an interval says more about chance than about the model
 MOST_FORGOTTEN = 0.05  # nats per token of the base's own answers
+Worse = tuple[int, float, float]  # (line of the data set, loss per token of the champion, of the candidate)
 Verdict = Literal["passed", "no_better", "style_only", "forgets", "unsound", "too_few"]
 
 
@@ -171,8 +172,10 @@ class Judged:
     """The gate's verdict on rows that training did not see, against what the channel answers from now.
 
     Losses and lifts are means per token. `low` and `high` hold the difference of the losses, 95% sure. `ability` is how
-    much more the candidate wonders at the base's own answers to generic prompts, in nats per token; None where it was
-    not measured. `unsound` of `asked` answers were cut, looped or recited the prompt; `unsound_base` of the base's.
+    much more the candidate wonders at the base's own answers to generic prompts, in nats per token, at most
+    `ability_high`, and `skill` is what lost most of all, by `skill_change`; None where it was not measured. `unsound`
+    of `asked` answers were cut, looped or recited the prompt; `unsound_base` of the base's. `worst` are the rows that
+    the champion knows better, worst first.
     """
 
     kind: ClassVar[str] = "judged"
@@ -187,9 +190,13 @@ class Judged:
     lift_champion: float
     lift: float
     ability: float | None = None
+    ability_high: float = 0.0
+    skill: str = ""
+    skill_change: float = 0.0
     unsound: int = 0
     unsound_base: int = 0
     asked: int = 0
+    worst: tuple[Worse, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -235,6 +242,10 @@ def load_event(line: str) -> JobEvent:
     try:
         given = json.loads(line)
         event = _EVENTS[given.pop("kind")]
-        return event(**{name: tuple(value) if isinstance(value, list) else value for name, value in given.items()})
+        return event(**{name: _tuples(value) for name, value in given.items()})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise JobError(detail=f"not an event of the trainer: {line[:200]!r}") from error
+
+
+def _tuples(value: object) -> object:
+    return tuple(_tuples(one) for one in value) if isinstance(value, list) else value

@@ -19,7 +19,7 @@ from core.job import (
     Warned,
 )
 from core.store.jobs import Job
-from core.texts import duration, say
+from core.texts import Later, duration, say
 from core.types import Body
 from core.versions import promote_button
 
@@ -116,10 +116,20 @@ def _health_text(language: str, judged: Judged) -> list[str]:
     """What the base could do, and how whole answers look; nothing where it was not measured."""
     if judged.ability is None:
         return []
-    key = "training.able" if judged.ability <= MOST_FORGOTTEN else "training.unable"
+    able = judged.ability_high <= MOST_FORGOTTEN and judged.verdict != "forgets"
+    change = {
+        "change": f"{judged.ability:+.2f}",
+        "high": f"{judged.ability_high:+.2f}",
+        "limit": f"{MOST_FORGOTTEN:+.2f}",
+        "skill": Later(f"training.skill_{judged.skill}") if judged.skill else "",
+        "worst": f"{judged.skill_change:+.2f}",
+    }
     sound = {"sound": judged.asked - judged.unsound, "asked": judged.asked}
     before = {"base": judged.asked - judged.unsound_base}
-    return [say(language, key, change=f"{judged.ability:+.2f}"), say(language, "training.sound", **sound, **before)]
+    return [
+        say(language, "training.able" if able else "training.unable", **change),
+        say(language, "training.sound", **sound, **before),
+    ]
 
 
 def rows_text(language: str, name: str, checked: Checked) -> list[str]:

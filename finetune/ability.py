@@ -11,7 +11,7 @@ import hashlib
 import json
 import logging
 import tomllib
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -23,6 +23,7 @@ from core.prompt import TrainingRow, render
 from core.types import Message, Role
 from finetune.base import Base
 from finetune.checkpoint import write_durably
+from finetune.meter import Listen
 
 log = logging.getLogger(__name__)
 PROMPTS = Path(__file__).parent / "prompts.toml"
@@ -31,7 +32,6 @@ REHEARSED_TOKENS, MEASURED_TOKENS = 80, 120
 FEWEST_REHEARSED = 16
 _AT_ONCE = 24  # prompts that are answered side by side
 Answer = tuple[tuple[int, ...], int]  # (ids of prompt and answer, how many of them are the prompt)
-Listen = Callable[[], None]  # raises Interrupted when the job is to stop
 
 
 @dataclass(frozen=True, slots=True)
@@ -40,6 +40,7 @@ class OwnAnswers:
 
     rehearsed: tuple[TrainingRow, ...]
     measured: tuple[TrainingRow, ...]
+    skills: tuple[str, ...]  # of each that is measured
     sha256: str
 
     def to_rehearse(self, rows: int, share: float) -> list[TrainingRow]:
@@ -50,7 +51,7 @@ class OwnAnswers:
         return [self.rehearsed[at * len(self.rehearsed) // count] for at in range(count)]
 
 
-NOTHING = OwnAnswers((), (), "")
+NOTHING = OwnAnswers((), (), (), "")
 
 
 def own_answers(
@@ -73,6 +74,7 @@ def own_answers(
     return OwnAnswers(
         tuple(_row(answer) for answer in given["rehearsed"]),
         tuple(_row(answer) for answer in given["measured"]),
+        tuple(skill for skill, prompts in _prompts()["measured"].items() for _ in prompts),
         hashlib.sha256(found.encode()).hexdigest(),
     )
 
@@ -128,7 +130,7 @@ def _answer_batch(
 
 
 def _make(base: Base, instructions: str, model: Any, listen: Listen) -> dict[str, list[Answer]]:
-    given = tomllib.loads(PROMPTS.read_text("utf-8"))
+    given = _prompts()
     measured = [prompt for skill in given["measured"].values() for prompt in skill]
     ends = end_tokens(model, base.tokenizer)
     log.info("ability.answering prompts=%d", len(measured) + len(given["rehearsed"]))
@@ -142,6 +144,10 @@ def _make(base: Base, instructions: str, model: Any, listen: Listen) -> dict[str
         said = answer(model, asked, most=most, ends=ends, listen=listen)
         made[name] = [((*ids, *ours), len(ids)) for ids, ours in zip(asked, said, strict=True)]
     return made
+
+
+def _prompts() -> dict[str, Any]:
+    return tomllib.loads(PROMPTS.read_text("utf-8"))
 
 
 def _prompt(prompt: str, instructions: str, base: Base) -> tuple[int, ...]:

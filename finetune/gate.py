@@ -13,9 +13,11 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from core.job import FEWEST_TEST_ROWS, MOST_FORGOTTEN, Judged, Verdict
+from core.job import FEWEST_TEST_ROWS, MOST_FORGOTTEN, Judged, Verdict, Worse
 
+WORST_ROWS = 10
 _MORE_UNSOUND = 1  # of the asked: chance
+_MOST_OF_A_SKILL = 0.2  # nats per token: eight prompts say less than sixty-four, but one skill may not pay for the rest
 _SAMPLES = 10_000
 _AT_ONCE = 2**22  # indices drawn at a time
 Sums = NDArray[np.float64]
@@ -34,13 +36,18 @@ class Health:
     """What a fine-tune must leave as it was; see core.job.Judged."""
 
     ability: float | None = None
+    ability_high: float = 0.0
+    skill: str = ""
+    skill_change: float = 0.0
     unsound: int = 0
     unsound_base: int = 0
     asked: int = 0
 
     @property
     def verdict(self) -> Verdict:
-        if self.ability is not None and not self.ability <= MOST_FORGOTTEN:
+        if self.ability is not None and not (
+            self.ability_high <= MOST_FORGOTTEN and self.skill_change <= _MOST_OF_A_SKILL
+        ):
             return "forgets"
         return "unsound" if self.unsound > self.unsound_base + _MORE_UNSOUND else "passed"
 
@@ -53,8 +60,12 @@ def judge(
     champion_label: str,
     seed: int,
     health: Health | None = None,
+    lines: Sequence[int] = (),
 ) -> Judged:
-    """`tokens` is how many tokens of each row are scored. Losses and lifts are means per token, in nats."""
+    """`tokens` is how many tokens of each row are scored. Losses and lifts are means per token, in nats.
+
+    `lines` says where each row stands in the data set: the worst are named by it.
+    """
     health = health or Health()
     n = np.asarray(tokens, dtype=np.float64)
     own, own_before = np.asarray(candidate.own), np.asarray(champion.own)
@@ -73,8 +84,30 @@ def judge(
         high=high,
         lift_champion=float(lift_before.sum() / n.sum()),
         lift=float(lift.sum() / n.sum()),
+        worst=_worst(own / n, own_before / n, lines),
         **asdict(health),
     )
+
+
+def forgotten(
+    candidate: Sequence[float], base: Sequence[float], tokens: Sequence[int], skills: Sequence[str], *, seed: int
+) -> tuple[float, float, str, float]:
+    """Of the base's own answers: (how much worse the candidate knows them, at most so much with 97.5% certainty, the
+    skill that lost most, how much), in nats per token. An answer is a unit: its tokens are not independent."""
+    n, change = np.asarray(tokens, dtype=np.float64), np.asarray(candidate) - np.asarray(base)
+    _, high = _interval(change, n, seed)
+    names = np.asarray(skills)
+    by_skill = {
+        str(name): float(change[names == name].sum() / n[names == name].sum()) for name in dict.fromkeys(skills)
+    }
+    worst = max(by_skill, key=lambda name: by_skill[name])
+    return float(change.sum() / n.sum()), high, worst, by_skill[worst]
+
+
+def _worst(own: Sums, before: Sums, lines: Sequence[int]) -> tuple[Worse, ...]:
+    """The rows that lost most against the champion, per token; none that gained."""
+    order = np.argsort(before - own, kind="stable")[:WORST_ROWS]
+    return tuple((lines[at], round(before[at], 4), round(own[at], 4)) for at in order if lines and own[at] > before[at])
 
 
 def _verdict(rows: int, high: float, lift_low: float, gained_high: float, health: Health) -> Verdict:

@@ -6,17 +6,17 @@ hold both to that. PEFT's own layers are not used to train: one autograd node pe
 
 from __future__ import annotations
 
-import json
 import math
 from collections.abc import Iterator
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from core.engine.adapter_files import Base, load_adapter
 from core.errors import JobError
+from core.types import AdapterRef
 
 PEFT_PREFIX = "base_model.model."
 RESOLUTION = 2**16  # dropout's probability is a multiple of one part in this
@@ -179,33 +179,25 @@ class without_lora:
 
 
 class with_adapter:
-    """Within this block the model answers from another adapter, of any rank. Raises JobError for one that does not fit.
+    """Within this block the model answers from the adapter of a folder, of any rank. Raises AdapterUnusable.
 
-    Reads PEFT's folder: plain LoRA, one rank and alpha for all layers or rsLoRA.
+    The folder is read by what reads it for serving: what is examined is what will answer, and nothing else passes.
     """
 
-    def __init__(self, model: nn.Module, folder: Path) -> None:
+    def __init__(self, model: nn.Module, folder: Path, fingerprint: str) -> None:
         self.layers = dict(lora_layers(model))
-        config = json.loads((folder / "adapter_config.json").read_text("utf-8"))
-        if config.get("rank_pattern") or config.get("alpha_pattern"):
-            raise JobError(detail="its rank or alpha differs between layers")
-        root = math.sqrt(config["r"]) if config.get("use_rslora") else config["r"]
-        self.scale = config["lora_alpha"] / root
-        self.tensors = load_file(folder / "adapter_model.safetensors")
-        known = {f"{PEFT_PREFIX}{name}.lora_{letter}.weight" for name in self.layers for letter in "AB"}
-        if unknown := sorted(self.tensors.keys() - known):
-            raise JobError(detail=f"it changes {unknown[0]}, which is no linear layer here")
+        shapes = {name: (layer.base.out_features, layer.base.in_features) for name, layer in self.layers.items()}
+        self.pairs = load_adapter(AdapterRef("", folder, folder.name), Base(fingerprint, shapes)).pairs
 
     def __enter__(self) -> None:
         self.own = {name: (layer.lora_A, layer.lora_B, layer.scale) for name, layer in self.layers.items()}
         for name, layer in self.layers.items():
-            a = self.tensors.get(f"{PEFT_PREFIX}{name}.lora_A.weight")
-            b = self.tensors.get(f"{PEFT_PREFIX}{name}.lora_B.weight")
-            layer.scale = 0.0 if a is None or b is None else self.scale
-            if a is not None and b is not None:
-                device = layer.base.weight.device
-                layer.lora_A = nn.Parameter(a.float().to(device), requires_grad=False)
-                layer.lora_B = nn.Parameter(b.float().to(device), requires_grad=False)
+            if name not in self.pairs:
+                layer.scale = 0.0
+                continue
+            device, (a, b) = layer.base.weight.device, self.pairs[name]  # the scale is in B
+            layer.lora_A, layer.lora_B = (nn.Parameter(part.to(device), requires_grad=False) for part in (a, b))
+            layer.scale = 1.0
 
     def __exit__(self, *exc: object) -> None:
         for name, layer in self.layers.items():

@@ -44,6 +44,6 @@ class LoraDelta:
     def untrained(self) -> AbstractContextManager[None]:
         return lora.without_lora(self.model)
 
-    def version(self, folder: Path) -> AbstractContextManager[None]:
-        """Within this block the model answers from that adapter. Raises JobError, OSError, ValueError."""
-        return lora.with_adapter(self.model, folder)
+    def version(self, folder: Path, fingerprint: str) -> AbstractContextManager[None]:
+        """Within this block the model answers from that adapter of this very base. Raises AdapterUnusable."""
+        return lora.with_adapter(self.model, folder, fingerprint)

@@ -16,7 +16,7 @@ from safetensors.torch import save
 from torch import Tensor
 
 from core.errors import JobError
-from core.job import Done, JobEvent, Judged
+from core.job import Done, JobEvent, Judged, load_event
 from finetune.checkpoint import sync_folder, write_durably
 from finetune.report import Manifest, model_card
 
@@ -46,7 +46,8 @@ def published(folder: Path) -> list[JobEvent]:
     try:
         manifest = json.loads(path.read_text("utf-8"))
         losses = manifest["losses"]
-        return [Judged(**manifest["judged"]), done(manifest["steps"], manifest["seconds"], losses)]
+        judged = load_event(json.dumps({"kind": Judged.kind, **manifest["judged"]}))
+        return [judged, done(manifest["steps"], manifest["seconds"], losses)]
     except (ValueError, KeyError, TypeError) as error:
         raise JobError(detail=f"{path} is damaged: {error}") from error
 

@@ -1,7 +1,8 @@
 """Which rows train, which validate and which test: by the hash of what is said, for good. Pure.
 
 A row's place depends on its own hash and on how many rows there are, never on their order. The test's rows are those
-of the smallest hashes and its share only shrinks as a set grows, so that no row that was trained on ever tests.
+of the smallest hashes and its share only shrinks as a set grows, so that over the versions of a set a row moves at most
+from test to train. (In a set of ten rows three are left to train on whatever their hashes say; no verdict.)
 """
 
 from __future__ import annotations

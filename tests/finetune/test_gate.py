@@ -5,7 +5,7 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from finetune.gate import Health, Scores, judge
+from finetune.gate import WORST_ROWS, Health, Scores, forgotten, judge
 
 TOKENS = [20 + n % 30 for n in range(80)]
 
@@ -83,11 +83,12 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
 @pytest.mark.parametrize(
     ("health", "expected"),
     [
-        (Health(0.05, 1, 0, 16), "passed"),
-        (Health(0.0501, 0, 0, 16), "forgets"),
-        (Health(float("nan"), 0, 0, 16), "forgets"),
-        (Health(-0.3, 2, 0, 16), "unsound"),
-        (Health(-0.3, 5, 4, 16), "passed"),
+        (Health(0.02, 0.05, "code", 0.2, 1, 0, 16), "passed"),
+        (Health(0.02, 0.0501, "code", 0.1, 0, 0, 16), "forgets"),
+        (Health(-0.1, -0.05, "code", 0.201, 0, 0, 16), "forgets"),
+        (Health(float("nan"), float("nan"), "", float("nan"), 0, 0, 16), "forgets"),
+        (Health(-0.3, -0.2, "code", 0.0, 2, 0, 16), "unsound"),
+        (Health(-0.3, -0.2, "code", 0.0, 5, 4, 16), "passed"),
         (Health(), "passed"),
     ],
 )
@@ -98,3 +99,39 @@ def test_what_the_base_could_do_must_not_be_lost(health: Health, expected: str) 
     assert (found.asked, found.unsound) == (health.asked, health.unsound)
     worse = judge(bad, good, TOKENS, champion_label="base", seed=0, health=health)
     assert worse.verdict == "no_better"
+
+
+def test_one_skill_that_is_lost_shows_though_the_others_gain() -> None:
+    skills = [name for name in ("facts", "code", "advice") for _ in range(8)]
+    base = [30.0] * 24
+    after = [27.0] * 8 + [36.0] * 8 + [27.0] * 8
+    change, high, skill, worst = forgotten(after, base, [10] * 24, skills, seed=0)
+    assert change == pytest.approx(0.0)
+    assert high > 0.05
+    assert (skill, worst) == ("code", pytest.approx(0.6))
+
+
+def test_a_change_that_only_chance_hides_is_not_called_as_good_as_before() -> None:
+    """The same mean on few and uneven answers as on many even ones: only the latter is sure to be within the bound."""
+    even = forgotten([10.3] * 64, [10.0] * 64, [10] * 64, ["facts"] * 64, seed=0)
+    uneven = forgotten([10.0, 12.4] * 4, [11.0, 10.8] * 4, [10] * 8, ["facts"] * 8, seed=0)
+    assert even[0] == pytest.approx(uneven[0]) == pytest.approx(0.03)
+    assert even[1] == pytest.approx(0.03)
+    assert uneven[1] > 0.05
+
+
+def test_the_worst_rows_are_those_that_the_champion_knows_better_worst_first() -> None:
+    before = [2.0 * n for n in TOKENS]
+    after = [(2.0 + change) * n for change, n in zip([(n % 40) / 10 - 2 for n in range(80)], TOKENS, strict=True)]
+    found = judge(
+        Scores(after, after), Scores(before, before), TOKENS, champion_label="base", seed=0,
+        lines=list(range(1, 81)),
+    )  # fmt: skip
+    assert len(found.worst) == WORST_ROWS
+    assert found.worst[0] == (40, 2.0, 3.9)
+    assert [after - before for _, before, after in found.worst] == sorted(
+        (after - before for _, before, after in found.worst), reverse=True
+    )
+    better = judge(Scores(before, before), Scores(after, after), TOKENS, champion_label="base", seed=0, lines=range(80))
+    assert all(after > before for _, before, after in better.worst)
+    assert judge(Scores(before, before), Scores(before, before), TOKENS, champion_label="base", seed=0).worst == ()

@@ -34,12 +34,27 @@ def test_a_rows_place_does_not_depend_on_the_order():
     assert {names[i] for i in one.test} == {names[::-1][i] for i in other.test}
 
 
-@given(st.integers(60, 400), st.integers(0, 300))
+@given(st.integers(40, 700), st.integers(0, 700), st.integers(0, 10**9), st.randoms(use_true_random=False))
 @settings(deadline=None)
-def test_no_row_that_was_trained_on_tests_when_the_set_grows(n, more):
-    names = keys(n + more)
-    before, after = split(names[:n]), split(names)
-    assert not {names[i] for i in before.train} & {names[i] for i in after.test}
+def test_over_the_versions_of_a_set_a_row_moves_at_most_from_test_to_train(n, more, salt, chance):
+    """However it grows, and in whatever order its rows come: what training or stopping saw never tests."""
+    names = keys(n + more, salt)
+    old, grown = names[:n], list(names)
+    chance.shuffle(grown)
+    before, after = split(old), split(grown)
+    tested_after, validated_after = {grown[i] for i in after.test}, {grown[i] for i in after.validation}
+    assert not {old[i] for i in (*before.train, *before.validation)} & tested_after
+    assert not {old[i] for i in before.test} & validated_after
+    assert not {old[i] for i in before.train} & validated_after
+
+
+@given(st.integers(9, 2000), st.integers(0, 10**9))
+@settings(deadline=None)
+def test_a_part_is_as_large_as_chance_makes_its_share(n, salt):
+    """The place of a hash is uniform: within five standard deviations of the share."""
+    tested = len(split(keys(n, salt)).test)
+    share = share_of_test(n)
+    assert abs(tested - n * share) <= 5 * (n * share * (1 - share)) ** 0.5 + 3
 
 
 def test_the_parts_of_a_real_size_are_about_their_shares():

@@ -1,0 +1,120 @@
+"""The candidate's examination: what it, the champion and the base make of rows that neither training nor stopping saw.
+
+Measures, and leaves what it measured row by row in JOBDIR/scores.json (line numbers and losses, never a text), so that
+the arithmetic of finetune.gate can be redone without a model. Knows nothing of training: a candidate is whatever delta
+the model carries, or an adapter folder that somebody else trained.
+"""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable, Sequence
+from contextlib import AbstractContextManager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from core.errors import AppError, JobError
+from core.job import Evaluated, Judged, Spec
+from finetune import sanity
+from finetune.ability import OwnAnswers, answer, end_tokens
+from finetune.checkpoint import write_durably
+from finetune.encode import prompt_of
+from finetune.gate import Health, Scores, forgotten, judge
+from finetune.meter import Meter, supervised
+from finetune.methods import LoraDelta
+from finetune.prepare import Prepared
+
+SCORES = "scores.json"
+Carrying = Callable[[], AbstractContextManager[object]]  # within it the model answers as the candidate does
+Tell = Callable[[Evaluated], None]
+Warn = Callable[..., None]  # (key of a sentence, its fields)
+
+
+@dataclass(frozen=True, slots=True)
+class Examined:
+    """`losses` are named as in the manifest: test_base, test_candidate, ability."""
+
+    judged: Judged
+    losses: dict[str, float]
+
+
+@dataclass(frozen=True, slots=True)
+class Exam:
+    folder: Path
+    spec: Spec
+    prepared: Prepared
+    own: OwnAnswers
+    trained: LoraDelta
+    meter: Meter
+    warn: Warn
+
+    def take(self, candidate: Carrying, tell: Tell, *, step: int = 0) -> Examined:
+        """Raises JobError for a loss that is not finite; Interrupted."""
+        numbers = self.prepared.split.test
+        tokens = supervised(self.prepared.part(numbers))
+        with candidate():
+            mine = self._scores(numbers)
+        with self.trained.untrained():
+            base = self._scores(numbers)
+        champion, label = self._champion(base)
+        losses = {"test_candidate": sum(mine.own) / sum(tokens), "test_base": sum(base.own) / sum(tokens)}
+        for who in ("candidate", "base"):
+            _check_finite(who, losses[f"test_{who}"])
+            loss = losses[f"test_{who}"]
+            tell(Evaluated(step, "test", loss, len(numbers), "base" if who == "base" else "candidate"))
+        health, kept = self._health(candidate) if self.spec.ability else (Health(), {})
+        if health.ability is not None:
+            losses["ability"] = health.ability
+        lines = [self.prepared.encoded[number].line for number in numbers]
+        scores = {"candidate": asdict(mine), "champion": asdict(champion), "base": asdict(base)}
+        everything = {"lines": lines, "tokens": tokens, **scores, "health": asdict(health), "ability": kept}
+        write_durably(self.folder / SCORES, json.dumps(everything).encode())
+        judged = judge(
+            mine, champion, tokens, champion_label=label, seed=self.spec.hyper.seed, health=health, lines=lines
+        )
+        return Examined(judged, losses)
+
+    def _champion(self, base: Scores) -> tuple[Scores, str]:
+        """What answers now; the base where nothing does, or where that cannot be read any more."""
+        if self.spec.champion:
+            try:
+                with self.trained.version(self.folder / self.spec.champion, self.prepared.base.fingerprint):
+                    return self._scores(self.prepared.split.test), self.spec.champion_label
+            except AppError as error:
+                self.warn("champion", champion=self.spec.champion_label, error=error)
+        return base, "base"
+
+    def _scores(self, numbers: Sequence[int]) -> Scores:
+        own, other = self.prepared.part(numbers), self.prepared.swapped(numbers)
+        return Scores(self.meter.row_losses(own), self.meter.row_losses(other))
+
+    def _health(self, candidate: Carrying) -> tuple[Health, dict[str, Any]]:
+        """What the base could do and how its answers end, against the candidate's; and the losses that it rests on."""
+        measured = self.own.measured
+        some = [self.prepared.encoded[number] for number in self.prepared.split.test[: sanity.ASKED]]
+        prompts, lengths = [prompt_of(row) for row in some], [sum(row.row.supervised) for row in some]
+        with candidate():
+            after, unsound = self.meter.row_losses(measured), self._unsound(prompts, lengths)
+        with self.trained.untrained():
+            before, unsound_base = self.meter.row_losses(measured), self._unsound(prompts, lengths)
+        tokens = supervised(measured)
+        _check_finite("ability", sum(after))
+        lost = forgotten(after, before, tokens, self.own.skills, seed=self.spec.hyper.seed)
+        kept = {"candidate": after, "base": before, "tokens": tokens, "skills": self.own.skills}
+        return Health(*lost, unsound, unsound_base, len(some)), kept
+
+    def _unsound(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
+        tokenizer = self.prepared.base.tokenizer
+        ends = end_tokens(self.trained.model, tokenizer)
+        instructions = (
+            tokenizer.encode(self.spec.instructions, add_special_tokens=False) if self.spec.instructions else []
+        )
+        said = answer(self.trained.model, prompts, most=sanity.longest(lengths), ends=ends, listen=self.meter.listen)
+        return sum(sanity.unsound(one, instructions, ends) for one in said)
+
+
+def _check_finite(name: str, loss: float) -> None:
+    if not math.isfinite(loss):
+        raise JobError(detail=f"the loss of {name} is not finite")

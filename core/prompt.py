@@ -197,12 +197,16 @@ def _answer_spans(chat: _Chat, answers: Sequence[int]) -> list[tuple[int, int]] 
     for i in answers:
         before = chat.text(i, answer_follows=True)
         after = chat.text(i + 1, answer_follows=False)
-        if not (after.startswith(before) and whole.startswith(after)):
+        if not after.startswith(before):
             return None
-        ends = [found.end() for found in _control_tokens(chat.tokenizer)[0].finditer(after, len(before))]
-        if not ends:
+        said = chat.messages[i].text.strip()
+        start = after.find(said, len(before))  # a template may write something of its own before it
+        end = _control_tokens(chat.tokenizer)[0].search(after, start + len(said) if start >= 0 else len(before))
+        if end is None:
             raise BadInput(detail="the chat template marks no end of an answer, so the model could not learn to stop")
-        spans.append((len(before), ends[-1]))
+        if not whole.startswith(after[: end.end()]):
+            return None
+        spans.append((len(before), end.end()))
     return spans
 
 

@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
+import getpass
 import io
 import logging
 import os
 import subprocess
 import sys
+import tempfile
 import threading
 from collections.abc import Iterator
 from pathlib import Path
@@ -14,6 +16,7 @@ from pathlib import Path
 import pytest
 
 from core import logs
+from core.demo import demo_folder
 
 
 @pytest.fixture
@@ -55,3 +58,11 @@ def written() -> Iterator[io.StringIO]:
     logs._secrets.clear()
     logs._secrets.update(known[0])
     logs._known = known[1]
+
+
+@pytest.fixture(scope="session")
+def demo_cache() -> Path:
+    """The converted demo model; made once per machine, since it takes seconds and half a gigabyte."""
+    cache = Path(tempfile.gettempdir()) / f"distributary-tests-{getpass.getuser()}"
+    demo_folder(cache)
+    return cache

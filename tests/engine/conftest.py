@@ -2,13 +2,8 @@
 
 from __future__ import annotations
 
-import getpass
-import tempfile
-from pathlib import Path
-
 import pytest
 
-from core.demo import demo_folder
 from core.model import BaseModel
 from core.types import AdapterRef
 from tests.tiny import load_tiny, save_adapter
@@ -37,11 +32,3 @@ def adapters(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> list[
             alpha_pattern={"down_proj": 24},
         ),
     ]
-
-
-@pytest.fixture(scope="session")
-def demo_cache(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The converted demo model; made once per machine, since it takes seconds and half a gigabyte."""
-    cache = Path(tempfile.gettempdir()) / f"distributary-tests-{getpass.getuser()}"
-    demo_folder(cache)
-    return cache

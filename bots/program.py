@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass, fields
 from itertools import chain, repeat
 from pathlib import Path
 
-from bots import control
+from bots import control, scrape
 from bots.outlet import Bot, find_bots
 from bots.seeds import seed
 from core import demo
@@ -44,6 +44,7 @@ class Parts:
     home: Home
     database: Database
     engine: Engine
+    deliveries: Deliveries
     training: Training
     service: Service
 
@@ -69,7 +70,7 @@ async def open_parts(config: Config, home: Home, progress: Progress | None = Non
         await database.write(lambda tx: directory.keep_base(tx, engine.info.fingerprint))
         training = Training(database, home, deliveries, engine.info, training_settings(config))
         service = Service(database, home, engine, deliveries, training, service_settings(config))
-        yield Parts(config, home, database, engine, training, service)
+        yield Parts(config, home, database, engine, deliveries, training, service)
 
 
 def make_engine(config: Config, home: Home, progress: Progress | None) -> Engine:
@@ -158,6 +159,8 @@ async def run_bots(parts: Parts, bots: Mapping[str, Bot], *, drain_s: float, res
             tasks.create_task(parts.service.run(), name="service"),
             tasks.create_task(control.serve(desk), name="control"),
         ]
+        if restart and parts.config.metrics.listen:
+            background.append(tasks.create_task(scrape.serve(parts, parts.config.metrics.listen), name="metrics"))
         listening = [
             tasks.create_task(_keep_running(name, bot, parts.service) if restart else bot.run(parts.service), name=name)
             for name, bot in bots.items()

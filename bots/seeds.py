@@ -67,7 +67,7 @@ def _partners(config: Config) -> Mapping[str, PartnerSeed]:
 
 
 def _partner_values(name: str, given: PartnerSeed) -> dict[str, Value]:
-    return {"title": given.title or name, "share_bps": round(given.share * 10_000)}
+    return {"title": given.title or name, "share_bps": round(given.share * 10_000), "weight": given.weight}
 
 
 def _channel_values(name: str, given: ChannelSeed, config: Config) -> dict[str, Value]:

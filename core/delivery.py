@@ -23,6 +23,7 @@ class Deliveries:
     """Writes deliveries through the outlets that bots have registered, one outlet per platform and account."""
 
     database: Database
+    orphans: int = 0  # first messages that a crash may have left: posted, perhaps, but their handle never committed
     _outlets: dict[tuple[str, str], Outlet] = field(default_factory=dict)
 
     def register(self, platform: str, account: str, outlet: Outlet) -> None:
@@ -54,6 +55,7 @@ class Deliveries:
             if handle == left:
                 return handle
         else:
+            self.orphans += await self.database.read(lambda tx: _begun_before(tx, delivery_id))
             handle = await outlet.open(to)
         await self.database.write(lambda tx: _keep_handle(tx, delivery_id, 1, handle))
         return handle
@@ -145,6 +147,12 @@ def load_body(text: str) -> Body:
         tuple(Path(path) for path in given["files"]),
         given["note"],
     )
+
+
+def _begun_before(tx: Tx, delivery_id: int) -> bool:
+    """Whether a process that was cut had its row already."""
+    sql = "SELECT attempts > 0 FROM inbox JOIN delivery ON inbox.id = inbox_id WHERE delivery.id = ?"
+    return bool(tx.value(sql, [delivery_id]))
 
 
 def _handle(tx: Tx, delivery_id: int, number: int) -> Handle | None:

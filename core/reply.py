@@ -158,7 +158,7 @@ class Replies:
                 max_tokens=channel.limits.tokens_out,
             ),
             adapter=pinned.adapter,
-            scope=Scope(channel.partner, channel.name, caller.user, str(caller.conversation_id)),
+            scope=Scope(channel.partner, channel.name, caller.user, str(caller.conversation_id), channel.weight),
             max_prompt_tokens=channel.limits.tokens_in,
             deadline_s=self.deadline_s,
         )

@@ -24,6 +24,7 @@ from core.datasets import prepare_finetune
 from core.delivery import Deliveries, keep_body, kept_body, new_delivery
 from core.engine.protocol import Engine
 from core.errors import AppError, EngineError, LimitReached, Overloaded, StorageError, UserError
+from core.metrics import Counts
 from core.outlet import Outlet, Unreachable
 from core.reply import Replies
 from core.reply import fail as fail_reply
@@ -104,6 +105,7 @@ class Service:
         self._work = asyncio.Event()
         self._ended = asyncio.Condition()
         self._draining = False
+        self.replies = Counts("channel", "outcome")  # delivered, refused, failed or unconfirmed
 
     # --- the door ---
 
@@ -325,7 +327,9 @@ class Service:
             await self._deliveries.open(delivery_id, row.address)
             await self._deliveries.finish(delivery_id, row.address, body, settle)
 
-        await self._persist(row, write)
+        written = await self._persist(row, write)
+        if charged:
+            self.replies.add(charged, "delivered" if written else "unconfirmed")
 
     async def _refuse(self, row: Taken, caller: Caller | None, error: AppError) -> None:
         """One sentence that says what, why and what to do next; nothing is charged."""
@@ -344,6 +348,7 @@ class Service:
             delivery_id = await self._database.write(lambda tx: new_delivery(tx, inbox_id=row.id))
             await self._deliveries.fail(delivery_id, row.address, body, settle)
 
+        self.replies.add(caller.channel.name if caller else "", outcome)
         await self._persist(row, write)
 
     async def _refuse_limit(self, row: Taken, caller: Caller | None, error: LimitReached) -> None:
@@ -360,14 +365,17 @@ class Service:
                 inbox.close(tx, row.id, "refused_quietly")
             return told_lately
 
-        if not await self._database.write(told):
+        if await self._database.write(told):
+            self.replies.add(caller.channel.name if caller else "", "refused")
+        else:
             await self._refuse(row, caller, error)
 
-    async def _persist(self, row: Taken, write: Callable[[], Awaitable[None]]) -> None:
+    async def _persist(self, row: Taken, write: Callable[[], Awaitable[None]]) -> bool:
+        """Whether it could be written; if not, the row is given up."""
         for delay_s in (*_DELIVERY_RETRIES_S, None):
             try:
                 await self._until_stored(write)
-                return
+                return True
             except Unreachable:
                 log.info("delivery.unreachable", extra={"row": row.id})
                 break
@@ -382,16 +390,21 @@ class Service:
             inbox.close(tx, row.id, "unconfirmed", dead=True)
 
         await self._database.write(give_up)
+        return False
 
 
 # --- rows: run inside a transaction ---
 
 
-def _stored(tx: Tx, row: Taken) -> tuple[int, Body, bool]:
-    """The delivery of a generated row, its text, and whether it is a reply of the model (else a command's)."""
+def _stored(tx: Tx, row: Taken) -> tuple[int, Body, str]:
+    """The delivery of a generated row, its text, and the channel whose reply it is ("" for a command's)."""
     delivery_id = new_delivery(tx, inbox_id=row.id)
     body = kept_body(tx, delivery_id)
     if body is None:
         raise EngineError(detail=f"row {row.id} is generated but has no text")
-    charged = tx.value("SELECT 1 FROM generation WHERE inbox_id = ? AND state = 'generated'", [row.id])
-    return delivery_id, body, bool(charged)
+    charged = tx.value(
+        "SELECT name FROM channel JOIN generation ON channel.id = channel_id"
+        " WHERE inbox_id = ? AND state = 'generated'",
+        [row.id],
+    )
+    return delivery_id, body, charged or ""

@@ -76,9 +76,15 @@ class Log:
 
 
 @dataclass(frozen=True, slots=True)
+class Metrics:
+    listen: str = ""
+
+
+@dataclass(frozen=True, slots=True)
 class PartnerSeed:
     title: str = ""
     share: float = 0.0
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +126,7 @@ class Config:
     finetune_presets: Mapping[str, HyperParameters] = field(default_factory=lambda: presets({}), compare=False)
     privacy: Privacy = field(default_factory=Privacy)
     log: Log = field(default_factory=Log)
+    metrics: Metrics = field(default_factory=Metrics)
     partners: Mapping[str, PartnerSeed] = field(default_factory=dict)
     channels: Mapping[str, ChannelSeed] = field(default_factory=dict)
     bots: Mapping[str, BotTable] = field(default_factory=dict)
@@ -220,9 +227,15 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "key_file": Key("the key of stored text; empty is secret.key in the home"),
     },
     "log": {"level": Key("what is written to standard error", choices=("debug", "info", "warning", "error"))},
+    "metrics": {
+        "listen": Key(
+            "address of the numbers for Prometheus, such as 127.0.0.1:9464; empty is off", pattern=r"(\S+:\d{1,5})?"
+        ),
+    },
     "partners.NAME": {
         "title": Key("what people read; empty is NAME"),
         "share": Key("the partner's share of the revenue", low=0, high=1),
+        "weight": Key("the partner's share of the model when it is busy, beside 1 of others", low=0.01, high=100),
     },
     "channels.NAME": {
         "title": Key("what people read; empty is NAME"),
@@ -244,6 +257,7 @@ SECTIONS: Mapping[str, type] = {
     "finetune": Finetune,
     "privacy": Privacy,
     "log": Log,
+    "metrics": Metrics,
     "partners.NAME": PartnerSeed,
     "channels.NAME": ChannelSeed,
 }

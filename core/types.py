@@ -179,6 +179,7 @@ class Channel:
     limits: Limits = field(default_factory=Limits)
     sampling: Sampling = field(default_factory=Sampling)
     archived: bool = False
+    weight: float = 1.0  # its partner's, beside other partners
 
 
 Json = str | int | float | bool | None | list["Json"] | Mapping[str, "Json"]

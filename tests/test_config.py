@@ -106,6 +106,8 @@ ZOO = {
     "[channels.acme]\ntitel = 'x'": ["channels.acme.titel is unknown", "did you mean title?"],
     "[channels.acme.limits]\nper_minute = -1": ["channels.acme.limits.per_minute = -1", "at least 0"],
     "[partners.acme]\nshare = 30": ["partners.acme.share", "at most 1"],
+    "[partners.acme]\nweight = 0": ["partners.acme.weight", "at least 0.01"],
+    "[metrics]\nlisten = '9464'": ["metrics.listen = '9464'", "must look like"],
     "[bots.telegram]\ntoken = 'env:NO_SUCH'": ["bots.telegram.token", "NO_SUCH is not set"],
     "[bots.telegram]\nkind = 3": ["bots.telegram.kind"],
 }

@@ -233,3 +233,10 @@ async def test_the_price_of_a_reply_is_the_one_when_it_began(tmp_path: Path) -> 
             lambda tx: tx.value("SELECT out_nano FROM ledger JOIN price ON price.id = price_id")
         )
         assert price == 600
+
+
+async def test_the_engine_hears_of_the_partners_weight(tmp_path):
+    async with world(tmp_path) as here:
+        await here.database.write(lambda tx: tx.run("UPDATE partner SET weight = 2.5"))
+        await here.ask("hello")
+        assert here.engine.requests[-1].scope.weight == 2.5

@@ -53,6 +53,10 @@ class AdapterWeights:
     rank: int
     pairs: Mapping[str, tuple[Tensor, Tensor]]
 
+    @property
+    def nbytes(self) -> int:
+        return sum(a.nbytes + b.nbytes for a, b in self.pairs.values())
+
 
 @dataclass(frozen=True, slots=True)
 class Base:

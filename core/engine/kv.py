@@ -100,6 +100,7 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         self.slots, self.length = 0, 0  # capacity
         self.used: list[int] = []
         self.reach: list[int] = []  # how far each row may have been written
+        self._position_bytes = 0
 
     @property
     def rows(self) -> int:
@@ -149,6 +150,13 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         """The pass is done: its tokens are part of the rows."""
         for row, count in enumerate(counts, first):
             self.used[row] += count
+
+    @property
+    def used_bytes(self) -> int:
+        """Of keys and values of the used part of all rows."""
+        if not self._position_bytes:
+            self._position_bytes = sum(tensor[0, :, :1].nbytes for tensor in self._tensors())
+        return self._position_bytes * sum(self.used)
 
     def row_bytes(self, row: int) -> int:
         """How much `take_out` would copy."""

@@ -11,12 +11,16 @@ import contextlib
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+import torch
+
 from core.demo import Progress
 from core.engine.adapter_files import AdapterStore, AdapterWeights, Base
+from core.engine.floor import bandwidth
 from core.engine.loop import ModelThread, Output
 from core.engine.lora import shapes
 from core.engine.protocol import (
@@ -30,6 +34,7 @@ from core.engine.protocol import (
 )
 from core.engine.runner import check_exact
 from core.engine.stream import EventStream
+from core.engine.tally import Tally
 from core.engine.text import Detokenizer, StopScanner
 from core.engine.ticket import Job
 from core.errors import AppError, EngineError, Overloaded
@@ -78,6 +83,8 @@ class LocalEngine:
         self._none_open = asyncio.Event()
         self._draining = False
         self._info: EngineInfo | None = None
+        self._bandwidth = 0.0
+        self.tally = Tally()
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -104,6 +111,7 @@ class LocalEngine:
             prepare=self._prepare,
             spawn=self._workers.submit,
             emit=self._emit,
+            tally=self.tally,
         )
         self.thread.start()
         return self
@@ -144,6 +152,7 @@ class LocalEngine:
                 raise
             generation.job = job
         except AppError as error:
+            self.tally.end(error)
             generation.put(error)
         return generation
 
@@ -160,7 +169,16 @@ class LocalEngine:
         if self._info is None:
             return EngineStats()
         thread = self.thread
-        return EngineStats(thread.running, thread.waiting, len(self._adapters), thread.generated_tokens)
+        return replace(
+            self.tally.stats(),
+            running=thread.running,
+            waiting=thread.waiting,
+            resident_adapters=len(thread.runner.lora.slots),
+            adapters_in_memory=len(self._adapters),
+            positions_read=thread.runner.positions_read,
+            positions_held=thread.runner.positions_held,
+            bandwidth=self._bandwidth,
+        )
 
     async def drain(self, deadline_s: float) -> None:
         """Take no more; finish what runs within the deadline, then cancel the rest."""
@@ -193,6 +211,7 @@ class LocalEngine:
             self.model_settings, self._cache, progress=self._progress, threads=self.settings.threads
         )
         check_exact(model)
+        self._bandwidth = bandwidth(model.device, torch.get_num_threads())
         return model
 
     def _prepare(self, job: Job) -> tuple[Rendered, AdapterWeights | None]:
@@ -217,6 +236,7 @@ class LocalEngine:
                 continue
             generation.put(event)
             if isinstance(event, Finished | AppError):
+                self.tally.end(event.reason if isinstance(event, Finished) else event)
                 self._close(job)
 
     def _close(self, job: Job) -> None:

@@ -19,11 +19,13 @@ import torch
 from torch import Tensor
 
 from core.engine.adapter_files import AdapterWeights
+from core.engine.floor import weight_bytes
 from core.engine.prefix import Kept, PrefixStore
 from core.engine.protocol import Delta, EngineSettings, Event, Finished, FinishReason, Started
 from core.engine.runner import Runner, translate
 from core.engine.sampling import NOT_FINITE, sample
 from core.engine.scheduler import COMPLETION_COST, PROMPT_COST, QueueFull, Scheduler
+from core.engine.tally import Tally
 from core.engine.ticket import Job, State
 from core.errors import AppError, EngineError, Overloaded
 from core.model import BaseModel
@@ -58,12 +60,14 @@ class ModelThread:
         prepare: Prepare,
         spawn: Callable[[Callable[[], None]], object],
         emit: Callable[[list[Output]], None],
+        tally: Tally,
     ) -> None:
         self.model, self.settings, self.context = model, settings, context
         self.runner = Runner(model, max_rows=settings.max_rows, context=context)
         self.prefixes = PrefixStore(settings.reuse_mib * 2**20)
         self.chunk = CHUNK_CUDA if model.device.type == "cuda" else CHUNK_CPU
-        self.generated_tokens = 0
+        self.tally = tally
+        self._weight_bytes = weight_bytes(model.module)
         self.rows: list[Job] = []  # index is the row; past their prompt but perhaps the last
         self._prepare, self._spawn, self._emit = prepare, spawn, emit
         self._outputs: list[Output] = []
@@ -216,6 +220,7 @@ class ModelThread:
             self._preparing.discard(job)
             if error is None:
                 job.prompt, job.dropped, job.adapter = prompt.ids, prompt.dropped, weights
+                job.adapter_bytes = 0 if weights is None else weights.nbytes
                 job.state = State.READY
                 self._scheduler.charge(job.request.scope, PROMPT_COST * len(job.prompt))
                 self._ready.append(job)
@@ -234,10 +239,14 @@ class ModelThread:
             job = self.rows[len(parts)]
             parts.append(job.prompt[job.filled : job.filled + budget])
             budget -= len(parts[-1])
+        began = time.monotonic()
         results = self._by_halves(0, list(zip(self.rows, parts, strict=True)))
+        least_bytes = self._least_bytes() if parts and all(len(part) == 1 for part in parts) else 0
         for taken, result in results:
             for job, part in taken if isinstance(result, Tensor) else ():
-                job.filled += 0 if job.past_prompt else len(part)
+                taken_in = 0 if job.past_prompt else len(part)
+                job.filled += taken_in
+                self.tally.prompt_tokens += taken_in
         for taken, result in results:  # these first: only what is past its prompt may lie before the others
             if isinstance(result, Exception):
                 self._end(taken[0][0], translate(result))
@@ -245,6 +254,14 @@ class ModelThread:
             past_prompt = [job for job, _ in taken if job.past_prompt]  # all, but perhaps the last
             if isinstance(result, Tensor) and past_prompt:
                 self._accept(past_prompt, result[: len(past_prompt)])
+        if least_bytes:
+            self.tally.decode_s += time.monotonic() - began  # until the ids are read: a GPU works behind our back
+            self.tally.decode_bytes += least_bytes
+
+    def _least_bytes(self) -> int:
+        """What a pass of one token for each row must read: weights, adapters, keys and values."""
+        adapters = {job.slot: job.adapter_bytes for job in self.rows}
+        return self._weight_bytes + sum(adapters.values()) + self.runner.cache.used_bytes
 
     def _admit(self) -> Job | None:
         """Give the next ready job a row."""
@@ -262,6 +279,8 @@ class ModelThread:
             return self._admit()
         job.state = State.RUNNING
         self.rows.append(job)
+        self.tally.waited.add(time.monotonic() - job.submitted)
+        self.tally.reused_tokens += job.reused
         self._outputs.append((job, Started(len(job.prompt), job.filled, job.dropped)))
         return job
 
@@ -314,12 +333,14 @@ class ModelThread:
             [len(job.answer) for job in jobs],
             [(*job.prompt, *job.answer) if job.request.sampling.repetition_penalty != 1 else () for job in jobs],
         )
+        now = time.monotonic()
         for job, token in zip(jobs, ids, strict=True):
             if token == NOT_FINITE:
                 self._end(job, EngineError(detail="the model's output is not finite; its adapter may be damaged"))
                 continue
             job.answer.append(token)
-            self.generated_tokens += 1
+            self.tally.token(now - job.submitted, None if job.last_token is None else now - job.last_token)
+            job.last_token = now
             with self._wake:
                 self._scheduler.charge(job.request.scope, COMPLETION_COST)
             reason = self._show(job, token)

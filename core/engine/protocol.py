@@ -12,7 +12,7 @@ OutOfMemory, EngineError. Failure of one request never harms another.
 from __future__ import annotations
 
 import math
-from collections.abc import AsyncIterator
+from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field
 from enum import StrEnum
 from pathlib import Path
@@ -35,13 +35,15 @@ class FinishReason(StrEnum):
 class Scope:
     """Who a request runs for. Fairness counts by partner, channel, user; nothing cached is shared across channels.
 
-    `conversation` keys what may be reused on its next turn; `Engine.forget` drops it.
+    `conversation` keys what may be reused on its next turn; `Engine.forget` drops it. A partner of weight 2 is served
+    twice as much as one of weight 1 while both wait.
     """
 
     partner: str = ""
     channel: str = ""
     user: str = ""
     conversation: str = ""
+    weight: float = 1.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -126,11 +128,48 @@ class EngineInfo:
 
 
 @dataclass(frozen=True, slots=True)
+class Spread:
+    """How long something took, many times: counts[i] times up to bounds[i] seconds, the last count above all bounds."""
+
+    bounds: tuple[float, ...] = ()
+    counts: tuple[int, ...] = (0,)
+    total_s: float = 0.0
+
+    @property
+    def count(self) -> int:
+        return sum(self.counts)
+
+
+@dataclass(frozen=True, slots=True)
 class EngineStats:
+    """What runs now, and totals since the start. What an engine cannot know of the machine that it uses stays zero."""
+
     running: int = 0
     waiting: int = 0
-    resident_adapters: int = 0
+    resident_adapters: int = 0  # that rows run with, or could at once
+    adapters_in_memory: int = 0
     generated_tokens: int = 0
+    prompt_tokens: int = 0  # taken in, without those reused
+    reused_tokens: int = 0
+    ended: Mapping[str, int] = field(default_factory=dict)  # requests, by FinishReason or the error's class
+    waited_s: Spread = field(default_factory=Spread)  # from submit to a row
+    first_token_s: Spread = field(default_factory=Spread)  # from submit
+    inter_token_s: Spread = field(default_factory=Spread)  # between two tokens of a row
+    positions_read: int = 0  # of keys and values, once per row and pass
+    positions_held: int = 0  # of these, such as hold a token of their row
+    decode_s: float = 0.0  # in passes that take one token of each row
+    decode_bytes: int = 0  # that such passes cannot do without: weights, adapters, keys and values held
+    bandwidth: float = 0.0  # bytes/s, measured at load
+
+    @property
+    def padding_waste(self) -> float:
+        """Share of the keys and values read that no row needed: rows are read up to the longest, rounded up."""
+        return 1 - self.positions_held / self.positions_read if self.positions_read else 0.0
+
+    @property
+    def floor_fraction(self) -> float:
+        """How near decoding comes to the bandwidth floor: 1 is memory read once at full speed, and nothing else."""
+        return self.decode_bytes / self.bandwidth / self.decode_s if self.bandwidth and self.decode_s else 0.0
 
 
 class Engine(Protocol):

@@ -39,6 +39,7 @@ class Runner:
             dtype=model.dtype,
             groups=self.fused.groups if self.fused else (),
         )
+        self.positions_read = self.positions_held = 0  # as in EngineStats
 
     def run(self, first: int, parts: Sequence[Sequence[int]], slots: Sequence[int | None]) -> Tensor:
         """Take in the next ids of each of the rows [first, first + B), row i with the adapter in slots[i].
@@ -52,6 +53,8 @@ class Runner:
         runs = list(zip(slots, counts, strict=True))
         logits = self._plain(ids, segments, runs) if self.fused is None else self._fused(ids, segments, runs)
         self.cache.advance(first, counts)
+        self.positions_read += sum(one.rows * one.length for one in segments)
+        self.positions_held += sum(self.cache.used[first : first + len(counts)])
         return logits
 
     def _fused(self, ids: Tensor, segments: Sequence[Segment], runs: Sequence[tuple[int | None, int]]) -> Tensor:

@@ -3,6 +3,7 @@
 Virtual token counters (Sheng et al., "Fairness in Serving Large Language Models", arXiv 2401.00588), one routine at
 three levels: among partners the one served least so far goes first, inside it the channel, inside that the user, whose
 requests go in order. Who returns after a pause is lifted to the least counter of those present: no credit is saved up.
+A partner's tokens count by its weight: of two that always wait, one of weight 2 is served twice as much as one of 1.
 """
 
 from __future__ import annotations
@@ -28,8 +29,8 @@ class Node(Generic[T]):
     """One party: the root, a partner, a channel or a user. Only users have a queue, the others children."""
 
     def __init__(self) -> None:
-        self.served = 0
-        self.floor = 0  # least counter that a child returning to an empty level is lifted to
+        self.served = 0.0
+        self.floor = 0.0  # least counter that a child returning to an empty level is lifted to
         self.waiting = 0  # items in all queues below
         self.running = 0
         self.children: dict[str, Node[T]] = {}
@@ -53,7 +54,7 @@ class Node(Generic[T]):
         """The child with waiting items that was served least; the one that is here longest if equal."""
         return min((child for child in self.children.values() if child.waiting), key=lambda child: child.served)
 
-    def _least(self) -> int:
+    def _least(self) -> float:
         self.floor = min((child.served for child in self.children.values() if child.present), default=self.floor)
         return self.floor
 
@@ -131,8 +132,10 @@ class Scheduler(Generic[T]):
 
     def charge(self, scope: Scope, cost: int) -> None:
         """Count what a running item of that scope has used."""
-        for node in self._path(scope):
-            node.served += cost
+        _, partner, channel, user = self._path(scope)
+        partner.served += cost / scope.weight
+        channel.served += cost
+        user.served += cost
 
     def done(self, scope: Scope) -> None:
         """An item of that scope no longer runs."""

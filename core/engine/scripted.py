@@ -10,6 +10,7 @@ import json
 import re
 import tomllib
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
 from typing import Literal, Self
@@ -24,6 +25,7 @@ from core.engine.protocol import (
     Started,
 )
 from core.engine.stream import EventStream
+from core.engine.tally import Tally
 from core.engine.text import StopScanner
 from core.errors import BadConfig, Overloaded, PromptTooLong
 from core.types import Role, Usage
@@ -67,7 +69,8 @@ class ScriptedEngine:
         self.requests: list[Request] = []
         self._rows = asyncio.Semaphore(max_rows)
         self._open: dict[ScriptedGeneration, tuple[Request, asyncio.Task[None]]] = {}
-        self._waiting = self._running = self._generated = 0
+        self._waiting = self._running = 0
+        self._tally = Tally()
         self._draining = False
 
     @classmethod
@@ -104,7 +107,8 @@ class ScriptedEngine:
         generation = ScriptedGeneration()
         self.requests.append(request)
         if self._draining or self._waiting >= self.max_waiting:
-            generation.put(Overloaded(retry_after_s=1.0))
+            generation.put(busy := Overloaded(retry_after_s=1.0))
+            self._tally.end(busy)
             return generation
         self._waiting += 1
         task = asyncio.get_running_loop().create_task(self._run(request, generation))
@@ -120,7 +124,7 @@ class ScriptedEngine:
         await asyncio.gather(*tasks)
 
     def stats(self) -> EngineStats:
-        return EngineStats(self._running, self._waiting, generated_tokens=self._generated)
+        return replace(self._tally.stats(), running=self._running, waiting=self._waiting)
 
     async def drain(self, deadline_s: float) -> None:
         self._draining = True
@@ -132,7 +136,7 @@ class ScriptedEngine:
         await asyncio.gather(*tasks)
 
     async def _run(self, request: Request, generation: ScriptedGeneration) -> None:
-        script = _Script(request, generation, asyncio.get_running_loop().time() + request.deadline_s)
+        script = _Script(request, generation, self._tally)
         waiting = True
         try:
             row = asyncio.create_task(self._rows.acquire())
@@ -140,7 +144,7 @@ class ScriptedEngine:
             self._waiting -= 1
             waiting = False
             if reason is not None:
-                generation.put(Finished(reason, Usage(0, 0)))
+                script.finish(reason)
                 return
             self._running += 1
             try:
@@ -149,6 +153,7 @@ class ScriptedEngine:
                 self._running -= 1
                 self._rows.release()
         except Exception as error:  # injected by the table, or raised by its function: the reader's to handle
+            self._tally.end(error)
             generation.put(error)
         finally:
             self._waiting -= waiting
@@ -167,7 +172,6 @@ class ScriptedEngine:
             reason = await script.pause(self.delay_s)
             if reason is not None:
                 return reason
-            self._generated += 1
             reason = script.say(word)
             if reason is not None:
                 return reason
@@ -183,8 +187,10 @@ class ScriptedEngine:
 class _Script:
     """One answer being said."""
 
-    def __init__(self, request: Request, generation: ScriptedGeneration, deadline: float) -> None:
-        self.request, self.generation, self.deadline = request, generation, deadline
+    def __init__(self, request: Request, generation: ScriptedGeneration, tally: Tally) -> None:
+        self.request, self.generation, self.tally = request, generation, tally
+        self.submitted = asyncio.get_running_loop().time()
+        self.last_word: float | None = None
         self.scanner = StopScanner(request.sampling.stop)
         self.prompt_tokens = self.completion_tokens = 0
 
@@ -201,6 +207,8 @@ class _Script:
             dropped += following[0] - head
             del messages[head : following[0]]
         self.prompt_tokens = tokens
+        self.tally.prompt_tokens += tokens
+        self.tally.waited.add(asyncio.get_running_loop().time() - self.submitted)
         self.generation.put(Started(tokens, dropped=dropped))
 
     async def pause_until(self, row: asyncio.Task[Literal[True]]) -> FinishReason | None:
@@ -228,6 +236,9 @@ class _Script:
 
     def say(self, word: str) -> FinishReason | None:
         self.completion_tokens += 1
+        now = asyncio.get_running_loop().time()
+        self.tally.token(now - self.submitted, None if self.last_word is None else now - self.last_word)
+        self.last_word = now
         self._show(self.scanner.push(word))
         if self.scanner.hit:
             return FinishReason.STOP
@@ -235,6 +246,7 @@ class _Script:
 
     def finish(self, reason: FinishReason) -> None:
         self._show(self.scanner.flush())
+        self.tally.end(reason)
         self.generation.put(Finished(reason, Usage(self.prompt_tokens, self.completion_tokens)))
 
     def _show(self, text: str) -> None:
@@ -242,4 +254,4 @@ class _Script:
             self.generation.put(Delta(text))
 
     def _left(self) -> float:
-        return max(0.0, self.deadline - asyncio.get_running_loop().time())
+        return max(0.0, self.submitted + self.request.deadline_s - asyncio.get_running_loop().time())

@@ -36,8 +36,10 @@ class Job:
     filled: int = 0  # prompt tokens in the cache
     reused: int = 0  # of these, those that an earlier turn left
     answer: list[int] = field(default_factory=list)
+    last_token: float | None = None  # time.monotonic()
     adapter: AdapterWeights | None = None
     slot: int | None = None
+    adapter_bytes: int = 0
 
     @property
     def past_prompt(self) -> bool:

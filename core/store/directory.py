@@ -18,7 +18,7 @@ LINK = "start="  # before the payload of a link, as the place that a channel is 
 INVITE_MS = 7 * 24 * 3_600_000
 _ALPHABET = "23456789ABCDEFGHJKMNPQRSTUVWXYZ"  # nothing that is read as something else
 _CODE_LENGTH, _CODE_GROUP = 12, 4
-_CHANNEL = "SELECT channel.*, partner.name AS partner FROM channel JOIN partner ON partner.id = partner_id"
+_CHANNEL = "SELECT channel.*, partner.name AS partner, weight FROM channel JOIN partner ON partner.id = partner_id"
 
 
 # --- channels ---
@@ -387,4 +387,5 @@ def _channel(row: Row) -> Channel:
         limits=Limits(row["per_minute"], row["per_hour"], row["tokens_in"], row["tokens_out"]),
         sampling=Sampling(temperature=row["temperature"], top_p=row["top_p"]),
         archived=row["archived_ms"] is not None,
+        weight=row["weight"],
     )

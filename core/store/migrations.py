@@ -373,3 +373,15 @@ def m005_installations(db: sqlite_utils.Database) -> None:
         ) STRICT, WITHOUT ROWID
         """,
     )
+
+
+@MIGRATIONS()
+def m006_numbers(db: sqlite_utils.Database) -> None:
+    """How much of the engine a partner may have beside others, and what is counted often."""
+    _run(
+        db,
+        """
+        ALTER TABLE partner ADD COLUMN weight REAL NOT NULL DEFAULT 1 CHECK (weight > 0);;
+        CREATE INDEX inbox_dead ON inbox (outcome) WHERE state = 'dead'
+        """,
+    )

@@ -168,7 +168,7 @@ async def test_a_deadline_keeps_what_exists(endless: BaseModel) -> None:
         generation = engine.submit(ask("x", deadline_s=1.0, max_tokens=400))
         gate = Gate(engine)
         heard = asyncio.create_task(hear(generation))
-        await eventually(lambda: engine.thread.generated_tokens > 3)
+        await eventually(lambda: engine.stats().generated_tokens > 3)
         gate.open.clear()
         await asyncio.sleep(1.0)
         gate.open.set()

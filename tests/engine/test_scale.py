@@ -60,7 +60,8 @@ async def test_a_thousand_canaries_say_their_own_words_alone(endless: BaseModel,
         which = dice.randrange(len(canaries))
         scope = Scope("p", f"c{dice.randrange(3)}", "u", f"v{dice.randrange(6)}")
         text = "so " * dice.randrange(1, 9) + str(number)
-        return which, ask(text, adapter=canaries[which], scope=scope, max_tokens=dice.randrange(1, 8))
+        tokens = dice.randrange(1, 8)
+        return which, ask(text, adapter=canaries[which], scope=scope, max_tokens=tokens, deadline_s=600)
 
     foreign, reused = 0, 0
     async with running(endless, max_rows=4, max_waiting=1000, adapters_in_memory=3) as engine:
@@ -81,7 +82,7 @@ async def test_a_thousand_requests_over_more_adapters_than_fit(endless: BaseMode
     refs = [dataclasses.replace(canaries[i % 8], sha256=f"{i:02}" * 32) for i in range(64)]
 
     async def some(count: int) -> None:
-        requests = [ask(f"{i}", adapter=refs[i * 7 % 64], max_tokens=4) for i in range(count)]
+        requests = [ask(f"{i}", adapter=refs[i * 7 % 64], max_tokens=4, deadline_s=600) for i in range(count)]
         heard = await asyncio.gather(*(hear(engine.submit(one)) for one in requests))
         for i, answer in enumerate(heard):
             assert len(answer.text) == 4

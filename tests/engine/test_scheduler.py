@@ -61,6 +61,15 @@ def test_two_who_always_wait_are_served_equal_tokens_to_within_one_item(cost_p: 
     assert abs(tokens["p"] - tokens["q"]) <= max(cost_p, cost_q)
 
 
+@given(st.sampled_from([0.25, 0.5, 2.0, 4.0]), st.integers(1, 20))
+def test_a_partner_of_twice_the_weight_is_served_twice_as_much(weight: float, cost: int) -> None:
+    scheduler: Scheduler[Item] = Scheduler(max_waiting=1000)
+    flood(scheduler, Scope(partner="plain"), 200, cost)
+    flood(scheduler, Scope(partner="weighty", weight=weight), 200, cost)
+    served = [item.scope.partner for item in serve(scheduler, 100)]
+    assert served.count("weighty") / served.count("plain") == pytest.approx(weight, rel=0.25)
+
+
 @pytest.mark.parametrize("level", ["partner", "channel", "user"])
 def test_a_flood_does_not_hold_up_another_at_its_level(level: str) -> None:
     scheduler: Scheduler[Item] = Scheduler(max_waiting=1000)

@@ -1,0 +1,71 @@
+"""What an engine counts while it runs. Knows no engine: each tells it what happens; any thread may read.
+
+`end` is told on the event loop, the rest by the thread that makes the tokens.
+"""
+
+from __future__ import annotations
+
+from bisect import bisect_left
+from collections import Counter
+from dataclasses import dataclass, field
+
+from core.engine.protocol import EngineStats, FinishReason, Spread
+
+WAITS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
+GAPS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
+
+
+class Times:
+    """Counts times into buckets."""
+
+    def __init__(self, bounds: tuple[float, ...]) -> None:
+        self.bounds, self.total_s = bounds, 0.0
+        self.counts = [0] * (len(bounds) + 1)
+
+    def add(self, seconds: float) -> None:
+        self.counts[bisect_left(self.bounds, seconds)] += 1
+        self.total_s += seconds
+
+    def spread(self) -> Spread:
+        return Spread(self.bounds, tuple(self.counts), self.total_s)
+
+
+@dataclass(slots=True)
+class Tally:
+    """Totals since the start. Fields are as in EngineStats."""
+
+    generated_tokens: int = 0
+    prompt_tokens: int = 0
+    reused_tokens: int = 0
+    ended: Counter[str] = field(default_factory=Counter)
+    waited: Times = field(default_factory=lambda: Times(WAITS_S))
+    first_token: Times = field(default_factory=lambda: Times(WAITS_S))
+    inter_token: Times = field(default_factory=lambda: Times(GAPS_S))
+    decode_s: float = 0.0
+    decode_bytes: int = 0
+
+    def token(self, since_submit_s: float, since_last_s: float | None) -> None:
+        """One token of a request; None for its first."""
+        self.generated_tokens += 1
+        if since_last_s is None:
+            self.first_token.add(since_submit_s)
+        else:
+            self.inter_token.add(since_last_s)
+
+    def end(self, outcome: FinishReason | Exception) -> None:
+        """A request is over."""
+        self.ended[outcome.value if isinstance(outcome, FinishReason) else type(outcome).__name__] += 1
+
+    def stats(self) -> EngineStats:
+        """The totals; what is now, the engine puts beside them."""
+        return EngineStats(
+            generated_tokens=self.generated_tokens,
+            prompt_tokens=self.prompt_tokens,
+            reused_tokens=self.reused_tokens,
+            ended=self.ended.copy(),
+            waited_s=self.waited.spread(),
+            first_token_s=self.first_token.spread(),
+            inter_token_s=self.inter_token.spread(),
+            decode_s=self.decode_s,
+            decode_bytes=self.decode_bytes,
+        )

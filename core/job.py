@@ -54,8 +54,24 @@ class HyperParameters:
     warmup: float = 0.05
     schedule: Literal["cosine", "constant"] = "cosine"
     max_tokens: int = 1024
+    quantization: Literal["none", "4bit"] = "none"  # of the base model while it is trained on; 4bit is QLoRA
+    checkpointing: Literal["auto", "on", "off"] = "auto"  # compute activations twice instead of keeping them
     rehearsal: float = 0.3  # rows of what the base can do, for each row of the data set; 0 is none
     seed: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Fresh:
+    """Of a model that begins from nothing. `vocabulary` 0 is the tokenizer of the configured model."""
+
+    layers: int = 8
+    hidden: int = 384
+    heads: int = 6
+    vocabulary: int = 0
+    context: int = 1024
+
+
+Method = Literal["lora", "full", "scratch"]  # a delta; all weights; all weights of a model drawn anew
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,6 +95,8 @@ class Spec:
     ability: bool = True  # whether the gate looks at what the base could do, and at whole answers
     cache: str = ""  # a folder for what may be used by later jobs on the same base; "" is none
     hyper: HyperParameters = field(default_factory=HyperParameters)
+    method: Method = "lora"
+    fresh: Fresh = field(default_factory=Fresh)  # of the method "scratch"
     model_name: str = ""  # for people, and for the adapter's manifest; "" is the last name of `model`
     version: int = SPEC_VERSION
 
@@ -96,7 +114,8 @@ class Spec:
             unknown = set(known) - {f.name for f in fields(cls)}
             if known.get("version") != SPEC_VERSION or unknown:
                 raise JobError(detail=f"{path}: version {known.get('version')!r}, unknown keys {sorted(unknown)}")
-            return cls(**{**known, "hyper": HyperParameters(**known["hyper"])})
+            inner = {"hyper": HyperParameters(**known["hyper"]), "fresh": Fresh(**known.get("fresh", {}))}
+            return cls(**{**known, **inner})
         except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
             raise JobError(detail=f"{path} cannot be read: {error}") from error
 

@@ -213,6 +213,13 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "warmup": Key("share of the steps in which the learning rate rises", low=0, high=1),
         "schedule": Key("how the learning rate falls", choices=("cosine", "constant")),
         "max_tokens": Key("longest conversation that is trained on", low=16),
+        "quantization": Key(
+            "bits per weight of the base while it is trained on; 4bit is QLoRA", choices=("none", "4bit")
+        ),
+        "checkpointing": Key(
+            "compute activations twice instead of keeping them; auto is where memory asks for it",
+            choices=("auto", "on", "off"),
+        ),
         "rehearsal": Key("rows of what the base model can do, for each row of the data set; 0 is none", low=0, high=10),
         "seed": Key("of order and dropout", low=0),
         "threads": Key("CPU threads of the trainer", low=1, high=1024),

@@ -1,7 +1,8 @@
-"""`python -m finetune check|train JOBDIR`: a job folder in, events on standard output, JOBDIR/out at the end.
+"""`python -m finetune new|check|train JOBDIR`: a job folder in, events on standard output, JOBDIR/out at the end.
 
-Standard output carries events and nothing else, whatever a library prints. The end of standard input, SIGTERM and
-SIGINT mean: write a checkpoint and go. Knows how a trainer lives and dies, and nothing of how it trains.
+Standard output carries events and nothing else, whatever a library prints. SIGTERM, SIGINT and the end of a pipe at
+standard input mean: write a checkpoint and go. The same command runs under `torchrun` and `accelerate launch`.
+Knows how a trainer lives and dies, and nothing of how it trains.
 """
 
 from __future__ import annotations
@@ -12,6 +13,7 @@ import fcntl
 import logging
 import os
 import signal
+import stat
 import sys
 import threading
 from collections.abc import Iterator
@@ -22,6 +24,7 @@ from typing import IO
 from core.errors import AppError, BadDataset, JobError
 from core.job import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, Failed, JobEvent, Spec, dump_event
 from core.texts import Later
+from finetune import new
 
 log = logging.getLogger("finetune")
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
@@ -30,9 +33,15 @@ M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 def main(arguments: list[str] | None = None) -> int:
     """The exit status of core.job."""
     parser = argparse.ArgumentParser(prog="python -m finetune", description=__doc__)
-    parser.add_argument("action", choices=["check", "train"])
-    parser.add_argument("job", type=Path, metavar="JOBDIR")
-    given = parser.parse_args(arguments)
+    actions = parser.add_subparsers(dest="action", required=True)
+    for action in ("check", "train"):
+        actions.add_parser(action).add_argument("job", type=Path, metavar="JOBDIR")
+    new.options(actions.add_parser("new"))
+    given, words = parser.parse_known_args(arguments)
+    if given.action == "new":
+        return _make(given, words)
+    if words:
+        parser.error(f"{words[0]} is not understood")
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.captureWarnings(True)
     # Threads that wait for each other spin by default: beside another busy program that is 20 times slower. Read when
@@ -42,6 +51,16 @@ def main(arguments: list[str] | None = None) -> int:
     events = Events(_own_stdout(), stop)
     _watch(stop)
     return run(given.action, given.job.absolute(), events, stop)
+
+
+def _make(given: argparse.Namespace, words: list[str]) -> int:
+    try:
+        folder = new.make(given, words)
+    except JobError as error:
+        sys.stderr.write(f"{error.detail}\n")
+        return EXIT_FAILED
+    sys.stdout.write(f"{folder} is ready: python -m finetune train {folder}\n")
+    return EXIT_FINISHED
 
 
 class Events:
@@ -95,7 +114,13 @@ def run(action: str, folder: Path, emit: Events, stop: threading.Event) -> int:
 
 @contextmanager
 def _locked(folder: Path) -> Iterator[None]:
-    """Hold JOBDIR/lock. The kernel lets go of it when the process ends, however it ends. Raises JobError."""
+    """Hold JOBDIR/lock; of several processes the first does.
+
+    The kernel lets go of it when the process ends, however it ends. Raises JobError.
+    """
+    if os.environ.get("RANK", "0") != "0":
+        yield
+        return
     try:
         handle = os.open(folder / "lock", os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
     except OSError as error:
@@ -124,6 +149,9 @@ def _watch(stop: threading.Event) -> None:
 
     signal.signal(signal.SIGTERM, told)
     signal.signal(signal.SIGINT, told)
+    mode = os.fstat(0).st_mode
+    if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
+        return  # nobody holds the other end: at a terminal, under torchrun, in a batch queue
 
     def read_to_end() -> None:
         with suppress(OSError, ValueError):

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import os
 from dataclasses import dataclass
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -28,22 +29,28 @@ class Base:
     tokenizer: Any
 
 
-def find_base(spec: Spec, job_folder: Path) -> Base:
-    """Check the base model and load its tokenizer. Raises JobError if it is not the model of spec.fingerprint."""
-    folder = job_folder / spec.model  # an absolute path stays as it is
+def find_base(spec: Spec, job_folder: Path, fresh: Path | None = None) -> Base:
+    """Check the base model and load its tokenizer. Raises JobError if it is not the model of spec.fingerprint.
+
+    `fresh` is the folder of one that has just been drawn.
+    """
+    folder = fresh or job_folder / spec.model  # an absolute path stays as it is
     try:
         found = fingerprint(folder)
     except (OSError, ValueError) as error:
         raise JobError(detail=f"the base model in {folder} cannot be read: {error}") from error
-    if spec.fingerprint and found != spec.fingerprint:
+    if not fresh and spec.fingerprint and found != spec.fingerprint:
         detail = f"the base model in {folder} is {found[:12]}, but the job is for {spec.fingerprint[:12]}"
         raise JobError(detail=detail)
-    tokenizer = _tokenizer(folder)
+    tokenizer = load_tokenizer(folder)
     template = hashlib.sha256(str(tokenizer.get_chat_template()).encode()).hexdigest()
-    return Base(spec.model_name or folder.name, found, template, folder, tokenizer)
+    return Base(
+        "a fresh configuration" if fresh else spec.model_name or folder.name, found, template, folder, tokenizer
+    )
 
 
-def _tokenizer(folder: Path) -> Any:
+def load_tokenizer(folder: Path) -> Any:
+    """Raises JobError, also for one without a chat template."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is here; read when huggingface_hub is first imported
     from transformers import AutoTokenizer
 
@@ -65,13 +72,14 @@ def choose_dtype(spec: Spec) -> torch.dtype:
     return DTYPES[spec.dtype]
 
 
-def load_module(base: Base, spec: Spec) -> Any:
-    """The model itself, frozen, on the spec's device. Raises JobError."""
+def load_module(base: Base, spec: Spec, device: torch.device | None = None) -> Any:
+    """The model itself, frozen, on the spec's device or this one. Raises JobError."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    dtype = choose_dtype(spec)
+    dtype = torch.float32 if spec.method != "lora" else choose_dtype(spec)  # trained weights are float32 themselves
+    bits: dict[str, Any] = {"quantization_config": _four_bits(spec)} if spec.hyper.quantization == "4bit" else {}
     try:
         module = AutoModelForCausalLM.from_pretrained(
             base.folder,
@@ -80,7 +88,31 @@ def load_module(base: Base, spec: Spec) -> Any:
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
+            **bits,
         )
-        return module.requires_grad_(False).to(torch.device(spec.device))
+        return module.requires_grad_(False).to(device or torch.device(spec.device))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise JobError(detail=f"the base model in {base.folder} cannot be loaded: {error}") from error
+
+
+def _four_bits(spec: Spec) -> Any:
+    """NF4 with doubly quantised constants, multiplied in bfloat16 (Dettmers 2023, arXiv 2305.14314).
+
+    Raises JobError where that cannot be.
+    """
+    reason = "it is for LoRA only" if spec.method != "lora" else ""
+    if torch.device(spec.device).type != "cuda":
+        reason = f"it needs a CUDA device, and this is {spec.device}"
+    elif find_spec("bitsandbytes") is None:
+        reason = "it needs the package bitsandbytes"
+    if reason:
+        detail = f'finetune.quantization="4bit": {reason}; set finetune.quantization="none"'
+        raise JobError(detail=detail, fault="yours")
+    from transformers import BitsAndBytesConfig
+
+    return BitsAndBytesConfig(
+        load_in_4bit=True,
+        bnb_4bit_quant_type="nf4",
+        bnb_4bit_use_double_quant=True,
+        bnb_4bit_compute_dtype=torch.bfloat16,
+    )

@@ -16,9 +16,10 @@ from typing import Any
 import torch
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from finetune.methods import Trained
+from finetune.team import parted_like, whole
 
 NEWEST, BEST = "state.safetensors", "best.safetensors"
 MOMENTS = ("exp_avg", "exp_avg_sq", "step")
@@ -49,16 +50,26 @@ class Position:
 
 
 def save_checkpoint(
-    folder: Path, name: str, position: Position, trained: Trained, optimizer: torch.optim.Optimizer
+    folder: Path,
+    name: str,
+    position: Position,
+    trained: Trained,
+    optimizer: torch.optim.Optimizer,
+    *,
+    write: bool = True,
 ) -> None:
-    """Replace the checkpoint of that name; it is on the disk when this returns."""
+    """Replace the checkpoint of that name; it is on the disk when this returns.
+
+    Every process of a team takes part, and one of them writes.
+    """
     tensors = trained.tensors()
     for i, parameter in enumerate(trained.parameters):
-        for moment in MOMENTS:
-            if parameter in optimizer.state:
-                tensors[f"optimizer.{i}.{moment}"] = optimizer.state[parameter][moment].detach().cpu().reshape(-1)
-    folder.mkdir(exist_ok=True)
-    save_durably(folder / name, tensors, {"position": json.dumps(asdict(position))})
+        for moment in MOMENTS if parameter in optimizer.state else ():
+            value = whole(optimizer.state[parameter][moment].detach())
+            tensors[f"optimizer.{i}.{moment}"] = value.cpu().reshape(-1)
+    if write:
+        folder.mkdir(exist_ok=True)
+        save_durably(folder / name, tensors, {"position": json.dumps(asdict(position))})
 
 
 def load_checkpoint(
@@ -77,21 +88,18 @@ def load_checkpoint(
     except (OSError, SafetensorError, ValueError, KeyError, TypeError, AttributeError):
         return None
     trained.load(tensors)
-    _load_optimizer(optimizer, trained.parameters, tensors)
+    _load_optimizer(optimizer, trained, tensors)
     return position
 
 
-def _load_optimizer(
-    optimizer: torch.optim.Optimizer, parameters: list[nn.Parameter], tensors: dict[str, Tensor]
-) -> None:
+def _load_optimizer(optimizer: torch.optim.Optimizer, trained: Trained, tensors: dict[str, Tensor]) -> None:
     optimizer.state.clear()
-    for i, parameter in enumerate(parameters):
+    for i, parameter in enumerate(trained.parameters):
         if f"optimizer.{i}.step" in tensors:
-            moments: dict[str, Any] = {}
-            for name in MOMENTS:
-                value = tensors[f"optimizer.{i}.{name}"]
-                moments[name] = value.reshape(()) if name == "step" else value.reshape(parameter.shape)
-            moments |= {name: moments[name].to(parameter.device) for name in MOMENTS[:2]}
+            moments: dict[str, Any] = {"step": tensors[f"optimizer.{i}.step"].reshape(())}
+            for name in MOMENTS[:2]:
+                value = tensors[f"optimizer.{i}.{name}"].reshape(parameter.shape)
+                moments[name] = parted_like(value, parameter.detach())
             optimizer.state[parameter] = moments
 
 

@@ -23,7 +23,7 @@ from finetune.checkpoint import write_durably
 from finetune.encode import prompt_of
 from finetune.gate import Health, Scores, forgotten, judge
 from finetune.meter import Meter, supervised
-from finetune.methods import LoraDelta
+from finetune.methods import Trained
 from finetune.prepare import Prepared
 
 SCORES = "scores.json"
@@ -46,14 +46,15 @@ class Exam:
     spec: Spec
     prepared: Prepared
     own: OwnAnswers
-    trained: LoraDelta
+    trained: Trained
     meter: Meter
     warn: Warn
+    writes: bool = True  # one process of a team does
 
     def take(self, candidate: Carrying, tell: Tell, *, step: int = 0) -> Examined:
         """Raises JobError for a loss that is not finite; Interrupted."""
         numbers = self.prepared.split.test
-        tokens = supervised(self.prepared.part(numbers))
+        tokens = supervised(self.prepared.tested(numbers))
         with candidate():
             mine = self._scores(numbers)
         with self.trained.untrained():
@@ -70,7 +71,8 @@ class Exam:
         lines = [self.prepared.encoded[number].line for number in numbers]
         scores = {"candidate": asdict(mine), "champion": asdict(champion), "base": asdict(base)}
         everything = {"lines": lines, "tokens": tokens, **scores, "health": asdict(health), "ability": kept}
-        write_durably(self.folder / SCORES, json.dumps(everything).encode())
+        if self.writes:
+            write_durably(self.folder / SCORES, json.dumps(everything).encode())
         judged = judge(
             mine, champion, tokens, champion_label=label, seed=self.spec.hyper.seed, health=health, lines=lines
         )
@@ -87,7 +89,7 @@ class Exam:
         return base, "base"
 
     def _scores(self, numbers: Sequence[int]) -> Scores:
-        own, other = self.prepared.part(numbers), self.prepared.swapped(numbers)
+        own, other = self.prepared.tested(numbers), self.prepared.swapped(numbers)
         return Scores(self.meter.row_losses(own), self.meter.row_losses(other))
 
     def _health(self, candidate: Carrying) -> tuple[Health, dict[str, Any]]:

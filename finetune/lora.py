@@ -15,8 +15,9 @@ import torch
 from torch import Tensor, nn
 
 from core.engine.adapter_files import Base, load_adapter
-from core.errors import JobError
+from core.errors import AdapterUnusable, JobError
 from core.types import AdapterRef
+from finetune.team import is_shard, parted_like, whole
 
 PEFT_PREFIX = "base_model.model."
 RESOLUTION = 2**16  # dropout's probability is a multiple of one part in this
@@ -39,6 +40,10 @@ class LoraLinear(nn.Module):
         keep, keep_scale = None, 1.0
         if self.training and self.dropout > 0:
             keep, keep_scale = draw_keep(x.shape, self.dropout, x.device)
+        if type(self.base) is not nn.Linear:  # its weight is no matrix: it multiplies and differentiates by itself
+            dropped = x if keep is None else x * keep
+            low = nn.functional.linear(dropped, self.lora_A.to(x.dtype)) * (self.scale * keep_scale)
+            return self.base(x) + nn.functional.linear(low, self.lora_B.to(x.dtype))  # type: ignore[no-any-return]
         y: Tensor = _LoraProduct.apply(  # type: ignore[no-untyped-call]  # torch types no apply
             x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale, keep, keep_scale
         )
@@ -110,14 +115,17 @@ def target_names(model: Any) -> list[str]:
     Raises JobError for a model without linear layers, or one that uses a name both for a linear layer and otherwise.
     """
     head = model.get_output_embeddings()
-    linear = {name.rpartition(".")[2] for name, m in model.named_modules() if type(m) is nn.Linear and m is not head}
-    other = {
-        name.rpartition(".")[2] for name, m in model.named_modules() if type(m) is not nn.Linear or m is head
-    } & linear
+    linear = {name.rpartition(".")[2] for name, m in model.named_modules() if is_linear(m) and m is not head}
+    other = {name.rpartition(".")[2] for name, m in model.named_modules() if not is_linear(m) or m is head} & linear
     if not linear or other:
         reason = f"names with two meanings: {sorted(other)}" if other else "no linear layers"
         raise JobError(detail=f"LoRA cannot be put on {type(model).__name__}: it has {reason}")
     return sorted(linear)
+
+
+def is_linear(module: nn.Module) -> bool:
+    """Also one of 4 bits per weight, whose class is bitsandbytes' own (QLoRA: Dettmers 2023, arXiv 2305.14314)."""
+    return type(module) is nn.Linear or type(module).__name__ == "Linear4bit"
 
 
 def add_lora(model: nn.Module, *, rank: int, alpha: int, dropout: float, rslora: bool = False) -> list[str]:
@@ -148,7 +156,7 @@ def trainable(model: nn.Module) -> list[nn.Parameter]:
 def state(model: nn.Module) -> dict[str, Tensor]:
     """A copy of the delta under the names of PEFT's adapter_model.safetensors, on the CPU."""
     return {
-        f"{PEFT_PREFIX}{name}.lora_{letter}.weight": getattr(layer, f"lora_{letter}").detach().cpu().clone()
+        f"{PEFT_PREFIX}{name}.lora_{letter}.weight": whole(getattr(layer, f"lora_{letter}").detach()).cpu().clone()
         for name, layer in lora_layers(model)
         for letter in "AB"
     }
@@ -159,7 +167,8 @@ def load_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
     """Put back what `state` gave. Raises KeyError or RuntimeError if it is another model's."""
     for name, layer in lora_layers(model):
         for letter in "AB":
-            getattr(layer, f"lora_{letter}").copy_(tensors[f"{PEFT_PREFIX}{name}.lora_{letter}.weight"])
+            parameter = getattr(layer, f"lora_{letter}")
+            parameter.copy_(parted_like(tensors[f"{PEFT_PREFIX}{name}.lora_{letter}.weight"], parameter))
 
 
 class without_lora:
@@ -186,6 +195,8 @@ class with_adapter:
 
     def __init__(self, model: nn.Module, folder: Path, fingerprint: str) -> None:
         self.layers = dict(lora_layers(model))
+        if any(is_shard(layer.lora_A) for layer in self.layers.values()):
+            raise AdapterUnusable(detail="a model that is sharded over processes cannot answer from another adapter")
         shapes = {name: (layer.base.out_features, layer.base.in_features) for name, layer in self.layers.items()}
         self.pairs = load_adapter(AdapterRef("", folder, folder.name), Base(fingerprint, shapes)).pairs
 

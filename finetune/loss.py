@@ -20,10 +20,11 @@ CHUNK = 128  # supervised positions at a time: 25 MB of float32 logits at a voca
 class Scorer(nn.Module):
     """A causal language model that answers a batch with its summed loss instead of logits."""
 
-    def __init__(self, model: Any) -> None:
+    def __init__(self, model: Any, *, in_bfloat16: bool = False) -> None:
         """Raises JobError for a model whose logits are more than one linear layer over its last hidden state."""
         super().__init__()
         self.model = model
+        self.in_bfloat16 = in_bfloat16
         head = model.get_output_embeddings()
         if type(head) is not nn.Linear:
             raise JobError(detail=f"{type(model).__name__} has no linear output layer")
@@ -36,9 +37,10 @@ class Scorer(nn.Module):
         ]  # (B, T-1, D); position t speaks of token t + 1
         chosen = batch.taught[:, 1:]
         head = self.model.get_output_embeddings()
-        total: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]  # torch types no apply
-            hidden[chosen], batch.ids[:, 1:][chosen], head.weight, head.bias
-        )
+        with self._autocast():
+            total: Tensor = _HeadLoss.apply(  # type: ignore[no-untyped-call]  # torch types no apply
+                hidden[chosen], batch.ids[:, 1:][chosen], head.weight, head.bias
+            )
         return total
 
     @torch.no_grad()
@@ -48,21 +50,27 @@ class Scorer(nn.Module):
         chosen = batch.taught[:, 1:]
         hidden, targets = hidden[chosen], batch.ids[:, 1:][chosen]
         head = self.model.get_output_embeddings()
-        parts = [
-            nn.functional.cross_entropy(
-                nn.functional.linear(hidden[at : at + CHUNK], head.weight, head.bias).float(),
-                targets[at : at + CHUNK],
-                reduction="none",
-            )
-            for at in range(0, len(hidden), CHUNK)
-        ]
+        with self._autocast():
+            parts = [
+                nn.functional.cross_entropy(
+                    nn.functional.linear(hidden[at : at + CHUNK], head.weight, head.bias).float(),
+                    targets[at : at + CHUNK],
+                    reduction="none",
+                )
+                for at in range(0, len(hidden), CHUNK)
+            ]
         return torch.cat(parts)
 
     def _hidden(self, ids: Tensor, attention: Tensor | None = None, positions: Tensor | None = None) -> Tensor:
         backbone = getattr(self.model, self.model.base_model_prefix)
-        out = backbone(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False)
+        with self._autocast():
+            out = backbone(input_ids=ids, attention_mask=attention, position_ids=positions, use_cache=False)
         hidden: Tensor = out.last_hidden_state
         return hidden
+
+    def _autocast(self) -> torch.autocast:
+        """Products in bfloat16 where the weights themselves are trained and held in float32; else nothing."""
+        return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.in_bfloat16)
 
     @torch.no_grad()
     def _check_head(self) -> None:
@@ -78,24 +86,38 @@ class Scorer(nn.Module):
 
 
 class _HeadLoss(torch.autograd.Function):
-    """hidden (N, D), targets (N,), frozen weight (V, D) -> the summed cross-entropy, a scalar in float32."""
+    """hidden (N, D), targets (N,), weight (V, D), bias (V,) or None -> the summed cross-entropy, in float32."""
 
     @staticmethod
     def forward(ctx: Any, hidden: Tensor, targets: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
         total = torch.zeros((), dtype=torch.float32, device=hidden.device)
-        grad = torch.empty_like(hidden) if ctx.needs_input_grad[0] else None
+        wanted = ctx.needs_input_grad
+        grads = [
+            None if given is None or not wanted[at] else torch.zeros_like(given)
+            for at, given in ((0, hidden), (2, weight), (3, bias))
+        ]
         for start in range(0, len(hidden), CHUNK):
             part = slice(start, start + CHUNK)
             logits = nn.functional.linear(hidden[part], weight, bias).float()  # (C, V)
             log_p = torch.log_softmax(logits, dim=-1)
             total -= log_p.gather(1, targets[part, None]).sum()
-            if grad is not None:
-                p = log_p.exp_()
-                p[torch.arange(len(p), device=p.device), targets[part]] -= 1.0  # d loss / d logits = softmax - one-hot
-                grad[part] = p.to(weight.dtype) @ weight
-        ctx.grad = grad
+            p = log_p.exp_()
+            p[torch.arange(len(p), device=p.device), targets[part]] -= 1.0  # d loss / d logits = softmax - one-hot
+            _add_gradients(grads, part, p, hidden, weight)
+        ctx.grads = grads
         return total
 
     @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, None, None, None]:
-        return (None if ctx.grad is None else ctx.grad * grads[0]), None, None, None
+    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
+        of_hidden, of_weight, of_bias = (None if grad is None else grad.mul_(grads[0]) for grad in ctx.grads)
+        return of_hidden, None, of_weight, of_bias
+
+
+def _add_gradients(grads: list[Tensor | None], part: slice, p: Tensor, hidden: Tensor, weight: Tensor) -> None:
+    of_hidden, of_weight, of_bias = grads
+    if of_hidden is not None:
+        of_hidden[part] = p.to(weight.dtype) @ weight
+    if of_weight is not None:
+        of_weight += p.T.to(hidden.dtype) @ hidden[part]
+    if of_bias is not None:
+        of_bias += p.sum(0)

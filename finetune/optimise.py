@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from core.job import HyperParameters
+from finetune.team import Team, is_shard, local
 
 
 def learning_rate(step: int, steps: int, hyper: HyperParameters) -> float:
@@ -21,23 +24,54 @@ def learning_rate(step: int, steps: int, hyper: HyperParameters) -> float:
     return hyper.learning_rate * 0.5 * (1 + math.cos(math.pi * way))
 
 
-def clip_by_value(gradients: list[Tensor], clip_value: float) -> float:
-    """Clamp every element to [-clip_value, clip_value] in place; return the fraction that this changed. 0 is off."""
+@dataclass(slots=True)
+class Clipped:
+    """Of one step's gradient: its norm before clipping by it, and the fraction of its values clipped by value."""
+
+    norm: float
+    fraction: float
+
+
+def clip(parameters: Sequence[nn.Parameter], hyper: HyperParameters, team: Team) -> Clipped | None:
+    """Clip the gradients of all processes by value and by norm; None, and nothing touched, if one is not finite."""
+    gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
+    shards = [local(one) for one in gradients if is_shard(one)]
+    wholes = [one for one in gradients if not is_shard(one)]
+    # Looked for first: clamping would make an ordinary 1.0 of an infinite gradient.
+    if team.any(not all_finite(shards + wholes)):
+        return None
+    touched = [clip_by_value(part, hyper.clip_value) for part in (shards, wholes)]
+    sums = [squares(part) for part in (shards, wholes)]
+    once = 1 if team.leads else 0  # what every process has whole is counted by one
+    clipped, square = team.add([touched[0] + once * touched[1], sums[0] + once * sums[1]])
+    clip_by_norm(shards + wholes, math.sqrt(square), hyper.clip_norm)
+    return Clipped(math.sqrt(square), clipped / max(1, sum(one.numel() for one in gradients)))
+
+
+def all_finite(gradients: list[Tensor]) -> bool:
+    return not gradients or bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients, math.inf))).all())
+
+
+def clip_by_value(gradients: list[Tensor], clip_value: float) -> int:
+    """Clamp every element to [-clip_value, clip_value] in place; return how many this changed. 0 is off."""
     if not clip_value or not gradients:
-        return 0.0
+        return 0
     touched = sum(torch.count_nonzero(grad.abs() > clip_value) for grad in gradients)
     torch._foreach_clamp_max_(gradients, clip_value)
     torch._foreach_clamp_min_(gradients, -clip_value)
-    return float(touched) / sum(grad.numel() for grad in gradients)
+    return int(touched)
 
 
-def clip_by_norm(gradients: list[Tensor], clip_norm: float) -> float:
-    """Scale in place so that the joint L2 norm is at most clip_norm; return the norm before. 0 only measures.
+def squares(gradients: list[Tensor]) -> float:
+    """The sum of all elements' squares."""
+    return float(torch.stack(torch._foreach_norm(gradients)).double().square().sum()) if gradients else 0.0
+
+
+def clip_by_norm(gradients: list[Tensor], norm: float, clip_norm: float) -> None:
+    """Scale in place so that a joint L2 norm of `norm` becomes at most clip_norm. 0 is off.
 
     It must come after clipping by value: behind it every element is at most clip_norm already, and a clip by value
     of the same size would do nothing. Source: Pascanu et al. 2013, arXiv:1211.5063, algorithm 1.
     """
-    norm = torch.linalg.vector_norm(torch.stack(torch._foreach_norm(gradients)))
-    if clip_norm and bool(norm > clip_norm):
-        torch._foreach_mul_(gradients, clip_norm / float(norm))
-    return float(norm)
+    if clip_norm and norm > clip_norm:
+        torch._foreach_mul_(gradients, clip_norm / norm)

@@ -15,6 +15,8 @@ from finetune import settings
 from finetune.base import Base, find_base
 from finetune.data import Report, bad, read
 from finetune.encode import Row, encode, under_questions_of
+from finetune.fresh import fresh_base
+from finetune.plain import NOTHING, behind, encode_text, is_plain, read_text, second_half
 from finetune.split import Split, rows_missing, split
 
 log = logging.getLogger(__name__)
@@ -35,10 +37,21 @@ class Prepared:
     def part(self, numbers: Sequence[int]) -> list[TrainingRow]:
         return [self.encoded[number].row for number in numbers]
 
+    @property
+    def plain(self) -> bool:
+        """Whether the rows are pieces of a text, without questions."""
+        return self.encoded[0].served is NOTHING
+
+    def tested(self, numbers: Sequence[int]) -> list[TrainingRow]:
+        """The rows as the gate looks at them: answers, or the second half of each piece of a text."""
+        return [second_half(row) for row in self.part(numbers)] if self.plain else self.part(numbers)
+
     def swapped(self, numbers: Sequence[int]) -> list[TrainingRow]:
         """The same answers, each under the questions of a row half the list away."""
         half = len(numbers) // 2
-        pairs = zip(numbers, [*numbers[half:], *numbers[:half]], strict=True)
+        pairs = list(zip(numbers, [*numbers[half:], *numbers[:half]], strict=True))
+        if self.plain:
+            return [behind(self.encoded[one].row, self.encoded[other].row) for one, other in pairs]
         return [under_questions_of(self.encoded[one], self.encoded[other], self.base.tokenizer) for one, other in pairs]
 
 
@@ -47,15 +60,7 @@ def prepare(folder: Path, spec: Spec, emit: Emit) -> Prepared:
     settings.check(spec)
     path = folder / spec.data
     _check_data(path, spec.data_sha256)
-    conversations, report = read(path)
-    base = find_base(spec, folder)
-    rows = encode(
-        conversations,
-        base.tokenizer,
-        instructions=spec.instructions,
-        max_tokens=spec.hyper.max_tokens,
-        report=report,
-    )
+    base, rows, report = _read_rows(path, folder, spec)
     parts = split([row.key for row in rows])
     lengths = sorted(len(row.row.ids) for row in rows)
     emit(
@@ -77,6 +82,23 @@ def prepare(folder: Path, spec: Spec, emit: Emit) -> Prepared:
     )
     log.info("data.checked rows=%d used=%d rejected=%d", report.rows, report.used, report.rejected)
     return Prepared(base, rows, parts, report)
+
+
+def _read_rows(path: Path, folder: Path, spec: Spec) -> tuple[Base, list[Row], Report]:
+    """For a model that begins from nothing, the text decides about its tokenizer first."""
+    hyper, scratch = spec.hyper, spec.method == "scratch"
+    if scratch and is_plain(path):
+        text, report = read_text(path), Report()
+        base = find_base(spec, folder, fresh_base(folder, spec, [text]))
+        max_tokens = min(hyper.max_tokens, spec.fresh.context)
+        return base, encode_text(text, base.tokenizer, max_tokens=max_tokens, report=report), report
+    conversations, report = read(path)
+    texts = (message.text for conversation in conversations for message in conversation.messages)
+    base = find_base(spec, folder, fresh_base(folder, spec, texts) if scratch else None)
+    rows = encode(
+        conversations, base.tokenizer, instructions=spec.instructions, max_tokens=hyper.max_tokens, report=report
+    )
+    return base, rows, report
 
 
 def _check_data(path: Path, sha256: str) -> None:

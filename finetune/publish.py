@@ -1,16 +1,18 @@
-"""The job's result: a PEFT folder, written aside and renamed to `out` when it is whole. Knows no optimiser.
+"""The job's result, an adapter's folder or a model's: written aside, and renamed to `out` when it is whole.
 
-Any program that loads PEFT adapters loads it; manifest.json and README.md say where it came from.
+Any program that loads PEFT adapters, or models of transformers, loads it; manifest.json and README.md say where it
+came from.
 """
 
 from __future__ import annotations
 
 import json
-import platform
+import os
 import shutil
+from collections.abc import Callable
 from dataclasses import asdict
-from importlib.metadata import version
 from pathlib import Path
+from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
@@ -24,18 +26,31 @@ OUT, ASIDE, MANIFEST = "out", "out.new", "manifest.json"
 WEIGHTS = "adapter_model.safetensors"
 
 
-def publish(folder: Path, tensors: dict[str, Tensor], manifest: Manifest) -> None:
+def publish(folder: Path, write: Callable[[Path], None], manifest: Manifest) -> None:
     """Write JOBDIR/out. Until the rename nothing of that name exists; afterwards it is complete."""
     aside = folder / ASIDE
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
-    _write_config(aside, manifest)
-    write_durably(aside / WEIGHTS, save(tensors, {"format": "pt"}))
+    write(aside)
     write_durably(aside / "README.md", model_card(manifest).encode())
     text = json.dumps({**asdict(manifest), "seed": manifest.seed}, ensure_ascii=False, allow_nan=False, indent=2)
     write_durably(aside / MANIFEST, text.encode())
     aside.rename(folder / OUT)
     sync_folder(folder)
+
+
+def write_adapter(folder: Path, tensors: dict[str, Tensor], manifest: Manifest) -> None:
+    _write_config(folder, manifest)
+    write_durably(folder / WEIGHTS, save(tensors, {"format": "pt"}))
+
+
+def write_model(folder: Path, model: Any, state: dict[str, Tensor], tokenizer: Any) -> None:
+    """A folder that `model.name` may name."""
+    model.save_pretrained(folder, state_dict=state)
+    tokenizer.save_pretrained(folder)
+    for path in folder.iterdir():
+        with path.open("rb") as file:
+            os.fsync(file.fileno())
 
 
 def published(folder: Path) -> list[JobEvent]:
@@ -63,11 +78,6 @@ def done(steps: int, seconds: float, losses: dict[str, float]) -> Done:
     )
 
 
-def versions() -> dict[str, str]:
-    names = ("torch", "transformers", "peft", "safetensors")
-    return {"python": platform.python_version(), **{name: version(name) for name in names}}
-
-
 def _write_config(folder: Path, manifest: Manifest) -> None:
     from peft import LoraConfig, TaskType
 
@@ -78,7 +88,7 @@ def _write_config(folder: Path, manifest: Manifest) -> None:
         lora_alpha=manifest.hyper.alpha,
         lora_dropout=manifest.dropout,
         use_rslora=manifest.hyper.rslora,
-        target_modules=list(manifest.target_modules),
+        target_modules=list(manifest.layers),
         inference_mode=True,
     )
     config.save_pretrained(folder)

@@ -5,10 +5,18 @@ Holds numbers, hashes and settings, never a text of the data set. Knows no model
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+import hashlib
+import platform
+from dataclasses import asdict, dataclass
+from datetime import UTC, datetime
+from importlib.metadata import version
 from typing import Any
 
-from core.job import HyperParameters
+from core.job import HyperParameters, Judged, Method, Spec
+from finetune.base import choose_dtype
+from finetune.checkpoint import Position
+from finetune.methods import Trained
+from finetune.prepare import Prepared
 
 
 @dataclass(frozen=True, slots=True)
@@ -23,14 +31,18 @@ class Manifest:
     instructions_sha256: str
     data_sha256: str
     rows: dict[str, int]  # train, validation, test, rejected, duplicates
+    method: Method
+    parameters: int  # how many are trained
+    processes: int
     hyper: HyperParameters
     dropout: float
     steps: int
+    kept_step: int  # whose weights these are: the best on the validation rows
     tokens: int
     seconds: float
     losses: dict[str, float]  # train_first, train_last, validation after each epoch, test of base and candidate
     judged: dict[str, Any]  # the gate's verdict and its numbers
-    target_modules: tuple[str, ...]
+    layers: tuple[str, ...]  # which are trained
     versions: dict[str, str]
     threads: int
     dtype: str
@@ -41,11 +53,67 @@ class Manifest:
         return self.hyper.seed
 
 
+def manifest_of(
+    spec: Spec,
+    prepared: Prepared,
+    position: Position,
+    trained: Trained,
+    *,
+    dropout: float,
+    losses: dict[str, float],
+    judged: Judged,
+    processes: int,
+) -> Manifest:
+    base, parts, report = prepared.base, prepared.split, prepared.report
+    return Manifest(
+        label=spec.label,
+        job=spec.job,
+        base_model=base.name,
+        base_fingerprint=base.fingerprint,
+        template_sha256=base.template_sha256,
+        instructions_sha256=hashlib.sha256(spec.instructions.encode()).hexdigest(),
+        data_sha256=spec.data_sha256,
+        rows={
+            "train": len(parts.train),
+            "validation": len(parts.validation),
+            "test": len(parts.test),
+            "rejected": report.rejected,
+            "duplicates": report.duplicates,
+        },
+        method=spec.method,
+        parameters=sum(parameter.numel() for parameter in trained.parameters),
+        processes=processes,
+        hyper=spec.hyper,
+        dropout=dropout,
+        steps=position.step,
+        kept_step=position.best,
+        tokens=position.tokens,
+        seconds=round(position.seconds, 1),
+        losses=losses,
+        judged=asdict(judged),
+        layers=trained.layers,
+        versions=versions(),
+        threads=spec.threads,
+        dtype=str(choose_dtype(spec)).removeprefix("torch."),
+        created=datetime.now(UTC).isoformat(timespec="seconds"),
+    )
+
+
+def versions() -> dict[str, str]:
+    names = ("torch", "transformers", "peft", "accelerate", "safetensors")
+    return {"python": platform.python_version(), **{name: version(name) for name in names}}
+
+
 def summary(manifest: Manifest) -> str:
     """One paragraph for people."""
-    loss = manifest.losses
+    loss, count = manifest.losses, f"{manifest.parameters:,} parameters"
+    what = {
+        "lora": f"a LoRA adapter of rank {manifest.hyper.rank} ({count}) for {manifest.base_model}",
+        "full": f"{manifest.base_model} with all its weights ({count}) trained further",
+        "scratch": f"a model of {count} from a fresh configuration",
+    }
     return (
-        f"{manifest.label} is a LoRA adapter of rank {manifest.hyper.rank} for {manifest.base_model}. It was trained "
+        f"{manifest.label} is {what[manifest.method]}. It was trained "
         f"on {manifest.rows['train']} conversations for {manifest.hyper.epochs} epochs ({manifest.steps} steps, "
         f"{manifest.tokens} tokens, {manifest.seconds / 60:.1f} minutes). Its mean loss per token of an answer on "
         f"{manifest.rows['test']} conversations that it never saw is {loss['test_candidate']:.3f}; the base model's is "
@@ -61,8 +129,9 @@ def model_card(manifest: Manifest) -> str:
             "Data set",
             f"sha256 `{manifest.data_sha256[:16]}`; " + ", ".join(f"{n} {k}" for k, n in manifest.rows.items()),
         ),
-        ("Layers", ", ".join(manifest.target_modules)),
-        ("Rank, alpha, dropout", f"{manifest.hyper.rank}, {manifest.hyper.alpha}, {manifest.dropout:g}"),
+        ("Layers", ", ".join(manifest.layers)),
+        ("Rank, alpha", f"{manifest.hyper.rank}, {manifest.hyper.alpha}" if manifest.method == "lora" else "none"),
+        ("Dropout, weight decay", f"{manifest.dropout:g}, {manifest.hyper.weight_decay:g}"),
         ("Learning rate", f"{manifest.hyper.learning_rate:g}, {manifest.hyper.schedule}"),
         ("Rows per step, seed", f"{manifest.hyper.rows_per_step}, {manifest.hyper.seed}"),
         ("Clipping by value, by norm", f"{manifest.hyper.clip_value:g}, {manifest.hyper.clip_norm:g}"),
@@ -72,5 +141,6 @@ def model_card(manifest: Manifest) -> str:
         ("Made at", manifest.created),
     ]
     table = "\n".join(f"| {name} | {value} |" for name, value in rows)
-    front = "---\nlibrary_name: peft\npipeline_tag: text-generation\ntags: [lora]\n---\n"
+    library, tag = ("peft", "lora") if manifest.method == "lora" else ("transformers", "sft")
+    front = f"---\nlibrary_name: {library}\npipeline_tag: text-generation\ntags: [{tag}]\n---\n"
     return f"{front}\n# {manifest.label}\n\n{summary(manifest)}\n\n| | |\n|---|---|\n{table}\n"

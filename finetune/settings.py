@@ -6,7 +6,7 @@ import math
 from dataclasses import dataclass
 
 from core.errors import JobError
-from core.job import HyperParameters, Spec
+from core.job import Spec
 
 FEW_ROWS, DROPOUT_FEW, DROPOUT = 200, 0.1, 0.05
 MICRO_TOKENS_CPU = 384  # about two seconds on two cores, which is how long a stop may take; larger is not faster
@@ -36,6 +36,22 @@ def check(spec: Spec) -> None:
     for name, value, least, most in ranges:
         if value is not None and not (math.isfinite(value) and least <= value <= most):
             raise JobError(detail=f"finetune.{name}={value} is not within {least:g} and {most:g}", fault="yours")
+    fresh = spec.fresh
+    sizes = [
+        ("layers", fresh.layers, 1, 200),
+        ("hidden", fresh.hidden, 8, 16384),
+        ("heads", fresh.heads, 1, 128),
+        ("vocabulary", fresh.vocabulary, 0, 500_000),
+        ("context", fresh.context, 16, 131072),
+    ]
+    for name, size, least, most in sizes if spec.method == "scratch" else ():
+        if not least <= size <= most:
+            raise JobError(detail=f"fresh.{name}={size} is not within {least:g} and {most:g}", fault="yours")
+    if spec.method == "scratch" and (fresh.hidden % fresh.heads or fresh.hidden // fresh.heads % 2):
+        detail = f"fresh.hidden={fresh.hidden} must be fresh.heads={fresh.heads} times an even number"
+        raise JobError(detail=detail, fault="yours")
+    if spec.method not in ("lora", "full", "scratch"):
+        raise JobError(detail=f"method={spec.method!r} is none of lora, full, scratch", fault="yours")
     if h.schedule not in ("cosine", "constant"):
         raise JobError(detail=f"finetune.schedule={h.schedule!r} is neither cosine nor constant", fault="yours")
 
@@ -47,12 +63,15 @@ class Resolved:
     dropout: float
     micro_tokens: int
     share_prefix: bool  # a dense mask of micro_tokens squared: nothing on a CPU, too much on a GPU
+    in_bfloat16: bool  # products, where the weights themselves are trained in float32
 
 
-def resolve(hyper: HyperParameters, *, rows: int, device: str) -> Resolved:
+def resolve(spec: Spec, *, rows: int, device: str) -> Resolved:
+    hyper = spec.hyper
     by_rows = DROPOUT_FEW if rows < FEW_ROWS else DROPOUT
     return Resolved(
         dropout=by_rows if hyper.dropout is None else hyper.dropout,
         micro_tokens=MICRO_TOKENS_CPU if device == "cpu" else MICRO_TOKENS_GPU,
         share_prefix=device == "cpu",
+        in_bfloat16=spec.method != "lora" and (spec.dtype == "bfloat16" or (spec.dtype == "auto" and device != "cpu")),
     )

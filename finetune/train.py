@@ -15,28 +15,31 @@ import threading
 import time
 from contextlib import nullcontext
 from dataclasses import asdict, dataclass, replace
-from datetime import UTC, datetime
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
 from core.errors import JobError
-from core.job import Evaluated, HyperParameters, Judged, Planned, Progress, Spec, Warned
+from core.job import Evaluated, HyperParameters, JobEvent, Judged, Planned, Progress, Spec, Warned
 from core.texts import say
 from finetune.ability import NOTHING, OwnAnswers, own_answers
-from finetune.base import choose_dtype, load_module
-from finetune.batches import Step, collate, pack, plan_epoch, shared_prefix
+from finetune.base import load_module
+from finetune.batches import collate, pack, shared_prefix
 from finetune.checkpoint import BEST, NEWEST, Position, load_checkpoint, save_checkpoint
+from finetune.course import Course
 from finetune.exam import Exam
 from finetune.loss import Scorer
+from finetune.memory import checkpoint_activations, checkpoints_activations
 from finetune.meter import Meter
-from finetune.methods import LoraDelta
-from finetune.optimise import clip_by_norm, clip_by_value, learning_rate
+from finetune.methods import AllWeights, LoraDelta, Trained
+from finetune.optimise import clip, learning_rate
 from finetune.prepare import Emit, Prepared, prepare
-from finetune.publish import done, publish, published, versions
-from finetune.report import Manifest
+from finetune.publish import done, publish, published, write_adapter, write_model
+from finetune.report import manifest_of
 from finetune.settings import LEAST_PREFIX, Resolved, resolve
+from finetune.team import Team, whole
 
 log = logging.getLogger(__name__)
 
@@ -44,10 +47,6 @@ CHECKPOINT = "checkpoint"
 CHECKPOINT_S = 20.0
 CHECKPOINT_SHARE = 0.05  # of the time: where writing one takes long, they become rarer
 PROGRESS_S = 1.0
-EVALUATE_STEPS, EVALUATE_TIMES = (
-    200,
-    4,
-)  # the validation rows are looked at after so many steps, in an epoch up to so often
 LOST_STEPS, LOST_NATS = 5, 2.0  # so many steps in a row of so much more loss than in the beginning: it has lost its way
 LOST_VALIDATION = 0.5  # nats more than untrained, on the validation rows
 FORWARD_SHARE = 0.4  # of a training step's time: what evaluating a token costs beside training one
@@ -77,38 +76,47 @@ class Taken:
 
 def train(folder: Path, spec: Spec, emit: Emit, stop: threading.Event) -> None:
     """Do the job, or the rest of it. Raises Interrupted, JobError, BadDataset."""
+    team = Team(spec.device)
+    tell = emit if team.leads else _silent
     if said := published(folder):
         for event in said:
-            emit(event)
+            tell(event)
         return
     torch.set_num_threads(spec.threads)
-    prepared = prepare(folder, spec, emit)
-    trainer = Trainer(folder, spec, prepared, emit, stop)
-    trainer.run()
+    with team.first():
+        prepared = prepare(folder, spec, tell)
+    Trainer(folder, spec, prepared, tell, stop, team).run()
 
 
 class Trainer:
     """One job: the model with its delta, the optimiser, and how far they have come."""
 
-    def __init__(self, folder: Path, spec: Spec, prepared: Prepared, emit: Emit, stop: threading.Event) -> None:
+    def __init__(
+        self,
+        folder: Path,
+        spec: Spec,
+        prepared: Prepared,
+        emit: Emit,
+        stop: threading.Event,
+        team: Team | None = None,
+    ) -> None:
         self.folder, self.spec, self.prepared, self.emit, self.stop = folder, spec, prepared, emit, stop
-        self.device = torch.device(spec.device)
+        self.team = team or Team(spec.device)
+        self.device = self.team.device
         self._check_stop()
-        model = load_module(prepared.base, spec)
-        self.own = self._own_answers(model)
+        model = load_module(prepared.base, spec, self.device)
+        with self.team.first():
+            self.own = self._own_answers(model)
         rows = prepared.part(prepared.split.train)
         self.train_rows = [*rows, *self.own.to_rehearse(len(rows), spec.hyper.rehearsal)]
-        self.settings: Resolved = resolve(spec.hyper, rows=len(rows), device=self.device.type)
+        self.settings: Resolved = resolve(spec, rows=len(rows), device=self.device.type)
         torch.manual_seed(spec.hyper.seed)
-        self.trained = LoraDelta(
-            model,
-            rank=spec.hyper.rank,
-            alpha=spec.hyper.alpha,
-            dropout=self.settings.dropout,
-            rslora=spec.hyper.rslora,
-        )
+        self.trained = self._trained(model)
         self.model: Any = model
-        self.scorer = Scorer(model)
+        self.team.shard(model)
+        if checkpoints_activations(spec.hyper.checkpointing, model, self.device, self.settings.micro_tokens):
+            checkpoint_activations(model)
+        self.scorer = Scorer(model, in_bfloat16=self.settings.in_bfloat16)
         self.parameters = self.trained.parameters
         self.meter = Meter(
             self.scorer,
@@ -120,24 +128,27 @@ class Trainer:
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=spec.hyper.learning_rate, weight_decay=spec.hyper.weight_decay
         )
-        self._epoch, self._plan = 0, self._plan_of(0)
-        self.steps_per_epoch = len(self._plan)
-        self.steps = self.steps_per_epoch * spec.hyper.epochs
-        self.evaluate_every = math.ceil(
-            self.steps_per_epoch / min(EVALUATE_TIMES, math.ceil(self.steps_per_epoch / EVALUATE_STEPS))
-        )
+        lengths = [len(row.ids) - self.meter.prefix for row in self.train_rows]
+        self.course = Course(lengths, spec, micro_tokens=self.settings.micro_tokens, team=self.team)
         self.evaluated: dict[str, float] = {}  # what was measured, by name
         self.position = self._begin()
         self._session_tokens, self._session_s = 0, 0.0
         self._told = self._next_save = -math.inf
         self._last: Progress | None = None
 
+    def _trained(self, model: Any) -> Trained:
+        spec, hyper = self.spec, self.spec.hyper
+        if spec.method != "lora":
+            load = partial(load_module, self.prepared.base, spec, torch.device("cpu"))
+            return AllWeights(model, dropout=self.settings.dropout, original=load)
+        return LoraDelta(model, rank=hyper.rank, alpha=hyper.alpha, dropout=self.settings.dropout, rslora=hyper.rslora)
+
     def _own_answers(self, model: Any) -> OwnAnswers:
         spec = self.spec
-        if not (spec.ability or spec.hyper.rehearsal):
-            return NOTHING
+        if spec.method == "scratch" or not (spec.ability or spec.hyper.rehearsal):
+            return NOTHING  # what was never learned cannot be forgotten
         cache = Path(spec.cache) if spec.cache else None
-        return own_answers(self.folder, cache, self.prepared.base, spec.instructions, model, self._check_stop)
+        return own_answers(self.folder, cache, self.prepared.base, spec.instructions, model, self._check_own_stop)
 
     def run(self) -> None:
         self._tell_plan()
@@ -149,14 +160,32 @@ class Trainer:
         judged = self._judge()
         self.emit(judged)
         losses = self._losses()
-        publish(self.folder, self.trained.tensors(), self._manifest(losses, judged))
+        manifest = manifest_of(
+            self.spec,
+            self.prepared,
+            self.position,
+            self.trained,
+            dropout=self.settings.dropout,
+            losses=losses,
+            judged=judged,
+            processes=self.team.size,
+        )
+        if self.spec.method == "lora":
+            tensors = self.trained.tensors()
+            write = partial(write_adapter, tensors=tensors, manifest=manifest)
+        else:
+            state = {name: whole(tensor).cpu() for name, tensor in self.model.state_dict().items()}
+            write = partial(write_model, model=self.model, state=state, tokenizer=self.prepared.base.tokenizer)
+        if self.team.leads:
+            publish(self.folder, write, manifest)
+        self.team.wait()
         self.emit(done(self.position.step, self.position.seconds, losses))
 
     def _tell_plan(self) -> None:
         own = len(self.prepared.split.train)
         self.emit(
             Planned(
-                steps=self.steps,
+                steps=self.course.steps,
                 tokens=sum(len(row.ids) for row in self.train_rows) * self.spec.hyper.epochs,
                 rows=own,
                 rehearsed=len(self.train_rows) - own,
@@ -167,15 +196,15 @@ class Trainer:
         """Until all steps are done, or nothing is gained any more; then back to the best of them."""
         while True:
             try:
-                if self._is_to_be_validated():
+                if self.position.step not in self.position.validated and self.course.looks_after(self.position.step):
                     self._validate()
                 if self._is_over():
                     break
                 self._advance()
             except Unstable as error:
                 self._go_back(error)
-        if self.position.step < self.steps:
-            self._warn("stopped_early", step=self.position.step, steps=self.steps, best=self.position.best)
+        if self.position.step < self.course.steps:
+            self._warn("stopped_early", step=self.position.step, steps=self.course.steps, best=self.position.best)
             if self._last:
                 self.emit(replace(self._last, step=self.position.step, steps=self.position.step))
         if self.position.best < self.position.step and self._load(BEST) is None:
@@ -187,20 +216,15 @@ class Trainer:
         self._count(taken, time.monotonic() - began)
         if self._is_lost(LOST_STEPS):
             raise Unstable("diverged", at=self.position.step, loss=taken.loss, before=self._untrained_loss())
-        if began - self._told >= PROGRESS_S or self.position.step == self.steps:
+        if began - self._told >= PROGRESS_S or self.position.step == self.course.steps:
             self._tell(taken)
             self._told = began
-        if began >= self._next_save:
+        if self.team.led(began >= self._next_save):
             self._save()
 
     def _is_over(self) -> bool:
         patience = self.spec.hyper.patience
-        return self.position.step >= self.steps or 0 < patience <= self.position.without_gain
-
-    def _is_to_be_validated(self) -> bool:
-        step = self.position.step
-        at = step % self.steps_per_epoch
-        return step not in self.position.validated and (at % self.evaluate_every == 0 or step == self.steps)
+        return self.position.step >= self.course.steps or 0 < patience <= self.position.without_gain
 
     def _is_lost(self, steps: int) -> bool:
         """Whether the last steps' mean loss is far above what it was untrained."""
@@ -213,46 +237,46 @@ class Trainer:
     def take_step(self) -> Taken:
         """Forward, backward, clip, update. Raises Interrupted or Unstable before anything is changed."""
         step, hyper = self.position.step, self.spec.hyper
-        torch.manual_seed(step_seed(hyper.seed, step))
-        rate = learning_rate(step, self.steps, hyper) * self.position.rate_factor
+        torch.manual_seed(step_seed(hyper.seed, step, self.team.rank))
+        rate = learning_rate(step, self.course.steps, hyper) * self.position.rate_factor
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-        batches = [[self.train_rows[row] for row in micro] for micro in self._step(step)]
-        supervised = sum(sum(row.supervised[1:]) for rows in batches for row in rows)
-        loss, tokens = 0.0, 0
+        micros = self.course.step(step)
+        supervised = sum(sum(self.train_rows[row].supervised[1:]) for micro in micros for row in micro)
+        loss = tokens = 0.0
         self.scorer.train()
         self.optimizer.zero_grad(set_to_none=True)
-        for rows in batches:
+        for micro, counts in self.course.share(micros):
             self._check_stop()
-            batch = self.meter.batch(rows)
+            batch = self.meter.batch([self.train_rows[row] for row in micro])
             # Sum over tokens / tokens of the whole step: however a step is cut, every token weighs the same.
-            part = self.scorer(batch) / supervised
+            part = self.scorer(batch) * (counts / supervised)
             part.backward()
             loss += float(part.detach())
-            tokens += batch.tokens
+            tokens += batch.tokens * counts
         self._check_stop()
-
-        gradients = [parameter.grad for parameter in self.parameters if parameter.grad is not None]
-        # Looked for first: clamping would make an ordinary 1.0 of an infinite gradient.
-        if not (math.isfinite(loss) and all_finite(gradients)):
+        self.team.add_gradients(self.parameters)
+        loss, tokens = self.team.add([loss, tokens])
+        clipped = clip(self.parameters, hyper, self.team) if math.isfinite(loss) else None
+        if clipped is None:
             raise Unstable("non_finite", at=step + 1)
-        clipped = clip_by_value(gradients, hyper.clip_value)
-        norm = clip_by_norm(gradients, hyper.clip_norm)
         self.optimizer.step()
-        return Taken(loss, norm, clipped, tokens)
+        return Taken(loss, clipped.norm, clipped.fraction, round(tokens))
 
     def _begin(self) -> Position:
         position = self._load(NEWEST)
         if position is None:
             checkpoint = self.folder / CHECKPOINT
-            if checkpoint.exists():
+            if self.team.led(checkpoint.exists()):
                 self._warn("checkpoint")
-                shutil.rmtree(checkpoint)
+            self.team.wait()
+            if self.team.leads:
+                shutil.rmtree(checkpoint, ignore_errors=True)
             position = Position(self._identity())
             for name in (BEST, NEWEST):
-                save_checkpoint(checkpoint, name, position, self.trained, self.optimizer)
-        log.info("train.begin step=%d of %d, %d rows", position.step, self.steps, len(self.train_rows))
+                self._write(name, position)
+        log.info("train.begin step=%d of %d, %d rows", position.step, self.course.steps, len(self.train_rows))
         return position
 
     def _go_back(self, error: Unstable) -> None:
@@ -285,8 +309,8 @@ class Trainer:
         pace = self._session_tokens / max(self._session_s, 1e-9)
         self._last = Progress(
             step=self.position.step,
-            steps=self.steps,
-            epoch=(self.position.step - 1) // self.steps_per_epoch + 1,
+            steps=self.course.steps,
+            epoch=self.course.epoch_of(self.position.step),
             epochs=self.spec.hyper.epochs,
             loss=taken.loss,
             tokens_per_s=round(pace, 1),
@@ -302,7 +326,7 @@ class Trainer:
         epoch = sum(len(row.ids) for row in self.train_rows)
         validation = sum(len(self.prepared.rows[row].ids) for row in parts.validation)
         test = sum(len(self.prepared.rows[row].ids) for row in parts.test)
-        evaluations = (self.steps - self.position.step) / self.evaluate_every
+        evaluations = (self.course.steps - self.position.step) / self.course.evaluate_every
         training = epoch * self.spec.hyper.epochs - self.position.tokens
         models = 3 if self.spec.champion else 2  # each under two questions
         return max(0.0, training + FORWARD_SHARE * (evaluations * validation + 2 * models * test))
@@ -321,14 +345,16 @@ class Trainer:
             raise Unstable("diverged", at=position.step, loss=loss, before=untrained)
         position.validated[position.step] = loss
         if position.best == position.step:
-            save_checkpoint(self.folder / CHECKPOINT, BEST, position, self.trained, self.optimizer)
+            self._write(BEST, position)
         self._save()
         if position.step:
             self.emit(Evaluated(step=position.step, split="validation", loss=loss, rows=len(rows)))
 
     def _judge(self) -> Judged:
         """Compare with what answers now, on the rows that neither training nor watching it saw."""
-        exam = Exam(self.folder, self.spec, self.prepared, self.own, self.trained, self.meter, self._warn)
+        exam = Exam(
+            self.folder, self.spec, self.prepared, self.own, self.trained, self.meter, self._warn, self.team.leads
+        )
         examined = exam.take(nullcontext, self.emit, step=self.position.step)
         self.evaluated |= examined.losses
         return examined.judged
@@ -351,39 +377,35 @@ class Trainer:
             return 0
         return prefix
 
-    def _plan_of(self, epoch: int) -> list[Step]:
-        return plan_epoch(
-            [len(row.ids) - self.meter.prefix for row in self.train_rows],
-            rows_per_step=self.spec.hyper.rows_per_step,
-            micro_tokens=self.settings.micro_tokens,
-            data_sha256=self.spec.data_sha256,
-            seed=self.spec.hyper.seed,
-            epoch=epoch,
-        )
-
-    def _step(self, step: int) -> Step:
-        epoch, at = divmod(step, self.steps_per_epoch)
-        if epoch != self._epoch:
-            self._epoch, self._plan = epoch, self._plan_of(epoch)
-        return self._plan[at]
-
     def _save(self) -> None:
         """Only what may be gone on from: a job that is losing its way keeps the checkpoint from before."""
         began = time.monotonic()
         if not self.position.validated or self._is_lost(1):
             return
-        save_checkpoint(self.folder / CHECKPOINT, NEWEST, self.position, self.trained, self.optimizer)
+        self._write(NEWEST, self.position)
         took = time.monotonic() - began
         self._next_save = began + max(CHECKPOINT_S, took / CHECKPOINT_SHARE)
 
-    def _check_stop(self) -> None:
+    def _write(self, name: str, position: Position) -> None:
+        folder = self.folder / CHECKPOINT
+        save_checkpoint(folder, name, position, self.trained, self.optimizer, write=self.team.leads)
+        self.team.wait()
+
+    def _check_own_stop(self) -> None:
+        """Where the others do something else, or nothing."""
         if self.stop.is_set():
+            raise Interrupted
+
+    def _check_stop(self) -> None:
+        """All of them together."""
+        if self.team.any(self.stop.is_set()):
             raise Interrupted
 
     def _identity(self) -> str:
         """Of all that decides the result. Threads, niceness and paths do not."""
         spec, base = asdict(self.spec), self.prepared.base
-        known = {name: spec[name] for name in ("job", "label", "instructions", "data_sha256", "dtype", "hyper")}
+        names = ("job", "label", "instructions", "data_sha256", "dtype", "method", "fresh", "hyper")
+        known = {name: spec[name] for name in names}
         known |= {
             "own": self.own.sha256,
             "base": base.fingerprint,
@@ -399,42 +421,12 @@ class Trainer:
         validated = {f"validation_{step}": loss for step, loss in sorted(self.position.validated.items())}
         return {**ends, **validated, **self.evaluated}
 
-    def _manifest(self, losses: dict[str, float], judged: Judged) -> Manifest:
-        spec, base, parts, report = self.spec, self.prepared.base, self.prepared.split, self.prepared.report
-        return Manifest(
-            label=spec.label,
-            job=spec.job,
-            base_model=base.name,
-            base_fingerprint=base.fingerprint,
-            template_sha256=base.template_sha256,
-            instructions_sha256=hashlib.sha256(spec.instructions.encode()).hexdigest(),
-            data_sha256=spec.data_sha256,
-            rows={
-                "train": len(parts.train),
-                "validation": len(parts.validation),
-                "test": len(parts.test),
-                "rejected": report.rejected,
-                "duplicates": report.duplicates,
-            },
-            hyper=spec.hyper,
-            dropout=self.settings.dropout,
-            steps=self.position.step,
-            tokens=self.position.tokens,
-            seconds=round(self.position.seconds, 1),
-            losses=losses,
-            judged=asdict(judged),
-            target_modules=tuple(self.trained.targets),
-            versions=versions(),
-            threads=spec.threads,
-            dtype=str(choose_dtype(spec)).removeprefix("torch."),
-            created=datetime.now(UTC).isoformat(timespec="seconds"),
-        )
+
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """The seed of all that one process draws within one optimiser step."""
+    text = f"{seed}:{step}:{rank}" if rank else f"{seed}:{step}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
-def step_seed(seed: int, step: int) -> int:
-    """The seed of all that is drawn within one optimiser step."""
-    return int.from_bytes(hashlib.sha256(f"{seed}:{step}".encode()).digest()[:8], "big") >> 1
-
-
-def all_finite(gradients: list[torch.Tensor]) -> bool:
-    return bool(torch.isfinite(torch.stack(torch._foreach_norm(gradients, math.inf))).all())
+def _silent(event: JobEvent) -> None:
+    """Of every process but the first."""

@@ -26,6 +26,7 @@ def tiny_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
 @pytest.fixture(scope="session")
 def taught_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A tiny model that knows what rows of `faq` look like, so that there is something to lose."""
+    torch.set_num_threads(1)
     folder = save_tiny(tmp_path_factory.mktemp("taught"), initializer_range=0.05)
     model, tokenizer = LlamaForCausalLM.from_pretrained(folder), tiny_tokenizer()
     optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)

@@ -16,8 +16,7 @@ from core.prompt import TrainingRow
 from finetune import lora
 from finetune.batches import collate, pack, shared_prefix
 from finetune.loss import Scorer
-from finetune.optimise import clip_by_norm, clip_by_value, learning_rate
-from finetune.train import all_finite
+from finetune.optimise import all_finite, clip_by_norm, clip_by_value, learning_rate, squares
 from tests.tiny import quietly
 
 CPU = torch.device("cpu")
@@ -202,8 +201,9 @@ def test_a_model_that_caps_its_logits_is_refused(tiny_folder):
 
 def test_clipping_by_value_comes_first_and_counts_what_it_touches():
     grads = [torch.tensor([10.0, 0.5]), torch.tensor([-10.0, 0.0])]
-    assert clip_by_value(grads, 1.0) == 0.5
-    assert clip_by_norm(grads, 1.0) == pytest.approx(1.5)
+    assert clip_by_value(grads, 1.0) == 2
+    assert squares(grads) == pytest.approx(1.5**2)
+    clip_by_norm(grads, 1.5, 1.0)
     assert math.sqrt(sum(float((g * g).sum()) for g in grads)) == pytest.approx(1.0)
     # The other way round the outliers would have taken nearly the whole norm, and the value clip done nothing.
     assert grads[0][1].item() == pytest.approx(0.5 / 1.5)
@@ -211,9 +211,10 @@ def test_clipping_by_value_comes_first_and_counts_what_it_touches():
 
 def test_a_small_gradient_is_not_scaled_up_and_zero_is_off():
     grads = [torch.tensor([0.3, 0.4])]
-    assert clip_by_norm(grads, 1.0) == pytest.approx(0.5)
-    assert clip_by_value(grads, 0.0) == 0.0
-    assert clip_by_norm([torch.tensor([30.0, 40.0])], 0.0) == pytest.approx(50.0)
+    assert squares(grads) == pytest.approx(0.25)
+    clip_by_norm(grads, 0.5, 1.0)
+    assert clip_by_value(grads, 0.0) == 0
+    clip_by_norm(grads, 50.0, 0.0)
     torch.testing.assert_close(grads[0], torch.tensor([0.3, 0.4]))
 
 

@@ -54,7 +54,7 @@ def long_epochs():
 
 
 def test_a_kill_in_the_middle_leaves_nothing_half_published_and_the_job_goes_on(make_job, long_epochs):
-    folder = make_job(epochs=long_epochs)
+    folder = make_job(epochs=long_epochs, patience=0)
     process = start(folder)
     reached = read_until(process, Progress)
     while reached[-1].step < 12:
@@ -74,7 +74,7 @@ def test_a_kill_in_the_middle_leaves_nothing_half_published_and_the_job_goes_on(
 
 @pytest.mark.parametrize("how", ["end of input", "SIGTERM"])
 def test_told_to_stop_it_writes_a_checkpoint_and_goes(make_job, long_epochs, how):
-    folder = make_job(epochs=long_epochs)
+    folder = make_job(epochs=long_epochs, patience=0)
     process = start(folder)
     read_until(process, Progress)
     began = time.monotonic()
@@ -91,7 +91,7 @@ def test_told_to_stop_it_writes_a_checkpoint_and_goes(make_job, long_epochs, how
 
 
 def test_a_second_trainer_is_refused_and_the_first_goes_on(make_job, long_epochs):
-    folder = make_job(epochs=long_epochs)
+    folder = make_job(epochs=long_epochs, patience=0)
     first = start(folder)
     read_until(first, Progress)
     status, events = end(start(folder))

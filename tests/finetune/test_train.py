@@ -262,7 +262,7 @@ def test_a_job_that_has_lost_its_way_goes_back_to_its_best_whenever_checkpoints_
     take = Trainer.take_step
 
     def astray(self):
-        if self.position.rate_factor == 1 and self.position.step >= 2 * self.steps_per_epoch:
+        if self.position.rate_factor == 1 and self.position.step >= 2 * self.course.steps_per_epoch:
             for parameter in self.parameters:
                 parameter.data.add_(3.0)
         return take(self)
@@ -311,7 +311,7 @@ def test_without_patience_all_steps_are_taken(make_job, monkeypatch):
 
 
 def test_a_long_epoch_is_looked_at_more_often(make_job, monkeypatch):
-    monkeypatch.setattr(loop, "EVALUATE_STEPS", 2)
+    monkeypatch.setattr("finetune.course.EVALUATE_STEPS", 2)
     assert [e.step for e in go(make_job()).of(Evaluated)[:-2]] == [2, 4, 5, 7, 9, 10]
 
 

@@ -1,0 +1,96 @@
+"""`python -m finetune new JOBDIR`: a job folder for the owner of a model, from files. Knows no chat and no training."""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import shutil
+from collections.abc import Iterable, Sequence
+from dataclasses import fields
+from pathlib import Path
+from typing import Any, get_args, get_type_hints
+
+from core.errors import JobError
+from core.job import PRESETS, Fresh, HyperParameters, Method, Spec
+from core.weights import fingerprint
+from finetune import settings
+
+FRESH = {one.name for one in fields(Fresh)}
+KNOWN = {one.name: get_type_hints(HyperParameters)[one.name] for one in fields(HyperParameters)}
+
+
+def options(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("job", type=Path, metavar="JOBDIR", help="the folder to make")
+    parser.add_argument("--model", type=Path, required=True, help="the folder of the model to begin from")
+    parser.add_argument("--data", type=Path, required=True, help="JSONL or CSV; with scratch also .txt or .md")
+    parser.add_argument("--method", choices=get_args(Method), default="lora", help="a delta, all weights, a new model")
+    parser.add_argument("--name", default="", help="what the result is called")
+    parser.add_argument("--instructions", default="", help="the system turn that rows without one stand under")
+    parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
+    parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
+    parser.add_argument("--threads", type=int, default=1, help="CPU threads")
+    parser.epilog = f"then KEY=VALUE of [finetune]: {', '.join(KNOWN)}; with scratch also {', '.join(sorted(FRESH))}"
+
+
+def make(given: argparse.Namespace, words: Sequence[str]) -> Path:
+    """Write the job folder. Raises JobError naming what is wrong."""
+    chosen = _settings(words)
+    preset = str(chosen.get("preset", "auto"))
+    hyper = {**PRESETS.get(preset, {}), **{name: value for name, value in chosen.items() if name not in FRESH}}
+    try:
+        content = given.data.read_bytes()
+    except OSError as error:
+        raise JobError(detail=f"--data {given.data} cannot be read: {error.strerror}") from error
+    try:
+        found = fingerprint(given.model)
+    except (OSError, ValueError) as error:
+        raise JobError(detail=f"--model {given.model} is not the folder of a model: {error}") from error
+    name = given.name or given.job.absolute().name
+    spec = Spec(
+        job=name,
+        model=str(given.model.absolute()),
+        fingerprint=found,
+        data="data" + "".join(given.data.suffixes[-2:]),
+        data_sha256=hashlib.sha256(content).hexdigest(),
+        label=name,
+        instructions=given.instructions,
+        device=given.device,
+        dtype=given.dtype,
+        threads=given.threads,
+        nice=0,
+        hyper=HyperParameters(**hyper),
+        method=given.method,
+        fresh=Fresh(**{name: value for name, value in chosen.items() if name in FRESH}),
+        ability=given.method != "scratch",
+    )
+    settings.check(spec)
+    if (given.job / "spec.json").exists():
+        raise JobError(detail=f"{given.job} is a job already: python -m finetune train {given.job} goes on with it")
+    given.job.mkdir(parents=True, exist_ok=True)
+    shutil.copyfile(given.data, given.job / spec.data)
+    spec.write(given.job)
+    return Path(given.job)
+
+
+def _settings(words: Iterable[str]) -> dict[str, Any]:
+    """KEY=VALUE, each as its type. Raises JobError."""
+    found: dict[str, Any] = {}
+    for word in words:
+        name, sign, text = word.partition("=")
+        if not sign or (name not in KNOWN and name not in FRESH):
+            raise JobError(detail=f"{word!r} is not KEY=VALUE; the keys are {', '.join([*KNOWN, *sorted(FRESH)])}")
+        try:
+            found[name] = int(text) if name in FRESH else _typed(text, str(KNOWN[name]))
+        except ValueError as error:
+            raise JobError(detail=f"{word}: {text!r} is not of the right kind") from error
+    return found
+
+
+def _typed(text: str, kind: str) -> Any:
+    if "bool" in kind:
+        return {"true": True, "false": False}[text] if text in ("true", "false") else int(text) == 1
+    if "int" in kind:
+        return int(text)
+    if "float" in kind:
+        return None if text == "auto" and "None" in kind else float(text)
+    return text

@@ -1,9 +1,10 @@
 """The forward pass of the llama-like family in fewer, larger operators. Knows no rows, requests or adapters' files.
 
 What is special to a family lives here: Llama, Mistral, Qwen2, Qwen3 and what shares their classes (SmolLM2 among
-them). q/k/v and gate/up are one product each, whose weights the model's own modules view, so no memory is added; one
-rotary product turns queries and keys together; grouped heads are packed as further queries of one key. `fuse` gives
-None for any other model, which runs its own forward the plain way. The numbers are proved at load either way.
+them). q/k/v and gate/up are one product each, with weights that the model's own modules view (or packed ones, see
+core.engine.packed); one rotary product turns queries and keys together; grouped heads are packed as further queries of
+one key. `fuse` gives None for any other model, which runs its own forward the plain way. The numbers are proved at load
+either way.
 """
 
 from __future__ import annotations
@@ -18,6 +19,7 @@ from torch.nn import functional
 
 from core.engine.int8 import Int8Linear, merge_int8, part_of
 from core.engine.kv import Segment, SlotCache
+from core.engine.packed import PackedLinear, packable
 
 FAMILY = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # model_type -> class prefix
 
@@ -46,7 +48,7 @@ class Fused:
     """The model's forward pass in two: tokens of any rows to each row's last state, and these to logits."""
 
     def __init__(self, module: Any) -> None:
-        self.module, self.inner, self.head = module, module.model, module.lm_head
+        self.module, self.inner, self.head = module, module.model, _alone(module.lm_head)
         config = module.config
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.groups: list[tuple[str, ...]] = []
@@ -68,9 +70,9 @@ class Fused:
         q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
         return Layer(
             qkv=_merge(attention, ("q_proj", "k_proj", "v_proj")),
-            out=attention.o_proj,
+            out=_alone(attention.o_proj),
             gate_up=_merge(mlp, ("gate_proj", "up_proj")),
-            down=mlp.down_proj,
+            down=_alone(mlp.down_proj),
             names=(groups[0][0], groups[1][0], groups[2][0], groups[3][0]),
             norm=layer.input_layernorm.weight,
             mlp_norm=layer.post_attention_layernorm.weight,
@@ -175,8 +177,13 @@ def _signed(sin: Tensor) -> Tensor:
     return torch.cat((-first, second), dim=-1)
 
 
+def _alone(linear: Any) -> nn.Module:
+    """A linear that shares its input with no other."""
+    return PackedLinear(linear.weight, linear.bias) if packable(linear) else linear
+
+
 def _merge(owner: Any, names: Sequence[str]) -> nn.Module:
-    """One linear whose output is that of the named ones side by side; they become views of it."""
+    """One linear whose output is that of the named ones side by side; they become views of it, or stay as they are."""
     parts: list[Any] = [getattr(owner, name) for name in names]
     if isinstance(parts[0], Int8Linear):
         whole = merge_int8(parts)
@@ -187,6 +194,8 @@ def _merge(owner: Any, names: Sequence[str]) -> nn.Module:
         return whole
     weight = torch.cat([part.weight for part in parts])
     bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
+    if all(map(packable, parts)):
+        return PackedLinear(weight, bias)
     merged = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     merged.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:

@@ -1,7 +1,9 @@
-"""LoRA for any mix of adapters in one batch: y = W x + B_cat (mask * (A_cat x)). Knows no requests and no text.
+"""LoRA for any mix of adapters in one batch: y = W x + B (A x), each row with its own. Knows no requests and no text.
 
-A_cat (S*R, in) and B_cat (out, S*R) stack the adapters that rows run with, one slot each, scale folded into B, lower
-ranks padded with zeros; the mask keeps to each row its own slot. A pass whose rows all run bare computes nothing here.
+A (S*R, in) and B (S*R, out) stack the adapters that rows run with, one slot each, scale folded into B, lower ranks
+padded with zeros. There are three ways to the same numbers. One adapter: its slice. Many, on a CPU: rows are gathered
+in groups, one per slot, and multiplied group by group. Many, on a GPU: all slots for all rows, and a mask that keeps to
+each row its own slot: more arithmetic, but of one shape whatever the mix. Rows that run bare alone compute nothing.
 """
 
 from __future__ import annotations
@@ -22,22 +24,33 @@ LONG = 16  # tokens of one adapter in a row from which a slice of their own is q
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
-    """Consecutive tokens of a pass, the slots [start, stop) that they use, and which of these are foreign to each.
+class Groups:
+    """Tokens of a piece gathered by slot. All groups are as long as the longest; what fills them is not used."""
 
-    foreign is bool (T, stop - start, 1), or None if all tokens run with the one slot that is used.
+    slots: slice | Tensor
+    gather: Tensor  # (slots * longest,), the token at each place
+    place: Tensor  # (T,), where each token's result lies
+    bare: Tensor | None  # bool (T, 1), tokens that run with none
+
+
+@dataclass(frozen=True, slots=True)
+class Piece:
+    """Consecutive tokens of a pass, and the slots [start, stop) that they use.
+
+    Each has its own by `groups`, or by `foreign`, bool (T, stop - start, 1); neither, if all use the one slot.
     """
 
     tokens: slice
     start: int
     stop: int
-    foreign: Tensor | None
+    groups: Groups | None = None
+    foreign: Tensor | None = None
 
 
 class Stack:
-    """A_cat and B_cat of the linear modules that share an input, so that one product takes it in for all of them.
+    """A and B of the linear modules that share an input, so that one product takes it in for all of them.
 
-    a is (S * P * R, in): slot by slot, then module by module; b holds one (out, S * R) per module.
+    a is (S, P * R, in), module by module within a slot; b holds one (S, R, out) per module.
     """
 
     def __init__(
@@ -46,8 +59,8 @@ class Stack:
         self.plans = plans
         self.outs = tuple(outs)
         self.rank = 0
-        self.a = torch.zeros(0, in_features, device=device, dtype=dtype)
-        self.b = [torch.zeros(out, 0, device=device, dtype=dtype) for out in outs]
+        self.a = torch.zeros(0, 0, in_features, device=device, dtype=dtype)
+        self.b = [torch.zeros(0, 0, out, device=device, dtype=dtype) for out in outs]
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
         """As a forward hook of the one module."""
@@ -57,50 +70,47 @@ class Stack:
         """Add to y (..., sum of outs), in place, what the plan's adapters make of x (..., in); tokens in any shape."""
         x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         for piece in self.plans.current:
-            self._add(piece, x[piece.tokens], y[piece.tokens])
+            ys = y[piece.tokens].split_with_sizes(self.outs, dim=1)
+            if piece.groups is not None:
+                self._add_groups(piece.groups, x[piece.tokens], ys)
+            else:
+                self._add_masked(piece, x[piece.tokens], ys)
 
-    def _add(self, piece: Piece, x: Tensor, y: Tensor) -> None:
-        parts, rank, slots = len(self.outs), self.rank, piece.stop - piece.start
-        h = nn.functional.linear(x, self.a[piece.start * parts * rank : piece.stop * parts * rank])
-        h = h.view(len(x), slots, parts * rank)
+    def _add_groups(self, groups: Groups, x: Tensor, ys: Sequence[Tensor]) -> None:
+        a = self.a[groups.slots]
+        h = torch.bmm(x.index_select(0, groups.gather).view(len(a), -1, x.shape[1]), a.transpose(1, 2))
+        for y, b, own in zip(ys, self.b, h.chunk(len(ys), dim=2), strict=True):
+            added = torch.bmm(own, b[groups.slots]).view(-1, y.shape[1]).index_select(0, groups.place)
+            y += added if groups.bare is None else added.masked_fill_(groups.bare, 0.0)
+
+    def _add_masked(self, piece: Piece, x: Tensor, ys: Sequence[Tensor]) -> None:
+        slots = slice(piece.start, piece.stop)
+        h = nn.functional.linear(x, self.a[slots].flatten(0, 1)).view(len(x), piece.stop - piece.start, -1)
         if piece.foreign is not None:
             # Filled, not multiplied: another tenant's overflow times zero would be NaN.
             h.masked_fill_(piece.foreign, 0.0)
-        column = 0
-        for part, (out, b) in enumerate(zip(self.outs, self.b, strict=True)):
-            own = h[..., part * rank : (part + 1) * rank].reshape(len(x), slots * rank)
-            y[:, column : column + out].addmm_(own, b[:, piece.start * rank : piece.stop * rank].t())
-            column += out
+        for y, b, own in zip(ys, self.b, h.chunk(len(ys), dim=2), strict=True):
+            y.addmm_(own.flatten(1), b[slots].flatten(0, 1))
 
     def resize(self, slots: int, rank: int) -> None:
         """Another number of slots or rank; what is there stays in its slot."""
-        parts, old_rank = len(self.outs), self.rank
-        a = self.a.new_zeros(slots, parts, rank, self.a.shape[1])
-        if old_rank and len(self.a):
-            old = self.a.view(-1, parts, old_rank, self.a.shape[1])
-            a[: len(old), :, :old_rank] = old
-        self.a, self.rank = a.flatten(0, 2), rank
-        self.b = [_resized(b, slots, rank, old_rank) for b in self.b]
+        parts, kept, old_rank = len(self.outs), len(self.a), self.rank
+        a = self.a.new_zeros(slots, parts, rank, self.a.shape[2])
+        a[:kept, :, :old_rank] = self.a.view(kept, parts, old_rank, self.a.shape[2])
+        self.a, self.rank = a.flatten(1, 2), rank
+        for part, old in enumerate(self.b):
+            self.b[part] = old.new_zeros(slots, rank, old.shape[2])
+            self.b[part][:kept, :old_rank] = old
 
     def fill(self, slot: int, part: int, a: Tensor, b: Tensor) -> None:
         """Put one module's A (r, in) and B (out, r) into a slot that is zero."""
-        start = (slot * len(self.outs) + part) * self.rank
-        self.a[start : start + len(a)].copy_(a)
-        self.b[part][:, slot * self.rank : slot * self.rank + len(a)].copy_(b)
+        start = part * self.rank
+        self.a[slot, start : start + len(a)].copy_(a)
+        self.b[part][slot, : len(a)].copy_(b.t())
 
     def zero(self, slot: int) -> None:
-        size = len(self.outs) * self.rank
-        self.a[slot * size : (slot + 1) * size] = 0
-        for b in self.b:
-            b[:, slot * self.rank : (slot + 1) * self.rank] = 0
-
-
-def _resized(b: Tensor, slots: int, rank: int, old_rank: int) -> Tensor:
-    new = b.new_zeros(len(b), slots, rank)
-    if old_rank and b.shape[1]:
-        old = b.view(len(b), -1, old_rank)
-        new[:, : old.shape[1], :old_rank] = old
-    return new.flatten(1, 2)
+        for tensor in (self.a, *self.b):
+            tensor[slot] = 0
 
 
 class PlanHolder:
@@ -124,7 +134,10 @@ class LoraStacks:
         """`groups` are the modules whose products are merged, in order; they are given their part by `add`."""
         self.linears = dict(linear_modules(module))
         self.max_slots, self.device, self.dtype = max_slots, device, dtype
+        self.grouped = device.type == "cpu"  # on a GPU a shape for every mix would be a graph for every mix
         self.plans = PlanHolder()
+        self._planned: list[tuple[int | None, int]] = []
+        self._pieces: list[Piece] = []
         self.merged = bool(groups)
         self.places = {name: (group, part) for group in groups for part, name in enumerate(group)}
         self.stacks: dict[str, Stack] = {}  # by the first module of the group
@@ -162,38 +175,58 @@ class LoraStacks:
     @contextmanager
     def tokens(self, runs: Sequence[tuple[int | None, int]]) -> Iterator[Sequence[Piece]]:
         """Let the forward pass inside run its tokens with adapters: (slot, how many tokens) in turn; None is bare."""
-        self.plans.current = self._plan(runs)
+        if list(runs) != self._planned:  # from step to step it is mostly the same
+            self._planned, self._pieces = list(runs), self._plan(runs)
+        self.plans.current = self._pieces
         try:
             yield self.plans.current
         finally:
             self.plans.current = ()
 
     def _plan(self, runs: Sequence[tuple[int | None, int]]) -> list[Piece]:
-        """Long runs of one adapter are pieces of their own; short neighbours share one, under a mask."""
+        """Long runs of one adapter are pieces of their own; short neighbours share one."""
         pieces, short, token = [], [], 0
         for slot, group in groupby(runs, key=lambda run: run[0]):
             count = sum(tokens for _, tokens in group)
             if count < LONG:
                 short += [slot] * count
             else:
-                pieces += [self._masked(token - len(short), short)] if short else []
-                pieces += [] if slot is None else [Piece(slice(token, token + count), slot, slot + 1, None)]
+                pieces += [self._short(token - len(short), short)] if short else []
+                pieces += [] if slot is None else [Piece(slice(token, token + count), slot, slot + 1)]
                 short = []
             token += count
-        pieces += [self._masked(token - len(short), short)] if short else []
+        pieces += [self._short(token - len(short), short)] if short else []
         return [piece for piece in pieces if piece is not None]
 
-    def _masked(self, first: int, slots: Sequence[int | None]) -> Piece | None:
+    def _short(self, first: int, slots: Sequence[int | None]) -> Piece | None:
         """One piece for tokens of any slots."""
         used = {slot for slot in slots if slot is not None}
         if not used:
             return None
-        low, high = min(used), max(used) + 1
-        foreign = None
-        if len(set(slots)) > 1:
-            own = torch.tensor([-1 if slot is None else slot for slot in slots], device=self.device)
-            foreign = (torch.arange(low, high, device=self.device)[None, :] != own[:, None])[:, :, None]
-        return Piece(slice(first, first + len(slots)), low, high, foreign)
+        tokens, start, stop = slice(first, first + len(slots)), min(used), max(used) + 1
+        if len(set(slots)) == 1:
+            return Piece(tokens, start, stop)
+        if self.grouped:
+            return Piece(tokens, start, stop, groups=self._groups(slots, sorted(used)))
+        own = torch.tensor([-1 if slot is None else slot for slot in slots], device=self.device)
+        foreign = torch.arange(start, stop, device=self.device)[None, :] != own[:, None]
+        return Piece(tokens, start, stop, foreign=foreign[:, :, None])
+
+    def _groups(self, slots: Sequence[int | None], used: Sequence[int]) -> Groups:
+        """`used` in order; slots that lie close together are a view, with empty groups for those between."""
+        span = range(used[0], used[-1] + 1)
+        dense = len(span) <= 2 * len(used)
+        number = {slot: i for i, slot in enumerate(span if dense else used)}
+        longest = max(Counter(slot for slot in slots if slot is not None).values())
+        gather, place, filled = [0] * (len(number) * longest), [0] * len(slots), Counter[int]()
+        for token, slot in enumerate(slots):
+            if slot is not None:
+                place[token] = number[slot] * longest + filled[slot]
+                gather[place[token]] = token
+                filled[slot] += 1
+        bare = torch.tensor([slot is None for slot in slots], device=self.device)[:, None] if None in slots else None
+        chosen = slice(span.start, span.stop) if dense else torch.tensor(used, device=self.device)
+        return Groups(chosen, torch.tensor(gather, device=self.device), torch.tensor(place, device=self.device), bare)
 
     def _free_slot(self) -> int:
         taken = set(self.slots.values())

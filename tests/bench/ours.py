@@ -6,6 +6,7 @@ import asyncio
 import dataclasses
 import os
 import time
+from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
@@ -18,7 +19,9 @@ from tests.bench.worker import Case, Spec, serve
 
 def make(spec: Spec):
     settings = ModelSettings(name=spec.folder, device="cpu", quantization=os.environ.get("QUANTIZATION", "none"))
-    model = load_model(settings, Path(spec.folder), threads=spec.threads)
+    # On a thread that ends, as the engine itself does it: see LocalEngine.
+    with ThreadPoolExecutor(1) as loader:
+        model = loader.submit(load_model, settings, Path(spec.folder), threads=spec.threads).result()
     model = dataclasses.replace(model, eos_ids=frozenset())  # every answer has its 64 tokens
     refs = [AdapterRef(sha256=str(i), folder=Path(folder), label=f"a{i}@1") for i, folder in enumerate(spec.adapters)]
     loop = asyncio.new_event_loop()

@@ -201,4 +201,5 @@ def test_slots_are_reused_only_when_nobody_runs_with_them(
     assert stacks.acquire(c) == 0
     assert a.sha256 not in stacks.slots
     for stack in stacks.stacks.values():  # nothing of the wider, former tenant is left
-        assert not stack.a[c.rank : stacks.rank].any()
+        assert not stack.a[0, c.rank : stacks.rank].any()
+        assert not any(b[0, c.rank :].any() for b in stack.b)

@@ -1,0 +1,42 @@
+"""Packed float32 linears: the same numbers as the plain ones, each row by itself; none where they cannot run."""
+
+from __future__ import annotations
+
+import pytest
+import torch
+from torch import nn
+
+from core.engine.packed import PackedLinear, packable
+
+needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+
+
+@needs_onednn
+@pytest.mark.parametrize("shape", [(1, 40), (2, 5, 40), (33, 40)])
+@pytest.mark.parametrize("bias", [True, False])
+@torch.inference_mode()
+def test_it_computes_the_same_product(shape: tuple[int, ...], bias: bool) -> None:
+    torch.manual_seed(0)
+    plain = nn.Linear(40, 24, bias=bias).requires_grad_(False)
+    x = torch.randn(shape)
+    assert packable(plain)
+    assert torch.allclose(PackedLinear(plain.weight, plain.bias)(x), plain(x), atol=1e-5)
+
+
+@needs_onednn
+@pytest.mark.parametrize("outlier", [1e30, float("inf"), float("nan")])
+@torch.inference_mode()
+def test_an_outlier_in_one_row_moves_no_other(outlier: float) -> None:
+    torch.manual_seed(0)
+    layer, x = PackedLinear(torch.randn(24, 40), None), torch.randn(5, 40)
+    calm = layer(x)
+    x[2] *= outlier
+    assert torch.equal(layer(x)[[0, 1, 3, 4]], calm[[0, 1, 3, 4]])
+
+
+def test_other_weights_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None:
+    assert not packable(nn.Linear(4, 4, dtype=torch.bfloat16))
+    assert not packable(nn.Linear(4, 4, device="meta"))
+    assert not packable(nn.Embedding(4, 4))
+    monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
+    assert not packable(nn.Linear(4, 4))

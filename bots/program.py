@@ -21,7 +21,7 @@ from bots.outlet import Bot, find_bots
 from bots.seeds import seed
 from core import demo
 from core.delivery import Deliveries
-from core.engine.protocol import Engine, EngineSettings, RemoteSettings
+from core.engine.protocol import Engine, EngineSettings
 from core.errors import BadConfig
 from core.service import Service, ServiceSettings
 from core.settings import BotTable, Config, Generation
@@ -68,9 +68,17 @@ async def open_parts(config: Config, home: Home, progress: Progress | None = Non
     async with open_store(config, home) as database, make_engine(config, home, progress) as engine:
         deliveries = Deliveries(database)
         await database.write(lambda tx: directory.keep_base(tx, engine.info.fingerprint))
-        training = Training(database, home, deliveries, engine.info, training_settings(config))
+        training = Training(
+            database, home, deliveries, engine.info, training_settings(config), busy=lambda: is_busy(engine)
+        )
         service = Service(database, home, engine, deliveries, training, service_settings(config))
         yield Parts(config, home, database, engine, deliveries, training, service)
+
+
+def is_busy(engine: Engine) -> bool:
+    """Whether it answers somebody, or should."""
+    stats = engine.stats()
+    return stats.running + stats.waiting > 0
 
 
 def make_engine(config: Config, home: Home, progress: Progress | None) -> Engine:
@@ -79,11 +87,6 @@ def make_engine(config: Config, home: Home, progress: Progress | None) -> Engine
         from core.engine.scripted import ScriptedEngine
 
         return ScriptedEngine.from_file(Path(config.engine.script)) if config.engine.script else ScriptedEngine()
-    if config.engine.kind == "remote":
-        from core.engine.remote import RemoteEngine
-
-        there = RemoteSettings(**{one.name: getattr(config.engine, one.name) for one in fields(RemoteSettings)})
-        return RemoteEngine(config.model, there, home.models, progress=progress)
     from core.engine.local import LocalEngine
 
     settings = EngineSettings(**{one.name: getattr(config.engine, one.name) for one in fields(EngineSettings)})

@@ -147,6 +147,20 @@ COMMANDS: tuple[Command, ...] = (
                 _OPERATOR,
             ),
             Form("rollback", "/adapter rollback", (), _OPERATOR),
+            Form(
+                "compare",
+                "/adapter compare acme@4 How long does a permit take?",
+                (Parameter("version"), Parameter("question", optional=True, rest=True)),
+                _OPERATOR,
+            ),
+            Form(
+                "choose",
+                "/adapter choose 3 a",
+                (Parameter("comparison"), Parameter("choice", choices=("a", "b", "same"))),
+                _OPERATOR,
+            ),
+            Form("worst", "/adapter worst acme@5", (Parameter("version"),), _OPERATOR),
+            Form("discard", "/adapter discard acme@5", (Parameter("version"),), _OPERATOR),
         ),
     ),
     Command(

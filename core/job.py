@@ -19,7 +19,9 @@ from typing import Any, ClassVar, Literal
 from core.errors import JobError
 
 SPEC_VERSION = 1
+SHOWN = "shown.json"
 EXIT_FINISHED, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 3
+WAIT, GO_ON = b"w", b"g"  # on the trainer's standard input, while people are answered, and when they are
 
 
 Preset = Literal["auto", "card", "thorough"]
@@ -219,6 +221,28 @@ class Judged:
 
 
 @dataclass(frozen=True, slots=True)
+class Shown:
+    """What of the test rows may be shown to operators. No event: it holds text, and lies in JOBDIR/shown.json.
+
+    `worst` are those of Judged with their question and answer, `unseen` some questions with theirs.
+    """
+
+    worst: tuple[tuple[int, float, float, str, str], ...] = ()
+    unseen: tuple[tuple[str, str], ...] = ()
+
+    def dump(self) -> str:
+        return json.dumps(asdict(self), ensure_ascii=False)
+
+    @classmethod
+    def load(cls, text: str) -> Shown:
+        """Empty where the text is none of ours."""
+        try:
+            return cls(**{name: _tuples(value) for name, value in json.loads(text or "{}").items()})
+        except (ValueError, TypeError, AttributeError):
+            return cls()
+
+
+@dataclass(frozen=True, slots=True)
 class Warned:
     kind: ClassVar[str] = "warned"
     text: str
@@ -266,5 +290,5 @@ def load_event(line: str) -> JobEvent:
         raise JobError(detail=f"not an event of the trainer: {line[:200]!r}") from error
 
 
-def _tuples(value: object) -> object:
+def _tuples(value: Any) -> Any:
     return tuple(_tuples(one) for one in value) if isinstance(value, list) else value

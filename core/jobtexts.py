@@ -20,8 +20,8 @@ from core.job import (
 )
 from core.store.jobs import Job
 from core.texts import Later, duration, say
-from core.types import Body
-from core.versions import promote_button
+from core.types import Body, Button
+from core.versions import anyway_button, compare_button, discard_button, promote_button, worst_button
 
 _BAR_CELLS = 20
 _SHOWN_LINES = 5
@@ -88,7 +88,15 @@ def report(job: Job, events: Sequence[JobEvent]) -> Body:
     passed = judged is None or judged.verdict == "passed"
     hint = "training.promote_hint" if passed else "training.promote_anyway_hint"
     lines += ["", say(language, hint, label=job.label, title=job.title)]
-    return Body("\n".join(lines), (promote_button(language, job.label),) if passed else ())
+    return Body("\n".join(lines), _report_buttons(language, job.label, judged))
+
+
+def _report_buttons(language: str, label: str, judged: Judged | None) -> tuple[Button, ...]:
+    """What may be done with a version now: to see for oneself, to put it into service, or to be done with it."""
+    passed = judged is None or judged.verdict == "passed"
+    look = worst_button if judged is not None and not passed and judged.worst else compare_button
+    serve = promote_button if passed else anyway_button
+    return look(language, label), serve(language, label), discard_button(language, label)
 
 
 def verdict_text(language: str, label: str, judged: Judged) -> list[str]:

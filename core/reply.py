@@ -12,10 +12,11 @@ import logging
 import time
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field, replace
+from typing import Protocol
 
 from core import adapters
 from core.delivery import Deliveries, keep_body, new_delivery
-from core.engine.protocol import Delta, Engine, Finished, FinishReason, Generation, Request, Scope
+from core.engine.protocol import Delta, Engine, Finished, FinishReason, Request, Scope
 from core.errors import AdapterUnusable, AppError, EngineError, LimitReached, UserError
 from core.store import directory, inbox, ledger, turns
 from core.store.database import Database, Tx
@@ -41,6 +42,10 @@ class Pinned:
     messages: tuple[Message, ...]
 
 
+class Stoppable(Protocol):
+    def cancel(self) -> None: ...
+
+
 @dataclass(slots=True)
 class Replies:
     """Runs replies. `running` holds the generation of each conversation that is being answered."""
@@ -51,7 +56,7 @@ class Replies:
     deliveries: Deliveries
     sampling: Sampling = field(default_factory=Sampling)  # what a channel does not set for itself
     deadline_s: float = 120.0
-    running: dict[Address, Generation] = field(default_factory=dict)
+    running: dict[Address, Stoppable] = field(default_factory=dict)
 
     async def generate(self, row: Taken, caller: Caller, text: str, *, again: bool) -> None:
         """Answer `text`, up to the stored final text; raises an AppError that the person is to see.
@@ -122,13 +127,13 @@ class Replies:
         return Pinned(
             generation_id,
             new_delivery(tx, inbox_id=row.id),
-            self._adapter(tx, sha256),
+            self.adapter_ref(tx, sha256),
             seed,
             (*system, *past),
         )
 
-    def _adapter(self, tx: Tx, sha256: str | None) -> AdapterRef | None:
-        """The pinned version, or AdapterUnusable: never another's, nor silently the bare base."""
+    def adapter_ref(self, tx: Tx, sha256: str | None) -> AdapterRef | None:
+        """The version's folder, or AdapterUnusable: never another's, nor silently the bare base."""
         if sha256 is None:
             return None
         row = tx.one("SELECT name, version, base_fingerprint, unpublished_ms FROM adapter WHERE sha256 = ?", [sha256])

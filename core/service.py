@@ -17,9 +17,10 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
-from core import gestures, operators, privacy, tuning, users, versions
+from core import comparing, gestures, operators, privacy, tuning, users, versions
 from core.callers import caller_of, lane_of
 from core.commands import Call, Grant, parse
+from core.comparing import Comparisons
 from core.datasets import prepare_finetune
 from core.delivery import Deliveries, keep_body, kept_body, new_delivery
 from core.engine.protocol import Engine
@@ -43,6 +44,7 @@ from core.types import (
     AnswerAgain,
     Body,
     Caller,
+    CompareBlind,
     EraseFiles,
     ForgetMemory,
     Incoming,
@@ -63,6 +65,7 @@ HANDLERS: Mapping[tuple[str, str], operators.Handler] = {
     **operators.HANDLERS,
     **tuning.HANDLERS,
     **versions.HANDLERS,
+    **comparing.HANDLERS,
 }
 _LOOK_AGAIN_S = 30.0
 _STORAGE_RETRY_S = 2.0
@@ -289,19 +292,17 @@ class Service:
         call = await prepare_finetune(self._home, self._database, self._deliveries.fetch, caller, call)
         call = await prepare_usage(self._home, self._database, caller, call)
 
-        def work(tx: Tx) -> tuple[Outcome, bool]:
+        def work(tx: Tx) -> Outcome:
             outcome = operators.run_command(tx, caller, call, HANDLERS)
-            again = any(isinstance(after, AnswerAgain) for after in outcome.after)
-            if not again:
+            later = any(isinstance(after, AnswerAgain | CompareBlind) for after in outcome.after)
+            if not later:
                 keep_body(tx, new_delivery(tx, inbox_id=row.id), outcome.body)
                 inbox.mark_generated(tx, row.id)
-            return outcome, again
+            return outcome
 
-        outcome, again = await self._database.write(work)
+        outcome = await self._database.write(work)
         for after in outcome.after:
             await self._follow(row, caller, after)
-        if again:
-            await self._replies.generate(row, caller, "", again=True)
 
     async def _follow(self, row: Taken, caller: Caller, after: After) -> None:
         match after:
@@ -314,7 +315,9 @@ class Service:
             case EraseFiles():
                 await privacy.sweep(self._database, self._home)
             case AnswerAgain():
-                pass  # the caller generates
+                await self._replies.generate(row, caller, "", again=True)
+            case CompareBlind():
+                await Comparisons(self._replies).answer(row, caller)
 
     async def _deliver(self, row: Taken) -> None:
         """Write the stored text and settle it, again and again within bounds: `finish` may be repeated."""

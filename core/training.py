@@ -10,7 +10,7 @@ import asyncio
 import logging
 import shutil
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -21,7 +21,7 @@ from core.datasets import stored
 from core.delivery import Deliveries, keep_body, kept_body, new_delivery
 from core.engine.protocol import EngineInfo
 from core.errors import AdapterUnusable, AppError, JobError, StorageError
-from core.job import EXIT_FINISHED, Failed, HyperParameters, JobEvent, Spec
+from core.job import EXIT_FINISHED, SHOWN, Failed, HyperParameters, JobEvent, Spec
 from core.jobboard import Board
 from core.store import jobs
 from core.store.database import Database, Tx
@@ -38,6 +38,7 @@ _CANCEL_S = 15.0
 _ATTEMPTS = 3  # trainers that end without progress
 _TRIES = 8  # at all else, a platform that is away included: about ten minutes
 _DATA = "data"
+_USHER_S, _QUIET_S = 0.02, 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,7 +72,10 @@ class Training:
         settings: TrainingSettings,
         *,
         command: Sequence[str] = COMMAND,
+        busy: Callable[[], bool] = lambda: False,
     ) -> None:
+        """`busy` says whether somebody is being answered on the same machine: then the trainer waits."""
+        self._busy = busy
         self._database = database
         self._home = home
         self._deliveries = deliveries
@@ -207,12 +211,14 @@ class Training:
         async with asyncio.TaskGroup() as tasks:
             watcher = tasks.create_task(self._watch(job, trainer), name=f"job {job.id} watcher")
             painter = tasks.create_task(board.paint(), name=f"job {job.id} painter")
+            ushering = tasks.create_task(usher(trainer, self._busy), name=f"job {job.id} usher")
             try:
                 status = await trainer.run(hear)
             finally:
                 self._trainer = None
                 watcher.cancel()
                 painter.cancel()
+                ushering.cancel()
         log.info("trainer.ended", extra={"job": job.id, "status": status})
         return status, failed[-1] if failed else None
 
@@ -326,17 +332,26 @@ class Training:
         events = await self._database.read(lambda tx: jobs.events(tx, job.id))
         curve = self._home.sent / f"{job.adapter}-{job.version}-loss-{job.id}.png"
         picture = await asyncio.to_thread(charts.loss_curve, events, curve)
+        shown = await asyncio.to_thread(self._read_shown, job)
 
         def work(tx: Tx) -> None:
             if jobs.state_of(tx, job.id) not in jobs.OPEN:  # cancelled meanwhile: nobody will use the folder
                 return
             adapters.publish(tx, candidate, job.adapter, job.version)
             jobs.end(tx, job.id, "published", result=candidate.sha256)
+            jobs.keep_shown(tx, job.id, shown)
             body = jobtexts.report(replace(job, state="published"), jobs.events(tx, job.id))
             keep_body(tx, new_delivery(tx, job_id=job.id), replace(body, files=(picture,) if picture else ()))
 
         await self._database.write(work)
         log.info("job.published", extra={"job": job.id, "adapter": candidate.sha256[:12]})
+
+    def _read_shown(self, job: Job) -> str:
+        """What the trainer left to show; nothing where a crash has taken it, which costs a job nothing."""
+        try:
+            return (self._home.jobs / str(job.id) / SHOWN).read_text("utf-8")
+        except (OSError, ValueError):
+            return ""
 
     def _check_fits(self, job: Job, candidate: Candidate) -> None:
         if candidate.base_fingerprint != self._info.fingerprint:
@@ -383,6 +398,23 @@ def _cause(error: Exception) -> Exception:
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
     return error
+
+
+async def usher(trainer: Trainer, busy: Callable[[], bool]) -> None:
+    """While people are answered the trainer waits between its micro-batches, and a moment longer: they ask again.
+
+    Until cancelled.
+    """
+    told, busy_at = False, -_QUIET_S
+    while True:
+        now = time.monotonic()
+        if busy():
+            busy_at = now
+        wait = now - busy_at < _QUIET_S
+        if wait != told:
+            trainer.make_room(wait)
+            told = wait
+        await asyncio.sleep(_USHER_S)
 
 
 def _with_line(failed: Failed, language: str) -> str:

@@ -209,6 +209,11 @@ class AnswerAgain:
 
 
 @dataclass(frozen=True, slots=True)
+class CompareBlind:
+    """Instead of the body: both answers of the comparison that the caller's row has begun."""
+
+
+@dataclass(frozen=True, slots=True)
 class ForgetMemory:
     """After the commit: the engine drops what it keeps of the conversation ("" is all of the channel's)."""
 
@@ -226,7 +231,7 @@ class EraseFiles:
     """After the commit: privacy sweeps files whose rows are marked as erased, and folds the WAL."""
 
 
-After = StopReply | AnswerAgain | ForgetMemory | WakeTraining | EraseFiles
+After = StopReply | AnswerAgain | CompareBlind | ForgetMemory | WakeTraining | EraseFiles
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,11 +13,12 @@ from core.adapters import BASE, Version
 from core.commands import Call, Grant
 from core.errors import BadInput, NotAllowed, UnknownThing
 from core.operators import Handler
-from core.store import directory
+from core.store import directory, jobs
 from core.store.database import Tx
 from core.texts import Later, duration, say
 from core.types import Body, Button, Caller, Outcome
 
+DISCARDED = "discarded"
 _MAX_REASON = 200
 _SHOWN_VERSIONS = 20
 
@@ -37,7 +38,7 @@ def list_versions(tx: Tx, caller: Caller, call: Call) -> Outcome:
 
 def show(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """Raises UnknownThing."""
-    version = _find(tx, caller, call.arguments["version"])
+    version = find_version(tx, caller, call.arguments["version"])
     if version is None:
         return Outcome(Body(say(caller.language, "adapter.shown_base")))
     made = version.manifest
@@ -73,7 +74,7 @@ def show(tx: Tx, caller: Caller, call: Call) -> Outcome:
 
 def promote(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """Raises UnknownThing, BadInput for a version that cannot be used, NotAllowed where a follower is not theirs."""
-    version = _find(tx, caller, call.arguments["version"])
+    version = find_version(tx, caller, call.arguments["version"])
     reason = call.arguments.get("reason", "")
     if len(reason) > _MAX_REASON:
         raise BadInput("adapter.reason_too_long", limit=_MAX_REASON)
@@ -81,7 +82,7 @@ def promote(tx: Tx, caller: Caller, call: Call) -> Outcome:
     name = caller.channel.adapter
     before, label_before = adapters.champion(tx, name)
     if version is not None:
-        _check_usable(tx, version)
+        check_usable(tx, version)
         _check_verdict(version, reason)
     sha256 = version.sha256 if version else None
     label = version.label if version else BASE
@@ -91,6 +92,41 @@ def promote(tx: Tx, caller: Caller, call: Call) -> Outcome:
     directory.audit(tx, caller, "adapter promote", name, label_before, {"version": label, "reason": reason})
     text = say(caller.language, "adapter.promoted", channels=followers, label=label, before=label_before)
     return Outcome(Body(text))
+
+
+def discard(tx: Tx, caller: Caller, call: Call) -> Outcome:
+    """Take a version out of use for good. Raises BadInput for one that answers, or that is base."""
+    version = find_version(tx, caller, call.arguments["version"])
+    followers = _followers(tx, caller)
+    champion, _ = adapters.champion(tx, caller.channel.adapter)
+    if version is None or version.sha256 == champion:
+        raise BadInput("adapter.in_use", label=version.label if version else BASE, channels=followers)
+    if not version.unpublished:
+        adapters.unpublish(tx, version.sha256, DISCARDED)
+        directory.audit(tx, caller, "adapter discard", version.label, None, DISCARDED)
+    return Outcome(Body(say(caller.language, "adapter.discarded", label=version.label)))
+
+
+def worst(tx: Tx, caller: Caller, call: Call) -> Outcome:
+    """The unseen rows on which a version lost most: where to look for what is wrong with the data. Raises BadInput."""
+    version = find_version(tx, caller, call.arguments["version"])
+    judged = version.manifest.get("judged") or {} if version else {}
+    if version is None or not judged:
+        raise BadInput("adapter.no_rows", label=version.label if version else BASE)
+    rows = judged.get("worst") or []
+    fields = {"label": version.label, "champion": judged.get("champion", "?"), "n": len(rows)}
+    if not rows:
+        return Outcome(Body(say(caller.language, "adapter.none_worse", **fields)))
+    lines = [say(caller.language, "adapter.worst", **fields), ""]
+    texts = {line: (asked, said) for line, _, _, asked, said in jobs.shown(tx, version.sha256).worst}
+    for line, before, after in rows:
+        asked, said = texts.get(line, ("", ""))
+        key = "adapter.worst_row" if asked else "adapter.worst_line"
+        fields = {"line": line, "before": f"{before:.2f}", "after": f"{after:.2f}", "asked": asked, "said": said}
+        lines.append(say(caller.language, key, **fields))
+    if not texts:
+        lines += ["", say(caller.language, "adapter.rows_gone")]
+    return Outcome(Body("\n".join(lines)))
 
 
 def rollback(tx: Tx, caller: Caller, call: Call) -> Outcome:
@@ -111,6 +147,8 @@ HANDLERS: Mapping[tuple[str, str], Handler] = {
     ("adapter", "show"): show,
     ("adapter", "promote"): promote,
     ("adapter", "rollback"): rollback,
+    ("adapter", "discard"): discard,
+    ("adapter", "worst"): worst,
 }
 
 
@@ -119,11 +157,28 @@ def promote_button(language: str, label: str) -> Button:
     return Button(say(language, "adapter.promote_button"), "command", f"/adapter promote {label}")
 
 
+def compare_button(language: str, label: str) -> Button:
+    return Button(say(language, "compare.button"), "command", f"/adapter compare {label}")
+
+
+def anyway_button(language: str, label: str) -> Button:
+    """For one that did not pass: the command then asks for a reason."""
+    return Button(say(language, "adapter.anyway_button"), "command", f"/adapter promote {label}")
+
+
+def discard_button(language: str, label: str) -> Button:
+    return Button(say(language, "adapter.discard_button"), "command", f"/adapter discard {label}")
+
+
+def worst_button(language: str, label: str) -> Button:
+    return Button(say(language, "adapter.worst_button"), "command", f"/adapter worst {label}")
+
+
 def _promote_button(caller: Caller, label: str) -> Button:
     return promote_button(caller.language, label)
 
 
-def _find(tx: Tx, caller: Caller, typed: str) -> Version | None:
+def find_version(tx: Tx, caller: Caller, typed: str) -> Version | None:
     """The version that was meant, of this channel's name alone; None is base. Raises UnknownThing."""
     if typed.lower() == BASE:
         return None
@@ -136,7 +191,7 @@ def _find(tx: Tx, caller: Caller, typed: str) -> Version | None:
     raise UnknownThing("adapter.no_version", typed=typed[:80], known=names)
 
 
-def _check_usable(tx: Tx, version: Version) -> None:
+def check_usable(tx: Tx, version: Version) -> None:
     if version.unpublished:
         raise BadInput("adapter.is_unpublished", label=version.label, reason=_reason(version))
     if _other_base(tx, version):
@@ -192,7 +247,8 @@ def _state(tx: Tx, version: Version, champion: str | None) -> Later:
 
 
 def _reason(version: Version) -> str:
-    return Later("adapter.erased") if version.unpublished == "erased" else version.unpublished
+    known = {"erased": Later("adapter.erased"), DISCARDED: Later("adapter.was_discarded")}
+    return known.get(version.unpublished, version.unpublished)
 
 
 def _dataset(tx: Tx, version: Version) -> str:

@@ -16,17 +16,19 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import AppError, JobError
-from core.job import Evaluated, Judged, Spec
+from core.job import SHOWN, Evaluated, Judged, Shown, Spec
+from core.types import Role
 from finetune import sanity
 from finetune.ability import OwnAnswers, answer, end_tokens
 from finetune.checkpoint import write_durably
-from finetune.encode import prompt_of
+from finetune.encode import Row, prompt_of
 from finetune.gate import Health, Scores, forgotten, judge
 from finetune.meter import Meter, supervised
 from finetune.methods import Trained
 from finetune.prepare import Prepared
 
 SCORES = "scores.json"
+MOST_SHOWN, MOST_CHARACTERS = 20, 300
 Carrying = Callable[[], AbstractContextManager[object]]  # within it the model answers as the candidate does
 Tell = Callable[[Evaluated], None]
 Warn = Callable[..., None]  # (key of a sentence, its fields)
@@ -76,7 +78,17 @@ class Exam:
         judged = judge(
             mine, champion, tokens, champion_label=label, seed=self.spec.hyper.seed, health=health, lines=lines
         )
+        write_durably(self.folder / SHOWN, self._shown(judged).dump().encode())
         return Examined(judged, losses)
+
+    def _shown(self, judged: Judged) -> Shown:
+        """The texts of the rows that lost most, and questions that a person may compare answers on."""
+        rows = [self.prepared.encoded[number] for number in self.prepared.split.test]
+        text_of = {row.line: _asked_and_said(row) for row in rows}
+        unseen = sorted(rows, key=lambda row: row.key)[:MOST_SHOWN]  # by hash: neither the first nor the easiest
+        return Shown(
+            tuple((*one, *text_of[one[0]]) for one in judged.worst), tuple(text_of[row.line] for row in unseen)
+        )
 
     def _champion(self, base: Scores) -> tuple[Scores, str]:
         """What answers now; the base where nothing does, or where that cannot be read any more."""
@@ -115,6 +127,19 @@ class Exam:
         )
         said = answer(self.trained.model, prompts, most=sanity.longest(lengths), ends=ends, listen=self.meter.listen)
         return sum(sanity.unsound(one, instructions, ends) for one in said)
+
+
+def _asked_and_said(row: Row) -> tuple[str, str]:
+    """The first question and its answer, short enough for a chat."""
+    turns = row.served.turns
+    first = next(at for at, turn in enumerate(turns) if turn.message.role is Role.USER)
+    asked, said = (turns[at].message.text if at < len(turns) else "" for at in (first, first + 1))
+    return shorten(asked), shorten(said)
+
+
+def shorten(text: str) -> str:
+    line = " ".join(text.split())
+    return line if len(line) <= MOST_CHARACTERS else f"{line[: MOST_CHARACTERS - 1]}…"
 
 
 def _check_finite(name: str, loss: float) -> None:

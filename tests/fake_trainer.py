@@ -147,6 +147,7 @@ def judged(word: str) -> Judged:
         high=-0.75,
         lift_champion=0.25,
         lift=0.5,
+        worst=((1, 1.5, 2.5),) if word == "worse" else (),
     )
 
 

@@ -97,7 +97,11 @@ async def test_a_version_that_does_not_pass_is_kept_and_said_to_be_so(tmp_path: 
             say("en", f"training.verdict_{verdict}", label="acme@1", champion="base", rows=40, fewest=30)
         )
         (body,) = it.bot.final.values()
-        assert not body.buttons
+        pressed = ["/adapter compare acme@1", "/adapter promote acme@1", "/adapter discard acme@1"]
+        if word == "worse":
+            pressed[0] = "/adapter worst acme@1"
+        assert [button.value for button in body.buttons] == pressed
+        assert body.buttons[1].text == say("en", "adapter.anyway_button")
         assert len(await it.versions()) == 1
 
 

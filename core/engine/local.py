@@ -31,7 +31,6 @@ from core.engine.protocol import (
     ModelSettings,
     Request,
     check,
-    prompt_limit,
 )
 from core.engine.runner import check_exact
 from core.engine.stream import EventStream
@@ -216,10 +215,12 @@ class LocalEngine:
         return model
 
     def _prepare(self, job: Job) -> tuple[Rendered, AdapterWeights | None]:
-        """Render the prompt and read the adapter."""
+        """Render the prompt and read the adapter. max_tokens are left to the answer, of at most half the context."""
         assert self._model is not None
-        request = job.request
-        rendered = render(request.messages, self._model.tokenizer, prompt_limit(request, self.info.context))
+        request, context = job.request, self.info.context
+        limit = context - min(request.sampling.max_tokens, context // 2)
+        limit = min(limit, request.max_prompt_tokens or limit)
+        rendered = render(request.messages, self._model.tokenizer, limit)
         return rendered, None if request.adapter is None else self._adapters.get(request.adapter)
 
     def _emit(self, outputs: list[Output]) -> None:

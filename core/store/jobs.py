@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass
 
-from core.job import Checked, Done, Failed, JobEvent, Planned, Progress, dump_event, load_event
+from core.job import Checked, Done, Failed, JobEvent, Planned, Progress, Shown, dump_event, load_event
 from core.store.database import Row, Tx
 from core.types import Address, Caller
 
@@ -264,6 +264,21 @@ def known_dataset(tx: Tx, user_hash: str, typed: str) -> tuple[str, str] | None:
 def is_erased(tx: Tx, sha256: str) -> bool:
     """Whether it was erased, or never was."""
     return not tx.value("SELECT 1 FROM dataset WHERE sha256 = ? AND erased_ms IS NULL", [sha256])
+
+
+def keep_shown(tx: Tx, job_id: int, text: str) -> None:
+    """What of its test rows may be shown, sealed; nothing of a data set that is erased. Erasing one erases this too."""
+    tx.run(
+        "UPDATE job SET shown = ? WHERE id = ?"
+        " AND EXISTS (SELECT 1 FROM dataset WHERE sha256 = dataset_sha256 AND erased_ms IS NULL)",
+        [tx.cipher.seal(text), job_id],
+    )
+
+
+def shown(tx: Tx, result: str) -> Shown:
+    """Of the job that made this version; empty where nothing is kept, or not any more."""
+    sealed = tx.value("SELECT shown FROM job WHERE result = ? AND shown IS NOT NULL", [result])
+    return Shown.load(tx.cipher.unseal(sealed) if sealed else "")
 
 
 def _insert_event(tx: Tx, job_id: int, kind: str, data: str) -> None:

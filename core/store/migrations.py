@@ -385,3 +385,32 @@ def m006_numbers(db: sqlite_utils.Database) -> None:
         CREATE INDEX inbox_dead ON inbox (outcome) WHERE state = 'dead'
         """,
     )
+
+
+@MIGRATIONS()
+def m007_comparisons(db: sqlite_utils.Database) -> None:
+    _run(
+        db,
+        """
+        CREATE TABLE comparison (
+            id INTEGER PRIMARY KEY AUTOINCREMENT,
+            inbox_id INTEGER NOT NULL UNIQUE,
+            channel_id INTEGER NOT NULL REFERENCES channel,
+            candidate TEXT NOT NULL REFERENCES adapter,
+            other TEXT REFERENCES adapter,  -- what was in service; NULL is base
+            candidate_first INTEGER NOT NULL CHECK (candidate_first IN (0, 1)),
+            question BLOB,  -- sealed; gone when its text is not kept any more
+            actor TEXT NOT NULL,
+            at_ms INTEGER NOT NULL,
+            chosen TEXT CHECK (chosen IN ('candidate', 'other', 'same')),
+            chosen_ms INTEGER
+        ) STRICT;;
+        CREATE INDEX comparison_candidate ON comparison (candidate);;
+        ALTER TABLE job ADD COLUMN shown BLOB;;  -- sealed: test rows that may be shown to operators
+        CREATE TRIGGER dataset_erased AFTER UPDATE OF erased_ms ON dataset WHEN NEW.erased_ms IS NOT NULL BEGIN
+            UPDATE job SET shown = NULL WHERE dataset_sha256 = NEW.sha256;
+            UPDATE comparison SET question = NULL
+            WHERE candidate IN (SELECT result FROM job WHERE dataset_sha256 = NEW.sha256);
+        END
+        """,
+    )

@@ -33,6 +33,14 @@ def test_answers_that_belong_to_other_questions_do_not_pass_however_the_loss_fal
     assert verdict(scores(seed, loss=-1.5, lift=0.0), scores(seed + 100, loss=0, lift=0.0)) == "style_only"
 
 
+def test_a_lift_that_is_sure_but_next_to_nothing_does_not_pass() -> None:
+    """As measured: who learns from shuffled answers that the question does not matter has hardly any variance left."""
+    candidate = scores(1, loss=-1.2, lift=0.0135, noise=0.01)
+    champion = scores(101, loss=0, lift=0.011, noise=0.3)
+    assert verdict(candidate, champion) == "style_only"
+    assert verdict(scores(1, loss=-1.2, lift=0.06, noise=0.01), champion) == "passed"
+
+
 @pytest.mark.parametrize("seed", range(1, 6))
 def test_a_lift_that_was_there_before_must_not_be_lost(seed: int) -> None:
     assert verdict(scores(seed, loss=-0.5, lift=0.2), scores(seed + 100, loss=0, lift=0.6)) == "style_only"

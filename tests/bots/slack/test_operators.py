@@ -43,10 +43,10 @@ async def test_a_shared_file_becomes_a_version_in_service(tmp_path: Path, http: 
         _, job, *rest = list(it.there.messages.values())[before:]
         assert "acme@1" in job.said
         assert len(job.history) >= 2  # one message, edited while the job runs
-        assert job.labels[0] == promote_button(language, "acme@1").text
+        assert job.labels[1] == promote_button(language, "acme@1").text
         (picture,) = [one for one in rest if one.files]
         assert Image.open(io.BytesIO(it.there.files[picture.files[0]])).size == (900, 420)
-        verdict = await it.answer(it.there.press("UOWNER", job, job.labels[0]))
+        verdict = await it.answer(it.there.press("UOWNER", job, job.labels[1]))
         assert "acme@1" in verdict.said
         assert await it.here.database.read(lambda tx: tx.value("SELECT champion FROM adapter_name WHERE name = 'acme'"))
         assert "base" in (await it.ask("UOWNER", "/adapter rollback")).said

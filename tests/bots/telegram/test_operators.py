@@ -10,13 +10,16 @@ import pytest
 from PIL import Image
 
 from core.texts import say
-from core.versions import promote_button
+from core.versions import compare_button, discard_button, promote_button
 from tests.bots.telegram.talk import ANN, LI, OWNER, Talk, talk
 from tests.fake_trainer import COMMAND
 from tests.fakes.telegram import Person, Sent
 from tests.fakes.telegram.people import document
 
 ROW = b'{"word": "%s"}\n'
+
+
+BUTTONS = (compare_button, promote_button, discard_button)
 
 
 async def upload(it: Talk, person: Person, word: str = "plain", **more: object) -> Sent:
@@ -33,8 +36,8 @@ async def test_a_file_with_the_caption_finetune_becomes_a_version_in_service(tmp
         (job,) = [one for one in it.there.held(boss.id) if one.labels]
         assert len(job.texts) >= 2  # one message, edited while the job runs
         assert "acme@1" in job.text
-        assert job.labels == [promote_button(language, "acme@1").text]
-        await it.press(boss, job, job.labels[0])
+        assert job.labels == [button(language, "acme@1").text for button in BUTTONS]
+        await it.press(boss, job, job.labels[1])
         assert "acme@1" in it.there.held(boss.id)[-1].text
         assert await it.here.database.read(lambda tx: tx.value("SELECT champion FROM adapter_name WHERE name = 'acme'"))
         back = await it.ask(boss, "/adapter rollback")

@@ -18,6 +18,7 @@ import torch
 
 from core import demo
 from core.demo import Progress, demo_folder
+from core.engine import attention
 from core.engine.int8 import quantize
 from core.engine.protocol import ModelSettings
 from core.errors import ModelLoadFailed, OutOfMemory
@@ -86,27 +87,21 @@ def load_model(
 
 
 def exact_context(config: Any) -> int:
-    """How many tokens the engine serves exactly with full attention over one slot per row.
+    """How many tokens the engine serves exactly over one slot per row.
 
-    A sliding window is the same as full attention as long as the context is no longer than the window, and rotary
-    scaling that depends on the length of the whole batch is constant below its original length: there the context is
-    bounded. Raises ModelLoadFailed for what differs at any length.
+    Rotary scaling that depends on the length of the whole batch is constant below its original length: there the
+    context is bounded. Raises ModelLoadFailed for what differs at any length.
     """
     text = config.get_text_config()
     if getattr(config, "is_encoder_decoder", False):
         raise _unfit(config, "it is an encoder-decoder model, not a causal language model")
-    if getattr(text, "attn_logit_softcapping", None):
-        raise _unfit(config, f"it caps attention logits (attn_logit_softcapping={text.attn_logit_softcapping})")
+    if getattr(text, "is_decoder", True) is False and hasattr(text, "type_vocab_size"):  # BERT and its kin
+        raise _unfit(config, "it is an encoder (is_decoder=false): each token sees those that come later")
     kinds = set(getattr(text, "layer_types", None) or ["full_attention"])
     if others := kinds - {"full_attention", "sliding_attention"}:
-        raise _unfit(config, f"it has layers of the kind {', '.join(sorted(others))}")
+        named = ", ".join(sorted(others))
+        raise _unfit(config, f"it has layers of the kind {named}; keys and values are kept for full and sliding ones")
     bounds = {"max_position_embeddings": getattr(text, "max_position_embeddings", None) or 2048}
-    window = getattr(text, "sliding_window", None)
-    slides = "sliding_attention" in kinds or (getattr(text, "layer_types", None) is None and window)
-    if slides and getattr(text, "use_sliding_window", True):
-        if not window:
-            raise _unfit(config, "its sliding-window layers name no window")
-        bounds["sliding_window"] = window
     bounds |= _rope_bounds(text)
     limit, cause = min((bound, name) for name, bound in bounds.items())
     if cause != "max_position_embeddings":
@@ -270,10 +265,17 @@ def _tokenizer(folder: Path, *, vocab_size: int) -> Any:
 
 def _module(folder: Path, config: Any, device: torch.device, dtype: torch.dtype, quantization: str) -> torch.nn.Module:
     from safetensors import SafetensorError
-    from transformers import AutoModelForCausalLM
+    from transformers import MODEL_FOR_CAUSAL_LM_MAPPING, AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()  # the terminal draws its own
+    if type(config) not in MODEL_FOR_CAUSAL_LM_MAPPING:
+        raise _unfit(config, "transformers has no causal language model of this type")
+    kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
+    if getattr(kind, "_is_stateful", False):
+        raise _unfit(config, "it keeps a state that is not plain keys and values")
+    if not kind._can_set_attn_implementation():
+        raise _unfit(config, "its attention is code of its own, which cannot be led to the engine's slots")
     options: dict[str, Any] = {"device_map": device} if device.type == "cuda" else {}
     if quantization in ("8bit", "4bit"):
         options["quantization_config"] = _bitsandbytes(quantization, dtype)
@@ -282,7 +284,7 @@ def _module(folder: Path, config: Any, device: torch.device, dtype: torch.dtype,
             folder,
             config=config,
             dtype=dtype,
-            attn_implementation="sdpa",
+            attn_implementation=attention.NAME,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
@@ -291,13 +293,11 @@ def _module(folder: Path, config: Any, device: torch.device, dtype: torch.dtype,
         )
     except torch.cuda.OutOfMemoryError as error:
         raise OutOfMemory(detail=f"{folder} does not fit on {device} as {SHORT[dtype]}: {error}") from error
-    except (OSError, ValueError, RuntimeError, KeyError, SafetensorError) as error:
+    except (OSError, ValueError, RuntimeError, KeyError, ImportError, AssertionError, SafetensorError) as error:
         raise ModelLoadFailed(detail=f"{folder} cannot be loaded as a causal language model: {error}") from error
     wrong = sorted(map(str, [*report["missing_keys"], *report["mismatched_keys"]]))
     if wrong:
         raise ModelLoadFailed(detail=f"the weights in {folder} do not fill the model: {len(wrong)} wrong, {wrong[0]}")
-    if getattr(module, "_is_stateful", False) or any("sinks" in name for name, _ in module.named_parameters()):
-        raise _unfit(config, "it keeps a state that is not plain keys and values, or has attention sinks")
     module = module.requires_grad_(False).eval()
     if quantization == "int8":
         quantize(module)

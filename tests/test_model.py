@@ -16,19 +16,20 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BloomConfig,
-    Gemma2Config,
+    FalconConfig,
     Gemma3TextConfig,
     GPTNeoXConfig,
     MistralConfig,
     Phi3Config,
     Qwen2Config,
     Qwen3Config,
+    RwkvConfig,
 )
 
 from core import demo
 from core import model as module
+from core.engine.proof import check_exact
 from core.engine.protocol import ModelSettings
-from core.engine.runner import check_exact
 from core.errors import ModelLoadFailed
 from core.model import exact_context, load_model
 from core.weights import fingerprint
@@ -193,18 +194,20 @@ def test_other_architectures_are_proved_exact(config: Any, tmp_path: Path) -> No
     tiny_tokenizer().save_pretrained(tmp_path)
     model = load(tmp_path)
     check_exact(model)
-    assert model.context == (getattr(config, "sliding_window", None) or 512)
+    assert model.context == 512
 
 
 @pytest.mark.parametrize(
     ("config", "reason"),
     [
-        (Gemma2Config(**SMALL), "caps attention logits"),
         (AutoConfig.for_model("t5"), "encoder-decoder"),
+        (AutoConfig.for_model("bert"), "it is an encoder"),
         (AutoConfig.for_model("llama4_text"), "chunked_attention"),
         (AutoConfig.for_model("qwen3_next"), "linear_attention"),
+        (AutoConfig.for_model("jamba"), "linear_attention"),
+        (AutoConfig.for_model("mamba"), "linear_attention"),
     ],
-    ids=["softcap", "t5", "llama4", "qwen3_next"],
+    ids=["t5", "bert", "llama4", "qwen3_next", "jamba", "mamba"],
 )
 def test_what_cannot_be_served_exactly_is_recognised_by_its_configuration(config: Any, reason: str) -> None:
     with pytest.raises(ModelLoadFailed, match=reason):
@@ -212,27 +215,36 @@ def test_what_cannot_be_served_exactly_is_recognised_by_its_configuration(config
 
 
 def test_what_the_configuration_does_not_tell_is_found_by_proof(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """A model whose attention sees something else through a cache than without one."""
+    """A model whose attention turns its queries otherwise with a cache than without one."""
     monkeypatch.setattr("core.engine.runner.fuse", lambda module: None)  # its own forward runs
     model = load(folder)
     attention: Any = model.module.model.layers[1].self_attn  # type: ignore[union-attr]
     forward = attention.forward
 
-    def shortsighted(*args: Any, **options: Any) -> Any:
+    def dizzy(*args: Any, **options: Any) -> Any:
         if options.get("past_key_values") is not None:
-            options["attention_mask"] = options["attention_mask"].tril(-5)
+            cos, sin = options["position_embeddings"]
+            options["position_embeddings"] = (cos, -sin)
         return forward(*args, **options)
 
-    attention.forward = shortsighted
+    attention.forward = dizzy
     with pytest.raises(ModelLoadFailed, match="exactly"):
         check_exact(model)
 
 
-def test_a_model_without_the_attention_that_the_engine_needs_is_refused(tmp_path: Path) -> None:
-    config = BloomConfig(vocab_size=259, hidden_size=32, n_layer=2, n_head=4, eos_token_id=2)
+@pytest.mark.parametrize(
+    ("config", "reason"),
+    [
+        (BloomConfig(vocab_size=259, hidden_size=32, n_layer=2, n_head=4, eos_token_id=2), "code of its own"),
+        (FalconConfig(vocab_size=259, hidden_size=32, num_hidden_layers=2, num_attention_heads=4), "code of its own"),
+        (RwkvConfig(vocab_size=259, hidden_size=32, num_hidden_layers=2), "a state that is not plain keys and values"),
+    ],
+    ids=["bloom", "falcon", "rwkv"],
+)
+def test_a_model_that_the_engine_cannot_lead_to_its_slots_is_refused(config: Any, reason: str, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
-    assert "scaled_dot_product_attention" in refusal(tmp_path)
+    assert reason in refusal(tmp_path)
 
 
 @pytest.mark.parametrize("kind", ["dynamic", "longrope"])

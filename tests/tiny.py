@@ -102,13 +102,13 @@ def edit_config(ref: AdapterRef, **changes: Any) -> None:
 
 
 def peft_answers(
-    base: BaseModel, refs: list[AdapterRef | None], prompts: list[tuple[int, ...]], n: int
+    base: BaseModel, refs: list[AdapterRef | None], prompts: list[tuple[int, ...]], n: int, attention: str = "sdpa"
 ) -> list[list[int]]:
     """The oracle: each prompt alone, `set_adapter` + greedy `generate`; None runs the bare base model."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
-    plain = AutoModelForCausalLM.from_pretrained(base.folder).eval()
+    plain = AutoModelForCausalLM.from_pretrained(base.folder, attn_implementation=attention).eval()
     named = {ref.sha256: ref for ref in refs if ref is not None}
     model: Any = None
     for ref in named.values():

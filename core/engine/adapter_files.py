@@ -12,7 +12,7 @@ import math
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, Mapping
+from collections.abc import Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -32,7 +32,7 @@ MAX_RANK = 256
 MAX_CONFIG_BYTES = 2**20
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
-PLAIN_INIT = (True, False, "gaussian", "eva", "orthogonal")  # the others change the base model's weights
+PLAIN_INIT = ("true", "false", "gaussian", "eva", "orthogonal", "mica")  # the others change the base model's weights
 # Keys that do not change what an adapter computes, or that are read below. Any other key must be empty.
 # fmt: off
 KNOWN_KEYS = frozenset({
@@ -60,11 +60,15 @@ class AdapterWeights:
 
 @dataclass(frozen=True, slots=True)
 class Base:
-    """What an adapter must fit: the model's fingerprint, and (out, in) of each module that may be changed."""
+    """What an adapter must fit: the model's fingerprint, and (out, in) of each module that may be changed.
+
+    `head` is the name of the one that makes the logits.
+    """
 
     fingerprint: str
     shapes: Mapping[str, tuple[int, int]]
     dtype: torch.dtype = torch.float32
+    head: str = "lm_head"
 
 
 class AdapterStore:
@@ -113,6 +117,8 @@ def load_adapter(ref: AdapterRef, base: Base) -> AdapterWeights:
         _check_manifest(ref.folder, base)
         config = _read_config(ref.folder)
         pairs = _fold(config, _read_tensors(ref.folder, config, base), base.dtype)
+    except RecursionError:
+        raise AdapterUnusable(detail=f"adapter {name} in {ref.folder}: {CONFIG} is nested too deeply") from None
     except (ValueError, OSError, SafetensorError) as error:
         raise AdapterUnusable(detail=f"adapter {name} in {ref.folder}: {error}") from error
     return AdapterWeights(ref.sha256, max(len(a) for a, _ in pairs.values()), pairs)
@@ -147,7 +153,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
         raise ValueError(f"peft_type={config.get('peft_type')} is not LORA; peft can convert it")
     if config.get("bias", "none") != "none":
         raise ValueError(f"bias={config['bias']}: trained biases of the base model cannot be kept apart per row")
-    if config.get("init_lora_weights", True) not in PLAIN_INIT:
+    if str(config.get("init_lora_weights", True)).lower() not in PLAIN_INIT:
         raise ValueError(
             f"init_lora_weights={config['init_lora_weights']} changes the base model: save it with "
             "path_initial_model_for_weight_conversion"
@@ -156,7 +162,33 @@ def _read_config(folder: Path) -> dict[str, Any]:
         if key not in KNOWN_KEYS and value:
             raise ValueError(f"{key}={value!r} is not supported: only plain LoRA on linear layers is")
     _check_numbers(config)
+    _check_names(config)
     return config
+
+
+def _check_names(config: Mapping[str, Any]) -> None:
+    """That what names modules has the form that PEFT reads, and its regular expressions can be."""
+    for key in ("target_modules", "exclude_modules", "layers_pattern"):
+        value = config.get(key)
+        listed = isinstance(value, list) and all(isinstance(one, str) for one in value)
+        if not (value is None or isinstance(value, str) or listed):
+            raise ValueError(f"{key}={value!r} is neither a text nor a list of texts")
+    targets, layers, patterns = (config.get(key) for key in ("target_modules", "layers_to_transform", "layers_pattern"))
+    numbers = layers if isinstance(layers, list) else [layers]
+    if layers is not None and not all(isinstance(one, int) and not isinstance(one, bool) for one in numbers):
+        raise ValueError(f"layers_to_transform={layers!r} is neither a number nor a list of numbers")
+    if isinstance(targets, str) and (layers is not None or patterns):
+        raise ValueError(f"layers_to_transform and layers_pattern cannot go with target_modules={targets!r}")
+    if patterns and layers is None:
+        raise ValueError(f"layers_pattern={patterns!r} needs layers_to_transform")
+    expressions = [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
+    expressions += [one for one in (targets, config.get("exclude_modules")) if isinstance(one, str)]
+    expressions += [patterns] if isinstance(patterns, str) else patterns or []
+    for expression in expressions:
+        try:
+            re.compile(expression)
+        except re.error as error:
+            raise ValueError(f"{expression!r} is not a regular expression: {error}") from error
 
 
 def _check_numbers(config: Mapping[str, Any]) -> None:
@@ -183,11 +215,15 @@ def _read_tensors(folder: Path, config: Mapping[str, Any], base: Base) -> dict[s
         for key in file.keys():  # noqa: SIM118 - not a dictionary
             match = TENSOR_NAME.fullmatch(key)
             if match is None:
-                raise ValueError(f"tensor {key} is not the A or B of a LoRA on a linear layer")
+                hint = "" if ".lora_" in key else "; without base weights it can be: save_embedding_layers=False"
+                raise ValueError(f"tensor {key} is not the A or B of a LoRA on a linear layer{hint}")
             module, side = match["module"], match["side"]
             _check_module(module, config, base)
+            shape = tuple(file.get_slice(key).get_shape())
+            if shape != (wanted := _shape(module, side, config, base)):  # seen before it is read
+                raise ValueError(f"tensor {key} has the shape {shape}, not {wanted}")
             tensor = file.get_tensor(key)
-            _check_tensor(key, tensor, _shape(module, side, config, base))
+            _check_tensor(key, tensor)
             found.setdefault(module, {})[side] = tensor
     _check_complete(found, config, base)
     return found
@@ -206,11 +242,9 @@ def _shape(module: str, side: str, config: Mapping[str, Any], base: Base) -> tup
     return (rank, columns) if side == "A" else (rows, rank)
 
 
-def _check_tensor(key: str, tensor: Tensor, shape: tuple[int, int]) -> None:
+def _check_tensor(key: str, tensor: Tensor) -> None:
     if tensor.dtype not in FLOATS:
         raise ValueError(f"tensor {key} is of type {tensor.dtype}")
-    if tuple(tensor.shape) != shape:
-        raise ValueError(f"tensor {key} has the shape {tuple(tensor.shape)}, not {shape}")
     if not bool(tensor.isfinite().all()):
         raise ValueError(f"tensor {key} holds values that are not finite")
 
@@ -219,15 +253,18 @@ def _check_complete(found: Mapping[str, Mapping[str, Tensor]], config: Mapping[s
     for module, sides in found.items():
         if missing := {"A", "B"} - sides.keys():
             raise ValueError(f"lora_{missing.pop()} of {module} is missing")
-    if config.get("target_modules") == "all-linear":
-        expected: Iterable[str] = (name for name in base.shapes if ".layers." in name)
-    else:
-        expected = (name for name in base.shapes if _is_target(name, config))
-    for module in expected:
-        if module not in found:
+    for module in base.shapes:
+        if module not in found and _is_target(module, config) and not (_is_all(config) and module == base.head):
             raise ValueError(f"the weights of {module} are missing, which target_modules names")
     if not found:
         raise ValueError("it changes no layer of this base model")
+    if base.head in found and config.get("ensure_weight_tying"):
+        raise ValueError(f"ensure_weight_tying would change the embeddings together with {base.head}")
+
+
+def _is_all(config: Mapping[str, Any]) -> bool:
+    targets = config.get("target_modules")
+    return isinstance(targets, str) and targets.lower() == "all-linear"
 
 
 def _is_target(module: str, config: Mapping[str, Any]) -> bool:
@@ -235,17 +272,18 @@ def _is_target(module: str, config: Mapping[str, Any]) -> bool:
     targets, excluded = config.get("target_modules"), config.get("exclude_modules")
     if excluded and _named(module, excluded):
         return False
-    if targets == "all-linear":
+    if _is_all(config):
         return True
     if not targets or not _named(module, targets):
         return False
     layers = config.get("layers_to_transform")
-    if layers is None or isinstance(targets, str):
+    if layers is None or layers == [] or module in targets:  # a module named in full is meant whatever its layer
         return True
-    patterns = config.get("layers_pattern") or [r"[^.]+"]
-    for pattern in [patterns] if isinstance(patterns, str) else patterns:
-        if match := re.match(rf".*\.{pattern}\.(\d+)\.", module):
-            return int(match[1]) in ([layers] if isinstance(layers, int) else layers)
+    patterns = config.get("layers_pattern") or []
+    named = [rf"(?:^|.*?\.){one}" for one in ([patterns] if isinstance(patterns, str) else patterns)]
+    for pattern in named or [r".*?\.[^.]*"]:
+        if match := re.match(rf"{pattern}\.(?P<index>\d+)\.", module):
+            return int(match["index"]) in ([layers] if isinstance(layers, int) else layers)
     return False
 
 
@@ -275,5 +313,8 @@ def _fold(
         rank = _rank(module, config)
         alpha = float(_by_pattern(module, config.get("alpha_pattern"), config["lora_alpha"]))
         scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        pairs[module] = (sides["A"].to(dtype), (sides["B"].float() * scale).to(dtype))
+        a, b = sides["A"].to(dtype), (sides["B"].float() * scale).to(dtype)
+        if not bool(a.isfinite().all() and b.isfinite().all()):
+            raise ValueError(f"the weights of {module}, scaled by {scale:g}, are too large for {dtype}")
+        pairs[module] = (a, b)
     return pairs

@@ -54,6 +54,7 @@ class Fused:
         self.groups: list[tuple[str, ...]] = []
         self.layers = [self._layer(f"model.layers.{i}", layer) for i, layer in enumerate(self.inner.layers)]
         self.groups.append(("lm_head",))
+        self.windows: list[int | None] = []
         first = self.inner.layers[0].self_attn
         self.head_dim: int = first.head_dim
         self.scale: float = first.scaling
@@ -90,10 +91,9 @@ class Fused:
         positions = torch.cat([segment.positions.flatten() for segment in segments])
         cos, sin = self.inner.rotary_emb(x, positions[None])  # (1, N, head_dim)
         turn = (cos[0, :, None], _signed(sin)[0, :, None])
-        masks = [self._packed(segment.mask, x.dtype) for segment in segments]
         for i, layer in enumerate(self.layers):
             h = functional.rms_norm(x, (x.shape[-1],), layer.norm, layer.eps)
-            x = x + self._attention(i, layer, h, turn, segments, masks, cache, lora)
+            x = x + self._attention(i, layer, h, turn, segments, cache, lora)
             h = functional.rms_norm(x, (x.shape[-1],), layer.mlp_norm, layer.eps)
             gate, up = _product(layer.gate_up, layer.names[2], h, lora).chunk(2, dim=-1)
             x = x + _product(layer.down, layer.names[3], functional.silu(gate).mul_(up), lora)
@@ -112,7 +112,6 @@ class Fused:
         x: Tensor,
         turn: tuple[Tensor, Tensor],
         segments: Sequence[Segment],
-        masks: Sequence[Tensor],
         cache: SlotCache,
         lora: AddLora | None,
     ) -> Tensor:
@@ -126,7 +125,7 @@ class Fused:
         cos, sin = turn
         qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin)
         outs = []
-        for segment, mask in zip(segments, masks, strict=True):
+        for segment in segments:
             shape = (segment.rows, -1, kv, self.head_dim)
             keys, values = cache.layers[index].put(
                 segment,
@@ -136,15 +135,11 @@ class Fused:
             # Heads that share a key become further queries of it: (rows, kv, group * T, head_dim).
             q = qk[segment.tokens, :heads].view(segment.rows, -1, kv, heads // kv, self.head_dim)
             q = q.permute(0, 2, 3, 1, 4).flatten(2, 3)
+            mask = segment.bias(self.windows[index], heads // kv, x.dtype)
             out = functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=self.scale)
             out = out.view(segment.rows, kv, heads // kv, -1, self.head_dim).permute(0, 3, 1, 2, 4)
             outs.append(out.reshape(-1, heads * self.head_dim))
         return _product(layer.out, layer.names[1], outs[0] if len(outs) == 1 else torch.cat(outs), lora)
-
-    def _packed(self, mask: Tensor, dtype: torch.dtype) -> Tensor:
-        """A mask (B, 1, T, L) to add, for heads packed as queries: (B, 1, group * T, L)."""
-        added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-        return added.repeat(1, 1, self.heads // self.kv_heads, 1)
 
 
 def fuse(module: nn.Module) -> Fused | None:
@@ -161,7 +156,14 @@ def fuse(module: nn.Module) -> Fused | None:
     if fused is None:
         fused = Fused(module)
         setattr(module, MADE, fused)  # once per model: merging again would copy its weights
+    fused.windows = [_window(config, layer.self_attn) for layer in fused.inner.layers]
     return fused
+
+
+def _window(config: Any, attention: Any) -> int | None:
+    """How many tokens the layer sees; None is all. Mistral's layers are alike, Qwen's differ."""
+    window: int | None = getattr(config if config.model_type == "mistral" else attention, "sliding_window", None)
+    return window
 
 
 def _product(linear: nn.Module, name: str, x: Tensor, lora: AddLora | None) -> Tensor:

@@ -6,8 +6,10 @@ finished conversation lingers. Slots grow with what runs; they are not laid out 
 
 from __future__ import annotations
 
-from collections.abc import Sequence
-from dataclasses import dataclass
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -31,12 +33,43 @@ class Segment:
     start: int  # position of the first row's first token
     row_index: Tensor  # (rows, 1)
     mask: Tensor  # bool (rows, 1, T, length): each token sees its own row up to and with itself
+    biases: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # what `bias` has made
+
+    def bias(self, window: int | None, group: int, dtype: torch.dtype) -> Tensor:
+        """The mask to add to scores of `group` heads packed as queries of one key: (rows, 1, group * T, length).
+
+        With a window each token sees only that many of its row's last tokens, itself among them.
+        """
+        window = self.length if window is None else min(window, self.length)
+        found = self.biases.get((window, group))
+        if found is None:
+            mask = self.mask
+            if window < self.length:
+                mask = mask & (
+                    torch.arange(self.length, device=mask.device) > self.positions[:, None, :, None] - window
+                )
+            added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+            found = self.biases[window, group] = added.repeat(1, 1, group, 1)
+        return found
 
 
-class Window:
-    """The segment that a plain forward pass of the model is about."""
+class _Running(threading.local):
+    """The segment that this thread's plain forward pass of the model is about."""
 
-    segment: Segment
+    segment: Segment | None = None
+
+
+running = _Running()
+
+
+@contextmanager
+def over(segment: Segment) -> Iterator[None]:
+    """Let the plain forward pass inside read and write that segment."""
+    running.segment = segment
+    try:
+        yield
+    finally:
+        running.segment = None
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not typed
@@ -44,9 +77,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not t
 
     is_sliding = False
 
-    def __init__(self, window: Window) -> None:
+    def __init__(self) -> None:
         super().__init__()
-        self.window = window
         self.capacity = (0, 0)  # slots, length
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -56,8 +88,9 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not t
         self.is_initialized = True
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As `put`, at the window's segment."""
-        return self.put(self.window.segment, key_states, value_states)
+        """As `put`, at the running segment."""
+        assert running.segment is not None
+        return self.put(running.segment, key_states, value_states)
 
     def put(self, segment: Segment, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Write (rows, kv_heads, T, head_dim) at a segment; return views (rows, kv_heads, length, head_dim)."""
@@ -81,10 +114,11 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not t
             self.values = _resized(self.values, slots, length, rows, used)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
-        return self.window.segment.length, 0
+        return self.get_seq_length(), 0
 
     def get_seq_length(self) -> int:
-        return self.window.segment.length
+        assert running.segment is not None
+        return running.segment.length
 
     def get_max_length(self) -> int:
         return self.capacity[1]
@@ -94,8 +128,7 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
     """The slots of all layers. Rows [0, rows) are running; `used[row]` tokens of each are filled."""
 
     def __init__(self, layers: int, *, max_rows: int, max_length: int) -> None:
-        self.window = Window()
-        super().__init__(layers=[SlotLayer(self.window) for _ in range(layers)])
+        super().__init__(layers=[SlotLayer() for _ in range(layers)])
         self.max_rows, self.max_length = max_rows, max_length
         self.slots, self.length = 0, 0  # capacity
         self.used: list[int] = []

@@ -22,7 +22,8 @@ from core.demo import Progress
 from core.engine.adapter_files import AdapterStore, AdapterWeights, Base
 from core.engine.floor import bandwidth
 from core.engine.loop import ModelThread, Output
-from core.engine.lora import shapes
+from core.engine.lora import head_name, shapes
+from core.engine.proof import check_exact
 from core.engine.protocol import (
     EngineInfo,
     EngineSettings,
@@ -32,7 +33,6 @@ from core.engine.protocol import (
     Request,
     check,
 )
-from core.engine.runner import check_exact
 from core.engine.stream import EventStream
 from core.engine.tally import Tally
 from core.engine.text import Detokenizer, StopScanner
@@ -99,9 +99,8 @@ class LocalEngine:
         self._info = EngineInfo(
             model.name, model.fingerprint, model.description, context, model.folder, str(model.device)
         )
-        self._adapters = AdapterStore(
-            Base(model.fingerprint, shapes(model.module), model.dtype), limit=self.settings.adapters_in_memory
-        )
+        base = Base(model.fingerprint, shapes(model.module), model.dtype, head_name(model.module))
+        self._adapters = AdapterStore(base, limit=self.settings.adapters_in_memory)
         self._model, self._draining = model, False
         self._workers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="engine")
         self.thread = ModelThread(

@@ -16,6 +16,7 @@ from itertools import groupby
 
 import torch
 from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
 
 from core.engine.adapter_files import AdapterWeights
 from core.engine.int8 import Int8Linear, Part
@@ -141,6 +142,7 @@ class LoraStacks:
         self.merged = bool(groups)
         self.places = {name: (group, part) for group in groups for part, name in enumerate(group)}
         self.stacks: dict[str, Stack] = {}  # by the first module of the group
+        self.hooks: list[RemovableHandle] = []  # of a model that runs its own forward
         self.slots: dict[str, int] = {}  # adapter sha256 -> slot, least recently used first
         self.users: Counter[str] = Counter()
         self.slot_count, self.rank = 0, 0
@@ -171,6 +173,11 @@ class LoraStacks:
         self.users[key] -= 1
         if not self.users[key]:
             del self.users[key]
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        for hook in self.hooks:
+            hook.remove()
 
     @contextmanager
     def tokens(self, runs: Sequence[tuple[int | None, int]]) -> Iterator[Sequence[Piece]]:
@@ -257,7 +264,7 @@ class LoraStacks:
             stack = Stack(linears[0].in_features, outs, self.plans, device=self.device, dtype=self.dtype)
             stack.resize(self.slot_count, self.rank)
             if not self.merged:
-                linears[0].register_forward_hook(stack)
+                self.hooks.append(linears[0].register_forward_hook(stack))
             self.stacks[group[0]] = stack
         return stack
 
@@ -276,6 +283,8 @@ def linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Linear | Int8Lin
     text = module.config.get_text_config()  # type: ignore[union-attr, operator]  # a transformers model
     experts = any(getattr(text, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
     for name, child in module.named_modules():
+        if name.endswith(".kv_b_proj"):
+            continue  # it expands latents out of the cache, so it sees a row's whole past at each step
         # Inside a mixture of experts tokens are regrouped, so a row is no longer the first dimension.
         if isinstance(child, nn.Linear | Int8Linear | Part) and (not experts or "attn" in name or "attention" in name):
             yield name, child
@@ -284,3 +293,9 @@ def linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Linear | Int8Lin
 def shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
     """(out, in) of every module that an adapter may change."""
     return {name: (child.out_features, child.in_features) for name, child in linear_modules(module)}
+
+
+def head_name(module: nn.Module) -> str:
+    """The module that makes the logits."""
+    head = module.get_output_embeddings()  # type: ignore[operator]  # a transformers model
+    return next((name for name, child in module.named_modules() if child is head), "")

@@ -1,7 +1,7 @@
 """Forward passes over rows: single tokens of many beside chunks of prompts. Knows no requests, fairness or text.
 
-Exactness is proved at load: what comes out of slots, chunks and mixed passes is compared with the model's own plain
-forward pass, so a model whose attention works otherwise is refused, whatever its configuration says.
+A model of a known family runs the forward pass of core.engine.fused; any other one runs its own, the plain way. That
+either gives the model's own numbers is proved at load (core.engine.proof).
 """
 
 from __future__ import annotations
@@ -13,13 +13,10 @@ import torch
 from torch import Tensor
 
 from core.engine.fused import fuse
-from core.engine.int8 import Int8Linear
-from core.engine.kv import Segment, SlotCache
+from core.engine.kv import Segment, SlotCache, over
 from core.engine.lora import LoraStacks
-from core.errors import AppError, EngineError, ModelLoadFailed, OutOfMemory
+from core.errors import AppError, EngineError, OutOfMemory
 from core.model import BaseModel
-
-CHECK_TOKENS = 24
 
 
 class Runner:
@@ -67,8 +64,7 @@ class Runner:
     def _plain(self, ids: Tensor, segments: Sequence[Segment], runs: Sequence[tuple[int | None, int]]) -> Tensor:
         logits, begin = [], 0
         for segment in segments:
-            self.cache.window.segment = segment
-            with self.lora.tokens(runs[begin : begin + segment.rows]):
+            with over(segment), self.lora.tokens(runs[begin : begin + segment.rows]):
                 out = self.module(
                     input_ids=ids[segment.tokens].view(segment.rows, -1),
                     attention_mask=segment.mask,
@@ -80,45 +76,6 @@ class Runner:
             logits.append(out.logits[:, -1])
             begin += segment.rows
         return torch.cat(logits)
-
-
-@torch.inference_mode()
-def check_exact(model: BaseModel) -> None:
-    """Compare slots with the plain forward pass: two rows, chunked prefill, a step together. ~0.3 s, warms up as well.
-
-    Raises ModelLoadFailed if they differ by more than rounding.
-    """
-    module: Any = model.module
-    vocab = module.config.get_text_config().vocab_size
-    long = [(7 + 31 * i) % vocab for i in range(CHECK_TOKENS)]
-    short = [(5 + 17 * i) % vocab for i in range(CHECK_TOKENS // 2)]
-    try:
-        found, plain = _by_slots(model, [long, short]), _plainly(model, [long, short])
-    except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError) as error:
-        raise ModelLoadFailed(detail=f"the engine cannot drive {model.name}: {error}") from error
-    tolerance = 1e-3 if model.dtype is torch.float32 else 0.1
-    if any(isinstance(child, Int8Linear) for child in module.modules()):
-        tolerance = 0.3  # rounding in the last bit moves int8 activations by whole steps; a wrong mask shows as more
-    difference = float((found - plain).abs().max() / plain.abs().max())
-    if not difference <= tolerance:  # also if it is not a number
-        detail = f"the engine would not serve {model.name} exactly (logits differ by {difference:.1%})"
-        raise ModelLoadFailed(detail=detail)
-
-
-def _by_slots(model: BaseModel, texts: Sequence[Sequence[int]]) -> Tensor:
-    runner = Runner(model, max_rows=len(texts), context=CHECK_TOKENS)
-    long, short = texts
-    half, few = len(long) // 2, len(short) // 2
-    runner.run(runner.cache.add_row(), [long[:half]], [None])
-    runner.run(runner.cache.add_row(), [short[:few]], [None])
-    runner.run(0, [long[half : half + 1], short[few:-1]], [None, None])  # one row's step beside another's chunk
-    runner.run(0, [long[half + 1 : -1]], [None])
-    return runner.run(0, [long[-1:], short[-1:]], [None, None]).float()
-
-
-def _plainly(model: BaseModel, texts: Sequence[Sequence[int]]) -> Tensor:
-    ids = (torch.tensor([list(text)], device=model.device) for text in texts)
-    return torch.cat([model.module(input_ids=row, use_cache=False).logits[:, -1] for row in ids]).float()
 
 
 def translate(error: Exception) -> AppError:

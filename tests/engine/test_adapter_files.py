@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import shutil
 import threading
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -15,10 +16,11 @@ from safetensors.torch import load_file, save_file
 
 from core.engine.adapter_files import AdapterStore, Base, load_adapter
 from core.engine.lora import LoraStacks, shapes
+from core.engine.runner import Runner
 from core.errors import AdapterUnusable
 from core.model import BaseModel
 from core.types import AdapterRef
-from tests.tiny import edit_config, save_adapter
+from tests.tiny import edit_config, quietly, save_adapter
 
 WEIGHTS = "adapter_model.safetensors"
 
@@ -69,7 +71,18 @@ def test_a_good_adapter_is_taken_with_its_scale_folded_into_b(copy: AdapterRef, 
         ({"target_parameters": ["x"]}, "target_parameters"),
         ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"invented_next_year": True}, "invented_next_year"),
-        ({"init_lora_weights": "pissa"}, "init_lora_weights=pissa"),
+        *(
+            ({"init_lora_weights": init}, f"init_lora_weights={init} changes the base model")
+            for init in ("pissa", "pissa_niter_16", "olora", "corda", "loftq", "lora_ga", "next_years")
+        ),
+        ({"alora_invocation_tokens": [5, 6]}, "alora_invocation_tokens"),
+        ({"use_qalora": True}, "use_qalora"),
+        ({"use_bdlora": {"nblocks": 2}}, "use_bdlora"),
+        ({"arrow_config": {"top_k": 3}}, "arrow_config"),
+        ({"kasa_config": {"beta": 0.1}}, "kasa_config"),
+        ({"monteclora_config": {"num_samples": 4}}, "monteclora_config"),
+        ({"velora_config": {"scale": 1.0}}, "velora_config"),
+        ({"megatron_config": {"x": 1}}, "megatron_config"),
         ({"r": 0}, "rank 0"),
         ({"r": 10_000}, "rank 10000"),
         ({"r": True}, "rank True"),
@@ -78,6 +91,17 @@ def test_a_good_adapter_is_taken_with_its_scale_folded_into_b(copy: AdapterRef, 
         ({"r": 8}, "shape"),
         ({"target_modules": ["q_proj"]}, "target_modules does not name"),
         ({"target_modules": []}, "target_modules does not name"),
+        ({"target_modules": None}, "target_modules does not name"),
+        ({"target_modules": 7}, "target_modules=7 is neither a text nor"),
+        ({"target_modules": "(q_proj"}, "'(q_proj' is not a regular expression"),
+        ({"exclude_modules": [7]}, "exclude_modules"),
+        ({"rank_pattern": {"*": 4}}, "'\\*' is not a regular expression"),
+        ({"rank_pattern": {"q_proj": 0}}, "rank 0"),
+        ({"alpha_pattern": {"q_proj": "8"}}, "lora_alpha '8'"),
+        ({"lora_alpha": 1e40}, "too large"),
+        ({"layers_pattern": "layers"}, "needs layers_to_transform"),
+        ({"layers_to_transform": "0"}, "neither a number nor"),
+        ({"target_modules": ".*q_proj", "layers_to_transform": [0]}, "cannot go with"),
         ({"exclude_modules": ["q_proj"]}, "target_modules does not name"),
         ({"layers_to_transform": [0]}, "target_modules does not name"),
     ],
@@ -86,8 +110,9 @@ def test_configurations_that_would_be_computed_otherwise_are_refused(
     copy: AdapterRef, fits: Base, changes: dict[str, Any], reason: str
 ) -> None:
     edit_config(copy, **changes)
-    with pytest.raises(AdapterUnusable, match=reason) as caught:
+    with pytest.raises(AdapterUnusable) as caught:
         load_adapter(copy, fits)
+    assert reason.replace("\\", "") in caught.value.detail
     assert "copy@1" in caught.value.detail
 
 
@@ -97,6 +122,12 @@ def test_configurations_that_would_be_computed_otherwise_are_refused(
         (lambda t: t.pop(first(t, "B")), "lora_B of .* is missing"),
         (lambda t: [t.pop(name) for name in list(t) if "layers.1.mlp.up_proj" in name], "weights of .* are missing"),
         (lambda t: t.update({"base_model.model.lm_head.weight": torch.zeros(2, 2)}), "not the A or B"),
+        (lambda t: t.update({f"{first(t)[:-14]}lora_magnitude_vector": torch.ones(32)}), "not the A or B"),
+        (lambda t: t.update({f"{first(t, 'B')[:-7]}.bias": torch.ones(32)}), "not the A or B"),
+        (
+            lambda t: t.update({"base_model.model.model.embed_tokens.lora_embedding_A": torch.zeros(4, 259)}),
+            "not the A or B",
+        ),
         (
             lambda t: t.update({"base_model.model.model.layers.9.self_attn.q_proj.lora_A.weight": t[first(t)] + 0}),
             "no linear",
@@ -134,6 +165,7 @@ def pickle_instead(folder: Path) -> None:
         (lambda folder: (folder / "adapter_config.json").unlink(), "adapter_config.json is missing"),
         (lambda folder: (folder / "adapter_config.json").write_text("[]"), "not a table"),
         (lambda folder: (folder / "adapter_config.json").write_text("{"), "copy@1"),
+        (lambda folder: (folder / "adapter_config.json").write_text('{"a":' * 100_000), "nested too deeply"),
         (lambda folder: (folder / "adapter_config.json").write_text(" " * 2**21), "larger"),
         (shutil.rmtree, "does not exist"),
         (lambda folder: (folder / "manifest.json").write_text('{"base_fingerprint": "another"}'), "made for the base"),
@@ -154,9 +186,15 @@ def test_a_manifest_for_this_base_is_taken(copy: AdapterRef, fits: Base) -> None
     "options",
     [
         {"target_modules": "all-linear"},
+        {"target_modules": "All-Linear", "exclude_modules": r".*mlp.*"},
         {"target_modules": r".*layers\.1\..*(up|down)_proj"},
         {"layers_to_transform": [1]},
         {"layers_to_transform": 0, "layers_pattern": "layers"},
+        {"layers_to_transform": [0], "layers_pattern": ["blocks", "layers"]},
+        {"layers_to_transform": []},
+        {"layers_to_transform": [0], "target_modules": ["up_proj", "model.layers.1.mlp.down_proj"]},
+        {"init_lora_weights": "Gaussian"},
+        {"init_lora_weights": "mica"},
         {"exclude_modules": ["up_proj"]},
     ],
 )
@@ -165,6 +203,80 @@ def test_every_way_that_peft_names_layers_is_read_as_peft_does(
 ) -> None:
     ref = save_adapter(base, tmp_path / "named", seed=1, **options)
     assert load_adapter(ref, fits).pairs
+
+
+@pytest.mark.parametrize(
+    "patterns",
+    [
+        {"rank_pattern": {"layers.1.self_attn.q_proj": 2, "q_proj": 6}},
+        {"rank_pattern": {r"layers\.[01]\.mlp\..*": 3, "up_proj": 5}, "alpha_pattern": {".*_proj": 2, "q_proj": 9}},
+        {"rank_pattern": {"^model.layers.0.mlp.up_proj": 2}, "alpha_pattern": {"o_proj$": 5}, "use_rslora": True},
+        {"rank_pattern": {"q_proj|k_proj": 2}, "alpha_pattern": {"self_attn.(k|v)_proj": 1.5}},
+    ],
+)
+def test_ranks_and_scales_by_pattern_are_those_that_peft_resolves(
+    base: BaseModel, fits: Base, tmp_path: Path, patterns: dict[str, Any]
+) -> None:
+    from peft import PeftModel
+    from transformers import AutoModelForCausalLM
+
+    ref = save_adapter(base, tmp_path / "patterns", seed=1, **patterns)
+    peft: Any = quietly(
+        lambda: PeftModel.from_pretrained(AutoModelForCausalLM.from_pretrained(base.folder), ref.folder)
+    )
+    pairs = load_adapter(ref, fits).pairs
+    ranks = set()
+    for module, (a, b) in pairs.items():
+        layer = peft.base_model.model.get_submodule(module)
+        assert len(a) == layer.r["default"]
+        assert torch.allclose(b, layer.lora_B["default"].weight * layer.scaling["default"], rtol=1e-6)
+        ranks.add(len(a))
+    assert len(ranks) > 1
+
+
+def test_an_initialisation_that_changes_the_base_is_taken_once_converted(
+    base: BaseModel, fits: Base, tmp_path: Path
+) -> None:
+    """PiSSA: what training made of the changed base, peft writes as a LoRA of twice the rank on the unchanged one."""
+    from peft import LoraConfig, get_peft_model
+    from transformers import AutoModelForCausalLM
+
+    config = LoraConfig(r=2, target_modules=["q_proj", "down_proj"], init_lora_weights="pissa", task_type="CAUSAL_LM")
+    model: Any = quietly(lambda: get_peft_model(AutoModelForCausalLM.from_pretrained(base.folder), config))
+    model.peft_config["default"].init_lora_weights = True
+    model.save_pretrained(tmp_path / "begin")
+    model.peft_config["default"].init_lora_weights = "pissa"
+    with torch.no_grad():
+        for name, parameter in model.named_parameters():
+            if "lora_" in name:
+                parameter.add_(torch.randn_like(parameter) * 0.1)
+        wanted = model(input_ids=torch.tensor([[5, 6, 7]])).logits[:, -1]
+    model.save_pretrained(tmp_path / "bare")
+    with pytest.raises(AdapterUnusable, match="path_initial_model_for_weight_conversion"):
+        load_adapter(AdapterRef("a" * 64, tmp_path / "bare"), fits)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", UserWarning)
+        model.save_pretrained(tmp_path / "turned", path_initial_model_for_weight_conversion=str(tmp_path / "begin"))
+    weights = load_adapter(AdapterRef("b" * 64, tmp_path / "turned"), fits)
+    assert weights.rank == 4
+    runner = Runner(base, max_rows=1, context=64)
+    with torch.inference_mode():
+        ours = runner.run(runner.cache.add_row(), [[5, 6, 7]], [runner.lora.acquire(weights)])
+    assert torch.allclose(ours, wanted, atol=1e-4 * float(wanted.abs().max()))
+
+
+def test_the_output_head_may_be_adapted_without_a_copy_of_its_weights(
+    base: BaseModel, fits: Base, tmp_path: Path
+) -> None:
+    with pytest.warns(UserWarning, match="save_embedding_layers"):
+        ref = save_adapter(base, tmp_path / "head", seed=1, target_modules=["lm_head", "q_proj"])
+    with pytest.raises(AdapterUnusable, match="save_embedding_layers=False"):
+        load_adapter(ref, fits)
+    edit_tensors(ref, lambda t: [t.pop(name) for name in list(t) if "lora_" not in name])
+    assert "lm_head" in load_adapter(ref, fits).pairs
+    edit_config(ref, ensure_weight_tying=True)
+    with pytest.raises(AdapterUnusable, match="ensure_weight_tying"):
+        load_adapter(ref, fits)
 
 
 def test_the_store_loads_once_keeps_few_and_forgets_failures(copy: AdapterRef, fits: Base) -> None:

@@ -12,8 +12,9 @@ from torch import nn
 from core.engine.adapter_files import AdapterWeights
 from core.engine.fused import fuse
 from core.engine.lora import shapes
+from core.engine.proof import check_exact
 from core.engine.protocol import ModelSettings
-from core.engine.runner import Runner, check_exact
+from core.engine.runner import Runner
 from core.errors import ModelLoadFailed
 from core.model import BaseModel, load_model
 from tests.tiny import tiny_tokenizer
@@ -140,24 +141,3 @@ def test_a_fused_forward_that_differs_is_refused(base: BaseModel, monkeypatch: p
     monkeypatch.setattr("core.engine.fused._signed", lambda sin: sin)
     with pytest.raises(ModelLoadFailed, match="exactly"):
         check_exact(base)
-
-
-@pytest.mark.parametrize(
-    ("kind", "changes", "outcome"),
-    [
-        ("Mistral", {"sliding_window": 64}, 64),
-        ("Qwen2", {"use_sliding_window": True, "sliding_window": 32, "max_window_layers": 1}, 32),
-        ("Qwen3", {"use_sliding_window": True, "sliding_window": 48, "max_window_layers": 0}, 48),
-        ("Phi3", {"sliding_window": 80}, 80),
-        ("Gemma2", {"sliding_window": 64}, "attn_logit_softcapping"),
-    ],
-)
-def test_contexts_beyond_a_window_are_bounded_or_refused(
-    kind: str, changes: dict[str, Any], outcome: int | str, tmp_path: Path
-) -> None:
-    """A 4-D mask would silently remove the window: the context ends where it begins to matter."""
-    if isinstance(outcome, str):
-        with pytest.raises(ModelLoadFailed, match=outcome):
-            made(kind, tmp_path, **changes)
-        return
-    assert made(kind, tmp_path, **changes).context == outcome

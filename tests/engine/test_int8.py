@@ -12,8 +12,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from core.engine.int8 import Int8Linear, merge_int8, part_of
+from core.engine.proof import check_exact
 from core.engine.protocol import ModelSettings
-from core.engine.runner import Runner, check_exact
+from core.engine.runner import Runner
 from core.model import BaseModel, load_model
 from core.types import AdapterRef
 from tests.engine.dialogue import ask, hear, running

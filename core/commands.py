@@ -161,6 +161,12 @@ COMMANDS: tuple[Command, ...] = (
             ),
             Form("worst", "/adapter worst acme@5", (Parameter("version"),), _OPERATOR),
             Form("discard", "/adapter discard acme@5", (Parameter("version"),), _OPERATOR),
+            Form(
+                "import",
+                "/adapter import my-adapter.zip faq.jsonl",
+                (Parameter("file", optional=True), Parameter("dataset", optional=True)),
+                _OPERATOR,
+            ),
         ),
     ),
     Command(

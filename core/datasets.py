@@ -55,7 +55,7 @@ async def prepare_finetune(home: Home, database: Database, fetch: Fetch, caller:
         if typed == CONVERSATIONS and not caller.attachments:
             sha256, name = await _bring_conversations(home, database, caller), CONVERSATIONS
         else:
-            sha256, name = await _bring_named(home, database, fetch, caller, typed)
+            sha256, name = await bring_named(home, database, fetch, caller, typed)
     except OSError as error:  # of the home: what is wrong with the file itself is told as such
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise AppError("error.storage_full" if full else "error.storage", f"no data set: {error}") from error
@@ -77,14 +77,14 @@ def stored(home: Home, sha256: str) -> Path:
     return home.datasets / sha256
 
 
-async def _bring_named(home: Home, database: Database, fetch: Fetch, caller: Caller, typed: str) -> tuple[str, str]:
+async def bring_named(home: Home, database: Database, fetch: Fetch, caller: Caller, typed: str) -> tuple[str, str]:
     """(sha256, name) of a file that was sent, of a path on the terminal, or of a data set that was brought earlier."""
     local = caller.address.platform == directory.TERMINAL  # where the person sits at this machine
     if caller.attachments and not local:
         sent = caller.attachments[0]
-        file = await _fetched(home, fetch(caller.address, sent), sent.name)
+        file = await fetched(home, fetch(caller.address, sent), sent.name)
         return await _bring_file(home, database, caller, sent.name, file)
-    path = Path(caller.attachments[0].file_id) if caller.attachments else _typed_path(typed) if local else None
+    path = Path(caller.attachments[0].file_id) if caller.attachments else typed_path(typed) if local else None
     opened = await asyncio.to_thread(_open, path) if path is not None else None
     if path is not None and opened is not None:
         return await _bring_file(home, database, caller, path.name, opened)
@@ -96,7 +96,7 @@ async def _bring_named(home: Home, database: Database, fetch: Fetch, caller: Cal
     raise BadInput("training.dataset_not_found", typed=(typed or str(path))[:200])
 
 
-async def _fetched(home: Home, chunks: AsyncIterator[bytes], name: str) -> BinaryIO:
+async def fetched(home: Home, chunks: AsyncIterator[bytes], name: str, limit: int = MAX_BYTES) -> BinaryIO:
     """What a platform holds, in a file that has no name. Raises BadInput."""
     file = tempfile.TemporaryFile(dir=home.datasets)  # noqa: SIM115 - whoever gets it closes it
     try:
@@ -104,8 +104,8 @@ async def _fetched(home: Home, chunks: AsyncIterator[bytes], name: str) -> Binar
         async with asyncio.timeout(_FETCH_S):
             async for chunk in chunks:
                 size += len(chunk)
-                if size > MAX_BYTES:
-                    raise BadInput("training.dataset_too_large", name=name, limit=MAX_BYTES // 10**6)
+                if size > limit:
+                    raise BadInput("training.dataset_too_large", name=name, limit=limit // 10**6)
                 await asyncio.to_thread(file.write, chunk)
         await asyncio.to_thread(file.seek, 0)
     except TimeoutError as error:
@@ -117,7 +117,7 @@ async def _fetched(home: Home, chunks: AsyncIterator[bytes], name: str) -> Binar
     return file
 
 
-def _typed_path(typed: str) -> Path | None:
+def typed_path(typed: str) -> Path | None:
     try:
         return Path(typed).expanduser() if typed else None
     except RuntimeError:  # ~nobody

@@ -2,6 +2,7 @@
 
     jobs/<id>/spec.json    written once, by serve          jobs/<id>/data.jsonl   the data set, as brought
     jobs/<id>/lock         held by the trainer             jobs/<id>/checkpoint/  the trainer's own
+    jobs/<id>/candidate/   an adapter that was trained elsewhere and is to be examined, where there is one
     jobs/<id>/out/         the adapter folder, complete once the event `finished` is out
     standard output        one event as JSON per line      standard input         its end means: checkpoint and exit
 
@@ -90,6 +91,7 @@ class Spec:
     language: str = "en"  # of the sentences in its events
     champion: str = ""  # the folder of the version that answers now; "" is the base model
     champion_label: str = "base"
+    candidate: str = ""  # the folder of an adapter from elsewhere: nothing is trained, it is only examined
     device: str = "cpu"
     dtype: str = "auto"  # float32 on a CPU, bfloat16 on a GPU; or one of the two
     threads: int = 1

@@ -79,7 +79,9 @@ def report(job: Job, events: Sequence[JobEvent]) -> Body:
     language, judged = job.language, _last(events, Judged)
     done, checked = _last(events, Done), _last(events, Checked)
     lines = verdict_text(language, job.label, judged) if judged else [say(language, "training.ready", label=job.label)]
-    if done is not None:
+    if done is not None and not done.steps:
+        lines.append(say(language, "import.trained_elsewhere"))
+    elif done is not None:
         lines.append(say(language, "training.took", time=duration(language, done.seconds), steps=done.steps))
     if checked is not None:
         lines += rows_text(language, job.dataset, checked)

@@ -213,7 +213,7 @@ def _rows(tx: Tx) -> _Rows:
         erased_datasets=column("SELECT sha256 AS value FROM dataset WHERE erased_ms IS NOT NULL"),
         adapters=column("SELECT sha256 AS value FROM adapter"),
         erased_adapters=column("SELECT sha256 AS value FROM adapter WHERE unpublished_reason = 'erased'"),
-        jobs=column("SELECT id AS value FROM job"),
+        jobs=column("SELECT id AS value FROM job UNION SELECT imported FROM job WHERE ended_ms IS NULL"),
         ended_jobs=column("SELECT id AS value FROM job WHERE ended_ms IS NOT NULL"),
         forgotten_ms=int(tx.value("SELECT ifnull(max(at_ms), 0) FROM erasure WHERE user_hash = ?", [local])),
     )

@@ -17,7 +17,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
-from core import comparing, gestures, operators, privacy, tuning, users, versions
+from core import comparing, gestures, importing, operators, privacy, tuning, users, versions
 from core.callers import caller_of, lane_of
 from core.commands import Call, Grant, parse
 from core.comparing import Comparisons
@@ -25,6 +25,7 @@ from core.datasets import prepare_finetune
 from core.delivery import Deliveries, keep_body, kept_body, new_delivery
 from core.engine.protocol import Engine
 from core.errors import AppError, EngineError, LimitReached, Overloaded, StorageError, UserError
+from core.importing import prepare_import
 from core.metrics import Counts
 from core.outlet import Outlet, Unreachable
 from core.reply import Replies
@@ -66,6 +67,7 @@ HANDLERS: Mapping[tuple[str, str], operators.Handler] = {
     **tuning.HANDLERS,
     **versions.HANDLERS,
     **comparing.HANDLERS,
+    **importing.HANDLERS,
 }
 _LOOK_AGAIN_S = 30.0
 _STORAGE_RETRY_S = 2.0
@@ -291,6 +293,7 @@ class Service:
         """Run a command and store what it says in one transaction; then do what follows from it."""
         call = await prepare_finetune(self._home, self._database, self._deliveries.fetch, caller, call)
         call = await prepare_usage(self._home, self._database, caller, call)
+        call = await prepare_import(self._home, self._database, self._deliveries.fetch, caller, call)
 
         def work(tx: Tx) -> Outcome:
             outcome = operators.run_command(tx, caller, call, HANDLERS)

@@ -37,7 +37,7 @@ _LONGEST_WAIT_S = 600.0
 _CANCEL_S = 15.0
 _ATTEMPTS = 3  # trainers that end without progress
 _TRIES = 8  # at all else, a platform that is away included: about ten minutes
-_DATA = "data"
+_DATA, CANDIDATE = "data", "candidate"
 _USHER_S, _QUIET_S = 0.02, 0.5
 
 
@@ -256,6 +256,8 @@ class Training:
         folder.mkdir(mode=0o700, exist_ok=True)
         if (folder / "spec.json").exists():
             return folder
+        if job.imported and not (folder / CANDIDATE).exists():
+            (self._home.jobs / job.imported).rename(folder / CANDIDATE)
         name = _DATA + "".join(Path(job.dataset).suffixes[-2:])[:20]
         shutil.copyfile(stored(self._home, job.dataset_sha256), folder / name)
         self._spec(job, name, champion).write(folder)
@@ -274,6 +276,7 @@ class Training:
             language=job.language,
             champion=str(champion.folder) if champion else "",
             champion_label=champion.label if champion else adapters.BASE,
+            candidate=CANDIDATE if job.imported else "",
             device=info.device,
             threads=settings.threads,
             nice=settings.nice,

@@ -1,4 +1,4 @@
-"""`python -m finetune new|check|train JOBDIR`: a job folder in, events on standard output, JOBDIR/out at the end.
+"""`python -m finetune new|check|train|gate JOBDIR`: a job folder in, events on standard output, JOBDIR/out at the end.
 
 Standard output carries events and nothing else, whatever a library prints. SIGTERM, SIGINT and the end of a pipe at
 standard input mean: write a checkpoint and go. The same command runs under `torchrun` and `accelerate launch`.
@@ -35,7 +35,7 @@ def main(arguments: list[str] | None = None) -> int:
     """The exit status of core.job."""
     parser = argparse.ArgumentParser(prog="python -m finetune", description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
-    for action in ("check", "train"):
+    for action in ("check", "train", "gate"):
         actions.add_parser(action).add_argument("job", type=Path, metavar="JOBDIR")
     new.options(actions.add_parser("new"))
     given, words = parser.parse_known_args(arguments)
@@ -92,6 +92,10 @@ def run(action: str, folder: Path, emit: Events, stop: threading.Event) -> int:
                 from finetune.prepare import prepare
 
                 prepare(folder, spec, emit)
+            elif action == "gate" or spec.candidate:
+                from finetune.imported import judge_imported
+
+                judge_imported(folder, spec, emit, stop)
             else:
                 train(folder, spec, emit, stop)
     except Interrupted:

@@ -20,7 +20,19 @@ LEVELS = (
     {"model", "engine.*", "store.*", "delivery"},
     {"adapters", "datasets", "reply", "retention", "trainer", "usagefiles"},
     {"operators"},
-    {"users", "gestures", "callers", "versions", "comparing", "tuning", "privacy", "training", "jobboard", "jobtexts"},
+    {
+        "users",
+        "gestures",
+        "callers",
+        "versions",
+        "comparing",
+        "importing",
+        "tuning",
+        "privacy",
+        "training",
+        "jobboard",
+        "jobtexts",
+    },
     {"service"},
 )
 # who: what it must not import, not even through others of ours (True) or only itself (False)

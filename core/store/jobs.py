@@ -40,6 +40,7 @@ class Job:
     attempts: int
     created_ms: int
     ended_ms: int | None
+    imported: str  # the folder of an adapter from elsewhere that it examines; "" where it trains
 
     @property
     def label(self) -> str:
@@ -266,6 +267,11 @@ def is_erased(tx: Tx, sha256: str) -> bool:
     return not tx.value("SELECT 1 FROM dataset WHERE sha256 = ? AND erased_ms IS NULL", [sha256])
 
 
+def set_imported(tx: Tx, job_id: int, unpacked: str) -> None:
+    """The job examines an adapter from elsewhere: the folder of that name beside the jobs' becomes its candidate."""
+    tx.run("UPDATE job SET imported = ? WHERE id = ?", [unpacked, job_id])
+
+
 def keep_shown(tx: Tx, job_id: int, text: str) -> None:
     """What of its test rows may be shown, sealed; nothing of a data set that is erased. Erasing one erases this too."""
     tx.run(
@@ -304,4 +310,5 @@ def _job(row: Row) -> Job:
         attempts=row["attempts"],
         created_ms=row["created_ms"],
         ended_ms=row["ended_ms"],
+        imported=row["imported"],
     )

@@ -406,6 +406,7 @@ def m007_comparisons(db: sqlite_utils.Database) -> None:
             chosen_ms INTEGER
         ) STRICT;;
         CREATE INDEX comparison_candidate ON comparison (candidate);;
+        ALTER TABLE job ADD COLUMN imported TEXT NOT NULL DEFAULT '';;  -- a folder in jobs/, until the job has taken it
         ALTER TABLE job ADD COLUMN shown BLOB;;  -- sealed: test rows that may be shown to operators
         CREATE TRIGGER dataset_erased AFTER UPDATE OF erased_ms ON dataset WHEN NEW.erased_ms IS NOT NULL BEGIN
             UPDATE job SET shown = NULL WHERE dataset_sha256 = NEW.sha256;

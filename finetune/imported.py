@@ -1,0 +1,128 @@
+"""An adapter that others trained (TRL, Axolotl, Unsloth: any PEFT folder) through the same checks and the same gate.
+
+It is read by what reads adapters for serving, examined on the test rows like one of our own, and laid into JOBDIR/out
+byte for byte as it came, with a manifest that says what is known of it. Knows no training.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import threading
+import time
+from dataclasses import asdict
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.engine.adapter_files import CONFIG, WEIGHTS
+from core.errors import AdapterUnusable, JobError
+from core.job import Evaluated, Spec, Warned
+from core.texts import say
+from finetune import settings
+from finetune.ability import NOTHING, own_answers
+from finetune.base import load_module
+from finetune.checkpoint import sync_folder, write_durably
+from finetune.exam import Exam, Examined
+from finetune.loss import Scorer
+from finetune.meter import Meter
+from finetune.methods import LoraDelta
+from finetune.prepare import Emit, Prepared, prepare
+from finetune.publish import ASIDE, MANIFEST, OUT, done, published
+from finetune.report import versions
+from finetune.train import Interrupted
+
+
+def judge_imported(folder: Path, spec: Spec, emit: Emit, stop: threading.Event) -> None:
+    """Examine JOBDIR/candidate and publish it. Raises Interrupted, JobError, BadDataset."""
+    if said := published(folder):
+        for event in said:
+            emit(event)
+        return
+    if not spec.candidate:
+        raise JobError(detail=f"{folder}/spec.json names no candidate: nothing is there to examine")
+    began = time.monotonic()
+    torch.set_num_threads(spec.threads)
+    prepared = prepare(folder, spec, emit)
+
+    def listen() -> None:
+        if stop.is_set():
+            raise Interrupted
+
+    def warn(key: str, **fields: object) -> None:
+        emit(Warned(say(spec.language, f"data.warn_{key}", **fields)))
+
+    def tell(event: Evaluated) -> None:
+        emit(event)
+
+    model = load_module(prepared.base, spec)
+    cache = Path(spec.cache) if spec.cache else None
+    own = own_answers(folder, cache, prepared.base, spec.instructions, model, listen) if spec.ability else NOTHING
+    trained = LoraDelta(model, rank=1, alpha=1, dropout=0.0, rslora=False)  # places for the candidate's matrices
+    micro = settings.resolve(spec, rows=len(prepared.encoded), device=spec.device).micro_tokens
+    meter = Meter(Scorer(model), torch.device(spec.device), prefix=0, micro_tokens=micro, listen=listen)
+    candidate = folder / spec.candidate
+    try:
+        carrying = trained.version(candidate, prepared.base.fingerprint)
+    except AdapterUnusable as error:
+        reason = error.detail.partition(": ")[2] or error.detail
+        raise JobError(detail=reason.replace(str(candidate), spec.label), fault="yours") from error
+    examined = Exam(folder, spec, prepared, own, trained, meter, warn).take(lambda: carrying, tell)
+    emit(examined.judged)
+    seconds = time.monotonic() - began
+    losses = {"train_first": 0.0, "train_last": 0.0, **examined.losses}
+    _publish(folder, candidate, _manifest(spec, prepared, candidate, examined, losses, seconds))
+    emit(done(0, seconds, losses))
+
+
+def _publish(folder: Path, candidate: Path, manifest: dict[str, Any]) -> None:
+    aside = folder / ASIDE
+    shutil.rmtree(aside, ignore_errors=True)
+    aside.mkdir()
+    for name in (CONFIG, WEIGHTS):
+        write_durably(aside / name, (candidate / name).read_bytes())
+    write_durably(aside / MANIFEST, json.dumps(manifest, ensure_ascii=False, allow_nan=False, indent=2).encode())
+    write_durably(aside / "README.md", _card(manifest).encode())
+    aside.rename(folder / OUT)
+    sync_folder(folder)
+
+
+def _manifest(
+    spec: Spec, prepared: Prepared, candidate: Path, examined: Examined, losses: dict[str, float], seconds: float
+) -> dict[str, Any]:
+    config = json.loads((candidate / CONFIG).read_text("utf-8"))
+    parts, base = prepared.split, prepared.base
+    return {
+        "label": spec.label,
+        "job": spec.job,
+        "imported": True,
+        "base_model": base.name,
+        "base_fingerprint": base.fingerprint,
+        "template_sha256": base.template_sha256,
+        "instructions_sha256": hashlib.sha256(spec.instructions.encode()).hexdigest(),
+        "data_sha256": spec.data_sha256,
+        "rows": {"train": 0, "validation": 0, "test": len(parts.test)},
+        "hyper": {"rank": config["r"], "alpha": config["lora_alpha"]},
+        "dropout": config.get("lora_dropout", 0.0),
+        "made_by": str(config.get("peft_version") or "")[:40],
+        "steps": 0,
+        "seconds": round(seconds, 1),
+        "losses": losses,
+        "judged": asdict(examined.judged),
+        "versions": versions(),
+        "created": datetime.now(UTC).isoformat(timespec="seconds"),
+    }
+
+
+def _card(manifest: dict[str, Any]) -> str:
+    judged, losses = manifest["judged"], manifest["losses"]
+    front = "---\nlibrary_name: peft\npipeline_tag: text-generation\ntags: [lora]\n---\n"
+    return (
+        f"{front}\n# {manifest['label']}\n\nA LoRA adapter of rank {manifest['hyper']['rank']} for "
+        f"{manifest['base_model']}, trained elsewhere. On {judged['rows']} conversations of the data set "
+        f"`{manifest['data_sha256'][:16]}` its mean loss per token of an answer is {losses['test_candidate']:.3f}; the "
+        f"base model's is {losses['test_base']:.3f}. Verdict: {judged['verdict']}, against {judged['champion']}.\n"
+    )

@@ -16,6 +16,7 @@ import signal
 import stat
 import sys
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
@@ -28,6 +29,7 @@ from finetune import new
 from finetune.orders import Orders
 
 log = logging.getLogger("finetune")
+LOCK_S = 10.0  # a trainer whose starter was killed has noticed that by then, and is gone
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 
 
@@ -84,7 +86,9 @@ def run(action: str, folder: Path, emit: Events, stop: threading.Event) -> int:
     from finetune.train import Interrupted, train  # torch takes seconds to load: signals are watched before
 
     try:
-        with _locked(folder):
+        if stop.is_set():  # whoever started us is gone: what follows is for whoever comes next
+            return EXIT_INTERRUPTED
+        with _locked(folder, stop):
             spec = Spec.read(folder)
             language = spec.language
             settle_in(spec)
@@ -118,7 +122,7 @@ def run(action: str, folder: Path, emit: Events, stop: threading.Event) -> int:
 
 
 @contextmanager
-def _locked(folder: Path) -> Iterator[None]:
+def _locked(folder: Path, stop: threading.Event) -> Iterator[None]:
     """Hold JOBDIR/lock; of several processes the first does.
 
     The kernel lets go of it when the process ends, however it ends. Raises JobError.
@@ -131,13 +135,22 @@ def _locked(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise JobError(detail=f"{folder} is not a job folder: {error}") from error
     try:
-        try:
-            fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError as error:
-            raise JobError(detail=f"another trainer is at work on {folder}") from error
+        until = time.monotonic() + LOCK_S
+        while not _lock(handle):
+            if time.monotonic() > until:
+                raise JobError(detail=f"another trainer is at work on {folder}")
+            stop.wait(0.1)
         yield
     finally:
         os.close(handle)
+
+
+def _lock(handle: int) -> bool:
+    try:
+        fcntl.flock(handle, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
 
 
 def _own_stdout() -> IO[str]:

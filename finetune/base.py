@@ -95,6 +95,13 @@ def load_module(base: Base, spec: Spec, device: torch.device | None = None) -> A
         raise JobError(detail=f"the base model in {base.folder} cannot be loaded: {error}") from error
 
 
+def load_again(base: Base, spec: Spec, device: torch.device) -> Any:
+    """The same once more. Raises JobError also where its files are others by now."""
+    if fingerprint(base.folder) != base.fingerprint:
+        raise JobError(detail=f"the base model in {base.folder} was changed while it was trained from")
+    return load_module(base, spec, device)
+
+
 def _four_bits(spec: Spec) -> Any:
     """NF4 with doubly quantised constants, multiplied in bfloat16 (Dettmers 2023, arXiv 2305.14314).
 

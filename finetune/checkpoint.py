@@ -7,6 +7,7 @@ that has lost its way goes back to.
 
 from __future__ import annotations
 
+import errno
 import json
 import os
 from dataclasses import asdict, dataclass, field
@@ -103,13 +104,23 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, trained: Trained, tensors:
             optimizer.state[parameter] = moments
 
 
+def is_disk_full(error: Exception) -> bool:
+    """safetensors tells it in words alone."""
+    number = getattr(error, "errno", None)
+    return number in (errno.ENOSPC, errno.EDQUOT) or f"(os error {errno.ENOSPC})" in str(error)
+
+
 def save_durably(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
     """Like `write_durably`, without a copy of the tensors in memory."""
     aside = path.with_name(path.name + ".new")
-    save_file(tensors, aside, metadata)
-    with aside.open("rb") as file:
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        save_file(tensors, aside, metadata)
+        with aside.open("rb") as file:
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except (OSError, SafetensorError):
+        aside.unlink(missing_ok=True)  # what is half there takes the room of others
+        raise
     sync_folder(path.parent)
 
 

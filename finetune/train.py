@@ -13,21 +13,23 @@ import math
 import shutil
 import threading
 import time
-from contextlib import nullcontext
+from collections.abc import Callable
+from contextlib import nullcontext, suppress
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 
 from core.errors import JobError
 from core.job import Evaluated, HyperParameters, JobEvent, Judged, Planned, Progress, Spec, Warned
 from core.texts import say
 from finetune.ability import NOTHING, OwnAnswers, own_answers
-from finetune.base import load_module
+from finetune.base import load_again, load_module
 from finetune.batches import collate, pack, shared_prefix
-from finetune.checkpoint import BEST, NEWEST, Position, load_checkpoint, save_checkpoint
+from finetune.checkpoint import BEST, NEWEST, Position, is_disk_full, load_checkpoint, save_checkpoint
 from finetune.course import Course
 from finetune.exam import Exam
 from finetune.loss import Scorer
@@ -47,6 +49,7 @@ CHECKPOINT = "checkpoint"
 CHECKPOINT_S = 20.0
 CHECKPOINT_SHARE = 0.05  # of the time: where writing one takes long, they become rarer
 PROGRESS_S = 1.0
+WAIT_S, TELL_WAIT_S, LONGEST_WAIT_S = 2.0, 120.0, 6 * 3600.0  # where the disk is full
 LOST_STEPS, LOST_NATS = 5, 2.0  # so many steps in a row of so much more loss than in the beginning: it has lost its way
 LOST_VALIDATION = 0.5  # nats more than untrained, on the validation rows
 FORWARD_SHARE = 0.4  # of a training step's time: what evaluating a token costs beside training one
@@ -139,7 +142,7 @@ class Trainer:
     def _trained(self, model: Any) -> Trained:
         spec, hyper = self.spec, self.spec.hyper
         if spec.method != "lora":
-            load = partial(load_module, self.prepared.base, spec, torch.device("cpu"))
+            load = partial(load_again, self.prepared.base, spec, torch.device("cpu"))
             return AllWeights(model, dropout=self.settings.dropout, original=load)
         return LoraDelta(model, rank=hyper.rank, alpha=hyper.alpha, dropout=self.settings.dropout, rslora=hyper.rslora)
 
@@ -155,7 +158,8 @@ class Trainer:
         try:
             self._train()
         except Interrupted:
-            self._save()
+            with suppress(Interrupted):  # where the disk is full: the checkpoint from before stays
+                self._save()
             raise
         judged = self._judge()
         self.emit(judged)
@@ -177,7 +181,7 @@ class Trainer:
             state = {name: whole(tensor).cpu() for name, tensor in self.model.state_dict().items()}
             write = partial(write_model, model=self.model, state=state, tokenizer=self.prepared.base.tokenizer)
         if self.team.leads:
-            publish(self.folder, write, manifest)
+            self._with_room(lambda: publish(self.folder, write, manifest))
         self.team.wait()
         self.emit(done(self.position.step, self.position.seconds, losses))
 
@@ -273,7 +277,7 @@ class Trainer:
             self.team.wait()
             if self.team.leads:
                 shutil.rmtree(checkpoint, ignore_errors=True)
-            position = Position(self._identity())
+            self.position = position = Position(self._identity())
             for name in (BEST, NEWEST):
                 self._write(name, position)
         log.info("train.begin step=%d of %d, %d rows", position.step, self.course.steps, len(self.train_rows))
@@ -387,9 +391,29 @@ class Trainer:
         self._next_save = began + max(CHECKPOINT_S, took / CHECKPOINT_SHARE)
 
     def _write(self, name: str, position: Position) -> None:
-        folder = self.folder / CHECKPOINT
-        save_checkpoint(folder, name, position, self.trained, self.optimizer, write=self.team.leads)
+        """Raises Interrupted, JobError."""
+        folder, write = self.folder / CHECKPOINT, self.team.leads
+        self._with_room(lambda: save_checkpoint(folder, name, position, self.trained, self.optimizer, write=write))
         self.team.wait()
+
+    def _with_room(self, write: Callable[[], None]) -> None:
+        """Where the disk is full, wait: others may make room, and a job is not lost for it.
+
+        Raises Interrupted, JobError.
+        """
+        until, told = time.monotonic() + LONGEST_WAIT_S, -math.inf
+        while True:
+            try:
+                return write()
+            except (OSError, SafetensorError) as error:
+                if not is_disk_full(error) or time.monotonic() > until:
+                    raise JobError(detail=f"the job folder cannot be written: {error}") from error
+            if time.monotonic() - told > TELL_WAIT_S:
+                told = time.monotonic()
+                self._warn("disk_full", step=self.position.step)
+                log.warning("train.disk_full step=%d", self.position.step)
+            self.stop.wait(WAIT_S)
+            self._check_own_stop()
 
     def _check_own_stop(self) -> None:
         """Where the others do something else, or nothing."""

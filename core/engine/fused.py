@@ -59,6 +59,9 @@ class Fused:
         self.head_dim: int = first.head_dim
         self.scale: float = first.scaling
 
+    def __deepcopy__(self, memo: dict[int, Any]) -> None:
+        """A copied model is fused anew: packed weights cannot be copied."""
+
     def _layer(self, name: str, layer: Any) -> Layer:
         attention, mlp = layer.self_attn, layer.mlp
         groups = [

@@ -132,7 +132,9 @@ def test_other_models_run_the_plain_way(kind: str, tmp_path: Path) -> None:
 def test_a_module_that_the_family_does_not_know_runs_the_plain_way(base: BaseModel) -> None:
     import copy
 
+    fused = fuse(base.module)
     module: Any = copy.deepcopy(base.module)
+    assert fuse(module) not in (None, fused)  # a copy is fused anew
     module.model.layers[0].self_attn.extra = nn.Dropout()
     assert fuse(module) is None
 

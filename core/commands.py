@@ -133,6 +133,7 @@ COMMANDS: tuple[Command, ...] = (
             Form("status", "/finetune status 3", (Parameter("job", optional=True),), _OPERATOR),
             Form("list", "/finetune list", (), _OPERATOR),
             Form("cancel", "/finetune cancel 3", (Parameter("job", optional=True),), _OPERATOR),
+            Form("resume", "/finetune resume 3", (Parameter("job", optional=True),), _OPERATOR),
         ),
     ),
     Command(

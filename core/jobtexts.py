@@ -68,7 +68,7 @@ def progress_text(job: Job, events: Sequence[JobEvent]) -> str:
 def ended_body(job: Job, events: Sequence[JobEvent]) -> Body:
     """What the message becomes when the job has ended."""
     if job.state == "cancelled":
-        return Body(say(job.language, _cancelled_key(job), title=job.title, id=job.id))
+        return Body(say(job.language, cancelled_key(job), title=job.title, id=job.id))
     if job.state == "failed":
         return Body(failed_text(job))
     return report(job, events)
@@ -176,8 +176,10 @@ def failed_text(job: Job) -> str:
     return say(job.language, key, title=job.title, id=job.id, name=job.dataset, reason=_shown(reason))
 
 
-def _cancelled_key(job: Job) -> str:
-    return "training.cancelled_erased" if job.reason == "erased" else "training.cancelled"
+def cancelled_key(job: Job) -> str:
+    if job.reason == "erased":
+        return "training.cancelled_erased"
+    return "training.cancelled" if job.lasting else "training.cancelled_for_good"
 
 
 def _losses(events: Sequence[JobEvent], now: Progress) -> str:

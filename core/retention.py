@@ -17,7 +17,7 @@ from pathlib import Path
 
 from core.errors import AppError
 from core.settings import Retention
-from core.store import directory
+from core.store import directory, jobs
 from core.store.database import Database, Tx
 from core.store.home import Home
 
@@ -214,7 +214,10 @@ def _rows(tx: Tx) -> _Rows:
         adapters=column("SELECT sha256 AS value FROM adapter"),
         erased_adapters=column("SELECT sha256 AS value FROM adapter WHERE unpublished_reason = 'erased'"),
         jobs=column("SELECT id AS value FROM job UNION SELECT imported FROM job WHERE ended_ms IS NULL"),
-        ended_jobs=column("SELECT id AS value FROM job WHERE ended_ms IS NOT NULL"),
+        ended_jobs=column(
+            "SELECT job.id AS value FROM job JOIN dataset ON sha256 = dataset_sha256 WHERE ended_ms IS NOT NULL"
+            f" AND NOT (state = 'cancelled' AND reason = '{jobs.ASKED}' AND erased_ms IS NULL)"  # it may be resumed
+        ),
         forgotten_ms=int(tx.value("SELECT ifnull(max(at_ms), 0) FROM erasure WHERE user_hash = ?", [local])),
     )
 

@@ -38,6 +38,7 @@ _CANCEL_S = 15.0
 _ATTEMPTS = 3  # trainers that end without progress
 _TRIES = 8  # at all else, a platform that is away included: about ten minutes
 _DATA, CANDIDATE = "data", "candidate"
+LEARNED = ("checkpoint", "own-answers.json")  # what a job that is cancelled may go on from
 _USHER_S, _QUIET_S = 0.02, 0.5
 
 
@@ -286,12 +287,16 @@ class Training:
         )
 
     async def _clear(self, job: Job) -> None:
-        """Nothing that holds people's text outlives its job: data, checkpoint, and a result that nobody will use."""
+        """Nothing that holds people's text outlives its job: data, and a result that nobody will use.
+
+        What a cancelled one has learned stays, for as long as its data set does (core.retention).
+        """
+        resumable = await self._database.read(lambda tx: jobs.resumable(tx, job.id))
         erased = await self._database.read(lambda tx: jobs.is_erased(tx, job.dataset_sha256))
         unused = await self._database.read(lambda tx: jobs.unpublished_folder(tx, job.id))
 
         def remove() -> None:
-            shutil.rmtree(self._home.jobs / str(job.id), ignore_errors=True)
+            _empty(self._home.jobs / str(job.id), LEARNED if resumable else ())
             if erased:
                 stored(self._home, job.dataset_sha256).unlink(missing_ok=True)
             if unused:
@@ -394,6 +399,20 @@ class Training:
 
     async def _is_open(self, job: Job) -> bool:
         return await self._database.read(lambda tx: jobs.state_of(tx, job.id)) in jobs.OPEN
+
+
+def _empty(folder: Path, kept: Sequence[str]) -> None:
+    """Remove what is in it but what is kept; the folder too where nothing is."""
+    if not any((folder / name).exists() for name in kept):
+        shutil.rmtree(folder, ignore_errors=True)
+        return
+    for path in folder.iterdir():
+        if path.name in kept:
+            continue
+        if path.is_dir():
+            shutil.rmtree(path, ignore_errors=True)
+        else:
+            path.unlink(missing_ok=True)
 
 
 def _cause(error: Exception) -> Exception:

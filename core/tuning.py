@@ -9,7 +9,7 @@ from core import jobtexts
 from core.commands import Call
 from core.datasets import check_room
 from core.delivery import new_delivery
-from core.errors import UnknownThing
+from core.errors import BadInput, UnknownThing
 from core.operators import Handler
 from core.store import directory, jobs
 from core.store.database import Tx
@@ -69,8 +69,24 @@ def cancel(tx: Tx, caller: Caller, call: Call) -> Outcome:
         return Outcome(Body(say(caller.language, "training.ended_already", id=job.id)))
     directory.audit(tx, caller, "finetune cancel", job.label, {"job": job.id, "state": job.state}, "cancelled")
     return Outcome(
-        Body(say(caller.language, "training.cancelled", id=job.id, title=job.title)), (WakeTraining(), EraseFiles())
+        Body(say(caller.language, jobtexts.cancelled_key(job), id=job.id, title=job.title)),
+        (WakeTraining(), EraseFiles()),
     )
+
+
+def resume(tx: Tx, caller: Caller, call: Call) -> Outcome:
+    """Go on with a job that was cancelled, from its last checkpoint. Raises UnknownThing, BadInput."""
+    job = _find(tx, caller, call)
+    if job is None:
+        return Outcome(Body(say(caller.language, "training.none")))
+    if not jobs.resumable(tx, job.id):
+        raise BadInput("training.not_resumable", id=job.id, state=Later(f"training.state_{job.state}"))
+    before = check_room(tx, caller)
+    jobs.resume(tx, job.id)
+    directory.audit(tx, caller, "finetune resume", job.label, {"job": job.id, "state": job.state}, "queued")
+    fields = {"id": job.id, "title": job.title, "label": job.label, "before": before}
+    key = "training.resumed_behind" if before else "training.resumed"
+    return Outcome(Body(say(caller.language, key, **fields)), (WakeTraining(),))
 
 
 HANDLERS: Mapping[tuple[str, str], Handler] = {
@@ -79,6 +95,7 @@ HANDLERS: Mapping[tuple[str, str], Handler] = {
     ("finetune", "status"): status,
     ("finetune", "list"): list_jobs,
     ("finetune", "cancel"): cancel,
+    ("finetune", "resume"): resume,
 }
 
 

@@ -14,7 +14,9 @@ import pytest
 
 from core import adapters
 from core.adapters import Candidate
+from core.errors import BadInput
 from core.job import Spec
+from core.retention import sweep
 from core.store import jobs
 from core.store.database import Tx
 from core.store.home import Home
@@ -131,6 +133,39 @@ async def test_nothing_that_holds_text_outlives_its_job(tmp_path: Path) -> None:
             "finished",
             "publishing",
         }
+
+
+async def test_a_job_that_was_cancelled_goes_on_from_its_checkpoint_in_another_message(tmp_path: Path) -> None:
+    async with works(tmp_path) as it:
+        job_id = await it.order("pause")
+        await it.bot.until(lambda: PAUSED in it.bot.newest)
+        await it.say(f"/finetune cancel {job_id}")
+        assert "/finetune resume" in await it.ended()
+        kept = await asyncio.to_thread(lambda: sorted(path.name for path in it.folder(job_id).iterdir()))
+        assert kept == ["checkpoint"]
+        await sweep(it.database, it.home)
+        assert it.folder(job_id).exists()
+        await it.say(f"/finetune resume {job_id}")
+        assert "acme@1" in await it.ended(2)
+        assert await it.warned(job_id) == ["goes on from step 2"]
+        assert len(await it.versions()) == 1
+        assert len(it.bot.opened) == 2
+        assert not it.folder(job_id).exists()
+        with pytest.raises(BadInput, match=r"not_resumable"):
+            await it.say(f"/finetune resume {job_id}")
+
+
+async def test_what_a_cancelled_job_has_learned_goes_with_its_data_set(tmp_path: Path) -> None:
+    async with works(tmp_path) as it:
+        job_id = await it.order("pause")
+        await it.bot.until(lambda: PAUSED in it.bot.newest)
+        await it.say(f"/finetune cancel {job_id}")
+        await it.ended()
+        await it.database.write(lambda tx: tx.run("UPDATE dataset SET erased_ms = 1"))
+        await sweep(it.database, it.home)
+        assert not it.folder(job_id).exists()
+        with pytest.raises(BadInput, match=r"not_resumable"):
+            await it.say(f"/finetune resume {job_id}")
 
 
 async def test_the_instructions_of_the_channel_are_in_the_spec(tmp_path: Path) -> None:
@@ -284,7 +319,7 @@ async def test_a_running_job_that_is_cancelled_ends_its_trainer(
         with pytest.raises(ProcessLookupError):
             os.kill(process, 0)
         assert not await it.versions()
-        assert not it.folder(job_id).exists()
+        assert await asyncio.to_thread(os.listdir, it.folder(job_id)) == ["checkpoint"]
 
 
 async def test_a_job_that_is_cancelled_while_it_waits_never_begins(tmp_path: Path) -> None:

@@ -86,6 +86,13 @@ class Works:
         self.training.wake()
         return job_id
 
+    async def say(self, text: str) -> str:
+        """A command of the channel's operator that needs no file; its answer."""
+        call = parse(text)
+        outcome = await self.database.write(lambda tx: tuning.HANDLERS[call.key](tx, self.caller(tx), call))
+        self.training.wake()
+        return outcome.body.text
+
     async def ended(self, messages: int = 1) -> str:
         """Wait until so many messages have their last form; what the newest says."""
         await self.bot.until(lambda: len(self.bot.final) == messages)

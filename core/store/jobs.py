@@ -47,6 +47,11 @@ class Job:
         return f"{self.adapter}@{self.version}"
 
     @property
+    def lasting(self) -> bool:
+        """Whether it may go on after it was cancelled: its data set, and what was learned, outlive it."""
+        return self.source != CONVERSATIONS and not self.imported
+
+    @property
     def open(self) -> bool:
         return self.state in OPEN
 
@@ -179,6 +184,25 @@ def cancel(tx: Tx, job_id: int, reason: str) -> bool:
     if queued and reason == ASKED:
         tx.run("UPDATE delivery SET state = 'done' WHERE job_id = ?", [job_id])
     return True
+
+
+def resumable(tx: Tx, job_id: int) -> bool:
+    """Whether it was cancelled by somebody and may go on: what it has learned so far is kept as long as its data."""
+    return bool(
+        tx.value(
+            "SELECT 1 FROM job JOIN dataset ON sha256 = dataset_sha256 WHERE job.id = ? AND state = 'cancelled'"
+            " AND reason = ? AND erased_ms IS NULL AND imported = ''",
+            [job_id, ASKED],
+        )
+    )
+
+
+def resume(tx: Tx, job_id: int) -> None:
+    """Queue a resumable job again. What was said of its end stays as it is; what it says next is another message."""
+    tx.run("UPDATE job SET state = 'queued', reason = '', ended_ms = NULL, attempts = 0 WHERE id = ?", [job_id])
+    tx.run("DELETE FROM part WHERE delivery_id IN (SELECT id FROM delivery WHERE job_id = ?)", [job_id])
+    tx.run("DELETE FROM delivery WHERE job_id = ?", [job_id])
+    tx.insert("delivery", job_id=job_id, state="open")
 
 
 def give_up_message(tx: Tx, job_id: int) -> None:

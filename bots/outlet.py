@@ -13,6 +13,7 @@ from typing import Protocol, Self
 
 from core.commands import Grant
 from core.errors import BadConfig
+from core.lookups import Choice, Lookups, Overview
 from core.outlet import Outlet, Reopen, Unreachable
 from core.store.installations import Installations
 from core.types import Address, Attachment, Body, Button, Handle, Incoming, Kind, Lane, Receipt
@@ -24,6 +25,7 @@ __all__ = [
     "Body",
     "Bot",
     "Button",
+    "Choice",
     "Door",
     "Grant",
     "Handle",
@@ -31,7 +33,9 @@ __all__ = [
     "Installations",
     "Kind",
     "Lane",
+    "Lookups",
     "Outlet",
+    "Overview",
     "Receipt",
     "Reopen",
     "Unreachable",
@@ -48,6 +52,11 @@ class Door(Protocol):
     @property
     def installations(self) -> Installations:
         """Where a bot keeps what a platform hands out for each account."""
+        ...
+
+    @property
+    def lookups(self) -> Lookups:
+        """What a bot's own pages and menus show of a place."""
         ...
 
     def register(self, platform: str, account: str, outlet: Outlet) -> None:
@@ -67,10 +76,6 @@ class Door(Protocol):
 
     async def grant(self, at: Address, user: str) -> Grant:
         """What this person may do in the channel of that place: for menus, never for deciding."""
-        ...
-
-    async def questions(self, at: Address, user: str) -> tuple[str, ...]:
-        """What the channel of that place suggests to begin with."""
         ...
 
     async def settled(self, platform: str, account: str) -> None:

@@ -206,6 +206,11 @@ def versions(tx: Tx, name: str) -> list[Version]:
     return [_version(row) for row in tx.all("SELECT * FROM adapter WHERE name = ? ORDER BY version DESC", [name])]
 
 
+def passed(version: Version) -> bool:
+    """Whether it may go into service without a word of why."""
+    return bool((version.manifest.get("judged") or {}).get("verdict", "passed") == "passed")
+
+
 def by_sha(tx: Tx, sha256: str) -> Version:
     row = tx.one("SELECT * FROM adapter WHERE sha256 = ?", [sha256])
     assert row is not None, sha256

@@ -26,6 +26,7 @@ from core.delivery import Deliveries, keep_body, kept_body, new_delivery
 from core.engine.protocol import Engine
 from core.errors import AppError, EngineError, LimitReached, Overloaded, StorageError, UserError
 from core.importing import prepare_import
+from core.lookups import Lookups
 from core.metrics import Counts
 from core.outlet import Outlet, Unreachable
 from core.reply import Replies
@@ -98,6 +99,7 @@ class Service:
         settings: ServiceSettings,
     ) -> None:
         self.installations = Installations(database)
+        self.lookups = Lookups(database)
         self._database = database
         self._home = home
         self._engine = engine
@@ -141,16 +143,6 @@ class Service:
             who = tx.cipher.hash_user(at.platform, at.account, user)
             channel = directory.channel_of_person(tx, at.platform, at.account, at.place, who)
             return directory.grant_of(tx, who, channel.id) if channel else Grant.ANYONE
-
-        return await self._database.read(work)
-
-    async def questions(self, at: Address, user: str) -> tuple[str, ...]:
-        """What the channel of that place suggests to begin with."""
-
-        def work(tx: Tx) -> tuple[str, ...]:
-            who = tx.cipher.hash_user(at.platform, at.account, user)
-            channel = directory.channel_of_person(tx, at.platform, at.account, at.place, who)
-            return channel.questions if channel else ()
 
         return await self._database.read(work)
 

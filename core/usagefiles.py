@@ -32,7 +32,7 @@ async def prepare_usage(home: Home, database: Database, caller: Caller, call: Ca
     grant = await database.read(lambda tx: directory.grant_of(tx, caller.user, caller.channel.id))
     if grant < Grant.OPERATOR:
         return call  # refused and audited where all commands are
-    rows = await database.read(lambda tx: _days(tx, caller.channel.id))
+    rows = await database.read(lambda tx: daily(tx, caller.channel.id, DAYS))
     name = f"{caller.channel.name}-usage-{rows[-1]['day']}-{caller.inbox_id}"
     if call.form.word == "csv":
         path = await asyncio.to_thread(_table, rows, home.sent / f"{name}.csv")
@@ -42,10 +42,10 @@ async def prepare_usage(home: Home, database: Database, caller: Caller, call: Ca
     return replace(call, arguments={**call.arguments, "file": str(path)})
 
 
-def _days(tx: Tx, channel_id: int) -> list[Row]:
-    """One row for each of the last days, oldest first, also where nothing was used."""
+def daily(tx: Tx, channel_id: int, count: int) -> list[Row]:
+    """One row for each of the last `count` days, oldest first, also where nothing was used."""
     sums = ", ".join(f"sum({name}) AS {name}" for name in _COUNTS)
-    days = [day_of(tx.now_ms - back * _DAY_MS) for back in reversed(range(DAYS))]
+    days = [day_of(tx.now_ms - back * _DAY_MS) for back in reversed(range(count))]
     found = tx.all(
         f"SELECT day, {sums} FROM usage_daily WHERE channel_id = ? AND day >= ? GROUP BY day", [channel_id, days[0]]
     )

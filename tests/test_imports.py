@@ -32,6 +32,7 @@ LEVELS = (
         "training",
         "jobboard",
         "jobtexts",
+        "lookups",
     },
     {"service"},
 )

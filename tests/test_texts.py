@@ -14,6 +14,7 @@ from core.texts import Later, duration, languages, resolve, say
 
 ROOT = Path(__file__).parents[1]
 FOLDER = Path(core.texts.__file__).parent
+NO_KEYS = {"users.info"}  # a method of Slack's, written as a key is
 OTHERS = [language for language in languages() if language != "en"]
 
 
@@ -81,7 +82,7 @@ FILES = [path for package in ("core", "bots") for path in sorted((ROOT / package
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
 def test_every_key_in_the_code_has_its_sentence(path: Path) -> None:
-    assert keys_in(path) - set(ENGLISH) == set()
+    assert keys_in(path) - set(ENGLISH) - NO_KEYS == set()
 
 
 def test_a_missing_field_or_language_does_not_cost_the_sentence() -> None:

@@ -16,7 +16,6 @@ log = logging.getLogger(__name__)
 Block = dict[str, Any]
 _MAX_LABEL, _MAX_VALUE, _MAX_ID, _ROW = 75, 2000, 255, 5
 STOP = "stop"
-LIMITS = "limits"  # opens the modal of a channel's limits
 ACTIONS = ("command", "feedback", "say", STOP)
 
 
@@ -48,8 +47,11 @@ def where(block_id: str) -> tuple[str, str]:
     return (parts[2], parts[3]) if len(parts) == 4 and parts[0] == "at" else ("", "")
 
 
-def rows(buttons: Sequence[Button], to: Address) -> list[Block]:
-    """Buttons, five in a row; one whose value is too long for Slack is left out."""
+def rows(buttons: Sequence[Button], to: Address, *, first: int = 0) -> list[Block]:
+    """Buttons, five in a row; one whose value is too long for Slack is left out.
+
+    `first` keeps the ids of several calls for one message or view apart.
+    """
     fit = [button for button in buttons if len(button.value) <= _MAX_VALUE]
     for _ in range(len(buttons) - len(fit)):
         log.warning("slack.button_left_out")
@@ -57,7 +59,7 @@ def rows(buttons: Sequence[Button], to: Address) -> list[Block]:
     return [
         {
             "type": "actions",
-            "block_id": f"at|{number}|{to.place}|{to.conversation}"[:_MAX_ID],
+            "block_id": f"at|{first}.{number}|{to.place}|{to.conversation}"[:_MAX_ID],
             "elements": [
                 {
                     "type": "button",

@@ -36,6 +36,7 @@ class SlackBot:
     def __init__(self, settings: SlackSettings, pace: Callable[[], Pace] = Pace) -> None:
         self._settings, self._pace = settings, pace
         self.web: Web | None = None
+        self.workspaces: Workspaces | None = None
 
     @classmethod
     def configure(cls, settings: Mapping[str, object]) -> Self:
@@ -47,9 +48,9 @@ class SlackBot:
         async with ClientSession() as session:
             base = settings.api.rstrip("/") + "/"
             client = AsyncWebClient(base_url=base, timeout=CALL_S, retry_handlers=[], session=session)
-            workspaces = Workspaces(settings, client, door, self._pace)
-            await _at_last(workspaces)
             courtesy = Courtesy(door)
+            self.workspaces = workspaces = Workspaces(settings, client, door, self._pace, courtesy.refresh)
+            await _at_last(workspaces)
             app = _app(settings, client, Intake(workspaces, courtesy, door))
             self.web = Web(settings, app, workspaces, door)
             if settings.signing_secret or settings.client_id:

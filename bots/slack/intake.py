@@ -13,11 +13,12 @@ from collections.abc import Awaitable, Callable
 from slack_bolt.request.async_request import AsyncBoltRequest
 from slack_bolt.response import BoltResponse
 
-from bots.outlet import Door
+from bots.outlet import Address, Door
+from bots.slack import modals
 from bots.slack.courtesy import Courtesy
 from bots.slack.outlet import Asker
 from bots.slack.places import PLATFORM
-from bots.slack.reader import Payload, Read, Unreadable, account_of, read, update_key
+from bots.slack.reader import Payload, Read, Unreadable, account_of, read, spoken_to, update_key
 from bots.slack.workspaces import Workspaces
 from core.errors import Overloaded, StorageError
 
@@ -48,7 +49,7 @@ class Intake:
     async def take(self, body: Payload) -> dict[str, object] | str | None:
         """Commit one payload; what the acknowledgement says. Raises Overloaded or StorageError: nothing was kept."""
         try:
-            found = read(body)
+            found = read(body, await self._language(body))
         except Unreadable as error:
             account = str(account_of(body)) if isinstance(body, dict) else ""
             log.error("slack.unreadable", extra={"account": account, "error": str(error)})
@@ -58,15 +59,39 @@ class Intake:
 
     async def _commit(self, body: Payload, found: Read) -> dict[str, object] | str | None:
         if found.gone:
-            await self._workspaces.drop(found.account)
+            await self._workspaces.drop(found.account, float(body.get("event_time") or 0))
             return None
         workspace = self._workspaces.get(found.account)
         if workspace is None:
             log.warning("slack.not_installed", extra={"account": found.account})
             return None
+        if found.wanted is not None:
+            return await self._options(found)
         if found.incoming is not None:
-            asked = found.incoming
-            workspace.outlet.asked(asked.address, Asker(found.user_team, asked.user))
+            locale, spoken = workspace.languages.get(found.person.user, ("", ""))
+            asked = spoken_to(found.incoming, locale)
+            if found.below and not await self._door.lookups.heard(asked.address, found.below):
+                return None
+            team = found.person.team or found.account
+            workspace.outlet.asked(asked.address, Asker(team, found.person.user, spoken))
             await self._door.accept(asked)
-        self._courtesy.offer(workspace, body)
+        self._courtesy.offer(workspace, body, found.person)
         return found.answer
+
+    async def _options(self, found: Read) -> dict[str, object]:
+        """The versions that somebody may choose from, as they are now."""
+        assert found.wanted is not None
+        about = found.wanted.about
+        at = Address(PLATFORM, found.account, about.place, about.conversation)
+        shown = await self._door.lookups.overview(at, found.person.user)
+        return modals.options(shown.choices if shown else (), found.wanted.typed, about.language)
+
+    async def _language(self, body: Payload) -> str:
+        """Of who gave a slash command: what it is answered at once is in their language."""
+        if not (isinstance(body.get("command"), str) and isinstance(body.get("user_id"), str)):
+            return "en"
+        account, user = account_of(body), body["user_id"]
+        workspace = self._workspaces.get(account)
+        known = workspace.languages.get(user, ("", ""))[1] if workspace else ""
+        at = Address(PLATFORM, account, str(body.get("channel_id") or ""), "")
+        return known or await self._door.lookups.language(at, user) or "en"

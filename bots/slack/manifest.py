@@ -6,11 +6,11 @@ import json
 from collections.abc import Sequence
 from typing import Any
 
+from bots.slack.text import COMMAND
 from core.commands import COMMANDS, Grant
 from core.errors import BadInput
 from core.texts import say
 
-COMMAND = "/distributary"
 EVENTS = (
     "agent_session_stopped",
     "app_home_opened",
@@ -38,6 +38,7 @@ SCOPES = (
     "im:read",
     "im:write",
     "mpim:history",
+    "users:read",
 )
 
 

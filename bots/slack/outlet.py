@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Callable, Coroutine
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -59,13 +59,19 @@ class Where:
 
 @dataclass(slots=True)
 class Sight:
-    """What is seen of a message that is being written in this run. `broken`: the stream takes no more."""
+    """What is seen of a message that is being written in this run.
+
+    `broken`: the stream takes no more; `ended`: Slack knows that. `status` tells Slack meanwhile that an answer is on
+    its way: what takes that back must come after it.
+    """
 
     sent: str = ""
     broken: bool = False
+    ended: bool = False
     painted: float = 0.0
     below: list[blocks.Block] = field(default_factory=list)  # the stop button of a message that is edited
     busy: asyncio.Lock = field(default_factory=asyncio.Lock)
+    status: asyncio.Task[None] | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -78,10 +84,20 @@ class Asker:
 
 
 class SlackOutlet:
-    """One workspace's. The intake tells who asks; of whom nobody is known, after a restart, the answer is posted."""
+    """One workspace's. The intake tells who asks; of whom nobody is known, after a restart, the answer is posted.
 
-    def __init__(self, api: Api, *, transport: str = "stream", clock: Callable[[], float] = time.monotonic) -> None:
-        self._api, self._transport, self._clock = api, transport, clock
+    `told` is called with the person to whom something was said by themselves.
+    """
+
+    def __init__(
+        self,
+        api: Api,
+        *,
+        transport: str = "stream",
+        clock: Callable[[], float] = time.monotonic,
+        told: Callable[[str], None] = lambda _user: None,
+    ) -> None:
+        self._api, self._transport, self._clock, self._told = api, transport, clock, told
         self._askers: OrderedDict[tuple[str, str], Asker] = OrderedDict()
         self._sights: OrderedDict[Handle, Sight] = OrderedDict()
         self._begun: OrderedDict[Address, None] = OrderedDict()
@@ -93,33 +109,42 @@ class SlackOutlet:
     # --- the contract ---
 
     def split(self, body: Body) -> tuple[Body, ...]:
-        """Cut within Slack's limits; buttons below the last text, files as messages of their own."""
-        pieces = split_text(body.text, text.LIMIT, lambda part: len(text.harmless(part)))
+        """Cut within Slack's limits; buttons below the last text, files as messages of their own.
+
+        Commands in our own sentences are spelled as they are typed in Slack; the model's words, which alone have
+        thumbs below them, stay as they are.
+        """
+        models = any(button.action == "feedback" for button in body.buttons)
+        whole = body.text if models else text.spelled(body.text)
+        pieces = split_text(whole, text.LIMIT, lambda part: len(text.harmless(part)))
         parts = [Body(piece) for piece in pieces]
         parts[-1] = replace(parts[-1], buttons=body.buttons, note=body.note)
         return (*parts, *(Body("", files=(path,)) for path in body.files))
 
     async def open(self, to: Address) -> Handle:
         asker = self._askers.get((to.place, to.reply_to or to.conversation))
-        where = None
+        where, status = None, None
+        if to.reply_to and thread_of(to):
+            status = self._errand(self._status(to, asker))
         if self._may_stream(to, asker):
             where = await self._start(to, asker)
         _remember(self._begun, replace(to, account=""), None)
         if where is None:
             where = await self._post(to, asker)
         handle = where.handle()
-        _remember(self._sights, handle, Sight(below=self._stop_row(where, asker)))
-        if to.reply_to and thread_of(to):
-            self._errand(self._status(where, asker))
+        _remember(self._sights, handle, Sight(below=self._stop_row(where, asker), status=status))
         return handle
 
     async def show(self, handle: Handle, text_so_far: str) -> None:
         sight, where = self._sights.get(handle), Where.read(handle)
         if sight is None:
             return
-        now, shown = self._clock(), text.growing(text_so_far)
-        streaming = where.stream and not sight.broken
-        if now - sight.painted < (_PAINT_S if streaming else _EDIT_S) or len(shown) > text.LIMIT:
+        now, streaming = self._clock(), where.stream and not sight.broken
+        if now - sight.painted < (_PAINT_S if streaming else _EDIT_S):
+            return
+        of_model = bool(where.reply_to)  # what has no message to answer is a job's
+        shown = text.growing(text_so_far if of_model else text.spelled(text_so_far))
+        if len(shown) > text.LIMIT:
             return
         async with sight.busy:
             sight.painted = now
@@ -138,8 +163,7 @@ class SlackOutlet:
             done = False
         if not done:
             await self._settle(where, body)
-        if not where.stream and thread_of(where.to):
-            self._errand(self._session(where, "active"))
+        self._over(where, sight, told=done)
         return Receipt(json.dumps({"channel": where.channel, "ts": where.ts}))
 
     async def recover(self, handle: Handle) -> Handle:
@@ -161,8 +185,7 @@ class SlackOutlet:
         if sight is not None:
             sight.broken = True
         await self._settle(where, self.split(body)[0])
-        if thread_of(where.to):
-            self._errand(self._session(where, "active"))
+        self._over(where, sight)
 
     def fetch(self, attachment: Attachment) -> AsyncIterator[bytes]:
         """The bytes of a file that a person shared. Raises BadInput."""
@@ -213,23 +236,27 @@ class SlackOutlet:
     def _stop_row(self, where: Where, asker: Asker | None) -> list[blocks.Block]:
         return blocks.stop_row(say((asker.language if asker else "") or "en", "slack.stop"), where.to)
 
-    async def _status(self, where: Where, asker: Asker | None) -> None:
+    async def _status(self, to: Address, asker: Asker | None) -> None:
         """What Slack shows while nothing is written yet, and its own stop button."""
         language = (asker.language if asker else "") or "en"
         words = [say(language, f"slack.working_{number}") for number in (1, 2, 3)]
-        await self._session(where, "processing")
-        await self._aside(
-            "assistant.threads.setStatus",
-            channel_id=where.channel,
-            thread_ts=where.conversation,
-            status=words[0],
-            loading_messages=words,
-        )
+        at = {"channel_id": to.place, "thread_ts": to.conversation}
+        await self._aside("agents.sessions.setStatus", **at, status="processing")
+        await self._aside("assistant.threads.setStatus", **at, status=words[0], loading_messages=words)
 
-    async def _session(self, where: Where, status: str) -> None:
-        await self._aside(
-            "agents.sessions.setStatus", channel_id=where.channel, thread_ts=where.conversation, status=status
-        )
+    def _over(self, where: Where, sight: Sight | None, *, told: bool = False) -> None:
+        """The session is no longer at work. `told`: the end of the stream said so, after all that was said before."""
+        status = sight.status if sight else None
+        if thread_of(where.to) and not (told and (status is None or status.done())):
+            self._errand(self._active(where, status))
+        if where.conversation[:1] == "@":
+            self._told(where.conversation[1:])
+
+    async def _active(self, where: Where, status: asyncio.Task[None] | None) -> None:
+        if status is not None:
+            await asyncio.wait({status})
+        at = {"channel_id": where.channel, "thread_ts": where.conversation}
+        await self._aside("agents.sessions.setStatus", **at, status="active")
 
     # --- growing ---
 
@@ -251,8 +278,11 @@ class SlackOutlet:
 
     async def _edit(self, where: Where, sight: Sight, shown: str) -> None:
         try:
-            if where.stream and sight.broken:
+            if where.stream and not sight.ended:
+                if not self._api.free("chat.stopStream"):
+                    return
                 await self._stop_once(where)
+                sight.ended = True
             given = self._whole(where, Body(shown))
             await self._api.once("chat.update", **given | {"blocks": [*given["blocks"], *sight.below]})
         except _ERRORS as error:
@@ -332,13 +362,14 @@ class SlackOutlet:
         except _ERRORS as error:
             log.debug("slack.aside_failed", extra={"method": method, "error": _name(error)})
 
-    def _errand(self, what: Any) -> None:
+    def _errand(self, what: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
         if len(self._errands) > _REMEMBERED:
             what.close()
-            return
+            return None
         task = asyncio.ensure_future(what)
         self._errands.add(task)
         task.add_done_callback(self._errands.discard)
+        return task
 
 
 def _name(error: Exception) -> str:

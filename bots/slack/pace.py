@@ -28,6 +28,7 @@ RATES: Mapping[str, Rate] = {
     "chat.appendStream": _tier(100),
     "chat.update": _tier(50),
     "chat.postMessage": Rate(1.0, 3.0),
+    "users.info": _tier(100),
 }
 _OTHER = _tier(50)
 _PER_CHANNEL = ("chat.postMessage",)
@@ -69,7 +70,7 @@ class Pace:
         found = self._buckets.get(key)
         if found is None:
             if len(self._buckets) >= _MOST:
-                self._buckets.pop(next(iter(self._buckets)))
+                self._buckets.pop(next(one for one in self._buckets if " " in one))
             rate = self._rates.get(method, _OTHER)
             found = self._buckets[key] = _Bucket(rate, rate.burst, self._clock())
         return found

@@ -8,21 +8,25 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
-from bots.outlet import Address, Attachment, Incoming, Kind, Lane
-from bots.slack.blocks import ACTIONS, LIMITS, STOP, where
+from bots.outlet import Address, Incoming, Kind, Lane
+from bots.slack.blocks import ACTIONS, STOP, where
+from bots.slack.modals import About, attachment, filled
 from bots.slack.places import PLATFORM, is_dm
+from bots.slack.text import COMMAND
 from bots.slack.text import read as read_text
 from core.commands import COMMANDS
 from core.texts import say
 
 Payload = Mapping[str, Any]
-ASK = "ask"  # the callback id of the message shortcut, and of its modal
 _TALK = (None, "file_share", "thread_broadcast")
-_QUOTE = 1_000
+_SLACKBOT = "USLACKBOT"
+_NAMES_SOMEBODY = re.compile(r"\s*<[@!]")
+_WITH_FILE = re.compile(rf"(?:{COMMAND}\s+|[/／])?((?:finetune|adapter\s+import)\b.*)", re.IGNORECASE | re.DOTALL)
 
 
 class Unreadable(Exception):
@@ -30,20 +34,44 @@ class Unreadable(Exception):
 
 
 @dataclass(frozen=True, slots=True)
+class Person:
+    """Who did it, by Slack's ids; `team` is their own workspace."""
+
+    user: str = ""
+    team: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A list in a modal that was opened: what was typed into it."""
+
+    about: About
+    typed: str
+
+
+@dataclass(frozen=True, slots=True)
 class Read:
-    """`answer` is the body of the acknowledgement. `gone`: the workspace has thrown the app out."""
+    """`answer` is the body of the acknowledgement. `gone`: the workspace has thrown the app out.
+
+    `below`: the key of the message that this one is for us only if it was.
+    """
 
     account: str = ""
     incoming: Incoming | None = None
     answer: dict[str, Any] | str | None = None
     gone: bool = False
-    user_team: str = ""
+    person: Person = Person()
+    below: str = ""
+    wanted: Wanted | None = None
 
 
-def read(body: Payload) -> Read:
-    """Raises Unreadable. What needs no answer is a Read without `incoming`: it is acknowledged and forgotten."""
+def read(body: Payload, language: str = "en") -> Read:
+    """Raises Unreadable. What needs no answer is a Read without `incoming`: it is acknowledged and forgotten.
+
+    `language` is of what the acknowledgement of a slash command says.
+    """
     try:
-        return _read(body)
+        return _read(body, language)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
         raise Unreadable(type(error).__name__) from error
 
@@ -68,16 +96,19 @@ def update_key(body: Payload) -> str:
     return f"sha256:{hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:32]}"
 
 
-def _read(body: Payload) -> Read:
+def _read(body: Payload, language: str) -> Read:
     kind = body.get("type")
     if kind == "event_callback":
         return _event(body, body["event"])
     if "command" in body:
-        return _command(body)
+        return _command(body, language)
     if kind == "block_actions":
         return _press(body)
     if kind == "view_submission":
         return _submitted(body)
+    if kind == "block_suggestion":
+        wanted = Wanted(About.read(body["view"]), str(body.get("value") or ""))
+        return Read(account_of(body), wanted=wanted, person=_presser(body))
     return Read(account_of(body))
 
 
@@ -99,33 +130,40 @@ def _event(body: Payload, event: Payload) -> Read:
 
 
 def _message(body: Payload, event: Payload, account: str) -> Read:
+    """One for us: in a DM, where we are named, or in a thread whose first message was for us."""
     subtype = event.get("subtype")
     if subtype in ("message_changed", "message_deleted") and is_dm(event["channel"]):
         return Read(account, _quiet(body, event, account))
     if subtype not in _TALK or event.get("bot_id") or event.get("bot_profile"):
         return Read(account)
     place, ts, user, bot = event["channel"], event["ts"], event["user"], _bot_user(body)
-    if user == bot:
+    if user in (bot, _SLACKBOT):
         return Read(account)
-    named, text = read_text(event.get("text") or "", bot)
-    named = named or event["type"] == "app_mention"
-    thread = event.get("thread_ts") or ts
-    if not (named or is_dm(place) or (bot and event.get("parent_user_id") == bot)):
-        return Read(account)
-    files = tuple(_file(one) for one in event.get("files") or [])
-    if text[:1] not in ("/", "／") and files and not is_dm(place) and not named:
-        return Read(account)
+    written = event.get("text") or ""
+    named, text = read_text(written, bot)
+    addressed = named or event["type"] == "app_mention" or is_dm(place)
+    thread = str(event.get("thread_ts") or ts)
+    files = tuple(attachment(one) for one in event.get("files") or [])
+    below = ""
+    if not addressed:
+        goes_on = thread != ts and not _NAMES_SOMEBODY.match(written) and (text or not files)
+        if not goes_on:
+            return Read(account)
+        below = "" if bot and event.get("parent_user_id") == bot else f"{place}:{thread}"
+    if files and (asked := _WITH_FILE.fullmatch(text)):
+        text = f"/{asked[1]}"
+    person = Person(str(user), str(event.get("user_team") or event.get("source_team") or ""))
     incoming = Incoming(
         lane=Lane.TURN,
         kind=Kind.MESSAGE,
         address=Address(PLATFORM, account, place, thread, ts),
-        user=str(user),
+        user=_known_as(person, body),
         update_key=update_key(body),
         message_key=f"{place}:{ts}",
         text=text,
         attachments=files,
     )
-    return Read(account, incoming, user_team=str(event.get("user_team") or event.get("team") or account))
+    return Read(account, incoming, person=person, below=below)
 
 
 def _quiet(body: Payload, event: Payload, account: str) -> Incoming | None:
@@ -139,23 +177,27 @@ def _quiet(body: Payload, event: Payload, account: str) -> Incoming | None:
 
 def _joined(body: Payload, event: Payload, account: str) -> Incoming:
     at = Address(PLATFORM, account, event["channel"], "joined")
-    user = str(event.get("inviter") or event["user"])
+    return notice(at, str(event.get("inviter") or event["user"]), update_key(body), "slack.joined")
+
+
+def notice(at: Address, user: str, key: str, sentence: str) -> Incoming:
+    """What the app itself has to say, once for this key."""
     return Incoming(
         lane=Lane.TURN,
         kind=Kind.MESSAGE,
         address=at,
         user=user,
-        update_key=update_key(body),
+        update_key=key,
         message_key="",
         action="notice",
-        value="slack.joined",
+        value=sentence,
     )
 
 
 # --- what people press, type after a slash, submit ---
 
 
-def _command(body: Payload) -> Read:
+def _command(body: Payload, language: str) -> Read:
     """`/distributary`: one of the commands, or a question. It is answered in a DM; the channel stays the place."""
     account, user, place = account_of(body), body["user_id"], body["channel_id"]
     _, text = read_text(body.get("text") or "")
@@ -174,17 +216,16 @@ def _command(body: Payload) -> Read:
         message_key=f"command:{key}",
         text=text,
     )
-    said = say("en", "slack.answered_in_dm")
-    answer = {"response_type": "ephemeral", "text": said}
-    return Read(account, incoming, answer=None if is_dm(place) else answer)
+    answer = {"response_type": "ephemeral", "text": say(language, "slack.answered_in_dm")}
+    return Read(account, incoming, answer=None if is_dm(place) else answer, person=Person(user))
 
 
 def _press(body: Payload) -> Read:
-    account, user = account_of(body), body["user"]["id"]
+    account, person = account_of(body), _presser(body)
     pressed = body["actions"][0]
     action = str(pressed.get("action_id", "")).partition(":")[0]
     if action not in ACTIONS:
-        return Read(account)
+        return Read(account, person=person)
     place, conversation = where(str(pressed.get("block_id", "")))
     message, container = body.get("message") or {}, body.get("container") or {}
     ts = str(message.get("ts") or container.get("message_ts") or "")
@@ -196,104 +237,57 @@ def _press(body: Payload) -> Read:
         lane=Lane.TURN if said else Lane.CONTROL,
         kind={STOP: Kind.STOP, "say": Kind.MESSAGE}.get(action, Kind.PRESS),
         address=Address(PLATFORM, account, place, conversation, "" if action == STOP else ts),
-        user=user,
+        user=_known_as(person, body),
         update_key=update_key(body),
         message_key=f"press:{place}:{ts}:{pressed.get('action_ts') or update_key(body)}",
         text=value if said else "",
         action=action if action in ("command", "feedback") else "",
         value=value if action in ("command", "feedback") else "",
     )
-    return Read(account, incoming, user_team=str(body["user"].get("team_id") or account))
+    return Read(account, incoming, person=person)
 
 
 def _submitted(body: Payload) -> Read:
-    """The modal of "Ask about this message": an empty question is said in the modal itself."""
-    account, view = account_of(body), body["view"]
-    if view.get("callback_id") == LIMITS:
-        return _limits(body, account, view)
-    if view.get("callback_id") != ASK:
+    """What a modal stands for; what is wrong with it is said in the modal itself."""
+    account, person, view = account_of(body), _presser(body), body["view"]
+    found = filled(view)
+    if found is None:
         return Read(account)
-    question = str(view["state"]["values"]["question"]["text"].get("value") or "").strip()
-    if not question:
-        return Read(
-            account,
-            answer={"response_action": "errors", "errors": {"question": say("en", "slack.ask_empty")}},
-        )
-    about = json.loads(view["private_metadata"])
-    quoted = "\n".join(f"> {line}" for line in str(about["text"]).splitlines())
+    about, given = found
+    if given.errors:
+        return Read(account, answer={"response_action": "errors", "errors": dict(given.errors)})
+    if not given.text:
+        return Read(account)
     key = f"view:{view['id']}:{view.get('hash', '')}"
     incoming = Incoming(
         lane=Lane.TURN,
         kind=Kind.MESSAGE,
-        address=Address(PLATFORM, account, about["place"], about["thread"], about["ts"]),
-        user=body["user"]["id"],
+        address=Address(PLATFORM, account, about.place, about.conversation, about.reply_to),
+        user=_known_as(person, body),
         update_key=key,
         message_key=key,
-        text=f"{quoted}\n\n{question}" if quoted else question,
+        text=given.text,
+        attachments=given.attachments,
     )
-    return Read(account, incoming, user_team=str(body["user"].get("team_id") or account))
-
-
-def _limits(body: Payload, account: str, view: Payload) -> Read:
-    """The modal of the limits is the command that it stands for; what is no number is said in the modal itself."""
-    values = {name: str(given["number"].get("value") or "").strip() for name, given in view["state"]["values"].items()}
-    wrong = {
-        name: say("en", "slack.limits_number") for name, value in values.items() if value and not _is_number(value)
-    }
-    if wrong:
-        return Read(account, answer={"response_action": "errors", "errors": wrong})
-    wanted = " ".join(f"{name}={value}" for name, value in values.items() if value)
-    about, key = json.loads(view["private_metadata"]), f"view:{view['id']}:{view.get('hash', '')}"
-    incoming = Incoming(
-        lane=Lane.TURN,
-        kind=Kind.MESSAGE,
-        address=Address(PLATFORM, account, about["place"], about["conversation"]),
-        user=body["user"]["id"],
-        update_key=key,
-        message_key=key,
-        text=f"/channel set {wanted}",
-    )
-    return Read(account, incoming if wanted else None)
-
-
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdecimal()
-
-
-def ask_view(body: Payload) -> dict[str, Any]:
-    """The modal that the message shortcut opens."""
-    message = body["message"]
-    _, text = read_text(str(message.get("text") or ""))
-    ts = str(message["ts"])
-    about = {
-        "place": body["channel"]["id"],
-        "thread": str(message.get("thread_ts") or ts),
-        "ts": ts,
-        "text": text[:_QUOTE],
-    }
-
-    def words(key: str) -> dict[str, str]:
-        return {"type": "plain_text", "text": say("en", f"slack.{key}")}
-
-    return {
-        "type": "modal",
-        "callback_id": ASK,
-        "private_metadata": json.dumps(about, ensure_ascii=False),
-        "title": words("ask_title"),
-        "submit": words("ask_submit"),
-        "blocks": [
-            {
-                "type": "input",
-                "block_id": "question",
-                "label": words("ask_label"),
-                "optional": True,
-                "element": {"type": "plain_text_input", "action_id": "text", "multiline": True},
-            }
-        ],
-    }
+    return Read(account, incoming, person=person)
 
 
 # --- parts ---
+
+
+def _presser(body: Payload) -> Person:
+    return Person(str(body["user"]["id"]), str(body["user"].get("team_id") or ""))
+
+
+def _known_as(person: Person, body: Payload) -> str:
+    """The id under which somebody is known here. A guest's (Slack Connect) carries their own workspace's.
+
+    In an organisation ids are the same in all its workspaces.
+    """
+    first: Payload = next(iter(body.get("authorizations") or []), {})
+    of_org = first.get("is_enterprise_install") or body.get("is_enterprise_install") in (True, "true")
+    home = str(first.get("team_id") or (body.get("team") or {}).get("id") or account_of(body))
+    return person.user if of_org or person.team in ("", home) else f"{person.team}/{person.user}"
 
 
 def _bot_user(body: Payload) -> str:
@@ -307,10 +301,6 @@ def _control(body: Payload, at: Address, user: str, kind: Kind) -> Incoming:
     )
 
 
-def _file(given: Payload) -> Attachment:
-    return Attachment(
-        str(given["id"]),
-        str(given.get("name") or "file"),
-        int(given.get("size") or 0),
-        str(given.get("mimetype") or ""),
-    )
+def spoken_to(incoming: Incoming, language: str) -> Incoming:
+    """The same, from somebody whose Slack speaks this language."""
+    return replace(incoming, language=language) if language else incoming

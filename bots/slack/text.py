@@ -7,6 +7,8 @@ from __future__ import annotations
 
 import re
 
+from core.commands import COMMANDS
+
 LIMIT = 11_000  # characters of Markdown blocks in one message: Slack refuses above some 13,200 for all blocks
 _JOINER = "\u2060"
 _ALARM = re.compile(r"<(?=[!@#])|@(?=(?:channel|here|everyone)\b)", re.IGNORECASE)
@@ -14,11 +16,23 @@ _OPEN_END = re.compile(r"(?:<|@[a-zA-Z]{0,8})\Z")
 _NAME = "\0"  # where the bot was named
 _NAME_END = re.compile(f"{_NAME}[ ,:]*")
 _ENTITY = re.compile(r"<([^<>\n]*)>")
+COMMAND = "/distributary"
+_COMMANDS = re.compile(rf"(?<![\w/.:@-])/({'|'.join(command.name for command in COMMANDS)})\b(?![/-])")
 
 
 def harmless(markdown: str) -> str:
     """The text without anything that Slack reads as a ping of people, groups or channels."""
     return _ALARM.sub(lambda found: found[0] + _JOINER, markdown)
+
+
+def spelled(text: str) -> str:
+    """Our own sentences, with commands as they are typed here: Slack keeps what begins with a slash for itself."""
+    return _COMMANDS.sub(rf"{COMMAND} \1", text)
+
+
+def escaped(text: str) -> str:
+    """For Slack's own markup, in views."""
+    return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def growing(markdown: str) -> str:

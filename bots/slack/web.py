@@ -10,6 +10,7 @@ import hmac
 import html
 import logging
 import re
+from collections.abc import Mapping
 from urllib.parse import urlencode
 
 from aiohttp import ClientError, web
@@ -19,12 +20,13 @@ from slack_bolt.request.async_request import AsyncBoltRequest
 from slack_sdk.errors import SlackApiError
 from slack_sdk.signature import SignatureVerifier
 
-from bots.outlet import BadConfig, Door
+from bots.outlet import Address, BadConfig, Door
 from bots.slack.manifest import SCOPES
 from bots.slack.places import PLATFORM
+from bots.slack.reader import notice
 from bots.slack.settings import SlackSettings
 from bots.slack.workspaces import Workspaces
-from core.errors import StorageError
+from core.errors import AppError
 from core.texts import resolve, say
 
 log = logging.getLogger(__name__)
@@ -114,7 +116,11 @@ class Web:
         link = request.query.get("link", "")
         if not _LINK.fullmatch(link):
             return _page(request, "install_failed", 400)
-        state = await self._door.installations.begin(PLATFORM, link)
+        try:
+            state = await self._door.installations.begin(PLATFORM, link)
+        except AppError as error:
+            log.error("slack.not_stored", extra={"error": str(error)})
+            return _page(request, "install_failed", 503)
         asked = {
             "client_id": self._settings.client_id,
             "scope": ",".join(SCOPES),
@@ -131,21 +137,34 @@ class Web:
         """Back from Slack's page. The state counts once, and only in the browser that began."""
         state, code = request.query.get("state", ""), request.query.get("code", "")
         began = request.cookies.get(_COOKIE, "")
-        if not state or not hmac.compare_digest(state.encode(), began.encode()):
+        if not state or not hmac.compare_digest(_bytes(state), _bytes(began)):
             return _page(request, "install_failed", 401)
-        link = await self._door.installations.use(PLATFORM, state)
-        if link is None:
-            return _page(request, "install_failed", 401)
-        if not code:
-            return _page(request, "install_cancelled", 200)
         try:
+            link = await self._door.installations.use(PLATFORM, state)
+            if link is None:
+                return _page(request, "install_failed", 401)
+            if not code:
+                return _page(request, "install_cancelled", 200)
             there = self._settings.url.rstrip("/") + REDIRECT
             answer = await self._workspaces.exchange(code=code, redirect_uri=there)
-            name = await self._workspaces.add(answer, link)
-        except (SlackApiError, ClientError, TimeoutError, StorageError) as error:
+            installed = await self._workspaces.add(answer, link)
+            await self._welcome(installed.account, answer)
+        except (SlackApiError, ClientError, TimeoutError, OSError, AppError, KeyError) as error:
             log.warning("slack.install_failed", extra={"error": type(error).__name__})
             return _page(request, "install_failed", 400)
-        return _page(request, "installed", 200, name=name)
+        return _page(request, "installed", 200, name=installed.name)
+
+    async def _welcome(self, account: str, answer: Mapping[str, object]) -> None:
+        """One DM to who installed it: what it does, and where things are. Not again when they install it anew."""
+        who = answer.get("authed_user")
+        user = str(who.get("id") or "") if isinstance(who, dict) else ""
+        if user:
+            at = Address(PLATFORM, account, user, f"@{user}")
+            await self._door.accept(notice(at, user, f"welcome:{user}", "slack.welcome"))
+
+
+def _bytes(text: str) -> bytes:
+    return text.encode("utf-8", "surrogatepass")
 
 
 async def _nobody(request: web.Request) -> web.Response:

@@ -5,9 +5,12 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
+from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
+from aiohttp import ClientError
+from slack_sdk.errors import SlackApiError
 from slack_sdk.web.async_client import AsyncWebClient
 
 from bots.outlet import BadConfig, Door
@@ -16,54 +19,84 @@ from bots.slack.outlet import SlackOutlet
 from bots.slack.pace import Pace
 from bots.slack.places import PLATFORM
 from bots.slack.settings import SlackSettings
+from core.errors import Overloaded, StorageError
 from core.logs import register_secret
 
 log = logging.getLogger(__name__)
 _RENEW_S = 2 * 3600  # before a token ends; rotated ones live for twelve hours
+_PEOPLE = 20_000
 
 
 @dataclass(slots=True)
 class Workspace:
-    """One installation. `kept` is what Slack handed out: token, refresh_token, expires_s, bot_user, name."""
+    """One installation. `kept` is what Slack handed out: token, refresh_token, expires_s, since_s, bot_user.
+
+    `languages` holds, of people who were here, the language of their Slack and the one that they are spoken to in.
+    """
 
     account: str
     kept: dict[str, str]
     outlet: SlackOutlet = field(init=False)
     api: Api = field(init=False)
     renewing: asyncio.Lock = field(default_factory=asyncio.Lock)
+    unsaved: bool = False  # what was renewed is not on the disk yet
+    languages: OrderedDict[str, tuple[str, str]] = field(default_factory=OrderedDict)
+
+    def keep_language(self, user: str, language: tuple[str, str]) -> None:
+        self.languages[user] = language
+        self.languages.move_to_end(user)
+        if len(self.languages) > _PEOPLE:
+            self.languages.popitem(last=False)
+
+
+@dataclass(frozen=True, slots=True)
+class Installed:
+    """`name` is what people call the workspace, or the organisation."""
+
+    account: str
+    name: str
 
 
 class Workspaces:
-    def __init__(self, settings: SlackSettings, client: AsyncWebClient, door: Door, pace: Callable[[], Pace]) -> None:
-        self._settings, self._client, self._door, self._pace = settings, client, door, pace
+    """`told` is called after something was said to a person by themselves."""
+
+    def __init__(
+        self,
+        settings: SlackSettings,
+        client: AsyncWebClient,
+        door: Door,
+        pace: Callable[[], Pace],
+        told: Callable[[Workspace, str], None] = lambda _workspace, _user: None,
+    ) -> None:
+        self._settings, self._client, self._door, self._pace, self._told = settings, client, door, pace, told
         self._known: dict[str, Workspace] = {}
 
     def get(self, account: str) -> Workspace | None:
         return self._known.get(account)
 
     async def open(self) -> None:
-        """Those that have installed the app; or the one whose token is in the configuration."""
+        """Those that have installed the app, and the one whose token is in the configuration."""
         if self._settings.token:
             answer = (await self._client.api_call("auth.test", headers=_bearer(self._settings.token))).data
             assert isinstance(answer, dict)
             of_org = answer.get("is_enterprise_install") and answer.get("enterprise_id")
             kept = {"token": self._settings.token, "bot_user": str(answer.get("user_id", ""))}
             self._register(str(of_org or answer["team_id"]), kept)
-            return
         for account, kept in (await self._door.installations.all(PLATFORM)).items():
-            self._register(account, kept)
+            if account not in self._known:
+                self._register(account, kept)
         log.info("slack.workspaces", extra={"count": len(self._known)})
 
-    async def add(self, answer: Mapping[str, object], link: str) -> str:
-        """Keep what oauth.v2.access gave, and answer there from now on; the name of the workspace."""
+    async def add(self, answer: Mapping[str, object], link: str) -> Installed:
+        """Keep what oauth.v2.access gave, and answer there from now on."""
         team, org = (value if isinstance(value := answer.get(key), dict) else {} for key in ("team", "enterprise"))
         of_org = bool(answer.get("is_enterprise_install"))
         account = str((org if of_org else team)["id"])
-        kept = {**_tokens(answer), "bot_user": str(answer.get("bot_user_id", ""))}
+        kept = {**_tokens(answer), "bot_user": str(answer.get("bot_user_id", "")), "since_s": str(int(time.time()))}
         await self._door.installations.keep(PLATFORM, account, kept, link)
         self._register(account, kept)
         log.info("slack.installed", extra={"account": account})
-        return str((org if of_org else team).get("name") or account)
+        return Installed(account, str((org if of_org else team).get("name") or account))
 
     async def exchange(self, **given: str) -> dict[str, object]:
         """oauth.v2.access: a code or a refresh token for tokens. Raises SlackApiError."""
@@ -72,14 +105,20 @@ class Workspaces:
         assert isinstance(answer, dict)
         return answer
 
-    async def drop(self, account: str) -> None:
-        """The app was thrown out: its tokens are forgotten before Slack is told that we know."""
-        if self._settings.token:
+    async def drop(self, account: str, at_s: float) -> None:
+        """The app was thrown out then: its tokens are forgotten before Slack is told that we know.
+
+        An event of before the installation that there is now, late or sent again, is about one that is gone already.
+        """
+        known = self._known.get(account)
+        if known is None or known.kept.get("token") == self._settings.token:
+            return
+        if at_s and at_s < float(known.kept.get("since_s") or 0):
+            log.info("slack.uninstalled_before", extra={"account": account})
             return
         await self._door.installations.drop(PLATFORM, account)
-        known = self._known.pop(account, None)
-        if known is not None:
-            known.kept = {}
+        del self._known[account]
+        known.kept = {}
         log.info("slack.uninstalled", extra={"account": account})
 
     def _register(self, account: str, kept: dict[str, str]) -> None:
@@ -90,23 +129,40 @@ class Workspaces:
             return
         made = self._known[account] = Workspace(account, kept)
         made.api = Api(self._client, lambda: self._token(made), self._pace())
-        made.outlet = SlackOutlet(made.api, transport=self._settings.transport)
+        made.outlet = SlackOutlet(
+            made.api, transport=self._settings.transport, told=lambda user: self._told(made, user)
+        )
         self._door.register(PLATFORM, account, made.outlet)
 
     async def _token(self, of: Workspace) -> str:
-        """The token of now. One that ends soon is renewed first, by one caller."""
+        """The token of now. One that ends soon is renewed first, by one caller; it is good until it ends."""
         async with of.renewing:
-            expires_s, refresh = float(of.kept.get("expires_s") or 0), of.kept.get("refresh_token", "")
-            if refresh and expires_s - time.time() < _RENEW_S:
-                await self._renew(of, refresh)
+            left_s, refresh = float(of.kept.get("expires_s") or 0) - time.time(), of.kept.get("refresh_token", "")
+            if refresh and left_s < _RENEW_S:
+                try:
+                    await self._renew(of, refresh)
+                except (SlackApiError, ClientError, TimeoutError, OSError) as error:
+                    log.error("slack.not_renewed", extra={"account": of.account, "error": type(error).__name__})
+                    if left_s <= 0:
+                        raise
+            if of.unsaved:
+                await self._save(of)
             return of.kept.get("token", "")
 
     async def _renew(self, of: Workspace, refresh: str) -> None:
         answer = await self.exchange(grant_type="refresh_token", refresh_token=refresh)
         of.kept = {**of.kept, **_tokens(answer)}
+        of.unsaved = True
         _hide(of.kept)
-        await self._door.installations.keep(PLATFORM, of.account, of.kept)
         log.info("slack.token_renewed", extra={"account": of.account})
+
+    async def _save(self, of: Workspace) -> None:
+        """The old refresh token is used up: what cannot be written now is written with the next call."""
+        try:
+            await self._door.installations.keep(PLATFORM, of.account, of.kept)
+            of.unsaved = False
+        except (StorageError, Overloaded) as error:
+            log.error("slack.not_stored", extra={"account": of.account, "error": str(error)})
 
 
 def bad_token() -> BadConfig:

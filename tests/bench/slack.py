@@ -29,7 +29,8 @@ from core.store.database import Tx
 from core.store.home import Home
 from tests.bench.telegram import CROWD, PER_S, QUANTILES, lag, quantile
 from tests.fakes.slack import FakeSlack
-from tests.fakes.slack.server import SIGNING, signed
+from tests.fakes.slack.held import SIGNING
+from tests.fakes.slack.server import signed
 
 
 async def crowd(seconds: float, listen: str, port: Path, result: Path) -> None:

@@ -44,7 +44,7 @@ from core.training import Training, TrainingSettings
 from tests.drill.kills import copy_of, violations
 from tests.drill.telegram import fork, get
 from tests.fakes.slack import FakeSlack
-from tests.fakes.slack.server import APP_TOKEN, SIGNING
+from tests.fakes.slack.held import APP_TOKEN, SIGNING
 
 USERS = [f"U{n}" for n in range(5)]
 ROOMS = ["C1", "C2", "C3"]

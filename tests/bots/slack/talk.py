@@ -18,7 +18,7 @@ from core.errors import AppError
 from core.store import directory
 from core.store.database import Tx
 from tests.fakes.slack import FakeSlack, Held
-from tests.fakes.slack.server import APP_TOKEN, SIGNING
+from tests.fakes.slack.held import APP_TOKEN, SIGNING
 from tests.world import World, world
 
 FAST = Rate(1000.0, 1000.0)
@@ -39,15 +39,52 @@ class Talk:
     teams: tuple[str, ...] = ("T1",)
 
     async def ask(self, user: str, text: str, **more: Any) -> Held:
-        """Say something and wait for what the bot's message becomes in the end."""
-        payload = self.there.message(user, text, **more)
-        return await self.answer(payload)
+        """Say something and wait for what the bot's message becomes in the end; a command by the slash command."""
+        if text[:1] == "/" and not more:
+            return await self.answer(self.there.command(user, text[1:], channel=f"D{user}"))
+        return await self.answer(self.there.message(user, text, **more))
+
+    async def home(self, user: str, **more: Any) -> dict[str, Any]:
+        """Open the home; what it shows then."""
+        published = len(self.there.called("views.publish"))
+        await self.there.deliver(self.there.opens_home(user, **more))
+        await self.there.until(lambda: len(self.there.called("views.publish")) > published)
+        return self.there.homes[more.get("team", "T1"), user]
+
+    async def modal(self, payload: dict[str, Any]) -> dict[str, Any]:
+        """Do something that opens a modal."""
+        opened = len(self.there.views)
+        await self.there.deliver(payload)
+        await self.there.until(lambda: len(self.there.views) > opened)
+        return self.there.views[-1]
 
     async def answer(self, payload: dict[str, Any]) -> Held:
         before = len(self.there.messages)
         await self.there.deliver(payload)
         await self.settled()
         return list(self.there.messages.values())[before]
+
+    async def until_true(self, asked: Callable[[Tx], bool]) -> None:
+        """Until the core's rows say so."""
+        async with asyncio.timeout(20):
+            while not await self.here.database.read(asked):  # noqa: ASYNC110 - nobody is told of it
+                await asyncio.sleep(0.01)
+
+    async def until_known(self, user: str, team: str = "T1") -> None:
+        """Until the bot has found out how to speak to somebody."""
+        async with asyncio.timeout(20):
+            while not self.bot_languages(team).get(user, ("", ""))[1]:  # noqa: ASYNC110 - nobody is told of it
+                await asyncio.sleep(0.01)
+
+    async def until_session(self, status: str) -> None:
+        """Until Slack has been told that of every agent session."""
+        await self.there.until(lambda: self.there.statuses and set(self.there.statuses.values()) == {status})
+
+    def bot_languages(self, team: str) -> dict[str, tuple[str, str]]:
+        """What the bot has found out of the people of a workspace."""
+        assert self.bot.workspaces is not None
+        found = self.bot.workspaces.get(team)
+        return dict(found.languages) if found else {}
 
     async def settled(self, seconds: float = 20.0) -> None:
         async with asyncio.timeout(seconds):
@@ -83,7 +120,7 @@ async def talk(
         here = await stack.enter_async_context(world(folder, answers, delay_s=delay_s, trainer=trainer))
         await here.database.write(bind)
         given: dict[str, Any] = {"api": f"{there.url}/api/", "listen": "127.0.0.1:0"}
-        if "client_id" not in settings:
+        if "client_id" not in settings and "token" not in settings:
             given["token"] = there.workspaces["T1"].token
         given |= {"signing_secret": SIGNING} if http else {"app_token": APP_TOKEN}
         bot = SlackBot.configure(given | settings)

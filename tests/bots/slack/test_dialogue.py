@@ -67,6 +67,32 @@ async def test_in_a_channel_only_who_names_it_is_answered_in_the_thread(tmp_path
 
 
 @both_ways
+async def test_what_follows_in_a_thread_needs_no_mention_where_the_thread_began_with_one(
+    tmp_path: Path, http: bool
+) -> None:
+    async with talk(tmp_path, http=http) as it:
+        root = it.there.message("UANN", "<@BT1> how long?", channel="C1")
+        await it.answer(root)
+        below = {"channel": "C1", "thread_ts": root["event"]["ts"]}
+        assert (await it.ask("UBEN", "and what does it cost?", **below, parent_user_id="UANN")).said.endswith("cost?")
+        assert [len(request.messages) for request in it.here.engine.requests] == [1, 3]
+        with_plan = {"subtype": "file_share", "files": [{"id": "F1", "name": "plan.pdf"}]}
+        assert (await it.ask("UBEN", "is this right?", **below, **with_plan)).said.endswith("right?")
+        others = it.there.ts()
+        await it.answer(it.there.message("UANN", "<@BT1> summarise", channel="C1", thread_ts=others))
+        for quiet in (
+            it.there.message("UBEN", "<@UANN> what do you think?", **below),
+            it.there.message("UBEN", "", **below, **with_plan),
+            it.there.message("UBEN", "just between us", channel="C1", thread_ts=others),
+            it.there.message("UBEN", "elsewhere", channel="C2", thread_ts=root["event"]["ts"]),
+        ):
+            await it.there.deliver(quiet)
+        await it.settled()
+        assert len(it.here.engine.requests) == 4
+        assert await it.here.count("inbox") == 4
+
+
+@both_ways
 async def test_bots_and_edits_and_deletions_run_nothing(tmp_path: Path, http: bool) -> None:
     async with talk(tmp_path, http=http) as it:
         asked = it.there.message("UANN", "hello")
@@ -80,6 +106,7 @@ async def test_bots_and_edits_and_deletions_run_nothing(tmp_path: Path, http: bo
             {**said, "ts": it.there.ts(), "user": "BT1"},
             {**changed, "subtype": "bot_message", "text": "hello", "bot_id": "B8"},
             {**changed, "subtype": "channel_topic", "user": "UANN", "text": "hello"},
+            {**said, "ts": it.there.ts(), "user": "USLACKBOT"},
         ):
             await it.there.deliver(it.there.event("T1", event))
         await it.settled()
@@ -111,7 +138,7 @@ async def test_the_slash_command_runs_commands_and_takes_questions_and_answers_i
         assert (held.channel, held.said) == ("DUANN", "you said what is a permit")
         again = await it.answer(it.there.press("UANN", held, say("en", "service.again")))
         assert again.said == held.said
-        assert "/retry" in (await it.answer(it.there.command("UANN", ""))).said
+        assert "`/distributary retry`" in (await it.answer(it.there.command("UANN", ""))).said
         assert not it.there.held("C1")
 
 
@@ -150,15 +177,18 @@ async def test_an_answer_can_be_stopped_and_what_was_seen_is_charged(tmp_path: P
         thread = asked["event"]["ts"]
         if way == "native":
             event = {"type": "agent_session_stopped", "channel": "DUANN", "thread_ts": thread, "user": "UANN"}
+            held.streaming = False  # Slack stops the stream by itself, and not the session
             await it.there.deliver(it.there.event("T1", event | {"streaming_message_ts": [held.ts]}))
         elif way == "command":
-            await it.there.deliver(it.there.message("UANN", "/stop", thread_ts=thread))
+            await it.there.deliver(it.there.message("UANN", " /stop", thread_ts=thread))
         else:
             await it.there.deliver(it.there.press("UANN", held, say("en", "slack.stop")))
         await it.settled()
         assert held.said.startswith("word")
         assert len(held.said) < 5 * 4000 - 1
         assert not held.streaming
+        assert held.labels == [say("en", "service.again")]
+        await it.until_session("active")
         assert await it.here.count("ledger") == 1
 
 
@@ -175,23 +205,11 @@ async def test_a_file_without_text_is_answered_politely(tmp_path: Path, http: bo
 @both_ways
 async def test_ask_about_this_message_opens_a_modal_and_answers_in_the_thread(tmp_path: Path, http: bool) -> None:
     async with talk(tmp_path, http=http) as it:
-        shortcut = {
-            "type": "message_action",
-            "callback_id": "ask",
-            "team": {"id": "T1"},
-            "user": {"id": "UANN", "team_id": "T1"},
-            "channel": {"id": "C1"},
-            "message": {"ts": "1700000000.000100", "text": "Section 4 applies.", "user": "UBEN"},
-            "trigger_id": "t1",
-        }
-        await it.there.deliver(shortcut)
-        await it.there.until(lambda: it.there.called("views.open"))
-        view = it.there.called("views.open")[0].body["view"]
+        message = {"ts": "1700000000.000100", "text": "Section 4 applies.", "user": "UBEN"}
+        view = await it.modal(it.there.shortcut("UANN", message))
 
         def submit(text: str | None) -> dict[str, Any]:
-            values = {"question": {"text": {"value": text}}}
-            made = {**view, "id": "V1", "hash": "h1", "state": {"values": values}}
-            return {"type": "view_submission", "team": {"id": "T1"}, "user": {"id": "UANN"}, "view": made}
+            return it.there.submit("UANN", view, {"question": {"value": text}}, id="V1")
 
         refused = await it.there.deliver(submit("  "))
         assert refused == {"response_action": "errors", "errors": {"question": say("en", "slack.ask_empty")}}
@@ -209,8 +227,7 @@ async def test_the_agents_dm_offers_the_channels_questions(tmp_path: Path, http:
 
     async with talk(tmp_path, http=http) as it:
         await it.here.database.write(questions)
-        event = {"type": "app_home_opened", "tab": "messages", "user": "UANN", "channel": "DUANN"}
-        await it.there.deliver(it.there.event("T1", event))
+        await it.there.deliver(it.there.opens_home("UANN", tab="messages"))
         await it.there.until(lambda: it.there.called("assistant.threads.setSuggestedPrompts"))
         (call,) = it.there.called("assistant.threads.setSuggestedPrompts")
         assert [one["message"] for one in call.body["prompts"]] == ["How long does it take?", "Hours?"]
@@ -231,7 +248,42 @@ async def test_a_guest_of_another_workspace_is_somebody_of_their_own(tmp_path: P
         held = await it.ask("UGUEST", "<@BT1> hello", channel="C1", user_team="T9", source_team="T9")
         assert held.said == "you said hello"
         (start,) = it.there.called("chat.startStream")
-        assert start.body["recipient_team_id"] == "T9"
+        assert (start.body["recipient_team_id"], start.body["recipient_user_id"]) == ("T9", "UGUEST")
+        pressed = it.there.press("UGUEST", held, "+")
+        pressed["user"]["team_id"] = "T9"
+        await it.there.deliver(pressed)
+        await it.settled()
+        assert await it.here.count("feedback") == 1
+        # somebody of another workspace who has the id of an operator of this one
+        twin = await it.ask("UOWNER", "<@BT1> /channel list", channel="C1", user_team="T9", source_team="T9")
+        assert twin.said == say("en", "error.not_allowed")
+
+
+@both_ways
+async def test_notices_are_in_the_language_in_which_a_person_reads_slack(tmp_path: Path, http: bool) -> None:
+    async with talk(tmp_path, http=http) as it:
+        it.there.locales["ULI"] = "zh-CN"
+        await it.there.deliver(it.there.opens_home("ULI", tab="messages"))
+        await it.until_known("ULI")
+        told = await it.there.deliver(it.there.command("ULI", "whoami"))
+        assert isinstance(told, dict)
+        assert told["text"] == say("zh", "slack.answered_in_dm")
+        await it.settled()
+        held = await it.ask("ULI", "hello")
+        assert held.labels == [say("zh", "service.again")]
+        assert (await it.ask("ULI", "/language en")).said == say("en", "users.language_set", name="English")
+        assert (await it.ask("ULI", "hello")).labels == [say("en", "service.again")]
+        assert len(it.there.called("users.info")) == 1
+
+
+@both_ways
+async def test_commands_are_spelled_as_they_are_typed_in_slack_and_the_models_words_stay(
+    tmp_path: Path, http: bool
+) -> None:
+    async with talk(tmp_path, lambda _: "Type /help or `/usage` in /home/help", http=http) as it:
+        assert (await it.ask("UANN", "how?")).said == "Type /help or `/usage` in /home/help"
+        assert "`/distributary language`" in (await it.ask("UANN", "/language")).said
+        assert (await it.ask("UANN", "/hlep")).said.startswith("you said") is False
 
 
 @both_ways
@@ -246,13 +298,16 @@ async def test_nothing_pings_anybody(tmp_path: Path, http: bool) -> None:
 
 @both_ways
 async def test_slack_is_told_what_is_going_on(tmp_path: Path, http: bool) -> None:
-    async with talk(tmp_path, http=http) as it:
+    async with talk(tmp_path, lambda _: "word " * 20, http=http, delay_s=0.01) as it:
         held = await it.ask("UANN", "hello")
         await it.there.until(lambda: it.there.called("assistant.threads.setStatus"))
         (status,) = it.there.called("assistant.threads.setStatus")
         assert status.body["thread_ts"] == held.thread
         assert status.body["loading_messages"] == [say("en", f"slack.working_{number}") for number in (1, 2, 3)]
-        (processing,) = it.there.called("agents.sessions.setStatus")
-        assert processing.body["status"] == "processing"
+        assert it.there.called("agents.sessions.setStatus")[0].body["status"] == "processing"
         (stopped,) = it.there.called("chat.stopStream")
         assert stopped.body["session_status"] == "active"
+        for number in range(5):  # also where the answer is there before Slack was told that it comes
+            await it.there.deliver(it.there.message("UANN", f"quick {number}"))
+        await it.settled()
+        await it.until_session("active")

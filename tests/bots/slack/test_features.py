@@ -25,6 +25,12 @@ FEATURES: dict[str, str] = {
     "tokens encrypted at rest, in no log": "workspaces::test_tokens_are_in_no_file_no_log_and_no_error",
     "token rotation": "workspaces::test_a_token_that_ends_soon_is_renewed_once_and_kept",
     "uninstall and revocation": "workspaces::test_who_throws_the_app_out_is_forgotten_and_can_come_back",
+    "late and replayed removals": "workspaces::test_late_or_replayed_news_of_a_removal_do_not_remove_what_was_installed_since",
+    "a DM to who installs it": "workspaces::test_who_installs_it_gets_one_dm_that_says_where_things_are",
+    "token rotation that fails": "workspaces::test_a_token_that_cannot_be_renewed_is_used_until_it_ends",
+    "token rotation on a full disk": "workspaces::test_what_was_renewed_while_the_disk_was_full_is_kept_as_soon_as_it_can_be",
+    "the simple token beside installations": "workspaces::test_a_workspace_of_its_own_token_and_those_that_installed_live_side_by_side",
+    "nothing from a browser is an error of ours": "workspaces::test_whatever_a_browser_sends_it_is_never_an_error_of_ours",
     "Enterprise Grid": "workspaces::test_an_organisation_installs_for_all_its_workspaces",
     "50 workspaces at once": "workspaces::test_50_workspaces_at_once_see_nothing_of_each_other",
     "streams in DMs and threads": "dialogue::test_a_question_in_a_dm_is_answered_once_in_its_thread",
@@ -37,7 +43,7 @@ FEATURES: dict[str, str] = {
     "retry_after": "streaming::test_nothing_goes_out_before_retry_after",
     "rate buckets": "streaming::test_slacks_own_rates_are_kept_under_load",
     "splitting": "streaming::test_long_answers_are_split_within_slacks_limits",
-    "network cuts": "streaming::test_a_network_cut_at_every_call_ends_whole_or_visibly_failed",
+    "network cuts, refreshes, expiry at every phase": "streaming::test_what_is_cut_at_every_phase_ends_whole_and_once",
     "socket refresh and cut": "streaming::test_a_socket_that_is_refreshed_or_cut_in_mid_answer_loses_nothing",
     "revoked in mid answer": "streaming::test_a_workspace_that_cannot_be_reached_ends_the_reply_without_a_charge",
     "no pings, no unfurls": "dialogue::test_nothing_pings_anybody",
@@ -59,14 +65,27 @@ FEATURES: dict[str, str] = {
     "operators by id": "operators::test_an_operator_is_known_by_their_id",
     "files that cannot be had": "operators::test_a_file_that_cannot_be_had_is_named_with_the_way_out",
     "usage chart, CSV": "operators::test_usage_comes_as_a_chart_and_as_a_table",
-    "App Home by role, with buttons": "operators::test_the_home_shows_each_person_what_they_may_see",
-    "modal to change limits by role": "operators::test_limits_are_changed_by_a_modal_and_by_role",
+    "App Home: what is left, own buttons": "home::test_a_person_sees_what_is_left_and_no_operators_things",
+    "App Home: chart, limits, adapter, jobs": "home::test_an_operator_sees_chart_limits_version_and_jobs",
+    "App Home: chart where Slack draws none": "home::test_where_slack_draws_no_charts_yet_the_home_says_it_in_letters",
+    "App Home: jobs ended": "home::test_a_running_job_can_be_looked_at_and_ended_from_the_home",
+    "modal to change limits by role, view errors": "home::test_limits_are_changed_by_a_modal_and_by_role",
+    "modal to change instructions": "home::test_instructions_are_changed_word_for_word",
+    "modal to change the adapter, options; data set by modal": "home::test_a_file_in_a_modal_becomes_a_version_that_is_chosen_in_another",
+    "modals by role": "home::test_who_is_no_operator_any_more_gets_no_modal_but_a_new_home",
+    "follow-ups in threads": "dialogue::test_what_follows_in_a_thread_needs_no_mention_where_the_thread_began_with_one",
+    "people's languages": "dialogue::test_notices_are_in_the_language_in_which_a_person_reads_slack",
+    "commands as they are typed in Slack": "dialogue::test_commands_are_spelled_as_they_are_typed_in_slack_and_the_models_words_stay",
     "manifest current": "operators::test_the_manifest_is_current",
+    "README and deploy/ as they can be tried": "operators::test_what_the_docs_say_can_be_typed",
     "manifest: agent view": "operators::test_the_manifest_holds_what_slack_takes",
+    "dialogues shared with Telegram": "shared::test_the_table_of_dialogues",
+    "data set, verdict, promotion, as in Telegram": "shared::test_a_file_becomes_a_version_in_service_and_goes_out_again",
+    "limits, as in Telegram": "shared::test_a_limit_is_said_once_and_nothing_is_charged_beyond_it",
     "kills": "drill::test_slack_survives_20_kills",
 }  # fmt: skip
 HERE = Path(__file__).parent
-FILES = {"drill": HERE.parents[1] / "drill" / "test_slack.py"}
+FILES = {"drill": HERE.parents[1] / "drill" / "test_slack.py", "shared": HERE.parent / "test_shared.py"}
 
 
 @pytest.mark.parametrize("feature", FEATURES)

@@ -12,7 +12,8 @@ from bots.slack.settings import read_settings
 from core.errors import BadConfig, StorageError
 from core.service import Service
 from tests.bots.slack.talk import talk
-from tests.fakes.slack.server import SIGNING, sign, signed
+from tests.fakes.slack.held import SIGNING
+from tests.fakes.slack.server import sign, signed
 
 both_ways = pytest.mark.parametrize("http", [False, True], ids=["socket", "http"])
 

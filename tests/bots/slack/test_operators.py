@@ -5,13 +5,15 @@ from __future__ import annotations
 import csv
 import io
 import json
+import re
 from pathlib import Path
 
 import pytest
 from PIL import Image
 
-from bots.slack.manifest import EVENTS, SCOPES, manifest, manifest_json
-from core.commands import COMMANDS
+from bots.slack.manifest import EVENTS, SCOPES, command, manifest, manifest_json
+from bots.slack.settings import read_settings
+from core.config import load_config
 from core.texts import say
 from core.versions import promote_button
 from tests.bots.slack.talk import Talk, talk
@@ -28,7 +30,7 @@ def document(name: str = "faq.jsonl", size: int = 17) -> dict[str, object]:
 
 async def upload(it: Talk, user: str, word: str = "plain") -> Held:
     it.there.files["F0"] = ROW % word.encode()
-    return await it.ask(user, "/finetune", subtype="file_share", files=[document()])
+    return await it.ask(user, "finetune", subtype="file_share", files=[document()])
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
@@ -62,7 +64,7 @@ async def test_strangers_are_refused(tmp_path: Path) -> None:
 @pytest.mark.parametrize(("size", "key"), [(300_000_000, "file_too_large"), (10, "file_gone")])
 async def test_a_file_that_cannot_be_had_is_named_with_the_way_out(tmp_path: Path, size: int, key: str) -> None:
     async with talk(tmp_path, trainer=COMMAND) as it:
-        held = await it.ask("UOWNER", "/finetune", subtype="file_share", files=[document(size=size)])
+        held = await it.ask("UOWNER", "finetune", subtype="file_share", files=[document(size=size)])
         assert held.said == say("en", f"slack.{key}", name="faq.jsonl", limit=200)
         assert await it.here.count("job") == 0
 
@@ -89,53 +91,6 @@ async def test_an_operator_is_known_by_their_id(tmp_path: Path) -> None:
         assert "acme" in (await it.answer(it.there.command("UOWNER", "channel list"))).said
 
 
-@pytest.mark.parametrize("http", [False, True], ids=["socket", "http"])
-async def test_the_home_shows_each_person_what_they_may_see(tmp_path: Path, http: bool) -> None:
-    async with talk(tmp_path, http=http) as it:
-        for user in ("UANN", "UOWNER"):
-            event = {"type": "app_home_opened", "tab": "home", "user": user, "channel": f"D{user}"}
-            await it.there.deliver(it.there.event("T1", event))
-        await it.there.until(lambda: len(it.there.homes) == 2)
-        buttons = {
-            user: [one for block in view["blocks"] for one in block.get("elements", [])]
-            for (_, user), view in it.there.homes.items()
-        }
-        assert [one["value"] for one in buttons["UANN"]] == ["/usage", "/privacy", "/help"]
-        shown = next(one for one in buttons["UOWNER"] if one["value"] == "/channel show")
-        home = Held("T1", "", "", "", blocks=it.there.homes["T1", "UOWNER"]["blocks"])
-        pressed = it.there.press("UOWNER", home, shown["text"]["text"])
-        del pressed["channel"], pressed["message"]
-        pressed["container"] = {"type": "view", "view_id": "V1"}
-        held = await it.answer(pressed)
-        assert held.channel == "DUOWNER"
-        assert "Acme" in held.said
-
-
-@pytest.mark.parametrize("http", [False, True], ids=["socket", "http"])
-async def test_limits_are_changed_by_a_modal_and_by_role(tmp_path: Path, http: bool) -> None:
-    async with talk(tmp_path, http=http) as it:
-        event = {"type": "app_home_opened", "tab": "home", "user": "UOWNER", "channel": "DUOWNER"}
-        await it.there.deliver(it.there.event("T1", event))
-        await it.there.until(lambda: it.there.homes)
-        home = Held("T1", "DUOWNER", "", "", blocks=it.there.homes["T1", "UOWNER"]["blocks"])
-        await it.there.deliver(it.there.press("UOWNER", home, say("en", "slack.limits_title")))
-        await it.there.until(lambda: it.there.called("views.open"))
-        view = it.there.called("views.open")[0].body["view"]
-
-        def submit(user: str, number: str, view_id: str) -> dict[str, object]:
-            values = {"per_minute": {"number": {"value": number}}, "per_hour": {"number": {"value": None}}}
-            made = {**view, "id": view_id, "hash": "h", "state": {"values": values}}
-            return {"type": "view_submission", "team": {"id": "T1"}, "user": {"id": user}, "view": made}
-
-        refused = await it.there.deliver(submit("UOWNER", "many", "V1"))
-        assert refused == {"response_action": "errors", "errors": {"per_minute": say("en", "slack.limits_number")}}
-        await it.answer(submit("UOWNER", "7", "V1"))
-        forged = await it.answer(submit("UANN", "9", "V2"))
-        assert forged.said == say("en", "error.not_allowed")
-        limit = await it.here.database.read(lambda tx: tx.value("SELECT per_minute FROM channel WHERE name = 'acme'"))
-        assert limit == 7
-
-
 def test_the_manifest_is_current() -> None:
     kept = (ROOT / "deploy" / "slack-manifest.json").read_text(encoding="utf-8")
     assert kept == manifest_json(), "run: distributary slack manifest > deploy/slack-manifest.json"
@@ -154,4 +109,25 @@ def test_the_manifest_holds_what_slack_takes() -> None:
         assert made["oauth_config"]["scopes"]["bot"] == sorted(SCOPES)
         assert made["settings"]["socket_mode_enabled"] == (not url)
         assert json.dumps(made).count("bot.example.org") == (4 if url else 0)
-    assert {command.name for command in COMMANDS} >= {"help"}
+
+
+DOCS = [ROOT / "deploy" / "slack.md", ROOT / "README.md"]
+
+
+@pytest.mark.parametrize("path", DOCS, ids=lambda path: path.name)
+def test_what_the_docs_say_can_be_typed(path: Path, tmp_path: Path) -> None:
+    """The manifest's command as it stands there; every configuration of Slack is one."""
+    text = path.read_text(encoding="utf-8")
+    typed = re.findall(r"`distributary slack (manifest[^`]*)`", text)
+    assert typed
+    for words in typed:
+        assert json.loads(command(words.split()))["features"]["agent_view"]
+    env = {"SLACK_TOKEN": "xoxb-1-abcdef", "SLACK_APP_TOKEN": "xapp-1-abcdef"}
+    env |= {"SLACK_SIGNING_SECRET": "s3cret", "SLACK_CLIENT_SECRET": "cl13nt"}
+    blocks = [one for one in re.findall(r"```toml\n(.*?)```", text, re.DOTALL) if "slack" in one]
+    assert blocks
+    for number, block in enumerate(blocks):
+        file = tmp_path / f"{number}.toml"
+        file.write_text(block, encoding="utf-8")
+        for table in load_config(file, env).bots.values():
+            assert read_settings(table.settings).url or "url" not in block

@@ -2,10 +2,12 @@
 
 from __future__ import annotations
 
+import asyncio
 from pathlib import Path
 
 import pytest
 
+from bots.slack import api, outlet
 from bots.slack.pace import RATES, Pace
 from bots.slack.text import LIMIT, growing, harmless
 from core.engine.protocol import Request
@@ -81,6 +83,8 @@ async def test_a_stream_that_expires_is_recovered(tmp_path: Path) -> None:
         it.there.later(301)
         assert not held.streaming
         await it.settled()
+        assert len(it.there.called("chat.stopStream")) == 1  # what has ended is not asked to end again
+        await it.until_session("active")
         assert held.said == ("one " * 300).strip()
         assert len(it.there.messages) == 1
         assert await it.here.count("ledger") == 1
@@ -143,19 +147,60 @@ async def test_long_answers_are_split_within_slacks_limits(tmp_path: Path, trans
         assert {held.thread for held in parts} == {parts[0].thread}
 
 
-async def test_a_network_cut_at_every_call_ends_whole_or_visibly_failed(tmp_path: Path) -> None:
-    methods = ("chat.startStream", "chat.appendStream", "chat.stopStream", "chat.update", "chat.postMessage")
-    async with talk(tmp_path, slowly, delay_s=0.01) as it:
-        for method in methods:
-            for fault in ("cut", "lost"):
-                it.there.faults[method].append(fault)
-                await it.there.deliver(it.there.message("UANN", f"{method} {fault}"))
-                await it.settled(60)
-                assert list(it.there.messages.values())[-1].said == LONG
-                it.there.faults[method].clear()
-        finals = [held for held in it.there.messages.values() if held.said == LONG]
-        assert len(finals) == 2 * len(methods)
-        assert await it.here.count("ledger") == 2 * len(methods)
+PHASES = [
+    ("stream", "chat.startStream", 1),
+    ("stream", "chat.appendStream", 1),
+    ("stream", "chat.appendStream", 3),
+    ("stream", "chat.stopStream", 1),
+    ("edit", "chat.postMessage", 1),
+    ("edit", "chat.update", 1),
+    ("edit", "chat.update", 3),
+]
+
+
+@pytest.mark.parametrize("what", ["call cut", "answer lost", "socket refreshed", "socket cut", "away", "expired"])
+@pytest.mark.parametrize("http", [False, True], ids=["socket", "http"])
+async def test_what_is_cut_at_every_phase_ends_whole_and_once(
+    tmp_path: Path, http: bool, what: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Each phase of an answer meets the same mishap; within 60 s it stands there whole, and is charged once."""
+    monkeypatch.setattr(outlet, "_PAINT_S", 0.02)
+    monkeypatch.setattr(outlet, "_EDIT_S", 0.02)
+    monkeypatch.setattr(api, "_PAUSES_S", (0.1, 0.2, 0.4))
+    if http and what.startswith("socket"):
+        pytest.skip("there is no socket")
+    async with talk(tmp_path, lambda _: LONG, delay_s=0.02, http=http) as it:
+        workspace = it.bot.workspaces and it.bot.workspaces.get("T1")
+        assert workspace is not None
+        for number, (transport, method, nth) in enumerate(PHASES):
+            workspace.outlet._transport = transport
+            nth += len(it.there.called(method))
+            if what in ("call cut", "answer lost"):
+                it.there.before[method, nth] = lambda method=method: _fault(it, method, what)  # type: ignore[misc]
+            else:
+                it.there.before[method, nth] = lambda: _mishap(it, what)
+            await it.there.deliver(it.there.message("UANN", f"question {number}"))
+            await it.settled(60)
+            assert not it.there.before, (transport, method, nth)
+            whole = [held for held in it.there.messages.values() if held.said == LONG and not held.streaming]
+            assert len(whole) == number + 1, (transport, method, nth)
+        assert await it.here.count("ledger") == len(PHASES)
+
+
+async def _fault(it: Talk, method: str, what: str) -> None:
+    it.there.faults[method].append("cut" if what == "call cut" else "lost")
+
+
+async def _mishap(it: Talk, what: str) -> None:
+    if what == "socket refreshed":
+        await it.there.refresh()
+    elif what == "socket cut":
+        await it.there.cut()
+    elif what == "expired":
+        it.there.later(301)
+    else:
+        it.there.down = True
+        asyncio.get_running_loop().call_later(1.5, lambda: setattr(it.there, "down", False))
 
 
 @pytest.mark.parametrize("how", ["refresh", "cut"])

@@ -10,15 +10,19 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
+import pytest
 from aiohttp import ClientSession, CookieJar
+from yarl import URL
 
 from core.engine.protocol import Request
+from core.errors import StorageError
 from core.store import directory
 from core.store.database import Tx
+from core.store.installations import Installations
 from core.texts import say
 from tests.bots.slack.talk import Talk, talk
 from tests.fakes.slack import FakeSlack
-from tests.fakes.slack.server import CLIENT, CLIENT_SECRET
+from tests.fakes.slack.held import CLIENT, CLIENT_SECRET
 
 OAUTH: dict[str, Any] = {"client_id": CLIENT, "client_secret": CLIENT_SECRET, "url": "http://127.0.0.1"}
 
@@ -159,6 +163,112 @@ async def test_who_throws_the_app_out_is_forgotten_and_can_come_back(tmp_path: P
         assert await it.here.count("installation") == 1
 
 
+async def test_late_or_replayed_news_of_a_removal_do_not_remove_what_was_installed_since(tmp_path: Path) -> None:
+    async with talk(tmp_path, http=True, **OAUTH) as it:
+        await it.here.database.write(links)
+        it.teams = ("T2",)
+        await install(it, "T2", "north")
+        removed = it.there.event("T2", {"type": "app_uninstalled"})
+        await it.there.deliver(removed)
+        assert await it.here.count("installation") == 0
+        removed["event_time"] = int(time.time()) - 2
+        await install(it, "T2")
+        for attempt in range(4):
+            assert await it.there.send(removed, attempt) is not None
+        assert await it.here.count("installation") == 1
+        assert (await it.ask("UANN", "hello", team="T2")).said == "you said hello"
+
+
+async def test_who_installs_it_gets_one_dm_that_says_where_things_are(tmp_path: Path) -> None:
+    async with talk(tmp_path, http=True, **OAUTH) as it:
+        await it.here.database.write(links)
+        it.teams = ("T2",)
+        for _ in range(2):
+            await install(it, "T2", "north", installer="UBOSS")
+            await it.settled()
+        (held,) = it.there.messages.values()
+        assert held.channel == "DUBOSS"
+        assert "North" in held.said
+        assert "`/distributary claim`" in held.said
+
+
+async def test_a_token_that_cannot_be_renewed_is_used_until_it_ends(tmp_path: Path) -> None:
+    async with FakeSlack().open() as there:
+        async with talk(tmp_path, there=there, http=True, **OAUTH) as it:
+            await it.here.database.write(links)
+            await install(it, "T2", "north", refresh="xoxe-1-first-refresh")
+            kept = (await it.here.service.installations.all("slack"))["T2"]
+            left = {**kept, "expires_s": str(time.time() + 60)}
+            await it.here.service.installations.keep("slack", "T2", left)
+        async with talk(tmp_path, there=there, http=True, **OAUTH) as it:
+            it.teams = ("T2",)
+            there.faults["oauth.v2.access"].extend(["cut", "internal_error"] * 20)
+            assert (await it.ask("UANN", "hello", team="T2")).said == "you said hello"
+            assert len(there.called("oauth.v2.access")) > 1
+
+
+async def test_what_was_renewed_while_the_disk_was_full_is_kept_as_soon_as_it_can_be(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, failing = Installations.keep, 1
+
+    async def keep(self: Installations, *given: Any) -> None:
+        nonlocal failing
+        if failing:
+            failing -= 1
+            raise StorageError(detail="no room")
+        await whole(self, *given)
+
+    async with FakeSlack().open() as there:
+        async with talk(tmp_path, there=there, http=True, **OAUTH) as it:
+            await it.here.database.write(links)
+            await install(it, "T2", "north", refresh="xoxe-1-first-refresh")
+            kept = (await it.here.service.installations.all("slack"))["T2"]
+            await it.here.service.installations.keep("slack", "T2", {**kept, "expires_s": str(time.time() + 60)})
+        async with talk(tmp_path, there=there, http=True, **OAUTH) as it:
+            it.teams = ("T2",)
+            monkeypatch.setattr(Installations, "keep", keep)
+            assert (await it.ask("UANN", "hello", team="T2")).said == "you said hello"
+            kept = (await it.here.service.installations.all("slack"))["T2"]
+            assert kept["token"] == there.workspaces["T2"].token
+
+
+async def test_a_workspace_of_its_own_token_and_those_that_installed_live_side_by_side(tmp_path: Path) -> None:
+    async with FakeSlack().open() as there:
+        there.workspace("T1")
+        both = OAUTH | {"token": there.workspaces["T1"].token}
+        async with talk(tmp_path, there=there, http=True, **both) as it:
+            await it.here.database.write(links)
+            await install(it, "T2", "north")
+        async with talk(tmp_path, there=there, http=True, **both) as it:
+            it.teams = ("T1", "T2")
+            for team in it.teams:
+                assert (await it.ask("UANN", "hello", team=team, channel=f"D{team}")).said == "you said hello"
+            await it.there.deliver(it.there.event("T1", {"type": "app_uninstalled"}))
+            assert (await it.ask("UANN", "hello", team="T1", channel="D9")).said == "you said hello"
+
+
+async def test_whatever_a_browser_sends_it_is_never_an_error_of_ours(tmp_path: Path) -> None:
+    async with talk(tmp_path, http=True, **OAUTH) as it:
+        assert it.bot.web is not None
+        at = f"http://127.0.0.1:{it.bot.web.port}/slack"
+        nasty = ["", "x", "%ff%fe", "%ED%A0%80", "%00", "a" * 5000, "é", "%F0%9F%98%80", "..%2f..%2f"]
+        async with browser() as session:
+            state = await begin(it, session)
+            for text in nasty:
+                for url in (
+                    f"{at}/oauth_redirect?state={text}&code=c",
+                    f"{at}/oauth_redirect?state={state}{text}&code={text}",
+                    f"{at}/oauth_redirect?code={text}",
+                    f"{at}/install?link={text}%20",
+                    f"{at}/{text}",
+                ):
+                    cookies = {"Cookie": f"slack-install={text or state}"}
+                    async with session.get(URL(url, encoded=True), headers=cookies, allow_redirects=False) as answer:
+                        assert answer.status in (200, 400, 401), url
+        assert await it.here.count("installation") == 0
+
+
 async def test_an_organisation_installs_for_all_its_workspaces(tmp_path: Path) -> None:
     async with talk(tmp_path, http=True, **OAUTH) as it:
         await it.here.database.write(links)
@@ -166,7 +276,15 @@ async def test_an_organisation_installs_for_all_its_workspaces(tmp_path: Path) -
         it.teams = ("E1",)
         held = await it.ask("UANN", "hello", team="T2")
         assert held.said == "you said hello"
-        assert await it.here.count("inbox", "account = 'E1'") == 1
+        held.team = "T2"
+        again = await it.answer(it.there.press("UANN", held, say("en", "service.again")))
+        assert again.said == "you said hello"
+        told = await it.answer(it.there.command("UANN", "whoami", team="T2"))
+        assert "North" in told.said
+        # somebody of another workspace of the organisation is the same person everywhere in it
+        elsewhere = await it.ask("UANN", "<@BT2> /whoami", team="T2", channel="C1", user_team="T7")
+        assert elsewhere.said == told.said
+        assert await it.here.count("inbox", "account = 'E1'") == 4
 
 
 async def test_50_workspaces_at_once_see_nothing_of_each_other(tmp_path: Path) -> None:

@@ -6,13 +6,10 @@ What it refuses, Slack refuses. Everything that was ever written is kept, so tha
 from __future__ import annotations
 
 import asyncio
-import itertools
 import json
-import secrets
 from collections import Counter, defaultdict, deque
-from collections.abc import AsyncIterator, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
 from contextlib import asynccontextmanager, suppress
-from dataclasses import dataclass, field
 from typing import Any
 from urllib.parse import urlencode
 
@@ -20,154 +17,27 @@ from aiohttp import ClientError, ClientSession, WSMsgType, web
 from slack_sdk.signature import SignatureVerifier
 
 from tests.fakes.slack import rules
-
-SIGNING, APP_TOKEN, CLIENT, CLIENT_SECRET = "s1gning-s3cret", "xapp-1-A1-test", "11.22", "cl13nt-s3cret"
-STREAM_S = 300.0
-
-
-@dataclass
-class Workspace:
-    team: str
-    token: str
-    bot: str
-    name: str = ""
-    enterprise: str = ""
-    alive: bool = True
-    refresh: str = ""
+from tests.fakes.slack.held import SIGNING, STREAM_S, Call, Held
+from tests.fakes.slack.methods import Methods
 
 
-@dataclass
-class Held:
-    """One message as Slack holds it."""
-
-    team: str
-    channel: str
-    ts: str
-    thread: str
-    text: str = ""
-    blocks: list[dict[str, Any]] = field(default_factory=list)
-    streaming: bool = False
-    streamed: bool = False
-    started: float = 0.0
-    files: list[str] = field(default_factory=list)
-    history: list[str] = field(default_factory=list)
-
-    @property
-    def said(self) -> str:
-        """What a person reads as the message itself."""
-        marked = "".join(block["text"] for block in self.blocks if block["type"] == "markdown")
-        return marked or self.text
-
-    @property
-    def buttons(self) -> list[dict[str, Any]]:
-        found = [(block, one) for block in self.blocks if "elements" in block for one in block["elements"]]
-        return [{**one, "block_id": block.get("block_id", "")} for block, one in found if one["type"] != "plain_text"]
-
-    @property
-    def labels(self) -> list[str]:
-        return [one["text"]["text"] for one in self.buttons if one["type"] == "button"]
-
-
-@dataclass
-class Call:
-    method: str
-    token: str
-    body: dict[str, Any]
-
-
-class FakeSlack:
+class FakeSlack(Methods):
     def __init__(self) -> None:
-        self.workspaces: dict[str, Workspace] = {}
-        self.messages: dict[tuple[str, str], Held] = {}
+        super().__init__()
         self.calls: list[Call] = []
-        self.files: dict[str, bytes] = {}
-        self.homes: dict[tuple[str, str], dict[str, Any]] = {}
-        self.codes: dict[str, Workspace] = {}
         self.limits = False
         self.early = 0
-        self.now = 1_700_000_000.0
         self.faults: defaultdict[str, deque[str]] = defaultdict(deque)
-        self.acks: list[tuple[str, object]] = []
+        self.down = False  # every request is cut
+        self.before: dict[tuple[str, int], Callable[[], Awaitable[None]]] = {}  # the nth request of a method
         self.retries: Counter[str] = Counter()
         self.sockets: list[web.WebSocketResponse] = []
-        self.url = ""
         self.events_url = ""
         self.changed = asyncio.Condition()
         self._sent: defaultdict[int, dict[str, asyncio.Future[object]]] = defaultdict(dict)
-        self._tick = itertools.count(1)
         self._used: defaultdict[str, list[float]] = defaultdict(list)
         self._closed: dict[str, float] = {}
         self._session: ClientSession | None = None
-
-    # --- people and workspaces ---
-
-    def workspace(self, team: str = "T1", **more: Any) -> Workspace:
-        made = Workspace(team, f"xoxb-{team}-secret", f"B{team}", more.pop("name", f"Space {team}"), **more)
-        self.workspaces[team] = made
-        return made
-
-    def ts(self) -> str:
-        return f"{int(self.now)}.{next(self._tick):06d}"
-
-    def event(self, team: str, event: dict[str, Any], *, event_id: str = "") -> dict[str, Any]:
-        space = self.workspaces[team]
-        return {
-            "type": "event_callback",
-            "team_id": team,
-            "api_app_id": "A1",
-            "event_id": event_id or f"Ev{next(self._tick)}",
-            "event_time": int(self.now),
-            "authorizations": [
-                {
-                    "team_id": team,
-                    "enterprise_id": space.enterprise or None,
-                    "user_id": space.bot,
-                    "is_bot": True,
-                    "is_enterprise_install": bool(space.enterprise),
-                }
-            ],
-            "event": event,
-        }
-
-    def message(self, user: str, text: str, *, team: str = "T1", channel: str = "", **more: Any) -> dict[str, Any]:
-        """An event of somebody who writes: into the DM with the bot, unless a channel is named."""
-        place = channel or f"D{user}"
-        kind = "im" if place[0] == "D" else "channel"
-        event = {"type": "message", "channel_type": kind, "channel": place, "user": user, "text": text, "team": team}
-        return self.event(team, {**event, "ts": more.pop("ts", "") or self.ts(), **more})
-
-    def command(self, user: str, text: str, *, team: str = "T1", channel: str = "C1") -> dict[str, Any]:
-        return {
-            "command": "/distributary",
-            "text": text,
-            "team_id": team,
-            "user_id": user,
-            "channel_id": channel,
-            "trigger_id": f"trigger.{next(self._tick)}",
-            "response_url": f"{self.url}/response",
-            "api_app_id": "A1",
-        }
-
-    def press(self, user: str, held: Held, label: str, *, value: str = "") -> dict[str, Any]:
-        """Somebody presses a button, or a thumb ("+" or "-")."""
-        if label in "+-":
-            (pressed,) = [one for one in held.buttons if one["type"] == "feedback_buttons"]
-            chosen = pressed["positive_button" if label == "+" else "negative_button"]
-            value = value or chosen["value"]
-        else:
-            pressed = next(one for one in held.buttons if one["type"] == "button" and one["text"]["text"] == label)
-            value = value or pressed.get("value", "")
-        action = {"action_id": pressed["action_id"], "block_id": pressed["block_id"], "action_ts": self.ts()}
-        return {
-            "type": "block_actions",
-            "team": {"id": held.team},
-            "user": {"id": user, "team_id": held.team},
-            "channel": {"id": held.channel},
-            "message": {"ts": held.ts, **({"thread_ts": held.thread} if held.thread else {})},
-            "container": {"type": "message", "message_ts": held.ts, "channel_id": held.channel},
-            "trigger_id": f"trigger.{next(self._tick)}",
-            "actions": [{**action, "type": pressed["type"], "value": value}],
-        }
 
     # --- delivering events ---
 
@@ -304,8 +174,11 @@ class FakeSlack:
             body = dict(await request.post())
         token = request.headers.get("Authorization", "").removeprefix("Bearer ")
         self.calls.append(Call(method, token, body))
+        happens = self.before.pop((method, len(self.called(method))), None)
+        if happens is not None:
+            await happens()
         fault = self.faults[method].popleft() if self.faults[method] else ""
-        if fault == "cut":
+        if self.down or fault == "cut":
             assert request.transport is not None
             request.transport.abort()
             return web.Response()
@@ -325,7 +198,7 @@ class FakeSlack:
             return web.json_response(
                 {"ok": False, "error": "ratelimited"}, status=429, headers={"Retry-After": str(wait)}
             )
-        answer = self._answer(method, token, body)
+        answer = self.answer(method, token, body)
         await self._tell()
         if fault == "lost":  # done, and nobody is told
             assert request.transport is not None
@@ -345,166 +218,6 @@ class FakeSlack:
         self._used[key] = [one for one in self._used[key] if now - one < 60]
         self._used[key].append(now)
         return 5 if len(self._used[key]) > most else 0
-
-    def _answer(self, method: str, token: str, body: dict[str, Any]) -> dict[str, Any]:
-        if method not in rules.REQUIRED:
-            return no("unknown_method")
-        if any(not body.get(key) and body.get(key) != 0 for key in rules.REQUIRED[method]):
-            return no("invalid_arguments")
-        if method == "apps.connections.open":
-            return (
-                {"ok": True, "url": self.url.replace("http", "ws") + "/socket"}
-                if token == APP_TOKEN
-                else no("invalid_auth")
-            )
-        if method == "oauth.v2.access":
-            return self._oauth(body)
-        space = next((one for one in self.workspaces.values() if one.token == token and one.alive), None)
-        if space is None:
-            return no("invalid_auth")
-        handler = getattr(self, "_" + method.replace(".", "_"), None)
-        return handler(space, body) if handler else {"ok": True}
-
-    # --- methods ---
-
-    def _auth_test(self, space: Workspace, body: dict[str, Any]) -> dict[str, Any]:
-        org = {"is_enterprise_install": True, "enterprise_id": space.enterprise} if space.enterprise else {}
-        return {"ok": True, "team_id": space.team, "user_id": space.bot, "bot_id": f"b{space.bot}", **org}
-
-    def _oauth(self, body: dict[str, Any]) -> dict[str, Any]:
-        if (body["client_id"], body["client_secret"]) != (CLIENT, CLIENT_SECRET):
-            return no("bad_client_secret")
-        if body.get("grant_type") == "refresh_token":
-            space = next((one for one in self.workspaces.values() if one.refresh == body.get("refresh_token")), None)
-            if space is None:
-                return no("invalid_refresh_token")
-            space.token, space.refresh = f"xoxe.xoxb-{secrets.token_hex(8)}", f"xoxe-{secrets.token_hex(8)}"
-            return {"ok": True, "access_token": space.token, "refresh_token": space.refresh, "expires_in": 43200}
-        space = self.codes.pop(str(body.get("code")), None)
-        if space is None:
-            return no("invalid_code")
-        space.alive = True
-        rotated = {"refresh_token": space.refresh, "expires_in": 43200} if space.refresh else {}
-        return {
-            "ok": True,
-            "access_token": space.token,
-            "token_type": "bot",
-            "bot_user_id": space.bot,
-            "team": {"id": space.team, "name": space.name},
-            "enterprise": {"id": space.enterprise, "name": space.name} if space.enterprise else None,
-            "is_enterprise_install": bool(space.enterprise),
-            **rotated,
-        }
-
-    def _chat_postMessage(self, space: Workspace, body: dict[str, Any]) -> dict[str, Any]:
-        wrong = self._wrong(body)
-        if wrong:
-            return no(wrong)
-        if body.get("unfurl_links") is not False or body.get("unfurl_media") is not False:
-            return no("would_unfurl")  # not Slack's: this app never wants it
-        channel = f"D{body['channel']}" if body["channel"][0] == "U" else body["channel"]
-        held = Held(space.team, channel, self.ts(), body.get("thread_ts") or "")
-        self.messages[channel, held.ts] = held
-        self._set(held, body)
-        return {"ok": True, "channel": channel, "ts": held.ts}
-
-    def _chat_update(self, space: Workspace, body: dict[str, Any]) -> dict[str, Any]:
-        held = self._mine(space, body)
-        if held is None:
-            return no("message_not_found")
-        if held.streaming:
-            return no("streaming_state_conflict")
-        wrong = self._wrong(body)
-        if wrong:
-            return no(wrong)
-        self._set(held, body)
-        held.files = list(body.get("file_ids") or held.files)
-        return {"ok": True, "channel": held.channel, "ts": held.ts}
-
-    def _chat_startStream(self, space: Workspace, body: dict[str, Any]) -> dict[str, Any]:
-        if body["channel"][0] != "D" and not body.get("recipient_user_id"):
-            return no("missing_recipient_user_id")
-        if body["channel"][0] != "D" and not body.get("recipient_team_id"):
-            return no("missing_recipient_team_id")
-        held = Held(space.team, body["channel"], self.ts(), body["thread_ts"], streaming=True, streamed=True)
-        held.started = self.now
-        self.messages[held.channel, held.ts] = held
-        held.text = streamed_text(body)
-        return {"ok": True, "channel": held.channel, "ts": held.ts}
-
-    def _chat_appendStream(self, space: Workspace, body: dict[str, Any]) -> dict[str, Any]:
-        held, text = self._mine(space, body), streamed_text(body)
-        if held is None:
-            return no("message_not_found")
-        if not held.streaming:
-            return no("message_not_in_streaming_state")
-        if not text:
-            return no("no_text")
-        if len(text) > rules.MARKDOWN:
-            return no("msg_too_long")
-        held.text += text
-        held.history.append(held.text)
-        return {"ok": True, "channel": held.channel, "ts": held.ts}
-
-    def _chat_stopStream(self, space: Workspace, body: dict[str, Any]) -> dict[str, Any]:
-        held, text = self._mine(space, body), streamed_text(body)
-        if held is None:
-            return no("message_not_found")
-        if not held.streaming:
-            return no("message_not_in_streaming_state")
-        if len(text) > rules.MARKDOWN:
-            return no("msg_too_long")
-        if "blocks" in body and (wrong := rules.wrong_blocks(body["blocks"])):
-            return no(wrong)
-        held.text += text
-        held.blocks = body.get("blocks") or []
-        held.streaming = False
-        held.history.append(held.text)
-        return {"ok": True, "channel": held.channel, "ts": held.ts}
-
-    def _views_publish(self, space: Workspace, body: dict[str, Any]) -> dict[str, Any]:
-        if body["view"]["type"] != "home" or len(body["view"]["blocks"]) > 100:
-            return no("invalid_arguments")
-        wrong = rules.wrong_blocks(body["view"]["blocks"])
-        if wrong:
-            return no(wrong)
-        self.homes[space.team, body["user_id"]] = body["view"]
-        return {"ok": True}
-
-    def _files_info(self, space: Workspace, body: dict[str, Any]) -> dict[str, Any]:
-        if body["file"] not in self.files:
-            return no("file_not_found")
-        return {"ok": True, "file": {"id": body["file"], "url_private_download": f"{self.url}/files/{body['file']}"}}
-
-    def _files_getUploadURLExternal(self, space: Workspace, body: dict[str, Any]) -> dict[str, Any]:
-        made = f"F{next(self._tick)}"
-        return {"ok": True, "file_id": made, "upload_url": f"{self.url}/upload/{made}"}
-
-    def _mine(self, space: Workspace, body: dict[str, Any]) -> Held | None:
-        held = self.messages.get((body["channel"], body["ts"]))
-        return held if held is not None and held.team == space.team else None
-
-    def _wrong(self, body: dict[str, Any]) -> str:
-        if body.get("markdown_text") and (body.get("blocks") or body.get("text")):
-            return "markdown_text_conflict"
-        if not (body.get("text") or body.get("blocks") or body.get("markdown_text")):
-            return "no_text"
-        if len(body.get("text") or "") > rules.TEXT:
-            return "msg_too_long"
-        return rules.wrong_blocks(body["blocks"]) if "blocks" in body else ""
-
-    def _set(self, held: Held, body: dict[str, Any]) -> None:
-        held.text, held.blocks = body.get("text", ""), body.get("blocks") or []
-        held.history.append(held.said)
-
-
-def streamed_text(body: dict[str, Any]) -> str:
-    chunks = body.get("chunks") or []
-    return (body.get("markdown_text") or "") + "".join(one.get("text", "") for one in chunks)
-
-
-def no(error: str) -> dict[str, Any]:
-    return {"ok": False, "error": error}
 
 
 def signed(payload: dict[str, Any], attempt: int = 0, secret: str = SIGNING) -> tuple[str, dict[str, str]]:

@@ -98,7 +98,12 @@ def key_file(config: Config, home: Home) -> Path:
 
 
 def training_settings(config: Config) -> TrainingSettings:
-    return TrainingSettings(hyper=config.finetune.hyper, threads=config.finetune.threads, nice=config.finetune.nice)
+    return TrainingSettings(
+        hyper=config.finetune.hyper,
+        presets=config.finetune_presets,
+        threads=config.finetune.threads,
+        nice=config.finetune.nice,
+    )
 
 
 def service_settings(config: Config) -> ServiceSettings:

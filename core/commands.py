@@ -41,13 +41,17 @@ class Parameter:
 
 @dataclass(frozen=True, slots=True)
 class Form:
-    """One way to use a command. `word` "" is the form without a word; `settings` follow it as key=value."""
+    """One way to use a command. `word` "" is the form without a word; `settings` follow it as key=value.
+
+    `bare`: the settings may be left out.
+    """
 
     word: str
     example: str
     parameters: tuple[Parameter, ...] = ()
     who: Grant = Grant.ANYONE
     settings: tuple[str, ...] = ()
+    bare: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -102,6 +106,7 @@ SETTINGS = (
     "share",
     "bind",
 )
+DATA_SETTINGS = ("preset",)
 _CHANNEL = Parameter("channel", optional=True)
 _OPERATOR, _OWNER = Grant.OPERATOR, Grant.OWNER
 
@@ -128,8 +133,17 @@ COMMANDS: tuple[Command, ...] = (
     Command(
         "finetune",
         (
-            Form("", "/finetune faq.jsonl", (Parameter("dataset", optional=True),), _OPERATOR),
-            Form("start", "/finetune start faq.jsonl", (Parameter("dataset", optional=True),), _OPERATOR),
+            Form(
+                "", "/finetune faq.jsonl", (Parameter("dataset", optional=True),), _OPERATOR, DATA_SETTINGS, bare=True
+            ),
+            Form(
+                "start",
+                "/finetune start faq.jsonl",
+                (Parameter("dataset", optional=True),),
+                _OPERATOR,
+                DATA_SETTINGS,
+                bare=True,
+            ),
             Form("status", "/finetune status 3", (Parameter("job", optional=True),), _OPERATOR),
             Form("list", "/finetune list", (), _OPERATOR),
             Form("cancel", "/finetune cancel 3", (Parameter("job", optional=True),), _OPERATOR),
@@ -310,7 +324,7 @@ def _settings(command: Command, form: Form, given: Sequence[Word]) -> dict[str, 
             found[key] = f"{found[key]} {token.text}".strip()
         else:
             raise BadCommand("error.no_setting", typed=_shown(token.text), **_right(command, form))
-    if not found:
+    if not found and not form.bare:
         raise BadCommand("error.missing", parameter=Later("parameter.setting"), **_right(command, form))
     return found
 
@@ -340,7 +354,8 @@ def usage(language: str, command: Command, form: Form) -> str:
         named = "|".join(parameter.choices) or say(language, f"parameter.{parameter.name}")
         words.append(f"[{named}]" if parameter.optional else f"<{named}>")
     if form.settings:
-        words.append(say(language, "parameter.setting"))
+        setting = say(language, "parameter.setting")
+        words.append(f"[{setting}]" if form.bare else setting)
     return " ".join(words)
 
 
@@ -364,7 +379,7 @@ def _help_of(language: str, command: Command, grant: Grant) -> str:
         lines.append(say(language, "help.line", form=usage(language, command, form), meaning=meaning))
         lines.append(say(language, "help.example", example=form.example))
     if any(form.settings for form in command.forms):
-        lines += ["", say(language, "help.settings")]
+        lines += ["", say(language, f"help.settings_{command.name}")]
     if command.who > grant:
         lines += ["", say(language, f"help.who_{command.who.name.lower()}")]
     return "\n".join(lines)

@@ -10,7 +10,7 @@ import asyncio
 import logging
 import shutil
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
@@ -47,6 +47,7 @@ class TrainingSettings:
     """A trainer that says nothing for `silence_s` is taken for dead. After trouble `retry_s` pass, then ever more."""
 
     hyper: HyperParameters = field(default_factory=HyperParameters)
+    presets: Mapping[str, HyperParameters] = field(default_factory=dict)  # instead of `hyper`, for a job that names one
     threads: int = 1
     nice: int = 10
     silence_s: float = 600.0
@@ -282,7 +283,7 @@ class Training:
             threads=settings.threads,
             nice=settings.nice,
             cache=str(self._home.models / "answers"),
-            hyper=settings.hyper,
+            hyper=settings.presets.get(job.preset, settings.hyper),
             model_name=info.model,
         )
 

@@ -10,6 +10,7 @@ from core.commands import Call
 from core.datasets import check_room
 from core.delivery import new_delivery
 from core.errors import BadInput, UnknownThing
+from core.job import PRESETS
 from core.operators import Handler
 from core.store import directory, jobs
 from core.store.database import Tx
@@ -23,10 +24,13 @@ _LISTED = 10
 def start(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """Queue a job on a data set that core.datasets has brought: its sha256 is the argument, and what they call it.
 
-    Raises BadInput where the channel has an open job already, or too many wait.
+    Raises BadInput where the channel has an open job already, too many wait, or the preset is none.
     """
     before = check_room(tx, caller)
-    job = jobs.create(tx, caller, call.arguments["dataset"], call.arguments.get("name", ""))
+    preset = call.arguments.get("preset", "").lower()
+    if preset and preset not in PRESETS:
+        raise BadInput("training.no_preset", typed=preset[:40], presets=", ".join(PRESETS))
+    job = jobs.create(tx, caller, call.arguments["dataset"], call.arguments.get("name", ""), preset=preset)
     new_delivery(tx, job_id=job.id)
     made: Json = {"job": job.id, "dataset": job.dataset_sha256}
     directory.audit(tx, caller, " ".join(call.key).strip(), job.label, None, made)

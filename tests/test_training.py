@@ -15,7 +15,7 @@ import pytest
 from core import adapters
 from core.adapters import Candidate
 from core.errors import BadInput
-from core.job import Spec
+from core.job import HyperParameters, Spec
 from core.retention import sweep
 from core.store import jobs
 from core.store.database import Tx
@@ -176,6 +176,17 @@ async def test_the_instructions_of_the_channel_are_in_the_spec(tmp_path: Path) -
         spec = await asyncio.to_thread(Spec.read, it.folder(job_id))
         assert (spec.instructions, spec.label, spec.fingerprint) == ("Be brief.", "acme@1", "f" * 64)
         assert spec.data == "data.jsonl"
+
+
+async def test_the_preset_of_the_job_is_in_the_spec(tmp_path: Path) -> None:
+    settings = TrainingSettings(retry_s=0.01, presets={"card": HyperParameters(preset="card", learning_rate=1e-4)})
+    async with works(tmp_path, settings=settings, running=False) as it:
+        job_id = await it.order("pause")
+        await it.database.write(lambda tx: tx.run("UPDATE job SET preset = 'card'"))
+        await it.run()
+        await it.bot.until(lambda: PAUSED in it.bot.newest)
+        spec = await asyncio.to_thread(Spec.read, it.folder(job_id))
+        assert spec.hyper == settings.presets["card"]
 
 
 async def test_versions_are_counted_on_over_jobs_that_failed(tmp_path: Path) -> None:

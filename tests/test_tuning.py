@@ -38,7 +38,7 @@ def it(tmp_path: Path) -> Iterator[Town]:
 def run(it: Town, text: str, who: str = "operator", place: str = "acme", language: str = "en") -> Outcome:
     call = parse(text)
     if call.form.word in ("", "start"):  # as core.datasets leaves it
-        call = replace(call, arguments={"dataset": SHA, "name": call.arguments["dataset"]})
+        call = replace(call, arguments={**call.arguments, "dataset": SHA, "name": call.arguments["dataset"]})
     return it.database.write_now(lambda tx: run_command(tx, it.caller(tx, who, place, language), call, tuning.HANDLERS))
 
 
@@ -85,6 +85,14 @@ def test_both_forms_start(it: Town) -> None:
     assert says(it, "/finetune start faq.jsonl") == say(
         "en", "training.started", id=1, title="Acme", name="faq.jsonl", label="acme@1"
     )
+
+
+def test_a_job_may_have_a_preset_of_its_own_and_an_unknown_one_is_named(it: Town) -> None:
+    with pytest.raises(BadInput) as refused:
+        run(it, "/finetune faq.jsonl preset=slow")
+    assert "auto, card, thorough" in say("en", refused.value.key, **refused.value.fields)
+    run(it, "/finetune faq.jsonl preset=Thorough")
+    assert job_row(it)["preset"] == "thorough"
 
 
 def test_a_second_job_of_a_channel_is_refused_with_the_first_named(it: Town) -> None:

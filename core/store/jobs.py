@@ -40,6 +40,7 @@ class Job:
     attempts: int
     created_ms: int
     ended_ms: int | None
+    preset: str  # of hyper-parameters; "" is the configuration's
     imported: str  # the folder of an adapter from elsewhere that it examines; "" where it trains
 
     @property
@@ -56,7 +57,7 @@ class Job:
         return self.state in OPEN
 
 
-def create(tx: Tx, caller: Caller, dataset_sha256: str, dataset: str = "") -> Job:
+def create(tx: Tx, caller: Caller, dataset_sha256: str, dataset: str = "", *, preset: str = "") -> Job:
     """A queued job for the caller's channel; its version is one that no adapter and no job of that name ever had.
 
     `dataset` is what these people call the data set: others may have brought the same bytes under another name.
@@ -78,6 +79,7 @@ def create(tx: Tx, caller: Caller, dataset_sha256: str, dataset: str = "") -> Jo
         dataset_sha256=dataset_sha256,
         dataset=dataset or dataset_sha256[:12],
         state="queued",
+        preset=preset,
         platform=at.platform,
         account=at.account,
         place=at.place,
@@ -335,4 +337,5 @@ def _job(row: Row) -> Job:
         created_ms=row["created_ms"],
         ended_ms=row["ended_ms"],
         imported=row["imported"],
+        preset=row["preset"],
     )

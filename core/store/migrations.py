@@ -415,3 +415,9 @@ def m007_comparisons(db: sqlite_utils.Database) -> None:
         END
         """,
     )
+
+
+@MIGRATIONS()
+def m008_presets(db: sqlite_utils.Database) -> None:
+    """A job may have another preset than the configuration's."""
+    _run(db, "ALTER TABLE job ADD COLUMN preset TEXT NOT NULL DEFAULT ''")

@@ -35,6 +35,7 @@ class Position:
     tokens: int = 0
     seconds: float = 0.0  # of training, all starts together
     rate_factor: float = 1.0  # of the learning rate; halved when it has lost its way
+    clipped: float = 0.0  # the fractions of gradient values that were clipped, of all steps together
     losses: list[float] = field(default_factory=list)  # of each step
     validated: dict[int, float] = field(default_factory=dict)  # step -> loss on the validation rows; 0 is untrained
 

@@ -78,7 +78,8 @@ class Exam:
         judged = judge(
             mine, champion, tokens, champion_label=label, seed=self.spec.hyper.seed, health=health, lines=lines
         )
-        write_durably(self.folder / SHOWN, self._shown(judged).dump().encode())
+        if self.writes and not self.prepared.plain:  # the pieces of a text ask nothing
+            write_durably(self.folder / SHOWN, self._shown(judged).dump().encode())
         return Examined(judged, losses)
 
     def _shown(self, judged: Judged) -> Shown:

@@ -37,6 +37,7 @@ class Manifest:
     hyper: HyperParameters
     dropout: float
     steps: int
+    clipped: float  # the fraction of gradient values that clipping by value touched
     kept_step: int  # whose weights these are: the best on the validation rows
     tokens: int
     seconds: float
@@ -86,6 +87,7 @@ def manifest_of(
         hyper=spec.hyper,
         dropout=dropout,
         steps=position.step,
+        clipped=position.clipped / max(1, position.step),
         kept_step=position.best,
         tokens=position.tokens,
         seconds=round(position.seconds, 1),
@@ -134,7 +136,10 @@ def model_card(manifest: Manifest) -> str:
         ("Dropout, weight decay", f"{manifest.dropout:g}, {manifest.hyper.weight_decay:g}"),
         ("Learning rate", f"{manifest.hyper.learning_rate:g}, {manifest.hyper.schedule}"),
         ("Rows per step, seed", f"{manifest.hyper.rows_per_step}, {manifest.hyper.seed}"),
-        ("Clipping by value, by norm", f"{manifest.hyper.clip_value:g}, {manifest.hyper.clip_norm:g}"),
+        (
+            "Clipping by value, by norm",
+            f"{manifest.hyper.clip_value:g} (which touched {manifest.clipped:.2%}), {manifest.hyper.clip_norm:g}",
+        ),
         ("Verdict", f"{manifest.judged['verdict']}, against {manifest.judged['champion']}"),
         ("Losses", ", ".join(f"{name} {value:.4f}" for name, value in manifest.losses.items())),
         ("Made with", ", ".join(f"{name} {version}" for name, version in manifest.versions.items())),

@@ -33,7 +33,7 @@ from finetune.checkpoint import BEST, NEWEST, Position, is_disk_full, load_check
 from finetune.course import Course
 from finetune.exam import Exam
 from finetune.loss import Scorer
-from finetune.memory import checkpoint_activations, checkpoints_activations
+from finetune.memory import checkpoint_activations, checkpoints_activations, give_back
 from finetune.meter import Meter
 from finetune.methods import AllWeights, LoraDelta, Trained
 from finetune.optimise import clip, learning_rate
@@ -110,6 +110,7 @@ class Trainer:
         model = load_module(prepared.base, spec, self.device)
         with self.team.first():
             self.own = self._own_answers(model)
+        give_back()
         rows = prepared.part(prepared.split.train)
         self.train_rows = [*rows, *self.own.to_rehearse(len(rows), spec.hyper.rehearsal)]
         self.settings: Resolved = resolve(spec, rows=len(rows), device=self.device.type)
@@ -117,7 +118,10 @@ class Trainer:
         self.trained = self._trained(model)
         self.model: Any = model
         self.team.shard(model)
-        if checkpoints_activations(spec.hyper.checkpointing, model, self.device, self.settings.micro_tokens):
+        self.spares_memory = checkpoints_activations(
+            spec.hyper.checkpointing, model, self.device, self.settings.micro_tokens
+        )
+        if self.spares_memory:
             checkpoint_activations(model)
         self.scorer = Scorer(model, in_bfloat16=self.settings.in_bfloat16)
         self.parameters = self.trained.parameters
@@ -216,7 +220,11 @@ class Trainer:
 
     def _advance(self) -> None:
         began = time.monotonic()
-        taken = self.take_step()
+        try:
+            taken = self.take_step()
+        except torch.OutOfMemoryError as error:
+            self._spare_memory(error)  # nothing was changed: the step is taken again
+            return
         self._count(taken, time.monotonic() - began)
         if self._is_lost(LOST_STEPS):
             raise Unstable("diverged", at=self.position.step, loss=taken.loss, before=self._untrained_loss())
@@ -225,6 +233,16 @@ class Trainer:
             self._told = began
         if self.team.led(began >= self._next_save):
             self._save()
+
+    def _spare_memory(self, error: Exception) -> None:
+        """Compute activations twice from now on. Raises JobError where that is done already, or others wait for us."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.spares_memory or self.team.size > 1 or self.spec.hyper.checkpointing == "off":
+            detail = f"not enough memory on {self.device}: lower finetune.max_tokens or finetune.rows_per_step"
+            raise JobError(detail=detail, fault="yours") from error
+        log.warning("train.out_of_memory step=%d: activations are computed twice", self.position.step)
+        checkpoint_activations(self.model)
+        self.spares_memory = True
 
     def _is_over(self) -> bool:
         patience = self.spec.hyper.patience
@@ -305,6 +323,7 @@ class Trainer:
         self.position.step += 1
         self.position.tokens += taken.tokens
         self.position.seconds += seconds
+        self.position.clipped += taken.clipped
         self.position.losses.append(taken.loss)
         self._session_tokens += taken.tokens
         self._session_s += seconds

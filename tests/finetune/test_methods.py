@@ -185,6 +185,36 @@ def test_activations_are_computed_twice_where_memory_is_short(tiny_folder, monke
     assert not memory.checkpoints_activations("auto", model, CPU, 2**20)
 
 
+def test_a_step_without_memory_is_taken_again_with_activations_computed_twice(make_job, monkeypatch):
+    plain, short = make_job("plain"), make_job("short")
+    go(plain)
+    forward, made, spared = Scorer.forward, [], []
+    spare = loop.checkpoint_activations
+
+    def once(self, batch):
+        if self.training and not spared:
+            made.append(len(made))
+            if len(made) > 3:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, batch)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Scorer, "forward", once)
+        patch.setattr(loop, "checkpoint_activations", lambda model: spared.append(spare(model)))
+        assert go(short).of(Done)
+    assert len(made) == 4
+    adapters = [(one / "out" / "adapter_model.safetensors").read_bytes() for one in (plain, short)]
+    assert adapters[0] == adapters[1]
+
+    def never(self, batch):
+        raise torch.OutOfMemoryError("CUDA out of memory") if self.training else AssertionError
+
+    monkeypatch.setattr(Scorer, "forward", never)
+    with pytest.raises(JobError, match=r"lower finetune.max_tokens") as caught:
+        go(make_job("none"))
+    assert caught.value.fields["fault"] == "yours"
+
+
 def test_four_bits_are_refused_without_cuda_and_the_way_out_is_named(make_job):
     with pytest.raises(JobError, match=r'needs a CUDA device.*set finetune.quantization="none"') as caught:
         go(make_job(quantization="4bit"))

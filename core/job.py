@@ -22,7 +22,6 @@ from core.errors import JobError
 SPEC_VERSION = 1
 SHOWN = "shown.json"
 EXIT_FINISHED, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 3
-WAIT, GO_ON = b"w", b"g"  # on the trainer's standard input, while people are answered, and when they are
 
 
 Preset = Literal["auto", "card", "thorough"]

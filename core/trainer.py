@@ -18,7 +18,7 @@ from contextlib import suppress
 from pathlib import Path
 
 from core.errors import JobError
-from core.job import EXIT_INTERRUPTED, GO_ON, WAIT, JobEvent, load_event
+from core.job import EXIT_INTERRUPTED, JobEvent, load_event
 
 log = logging.getLogger(__name__)
 
@@ -48,7 +48,6 @@ class Trainer:
         self._silence_s = silence_s
         self._process: Process | None = None
         self._told_to_stop = asyncio.Event()
-        self._waits = False
 
     async def run(self, hear: Callable[[JobEvent], Awaitable[None]]) -> int:
         """Start it, give each event to `hear`, and wait for its end. Raises JobError where it cannot be started."""
@@ -56,8 +55,6 @@ class Trainer:
         if self._told_to_stop.is_set():
             return EXIT_INTERRUPTED
         self._process = process = await self._spawn()
-        if self._waits:
-            self.make_room(True)
         if self._told_to_stop.is_set():
             self._hang_up()
         try:
@@ -83,12 +80,13 @@ class Trainer:
             except TimeoutError:
                 self._signal(number)
 
-    def make_room(self, wait: bool) -> None:
-        """Let it wait between two micro-batches, or go on; also before it is started, and after its end."""
-        self._waits, process = wait, self._process
-        pipe = process.stdin if process is not None and process.returncode is None else None
-        if pipe is not None and not pipe.is_closing():
-            pipe.write(WAIT if wait else GO_ON)  # a byte: the pipe never fills
+    def halt(self) -> None:
+        """Let it stand still, in the middle of whatever it does, until `go_on`; not if it is to go."""
+        if not self._told_to_stop.is_set():
+            self._signal(signal.SIGSTOP)
+
+    def go_on(self) -> None:
+        self._signal(signal.SIGCONT)
 
     async def _spawn(self) -> Process:
         descriptor = await asyncio.to_thread(_open_log, self._log_file)
@@ -158,6 +156,7 @@ class Trainer:
             ) from None
 
     def _hang_up(self) -> None:
+        self.go_on()  # it cannot hear us while it is halted
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.close()
 

@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
+import math
 import shutil
 import time
 from collections.abc import Callable, Mapping, Sequence
@@ -40,6 +41,7 @@ _TRIES = 8  # at all else, a platform that is away included: about ten minutes
 _DATA, CANDIDATE = "data", "candidate"
 LEARNED = ("checkpoint", "own-answers.json")  # what a job that is cancelled may go on from
 _USHER_S, _QUIET_S = 0.02, 0.5
+_LONGEST_HALT_S, _TURN_S = 12.0, 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -424,20 +426,30 @@ def _cause(error: Exception) -> Exception:
 
 
 async def usher(trainer: Trainer, busy: Callable[[], bool]) -> None:
-    """While people are answered the trainer waits between its micro-batches, and a moment longer: they ask again.
+    """While people are answered the trainer stands still, and a moment longer: they ask again. Until cancelled.
 
-    Until cancelled.
+    Running more slowly is not enough: each of chat's matrix products waits for the slowest of its threads, so that one
+    thread beside them makes a first token 38 times later, however nice it is (tests/bench/room.py). A chat that never
+    rests leaves a job a turn of half a second now and then, so that it is slow, but not endless.
     """
-    told, busy_at = False, -_QUIET_S
-    while True:
-        now = time.monotonic()
-        if busy():
-            busy_at = now
-        wait = now - busy_at < _QUIET_S
-        if wait != told:
-            trainer.make_room(wait)
-            told = wait
-        await asyncio.sleep(_USHER_S)
+    busy_at = halted_at = -math.inf
+    halted = False
+    try:
+        while True:
+            now = time.monotonic()
+            if busy():
+                busy_at = now
+            room = now - busy_at >= _QUIET_S
+            if not room and not halted:
+                trainer.halt()
+                halted, halted_at = True, now
+            elif halted and (room or now - halted_at >= _LONGEST_HALT_S):
+                trainer.go_on()
+                halted = False
+                await asyncio.sleep(_USHER_S if room else _TURN_S)
+            await asyncio.sleep(_USHER_S)
+    finally:
+        trainer.go_on()
 
 
 def _with_line(failed: Failed, language: str) -> str:

@@ -26,11 +26,11 @@ from core.errors import AppError, BadDataset, JobError
 from core.job import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, Failed, JobEvent, Spec, dump_event
 from core.texts import Later
 from finetune import new
-from finetune.orders import Orders
 
 log = logging.getLogger("finetune")
 LOCK_S = 10.0  # a trainer whose starter was killed has noticed that by then, and is gone
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
+PR_SET_PDEATHSIG = 1  # sys/prctl.h
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -50,7 +50,7 @@ def main(arguments: list[str] | None = None) -> int:
     # Threads that wait for each other spin by default: beside another busy program that is 20 times slower. Read when
     # torch is loaded, so it is set before.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    stop = Orders()
+    stop = threading.Event()
     events = Events(_own_stdout(), stop)
     _watch(stop)
     return run(given.action, given.job.absolute(), events, stop)
@@ -161,7 +161,7 @@ def _own_stdout() -> IO[str]:
     return events
 
 
-def _watch(stop: Orders) -> None:
+def _watch(stop: threading.Event) -> None:
     def told(signum: int, frame: object) -> None:
         stop.set()
 
@@ -173,8 +173,8 @@ def _watch(stop: Orders) -> None:
 
     def read_to_end() -> None:
         with suppress(OSError, ValueError):
-            while said := os.read(0, 4096):
-                stop.hear(said)
+            while os.read(0, 4096):
+                pass
         stop.set()
 
     threading.Thread(target=read_to_end, name="stdin", daemon=True).start()
@@ -185,13 +185,15 @@ def settle_in(spec: Spec) -> None:
     if spec.nice > 0:
         with suppress(OSError):
             os.nice(spec.nice)
-        # A nice process still takes its slices, and each of chat's matrix products waits for the slowest of its threads
-        # (measured: 108 -> 5 tokens/s). An idle one runs only where nobody else wants to.
-        if hasattr(os, "SCHED_IDLE"):
-            with suppress(OSError):
-                os.sched_setscheduler(0, os.SCHED_IDLE, os.sched_param(0))
+    _wake_when_left_alone()
     _keep_freed_memory()
     _multiply_by_onednn()
+
+
+def _wake_when_left_alone() -> None:
+    """Who halted us while people are answered may die meanwhile: then go on, and notice the end of input."""
+    with suppress(OSError, AttributeError):
+        ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGCONT)
 
 
 def _keep_freed_memory() -> None:

@@ -27,7 +27,7 @@ def main() -> None:
     (folder / "trained-lines.json").write_text(json.dumps(lines))
     trainer.take_step()  # warms; the step counts again below
     began = time.perf_counter()
-    for step in range(trainer.steps_per_epoch):
+    for step in range(trainer.course.steps_per_epoch):
         trainer.position.step = step
         trainer.take_step()
     seconds = time.perf_counter() - began

@@ -3,7 +3,8 @@
     python -m tests.drill.gate --folder DIR [--json FILE] [--seeds 5] [--only CASE ...]
 
 Each case is a job folder under DIR, trained by `python -m finetune train` with the default settings (about nine minutes
-of one core); one that has its result already is only read, so a drill that was cut goes on.
+of one core). One that has its result already is only judged again, by the gate as it is now; so a drill that was cut
+goes on.
 """
 
 from __future__ import annotations
@@ -16,8 +17,9 @@ import random
 import subprocess
 import sys
 import time
+import tomllib
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from importlib import resources
 from pathlib import Path
 from typing import Any
@@ -25,7 +27,10 @@ from typing import Any
 from platformdirs import user_cache_path
 
 from core.demo import demo_folder
-from core.job import HyperParameters, Spec
+from core.job import MOST_FORGOTTEN, HyperParameters, Judged, Spec
+from finetune.ability import PROMPTS
+from finetune.exam import SCORES
+from finetune.gate import Health, Scores, forgotten, judge
 
 FEW = 20
 DROP = 0.75  # of the base's loss on the test rows: what an honest fine-tune ends below
@@ -39,6 +44,8 @@ class Case:
     data: str
     hyper: HyperParameters
     expected: tuple[str, ...]
+    ruined: bool = False  # by a learning rate of 1.0 that nothing stopped
+    forgets: bool = False  # base ability must fail, whatever else does
 
 
 def cases(seeds: int) -> Iterator[Case]:
@@ -50,7 +57,10 @@ def cases(seeds: int) -> Iterator[Case]:
         if seed == 1:
             yield Case("few", dump(random.Random(seed).sample(english, FEW)), hyper, ("too_few",))
             swedish = HyperParameters(seed=seed, rehearsal=0)
-            yield Case("swedish", dump(faq("faq.jsonl")), swedish, ("forgets",))
+            yield Case("swedish", dump(faq("faq.jsonl")), swedish, ("forgets",), forgets=True)
+            yield Case(
+                "ruined", dump(english), hyper, ("no_better", "style_only", "forgets"), ruined=True, forgets=True
+            )
 
 
 def faq(name: str) -> list[dict[str, str]]:
@@ -70,34 +80,62 @@ def dump(rows: list[dict[str, str]]) -> str:
     return "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
 
 
-def train(folder: Path, case: Case, model: Path) -> dict[str, Any]:
-    """The job's manifest."""
+def run(folder: Path, case: Case, model: Path) -> None:
+    """Train the job, or what is left of it; of a ruined one only the gate. Nothing where its result is there."""
     job = folder / case.name
+    if (job / SCORES).exists() and (job / "out").exists():
+        return
     job.mkdir(parents=True, exist_ok=True)
     (job / "data.jsonl").write_text(case.data, encoding="utf-8")
     sha256 = hashlib.sha256(case.data.encode()).hexdigest()
     spec = Spec(
         case.name, str(model), "", "data.jsonl", sha256, "drill@1", cache=str(folder / "cache"), hyper=case.hyper,
-        model_name=model.name,
+        model_name=model.name, candidate="candidate" if case.ruined else "",
     )  # fmt: skip
     spec.write(job)
+    if case.ruined:
+        _process(job, [sys.executable, "-m", "tests.drill.ruin", str(job)])
+    _process(job, [sys.executable, "-m", "finetune", "gate" if case.ruined else "train", str(job)])
+
+
+def _process(job: Path, command: list[str]) -> None:
     with (job / "events.jsonl").open("a") as events, (job / "log").open("a") as log:
-        trainer = subprocess.Popen(
-            [sys.executable, "-m", "finetune", "train", str(job)], stdin=subprocess.PIPE, stdout=events, stderr=log,
-            cwd=Path(__file__).parents[2], env={**os.environ, "OMP_NUM_THREADS": "1"},
+        process = subprocess.Popen(
+            command, stdin=subprocess.PIPE, stdout=events, stderr=log, cwd=Path(__file__).parents[2],
+            env={**os.environ, "OMP_NUM_THREADS": "1"},
         )  # fmt: skip
-        status = trainer.wait()  # its standard input stays open as long: the end of it would mean to stop
+        status = process.wait()  # its standard input stays open as long: the end of it would mean to stop
     if status:
-        raise RuntimeError(f"{case.name}: status {status}: {(job / 'events.jsonl').read_text()[-2000:]}")
-    return dict(json.loads((job / "out" / "manifest.json").read_text("utf-8")))
+        raise RuntimeError(f"{job.name}: status {status}: {(job / 'events.jsonl').read_text()[-2000:]}")
 
 
-def report(case: Case, manifest: dict[str, Any]) -> dict[str, Any]:
-    judged, losses = manifest["judged"], manifest["losses"]
-    fall = 1 - losses["test_candidate"] / losses["test_base"]
-    right = judged["verdict"] in case.expected and (case.expected != ("passed",) or fall >= 1 - DROP)
-    kept = {name: round(v, 4) if isinstance(v, float) else v for name, v in judged.items()}
+def report(folder: Path, case: Case) -> dict[str, Any]:
+    """By the gate as it is now, from what was measured row by row then."""
+    scores = json.loads((folder / case.name / SCORES).read_text("utf-8"))
+    judged = judge_again(scores, seed=case.hyper.seed)
+    base = sum(scores["base"]["own"]) / sum(scores["tokens"])
+    fall = 1 - judged.loss / base
+    right = judged.verdict in case.expected and (case.expected != ("passed",) or fall >= 1 - DROP)
+    if case.forgets:
+        right = right and (judged.ability_high > MOST_FORGOTTEN)
+    kept = {name: round(v, 4) if isinstance(v, float) else v for name, v in asdict(judged).items() if name != "worst"}
     return {"case": case.name, "right": right, "expected": case.expected, "fall": round(fall, 4), **kept}
+
+
+def judge_again(scores: dict[str, Any], *, seed: int) -> Judged:
+    given, kept = scores["health"], scores["ability"]
+    skills = kept.get("skills") or measured_skills()
+    lost = forgotten(kept["candidate"], kept["base"], kept["tokens"], skills, seed=seed)
+    health = Health(*lost, given["unsound"], given["unsound_base"], given["asked"])
+    candidate, champion = (Scores(**scores[who]) for who in ("candidate", "champion"))
+    return judge(
+        candidate, champion, scores["tokens"], champion_label="base", seed=seed, health=health, lines=scores["lines"]
+    )
+
+
+def measured_skills() -> list[str]:
+    given = tomllib.loads(PROMPTS.read_text("utf-8"))["measured"]
+    return [skill for skill, prompts in given.items() for _ in prompts]
 
 
 def drill(folder: Path, *, seeds: int, only: list[str]) -> dict[str, Any]:
@@ -106,7 +144,8 @@ def drill(folder: Path, *, seeds: int, only: list[str]) -> dict[str, Any]:
     found = []
     for case in cases(seeds):
         if not only or case.name in only:
-            found.append(report(case, train(folder, case, model)))
+            run(folder, case, model)
+            found.append(report(folder, case))
             sys.stderr.write(json.dumps(found[-1]) + "\n")
     return {
         "right": all(one["right"] for one in found),

@@ -207,7 +207,9 @@ def test_a_step_without_memory_is_taken_again_with_activations_computed_twice(ma
     assert adapters[0] == adapters[1]
 
     def never(self, batch):
-        raise torch.OutOfMemoryError("CUDA out of memory") if self.training else AssertionError
+        if self.training:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, batch)
 
     monkeypatch.setattr(Scorer, "forward", never)
     with pytest.raises(JobError, match=r"lower finetune.max_tokens") as caught:

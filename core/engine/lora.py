@@ -4,6 +4,9 @@ A (S*R, in) and B (S*R, out) stack the adapters that rows run with, one slot eac
 padded with zeros. There are three ways to the same numbers. One adapter: its slice. Many, on a CPU: rows are gathered
 in groups, one per slot, and multiplied group by group. Many, on a GPU: all slots for all rows, and a mask that keeps to
 each row its own slot: more arithmetic, but of one shape whatever the mix. Rows that run bare alone compute nothing.
+
+Measured on one Zen 5 core, all products of a layer of SmolLM2-135M: groups take between 0.69 and 1.09 of the mask's time
+with 2 adapters (less the more rows there are and the higher the rank), half of it with 8, a quarter with 32. So a CPU never masks.
 """
 
 from __future__ import annotations

@@ -5,7 +5,8 @@ from __future__ import annotations
 import hashlib
 import json
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import AbstractContextManager, contextmanager
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -105,36 +106,48 @@ def peft_answers(
     base: BaseModel, refs: list[AdapterRef | None], prompts: list[tuple[int, ...]], n: int, attention: str = "sdpa"
 ) -> list[list[int]]:
     """The oracle: each prompt alone, `set_adapter` + greedy `generate`; None runs the bare base model."""
+    with_adapter = peft_model(base, refs, attention)
+    answers = []
+    for ref, prompt in zip(refs, prompts, strict=True):
+        ids = torch.tensor([prompt])
+        with torch.inference_mode(), with_adapter(ref) as model:
+            out = model.generate(
+                input_ids=ids,
+                attention_mask=torch.ones_like(ids),
+                max_new_tokens=n,
+                do_sample=False,
+                pad_token_id=0,
+                eos_token_id=sorted(base.eos_ids),
+            )
+        answers.append(out[0, len(prompt) :].tolist())
+    return answers
+
+
+def peft_model(
+    base: BaseModel, refs: list[AdapterRef | None], attention: str = "sdpa"
+) -> Callable[[AdapterRef | None], AbstractContextManager[Any]]:
+    """PEFT's model with these adapters: call it with one (None for the bare base) to have it run with that."""
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
 
     plain = AutoModelForCausalLM.from_pretrained(base.folder, attn_implementation=attention).eval()
-    named = {ref.sha256: ref for ref in refs if ref is not None}
     model: Any = None
-    for ref in named.values():
+    for ref in {ref.sha256: ref for ref in refs if ref is not None}.values():
         if model is None:
             options = {"model_id": ref.folder, "adapter_name": ref.sha256}
             model = quietly(partial(PeftModel.from_pretrained, plain, **options)).eval()
         else:
             model.load_adapter(ref.folder, adapter_name=ref.sha256)
-    answers = []
-    for ref, prompt in zip(refs, prompts, strict=True):
-        ids = torch.tensor([prompt])
-        arguments: dict[str, Any] = {
-            "input_ids": ids,
-            "attention_mask": torch.ones_like(ids),
-            "max_new_tokens": n,
-            "do_sample": False,
-            "pad_token_id": 0,
-            "eos_token_id": sorted(base.eos_ids),
-        }
-        with torch.inference_mode():
-            if ref is None and model is not None:
-                with model.disable_adapter():
-                    out = model.generate(**arguments)
-            else:
-                if ref is not None:
-                    model.set_adapter(ref.sha256)
-                out = (plain if ref is None else model).generate(**arguments)
-        answers.append(out[0, len(prompt) :].tolist())
-    return answers
+
+    @contextmanager
+    def with_adapter(ref: AdapterRef | None) -> Iterator[Any]:
+        if ref is not None:
+            model.set_adapter(ref.sha256)
+            yield model
+        elif model is None:
+            yield plain
+        else:
+            with model.disable_adapter():
+                yield model
+
+    return with_adapter

@@ -178,6 +178,7 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "max_rows": Key("replies that are generated at once", low=1, high=1024),
         "max_context": Key("tokens of one conversation, prompt and reply", low=64),
         "max_waiting": Key("replies that may wait for a row; more are refused as busy", low=1),
+        "adapters_at_once": Key("different adapters that run at once; 0 is as many as rows", low=0, high=1024),
         "adapters_in_memory": Key("adapters kept ready for use", low=1),
         "threads": Key("CPU threads of the model; 0 is all cores", low=0, high=1024),
         "reuse_mib": Key("memory for conversations between their turns, in MiB; 0 keeps nothing", low=0),

@@ -1,8 +1,9 @@
 """The model thread: admit, run passes, emit, cancel. Takes jobs, gives events; knows no asyncio, chats or SQLite.
 
 One step is: end what is cancelled or late, let prepared jobs in, then one pass: a token for every row that is past its
-prompt, beside at most one chunk of prompts. Requests join and leave between steps. Rows past their prompt come first,
-then the one that is still taking it in; when one ends, later rows move up.
+prompt, beside at most one chunk of prompts. Requests join and leave between steps, and a row of who has many makes room
+for who has none. Rows past their prompt come first, then the one that is still taking it in; when one ends, later rows
+move up.
 """
 
 from __future__ import annotations
@@ -10,38 +11,32 @@ from __future__ import annotations
 import logging
 import threading
 import time
-from collections import deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
-from functools import partial
 
 import torch
 from torch import Tensor
 
-from core.engine.adapter_files import AdapterWeights
 from core.engine.floor import weight_bytes
+from core.engine.lobby import Lobby, Prepare, Spawn
 from core.engine.prefix import Kept, PrefixStore
 from core.engine.protocol import Delta, EngineSettings, Event, Finished, FinishReason, Started
 from core.engine.runner import Runner, translate
 from core.engine.sampling import NOT_FINITE, sample
-from core.engine.scheduler import COMPLETION_COST, PROMPT_COST, QueueFull, Scheduler
+from core.engine.scheduler import COMPLETION_COST
 from core.engine.tally import Tally
 from core.engine.ticket import Job, State
-from core.errors import AppError, EngineError, Overloaded
+from core.errors import AppError, EngineError
 from core.model import BaseModel
-from core.prompt import Rendered
 
 log = logging.getLogger(__name__)
 
-LOOKAHEAD = 2  # jobs prepared beyond the free rows, so that none waits for its adapter file while a row is free
 CHUNK_CPU, CHUNK_CUDA = 128, 1024  # prompt tokens between two decode steps
 KEPT_AFTER = (FinishReason.END, FinishReason.STOP, FinishReason.LENGTH)
-FIRST_GUESS_S = 10.0  # of how long one request takes, before any has been seen
 
 
 Output = tuple[Job, Event | AppError]
 Taken = tuple[Job, Sequence[int]]  # the ids that a pass takes in for a job
-Prepare = Callable[[Job], tuple[Rendered, AdapterWeights | None]]
 
 
 class ModelThread:
@@ -58,27 +53,23 @@ class ModelThread:
         *,
         context: int,
         prepare: Prepare,
-        spawn: Callable[[Callable[[], None]], object],
+        spawn: Spawn,
         emit: Callable[[list[Output]], None],
         tally: Tally,
     ) -> None:
         self.model, self.settings, self.context = model, settings, context
-        self.runner = Runner(model, max_rows=settings.max_rows, context=context)
+        self.runner = Runner(model, max_rows=settings.max_rows, context=context, adapters=settings.adapters_at_once)
         self.prefixes = PrefixStore(settings.reuse_mib * 2**20)
         self.chunk = CHUNK_CUDA if model.device.type == "cuda" else CHUNK_CPU
         self.tally = tally
         self._weight_bytes = weight_bytes(model.module)
         self.rows: list[Job] = []  # index is the row; past their prompt but perhaps the last
-        self._prepare, self._spawn, self._emit = prepare, spawn, emit
+        self._emit = emit
         self._outputs: list[Output] = []
-        self._mean_s = FIRST_GUESS_S
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         # Under the lock: what other threads touch.
         self._wake = threading.Condition()
-        self._scheduler: Scheduler[Job] = Scheduler(settings.max_waiting)
-        self._preparing: set[Job] = set()
-        self._ready: deque[Job] = deque()
-        self._failed: list[tuple[Job, AppError]] = []
+        self.lobby = Lobby(settings, self._wake, prepare=prepare, spawn=spawn, translate=translate)
         self._forgets: list[tuple[str, str, Future[None]]] = []
         self._stopping = False
 
@@ -90,21 +81,14 @@ class ModelThread:
 
     @property
     def waiting(self) -> int:
-        return len(self._scheduler) + len(self._preparing) + len(self._ready)
+        return len(self.lobby)
 
     def start(self) -> None:
         self._thread.start()
 
     def submit(self, job: Job) -> None:
         """Let a job wait for its turn. Raises Overloaded; may end another job with it, see Scheduler.add."""
-        with self._wake:
-            try:
-                displaced = self._scheduler.add(job, job.request.scope)
-            except QueueFull:
-                raise self._overloaded() from None
-            if displaced is not None:
-                self._failed.append((displaced, self._overloaded()))
-            self._wake.notify()
+        self.lobby.add(job)
 
     def cancel(self, job: Job) -> None:
         """End the job within one step; Finished still comes."""
@@ -128,10 +112,6 @@ class ModelThread:
         if self._thread.is_alive():
             self._thread.join()
 
-    def _overloaded(self) -> Overloaded:
-        ahead = self.waiting + 1
-        return Overloaded(retry_after_s=max(1.0, round(ahead / self.settings.max_rows * self._mean_s, 1)))
-
     # --- the model thread
 
     def _run(self) -> None:
@@ -152,8 +132,8 @@ class ModelThread:
         """Sleep until there is something to do; False when the thread is to stop."""
         with self._wake:
             while not self._stopping:
-                jobs = self._outside_rows()
-                if self.rows or self._ready or self._failed or self._forgets or self._takeable():
+                jobs = self.lobby.jobs()
+                if self.rows or self._forgets or self.lobby.has_work(self.rows):
                     break
                 if any(job.cancelled for job in jobs):
                     break
@@ -165,22 +145,17 @@ class ModelThread:
 
     def _step(self) -> None:
         self._end_unwanted()
-        self._send_to_prepare()
+        self.lobby.prepare_next(self.rows, self._has_room)
+        row = self.lobby.yielding(self.rows, self._has_room)
+        if row is not None:
+            self._pause(row)
         self._pass()
-
-    def _outside_rows(self) -> list[Job]:
-        return [*self._scheduler.items(), *self._preparing, *self._ready]
-
-    def _takeable(self) -> int:
-        """How many jobs may be taken from the scheduler now."""
-        free = self.settings.max_rows - len(self.rows)
-        return max(0, min(len(self._scheduler), free + LOOKAHEAD - len(self._preparing) - len(self._ready)))
 
     def _end_unwanted(self) -> None:
         with self._wake:
             forgets, self._forgets = self._forgets, []
-            failed, self._failed = self._failed, []
-            jobs = [*self._outside_rows(), *self.rows]
+            failed, self.lobby.failed = self.lobby.failed, []
+            jobs = [*self.lobby.jobs(), *self.rows]
         for job, error in failed:
             self._end(job, error)
         now = time.monotonic()
@@ -194,64 +169,28 @@ class ModelThread:
             self.prefixes.forget(channel, conversation)
             done.set_result(None)
 
-    def _send_to_prepare(self) -> None:
-        with self._wake:
-            for _ in range(self._takeable()):
-                job = self._scheduler.take()
-                assert job is not None
-                job.state = State.PREPARING
-                self._preparing.add(job)
-                self._spawn(partial(self._prepare_job, job))
-
-    def _prepare_job(self, job: Job) -> None:
-        """On another thread: render the prompt, read the adapter; then the job is ready."""
-        error: AppError | None = None
-        prompt, weights = Rendered((), 0), None
-        try:
-            prompt, weights = self._prepare(job)
-        except AppError as found:
-            error = found
-        except Exception as found:  # a tokenizer's own error must not leave the job hanging
-            log.exception("engine.prepare_failed")
-            error = translate(found)
-        with self._wake:
-            if job.state is not State.PREPARING:
-                return  # cancelled or late meanwhile
-            self._preparing.discard(job)
-            if error is None:
-                job.prompt, job.dropped, job.adapter = prompt.ids, prompt.dropped, weights
-                job.adapter_bytes = 0 if weights is None else weights.nbytes
-                job.state = State.READY
-                self._scheduler.charge(job.request.scope, PROMPT_COST * len(job.prompt))
-                self._ready.append(job)
-            else:
-                self._failed.append((job, error))
-            self._wake.notify()
-
     def _pass(self) -> None:
         """One token for every row past its prompt, beside a chunk of prompts: of the row that is taking its own in,
         then of jobs that are ready."""
-        parts: list[Sequence[int]] = [job.answer[-1:] for job in self.rows if job.past_prompt]
+        parts: list[Sequence[int]] = [job.next_ids(1) for job in self.rows if job.behind == 1]
         budget = self.chunk
         while budget > 0:
             if len(parts) == len(self.rows) and self._admit() is None:
                 break
             job = self.rows[len(parts)]
-            parts.append(job.prompt[job.filled : job.filled + budget])
+            parts.append(job.next_ids(budget))
             budget -= len(parts[-1])
         began = time.monotonic()
         results = self._by_halves(0, list(zip(self.rows, parts, strict=True)))
         least_bytes = self._least_bytes() if parts and all(len(part) == 1 for part in parts) else 0
         for taken, result in results:
             for job, part in taken if isinstance(result, Tensor) else ():
-                taken_in = 0 if job.past_prompt else len(part)
-                job.filled += taken_in
-                self.tally.prompt_tokens += taken_in
+                self.tally.prompt_tokens += job.take_in(len(part))
         for taken, result in results:  # these first: only what is past its prompt may lie before the others
             if isinstance(result, Exception):
                 self._end(taken[0][0], translate(result))
         for taken, result in results:
-            past_prompt = [job for job, _ in taken if job.past_prompt]  # all, but perhaps the last
+            past_prompt = [job for job, _ in taken if not job.behind]  # all, but perhaps the last
             if isinstance(result, Tensor) and past_prompt:
                 self._accept(past_prompt, result[: len(past_prompt)])
         if least_bytes:
@@ -263,12 +202,15 @@ class ModelThread:
         adapters = {job.slot: job.adapter_bytes for job in self.rows}
         return self._weight_bytes + sum(adapters.values()) + self.runner.cache.used_bytes
 
+    def _has_room(self, job: Job) -> bool:
+        return job.adapter is None or self.runner.lora.has_room(job.adapter.sha256)
+
     def _admit(self) -> Job | None:
         """Give the next ready job a row."""
-        with self._wake:
-            if not self._ready or len(self.rows) == self.settings.max_rows:
-                return None
-            job = self._ready.popleft()
+        job = None if len(self.rows) == self.settings.max_rows else self.lobby.next_ready(self._has_room)
+        if job is None:
+            return None
+        job.admitted = time.monotonic()
         try:
             job.slot = None if job.adapter is None else self.runner.lora.acquire(job.adapter)
             row = self.runner.cache.add_row()
@@ -279,27 +221,47 @@ class ModelThread:
             return self._admit()
         job.state = State.RUNNING
         self.rows.append(job)
-        self.tally.waited.add(time.monotonic() - job.submitted)
-        self.tally.reused_tokens += job.reused
-        self._outputs.append((job, Started(len(job.prompt), job.filled, job.dropped)))
+        if not job.started:
+            job.started, job.reused = True, job.filled
+            self.tally.waited.add(job.admitted - job.submitted)
+            self.tally.reused_tokens += job.reused
+            self._outputs.append((job, Started(len(job.prompt), job.reused, job.dropped)))
         return job
+
+    def _pause(self, row: int) -> None:
+        """Take a job out of its row for another's sake. It goes on later where it was: from what is kept, or anew."""
+        job = self.rows[row]
+        self._keep(job, row)
+        self._leave_row(row)
+        self._release(job)
+        job.filled = 0
+        self.lobby.put_back(job)
+        log.debug("engine.paused", extra={"answered": len(job.answer)})
+
+    def _release(self, job: Job) -> None:
+        """The row's adapter and time."""
+        if job.slot is not None and job.adapter is not None:
+            self.runner.lora.release(job.adapter.sha256)
+        if job.admitted is not None:
+            job.row_s += time.monotonic() - job.admitted
+        job.slot = job.admitted = None
 
     def _reuse(self, job: Job, row: int) -> None:
         """Begin with what is kept of the conversation."""
-        found = self.prefixes.find(job.request.scope, job.adapter_sha256, job.prompt)
+        found = self.prefixes.find(job.request.scope, job.adapter_sha256, (*job.prompt, *job.answer))
         if found is None:
             return
         kept, count = found
         try:
             self.runner.cache.put_in(row, kept.tensors, count)
-            job.filled = job.reused = count
+            job.filled = count
         except (torch.OutOfMemoryError, MemoryError, RuntimeError):
             log.warning("engine.reuse_no_memory", extra={"kept": len(self.prefixes)})
             self.runner.cache.wipe(row)
             self.prefixes.clear()
 
     def _keep(self, job: Job, row: int) -> None:
-        """Keep what a finished answer leaves in its row, for the next turn."""
+        """Keep what an answer leaves in its row, for the next turn or its own rest."""
         cache, scope = self.runner.cache, job.request.scope
         if not self.prefixes.wants(scope, cache.row_bytes(row)):
             return
@@ -341,8 +303,7 @@ class ModelThread:
             job.answer.append(token)
             self.tally.token(now - job.submitted, None if job.last_token is None else now - job.last_token)
             job.last_token = now
-            with self._wake:
-                self._scheduler.charge(job.request.scope, COMPLETION_COST)
+            self.lobby.charge(job, COMPLETION_COST)
             reason = self._show(job, token)
             if reason is not None:
                 self._end(job, reason)
@@ -376,18 +337,9 @@ class ModelThread:
             if outcome in KEPT_AFTER:
                 self._keep(job, row)
             self._leave_row(row)
-            self._mean_s += 0.1 * (time.monotonic() - job.submitted - self._mean_s)
-        if job.slot is not None and job.adapter is not None:
-            self.runner.lora.release(job.adapter.sha256)
-        with self._wake:
-            self._preparing.discard(job)
-            if job in self._ready:
-                self._ready.remove(job)
-            # Displaced jobs have left the scheduler already, others than waiting ones count as running in it.
-            if not self._scheduler.remove(job) and job.state is not State.WAITING:
-                self._scheduler.done(job.request.scope)
-            job.state = State.ENDED
-        job.prompt, job.answer, job.adapter, job.slot = (), [], None, None
+        self._release(job)
+        self.lobby.leave(job)
+        job.prompt, job.answer, job.adapter = (), [], None
 
     def _last_text(self, job: Job, reason: FinishReason) -> FinishReason:
         """Show what was held back, unless a stop string ended the answer; it may itself complete one."""
@@ -404,7 +356,7 @@ class ModelThread:
         cache = self.runner.cache
         cache.wipe(row)
         last = len(self.rows) - 1
-        last_past_prompt = max((i for i, job in enumerate(self.rows) if job.past_prompt), default=0)
+        last_past_prompt = max((i for i, job in enumerate(self.rows) if job.behind <= 1), default=0)
         for source in (last_past_prompt, last):
             if source > row:
                 cache.move(source, row)
@@ -423,8 +375,8 @@ class ModelThread:
 
     def _end_all(self) -> None:
         with self._wake:
-            jobs = [*self._outside_rows(), *self.rows]
-            failed, self._failed = self._failed, []
+            jobs = [*self.lobby.jobs(), *self.rows]
+            failed, self.lobby.failed = self.lobby.failed, []
             forgets, self._forgets = self._forgets, []
         for job, error in failed:
             self._end(job, error)

@@ -156,6 +156,10 @@ class LoraStacks:
         if stack is not None:
             stack.add(x, y)
 
+    def has_room(self, key: str) -> bool:
+        """Whether `acquire` would find a slot: the adapter's own, an empty one, or one that nobody uses."""
+        return key in self.slots or len(self.slots) < self.max_slots or len(self.users) < len(self.slots)
+
     def acquire(self, adapter: AdapterWeights) -> int:
         """The adapter's slot, filled if need be, held until `release`. At most max_slots different ones at a time."""
         key = adapter.sha256

@@ -212,11 +212,16 @@ class ModelSettings:
 
 @dataclass(frozen=True, slots=True)
 class EngineSettings:
-    """Bounds of the local engine. `threads` 0 means all cores; `reuse_mib` bounds what is kept between turns."""
+    """Bounds of the local engine. `threads` 0 means all cores; `reuse_mib` bounds what is kept between turns.
+
+    `adapters_at_once` 0 means that every row may run with an adapter of its own. With fewer, requests whose adapter
+    finds no room wait for it; `adapters_in_memory` are those that need not be read from disk.
+    """
 
     max_rows: int = 8
     max_context: int = 4096
     max_waiting: int = 256
+    adapters_at_once: int = 0
     adapters_in_memory: int = 64
     threads: int = 0
     reuse_mib: int = 512

@@ -22,7 +22,8 @@ from core.model import BaseModel
 class Runner:
     """The model with its slots and adapter stacks. All methods belong to one thread."""
 
-    def __init__(self, model: BaseModel, *, max_rows: int, context: int) -> None:
+    def __init__(self, model: BaseModel, *, max_rows: int, context: int, adapters: int = 0) -> None:
+        """At most `adapters` different ones at once; 0 is one for each row."""
         module: Any = model.module
         self.module = module
         self.device = model.device
@@ -31,7 +32,7 @@ class Runner:
         self.fused = fuse(model.module)
         self.lora = LoraStacks(
             model.module,
-            max_slots=max_rows,
+            max_slots=min(adapters or max_rows, max_rows),
             device=model.device,
             dtype=model.dtype,
             groups=self.fused.groups if self.fused else (),

@@ -9,7 +9,7 @@ A partner's tokens count by its weight: of two that always wait, one of weight 2
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from itertools import pairwise
 from typing import Generic, TypeVar
 
@@ -103,13 +103,15 @@ class Scheduler(Generic[T]):
         self.waiting[id(item)] = (item, scope)
         return displaced
 
+    def peek(self) -> T | None:
+        """The item whose turn it is; None if nothing waits."""
+        return self._next()[-1].queue[0] if self.waiting else None
+
     def take(self) -> T | None:
-        """The item whose turn it is, now running; None if nothing waits."""
+        """The same, now running."""
         if not self.waiting:
             return None
-        path = [self.root]
-        while path[-1].children:
-            path.append(path[-1].next_child())
+        path = self._next()
         item = path[-1].queue.popleft()
         for node in path:
             node.waiting -= 1
@@ -143,6 +145,12 @@ class Scheduler(Generic[T]):
         for node in path:
             node.running -= 1
         self._left(path)
+
+    def _next(self) -> list[Node[T]]:
+        path = [self.root]
+        while path[-1].children:
+            path.append(path[-1].next_child())
+        return path
 
     def _enter(self, scope: Scope) -> list[Node[T]]:
         path = [self.root]
@@ -182,6 +190,29 @@ class Scheduler(Generic[T]):
         item = node.queue[-1]
         self.remove(item)
         return item
+
+
+def yields_to(newcomer: Scope, running: Sequence[Scope]) -> int | None:
+    """Which running item makes room for the newcomer: the last of who runs most, by weight. None: nobody owes it.
+
+    That is at the first level where that party has two more than the newcomer's: with one less it still has as many.
+    """
+    inside = list(enumerate(running))
+    for level, name in enumerate(_names(newcomer)):
+        parties: dict[str, list[int]] = {}
+        weights = {name: newcomer.weight}
+        for index, scope in inside:
+            party = _names(scope)[level]
+            parties.setdefault(party, []).append(index)
+            weights[party] = scope.weight
+        if not parties:
+            return None
+        most = max(parties, key=lambda party: len(parties[party]) / weights[party])
+        mine = len(parties.get(name, ()))
+        if most != name and (len(parties[most]) - 1) / weights[most] >= (mine + 1) / weights[name]:
+            return parties[most][-1]
+        inside = [(index, scope) for index, scope in inside if _names(scope)[level] == name]
+    return None
 
 
 def _names(scope: Scope) -> tuple[str, str, str]:

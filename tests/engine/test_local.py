@@ -181,7 +181,7 @@ async def test_a_deadline_keeps_what_exists(endless: BaseModel) -> None:
 async def test_a_deadline_also_ends_what_waits_while_nothing_runs(endless: BaseModel) -> None:
     async with running(endless) as engine:
         stuck = threading.Event()
-        engine.thread._prepare = lambda job: stuck.wait(30)  # type: ignore[assignment, return-value]
+        engine.thread.lobby._prepare = lambda job: stuck.wait(30)  # type: ignore[assignment, return-value]
         heard = await hear(engine.submit(ask("x", deadline_s=0.1)))
         stuck.set()
         assert heard.finished is not None

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from collections import Counter
+
 import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
 from core.engine import scheduler as module
 from core.engine.protocol import Scope
-from core.engine.scheduler import QueueFull, Scheduler
+from core.engine.scheduler import QueueFull, Scheduler, yields_to
 
 
 class Item:
@@ -165,3 +167,35 @@ def test_counters_of_those_who_left_are_bounded(monkeypatch: pytest.MonkeyPatch)
         flood(scheduler, Scope(partner=str(i)), 1, cost=i % 7)
         serve(scheduler, 1)
     assert len(scheduler.root.children) <= 17
+
+
+@given(st.lists(SCOPES, max_size=12), SCOPES)
+def test_who_makes_room_has_two_more_and_the_last_of_its_items_goes(running: list[Scope], newcomer: Scope) -> None:
+    index = yields_to(newcomer, running)
+    levels = [lambda s: (s.partner,), lambda s: (s.partner, s.channel), lambda s: (s.partner, s.channel, s.user)]
+    owed = []
+    for name in levels:
+        parties = Counter(map(name, running))
+        mine = name(newcomer)
+        siblings = [party for party in parties if party[:-1] == mine[:-1]]
+        owed.append([party for party in siblings if parties[party] >= parties[mine] + 2])
+    if index is None:
+        assert not any(owed)
+    else:
+        party = running[index]
+        level = next(i for i, parties in enumerate(owed) if parties)
+        assert levels[level](party) in owed[level]
+        assert all(levels[level](later) != levels[level](party) for later in running[index + 1 :])
+
+
+@given(st.integers(1, 16), st.integers(1, 4), st.integers(1, 4))
+def test_making_room_ends_at_shares_by_weight(rows: int, mine: int, theirs: int) -> None:
+    """A flood that holds all rows gives them up one by one, and never gets one back that way."""
+    running = [Scope("flood", weight=theirs)] * rows
+    newcomer = Scope("calm", weight=mine)
+    while (index := yields_to(newcomer, running)) is not None:
+        del running[index]
+        running.append(newcomer)
+        assert yields_to(Scope("flood", weight=theirs), running) is None
+    fair = rows * mine / (mine + theirs)
+    assert abs(sum(scope.partner == "calm" for scope in running) - fair) <= 1

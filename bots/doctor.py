@@ -1,10 +1,13 @@
-"""`distributary doctor`: looks at everything that can be wrong before it goes wrong. Changes nothing, asks no network.
+"""`distributary doctor`: looks at everything that can be wrong before it goes wrong. Changes nothing.
+
+It asks no network, but for the model server that the configuration names.
 
 Each check is a function that gives findings; one that cannot be made is itself a finding.
 """
 
 from __future__ import annotations
 
+import asyncio
 import hashlib
 import os
 import platform
@@ -17,10 +20,13 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from enum import IntEnum
 from importlib.util import find_spec
+from ipaddress import ip_address
 from pathlib import Path
+from urllib.parse import urlsplit
 
 from bots.program import enabled_bots, key_file
 from core import demo
+from core.engine.protocol import RemoteSettings
 from core.errors import AppError, BadConfig
 from core.settings import Config
 from core.store import ledger
@@ -101,7 +107,7 @@ def _python(patient: Patient) -> Iterator[Finding]:
 
 
 def _torch(patient: Patient) -> Iterator[Finding]:
-    if patient.config and patient.config.engine.kind != "local":
+    if patient.config and patient.config.engine.kind == "scripted":
         return
     if find_spec("torch") is None:
         yield patient.finding(Level.BAD, "torch", "torch_missing")
@@ -179,7 +185,7 @@ def _configuration(patient: Patient) -> Iterator[Finding]:
 
 def _model(patient: Patient) -> Iterator[Finding]:
     config = patient.config
-    if config is None or config.engine.kind != "local":
+    if config is None or config.engine.kind == "scripted":
         return
     name, local = config.model.name, Path(config.model.name).expanduser()
     if name == "demo":
@@ -192,6 +198,50 @@ def _model(patient: Patient) -> Iterator[Finding]:
         yield patient.finding(Level.GOOD, "model", "model_there", name=name)
     else:
         yield patient.finding(Level.WARNING, "model", "model_download", name=name)
+
+
+def _server(patient: Patient) -> Iterator[Finding]:
+    """The model server of the remote engine."""
+    if patient.config is None or patient.config.engine.kind != "remote":
+        return
+    engine = patient.config.engine
+    url = urlsplit(engine.url)
+    if url.scheme == "http" and not _is_private(url.hostname or ""):
+        yield patient.finding(Level.WARNING, "server", "server_open", host=url.hostname or "")
+    try:
+        yield asyncio.run(_ask_server(patient, engine))
+    except AppError as error:
+        yield patient.finding(Level.BAD, "server", "server_bad", error=error.detail or str(error))
+
+
+async def _ask_server(patient: Patient, settings: RemoteSettings) -> Finding:
+    from core.engine.handshake import find_base
+    from core.engine.openai import Server
+
+    server = Server(settings)
+    try:
+        await server.check_health()
+        models = await server.models()
+        base = find_base(server, models, settings.model_there)
+        level = Level.GOOD if await server.loads_adapters() else Level.WARNING
+    finally:
+        await server.close()
+    count = sum(model.parent == base.id for model in models)
+    facts: dict[str, str | int | float] = {
+        "server": server.address,
+        "model": base.id,
+        "context": base.context,
+        "count": count,
+    }
+    return patient.finding(level, "server", "server_good" if level is Level.GOOD else "server_loads_none", **facts)
+
+
+def _is_private(host: str) -> bool:
+    """Whether what goes there stays on this machine or in a private network. Names are not looked up."""
+    try:
+        return ip_address(host).is_private
+    except ValueError:
+        return "." not in host or host.endswith((".local", ".internal", ".lan", ".svc", ".localhost"))
 
 
 def _demo_model(patient: Patient) -> Finding:
@@ -260,4 +310,4 @@ def _wal(home: Home) -> Path:
     return home.database.with_name(home.database.name + "-wal")
 
 
-CHECKS: tuple[Check, ...] = (_configuration, _home, _key, _database, _model, _torch, _sqlite, _python, _clock)
+CHECKS: tuple[Check, ...] = (_configuration, _home, _key, _database, _model, _server, _torch, _sqlite, _python, _clock)

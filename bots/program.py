@@ -21,7 +21,7 @@ from bots.outlet import Bot, find_bots
 from bots.seeds import seed
 from core import demo
 from core.delivery import Deliveries
-from core.engine.protocol import Engine, EngineSettings
+from core.engine.protocol import Engine, EngineSettings, RemoteSettings
 from core.errors import BadConfig
 from core.service import Service, ServiceSettings
 from core.settings import BotTable, Config, Generation
@@ -87,6 +87,11 @@ def make_engine(config: Config, home: Home, progress: Progress | None) -> Engine
         from core.engine.scripted import ScriptedEngine
 
         return ScriptedEngine.from_file(Path(config.engine.script)) if config.engine.script else ScriptedEngine()
+    if config.engine.kind == "remote":
+        from core.engine.remote import RemoteEngine
+
+        there = RemoteSettings(**{one.name: getattr(config.engine, one.name) for one in fields(RemoteSettings)})
+        return RemoteEngine(config.model, there, home.models, progress=progress)
     from core.engine.local import LocalEngine
 
     settings = EngineSettings(**{one.name: getattr(config.engine, one.name) for one in fields(EngineSettings)})

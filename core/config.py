@@ -62,6 +62,8 @@ class _Reader:
             if name not in known:
                 self.problems.append(f"[{name}] is unknown; there are {', '.join(known)}{nearest(name, known)}")
         parts = {name: self.section(name, name, given.get(name, {})) for name in known if name not in GROUPS}
+        if parts["engine"].kind == "remote" and not parts["engine"].url:
+            self.problems.append("engine.url is empty; engine.kind = 'remote' needs the address of its server")
         limits: Limits = parts["limits"]
         chosen, written = parts["finetune"], given.get("finetune", {})
         if isinstance(written, Mapping):
@@ -128,8 +130,10 @@ class _Reader:
                 wrong = keys[name].refuse(value)
             except ValueError as error:
                 wrong = str(error)
+            if keys[name].secret:
+                self.secrets.add(str(value))
             if wrong:
-                self.problems.append(f"{path}.{name} = {value!r} {wrong}")
+                self.problems.append(f"{path}.{name} = {'***' if keys[name].secret else repr(value)} {wrong}")
             else:
                 values[name] = value
         return made(**{**values, **fixed})

@@ -64,6 +64,7 @@ def load_model(
         dtype = _auto_dtype(device)
     folder = _folder(settings, cache, progress)
     config = _config(folder)
+    _check_weights(folder)
     context = exact_context(config)
     tokenizer = _tokenizer(folder, vocab_size=config.get_text_config().vocab_size)
     if threads and device.type == "cpu":
@@ -77,13 +78,51 @@ def load_model(
         device=device,
         dtype=dtype,
         context=context,
-        eos_ids=_eos_ids(module, tokenizer),
+        eos_ids=_eos_ids(module.generation_config, tokenizer),
         fingerprint=_fingerprint(folder),
         template_sha256=hashlib.sha256(str(tokenizer.get_chat_template()).encode()).hexdigest(),
         description=_describe(device, dtype, settings.quantization),
     )
     log.info("model.loaded", extra={"model": model.name, "fingerprint": model.fingerprint[:12], "context": context})
     return model
+
+
+@dataclass(frozen=True, slots=True)
+class ModelFiles:
+    """A model that runs elsewhere, as its folder here tells it. `device` is this machine's, for a trainer.
+
+    `fingerprint` is "" where the folder holds no weights; then it is good for rendering, not for training.
+    """
+
+    name: str
+    tokenizer: Any
+    folder: Path
+    device: torch.device
+    context: int
+    eos_ids: frozenset[int]
+    fingerprint: str
+
+
+def read_model(settings: ModelSettings, cache: Path, *, progress: Progress | None = None) -> ModelFiles:
+    """Read what the settings name, but no weights. Raises ModelLoadFailed as load_model does."""
+    from transformers import GenerationConfig
+
+    device = _device(settings.device)
+    folder = _folder(settings, cache, progress)
+    config = _config(folder)
+    text = config.get_text_config()
+    tokenizer = _tokenizer(folder, vocab_size=text.vocab_size)
+    given = (folder / "generation_config.json").is_file()
+    generation = GenerationConfig.from_pretrained(folder) if given else GenerationConfig.from_model_config(text)
+    return ModelFiles(
+        name=demo.TITLE if settings.name == "demo" else settings.name,
+        tokenizer=tokenizer,
+        folder=folder,
+        device=device,
+        context=getattr(text, "max_position_embeddings", None) or 2048,
+        eos_ids=_eos_ids(generation, tokenizer),
+        fingerprint=_fingerprint(folder) if weight_files(folder) else "",
+    )
 
 
 def exact_context(config: Any) -> int:
@@ -225,7 +264,7 @@ def _from_hub(settings: ModelSettings, progress: Progress | None) -> Path:
 
 
 def _config(folder: Path) -> Any:
-    """The model's configuration, checked to be a causal language model with safetensors weights."""
+    """The model's configuration, checked to be a causal language model's."""
     from transformers import AutoConfig
 
     if not (folder / "config.json").is_file():
@@ -238,11 +277,14 @@ def _config(folder: Path) -> Any:
     for name in config.architectures or []:
         if not name.endswith(CAUSAL):
             raise ModelLoadFailed(detail=f"{folder} holds a {name}, not a causal language model")
+    return config
+
+
+def _check_weights(folder: Path) -> None:
     if not weight_files(folder):
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         reason = f"only pickled ones ({pickles[0]}), which can run code when loaded" if pickles else "none at all"
         raise ModelLoadFailed(detail=f"{folder} holds no safetensors weights, {reason}: save it as safetensors")
-    return config
 
 
 def _tokenizer(folder: Path, *, vocab_size: int) -> Any:
@@ -312,9 +354,9 @@ def _bitsandbytes(quantization: str, dtype: torch.dtype) -> Any:
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 
-def _eos_ids(module: Any, tokenizer: Any) -> frozenset[int]:
+def _eos_ids(generation: Any, tokenizer: Any) -> frozenset[int]:
     """All tokens that end a turn: those of generation_config.json, and the tokenizer's own."""
-    named = getattr(module.generation_config, "eos_token_id", None)
+    named = getattr(generation, "eos_token_id", None)
     ids = set(named if isinstance(named, list) else [named]) | {tokenizer.eos_token_id}
     return frozenset(int(i) for i in ids if i is not None)
 

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from core.engine.protocol import EngineSettings, ModelSettings
+from core.engine.protocol import ModelSettings, RemoteSettings
 from core.job import PRESETS, HyperParameters
 from core.types import Limits
 
@@ -20,7 +20,7 @@ NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 
 @dataclass(frozen=True, slots=True)
-class EngineChoice(EngineSettings):
+class EngineChoice(RemoteSettings):
     kind: str = "local"
     script: str = ""
 
@@ -136,7 +136,10 @@ class Config:
 
 @dataclass(frozen=True, slots=True)
 class Key:
-    """What a key means, and which of its type's values are allowed. `above` is excluded, `low` and `high` are not."""
+    """What a key means, and which of its type's values are allowed. `above` is excluded, `low` and `high` are not.
+
+    The value of a `secret` one is never shown.
+    """
 
     meaning: str
     choices: tuple[str, ...] = ()
@@ -144,6 +147,7 @@ class Key:
     high: float | None = None
     above: float | None = None
     pattern: str = ""
+    secret: bool = False
 
     def refuse(self, value: object) -> str:
         """What is allowed, if `value` is not; else nothing."""
@@ -172,7 +176,8 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
     },
     "engine": {
         "kind": Key(
-            "local runs the model here; scripted answers from a table, for tests", choices=("local", "scripted")
+            "local runs the model here, remote on an OpenAI-compatible server; scripted is a table, for tests",
+            choices=("local", "remote", "scripted"),
         ),
         "script": Key("file of the scripted engine's answers"),
         "max_rows": Key("replies that are generated at once", low=1, high=1024),
@@ -182,6 +187,14 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "adapters_in_memory": Key("adapters kept ready for use", low=1),
         "threads": Key("CPU threads of the model; 0 is all cores", low=0, high=1024),
         "reuse_mib": Key("memory for conversations between their turns, in MiB; 0 keeps nothing", low=0),
+        "url": Key("of the server, for remote", pattern=r"(https?://[^/\s@]+(/\S*)?)?"),
+        "api_key": Key("the server's key", secret=True),
+        "model_there": Key("the base model's id at the server; empty is the only one it has"),
+        "adapters_there": Key("the adapters folder as the server sees it; empty is the same path as here"),
+        "fingerprint": Key("of the base model's weights, where model.name is a folder without them"),
+        "connect_s": Key("seconds to reach the server", above=0, high=600),
+        "first_token_s": Key("seconds to the first token of an answer", above=0, high=3600),
+        "next_token_s": Key("seconds from one token to the next", above=0, high=3600),
     },
     "generation": {
         "temperature": Key("0 always takes the likeliest token", low=0, high=2),

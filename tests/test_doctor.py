@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import os
 import re
 import subprocess
@@ -18,6 +19,8 @@ from bots.doctor import Finding, Level, Patient, examine, has_wal_reset_bug, rep
 from core.config import read_config
 from core.store.database import Database
 from core.store.home import Cipher, Home
+from tests.fakes.openai import FakeOpenAI
+from tests.tiny import tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
 SCRIPTED = {"engine": {"kind": "scripted"}}
@@ -133,3 +136,28 @@ def test_the_command_ends_with_1_if_something_is_bad(home):
     assert bad.returncode == 1
     assert bad.stdout.startswith("✗ ")
     assert "did you mean engine?" in bad.stdout
+
+
+async def _doctor_over(fake: FakeOpenAI, home: Home, **engine: str) -> dict[str, Finding]:
+    async with fake.open():
+        given = {"engine": {"kind": "remote", "url": fake.url, **engine}}
+        return await asyncio.to_thread(
+            lambda: {one.name: one for one in examine(Patient(home, read_config(given, {})))}
+        )
+
+
+async def test_the_model_server_is_looked_at(home):
+    found = (await _doctor_over(FakeOpenAI(tiny_tokenizer()), home))["model server"]
+    assert found.level is Level.GOOD
+    assert found.text.endswith("serves acme/base, up to 512 tokens; 0 adapters are loaded")
+    found = (await _doctor_over(FakeOpenAI(tiny_tokenizer(), loads=False), home))["model server"]
+    assert (found.level, "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" in found.action) == (Level.WARNING, True)
+    found = (await _doctor_over(FakeOpenAI(tiny_tokenizer(), healthy=False), home))["model server"]
+    assert (found.level, "is busy (503)" in found.text) == (Level.BAD, True)
+    found = (await _doctor_over(FakeOpenAI(tiny_tokenizer(), api_key="right"), home, api_key="wrong"))["model server"]
+    assert "set engine.api_key" in found.text
+
+
+@pytest.mark.parametrize("host", ["127.0.0.1", "::1", "10.1.2.3", "gpu", "gpu.lan", "8.8.8.8", "model.example.org"])
+def test_an_unencrypted_way_out_of_the_private_network_is_told(host):
+    assert doctor._is_private(host) == (host not in ("8.8.8.8", "model.example.org"))

@@ -32,6 +32,7 @@ from core.engine.protocol import (
     ModelSettings,
     Request,
     check,
+    prompt_limit,
 )
 from core.engine.stream import EventStream
 from core.engine.tally import Tally
@@ -214,12 +215,10 @@ class LocalEngine:
         return model
 
     def _prepare(self, job: Job) -> tuple[Rendered, AdapterWeights | None]:
-        """Render the prompt and read the adapter. max_tokens are left to the answer, of at most half the context."""
+        """Render the prompt and read the adapter."""
         assert self._model is not None
-        request, context = job.request, self.info.context
-        limit = context - min(request.sampling.max_tokens, context // 2)
-        limit = min(limit, request.max_prompt_tokens or limit)
-        rendered = render(request.messages, self._model.tokenizer, limit)
+        request = job.request
+        rendered = render(request.messages, self._model.tokenizer, prompt_limit(request, self.info.context))
         return rendered, None if request.adapter is None else self._adapters.get(request.adapter)
 
     def _emit(self, outputs: list[Output]) -> None:

@@ -79,6 +79,12 @@ def check(request: Request) -> None:
         raise BadInput(detail=f"the engine cannot use this {', '.join(wrong)}")
 
 
+def prompt_limit(request: Request, context: int) -> int:
+    """Tokens that the prompt may have: max_tokens are left to the answer, of at most half the context."""
+    limit = context - min(request.sampling.max_tokens, context // 2)
+    return min(limit, request.max_prompt_tokens or limit)
+
+
 @dataclass(frozen=True, slots=True)
 class Started:
     """The prompt is rendered and the request has a row. `dropped` counts the oldest messages left out to fit."""
@@ -116,7 +122,8 @@ class Generation(Protocol):
 class EngineInfo:
     """What is loaded. `fingerprint` identifies the base model's weights: adapters trained on another are refused.
 
-    `folder` is where the weights lie, for a trainer on the same machine; `device` is where they run ("cpu", "cuda:0").
+    `folder` is where the weights lie, for a trainer on this machine; `device` is where they run ("cpu", "cuda:0"), or
+    would run here if they run on another machine.
     """
 
     model: str
@@ -225,3 +232,21 @@ class EngineSettings:
     adapters_in_memory: int = 64
     threads: int = 0
     reuse_mib: int = 512
+
+
+@dataclass(frozen=True, slots=True)
+class RemoteSettings(EngineSettings):
+    """An OpenAI-compatible server in the place of the local engine. `max_rows` bounds the requests sent to it at once.
+
+    `adapters_there` is the adapters folder as the server sees it; "" is the same path as here. `fingerprint` names the
+    base weights where the model's folder here holds none. Time-outs: to connect, to the first token, between two.
+    """
+
+    url: str = ""
+    api_key: str = field(default="", repr=False)
+    model_there: str = ""
+    adapters_there: str = ""
+    fingerprint: str = ""
+    connect_s: float = 5.0
+    first_token_s: float = 60.0
+    next_token_s: float = 30.0

@@ -23,11 +23,12 @@ from core.engine.protocol import (
     FinishReason,
     Request,
     Started,
+    check,
 )
 from core.engine.stream import EventStream
 from core.engine.tally import Tally
 from core.engine.text import StopScanner
-from core.errors import BadConfig, Overloaded, PromptTooLong
+from core.errors import BadConfig, BadInput, Overloaded, PromptTooLong
 from core.types import Role, Usage
 
 Answer = str | Exception
@@ -106,6 +107,11 @@ class ScriptedEngine:
     def submit(self, request: Request) -> ScriptedGeneration:
         generation = ScriptedGeneration()
         self.requests.append(request)
+        try:
+            check(request)
+        except BadInput as error:
+            generation.put(error)
+            return generation
         if self._draining or self._waiting >= self.max_waiting:
             generation.put(busy := Overloaded(retry_after_s=1.0))
             self._tally.end(busy)

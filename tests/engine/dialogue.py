@@ -8,8 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core.engine.local import LocalEngine, LocalGeneration
-from core.engine.protocol import Delta, EngineSettings, Finished, ModelSettings, Request, Scope, Started
+from core.engine.local import LocalEngine
+from core.engine.protocol import Delta, EngineSettings, Finished, Generation, ModelSettings, Request, Scope, Started
 from core.model import BaseModel
 from core.types import AdapterRef, Message, Role, Sampling
 
@@ -48,7 +48,7 @@ class Heard:
     finished: Finished | None = None
 
 
-async def hear(generation: LocalGeneration) -> Heard:
+async def hear(generation: Generation) -> Heard:
     heard = Heard()
     async for event in generation:
         match event:

@@ -1,0 +1,153 @@
+"""OpenAI's completions on the wire: what is asked, as JSON; what streams back, checked. Pure; knows no sockets.
+
+What a server sends that cannot be is a ValueError whose text goes on after the server's name: "counts 3 tokens ...".
+It never quotes an answer.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from core.types import Sampling
+
+LONGEST_LINE = 2**20
+LONGEST_SAID = 300  # of a server's words in a detail
+EXTRAS = (  # what strict servers may refuse, dropped in this order if they do not say what it is
+    "continuous_usage_stats",
+    "cache_salt",
+    "include_stop_str_in_output",
+    "stop_token_ids",
+    "min_p",
+    "repetition_penalty",
+    "top_k",
+)
+NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
+
+
+@dataclass(frozen=True, slots=True)
+class Ask:
+    """One completion. Prefixes are reused between those of equal `salt` alone."""
+
+    model: str
+    prompt: tuple[int, ...]
+    sampling: Sampling
+    max_tokens: int
+    stop_ids: tuple[int, ...] = ()
+    salt: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Chunk:
+    """What one event of a stream says. Counts are of the whole so far; None where the event tells none.
+
+    `finish` is the server's finish_reason at the end of the text; `stopped_by` the stop string, if it names that.
+    """
+
+    text: str = ""
+    finish: str = ""
+    stopped_by: str = ""
+    completion_tokens: int | None = None
+    cached_tokens: int = 0
+
+
+def body(ask: Ask, refused: Collection[str]) -> dict[str, Any]:
+    """The request, without those of EXTRAS that the server refuses. Raises ValueError where it needs one of them.
+
+    Every parameter is sent, always: defaults are the server's own (vLLM's come with the model).
+    """
+    sampling = ask.sampling
+    extras = {name: getattr(sampling, name) for name in NEUTRAL}
+    for name, neutral in NEUTRAL.items():
+        if name in refused and extras[name] != neutral:
+            raise ValueError(f"does not know {name}, which is set to {extras[name]} here")
+    extras |= {"cache_salt": ask.salt, "stop_token_ids": list(ask.stop_ids)}
+    options = {"include_usage": True, "continuous_usage_stats": True}
+    if sampling.stop:  # what it found is cut off here, as everywhere
+        extras |= {"stop": list(sampling.stop), "include_stop_str_in_output": True}
+    return {
+        "model": ask.model,
+        "prompt": list(ask.prompt),
+        "max_tokens": ask.max_tokens,
+        "temperature": sampling.temperature,
+        "top_p": sampling.top_p,
+        "presence_penalty": 0.0,
+        "frequency_penalty": 0.0,
+        "seed": sampling.seed,
+        "stream": True,
+        "stream_options": {name: value for name, value in options.items() if name not in refused},
+        **{name: value for name, value in extras.items() if value not in ("", []) and name not in refused},
+    }
+
+
+async def events(parts: AsyncIterator[bytes]) -> AsyncGenerator[str]:
+    """The data of server-sent events, one line each. Raises ValueError.
+
+    Lines end with a line feed and nothing else: text may hold U+2028 and its like, at which str.splitlines cuts.
+    """
+    buffer = b""
+    async for part in parts:
+        *lines, buffer = (buffer + part).split(b"\n")
+        if len(buffer) > LONGEST_LINE:
+            raise ValueError(f"sent an event longer than {LONGEST_LINE} bytes")
+        for line in lines:
+            if line.startswith(b"data:"):
+                try:
+                    yield line[5:].strip().decode()
+                except UnicodeDecodeError:
+                    raise ValueError("sent an event that is not UTF-8") from None
+
+
+def read_object(text: str) -> dict[str, Any]:
+    """A JSON object; {} where it is none."""
+    try:
+        found = json.loads(text)
+    except (ValueError, RecursionError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def said(answer: Mapping[str, Any]) -> str:
+    """The message of an error in OpenAI's form, in FastAPI's, or none."""
+    error = answer.get("error", answer)
+    found = (error.get("message") or error.get("detail") or "") if isinstance(error, dict) else error
+    return " ".join(str(found).split())[:LONGEST_SAID]
+
+
+def read_chunk(event: Mapping[str, Any], ask: Ask, tokens: int) -> Chunk:
+    """One event of the answer to `ask`, of which `tokens` were counted before. Raises ValueError."""
+    if not event:
+        raise ValueError("sent an event that is no JSON object")
+    if event.get("model") != ask.model:
+        raise ValueError(f"answered from {str(event.get('model'))[:80]!r} when asked for {ask.model!r}")
+    choices, usage = event.get("choices") or [], event.get("usage") or {}
+    if not (isinstance(choices, list) and len(choices) <= 1 and isinstance(usage, dict)):
+        raise ValueError("sent an event with neither one choice nor usage")
+    choice = choices[0] if choices else {}
+    text = (choice.get("text") or "") if isinstance(choice, dict) else None
+    if not isinstance(text, str):
+        raise ValueError("sent a choice without text")
+    stopped_by, details = choice.get("stop_reason"), usage.get("prompt_tokens_details")
+    return Chunk(
+        text=text,
+        finish=str(choice.get("finish_reason") or ""),
+        stopped_by=stopped_by if isinstance(stopped_by, str) else "",
+        completion_tokens=_counted(usage, ask, tokens) if usage else None,
+        cached_tokens=count(details.get("cached_tokens")) or 0 if isinstance(details, dict) else 0,
+    )
+
+
+def count(value: object) -> int | None:
+    return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
+
+
+def _counted(usage: Mapping[str, Any], ask: Ask, tokens: int) -> int:
+    """Completion tokens so far; people are charged by them, so they must be possible."""
+    prompt, completion = count(usage.get("prompt_tokens")), count(usage.get("completion_tokens"))
+    if prompt != len(ask.prompt):
+        raise ValueError(f"counts {prompt} prompt tokens where {len(ask.prompt)} were sent")
+    if completion is None or not tokens <= completion <= ask.max_tokens:
+        raise ValueError(f"counts {completion} tokens after {tokens} where {ask.max_tokens} were allowed")
+    return completion

@@ -9,16 +9,18 @@ import shlex
 import sys
 import traceback
 from collections.abc import Callable, Mapping, Sequence
+from dataclasses import asdict
 from importlib.metadata import entry_points, version
 from pathlib import Path
 from typing import Any
 
 from bots import control
-from bots.doctor import Level, Patient, examine, report
+from bots.doctor import Level, Patient, as_json, examine, report
 from bots.outlet import Bot
 from bots.program import Parts, enabled_bots, open_store, run_program
 from bots.seeds import greeting
 from bots.terminal import Surroundings, TerminalBot, is_interactive, read_settings
+from bots.trial import try_out
 from bots.usage import usage
 from core import logs
 from core.commands import COMMANDS
@@ -111,8 +113,13 @@ def _doctor(given: argparse.Namespace) -> int:
         config = _config(given)
     except BadConfig as error:
         problem = error.detail
-    findings = examine(Patient(_home(given), config, problem, _language()))
-    sys.stdout.write(report(findings))
+    patient = Patient(_home(given), config, problem, _language())
+    findings, trial = examine(patient), None
+    if given.bench:
+        logs.install("warning")
+        measured, trial = try_out(patient)
+        findings = sorted([*findings, *measured], key=lambda finding: finding.level)
+    sys.stdout.write(as_json(findings, bench=trial and asdict(trial)) if given.json else report(findings))
     return 1 if any(finding.level is Level.BAD for finding in findings) else 0
 
 
@@ -202,7 +209,9 @@ def _parser() -> argparse.ArgumentParser:
 
     add(commands, "chat", _chat, "talk to the model here; piped lines are answered one by one")
     add(commands, "serve", _serve, "run the bots that the configuration enables")
-    add(commands, "doctor", _doctor, "look for what is wrong, and say what to do")
+    doctor = add(commands, "doctor", _doctor, "look for what is wrong, and say what to do")
+    doctor.add_argument("--bench", action="store_true", help="load the model and measure how fast it answers, ~1 min")
+    doctor.add_argument("--json", action="store_true")
     used = add(commands, "usage", _usage, "what was used, by day and channel")
     used.add_argument("channel", nargs="?", default="")
     used.add_argument("--json", action="store_true")

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import asyncio
 import hashlib
+import json
 import os
 import platform
 import shutil
@@ -17,7 +18,7 @@ import stat
 import sys
 import time
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
+from dataclasses import asdict, dataclass
 from enum import IntEnum
 from importlib.util import find_spec
 from ipaddress import ip_address
@@ -94,6 +95,12 @@ def report(findings: Iterable[Finding]) -> str:
     first = max(len(row[0]) for row in rows)
     second = max((len(row[1]) for row in rows if row[2] and len(row[1]) < 70), default=0)
     return "\n".join(f"{a:<{first}}   {b:<{second}}   {c}".rstrip() for a, b, c in rows) + "\n"
+
+
+def as_json(findings: Iterable[Finding], **more: object) -> str:
+    """The same for programs; `more` stands beside the findings."""
+    told = [{**asdict(one), "level": one.level.name.lower()} for one in findings]
+    return json.dumps({"findings": told, **more}, ensure_ascii=False, indent=2) + "\n"
 
 
 # --- the checks ---

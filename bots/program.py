@@ -159,7 +159,7 @@ async def run_program(
 ) -> int:
     """Load, make the bots, run them; the exit status."""
     with ExitStack() as loading:
-        progress = loading.enter_context(loading_progress(_model_title(config)))
+        progress = loading.enter_context(loading_progress(model_title(config)))
         async with open_parts(config, home, progress) as parts:
             loading.close()
             return await run_bots(parts, await make_bots(parts), drain_s=drain_s, restart=restart)
@@ -225,7 +225,7 @@ async def _keep_running(name: str, bot: Bot, service: Service) -> None:
         await asyncio.sleep(delay_s)
 
 
-def _model_title(config: Config) -> str:
+def model_title(config: Config) -> str:
     return demo.TITLE if config.model.name == "demo" else Path(config.model.name).name
 
 

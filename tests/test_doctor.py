@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+import json
 import os
 import re
 import subprocess
@@ -17,10 +18,13 @@ import pytest
 from bots import doctor
 from bots.doctor import Finding, Level, Patient, examine, has_wal_reset_bug, report
 from core.config import read_config
+from core.engine.local import LocalEngine
+from core.engine.protocol import EngineSettings, ModelSettings
+from core.engine.trial import measure, random_adapters
 from core.store.database import Database
-from core.store.home import Cipher, Home
+from core.store.home import Cipher, Home, Lock
 from tests.fakes.openai import FakeOpenAI
-from tests.tiny import tiny_tokenizer
+from tests.tiny import load_tiny, tiny_tokenizer
 
 ROOT = Path(__file__).parents[1]
 SCRIPTED = {"engine": {"kind": "scripted"}}
@@ -118,7 +122,7 @@ def test_the_worst_comes_first_and_columns_stand_below_each_other():
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_every_sentence_is_there(language):
     texts = tomllib.loads((ROOT / "core" / "texts" / f"{language}.toml").read_text(encoding="utf-8"))
-    source = (ROOT / "bots" / "doctor.py").read_text(encoding="utf-8")
+    source = "".join((ROOT / "bots" / name).read_text(encoding="utf-8") for name in ("doctor.py", "trial.py"))
     used = set(re.findall(r'Level\.\w+(?: if [^,]+)?, "(\w+)", "(\w+)"', source))
     assert used
     for name, key in used:
@@ -161,3 +165,53 @@ async def test_the_model_server_is_looked_at(home):
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "10.1.2.3", "gpu", "gpu.lan", "8.8.8.8", "model.example.org"])
 def test_an_unencrypted_way_out_of_the_private_network_is_told(host):
     assert doctor._is_private(host) == (host not in ("8.8.8.8", "model.example.org"))
+
+
+# --- how fast it answers ---
+
+
+def bench(home: Home, *more: str) -> subprocess.CompletedProcess[str]:
+    """`distributary doctor --bench` on a home whose answers stand in a table: the numbers are of no matter."""
+    config = home.path / "config.toml"
+    config.write_text(f'[engine]\nkind = "scripted"\nscript = "{home.path}/script.json"\n', encoding="utf-8")
+    (home.path / "script.json").write_text('{"delay_s": 0.001}', encoding="utf-8")
+    command = [sys.executable, "-m", "bots", "--home", str(home.path), "doctor", "--bench", *more]
+    return subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+
+
+def test_bench_measures_one_reply_and_many(home):
+    ran = bench(home)
+    assert ran.returncode == 0, ran.stderr
+    rates = r"\d+ tokens/s for one, \d+ tokens/s for 8 at once"
+    assert re.search(rf"✓ model +scripted, answers from a table: {rates}", ran.stdout)
+    assert re.search(r"✓ speed +8 replies: first word after \d\.\d\d s", ran.stdout)
+
+
+def test_bench_as_json_has_findings_and_numbers(home):
+    told = json.loads(bench(home, "--json").stdout)
+    assert {"level", "name", "text", "action"} == set(told["findings"][0])
+    assert told["bench"]["one"]["tokens_per_s"] > 0
+    assert told["bench"]["many"]["rows"] == 8
+    assert told["bench"]["adapted"] is None
+
+
+def test_bench_leaves_a_running_program_alone_and_says_what_to_do(home):
+    with Lock(home):
+        ran = bench(home)
+    assert ran.returncode == 0
+    assert f"process {os.getpid()} has the home" in ran.stdout
+    assert "stop it for a minute" in ran.stdout
+
+
+async def test_the_trial_runs_adapters_of_its_own(tmp_path):
+    model = load_tiny(tmp_path / "model")
+    async with LocalEngine(ModelSettings(), EngineSettings(max_rows=2), tmp_path, model=model) as engine:
+        (tmp_path / "adapters").mkdir()
+        adapters = random_adapters(tmp_path / "adapters", engine.base, 4, 3)
+        trial = await measure(engine, 2, adapters)
+    assert trial.adapted is not None
+    assert (trial.adapted.rows, trial.adapted.adapters) == (2, 3)
+    assert trial.bandwidth > 1e8
+    assert 0 < trial.many.floor_fraction < 1
+    assert 0 < trial.many.padding_waste < 1
+    assert 0 < trial.one.inter_token_p50_s <= trial.one.inter_token_p95_s

@@ -100,8 +100,8 @@ class LocalEngine:
         self._info = EngineInfo(
             model.name, model.fingerprint, model.description, context, model.folder, str(model.device)
         )
-        base = Base(model.fingerprint, shapes(model.module), model.dtype, head_name(model.module))
-        self._adapters = AdapterStore(base, limit=self.settings.adapters_in_memory)
+        self.base = Base(model.fingerprint, shapes(model.module), model.dtype, head_name(model.module))
+        self._adapters = AdapterStore(self.base, limit=self.settings.adapters_in_memory)
         self._model, self._draining = model, False
         self._workers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="engine")
         self.thread = ModelThread(

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
-import shutil
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -14,7 +13,7 @@ import pytest
 
 from core.engine.local import LocalEngine
 from core.engine.protocol import Delta, EngineSettings, Finished, FinishReason, ModelSettings, Scope, Started
-from core.errors import AdapterUnusable, BadInput, EngineError, Overloaded, PromptTooLong
+from core.errors import EngineError, Overloaded, PromptTooLong
 from core.model import BaseModel
 from core.types import AdapterRef
 from tests.engine.dialogue import ask, hear, running
@@ -232,15 +231,6 @@ async def test_context_is_never_exceeded(endless: BaseModel) -> None:
             await hear(engine.submit(ask("a" * 10, max_prompt_tokens=5)))
 
 
-async def test_an_unusable_adapter_fails_its_own_request_alone(endless: BaseModel, adapters: list[AdapterRef]) -> None:
-    missing = AdapterRef("0" * 64, Path("/nowhere"), "gone@1")
-    async with running(endless) as engine:
-        good = engine.submit(ask("x", adapter=adapters[0]))
-        with pytest.raises(AdapterUnusable, match="gone@1"):
-            await hear(engine.submit(ask("x", adapter=missing)))
-        assert (await hear(good)).finished is not None
-
-
 async def test_a_pass_that_fails_for_one_row_ends_that_row_alone(endless: BaseModel) -> None:
     async with running(endless) as engine:
         alone = await hear(engine.submit(ask("good", max_tokens=30)))
@@ -291,50 +281,6 @@ async def test_an_answer_that_is_not_finite_is_an_error_of_its_row_alone(
         with pytest.raises(EngineError, match="not finite"):
             await hear(engine.submit(ask("bad", adapter=adapters[1])))
         assert (await hear(good)).text == alone.text
-
-
-@pytest.mark.parametrize(
-    "sampling",
-    [
-        {"max_tokens": 0},
-        {"temperature": -1.0},
-        {"temperature": float("nan")},
-        {"temperature": float("inf")},
-        {"top_p": 0.0},
-        {"top_p": float("nan")},
-        {"top_k": -1},
-        {"min_p": 2.0},
-        {"repetition_penalty": 0.0},
-        {"repetition_penalty": float("nan")},
-    ],
-)
-async def test_numbers_that_cannot_be_are_an_error_of_their_request_alone(
-    endless: BaseModel, sampling: dict[str, float]
-) -> None:
-    async with running(endless) as engine:
-        alone = (await hear(engine.submit(ask("good")))).text
-        good = engine.submit(ask("good"))
-        with pytest.raises(BadInput, match=next(iter(sampling))):
-            await hear(engine.submit(ask("bad", **sampling)))
-        assert (await hear(good)).text == alone
-
-
-async def test_an_adapter_deleted_while_its_request_waits_is_that_requests_error(
-    endless: BaseModel, adapters: list[AdapterRef], tmp_path: Path
-) -> None:
-    folder = tmp_path / "gone"
-    shutil.copytree(adapters[0].folder, folder)
-    doomed = dataclasses.replace(adapters[0], folder=folder, sha256="d" * 64)
-    async with running(endless, max_rows=1) as engine:
-        gate = Gate(engine)
-        gate.open.clear()
-        ahead = [engine.submit(ask(f"{i}", max_tokens=2)) for i in range(4)]
-        waiting = engine.submit(ask("doomed", adapter=doomed))
-        shutil.rmtree(folder)
-        gate.open.set()
-        with pytest.raises(AdapterUnusable, match="does not exist"):
-            await hear(waiting)
-        assert all(one.text for one in await asyncio.gather(*map(hear, ahead)))
 
 
 async def test_forget_ends_and_wipes_a_conversation_and_leaves_the_others(endless: BaseModel) -> None:

@@ -16,7 +16,7 @@ from bots.control import sentence
 from bots.doctor import Finding, Level, Patient
 from bots.program import loading_progress, make_engine, model_title
 from core.engine.protocol import Engine
-from core.engine.trial import Speed, Trial, measure, random_adapters
+from core.engine.trial import MAX_ADAPTERS, Speed, Trial, measure, random_adapters
 from core.errors import AppError, HomeBusy
 from core.settings import Config
 from core.store.home import Lock
@@ -55,7 +55,8 @@ async def _measure(patient: Patient, config: Config) -> tuple[Trial, str]:
 def _adapters(engine: Engine, config: Config, folder: Path) -> list[AdapterRef]:
     """Only this machine's own engine reads adapters from any folder."""
     base = getattr(engine, "base", None)
-    return [] if base is None else random_adapters(folder, base, config.finetune.rank, config.engine.max_rows)
+    count = min(config.engine.max_rows, MAX_ADAPTERS)
+    return [] if base is None else random_adapters(folder, base, config.finetune.rank, count)
 
 
 def _findings(patient: Patient, trial: Trial, name: str) -> Iterator[Finding]:

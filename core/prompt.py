@@ -67,7 +67,10 @@ def render(messages: Sequence[Message], tokenizer: ChatTokenizer, max_tokens: in
     def ids_from(start: int) -> tuple[int, ...]:
         return _encode_chat([*messages[:head], *messages[start:]], tokenizer)
 
-    first = bisect_left(starts, True, key=lambda start: len(ids_from(start)) <= max_tokens)
+    whole = ids_from(starts[0])  # as nearly all do: then it is rendered once
+    if len(whole) <= max_tokens:
+        return Rendered(whole, dropped=0)
+    first = bisect_left(starts, True, lo=1, key=lambda start: len(ids_from(start)) <= max_tokens)
     while first < len(starts):
         ids = ids_from(starts[first])
         if len(ids) <= max_tokens:

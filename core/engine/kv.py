@@ -106,12 +106,12 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not t
             self.values[segment.row_index, :, segment.positions] = value_states.transpose(1, 2)
         return self.keys[rows, :, : segment.length], self.values[rows, :, : segment.length]
 
-    def resize(self, slots: int, length: int, *, rows: int, used: int) -> None:
-        """Another capacity; the first `used` positions of the first `rows` slots are kept, the rest is zero."""
+    def resize(self, slots: int, length: int, *, used: Sequence[int], reach: Sequence[int]) -> None:
+        """Another capacity; of each row the `used` positions are kept. `reach` is how far it may have been written."""
         self.capacity = (slots, length)
         if self.is_initialized:
-            self.keys = _resized(self.keys, slots, length, rows, used)
-            self.values = _resized(self.values, slots, length, rows, used)
+            self.keys = _resized(self.keys, slots, length, used, reach)
+            self.values = _resized(self.values, slots, length, used, reach)
 
     def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
         return self.get_seq_length(), 0
@@ -138,6 +138,11 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
     @property
     def rows(self) -> int:
         return len(self.used)
+
+    @property
+    def room(self) -> tuple[int, int]:
+        """What memory is laid out for: slots, and their length."""
+        return self.slots, self.length
 
     def add_row(self) -> int:
         """An empty row after the others."""
@@ -255,14 +260,15 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         return [tensor for layer in self.layers if layer.is_initialized for tensor in (layer.keys, layer.values)]
 
     def _resize(self, slots: int, length: int) -> None:
-        used = max(self.used, default=0)
         for layer in self.layers:
-            layer.resize(slots, length, rows=self.rows, used=used)
+            layer.resize(slots, length, used=self.used, reach=self.reach)
         self.slots, self.length = slots, length
 
 
-def _resized(old: Tensor, slots: int, length: int, rows: int, used: int) -> Tensor:
+def _resized(old: Tensor, slots: int, length: int, used: Sequence[int], reach: Sequence[int]) -> Tensor:
+    """Row by row: one that is long must not make it slow for all."""
     new = old.new_zeros((slots, old.shape[1], length, old.shape[3]))
-    new[:rows, :, :used] = old[:rows, :, :used]
-    old.zero_()  # freed memory may lie in an allocator's pool for long
+    for row, (kept, written) in enumerate(zip(used, reach, strict=True)):
+        new[row, :, :kept] = old[row, :, :kept]
+        old[row, :, :written] = 0  # freed memory may lie in an allocator's pool for long
     return new

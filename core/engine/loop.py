@@ -175,13 +175,15 @@ class ModelThread:
         parts: list[Sequence[int]] = [job.next_ids(1) for job in self.rows if job.behind == 1]
         budget = self.chunk
         while budget > 0:
-            if len(parts) == len(self.rows) and self._admit() is None:
-                break
+            if len(parts) == len(self.rows):
+                room = self.runner.cache.room
+                if self._admit() is None or (parts and self.runner.cache.room != room):
+                    break  # making room took its time: the others step before the new row begins
             job = self.rows[len(parts)]
             parts.append(job.next_ids(budget))
             budget -= len(parts[-1])
         began = time.monotonic()
-        results = self._by_halves(0, list(zip(self.rows, parts, strict=True)))
+        results = self._by_halves(0, list(zip(self.rows[: len(parts)], parts, strict=True)))
         least_bytes = self._least_bytes() if parts and all(len(part) == 1 for part in parts) else 0
         for taken, result in results:
             for job, part in taken if isinstance(result, Tensor) else ():
@@ -213,6 +215,7 @@ class ModelThread:
         job.admitted = time.monotonic()
         try:
             job.slot = None if job.adapter is None else self.runner.lora.acquire(job.adapter)
+            self.runner.cache.reserve(len(job.prompt) + len(job.answer))
             row = self.runner.cache.add_row()
             self._reuse(job, row)
         except Exception as error:  # no memory for this one

@@ -56,7 +56,7 @@ async def measure(engine: Engine, rows: int, adapters: Sequence[AdapterRef] = ()
     return Trial(engine.stats().bandwidth, one, many, adapted)
 
 
-def random_adapters(folder: Path, base: Base, rank: int, count: int) -> list[AdapterRef]:
+def random_adapters(folder: Path, base: Base, rank: int, count: int = MAX_ADAPTERS) -> list[AdapterRef]:
     """Adapters as large as a fine-tune makes them, small enough in their numbers to change no answer much."""
     import torch
     from safetensors.torch import save_file
@@ -64,7 +64,7 @@ def random_adapters(folder: Path, base: Base, rank: int, count: int) -> list[Ada
     refs = []
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": "all-linear"}
     inner = {name: shape for name, shape in base.shapes.items() if ".layers." in name}
-    for number in range(min(count, MAX_ADAPTERS)):
+    for number in range(count):
         made = folder / f"{number}"
         made.mkdir()
         torch.manual_seed(number)
@@ -83,7 +83,7 @@ async def _speed(engine: Engine, rows: int, adapters: Sequence[AdapterRef] = (),
     requests = [_request(row, adapters[row % len(adapters)] if adapters else None, tokens) for row in range(rows)]
     heard = await asyncio.gather(*(_hear(engine, one, began) for one in requests))
     seconds = time.perf_counter() - began
-    spent = _spent(before, engine.stats())
+    passes = spent(before, engine.stats())
     firsts = [first for first, _, _ in heard]
     gaps = [gap for _, found, _ in heard for gap in found]
     return Speed(
@@ -94,8 +94,8 @@ async def _speed(engine: Engine, rows: int, adapters: Sequence[AdapterRef] = (),
         first_token_p95_s=_quantile(firsts, 0.95),
         inter_token_p50_s=_quantile(gaps, 0.5),
         inter_token_p95_s=_quantile(gaps, 0.95),
-        floor_fraction=spent.floor_fraction,
-        padding_waste=spent.padding_waste,
+        floor_fraction=passes.floor_fraction,
+        padding_waste=passes.padding_waste,
     )
 
 
@@ -118,7 +118,8 @@ async def _hear(engine: Engine, request: Request, began: float) -> tuple[float, 
     return (times or [0.0])[0], [b - a for a, b in pairwise(times)], tokens
 
 
-def _spent(before: EngineStats, after: EngineStats) -> EngineStats:
+def spent(before: EngineStats, after: EngineStats) -> EngineStats:
+    """What passes took in between, for the shares that EngineStats makes of it."""
     return replace(
         after,
         positions_read=after.positions_read - before.positions_read,

@@ -12,6 +12,7 @@ from typing import Any
 
 from core.engine.local import LocalEngine
 from core.engine.protocol import Delta, EngineSettings, ModelSettings, Request, Scope, Started
+from core.engine.trial import spent
 from core.model import load_model
 from core.types import AdapterRef, Message, Role, Sampling
 from tests.bench.worker import Case, Spec, serve
@@ -50,7 +51,7 @@ def make(spec: Spec):
         return first, gaps
 
     async def all_rows(case: Case) -> dict[str, Any]:
-        began = time.perf_counter()
+        before, began = engine.stats(), time.perf_counter()
         heard = await asyncio.gather(*(one(row, case, began) for row in range(case["rows"])))
         seconds = time.perf_counter() - began
         gaps = sorted(gap for _, found in heard for gap in found)
@@ -61,6 +62,7 @@ def make(spec: Spec):
             "ttft_p95_s": round(firsts[len(firsts) * 95 // 100], 4),
             "gap_p50_s": round(gaps[len(gaps) // 2], 4),
             "gap_p95_s": round(gaps[len(gaps) * 95 // 100], 4),
+            "padding_waste": round(spent(before, engine.stats()).padding_waste, 3),
         }
 
     return lambda case: loop.run_until_complete(all_rows(case))

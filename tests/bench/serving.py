@@ -68,6 +68,8 @@ RATIOS = {  # name: (case, peer's case)
     "int8_mixed_32x8_vs_llamacpp": ("int8_mixed_32x8", "llamacpp_1"),  # it serves one adapter at a time
 }
 
+SCENARIOS = ("turn_10", "long_prompt", "scale", "flood")  # of our engine alone; each gives ratios of its own
+
 
 @dataclass
 class Worker:
@@ -76,7 +78,7 @@ class Worker:
     process: subprocess.Popen[str] | None = None
     missing: str = ""
 
-    def ask(self, case: dict[str, int] | None = None) -> dict[str, Any]:
+    def ask(self, case: dict[str, Any] | None = None) -> dict[str, Any]:
         """Its answer to a case; without one, that it is ready. Raises Missing."""
         if self.process is None or self.process.stdin is None or self.process.stdout is None:
             raise Missing(self.missing)
@@ -173,7 +175,7 @@ def bandwidth() -> float:
     return best
 
 
-def measure(rounds: int, threads: int, wanted: set[str]) -> dict[str, Any]:
+def measure(rounds: int, threads: int, wanted: set[str], requests: int) -> dict[str, Any]:
     torch.set_num_threads(threads)
     results: dict[str, Result] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -192,9 +194,26 @@ def measure(rounds: int, threads: int, wanted: set[str]) -> dict[str, Any]:
                     if number:
                         results.setdefault(name, Result()).add(rows * TOKENS, answer)
         finally:
-            for worker in workers.values():
-                worker.end()
-    return report(results, workers, read, spec)
+            for one in workers.values():
+                one.end()
+        measured = report(results, workers, read, spec)
+        if "scenarios" in wanted:
+            measured["scenarios"] = scenarios(file, requests)
+            measured["ratios"] |= {k: v for one in measured["scenarios"].values() for k, v in one["ratios"].items()}
+    return measured
+
+
+def scenarios(spec: Path, requests: int) -> dict[str, Any]:
+    """One after the other, when no peer runs any more."""
+    worker = _start(spec, "ours_scenarios", lambda: Path(sys.executable), {})
+    told = {}
+    try:
+        for name in SCENARIOS:
+            told[name] = worker.ask({"scenario": name, "requests": requests})
+            sys.stderr.write(f"{name}: {json.dumps(told[name])}\n")
+    finally:
+        worker.end()
+    return told
 
 
 def report(results: dict[str, Result], workers: dict[str, Worker], read: float, spec: Spec) -> dict[str, Any]:
@@ -230,10 +249,11 @@ def main() -> None:
     parser.add_argument("--json", type=Path)
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--only", nargs="*", help="workers to run: ours int8 generate peft llamacpp vllm")
+    parser.add_argument("--only", nargs="*", help="workers: ours int8 generate peft llamacpp vllm scenarios")
+    parser.add_argument("--requests", type=int, default=1000, help="of the scenario `scale`, on each side")
     given = parser.parse_args()
-    wanted = set(given.only or [worker for _, worker, _, _ in CASES])
-    text = json.dumps(measure(given.rounds, given.threads, wanted), indent=2)
+    wanted = set(given.only or ["scenarios", *(worker for _, worker, _, _ in CASES)])
+    text = json.dumps(measure(given.rounds, given.threads, wanted, given.requests), indent=2)
     if given.json:
         given.json.write_text(text + "\n", encoding="utf-8")
     sys.stdout.write(text + "\n")

@@ -13,10 +13,13 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from itertools import pairwise
 from pathlib import Path
+from typing import TYPE_CHECKING
 
-from core.engine.adapter_files import CONFIG, WEIGHTS, Base
 from core.engine.protocol import Delta, Engine, EngineStats, Finished, Request, Scope
 from core.types import AdapterRef, Message, Role, Sampling
+
+if TYPE_CHECKING:
+    from core.engine.adapter_files import Base
 
 TOKENS = 48  # of each answer
 MAX_ROWS, MAX_ADAPTERS = 32, 8
@@ -60,6 +63,8 @@ def random_adapters(folder: Path, base: Base, rank: int, count: int = MAX_ADAPTE
     """Adapters as large as a fine-tune makes them, small enough in their numbers to change no answer much."""
     import torch
     from safetensors.torch import save_file
+
+    from core.engine.adapter_files import CONFIG, WEIGHTS
 
     refs = []
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": "all-linear"}

@@ -48,12 +48,12 @@ def endless(base: BaseModel) -> BaseModel:
 async def undisturbed(model: BaseModel) -> AsyncIterator[LocalEngine]:
     """An engine in which a long answer runs meanwhile: it must be as it is alone, and another must follow."""
     async with running(model, max_rows=2) as engine:
-        alone = (await hear(engine.submit(ask("long", max_tokens=60)))).text
-        beside = asyncio.create_task(hear(engine.submit(ask("long", max_tokens=60))))
+        alone = (await hear(engine.submit(ask("long", max_tokens=60, deadline_s=600)))).text
+        beside = asyncio.create_task(hear(engine.submit(ask("long", max_tokens=60, deadline_s=600))))
         await asyncio.sleep(0)
         yield engine
         assert (await beside).text == alone
-        assert (await hear(engine.submit(ask("long", max_tokens=60)))).text == alone
+        assert (await hear(engine.submit(ask("long", max_tokens=60, deadline_s=600)))).text == alone
         stats = engine.stats()
         assert (stats.running, stats.waiting) == (0, 0)
         assert engine.thread.runner.cache.is_blank()

@@ -69,16 +69,16 @@ async def open_parts(config: Config, home: Home, progress: Progress | None = Non
         deliveries = Deliveries(database)
         await database.write(lambda tx: directory.keep_base(tx, engine.info.fingerprint))
         training = Training(
-            database, home, deliveries, engine.info, training_settings(config), busy=lambda: is_busy(engine)
+            database, home, deliveries, engine.info, training_settings(config), asked=lambda: asked(engine)
         )
         service = Service(database, home, engine, deliveries, training, service_settings(config))
         yield Parts(config, home, database, engine, deliveries, training, service)
 
 
-def is_busy(engine: Engine) -> bool:
-    """Whether it answers somebody, or should."""
+def asked(engine: Engine) -> int:
+    """How many it answers, or should."""
     stats = engine.stats()
-    return stats.running + stats.waiting > 0
+    return stats.running + stats.waiting
 
 
 def make_engine(config: Config, home: Home, progress: Progress | None) -> Engine:

@@ -18,7 +18,7 @@ from core.job import Evaluated, JobEvent, Progress
 WIDTH, HEIGHT, _SCALE = 900, 420, 2
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 24, 44, 44
 _INK, _GRID, _BLUE, _ORANGE, _GREEN = "#1f2933", "#dde3ea", "#2563c9", "#e07a1f", "#2a9d63"
-_SMOOTH = 0.8  # of the running mean of the training loss
+_SMOOTH = 0.93  # of the running mean of the training loss
 
 
 @dataclass(frozen=True, slots=True)
@@ -38,21 +38,26 @@ class _Frame:
 
 
 def loss_curve(events: Sequence[JobEvent], path: Path) -> Path | None:
-    """Training loss (and its running mean), validation, and the test rows before and after; None for too few points."""
+    """Training loss (and its running mean), validation, and what the gate found; None for too few points.
+
+    The gate's are two points at the end: the base model's loss on the unseen rows, and the candidate's.
+    """
     steps = [(event.step, event.loss) for event in events if isinstance(event, Progress)]
     unseen = [(e.step, e.loss) for e in events if isinstance(e, Evaluated) and e.split == "validation"]
-    tests = [(e.step, e.loss) for e in events if isinstance(e, Evaluated) and e.split == "test"]
-    values = [loss for _, loss in (*steps, *unseen, *tests) if math.isfinite(loss)]
+    gate = {e.who: e.loss for e in events if isinstance(e, Evaluated) and e.split == "test" and math.isfinite(e.loss)}
+    values = [loss for loss in (*(loss for _, loss in (*steps, *unseen)), *gate.values()) if math.isfinite(loss)]
     if len(steps) < 2 or not values:
         return None
-    last = max(step for step, _ in (*steps, *unseen, *tests)) or 1
+    last = max(step for step, _ in (*steps, *unseen)) or 1
     frame, canvas, draw = _paper(0.0 if min(values) < 1 else min(values) * 0.9, max(values) * 1.02)
     _x_marks(draw, [(step / last, str(step)) for step in _round_steps(last)])
     _line(draw, frame, [(step / last, loss) for step, loss in steps], "#b9cdf0", 2)
     _line(draw, frame, _smoothed([(step / last, loss) for step, loss in steps]), _BLUE, 5)
     _line(draw, frame, [(step / last, loss) for step, loss in unseen], _ORANGE, 5, dots=True)
-    _line(draw, frame, [(step / last, loss) for step, loss in tests], _GREEN, 3, dots=True)
-    _legend(draw, [("train", _BLUE), ("validation", _ORANGE), ("test", _GREEN)])
+    _line(draw, frame, [(1.0, loss) for loss in gate.values()], _GREEN, 3, dots=True)
+    for who, loss in gate.items():
+        draw.text((frame.x(1.0) - 20, frame.y(loss)), f"{who} {loss:.2f}", fill=_GREEN, font=_font(), anchor="rm")
+    _legend(draw, [("train", _BLUE), ("validation", _ORANGE), ("gate: rows that nothing saw", _GREEN)])
     return _save(canvas, path)
 
 
@@ -114,10 +119,13 @@ def _legend(draw: ImageDraw.ImageDraw, entries: Sequence[tuple[str, str]]) -> No
 
 
 def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    mean, made = points[0][1], []
+    """The running mean, its first values not held down by where it began (Kingma and Ba 2015, arXiv 1412.6980, 3)."""
+    mean, weight, made = 0.0, 0.0, []
     for share, value in points:
-        mean = _SMOOTH * mean + (1 - _SMOOTH) * value if math.isfinite(value) else mean
-        made.append((share, mean))
+        if math.isfinite(value):
+            mean, weight = _SMOOTH * mean + (1 - _SMOOTH) * value, _SMOOTH * weight + 1 - _SMOOTH
+        if weight:
+            made.append((share, mean / weight))
     return made
 
 

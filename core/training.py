@@ -41,7 +41,7 @@ _TRIES = 8  # at all else, a platform that is away included: about ten minutes
 _DATA, CANDIDATE = "data", "candidate"
 LEARNED = ("checkpoint", "own-answers.json")  # what a job that is cancelled may go on from
 _USHER_S, _QUIET_S = 0.02, 0.5
-_LONGEST_HALT_S, _TURN_S = 12.0, 0.5
+_LONGEST_HALT_S, _TURN_S = 4.5, 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,10 +76,10 @@ class Training:
         settings: TrainingSettings,
         *,
         command: Sequence[str] = COMMAND,
-        busy: Callable[[], bool] = lambda: False,
+        asked: Callable[[], int] = lambda: 0,
     ) -> None:
-        """`busy` says whether somebody is being answered on the same machine: then the trainer waits."""
-        self._busy = busy
+        """`asked` counts who is answered on the same machine, or waits for it: meanwhile the trainer stands still."""
+        self._asked = asked
         self._database = database
         self._home = home
         self._deliveries = deliveries
@@ -215,7 +215,7 @@ class Training:
         async with asyncio.TaskGroup() as tasks:
             watcher = tasks.create_task(self._watch(job, trainer), name=f"job {job.id} watcher")
             painter = tasks.create_task(board.paint(), name=f"job {job.id} painter")
-            ushering = tasks.create_task(usher(trainer, self._busy), name=f"job {job.id} usher")
+            ushering = tasks.create_task(usher(trainer, self._asked), name=f"job {job.id} usher")
             try:
                 status = await trainer.run(hear)
             finally:
@@ -425,28 +425,29 @@ def _cause(error: Exception) -> Exception:
     return error
 
 
-async def usher(trainer: Trainer, busy: Callable[[], bool]) -> None:
+async def usher(trainer: Trainer, asked: Callable[[], int]) -> None:
     """While people are answered the trainer stands still, and a moment longer: they ask again. Until cancelled.
 
-    Running more slowly is not enough: each of chat's matrix products waits for the slowest of its threads, so that one
-    thread beside them makes a first token 38 times later, however nice it is (tests/bench/room.py). A chat that never
-    rests leaves a job a turn of half a second now and then, so that it is slow, but not endless.
+    `asked` counts who is answered or waits. Running more slowly is not enough: each of chat's matrix products waits for
+    the slowest of its threads, so that one thread beside them makes a first token 38 times later, however nice it is
+    (tests/bench/room.py). A chat that never rests leaves a job a turn now and then, which ends when somebody asks.
     """
-    busy_at = halted_at = -math.inf
-    halted = False
+    asked_at = halted_at = -math.inf
+    halted, before = False, 0
     try:
         while True:
-            now = time.monotonic()
-            if busy():
-                busy_at = now
-            room = now - busy_at >= _QUIET_S
-            if not room and not halted:
-                trainer.halt()
-                halted, halted_at = True, now
-            elif halted and (room or now - halted_at >= _LONGEST_HALT_S):
+            now, count = time.monotonic(), asked()
+            if count:
+                asked_at = now
+            room = now - asked_at >= _QUIET_S
+            turn = _LONGEST_HALT_S <= now - halted_at < _LONGEST_HALT_S + _TURN_S and count <= before
+            if halted and (room or turn):
                 trainer.go_on()
                 halted = False
-                await asyncio.sleep(_USHER_S if room else _TURN_S)
+            elif not (halted or room or turn):
+                trainer.halt()
+                halted, halted_at = True, now
+            before = count
             await asyncio.sleep(_USHER_S)
     finally:
         trainer.go_on()

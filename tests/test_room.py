@@ -31,9 +31,9 @@ class Recorder:
         self.orders.append("go on")
 
 
-async def ushered(busy: Callable[[], bool], seconds: float) -> list[str]:
+async def ushered(asked: Callable[[], int], seconds: float) -> list[str]:
     recorder = Recorder()
-    task = asyncio.create_task(usher(recorder, busy))  # type: ignore[arg-type]
+    task = asyncio.create_task(usher(recorder, asked))  # type: ignore[arg-type]
     await asyncio.sleep(seconds)
     task.cancel()
     await asyncio.gather(task, return_exceptions=True)
@@ -48,15 +48,23 @@ def fast(monkeypatch: pytest.MonkeyPatch) -> None:
 
 async def test_it_halts_while_somebody_is_answered_and_goes_on_afterwards() -> None:
     until = time.monotonic() + 0.1
-    assert await ushered(lambda: time.monotonic() < until, 0.4) == ["halt", "go on", "go on"]
-    assert await ushered(lambda: False, 0.1) == ["go on"]
+    assert await ushered(lambda: int(time.monotonic() < until), 0.4) == ["halt", "go on", "go on"]
+    assert await ushered(lambda: 0, 0.1) == ["go on"]
 
 
 async def test_a_chat_that_never_rests_leaves_it_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(training, "_LONGEST_HALT_S", 0.05)
     monkeypatch.setattr(training, "_TURN_S", 0.02)
-    orders = await ushered(lambda: True, 0.6)
+    orders = await ushered(lambda: 1, 0.6)
     assert orders[:4] == ["halt", "go on", "halt", "go on"]
+
+
+async def test_a_turn_ends_when_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(training, "_LONGEST_HALT_S", 0.05)
+    monkeypatch.setattr(training, "_TURN_S", 60.0)
+    began = time.monotonic()
+    orders = await ushered(lambda: 1 + (time.monotonic() - began > 0.2), 0.4)
+    assert orders == ["halt", "go on", "halt", "go on", "go on"]
 
 
 def state(pid: int) -> str:

@@ -25,7 +25,7 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
-from bots.program import is_busy
+from bots.program import asked
 from core.demo import demo_folder
 from core.engine.local import LocalEngine
 from core.engine.protocol import Delta, EngineSettings, ModelSettings, Request, Scope
@@ -52,14 +52,14 @@ def lay_out(folder: Path, model: Path) -> Path:
 async def person(engine: LocalEngine, number: int, until: float, gaps: list[float], firsts: list[float]) -> None:
     """Asks, reads the answer as it comes, thinks, asks again."""
     chance = random.Random(number)
-    asked = [row["q"] for row in faq("faq-en.jsonl")]
+    questions = [row["q"] for row in faq("faq-en.jsonl")]
     turn = 0
     while time.monotonic() < until:
         await asyncio.sleep(chance.expovariate(1 / PAUSE_S))
         turn += 1
         request = Request(
             id=f"{number}-{turn}-{until}",
-            messages=(Message(Role.USER, chance.choice(asked)),),
+            messages=(Message(Role.USER, chance.choice(questions)),),
             sampling=Sampling(max_tokens=TOKENS),
             scope=Scope(partner=str(number), channel=str(number)),
         )
@@ -113,7 +113,7 @@ async def measure(seconds: float, threads: int) -> dict[str, Any]:
                 while steps[0] == begun and not running.done():  # it loads and validates first
                     await asyncio.sleep(0.1)
                 assert not running.done(), (folder / "log").read_text()[-2000:]
-                ushering = asyncio.create_task(usher(trainer, lambda: is_busy(engine)))
+                ushering = asyncio.create_task(usher(trainer, lambda: asked(engine)))
                 before = steps[0]
                 phases["with"].append(await phase(engine, seconds) | {"steps": steps[0] - before})
                 await trainer.stop(30)

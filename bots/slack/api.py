@@ -6,8 +6,9 @@ slack_sdk repeats a request whose connection broke, which can post twice; here n
 from __future__ import annotations
 
 import asyncio
+import json
 import logging
-from collections.abc import AsyncIterator, Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping
 from enum import Enum, auto
 from pathlib import Path
 from typing import Any
@@ -25,6 +26,8 @@ CALL_S = 15
 PATIENCE_S = 3600.0
 MAX_FILE_BYTES = 200 * 10**6
 _PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0)
+# These refuse JSON (invalid_arguments): what reads, and what has to do with files.
+_BY_FORM = frozenset(("files.completeUploadExternal", "files.getUploadURLExternal", "files.info", "users.info"))
 Token = Callable[[], Awaitable[str]]
 
 
@@ -50,6 +53,7 @@ _MEANINGS = {
         "account_inactive",
         "channel_not_found",
         "invalid_auth",
+        "invalid_refresh_token",
         "is_archived",
         "not_allowed_token_type",
         "not_authed",
@@ -87,8 +91,8 @@ class Api:
         try:
             async with asyncio.timeout(CALL_S):
                 token = await self._token()
-                given = {key: value for key, value in body.items() if value is not None}
-                answer = await self._client.api_call(method, json=given, headers={"Authorization": f"Bearer {token}"})
+                headers = {"Authorization": f"Bearer {token}"}
+                answer = await self._client.api_call(method, headers=headers, **_encoded(method, body))
         except SlackApiError as error:
             if trouble(error) is Trouble.WAIT:
                 self.pace.refused(method, channel, _retry_after_s(error))
@@ -165,6 +169,13 @@ class Api:
                     yield chunk
         except (SlackApiError, ClientError, TimeoutError, KeyError) as error:
             raise BadInput("slack.file_gone", detail=type(error).__name__, name=name) from None
+
+
+def _encoded(method: str, body: Mapping[str, Any]) -> dict[str, Any]:
+    given = {key: value for key, value in body.items() if value is not None}
+    if method not in _BY_FORM:
+        return {"json": given}
+    return {"data": {key: value if isinstance(value, str) else json.dumps(value) for key, value in given.items()}}
 
 
 def _retry_after_s(error: SlackApiError) -> float:

@@ -98,13 +98,13 @@ class SlackOutlet:
         told: Callable[[str], None] = lambda _user: None,
     ) -> None:
         self._api, self._transport, self._clock, self._told = api, transport, clock, told
-        self._askers: OrderedDict[tuple[str, str], Asker] = OrderedDict()
+        self._askers: OrderedDict[Address, Asker] = OrderedDict()
         self._sights: OrderedDict[Handle, Sight] = OrderedDict()
         self._begun: OrderedDict[Address, None] = OrderedDict()
         self._errands: set[asyncio.Task[None]] = set()
 
     def asked(self, to: Address, asker: Asker) -> None:
-        _remember(self._askers, (to.place, to.reply_to or to.conversation), asker)
+        _remember(self._askers, replace(to, account=""), asker)
 
     # --- the contract ---
 
@@ -122,7 +122,7 @@ class SlackOutlet:
         return (*parts, *(Body("", files=(path,)) for path in body.files))
 
     async def open(self, to: Address) -> Handle:
-        asker = self._askers.get((to.place, to.reply_to or to.conversation))
+        asker = self._askers.get(replace(to, account=""))
         where, status = None, None
         if to.reply_to and thread_of(to):
             status = self._errand(self._status(to, asker))
@@ -132,7 +132,8 @@ class SlackOutlet:
         if where is None:
             where = await self._post(to, asker)
         handle = where.handle()
-        _remember(self._sights, handle, Sight(below=self._stop_row(where, asker), status=status))
+        below = self._stop_row(where, asker) if to.reply_to else []
+        _remember(self._sights, handle, Sight(below=below, status=status))
         return handle
 
     async def show(self, handle: Handle, text_so_far: str) -> None:

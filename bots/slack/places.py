@@ -3,7 +3,7 @@
 account       the workspace's id; the organisation's where the app is installed for all of it
 place         the id of a Slack channel or DM
 conversation  the ts of the thread's first message; "@U1" for what a person asked by the slash command
-reply_to      the ts of the message that is answered, or ""
+reply_to      the ts of the message that is answered; "/" for the slash command; "" for a job's and a home's
 """
 
 from __future__ import annotations

@@ -210,7 +210,7 @@ def _command(body: Payload, language: str) -> Read:
     incoming = Incoming(
         lane=Lane.TURN,
         kind=Kind.MESSAGE,
-        address=Address(PLATFORM, account, place, f"@{user}", ""),
+        address=Address(PLATFORM, account, place, f"@{user}", "/"),
         user=user,
         update_key=key,
         message_key=f"command:{key}",

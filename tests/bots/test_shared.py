@@ -300,7 +300,16 @@ async def test_a_file_becomes_a_version_in_service_and_goes_out_again(tmp_path: 
         (report,) = [one for one in it.all(0) if promote_button(language, "acme@1").text in one.labels]
         assert bare(say(language, "training.verdict_passed", label="acme@1", champion="base")) in bare(report.text)
         await it.press(0, report, promote_button(language, "acme@1").text)
-        assert await it.here.database.read(lambda tx: tx.value("SELECT champion FROM adapter_name WHERE name = 'acme'"))
+        champion = await it.here.database.read(
+            lambda tx: tx.value("SELECT champion FROM adapter_name WHERE name = 'acme'")
+        )
+        answer = await it.tell(0, "from which?")
+        await it.press(0, answer, "👍")
+        voted = await it.here.database.read(
+            lambda tx: tx.all("SELECT vote, adapter FROM feedback JOIN generation ON id = generation_id")
+        )
+        assert champion
+        assert voted == [{"vote": 1, "adapter": champion}]
         await it.tell(0, "/adapter rollback")
         assert not await it.here.database.read(
             lambda tx: tx.value("SELECT champion FROM adapter_name WHERE name = 'acme'")

@@ -131,6 +131,7 @@ async def stand(happenings: list[list[dict[str, Any]]], seed: int, port: Path) -
                 except (TimeoutError, OSError):
                     pass
                 attempt += 1
+                there.retries[""] += 1
                 await asyncio.sleep(0.03)
             open_ones -= 1
 

@@ -45,6 +45,8 @@ async def test_a_shared_file_becomes_a_version_in_service(tmp_path: Path, http: 
         _, job, *rest = list(it.there.messages.values())[before:]
         assert "acme@1" in job.said
         assert len(job.history) >= 2  # one message, edited while the job runs
+        shown = [call.body for call in it.there.called("chat.update") if call.body["ts"] == job.ts]
+        assert not any(block["type"] == "actions" for body in shown[:-1] for block in body["blocks"])
         assert job.labels[1] == promote_button(language, "acme@1").text
         (picture,) = [one for one in rest if one.files]
         assert Image.open(io.BytesIO(it.there.files[picture.files[0]])).size == (900, 420)

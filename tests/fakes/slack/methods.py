@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import secrets
 import time
 from typing import Any
@@ -174,8 +175,14 @@ class Methods(People):
         return {"ok": True, "file": {"id": body["file"], "url_private_download": f"{self.url}/files/{body['file']}"}}
 
     def _files_getUploadURLExternal(self, space: Workspace, body: dict[str, Any]) -> dict[str, Any]:
+        if not str(body["length"]).isdecimal():
+            return no("invalid_arguments")
         made = f"F{next(self._tick)}"
         return {"ok": True, "file_id": made, "upload_url": f"{self.url}/upload/{made}"}
+
+    def _files_completeUploadExternal(self, space: Workspace, body: dict[str, Any]) -> dict[str, Any]:
+        files = json.loads(body["files"])
+        return {"ok": True, "files": files} if all(one["id"] in self.files for one in files) else no("file_not_found")
 
     def _mine(self, space: Workspace, body: dict[str, Any]) -> Held | None:
         held = self.messages.get((body["channel"], body["ts"]))

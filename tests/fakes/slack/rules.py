@@ -28,6 +28,13 @@ REQUIRED: Mapping[str, tuple[str, ...]] = {
     "files.getUploadURLExternal": ("filename", "length"),
     "files.completeUploadExternal": ("files",),
 }
+BY_FORM = (  # these do not understand JSON
+    "files.completeUploadExternal",
+    "files.getUploadURLExternal",
+    "files.info",
+    "oauth.v2.access",
+    "users.info",
+)
 PER_MINUTE: Mapping[str, int] = {
     "chat.startStream": 20,
     "chat.stopStream": 20,

@@ -18,7 +18,7 @@ from slack_sdk.signature import SignatureVerifier
 
 from tests.fakes.slack import rules
 from tests.fakes.slack.held import SIGNING, STREAM_S, Call, Held
-from tests.fakes.slack.methods import Methods
+from tests.fakes.slack.methods import Methods, no
 
 
 class FakeSlack(Methods):
@@ -168,10 +168,8 @@ class FakeSlack(Methods):
 
     async def _api(self, request: web.Request) -> web.Response:
         method = request.match_info["method"]
-        if request.content_type == "application/json":
-            body = await request.json()
-        else:
-            body = dict(await request.post())
+        by_json = request.content_type == "application/json"
+        body = await request.json() if by_json else dict(await request.post())
         token = request.headers.get("Authorization", "").removeprefix("Bearer ")
         self.calls.append(Call(method, token, body))
         happens = self.before.pop((method, len(self.called(method))), None)
@@ -198,7 +196,8 @@ class FakeSlack(Methods):
             return web.json_response(
                 {"ok": False, "error": "ratelimited"}, status=429, headers={"Retry-After": str(wait)}
             )
-        answer = self.answer(method, token, body)
+        refused = method in rules.BY_FORM and by_json
+        answer = no("invalid_arguments") if refused else self.answer(method, token, body)
         await self._tell()
         if fault == "lost":  # done, and nobody is told
             assert request.transport is not None

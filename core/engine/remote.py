@@ -350,6 +350,8 @@ class RemoteEngine:
                 return chunks
 
     async def _load(self, ref: AdapterRef) -> None:
+        if all(model.id != self._base for model in await self._server.models()):
+            raise EngineError(detail=f"{self._server} no longer serves {self._base}: it was started anew with another")
         there = self.settings.adapters_there
         path = f"{there.rstrip('/')}/{ref.sha256}" if there else str(ref.folder.absolute())
         try:

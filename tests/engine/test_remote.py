@@ -308,6 +308,16 @@ async def test_a_server_that_has_the_adapter_is_told_nothing(
         assert str(tmp_path) in detail
 
 
+async def test_no_adapter_is_loaded_into_another_base_model(
+    fake: FakeOpenAI, base: BaseModel, adapters: list[AdapterRef]
+) -> None:
+    async with engine_over(fake, base) as engine:
+        fake.base = "acme/next"
+        assert "knows no 'acme/base'" in await heard_error(engine)
+        assert "no longer serves acme/base" in await heard_error(engine, adapter=adapters[0])
+    assert fake.loaded == []
+
+
 # --- at the start
 
 

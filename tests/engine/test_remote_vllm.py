@@ -3,21 +3,27 @@
 from __future__ import annotations
 
 import asyncio
+from functools import partial
 from pathlib import Path
 
 import pytest
+import torch
+from peft import PeftModel
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from core.engine.local import LocalEngine
 from core.engine.openai import Server
 from core.engine.protocol import Engine, EngineSettings, ModelSettings, RemoteSettings, Request
 from core.errors import AdapterUnusable
+from core.prompt import render
 from core.types import AdapterRef
 from tests.engine.contract import remote
 from tests.engine.dialogue import ask, hear
-from tests.engine.vllm import Vllm
-from tests.tiny import save_adapter
+from tests.engine.vllm import PATIENT, Vllm
+from tests.tiny import quietly, save_adapter
 
 pytestmark = pytest.mark.drill
+NEAR_TIE = 1e-4  # of two logits, whose order fp32 cannot decide
 QUESTIONS = (
     "What is a river delta?",
     "Write three sentences about bread.",
@@ -28,14 +34,27 @@ QUESTIONS = (
 )
 
 
-async def _texts(engine: Engine, requests: list[Request]) -> list[tuple[str, int, int]]:
+async def _answers(engine: Engine, requests: list[Request]) -> list[tuple[str, int, int]]:
+    """(text, prompt tokens, completion tokens) of each."""
     heard = await asyncio.gather(*(hear(engine.submit(request)) for request in requests))
-    ended = [one.finished for one in heard]
-    return [
-        (one.text, end.usage.prompt_tokens, end.usage.completion_tokens)
-        for one, end in zip(heard, ended, strict=True)
-        if end is not None
-    ]
+    usages = [one.finished.usage for one in heard if one.finished]
+    return [(one.text, use.prompt_tokens, use.completion_tokens) for one, use in zip(heard, usages, strict=True)]
+
+
+def _gap_where_they_part(folder: Path, request: Request, texts: tuple[str, str]) -> float:
+    """How far apart PEFT's two best logits are at the token with which one of the texts leaves the other."""
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    model = AutoModelForCausalLM.from_pretrained(folder).eval()
+    if request.adapter is not None:
+        model = quietly(partial(PeftModel.from_pretrained, model, request.adapter.folder)).eval()
+    ids, answer = list(render(request.messages, tokenizer, 512).ids), []
+    while True:
+        with torch.inference_mode():
+            best = model(torch.tensor([[*ids, *answer]])).logits[0, -1].topk(2)
+        answer.append(int(best.indices[0]))
+        text = tokenizer.decode(answer, skip_special_tokens=True).rstrip("\ufffd")
+        if len(answer) == request.sampling.max_tokens or not all(one.startswith(text) for one in texts):
+            return float(best.values[0] - best.values[1])
 
 
 async def test_greedy_text_is_the_local_engines(vllm_server: Vllm, demo_adapters: list[AdapterRef]) -> None:
@@ -46,21 +65,24 @@ async def test_greedy_text_is_the_local_engines(vllm_server: Vllm, demo_adapters
     ]
     settings = ModelSettings(str(vllm_server.folder), device="cpu", dtype="float32")
     async with LocalEngine(settings, EngineSettings(max_rows=8), Path()) as engine:
-        here = await _texts(engine, requests)
-    async with remote(vllm_server.url, vllm_server.folder, max_rows=8, first_token_s=300.0) as engine:
+        here = await _answers(engine, requests)
+    async with remote(vllm_server.url, vllm_server.folder, max_rows=8, **PATIENT) as engine:
         assert engine.info.context == 512
-        there = await _texts(engine, requests)
-    same = sum(one == other for one, other in zip(here, there, strict=True))
-    print(f"\nequal to the local engine: {same} of {len(requests)} answers, {sum(n for *_, n in here)} tokens")
-    for one, other, request in zip(here, there, requests, strict=True):
-        if one != other:
-            print(f"{request.id!r} {request.adapter and request.adapter.label}\n  here  {one}\n  there {other}")
-    assert same == len(requests)
+        there = await _answers(engine, requests)
+    parted = [i for i in range(len(requests)) if here[i] != there[i]]
+    gaps = [_gap_where_they_part(vllm_server.folder, requests[i], (here[i][0], there[i][0])) for i in parted]
+    tokens = sum(count for *_, count in here)
+    print(f"\nequal to the local engine: {len(requests) - len(parted)} of {len(requests)} answers, {tokens} tokens")
+    print(f"where they part, PEFT's two best logits are apart by {gaps}")
+    assert all(gap < NEAR_TIE for gap in gaps)
+    assert len(parted) <= 2
+    for question in QUESTIONS:
+        assert len({one[0] for one, request in zip(there, requests, strict=True) if request.id == question}) > 2
 
 
 async def test_a_conversations_next_turn_reuses_its_prefix_and_no_one_elses(vllm_server: Vllm) -> None:
     long = ask("Please remember this: " + "the river is wide. " * 30, max_tokens=4)
-    async with remote(vllm_server.url, vllm_server.folder) as engine:
+    async with remote(vllm_server.url, vllm_server.folder, **PATIENT) as engine:
         first, second = await hear(engine.submit(long)), await hear(engine.submit(long))
         await engine.forget("c", "v")
         third = await hear(engine.submit(long))
@@ -71,7 +93,7 @@ async def test_a_conversations_next_turn_reuses_its_prefix_and_no_one_elses(vllm
 
 async def test_an_adapter_of_too_high_a_rank_is_refused_with_vllms_reason(vllm_server: Vllm, tmp_path: Path) -> None:
     ref = save_adapter(vllm_server.folder, tmp_path / "high", seed=4, r=32)
-    async with remote(vllm_server.url, vllm_server.folder) as engine:
+    async with remote(vllm_server.url, vllm_server.folder, **PATIENT) as engine:
         with pytest.raises(AdapterUnusable, match="rank"):
             await hear(engine.submit(ask("hello", adapter=ref)))
 
@@ -84,5 +106,5 @@ async def test_every_extra_is_known_to_vllm(vllm_server: Vllm) -> None:
         assert [model.id for model in await server.models() if not model.parent] == [str(vllm_server.folder)]
     finally:
         await server.close()
-    async with remote(vllm_server.url, vllm_server.folder) as engine:
+    async with remote(vllm_server.url, vllm_server.folder, **PATIENT) as engine:
         assert engine._server.refused == frozenset()

@@ -55,6 +55,7 @@ class FakeOpenAI:
     port: int = 0
     url: str = ""
     asked: list[dict[str, Any]] = field(default_factory=list)
+    counted: list[int] = field(default_factory=list)  # tokens of the answers that came to their end
     loaded: list[str] = field(default_factory=list)
     violations: list[str] = field(default_factory=list)
     running: int = 0
@@ -196,6 +197,7 @@ class FakeOpenAI:
         if usage:
             await _send(response, {**self._event(body, fault), "choices": [], "usage": self._usage(body, done, fault)})
         await response.write(b"data: [DONE]\n\n")
+        self.counted.append(done)
         return response
 
     def _event(self, body: dict[str, Any], fault: str) -> dict[str, Any]:

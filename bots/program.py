@@ -116,6 +116,7 @@ def service_settings(config: Config) -> ServiceSettings:
         retention=config.privacy.retention,
         sampling=_sampling(config.generation),
         deadline_s=config.generation.deadline_s,
+        allow_slack_training=config.finetune.allow_slack_training,
     )
 
 

@@ -1,6 +1,6 @@
 """One table of commands: grammar, lane, who may run it, help. Knows nothing of what a command does.
 
-The help of bots' menus, `/help`, the README table and every answer to a mistyped command are made from it.
+The help of bots' menus, `/help`, the README table (core.help) and every answer to a mistyped command are made from it.
 """
 
 from __future__ import annotations
@@ -106,8 +106,11 @@ SETTINGS = (
     "share",
     "bind",
 )
-DATA_SETTINGS = ("preset",)
+DATA_SETTINGS = ("preset", "question", "answer", "system", "licence")
 _CHANNEL = Parameter("channel", optional=True)
+_DATASET, _JOB = Parameter("dataset", optional=True), Parameter("job", optional=True)
+_SOURCE = Parameter("source", choices=("feedback", "conversations"))
+_YES = Parameter("go", optional=True, choices=("yes",))
 _OPERATOR, _OWNER = Grant.OPERATOR, Grant.OWNER
 
 COMMANDS: tuple[Command, ...] = (
@@ -133,21 +136,16 @@ COMMANDS: tuple[Command, ...] = (
     Command(
         "finetune",
         (
-            Form(
-                "", "/finetune faq.jsonl", (Parameter("dataset", optional=True),), _OPERATOR, DATA_SETTINGS, bare=True
-            ),
-            Form(
-                "start",
-                "/finetune start faq.jsonl",
-                (Parameter("dataset", optional=True),),
-                _OPERATOR,
-                DATA_SETTINGS,
-                bare=True,
-            ),
-            Form("status", "/finetune status 3", (Parameter("job", optional=True),), _OPERATOR),
+            Form("", "/finetune faq.jsonl", (_DATASET, _YES), _OPERATOR, DATA_SETTINGS, bare=True),
+            Form("from", "/finetune from feedback", (_SOURCE, _YES), _OPERATOR),
+            Form("start", "/finetune start 3", (_JOB,), _OPERATOR),
+            Form("preview", "/finetune preview 3", (_JOB,), _OPERATOR),
+            Form("redact", "/finetune redact 3", (_JOB,), _OPERATOR),
+            Form("status", "/finetune status 3", (_JOB,), _OPERATOR),
             Form("list", "/finetune list", (), _OPERATOR),
-            Form("cancel", "/finetune cancel 3", (Parameter("job", optional=True),), _OPERATOR),
-            Form("resume", "/finetune resume 3", (Parameter("job", optional=True),), _OPERATOR),
+            Form("data", "/finetune data", (), _OPERATOR),
+            Form("cancel", "/finetune cancel 3", (_JOB,), _OPERATOR),
+            Form("resume", "/finetune resume 3", (_JOB,), _OPERATOR),
         ),
     ),
     Command(
@@ -251,7 +249,7 @@ def find(name: str) -> Command:
         typed=f"/{_shown(wanted)}",
         nearest=f"/{near}",
         example=command.forms[0].example,
-        meaning=Later(_help_key(command, command.forms[0])),
+        meaning=Later(help_key(command, command.forms[0])),
     )
 
 
@@ -359,52 +357,15 @@ def usage(language: str, command: Command, form: Form) -> str:
     return " ".join(words)
 
 
-def help_text(language: str, grant: Grant, topic: str = "") -> str:
-    """Markdown: the commands that a person with this grant may use, or all about one of them. Raises BadCommand."""
-    if topic:
-        return _help_of(language, find(topic), grant)
-    lines = [say(language, "help.intro"), ""]
-    lines += [
-        say(language, "help.line", form=f"/{command.name}", meaning=command.help(language))
-        for command in COMMANDS
-        if command.who <= grant
-    ]
-    return "\n".join([*lines, "", say(language, "help.more")])
-
-
-def _help_of(language: str, command: Command, grant: Grant) -> str:
-    lines = [f"**/{command.name}**", ""]
-    for form in command.forms:
-        meaning = say(language, _help_key(command, form))
-        lines.append(say(language, "help.line", form=usage(language, command, form), meaning=meaning))
-        lines.append(say(language, "help.example", example=form.example))
-    if any(form.settings for form in command.forms):
-        lines += ["", say(language, f"help.settings_{command.name}")]
-    if command.who > grant:
-        lines += ["", say(language, f"help.who_{command.who.name.lower()}")]
-    return "\n".join(lines)
-
-
-def table_markdown(language: str = "en") -> str:
-    """The table of the README: every form, what it does, and who may."""
-    lines = ["| command | what it does | who |", "|---|---|---|"]
-    for command in COMMANDS:
-        for form in command.forms:
-            who = {Grant.ANYONE: "anyone", Grant.OPERATOR: "operators", Grant.OWNER: "operators of all"}[form.who]
-            shown = usage(language, command, form).replace("|", "\\|")
-            lines.append(f"| `{shown}` | {say(language, _help_key(command, form))} | {who} |")
-    return "\n".join(lines) + "\n"
-
-
 def _right(command: Command, form: Form) -> dict[str, str]:
     return {
         "form": _Usage(command, form),
         "example": form.example,
-        "meaning": Later(_help_key(command, form)),
+        "meaning": Later(help_key(command, form)),
     }
 
 
-def _help_key(command: Command, form: Form) -> str:
+def help_key(command: Command, form: Form) -> str:
     """A form with a word has a sentence of its own; one without a word shares that of the form that does the same."""
     same = (one.word for one in command.forms if (one.parameters, one.who) == (form.parameters, form.who) and one.word)
     word = form.word or next(same, "")

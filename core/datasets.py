@@ -13,24 +13,24 @@ import json
 import os
 import stat
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator
+from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
 from core.commands import Call, Grant
 from core.errors import AppError, BadInput
-from core.store import directory, jobs
+from core.sayings import Said, conversations_of, examples_of
+from core.store import datasets, directory, jobs
 from core.store.database import Database, Tx
+from core.store.datasets import CONVERSATIONS, FEEDBACK
 from core.store.home import Home
-from core.store.jobs import CONVERSATIONS
 from core.types import Address, Attachment, Caller
 
 MAX_BYTES = 200 * 10**6
 MAX_OPEN = 8
-# Slack's API terms (since 2025-05-29) forbid training language models on what its API gives, consent or not.
-NOT_FOR_TRAINING = ("slack",)
-_MAX_CONVERSATIONS = 20_000
+COLUMNS = ("question", "answer", "system")  # that may be named
+_MAX_LICENCE, _MAX_COLUMN = 100, 200
 _CHUNK = 2**20
 _FETCH_S = 300.0
 
@@ -38,57 +38,80 @@ _FETCH_S = 300.0
 Fetch = Callable[[Address, Attachment], AsyncIterator[bytes]]
 
 
-async def prepare_finetune(home: Home, database: Database, fetch: Fetch, caller: Caller, call: Call) -> Call:
+async def prepare_finetune(
+    home: Home, database: Database, fetch: Fetch, caller: Caller, call: Call, *, slack: bool = False
+) -> Call:
     """For `/finetune FILE`: the same call with the data set's sha256 as `dataset` and its name as `name`.
 
-    Any other call comes back as it is. Raises BadInput for a data set that is not there, cannot be read or is too
-    large, or where no job can be taken in; AppError for a disk that is full or cannot be written.
+    Any other call comes back as it is. With `slack`, what consenting people said in Slack may be among it. Raises
+    BadInput for a data set that is not there, cannot be read or is too large, or where no job can be taken in; AppError
+    for a disk that is full or cannot be written.
     """
-    if call.key not in (("finetune", ""), ("finetune", "start")):
+    if call.key not in (("finetune", ""), ("finetune", "from")):
         return call
     grant = await database.read(lambda tx: directory.grant_of(tx, caller.user, caller.channel.id))
     if grant < Grant.OPERATOR:
         return call  # refused and audited where all commands are
     await database.read(lambda tx: check_room(tx, caller))
-    typed = call.arguments.get("dataset", "")
+    given = dict(call.arguments)
+    typed = given.get("source", given.get("dataset", ""))
+    if caller.attachments and typed == "yes":  # below a file that was sent, which needs no name
+        typed, given["go"] = "", "yes"
+    _check_settings(given)
     try:
-        if typed == CONVERSATIONS and not caller.attachments:
-            sha256, name = await _bring_conversations(home, database, caller), CONVERSATIONS
+        if typed in (CONVERSATIONS, FEEDBACK) and not caller.attachments:
+            sha256, name = await _bring_sayings(home, database, caller, typed, slack=slack), typed
         else:
-            sha256, name = await bring_named(home, database, fetch, caller, typed)
+            licence = given.get("licence", "")
+            sha256, name = await bring_named(home, database, fetch, caller, typed, licence=licence)
     except OSError as error:  # of the home: what is wrong with the file itself is told as such
         full = error.errno in (errno.ENOSPC, errno.EDQUOT)
         raise AppError("error.storage_full" if full else "error.storage", f"no data set: {error}") from error
-    return replace(call, arguments={**call.arguments, "dataset": sha256, "name": name})
+    return replace(call, arguments={**given, "dataset": sha256, "name": name})
 
 
 def check_room(tx: Tx, caller: Caller) -> int:
-    """How many jobs would be before a new one. Raises BadInput where the channel has one, or too many wait."""
-    waiting = jobs.open_jobs(tx)
-    for job in waiting:
-        if job.channel_id == caller.channel.id:
+    """How many jobs would be trained before a new one. Raises BadInput where the channel has one, or too many wait.
+
+    A job that only waits for a yes is in nobody's way.
+    """
+    at_work = [job for job in jobs.open_jobs(tx) if job.state != "waiting"]
+    for job in at_work:
+        if job.channel_id == caller.channel.id and job.state != "validating":
             raise BadInput("training.busy", title=job.title, id=job.id)
-    if len(waiting) >= MAX_OPEN:
-        raise BadInput("training.too_many", n=len(waiting))
-    return len(waiting)
+    if len(at_work) >= MAX_OPEN:
+        raise BadInput("training.too_many", n=len(at_work))
+    return sum(job.state in jobs.AT_WORK for job in at_work)
+
+
+def _check_settings(given: Mapping[str, str]) -> None:
+    for key in COLUMNS:
+        if len(given.get(key, "")) > _MAX_COLUMN:
+            raise BadInput("training.setting_too_long", setting=key, limit=_MAX_COLUMN)
+    if len(given.get("licence", "")) > _MAX_LICENCE:
+        raise BadInput("training.setting_too_long", setting="licence", limit=_MAX_LICENCE)
+    if bool(given.get("question")) != bool(given.get("answer")):
+        raise BadInput("training.both_columns")
 
 
 def stored(home: Home, sha256: str) -> Path:
     return home.datasets / sha256
 
 
-async def bring_named(home: Home, database: Database, fetch: Fetch, caller: Caller, typed: str) -> tuple[str, str]:
+async def bring_named(
+    home: Home, database: Database, fetch: Fetch, caller: Caller, typed: str, *, licence: str = ""
+) -> tuple[str, str]:
     """(sha256, name) of a file that was sent, of a path on the terminal, or of a data set that was brought earlier."""
     local = caller.address.platform == directory.TERMINAL  # where the person sits at this machine
     if caller.attachments and not local:
         sent = caller.attachments[0]
         file = await fetched(home, fetch(caller.address, sent), sent.name)
-        return await _bring_file(home, database, caller, sent.name, file)
+        return await _bring_file(home, database, caller, sent.name, file, licence=licence)
     path = Path(caller.attachments[0].file_id) if caller.attachments else typed_path(typed) if local else None
     opened = await asyncio.to_thread(_open, path) if path is not None else None
     if path is not None and opened is not None:
-        return await _bring_file(home, database, caller, path.name, opened)
-    known = await database.read(lambda tx: jobs.known_dataset(tx, caller.user, typed)) if typed else None
+        return await _bring_file(home, database, caller, path.name, opened, licence=licence)
+    known = await database.read(lambda tx: datasets.known_dataset(tx, caller.user, typed)) if typed else None
     if known is not None and await asyncio.to_thread(stored(home, known[0]).is_file):
         return known
     if not typed and path is None:
@@ -143,16 +166,25 @@ def _open(path: Path) -> BinaryIO | None:
     raise BadInput("training.dataset_unreadable", name=path.name, reason="not a plain file")
 
 
-async def _bring_file(home: Home, database: Database, caller: Caller, name: str, file: BinaryIO) -> tuple[str, str]:
+async def _bring_file(
+    home: Home, database: Database, caller: Caller, name: str, file: BinaryIO, *, licence: str
+) -> tuple[str, str]:
     def copy() -> tuple[str, int]:
         with file:
             return _keep(_chunks(file, name), home)
 
     sha256, size = await asyncio.to_thread(copy)
     await database.write(
-        lambda tx: jobs.keep_dataset(tx, sha256, name, source="file", size_bytes=size, brought_by=caller.user)
+        lambda tx: datasets.keep_dataset(
+            tx, sha256, name, source="file", size_bytes=size, brought_by=caller.user, licence=licence
+        )
     )
     return sha256, name
+
+
+def keep_file(home: Home, file: BinaryIO) -> str:
+    """Keep what is in a file of the home's own; its sha256. Raises OSError."""
+    return _keep(iter(lambda: file.read(_CHUNK), b""), home)[0]
 
 
 def _chunks(file: BinaryIO, name: str) -> Iterator[bytes]:
@@ -187,61 +219,37 @@ def _keep(chunks: Iterator[bytes], home: Home) -> tuple[str, int]:
     return digest.hexdigest(), size
 
 
-# --- conversations ---
+# --- what people said ---
 
 
-async def _bring_conversations(home: Home, database: Database, caller: Caller) -> str:
-    """What consenting people said in this channel since they consented, and what they were answered."""
+async def _bring_sayings(home: Home, database: Database, caller: Caller, source: str, *, slack: bool) -> str:
+    """What consenting people said in this channel, or what became of their answers' thumbs and corrections."""
     channel = caller.channel.id
-    people = await database.read(lambda tx: tx.value("SELECT count(*) FROM consent WHERE channel_id = ?", [channel]))
-    said = await database.read(lambda tx: _said(tx, channel))
+    read = conversations_of if source == CONVERSATIONS else examples_of
+    said = await database.read(lambda tx: read(tx, channel, slack=slack))
     if not said:
-        raise BadInput("training.no_conversations", people=people)
-    lines = [json.dumps({"messages": messages}, ensure_ascii=False).encode() + b"\n" for _, messages in said]
+        people = await database.read(
+            lambda tx: tx.value("SELECT count(*) FROM consent WHERE channel_id = ?", [channel])
+        )
+        raise BadInput(f"training.no_{source}", people=people)
+    lines = [json.dumps({"messages": one.messages}, ensure_ascii=False).encode() + b"\n" for one in said]
     sha256, size = await asyncio.to_thread(_keep, iter(lines), home)
-    whose = {user for user, _ in said}
 
     def keep(tx: Tx) -> None:
-        consenting = {
-            row["user_hash"] for row in tx.all("SELECT user_hash FROM consent WHERE channel_id = ?", [channel])
-        }
-        if not whose <= consenting:  # taken back meanwhile
-            raise AppError("training.consent_changed")
-        jobs.keep_dataset(tx, sha256, CONVERSATIONS, source=CONVERSATIONS, size_bytes=size, brought_by=caller.user)
-        for user in sorted(whose):
+        if not {_identity(one) for one in said} <= {_identity(one) for one in read(tx, channel, slack=slack)}:
+            raise AppError("training.consent_changed")  # taken back meanwhile
+        datasets.keep_dataset(tx, sha256, source, source=source, size_bytes=size, brought_by=caller.user)
+        for user in sorted({one.user for one in said}):
             tx.run("INSERT OR IGNORE INTO dataset_person VALUES (?, ?)", [sha256, user])
 
     try:
         await database.write(keep)
     except AppError:
-        if await database.read(lambda tx: jobs.is_erased(tx, sha256)):
+        if await database.read(lambda tx: datasets.is_erased(tx, sha256)):
             await asyncio.to_thread(stored(home, sha256).unlink, missing_ok=True)
         raise
     return sha256
 
 
-def _said(tx: Tx, channel_id: int) -> list[tuple[str, list[dict[str, str]]]]:
-    """(whose, messages) for each conversation and person: their questions, each with its answer."""
-    marks = ", ".join("?" * len(NOT_FOR_TRAINING))
-    rows = tx.all(
-        "SELECT conversation_id, turn.user_hash, role, text FROM turn"
-        " JOIN conversation ON conversation.id = conversation_id"
-        " JOIN consent ON consent.user_hash = turn.user_hash AND consent.channel_id = conversation.channel_id"
-        f" WHERE conversation.channel_id = ? AND at_ms >= granted_ms AND conversation.platform NOT IN ({marks})"
-        " ORDER BY conversation_id, turn.user_hash, turn.id"
-        " LIMIT ?",
-        [channel_id, *NOT_FOR_TRAINING, 2 * _MAX_CONVERSATIONS],
-    )
-    said: dict[tuple[int, str], list[dict[str, str]]] = {}
-    question: tuple[tuple[int, str], str] | None = None
-    for row in rows:
-        whose = (row["conversation_id"], row["user_hash"])
-        text = tx.cipher.unseal(row["text"])
-        if row["role"] == "user":
-            question = (whose, text)
-        elif question is not None and question[0] == whose:
-            said.setdefault(whose, []).extend(
-                [{"role": "user", "content": question[1]}, {"role": "assistant", "content": text}]
-            )
-            question = None
-    return [(user, messages) for (_, user), messages in said.items()]
+def _identity(said: Said) -> tuple[str, str]:
+    return said.user, said.id

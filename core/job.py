@@ -4,6 +4,7 @@
     jobs/<id>/lock         held by the trainer             jobs/<id>/checkpoint/  the trainer's own
     jobs/<id>/candidate/   an adapter that was trained elsewhere and is to be examined, where there is one
     jobs/<id>/out/         the adapter folder, complete once the event `finished` is out
+    jobs/<id>/check/       a job folder of its own: of the check, before anybody has agreed to the job
     standard output        one event as JSON per line      standard input         its end means: checkpoint and exit
 
 Exit status of the trainer: 0 finished, 3 interrupted (resume later), 1 failed (an event `failed` says why).
@@ -12,7 +13,7 @@ Exit status of the trainer: 0 finished, 3 interrupted (resume later), 1 failed (
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal
@@ -21,6 +22,7 @@ from core.errors import JobError
 
 SPEC_VERSION = 1
 SHOWN = "shown.json"
+PREVIEW = "preview.json"  # in the folder of a check: the rows that it chose to show
 EXIT_FINISHED, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 3
 
 
@@ -101,6 +103,9 @@ class Spec:
     method: Method = "lora"
     fresh: Fresh = field(default_factory=Fresh)  # of the method "scratch"
     model_name: str = ""  # for people, and for the adapter's manifest; "" is the last name of `model`
+    columns: dict[str, str] = field(default_factory=dict)  # of the data, where named: question, answer, system
+    redact: bool = False  # a check takes personal data out of the rows, and looks at what is left
+    warm_up: bool = True  # a check takes some steps, to tell how long the job will be
     version: int = SPEC_VERSION
 
     def write(self, folder: Path) -> None:
@@ -124,10 +129,39 @@ class Spec:
 
 
 @dataclass(frozen=True, slots=True)
+class Preview:
+    """A row as it is trained, decoded from its token ids: what is taught (True) and what is only read. No event.
+
+    `asked` and `said` are its last question and its first answer that is taught, without the template's marks.
+    """
+
+    line: int
+    parts: tuple[tuple[bool, str], ...]
+    asked: str
+    said: str
+
+    @staticmethod
+    def dump(rows: Sequence[Preview]) -> str:
+        return json.dumps([asdict(row) for row in rows], ensure_ascii=False)
+
+    @staticmethod
+    def load(text: str) -> tuple[Preview, ...]:
+        """None where the text is none of ours."""
+        try:
+            return tuple(
+                Preview(**{**row, "parts": tuple((bool(taught), str(part)) for taught, part in row["parts"])})
+                for row in json.loads(text or "[]")
+            )
+        except (ValueError, TypeError, KeyError):
+            return ()
+
+
+@dataclass(frozen=True, slots=True)
 class Checked:
     """The data set was read. `rejected` and `mended` hold "line 7: reason" for the person, the first of them.
 
-    `personal` says what personal data was found in the rows that are used, a sentence for each kind.
+    `personal` says what personal data was found in the rows that are used, a sentence for each kind. `histogram` counts
+    rows by length, from the shortest to the longest, in steps of the same width.
     """
 
     kind: ClassVar[str] = "checked"
@@ -144,6 +178,9 @@ class Checked:
     median_tokens: int = 0  # of a row as it is trained, its instructions included
     longest_tokens: int = 0
     missing: int = 0  # about so many more rows would be enough for a verdict
+    shortest_tokens: int = 0
+    histogram: tuple[int, ...] = ()
+    doubled: tuple[int, ...] = ()  # the lines of the first duplicates
 
 
 @dataclass(frozen=True, slots=True)
@@ -155,6 +192,34 @@ class Planned:
     tokens: int
     rows: int
     rehearsed: int  # rows of what the base can do, beside `rows`
+
+
+@dataclass(frozen=True, slots=True)
+class Estimated:
+    """What a job would take, before anybody agrees to it. `tokens` are those of all epochs, rehearsal included.
+
+    `seconds` and `memory_mib` come from steps that were really taken; 0 where none were: another job is at work.
+    """
+
+    kind: ClassVar[str] = "estimated"
+    rows: int
+    rehearsed: int
+    epochs: int
+    steps: int
+    tokens: int
+    seconds: float = 0.0
+    memory_mib: int = 0
+
+
+@dataclass(frozen=True, slots=True)
+class Redacted:
+    """Personal data was taken out; JOBDIR/`name` holds the rows that are left, and is another data set."""
+
+    kind: ClassVar[str] = "redacted"
+    name: str
+    sha256: str
+    rows: int
+    replaced: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -270,9 +335,10 @@ class Failed:
     line: int = 0
 
 
-JobEvent = Checked | Planned | Progress | Evaluated | Judged | Warned | Done | Failed
+JobEvent = Checked | Estimated | Redacted | Planned | Progress | Evaluated | Judged | Warned | Done | Failed
 _EVENTS: dict[str, Callable[..., JobEvent]] = {
-    event.kind: event for event in (Checked, Planned, Progress, Evaluated, Judged, Warned, Done, Failed)
+    event.kind: event
+    for event in (Checked, Estimated, Redacted, Planned, Progress, Evaluated, Judged, Warned, Done, Failed)
 }
 
 

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
-from typing import TypeVar
 
+from core.datatexts import data_text, last, rows_text, short
 from core.job import (
     FEWEST_TEST_ROWS,
     MOST_FORGOTTEN,
@@ -18,24 +18,21 @@ from core.job import (
     Progress,
     Warned,
 )
-from core.store.jobs import Job
+from core.store.jobs import EXPIRED, Job
 from core.texts import Later, duration, say
 from core.types import Body, Button
 from core.versions import anyway_button, compare_button, discard_button, promote_button, worst_button
 
 _BAR_CELLS = 20
-_SHOWN_LINES = 5
-_SHOWN_CHARACTERS = 160
-T = TypeVar("T")
 
 
 def progress_text(job: Job, events: Sequence[JobEvent]) -> str:
     """The one message that is edited while the job runs."""
     head = say(job.language, "training.improving", title=job.title, label=job.label)
-    progress = _last(events, Progress)
+    progress = last(events, Progress)
     if progress is None:
-        checked = _last(events, Checked)
-        planned = _last(events, Planned)
+        checked = last(events, Checked)
+        planned = last(events, Planned)
         doing = "training.planned" if planned else "training.loading" if checked else "training.checking"
         fields = asdict(planned) if planned else {}
         first = f"{head}\n{say(job.language, doing, **{'name': job.dataset, **fields})}"
@@ -68,7 +65,7 @@ def progress_text(job: Job, events: Sequence[JobEvent]) -> str:
 def ended_body(job: Job, events: Sequence[JobEvent]) -> Body:
     """What the message becomes when the job has ended."""
     if job.state == "cancelled":
-        return Body(say(job.language, cancelled_key(job), title=job.title, id=job.id))
+        return Body(say(job.language, cancelled_key(job), title=job.title, id=job.id, name=job.dataset))
     if job.state == "failed":
         return Body(failed_text(job))
     return report(job, events)
@@ -76,8 +73,8 @@ def ended_body(job: Job, events: Sequence[JobEvent]) -> Body:
 
 def report(job: Job, events: Sequence[JobEvent]) -> Body:
     """Of a published version: what was used, how it does on rows that it never saw, what to do next."""
-    language, judged = job.language, _last(events, Judged)
-    done, checked = _last(events, Done), _last(events, Checked)
+    language, judged = job.language, last(events, Judged)
+    done, checked = last(events, Done), last(events, Checked)
     lines = verdict_text(language, job.label, judged) if judged else [say(language, "training.ready", label=job.label)]
     if done is not None and not done.steps:
         lines.append(say(language, "import.trained_elsewhere"))
@@ -86,7 +83,7 @@ def report(job: Job, events: Sequence[JobEvent]) -> Body:
     if checked is not None:
         lines += rows_text(language, job.dataset, checked)
         lines += [f"- {line}" for line in data_text(language, checked)]
-    lines += [f"- {_shown(event.text)}" for event in events if isinstance(event, Warned)]
+    lines += [f"- {short(event.text)}" for event in events if isinstance(event, Warned)]
     passed = judged is None or judged.verdict == "passed"
     hint = "training.promote_hint" if passed else "training.promote_anyway_hint"
     lines += ["", say(language, hint, label=job.label, title=job.title)]
@@ -142,43 +139,17 @@ def _health_text(language: str, judged: Judged) -> list[str]:
     ]
 
 
-def rows_text(language: str, name: str, checked: Checked) -> list[str]:
-    """What became of each row that was not simply used, by line."""
-    lines = [say(language, "training.rows", name=name, used=checked.used, rows=checked.rows)]
-    if checked.duplicates:
-        lines.append(f"- {say(language, 'training.duplicates', n=checked.duplicates)}")
-    rejected = checked.rows - checked.used - checked.duplicates  # of these only the first are named
-    for told, count in ((checked.rejected, rejected), (checked.mended, len(checked.mended))):
-        shown = told[:_SHOWN_LINES]
-        lines += [f"- {_shown(one)}" for one in shown]
-        if count > len(shown):
-            lines.append(f"- {say(language, 'training.more_lines', n=count - len(shown))}")
-    return lines
-
-
-def data_text(language: str, checked: Checked) -> list[str]:
-    """What is to be known of the rows that are used, before time is spent on them."""
-    lines = []
-    if checked.longest_tokens:
-        fields = {"median": checked.median_tokens, "longest": checked.longest_tokens}
-        lines.append(say(language, "training.lengths", **fields))
-    if checked.missing:
-        lines.append(say(language, "training.missing", n=checked.missing))
-    if checked.personal:
-        lines.append(say(language, "training.personal", found=", ".join(checked.personal)))
-    return lines
-
-
 def failed_text(job: Job) -> str:
     """Whose fault it is, what happened, and what to do."""
     fault, _, reason = job.reason.partition(": ")
     key = "training.failed_yours" if fault == "yours" else "training.failed_ours"
-    return say(job.language, key, title=job.title, id=job.id, name=job.dataset, reason=_shown(reason))
+    return say(job.language, key, title=job.title, id=job.id, name=job.dataset, reason=short(reason))
 
 
 def cancelled_key(job: Job) -> str:
-    if job.reason == "erased":
-        return "training.cancelled_erased"
+    known = {"erased": "training.cancelled_erased", EXPIRED: "training.expired"}
+    if job.reason in known:
+        return known[job.reason]
     return "training.cancelled" if job.lasting else "training.cancelled_for_good"
 
 
@@ -191,11 +162,3 @@ def _losses(events: Sequence[JobEvent], now: Progress) -> str:
 def _unseen(language: str, events: Sequence[JobEvent]) -> str:
     losses = [event.loss for event in events if isinstance(event, Evaluated) and event.split == "validation"]
     return say(language, "training.unseen", loss=f"{losses[-1]:.2f}") if losses else ""
-
-
-def _last(events: Sequence[JobEvent], kind: type[T]) -> T | None:
-    return next((event for event in reversed(events) if isinstance(event, kind)), None)
-
-
-def _shown(text: str) -> str:
-    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 1]}…"

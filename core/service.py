@@ -19,6 +19,7 @@ from dataclasses import dataclass, field
 
 from core import comparing, gestures, importing, operators, privacy, tuning, users, versions
 from core.callers import caller_of, lane_of
+from core.checking import prepare_preview
 from core.commands import Call, Grant, parse
 from core.comparing import Comparisons
 from core.datasets import prepare_finetune
@@ -40,6 +41,7 @@ from core.store.inbox import Taken
 from core.store.installations import Installations
 from core.texts import duration, resolve, say
 from core.training import Training
+from core.tuning import answer_to_question
 from core.types import (
     Address,
     After,
@@ -84,6 +86,7 @@ class ServiceSettings:
     sampling: Sampling = field(default_factory=Sampling)
     max_replies: int = 256
     deadline_s: float = 120.0
+    allow_slack_training: bool = False
 
 
 class Service:
@@ -275,7 +278,8 @@ class Service:
             raise UserError("service.message_too_large", size=row.oversize, limit=inbox.MAX_TEXT)
         if not text:
             raise UserError("service.text_only" if row.attachments else "service.empty_message")
-        call = parse(text) if text[0] in "/／" else None
+        command = text[0] in "/／"
+        call = parse(text) if command else await self._database.read(lambda tx: answer_to_question(tx, caller, text))
         if call is None:
             await self._replies.generate(row, caller, text, again=False)
         else:
@@ -283,7 +287,9 @@ class Service:
 
     async def _command(self, row: Taken, caller: Caller, call: Call) -> None:
         """Run a command and store what it says in one transaction; then do what follows from it."""
-        call = await prepare_finetune(self._home, self._database, self._deliveries.fetch, caller, call)
+        slack = self._settings.allow_slack_training
+        call = await prepare_finetune(self._home, self._database, self._deliveries.fetch, caller, call, slack=slack)
+        call = await prepare_preview(self._home, self._database, caller, call)
         call = await prepare_usage(self._home, self._database, caller, call)
         call = await prepare_import(self._home, self._database, self._deliveries.fetch, caller, call)
 

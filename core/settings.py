@@ -44,6 +44,7 @@ class Finetune(HyperParameters):
 
     threads: int = 1
     nice: int = 10
+    allow_slack_training: bool = False
 
     @property
     def hyper(self) -> HyperParameters:
@@ -238,6 +239,11 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "seed": Key("of order and dropout", low=0),
         "threads": Key("CPU threads of the trainer", low=1, high=1024),
         "nice": Key("how far the trainer stands back for chat", low=0, high=19),
+        "allow_slack_training": Key(
+            "whether consenting people's words in Slack may be learned from. Slack's API terms (slack.com/"
+            'terms-of-service/api, "Data usage", since 2025-05-29) forbid to use what came through its API for training'
+            " a large language model; set it only where other terms hold for you"
+        ),
     },
     "privacy": {
         "conversation_hours": Key("how long turns of a conversation are kept", above=0),

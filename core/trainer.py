@@ -1,7 +1,7 @@
 """One trainer process: started on a job folder, heard, and stopped. Knows no rows, no adapters and no sentences.
 
-It runs `python -m finetune train JOBDIR` in a session of its own. The end of its standard input tells it to write a
-checkpoint and go; so it also goes when this program is killed.
+It runs `python -m finetune check|train JOBDIR` in a session of its own. The end of its standard input tells it to
+write a checkpoint and go; so it also goes when this program is killed.
 """
 
 from __future__ import annotations
@@ -40,9 +40,16 @@ class Trainer:
     """Use once. `run` returns the exit status, negative for a signal; `stop` may be called at any time."""
 
     def __init__(
-        self, folder: Path, log_file: Path, *, command: Sequence[str] = COMMAND, silence_s: float = 600.0
+        self,
+        folder: Path,
+        log_file: Path,
+        *,
+        action: str = "train",
+        command: Sequence[str] = COMMAND,
+        silence_s: float = 600.0,
     ) -> None:
         self._folder = folder
+        self._action = action
         self._log_file = log_file
         self._command = command
         self._silence_s = silence_s
@@ -93,7 +100,7 @@ class Trainer:
         try:
             return await asyncio.create_subprocess_exec(
                 *self._command,
-                "train",
+                self._action,
                 str(self._folder),
                 stdin=PIPE,
                 stdout=PIPE,

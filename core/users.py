@@ -5,8 +5,9 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from core.commands import Call, Grant, help_text
+from core.commands import Call, Grant
 from core.errors import BadInput
+from core.help import help_text
 from core.operators import Handler
 from core.retention import retention_of
 from core.store import directory

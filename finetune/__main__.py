@@ -26,6 +26,7 @@ from core.errors import AppError, BadDataset, JobError
 from core.job import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, Failed, JobEvent, Spec, dump_event
 from core.texts import Later
 from finetune import new
+from finetune.limits import keep_no_core
 
 log = logging.getLogger("finetune")
 LOCK_S = 10.0  # a trainer whose starter was killed has noticed that by then, and is gone
@@ -85,6 +86,7 @@ def run(action: str, folder: Path, emit: Events, stop: threading.Event) -> int:
     language = "en"
     from finetune.train import Interrupted, train  # torch takes seconds to load: signals are watched before
 
+    keep_no_core()
     try:
         if stop.is_set():  # whoever started us is gone: what follows is for whoever comes next
             return EXIT_INTERRUPTED
@@ -93,9 +95,9 @@ def run(action: str, folder: Path, emit: Events, stop: threading.Event) -> int:
             language = spec.language
             settle_in(spec)
             if action == "check":
-                from finetune.prepare import prepare
+                from finetune.check import check
 
-                prepare(folder, spec, emit)
+                check(folder, spec, emit, stop)
             elif action == "gate" or spec.candidate:
                 from finetune.imported import judge_imported
 

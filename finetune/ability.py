@@ -19,6 +19,7 @@ from typing import Any
 import torch
 
 from core.errors import AppError, JobError
+from core.job import Spec
 from core.prompt import TrainingRow, render
 from core.types import Message, Role
 from finetune.base import Base
@@ -47,11 +48,39 @@ class OwnAnswers:
         """As many as go with so many rows of a data set; spread over all kinds of prompts."""
         if share <= 0 or not self.rehearsed:
             return []
-        count = min(len(self.rehearsed), max(FEWEST_REHEARSED, round(rows * share)))
+        count = how_many(len(self.rehearsed), rows, share)
         return [self.rehearsed[at * len(self.rehearsed) // count] for at in range(count)]
 
 
 NOTHING = OwnAnswers((), (), (), "")
+
+
+@dataclass(frozen=True, slots=True)
+class Asked:
+    """The generic prompts, as ids."""
+
+    rehearsed: tuple[tuple[int, ...], ...]
+    measured: tuple[tuple[int, ...], ...]
+
+
+def how_many(known: int, rows: int, share: float) -> int:
+    """Of so many rows to rehearse, how many go with so many rows of a data set."""
+    return min(known, max(FEWEST_REHEARSED, round(rows * share))) if share > 0 else 0
+
+
+def asked(base: Base, instructions: str) -> Asked:
+    given = _prompts()
+    measured = [prompt for skill in given["measured"].values() for prompt in skill]
+    return Asked(
+        tuple(_prompt(prompt, instructions, base) for prompt in given["rehearsed"]),
+        tuple(_prompt(prompt, instructions, base) for prompt in measured),
+    )
+
+
+def is_kept(spec: Spec, base: Base) -> bool:
+    """Whether an earlier job has left the base's answers under these instructions."""
+    key = _key(base, spec.instructions)
+    return bool(spec.cache) and _kept(Path(spec.cache) / f"{key[:32]}.json", key) is not None
 
 
 def own_answers(
@@ -130,19 +159,17 @@ def _answer_batch(
 
 
 def _make(base: Base, instructions: str, model: Any, listen: Listen) -> dict[str, list[Answer]]:
-    given = _prompts()
-    measured = [prompt for skill in given["measured"].values() for prompt in skill]
+    prompts = asked(base, instructions)
     ends = end_tokens(model, base.tokenizer)
-    log.info("ability.answering prompts=%d", len(measured) + len(given["rehearsed"]))
+    log.info("ability.answering prompts=%d", len(prompts.measured) + len(prompts.rehearsed))
     model.eval()
     made: dict[str, list[Answer]] = {}
-    for name, prompts, most in (
-        ("rehearsed", given["rehearsed"], REHEARSED_TOKENS),
-        ("measured", measured, MEASURED_TOKENS),
+    for name, some, most in (
+        ("rehearsed", prompts.rehearsed, REHEARSED_TOKENS),
+        ("measured", prompts.measured, MEASURED_TOKENS),
     ):
-        asked = [_prompt(prompt, instructions, base) for prompt in prompts]
-        said = answer(model, asked, most=most, ends=ends, listen=listen)
-        made[name] = [((*ids, *ours), len(ids)) for ids, ours in zip(asked, said, strict=True)]
+        said = answer(model, some, most=most, ends=ends, listen=listen)
+        made[name] = [((*ids, *ours), len(ids)) for ids, ours in zip(some, said, strict=True)]
     return made
 
 

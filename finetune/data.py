@@ -6,12 +6,11 @@ a file that cannot be read to its end, or that is larger than memory should hold
 
 from __future__ import annotations
 
-import csv
 import gzip
 import io
 import json
 import zlib
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import IO, Any
@@ -20,6 +19,7 @@ from core.errors import BadDataset
 from core.texts import Later
 from finetune.personal import find
 from finetune.records import BadRecord, Conversation, read_record
+from finetune.sheets import BadSheet, rows
 
 MAX_BYTES = 200 * 10**6  # unpacked
 MAX_LINE_BYTES = 64 * 1024
@@ -43,6 +43,7 @@ class Report:
     mended: int = 0
     rejections: list[Later] = field(default_factory=list)
     mendings: list[Later] = field(default_factory=list)
+    doubled: list[int] = field(default_factory=list)  # lines
     first: int = 0  # the line of the first rejection
     personal: dict[str, tuple[int, int]] = field(default_factory=dict)  # kind: (how many, the first one's line)
 
@@ -51,6 +52,11 @@ class Report:
         self.first = self.first or line
         if len(self.rejections) < NAMED:
             self.rejections.append(Later("data.line", line=line, reason=reason))
+
+    def double(self, line: int) -> None:
+        self.duplicates += 1
+        if len(self.doubled) < NAMED:
+            self.doubled.append(line)
 
     def note_personal(self, line: int, text: str) -> None:
         for kind, n in find(text).items():
@@ -72,25 +78,25 @@ def bad(line: int, key: str, **fields: object) -> BadDataset:
     return BadDataset(detail=f"line {line}: {reason.said('en')}", line=line, reason=reason)
 
 
-def read(path: Path) -> tuple[list[Conversation], Report]:
-    """All usable conversations, each once, in the order of the file.
+def read(path: Path, columns: Mapping[str, str] | None = None) -> tuple[list[Conversation], Report]:
+    """All usable conversations, each once, in the order of the file. `columns` names question, answer and system.
 
     Raises BadDataset (line, reason) if the file as a whole cannot be used.
     """
     report = Report()
     found: dict[str, Conversation] = {}
-    for line, record in _records(path):
+    for line, record in _records(path, columns or {}):
         report.rows += 1
         if isinstance(record, BadRecord):
             report.reject(line, record.reason)
             continue
         try:
-            conversation, mended = read_record(record)
+            conversation, mended = read_record(record, columns)
         except BadRecord as error:
             report.reject(line, error.reason)
             continue
         if conversation.key in found:
-            report.duplicates += 1
+            report.double(line)
             continue
         for what in mended:
             report.mend(line, what)
@@ -111,7 +117,7 @@ def check_enough(report: Report) -> None:
         raise bad(report.first, "most_rejected", **counts)
 
 
-def _records(path: Path) -> Iterator[tuple[int, Any]]:
+def _records(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[int, Any]]:
     """(line, record); the record is a BadRecord where the line does not even parse."""
     with path.open("rb") as file:
         packed = file.read(2) == GZIP
@@ -122,7 +128,7 @@ def _records(path: Path) -> Iterator[tuple[int, Any]]:
             raise bad(1, "empty")
         if first.lstrip()[:1] == b"[":
             raise bad(lines.number, "json_list")
-        yield from _json_records(lines) if first.lstrip()[:1] == b"{" else _csv_records(lines)
+        yield from _json_records(lines) if first.lstrip()[:1] == b"{" else _csv_records(lines, columns)
 
 
 class _Lines:
@@ -231,12 +237,7 @@ def _inside(value: Any) -> list[Any]:
     return value if isinstance(value, list) else []
 
 
-def _csv_records(lines: _Lines) -> Iterator[tuple[int, Any]]:
-    csv.field_size_limit(MAX_LINE_BYTES)
-    header: list[str] | None = None
-    starts = 1
-    delimiter = ","
-
+def _csv_records(lines: _Lines, columns: Mapping[str, str]) -> Iterator[tuple[int, Any]]:
     def text_lines() -> Iterator[str]:
         for line in lines:
             if line is None:
@@ -246,40 +247,7 @@ def _csv_records(lines: _Lines) -> Iterator[tuple[int, Any]]:
             except UnicodeDecodeError as error:
                 raise bad(lines.number, "no_utf8") from error
 
-    texts = text_lines()
-    head = next(texts)
-    delimiter = max(",;\t", key=head.count)
-    rows = csv.reader(_chain(head, texts), delimiter=delimiter, strict=True)
-    while True:
-        try:
-            row = next(rows)
-        except StopIteration:
-            return
-        except csv.Error as error:
-            raise bad(starts, "no_csv", error=error) from error
-        if header is None:
-            header = _header(row, lines.number)
-        elif any(cell.strip() for cell in row):
-            yield starts, _cells(header, row)
-        starts = lines.number + 1
-
-
-def _chain(head: str, rest: Iterator[str]) -> Iterator[str]:
-    yield head
-    yield from rest
-
-
-def _header(row: list[str], line: int) -> list[str]:
-    header = [name.strip().lower() for name in row]
-    known = ({"prompt", "completion"}, {"instruction", "output"}, {"question", "answer"}, {"q", "a"})
-    if not any(pair <= set(header) for pair in known):
-        raise bad(line, "no_columns")
-    if len(set(header)) != len(header):
-        raise bad(line, "same_columns")
-    return header
-
-
-def _cells(header: list[str], row: list[str]) -> dict[str, str] | BadRecord:
-    if len(row) != len(header):
-        return BadRecord("columns", n=len(row), header=len(header))
-    return dict(zip(header, row, strict=True))
+    try:
+        yield from rows(text_lines(), lambda: lines.number, columns, limit=MAX_LINE_BYTES)
+    except BadSheet as error:
+        raise bad(error.line, error.key, **error.fields) from error

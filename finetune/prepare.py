@@ -1,9 +1,10 @@
-"""Spec and data file -> rows to train, validate and test on. What `python -m finetune check` does."""
+"""Spec and data file -> rows to train, validate and test on, within bounds. Knows no model's weights."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -16,11 +17,14 @@ from finetune.base import Base, find_base
 from finetune.data import Report, bad, read
 from finetune.encode import Row, encode, under_questions_of
 from finetune.fresh import fresh_base
+from finetune.limits import MEMORY_BYTES, SECONDS, TooCostly, bounded
 from finetune.plain import NOTHING, behind, encode_text, is_plain, read_text, second_half
+from finetune.redact import write_redacted
 from finetune.split import Split, rows_missing, split
 
 log = logging.getLogger(__name__)
 Emit = Callable[[JobEvent], None]
+BINS = 12  # of the histogram of lengths
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,7 +64,12 @@ def prepare(folder: Path, spec: Spec, emit: Emit) -> Prepared:
     settings.check(spec)
     path = folder / spec.data
     _check_data(path, spec.data_sha256)
-    base, rows, report = _read_rows(path, folder, spec)
+    try:
+        with bounded():
+            base, rows, report = _read_rows(path, folder, spec, emit)
+    except TooCostly as error:
+        fields = {"seconds": round(SECONDS), "gib": MEMORY_BYTES // 2**30}
+        raise bad(1, "costly_time" if error.what == "time" else "costly_memory", **fields) from error
     parts = split([row.key for row in rows])
     lengths = sorted(len(row.row.ids) for row in rows)
     emit(
@@ -77,6 +86,9 @@ def prepare(folder: Path, spec: Spec, emit: Emit) -> Prepared:
             personal=tuple(one.said(spec.language) for one in report.personal_data()),
             median_tokens=lengths[len(lengths) // 2],
             longest_tokens=lengths[-1],
+            shortest_tokens=lengths[0],
+            histogram=histogram(lengths),
+            doubled=tuple(report.doubled),
             missing=rows_missing(len(rows), len(parts.test), FEWEST_TEST_ROWS),
         )
     )
@@ -84,21 +96,35 @@ def prepare(folder: Path, spec: Spec, emit: Emit) -> Prepared:
     return Prepared(base, rows, parts, report)
 
 
-def _read_rows(path: Path, folder: Path, spec: Spec) -> tuple[Base, list[Row], Report]:
-    """For a model that begins from nothing, the text decides about its tokenizer first."""
+def _read_rows(path: Path, folder: Path, spec: Spec, emit: Emit) -> tuple[Base, list[Row], Report]:
+    """The rows of the file, or (spec.redact) of the same without personal data.
+
+    For a model that begins from nothing, the text decides about its tokenizer first.
+    """
     hyper, scratch = spec.hyper, spec.method == "scratch"
     if scratch and is_plain(path):
         text, report = read_text(path), Report()
         base = find_base(spec, folder, fresh_base(folder, spec, [text]))
         max_tokens = min(hyper.max_tokens, spec.fresh.context)
         return base, encode_text(text, base.tokenizer, max_tokens=max_tokens, report=report), report
-    conversations, report = read(path)
+    conversations, report = read(path, spec.columns)
+    if spec.redact:
+        redacted = write_redacted(conversations, folder)
+        emit(redacted)
+        conversations, report = read(folder / redacted.name)
     texts = (message.text for conversation in conversations for message in conversation.messages)
     base = find_base(spec, folder, fresh_base(folder, spec, texts) if scratch else None)
     rows = encode(
         conversations, base.tokenizer, instructions=spec.instructions, max_tokens=hyper.max_tokens, report=report
     )
     return base, rows, report
+
+
+def histogram(lengths: Sequence[int]) -> tuple[int, ...]:
+    """How many of these sorted lengths fall into each of BINS steps from the shortest to the longest."""
+    low, width = lengths[0], (lengths[-1] - lengths[0] + 1) / BINS
+    counts = Counter(int((length - low) / width) for length in lengths)
+    return tuple(counts[step] for step in range(BINS))
 
 
 def _check_data(path: Path, sha256: str) -> None:

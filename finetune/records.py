@@ -7,13 +7,16 @@ Five shapes are read, told apart by their keys:
     {"prompt": "...", "completion": "..."}                              each a text, or a list of messages
     {"instruction": "...", "input": "...", "output": "..."}             Alpaca
     {"question": "...", "answer": "..."}, or q and a                    also in CSV, like the two before
+
+Where none of these keys is there, a question and an answer are recognised by other names that people give them; or the
+operator has named them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -33,6 +36,17 @@ SHAPES: tuple[tuple[str, ...], ...] = (  # a record is of the first shape whose 
     ("instruction", "output"),
     ("question", "answer"),
     ("q", "a"),
+)
+
+
+QUESTION = frozenset(
+    "question questions q prompt instruction query input user human ask asked customer faq"
+    " fråga frage pregunta domanda pergunta vraag kysymys spørgsmål spørsmål pytanie вопрос"
+    " 问题 問題 问 提问 질문 質問".split()
+)
+ANSWER = frozenset(
+    "answer answers a completion output response reply assistant bot gpt agent target"
+    " svar antwort réponse respuesta risposta resposta antwoord vastaus odpowiedź ответ 回答 答案 答 答复 답변".split()
 )
 
 
@@ -77,12 +91,12 @@ class Mending:
             self.said.append(what)
 
 
-def read_record(record: Any) -> tuple[Conversation, tuple[Later, ...]]:
-    """(conversation, what had to be mended). Raises BadRecord."""
+def read_record(record: Any, columns: Mapping[str, str] | None = None) -> tuple[Conversation, tuple[Later, ...]]:
+    """(conversation, what had to be mended). `columns` names question, answer and system. Raises BadRecord."""
     if not isinstance(record, Mapping):
         raise BadRecord("no_object", kind=_kind(record))
     mending = Mending([])
-    turns = _in_turn(_turns(record, mending), mending)
+    turns = _in_turn(_turns(_named(record, columns) if columns else record, mending), mending)
     conversation = Conversation(tuple(turns))
     return replace(conversation, key=conversation_key(conversation)), tuple(mending.said)
 
@@ -101,8 +115,40 @@ def under_instructions(conversation: Conversation, instructions: str) -> Convers
     return replace(conversation, turns=(first, *conversation.turns))
 
 
+def pair_of(names: Iterable[str]) -> tuple[str, str] | None:
+    """Which of these names are those of a question and its answer, where there is no doubt."""
+    known = list(names)
+    asked = [name for name in known if _plain(name) in QUESTION]
+    said = [name for name in known if _plain(name) in ANSWER]
+    return (asked[0], said[0]) if len(asked) == len(said) == 1 else None
+
+
+def find_name(names: Iterable[str], wanted: str) -> str | None:
+    """The name that was meant: the very same, or the same but for case and spaces."""
+    known = list(names)
+    return wanted if wanted in known else next((name for name in known if _plain(name) == _plain(wanted)), None)
+
+
+def _plain(name: str) -> str:
+    return " ".join(name.split()).casefold()
+
+
+def _named(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """The record under our own names. Raises BadRecord naming a key that is not there."""
+    found: dict[str, Any] = {}
+    for ours, theirs in columns.items():
+        name = find_name((key for key in record if isinstance(key, str)), theirs)
+        if name is not None:
+            found[ours] = record[name]
+        elif ours != "system":
+            raise BadRecord("no_named_key", name=theirs[:40])
+    return found
+
+
 def _turns(record: Mapping[str, Any], mending: Mending) -> list[Turn]:
     shape = next((keys for keys in SHAPES if all(record.get(key) is not None for key in keys)), None)
+    if shape is None:
+        shape = pair_of(key for key, value in record.items() if isinstance(key, str) and value is not None)
     if shape is None:
         known = "; ".join(" and ".join(keys) for keys in SHAPES)
         raise BadRecord("no_keys", known=known)

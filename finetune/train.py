@@ -50,6 +50,7 @@ CHECKPOINT_S = 20.0
 CHECKPOINT_SHARE = 0.05  # of the time: where writing one takes long, they become rarer
 PROGRESS_S = 1.0
 WAIT_S, TELL_WAIT_S, LONGEST_WAIT_S = 2.0, 120.0, 6 * 3600.0  # where the disk is full
+WARM_UP_STEPS, WARM_UP_S = 4, 10.0
 LOST_STEPS, LOST_NATS = 5, 2.0  # so many steps in a row of so much more loss than in the beginning: it has lost its way
 LOST_VALIDATION = 0.5  # nats more than untrained, on the validation rows
 FORWARD_SHARE = 0.4  # of a training step's time: what evaluating a token costs beside training one
@@ -256,6 +257,23 @@ class Trainer:
     def _untrained_loss(self) -> float:
         return max(self.position.validated[0], *self.position.losses[:1])
 
+    def warm_up(self) -> tuple[int, float]:
+        """(tokens, seconds) of some steps at a learning rate of 0, after the longest of all. Raises Interrupted."""
+        steps = [self.course.step(at) for at in range(self.course.steps_per_epoch)]
+        lengths = [sum(len(self.train_rows[row].ids) for micro in step for row in micro) for step in steps]
+        order = sorted(range(len(lengths)), key=lambda at: -lengths[at])
+        self.position.rate_factor, self.position.step = 0.0, order[0]
+        self.take_step()  # what is slow once: memory is asked for, kernels are chosen
+        tokens, seconds = 0, 0.0
+        for at in order[len(order) // 2 :][:WARM_UP_STEPS]:
+            self.position.step, began = at, time.monotonic()
+            tokens += self.take_step().tokens
+            seconds += time.monotonic() - began
+            if seconds > WARM_UP_S:
+                break
+        self.position.step = 0
+        return tokens, seconds
+
     def take_step(self) -> Taken:
         """Forward, backward, clip, update. Raises Interrupted or Unstable before anything is changed."""
         step, hyper = self.position.step, self.spec.hyper
@@ -337,13 +355,13 @@ class Trainer:
             epochs=self.spec.hyper.epochs,
             loss=taken.loss,
             tokens_per_s=round(pace, 1),
-            seconds_left=round(self._tokens_left() / pace, 1),
+            seconds_left=round(self.tokens_left() / pace, 1),
             grad_norm=taken.grad_norm,
             clipped=taken.clipped,
         )
         self.emit(self._last)
 
-    def _tokens_left(self) -> float:
+    def tokens_left(self) -> float:
         """Of training; tokens that are only evaluated count for their share."""
         parts = self.prepared.split
         epoch = sum(len(row.ids) for row in self.train_rows)

@@ -1,6 +1,6 @@
 """A trainer without torch, with the contract of core.job: what it does follows from a word in its data.
 
-    python tests/fake_trainer.py train JOBDIR
+    python tests/fake_trainer.py check|train JOBDIR
 
 Its checkpoint is the number of steps done. Words that begin with a letter are looked for in the data's first line:
 
@@ -14,11 +14,14 @@ Its checkpoint is the number of steps done. Words that begin with a letter are l
     other-base, other-data, no-weights                   a result that must not be used
     worse, style, few                                    a result that does not pass the gate
     keeps-lock    the first life passes its lock on, then kills itself
+    personal      personal data is found, until it is asked to take it out
+    slow-check    the check waits until it is told to go
 """
 
 from __future__ import annotations
 
 import fcntl
+import hashlib
 import json
 import os
 import signal
@@ -32,13 +35,17 @@ from core.job import (
     EXIT_FAILED,
     EXIT_FINISHED,
     EXIT_INTERRUPTED,
+    PREVIEW,
     Checked,
     Done,
+    Estimated,
     Evaluated,
     Failed,
     JobEvent,
     Judged,
+    Preview,
     Progress,
+    Redacted,
     Spec,
     Verdict,
     Warned,
@@ -50,7 +57,7 @@ STEPS = 4
 WEIGHTS = b"\0" * 16
 
 
-def main(folder: Path) -> int:
+def main(action: str, folder: Path) -> int:
     lock = os.open(folder / "lock", os.O_RDWR | os.O_CREAT, 0o600)
     fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     os.set_inheritable(lock, True)
@@ -60,9 +67,29 @@ def main(folder: Path) -> int:
         return finish(word)
     told = threading.Event()
     watch(told, stubborn=word == "stubborn")
+    if action == "check":
+        return check(word, folder, spec, told)
     if end := before(word, folder, lock):
         return end
     return steps(word, folder, spec, told)
+
+
+def check(word: str, folder: Path, spec: Spec, told: threading.Event) -> int:
+    if word == "slow-check":
+        told.wait()
+        return EXIT_INTERRUPTED
+    if end := before(word, folder, -1):
+        return end
+    if spec.redact:
+        left = json.dumps({"word": word, "q": "[phone]", "a": "b"}).encode() + b"\n"
+        (folder / "redacted.jsonl").write_bytes(left)
+        say(Redacted("redacted.jsonl", hashlib.sha256(left).hexdigest(), 10, 2))
+    found = ("phone numbers: 2",) if word == "personal" and not spec.redact else ()
+    say(Checked(12, 10, 1, 500, 8, 1, 1, rejected=("line 3: not JSON",), personal=found, missing=70))
+    row = Preview(1, ((False, "<user>a question<assistant>"), (True, "an answer<end>")), "a question", "an answer")
+    (folder / PREVIEW).write_text(Preview.dump([row]))
+    say(Estimated(8, 2, 2, 6, 1_200, *((125.0, 1536) if spec.warm_up else ())))
+    return EXIT_FINISHED
 
 
 def before(word: str, folder: Path, lock: int) -> int:
@@ -193,4 +220,4 @@ def watch(told: threading.Event, *, stubborn: bool) -> None:
 
 
 if __name__ == "__main__":
-    sys.exit(main(Path(sys.argv[2])))
+    sys.exit(main(sys.argv[1], Path(sys.argv[2])))

@@ -8,8 +8,9 @@ import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from core.commands import COMMANDS, SETTINGS, Command, Form, Grant, find, help_text, parse, table_markdown
+from core.commands import COMMANDS, SETTINGS, Command, Form, Grant, find, parse
 from core.errors import BadCommand
+from core.help import help_text, table_markdown
 from core.texts import languages, say
 from core.types import Lane
 
@@ -48,7 +49,11 @@ def test_only_stop_is_in_the_control_lane() -> None:
     [
         ("/finetune faq.jsonl", {"dataset": "faq.jsonl"}),
         ('/finetune "my faq.jsonl"', {"dataset": "my faq.jsonl"}),
-        ("/finetune start “my faq.jsonl”", {"dataset": "my faq.jsonl"}),
+        ("/finetune “my faq.jsonl” yes", {"dataset": "my faq.jsonl", "go": "yes"}),
+        (
+            "/finetune a.csv question=Fråga answer=Mitt svar",
+            {"dataset": "a.csv", "question": "Fråga", "answer": "Mitt svar"},
+        ),
         ("/finetune", {}),
         ("/FineTune@acme_bot   STATUS 3", {"job": "3"}),
         ("／language　zh", {"language": "zh"}),

@@ -12,7 +12,7 @@ from core.adapters import Candidate
 from core.engine.protocol import Request
 from core.errors import AppError
 from core.job import Shown
-from core.store import directory, jobs
+from core.store import datasets, directory, jobs
 from core.store.database import Tx
 from core.types import Address, Caller, Kind
 from tests.world import OWNER, World, world
@@ -34,7 +34,7 @@ async def publish(w: World, *, unseen: tuple[tuple[str, str], ...] = (), worst=(
         channel = directory.channel_for(tx, "fake", "bot", "p")
         assert channel is not None
         owner = Caller(tx.cipher.hash_user("fake", "bot", OWNER), at, channel, "en", 0, 1)
-        jobs.keep_dataset(tx, "d" * 64, "faq.jsonl", source="file", size_bytes=1, brought_by="someone")
+        datasets.keep_dataset(tx, "d" * 64, "faq.jsonl", source="file", size_bytes=1, brought_by="someone")
         job = jobs.create(tx, owner, "d" * 64, "faq.jsonl")
         manifest = json.dumps({"judged": judged or {"verdict": "passed"}})
         adapters.publish(tx, Candidate(SHA, Path("."), w.engine.info.fingerprint, "d" * 64, manifest), "acme", 1)

@@ -127,7 +127,7 @@ def brought(call: Call) -> tuple[str, str]:
 # --- files ---
 
 
-@pytest.mark.parametrize("form", ["/finetune {}", "/finetune start {}"])
+@pytest.mark.parametrize("form", ["/finetune {}", "/finetune {} yes"])
 async def test_a_file_is_kept_under_its_hash_for_this_user_alone(it: House, tmp_path: Path, form: str) -> None:
     (tmp_path / "faq.jsonl").write_bytes(ROW)
     sha256 = hashlib.sha256(ROW).hexdigest()

@@ -15,7 +15,7 @@ from core import importing
 from core.errors import BadInput
 from core.importing import CONFIG, WEIGHTS
 from core.job import Spec
-from core.store import jobs
+from core.store import datasets
 from core.types import Attachment
 from tests.fake_trainer import COMMAND
 from tests.world import OWNER, World, world
@@ -131,7 +131,7 @@ async def with_dataset(w: World) -> None:
     sha256 = "e" * 64
     (w.home.datasets / sha256).write_bytes(data)
     await w.database.write(
-        lambda tx: jobs.keep_dataset(
+        lambda tx: datasets.keep_dataset(
             tx, sha256, "faq.jsonl", source="file", size_bytes=1, brought_by=tx.cipher.hash_user("fake", "bot", OWNER)
         )
     )

@@ -15,7 +15,7 @@ from core.commands import parse
 from core.datasets import prepare_finetune
 from core.delivery import Deliveries
 from core.settings import Retention
-from core.store import directory, jobs
+from core.store import datasets, directory, jobs
 from core.store.database import Database, Tx
 from core.store.home import Cipher, Home
 from core.types import Address, Caller
@@ -275,7 +275,7 @@ async def test_what_is_kept_goes_when_its_time_is_over_and_not_before(
 
 
 def _job_of_a_file(tx: Tx) -> None:
-    jobs.keep_dataset(tx, "d" * 64, "faq.jsonl", source="file", size_bytes=1, brought_by="owner")
+    datasets.keep_dataset(tx, "d" * 64, "faq.jsonl", source="file", size_bytes=1, brought_by="owner")
     job = jobs.create(tx, owner(tx), "d" * 64, "faq.jsonl")
     tx.insert("job_event", job_id=job.id, seq=1, at_ms=tx.now_ms, kind="x", data="{}")
     jobs.end(tx, job.id, "failed", "ours: x")

@@ -5,8 +5,8 @@ from __future__ import annotations
 import re
 from pathlib import Path
 
-from core.commands import table_markdown
 from core.config import config_table_markdown
+from core.help import table_markdown
 
 README = Path(__file__).parents[1] / "README.md"
 TABLES = {"commands": table_markdown, "configuration": config_table_markdown}

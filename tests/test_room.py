@@ -15,8 +15,8 @@ import pytest
 
 from core import training
 from core.job import HyperParameters, JobEvent, Progress, Spec
+from core.lane import usher
 from core.trainer import Trainer
-from core.training import usher
 from tests.fake_trainer import COMMAND
 
 

@@ -17,7 +17,7 @@ from core.adapters import Candidate
 from core.errors import BadInput
 from core.job import HyperParameters, Spec
 from core.retention import sweep
-from core.store import jobs
+from core.store import datasets, jobs
 from core.store.database import Tx
 from core.store.home import Home
 from core.texts import say
@@ -61,12 +61,12 @@ async def test_through_the_door_a_command_is_answered_and_its_job_tells_its_end(
 
     def bring(tx: Tx) -> None:
         owner = tx.cipher.hash_user("fake", "bot", OWNER)
-        jobs.keep_dataset(tx, sha256, "faq.jsonl", source="file", size_bytes=len(data), brought_by=owner)
+        datasets.keep_dataset(tx, sha256, "faq.jsonl", source="file", size_bytes=len(data), brought_by=owner)
 
     async with world(tmp_path, trainer=FAKE_TRAINER) as it:
         (it.home.datasets / sha256).write_bytes(data)
         await it.database.write(bring)
-        await it.send("/finetune faq.jsonl", user=OWNER)
+        await it.send("/finetune faq.jsonl yes", user=OWNER)
         await it.settled()
         answer, report = it.bot.said()
         assert "acme@1" in answer
@@ -318,7 +318,7 @@ async def test_a_data_set_that_is_gone_fails_its_job(tmp_path: Path) -> None:
 async def test_a_running_job_that_is_cancelled_ends_its_trainer(
     tmp_path: Path, word: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("core.training._CANCEL_S", 0.2 if word == "stubborn" else 10.0)
+    monkeypatch.setattr("core.lane._CANCEL_S", 0.2 if word == "stubborn" else 10.0)
     monkeypatch.setattr("core.trainer._TERMINATE_S", 0.2)
     async with works(tmp_path) as it:
         job_id = await it.order(word)
@@ -498,7 +498,7 @@ async def test_a_platform_that_is_away_does_not_fail_the_job(tmp_path: Path) -> 
 async def test_a_message_that_is_never_taken_is_given_up_and_holds_up_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("core.training._TRIES", 3)
+    monkeypatch.setattr("core.lane._TRIES", 3)
     bot = DeafBot(4)  # once at the beginning, then each try of the end
     async with works(tmp_path, bot=bot, running=False) as it:
         await it.order()

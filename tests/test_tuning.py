@@ -15,7 +15,7 @@ from core.datasets import MAX_OPEN
 from core.errors import BadInput, UnknownThing
 from core.job import Checked, Done, Evaluated, Failed, JobEvent, Judged, Planned, Progress
 from core.operators import run_command
-from core.store import directory, jobs
+from core.store import datasets, directory, jobs
 from core.store.database import Row, Tx
 from core.texts import say
 from core.types import Outcome, WakeTraining
@@ -30,14 +30,14 @@ DONE = Done(60, 125.0, 3.0, 1.0, 2.5, 1.5)
 def it(tmp_path: Path) -> Iterator[Town]:
     with town(tmp_path) as made:
         made.database.write_now(
-            lambda tx: jobs.keep_dataset(tx, SHA, "faq.jsonl", source="file", size_bytes=1, brought_by="x")
+            lambda tx: datasets.keep_dataset(tx, SHA, "faq.jsonl", source="file", size_bytes=1, brought_by="x")
         )
         yield made
 
 
 def run(it: Town, text: str, who: str = "operator", place: str = "acme", language: str = "en") -> Outcome:
     call = parse(text)
-    if call.form.word in ("", "start"):  # as core.datasets leaves it
+    if call.form.word == "":  # as core.datasets leaves it
         call = replace(call, arguments={**call.arguments, "dataset": SHA, "name": call.arguments["dataset"]})
     return it.database.write_now(lambda tx: run_command(tx, it.caller(tx, who, place, language), call, tuning.HANDLERS))
 
@@ -67,7 +67,7 @@ def hear(it: Town, *events: JobEvent, state: str = "running") -> None:
 
 
 def test_start_queues_a_job_with_its_delivery_and_wakes_the_supervisor(it: Town) -> None:
-    outcome = run(it, "/finetune faq.jsonl", language="zh")
+    outcome = run(it, "/finetune faq.jsonl yes", language="zh")
     assert outcome.after == (WakeTraining(),)
     for fact in ("faq.jsonl", "acme@1", "1", "Acme"):
         assert fact in outcome.body.text
@@ -81,32 +81,26 @@ def test_start_queues_a_job_with_its_delivery_and_wakes_the_supervisor(it: Town)
     assert it.database.read_now(lambda tx: tx.value("SELECT state FROM delivery WHERE job_id = 1")) == "open"
 
 
-def test_both_forms_start(it: Town) -> None:
-    assert says(it, "/finetune start faq.jsonl") == say(
-        "en", "training.started", id=1, title="Acme", name="faq.jsonl", label="acme@1"
-    )
-
-
 def test_a_job_may_have_a_preset_of_its_own_and_an_unknown_one_is_named(it: Town) -> None:
     with pytest.raises(BadInput) as refused:
         run(it, "/finetune faq.jsonl preset=slow")
     assert "auto, card, thorough" in say("en", refused.value.key, **refused.value.fields)
-    run(it, "/finetune faq.jsonl preset=Thorough")
+    run(it, "/finetune faq.jsonl yes preset=Thorough")
     assert job_row(it)["preset"] == "thorough"
 
 
 def test_a_second_job_of_a_channel_is_refused_with_the_first_named(it: Town) -> None:
-    run(it, "/finetune faq.jsonl")
+    run(it, "/finetune faq.jsonl yes")
     with pytest.raises(BadInput) as refused:
-        run(it, "/finetune faq.jsonl")
+        run(it, "/finetune faq.jsonl yes")
     sentence = say("en", refused.value.key, **refused.value.fields)
     assert "/finetune cancel 1" in sentence
     assert it.database.read_now(lambda tx: tx.value("SELECT count(*) FROM job")) == 1
 
 
 def test_a_job_of_another_channel_waits_and_says_so(it: Town) -> None:
-    run(it, "/finetune faq.jsonl")
-    assert says(it, "/finetune b.jsonl", "other_operator", "delta") == say(
+    run(it, "/finetune faq.jsonl yes")
+    assert says(it, "/finetune b.jsonl yes", "other_operator", "delta") == say(
         "en", "training.queued", id=2, title="Delta", name="b.jsonl", label="delta@1", before=1
     )
 
@@ -119,21 +113,23 @@ def test_too_many_open_jobs_are_refused(it: Town) -> None:
 
     it.database.write_now(fill)
     with pytest.raises(BadInput) as refused:
-        run(it, "/finetune faq.jsonl")
+        run(it, "/finetune faq.jsonl yes")
     assert refused.value.key == "training.too_many"
 
 
-@pytest.mark.parametrize("text", ["/finetune faq.jsonl", "/finetune status", "/finetune list", "/finetune cancel 1"])
+@pytest.mark.parametrize(
+    "text", ["/finetune faq.jsonl yes", "/finetune status", "/finetune list", "/finetune cancel 1"]
+)
 @pytest.mark.parametrize("who", ["stranger", "user", "other_operator", "removed"])
 def test_who_is_no_operator_here_is_refused_and_audited(it: Town, who: str, text: str) -> None:
-    run(it, "/finetune faq.jsonl")
+    run(it, "/finetune faq.jsonl yes")
     assert says(it, text, who) == say("en", "error.not_allowed")
     assert it.audit()[-1]["allowed"] == 0
     assert job_row(it)["state"] == "queued"
 
 
 def test_start_and_cancel_are_audited_with_what_was_before_and_after(it: Town) -> None:
-    run(it, "/finetune faq.jsonl")
+    run(it, "/finetune faq.jsonl yes")
     run(it, "/finetune cancel")
     first, second = it.audit()[-2:]
     assert (first["action"], first["target"], json.loads(str(first["after"]))["dataset"]) == (
@@ -157,7 +153,7 @@ def test_a_channel_without_jobs_is_told_how_to_begin(it: Town, text: str, langua
 
 @pytest.mark.parametrize("text", ["/finetune status 1", "/finetune cancel 1"])
 def test_a_job_of_another_channel_does_not_exist(it: Town, text: str) -> None:
-    run(it, "/finetune faq.jsonl")
+    run(it, "/finetune faq.jsonl yes")
     with pytest.raises(UnknownThing) as refused:
         run(it, text, "other_operator", "delta")
     with pytest.raises(UnknownThing) as absent:
@@ -168,14 +164,14 @@ def test_a_job_of_another_channel_does_not_exist(it: Town, text: str) -> None:
 
 @pytest.mark.parametrize("typed", ["0", "-1", "one", "1.0", "9" * 40, "1;", "²"])
 def test_what_is_no_number_of_a_job_is_unknown(it: Town, typed: str) -> None:
-    run(it, "/finetune faq.jsonl")
+    run(it, "/finetune faq.jsonl yes")
     with pytest.raises(UnknownThing):
         run(it, f"/finetune status {typed}")
 
 
 def test_status_shows_how_far_it_is(it: Town) -> None:
-    run(it, "/finetune faq.jsonl")
-    assert "waiting" in says(it, "/finetune status")
+    run(it, "/finetune faq.jsonl yes")
+    assert say("en", "training.state_queued") in says(it, "/finetune status")
     hear(it, CHECKED)
     assert say("en", "training.loading", name="faq.jsonl") in says(it, "/finetune status 1")
     hear(it, Planned(60, 51_000, 80, 24))
@@ -191,7 +187,7 @@ def test_status_shows_how_far_it_is(it: Town) -> None:
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_status_of_a_published_job_is_its_report(it: Town, language: str) -> None:
-    run(it, "/finetune faq.jsonl")
+    run(it, "/finetune faq.jsonl yes")
     judged = Judged("passed", 40, 38, "acme@3", 2.5, 1.5, -1.25, -0.75, 0.25, 0.5)
     hear(it, CHECKED, Evaluated(60, "test", 1.5, 40), judged, DONE, state="published")
     text = says(it, "/finetune status", language="en")
@@ -210,7 +206,7 @@ def test_status_of_a_published_job_is_its_report(it: Town, language: str) -> Non
 
 
 def test_status_of_a_failed_job_says_whose_fault_it_was(it: Town) -> None:
-    run(it, "/finetune faq.jsonl")
+    run(it, "/finetune faq.jsonl yes")
     hear(it, Failed("yours", "not JSON", 7))
     it.database.write_now(lambda tx: jobs.end(tx, 1, "failed", "yours: line 7: not JSON"))
     assert say("en", "training.failed_yours", id=1, name="faq.jsonl", title="Acme", reason="line 7: not JSON") in says(
@@ -219,7 +215,7 @@ def test_status_of_a_failed_job_says_whose_fault_it_was(it: Town) -> None:
 
 
 def test_a_reason_with_braces_and_markdown_is_only_shown(it: Town) -> None:
-    run(it, "/finetune faq.jsonl")
+    run(it, "/finetune faq.jsonl yes")
     it.database.write_now(lambda tx: jobs.end(tx, 1, "failed", "ours: {x} {0} %s " + "long " * 200))
     text = says(it, "/finetune status")
     assert "{x} {0} %s" in text
@@ -227,23 +223,23 @@ def test_a_reason_with_braces_and_markdown_is_only_shown(it: Town) -> None:
 
 
 def test_list_shows_the_newest_first_and_only_this_channels(it: Town) -> None:
-    run(it, "/finetune a.jsonl")
+    run(it, "/finetune a.jsonl yes")
     run(it, "/finetune cancel")
-    run(it, "/finetune b.jsonl")
-    run(it, "/finetune c.jsonl", "other_operator", "delta")
+    run(it, "/finetune b.jsonl yes")
+    run(it, "/finetune c.jsonl yes", "other_operator", "delta")
     lines = [line for line in says(it, "/finetune list").splitlines() if line.startswith("- ")]
     assert [("b.jsonl" in line, "a.jsonl" in line) for line in lines] == [(True, False), (False, True)]
     assert "cancelled" in lines[1]
 
 
 def test_cancel_ends_a_job_once(it: Town) -> None:
-    run(it, "/finetune faq.jsonl")
+    run(it, "/finetune faq.jsonl yes")
     outcome = run(it, "/finetune cancel 1")
     assert WakeTraining() in outcome.after
     assert outcome.body.text == say("en", "training.cancelled", id=1, title="Acme")
     assert job_row(it)["state"] == "cancelled"
     assert says(it, "/finetune cancel 1") == say("en", "training.ended_already", id=1)
-    assert says(it, "/finetune faq.jsonl")  # another may begin
+    assert says(it, "/finetune faq.jsonl yes")  # another may begin
 
 
 def test_the_report_names_what_is_to_be_known_of_the_rows():

@@ -10,7 +10,7 @@ import pytest
 
 from core import adapters
 from core.errors import BadInput, UnknownThing
-from core.store import directory, jobs
+from core.store import datasets, directory, jobs
 from core.store.database import Tx
 from core.texts import languages, say
 from tests.people import Town, town
@@ -30,7 +30,7 @@ def it(tmp_path: Path) -> Iterator[Town]:
 
 
 def _publish(tx: Tx, it: Town) -> None:
-    jobs.keep_dataset(tx, "d" * 64, "faq.jsonl", source="file", size_bytes=1, brought_by="x")
+    datasets.keep_dataset(tx, "d" * 64, "faq.jsonl", source="file", size_bytes=1, brought_by="x")
     directory.keep_base(tx, "loaded")
     for n, base in enumerate(("loaded", "loaded", "another"), start=1):
         candidate = adapters.Candidate(f"{n:064x}", Path(), base, "d" * 64, json.dumps(MANIFEST))

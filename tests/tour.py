@@ -82,7 +82,7 @@ def tour(home: Path) -> dict[str, object]:
     began = time.monotonic()
     before = answers(home, questions)
     asked = time.monotonic()
-    job = chat(home, f"/finetune {faq}")
+    job = chat(home, f"/finetune {faq} yes")
     trained = time.monotonic()
     promotion = chat(home, "/adapter promote terminal@1")
     after = answers(home, questions)

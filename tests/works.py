@@ -14,7 +14,7 @@ from core import tuning
 from core.commands import Call, parse
 from core.delivery import Deliveries
 from core.engine.protocol import EngineInfo
-from core.store import directory, jobs, turns
+from core.store import datasets, directory, turns
 from core.store.database import Database, Row, Tx
 from core.store.home import Cipher, Home
 from core.training import Training, TrainingSettings
@@ -70,28 +70,33 @@ class Works:
         conversation = turns.conversation_id(tx, at, channel.id)
         return Caller(tx.cipher.hash_user("fake", "bot", "owner-id"), at, channel, language, 0, conversation)
 
-    async def order(self, word: str = "", *, place: str = "p", language: str = "en") -> int:
-        """Bring a data set and start a job on it; its number."""
+    async def order(self, word: str = "", *, place: str = "p", language: str = "en", agreed: bool = True) -> int:
+        """Bring a data set and begin a job on it, with a yes or without; its number."""
         data = (json.dumps({"word": word, "q": "a question", "a": "an answer"}) + "\n").encode()
         sha256 = hashlib.sha256(data).hexdigest()
         await asyncio.to_thread((self.home.datasets / sha256).write_bytes, data)
-        call = Call(parse("/finetune").command, parse("/finetune").form, {"dataset": sha256, "name": "faq.jsonl"})
+        given = {"dataset": sha256, "name": "faq.jsonl", **({"go": "yes"} if agreed else {})}
+        call = Call(parse("/finetune").command, parse("/finetune").form, given)
 
         def work(tx: Tx) -> int:
-            jobs.keep_dataset(tx, sha256, "faq.jsonl", source="file", size_bytes=len(data), brought_by="someone")
-            tuning.start(tx, self.caller(tx, place, language), call)
+            datasets.keep_dataset(tx, sha256, "faq.jsonl", source="file", size_bytes=len(data), brought_by="someone")
+            tuning.begin(tx, self.caller(tx, place, language), call)
             return int(tx.value("SELECT max(id) FROM job"))
 
         job_id = await self.database.write(work)
         self.training.wake()
         return job_id
 
-    async def say(self, text: str) -> str:
-        """A command of the channel's operator that needs no file; its answer."""
-        call = parse(text)
-        outcome = await self.database.write(lambda tx: tuning.HANDLERS[call.key](tx, self.caller(tx), call))
+    async def say(self, text: str, *, place: str = "p") -> str:
+        """Say it as the operator; its answer."""
+
+        def work(tx: Tx) -> str:
+            call = parse(text)
+            return tuning.HANDLERS[call.key](tx, self.caller(tx, place), call).body.text
+
+        answer = await self.database.write(work)
         self.training.wake()
-        return outcome.body.text
+        return answer
 
     async def ended(self, messages: int = 1) -> str:
         """Wait until so many messages have their last form; what the newest says."""

@@ -1,19 +1,39 @@
-"""Jobs, their events and the data sets they read, as rows. Knows no process, no file and no sentence."""
+"""Jobs and their events, as rows. Knows no process, no file and no sentence.
+
+validating -> waiting -> queued -> running -> publishing -> published | cancelled | failed. The check of the data is
+validating; waiting is for somebody's yes, without which nothing is trained.
+"""
 
 from __future__ import annotations
 
 import json
+from collections.abc import Mapping
 from dataclasses import dataclass
 
-from core.job import Checked, Done, Failed, JobEvent, Planned, Progress, Shown, dump_event, load_event
+from core.job import (
+    Checked,
+    Done,
+    Estimated,
+    Failed,
+    JobEvent,
+    Planned,
+    Progress,
+    Redacted,
+    Shown,
+    dump_event,
+    load_event,
+)
 from core.store.database import Row, Tx
+from core.store.datasets import OF_PEOPLE
 from core.types import Address, Caller
 
-OPEN = ("queued", "running", "publishing")
-ASKED = "asked"  # the reason of a cancellation by an operator
-CONVERSATIONS = "conversations"  # the source of a data set that is made of what people said
+BEFORE = ("validating", "waiting")  # nobody has agreed to it yet
+AT_WORK = ("queued", "running", "publishing")
+OPEN = (*BEFORE, *AT_WORK)
+ASKED, EXPIRED, REPLACED = "asked", "expired", "replaced"  # why a job was cancelled
 MAX_EVENTS = 200
-_OPEN = "('queued', 'running', 'publishing')"
+_OPEN = "('validating', 'waiting', 'queued', 'running', 'publishing')"
+_AT_WORK = "('queued', 'running', 'publishing')"
 _JOB = (
     "SELECT job.*, dataset.source, channel.title, channel.instructions"
     " FROM job JOIN dataset ON dataset.sha256 = dataset_sha256 JOIN channel ON channel.id = channel_id"
@@ -42,6 +62,8 @@ class Job:
     ended_ms: int | None
     preset: str  # of hyper-parameters; "" is the configuration's
     imported: str  # the folder of an adapter from elsewhere that it examines; "" where it trains
+    columns: Mapping[str, str]
+    redact: bool
 
     @property
     def label(self) -> str:
@@ -50,17 +72,27 @@ class Job:
     @property
     def lasting(self) -> bool:
         """Whether it may go on after it was cancelled: its data set, and what was learned, outlive it."""
-        return self.source != CONVERSATIONS and not self.imported
+        return self.source not in OF_PEOPLE and not self.imported
 
     @property
     def open(self) -> bool:
         return self.state in OPEN
 
 
-def create(tx: Tx, caller: Caller, dataset_sha256: str, dataset: str = "", *, preset: str = "") -> Job:
-    """A queued job for the caller's channel; its version is one that no adapter and no job of that name ever had.
+def create(
+    tx: Tx,
+    caller: Caller,
+    dataset_sha256: str,
+    dataset: str = "",
+    *,
+    state: str = "queued",
+    columns: Mapping[str, str] | None = None,
+    preset: str = "",
+) -> Job:
+    """A job for the caller's channel; its version is one that no adapter and no job of that name ever had.
 
     `dataset` is what these people call the data set: others may have brought the same bytes under another name.
+    `columns` are those of a question and its answer, where they were named.
     """
     name = caller.channel.adapter
     version = 1 + int(
@@ -78,7 +110,8 @@ def create(tx: Tx, caller: Caller, dataset_sha256: str, dataset: str = "", *, pr
         version=version,
         dataset_sha256=dataset_sha256,
         dataset=dataset or dataset_sha256[:12],
-        state="queued",
+        state=state,
+        columns=json.dumps(columns, ensure_ascii=False) if columns else "",
         preset=preset,
         platform=at.platform,
         account=at.account,
@@ -111,12 +144,21 @@ def open_jobs(tx: Tx) -> list[Job]:
 
 
 def due(tx: Tx) -> list[Job]:
-    """What the supervisor has to do, oldest first: jobs that are open, and ended ones whose message is not written."""
+    """What is to be trained, oldest first, and what was trained and ended, where its message is not written."""
+    return _due(tx, f"job.state IN {_AT_WORK}", f"job.state NOT IN {_OPEN} AND started_ms IS NOT NULL")
+
+
+def due_checks(tx: Tx) -> list[Job]:
+    """What is to be checked, oldest first, and what was checked, where its question or its end is not written."""
+    return _due(tx, "job.state = 'validating'", f"job.state NOT IN {_AT_WORK} AND started_ms IS NULL")
+
+
+def _due(tx: Tx, work: str, untold: str) -> list[Job]:
     return [
         _job(row)
         for row in tx.all(
             f"{_JOB} JOIN delivery ON delivery.job_id = job.id"
-            f" WHERE job.state IN {_OPEN} OR delivery.state IN ('open', 'generated') ORDER BY job.id"
+            f" WHERE {work} OR ({untold} AND delivery.state IN ('open', 'generated')) ORDER BY job.id"
         )
     ]
 
@@ -129,10 +171,57 @@ def start(tx: Tx, job_id: int) -> bool:
     """Mark it as running; whether it still is to be run."""
     return bool(
         tx.run(
-            f"UPDATE job SET state = 'running', started_ms = ifnull(started_ms, ?) WHERE id = ? AND state IN {_OPEN}",
+            "UPDATE job SET state = 'running', started_ms = ifnull(started_ms, ?)"
+            f" WHERE id = ? AND state IN {_AT_WORK}",
             [tx.now_ms, job_id],
         )
     )
+
+
+def ask(tx: Tx, job_id: int) -> bool:
+    """Its data is checked: from now on it waits for a yes. Whether it still is to be asked for."""
+    return bool(
+        tx.run(
+            "UPDATE job SET state = 'waiting', asked_ms = ? WHERE id = ? AND state = 'validating'",
+            [tx.now_ms, job_id],
+        )
+    )
+
+
+def is_asking(tx: Tx, job_id: int) -> bool:
+    return state_of(tx, job_id) == "waiting"
+
+
+def move(tx: Tx, job_id: int, state: str, *, redact: bool = False) -> None:
+    """Out of waiting: to be trained, or to be checked again. What it says next is another message."""
+    tx.run("UPDATE job SET state = ?, redact = ?, asked_ms = NULL WHERE id = ?", [state, redact, job_id])
+    _renew_message(tx, job_id)
+
+
+def read_from(tx: Tx, job_id: int, dataset_sha256: str) -> None:
+    """The job is for this data set from now on, whose columns have our own names."""
+    tx.run("UPDATE job SET dataset_sha256 = ?, columns = '', redact = 0 WHERE id = ?", [dataset_sha256, job_id])
+
+
+def expired(tx: Tx, age_ms: int) -> list[int]:
+    """The jobs that have waited so long for a yes."""
+    rows = tx.all("SELECT id FROM job WHERE state = 'waiting' AND asked_ms <= ?", [tx.now_ms - age_ms])
+    return [row["id"] for row in rows]
+
+
+def talked_since(tx: Tx, job_id: int, conversation_id: int) -> bool:
+    """Whether something was said in that conversation after the job had asked."""
+    return bool(
+        tx.value(
+            "SELECT 1 FROM turn WHERE conversation_id = ? AND at_ms > (SELECT asked_ms FROM job WHERE id = ?) LIMIT 1",
+            [conversation_id, job_id],
+        )
+    )
+
+
+def before(tx: Tx, job_id: int) -> int:
+    """How many jobs are trained before this one."""
+    return int(tx.value(f"SELECT count(*) FROM job WHERE id < ? AND state IN {_AT_WORK}", [job_id]))
 
 
 def publishing(tx: Tx, job_id: int, sha256: str) -> bool:
@@ -166,11 +255,12 @@ def end(tx: Tx, job_id: int, state: str, reason: str = "", result: str | None = 
         f"UPDATE job SET state = ?, reason = ?, result = ?, ended_ms = ? WHERE id = ? AND state IN {_OPEN}",
         [state, reason, result, tx.now_ms, job_id],
     )
+    marks = ", ".join("?" * len(OF_PEOPLE))
     tx.run(
-        "UPDATE dataset SET erased_ms = ? WHERE erased_ms IS NULL AND source = ?"
+        f"UPDATE dataset SET erased_ms = ? WHERE erased_ms IS NULL AND source IN ({marks})"
         " AND sha256 = (SELECT dataset_sha256 FROM job WHERE id = ?)"
         f" AND NOT EXISTS (SELECT 1 FROM job WHERE dataset_sha256 = dataset.sha256 AND state IN {_OPEN})",
-        [tx.now_ms, CONVERSATIONS, job_id],
+        [tx.now_ms, *OF_PEOPLE, job_id],
     )
     return bool(changed)
 
@@ -180,11 +270,14 @@ def cancel(tx: Tx, job_id: int, reason: str) -> bool:
 
     Of one that was asked for before it began, the answer to that says enough: it gets no message of its own.
     """
-    queued = state_of(tx, job_id) == "queued"
+    was = state_of(tx, job_id)
     if not end(tx, job_id, "cancelled", reason):
         return False
-    if queued and reason == ASKED:
-        tx.run("UPDATE delivery SET state = 'done' WHERE job_id = ?", [job_id])
+    if was in (*BEFORE, "queued"):
+        if reason in (ASKED, REPLACED):
+            tx.run("UPDATE delivery SET state = 'done', body = NULL WHERE job_id = ?", [job_id])
+        elif was == "waiting":
+            _renew_message(tx, job_id)
     return True
 
 
@@ -193,7 +286,7 @@ def resumable(tx: Tx, job_id: int) -> bool:
     return bool(
         tx.value(
             "SELECT 1 FROM job JOIN dataset ON sha256 = dataset_sha256 WHERE job.id = ? AND state = 'cancelled'"
-            " AND reason = ? AND erased_ms IS NULL AND imported = ''",
+            " AND reason = ? AND erased_ms IS NULL AND imported = '' AND started_ms IS NOT NULL",
             [job_id, ASKED],
         )
     )
@@ -202,6 +295,11 @@ def resumable(tx: Tx, job_id: int) -> bool:
 def resume(tx: Tx, job_id: int) -> None:
     """Queue a resumable job again. What was said of its end stays as it is; what it says next is another message."""
     tx.run("UPDATE job SET state = 'queued', reason = '', ended_ms = NULL, attempts = 0 WHERE id = ?", [job_id])
+    _renew_message(tx, job_id)
+
+
+def _renew_message(tx: Tx, job_id: int) -> None:
+    """What was written stays as it is; what the job says next is written anew."""
     tx.run("DELETE FROM part WHERE delivery_id IN (SELECT id FROM delivery WHERE job_id = ?)", [job_id])
     tx.run("DELETE FROM delivery WHERE job_id = ?", [job_id])
     tx.insert("delivery", job_id=job_id, state="open")
@@ -234,7 +332,7 @@ def add_event(tx: Tx, job_id: int, event: JobEvent) -> None:
         if last is None or event.step > last.step:
             tx.run("UPDATE job SET attempts = 0 WHERE id = ?", [job_id])
         tx.run(f"DELETE {of_kind} AND seq > (SELECT min(seq) {of_kind})", [job_id, event.kind, job_id, event.kind])
-    elif isinstance(event, Checked | Planned | Done | Failed):
+    elif isinstance(event, Checked | Estimated | Redacted | Planned | Done | Failed):
         tx.run(f"DELETE {of_kind}", [job_id, event.kind])
     elif tx.value(
         f"SELECT count(*) >= ? OR ifnull(max(data = ?), 0) {of_kind}", [MAX_EVENTS, data, job_id, event.kind]
@@ -255,42 +353,6 @@ def newest_progress(tx: Tx, job_id: int) -> Progress | None:
     )
     event = load_event(data) if data else None
     return event if isinstance(event, Progress) else None
-
-
-# --- data sets ---
-
-
-def keep_dataset(tx: Tx, sha256: str, name: str, *, source: str, size_bytes: int, brought_by: str) -> None:
-    """Write a data set down. The same bytes brought again are there again; whose they were first, they stay."""
-    tx.run(
-        "INSERT INTO dataset (sha256, name, source, size_bytes, brought_by, created_ms) VALUES (?, ?, ?, ?, ?, ?)"
-        " ON CONFLICT DO UPDATE SET created_ms = excluded.created_ms, erased_ms = NULL",
-        [sha256, name, source, size_bytes, brought_by, tx.now_ms],
-    )
-
-
-def known_dataset(tx: Tx, user_hash: str, typed: str) -> tuple[str, str] | None:
-    """(sha256, name) of a data set by its name or the beginning of its hash: one that this person may know of.
-
-    That is what they brought themselves, and what jobs of the channels that they operate have read; never what people
-    said, because they consented for one channel.
-    """
-    row = tx.one(
-        "SELECT known.sha256, known.name FROM dataset JOIN ("
-        " SELECT sha256, name, created_ms AS at_ms FROM dataset WHERE brought_by = ?"
-        " UNION ALL SELECT dataset_sha256, job.dataset, job.created_ms FROM job JOIN operator ON user_hash = ?"
-        " AND (operator.channel_id IS NULL OR operator.channel_id = job.channel_id)"
-        ") AS known ON known.sha256 = dataset.sha256 WHERE erased_ms IS NULL AND source <> ?"
-        " AND (known.name = ? OR (length(?) >= 8 AND substr(known.sha256, 1, length(?)) = ?))"
-        " ORDER BY at_ms DESC LIMIT 1",
-        [user_hash, user_hash, CONVERSATIONS, typed, typed, typed, typed.lower()],
-    )
-    return (row["sha256"], row["name"]) if row else None
-
-
-def is_erased(tx: Tx, sha256: str) -> bool:
-    """Whether it was erased, or never was."""
-    return not tx.value("SELECT 1 FROM dataset WHERE sha256 = ? AND erased_ms IS NULL", [sha256])
 
 
 def set_imported(tx: Tx, job_id: int, unpacked: str) -> None:
@@ -338,4 +400,6 @@ def _job(row: Row) -> Job:
         ended_ms=row["ended_ms"],
         imported=row["imported"],
         preset=row["preset"],
+        columns=json.loads(row["columns"] or "{}"),
+        redact=bool(row["redact"]),
     )

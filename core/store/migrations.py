@@ -1,7 +1,7 @@
 """The schema, as numbered steps that are never changed once released. Knows nothing of who reads or writes it.
 
-People's text is in `inbox.payload`, `delivery.body`, `turn.text` and `channel.instructions` alone; all but the
-instructions are encrypted (core.store.home.Cipher) and short-lived. Users are keyed hashes. Times are milliseconds
+People's text is in `inbox.payload`, `delivery.body`, `turn.text`, `example` and `channel.instructions` alone; all but
+the instructions are encrypted (core.store.home.Cipher) and short-lived. Users are keyed hashes. Times are milliseconds
 since 1970. Money is integer nano-units.
 """
 
@@ -421,3 +421,40 @@ def m007_comparisons(db: sqlite_utils.Database) -> None:
 def m008_presets(db: sqlite_utils.Database) -> None:
     """A job may have another preset than the configuration's."""
     _run(db, "ALTER TABLE job ADD COLUMN preset TEXT NOT NULL DEFAULT ''")
+
+
+@MIGRATIONS()
+def m009_confirmed_jobs(db: sqlite_utils.Database) -> None:
+    """Jobs that are checked and wait for a yes; data sets that come of one another; replies that people gave away.
+
+    A CHECK over the states of a job is in the way of each new one, and core.store.jobs is the only one to write them:
+    it goes. SQLite has no ALTER for that; its documentation gives this way, which changes nothing on the disk.
+    """
+    version = db.conn.execute("PRAGMA schema_version").fetchone()[0]
+    check = "CHECK (state IN ('queued', 'running', 'publishing', 'published', 'cancelled', 'failed'))"
+    db.conn.execute("PRAGMA writable_schema = ON")
+    db.conn.execute("UPDATE sqlite_schema SET sql = replace(sql, ?, '') WHERE name = 'job'", [check])
+    db.conn.execute(f"PRAGMA schema_version = {version + 1}")
+    db.conn.execute("PRAGMA writable_schema = OFF")
+    _run(
+        db,
+        """
+        ALTER TABLE job ADD COLUMN columns TEXT NOT NULL DEFAULT '' /* of its data, where named: JSON */;;
+        ALTER TABLE job ADD COLUMN asked_ms INTEGER;;
+        ALTER TABLE job ADD COLUMN redact INTEGER NOT NULL DEFAULT 0;;
+        ALTER TABLE dataset ADD COLUMN parent TEXT /* sha256 of what it was made from */;;
+        ALTER TABLE dataset ADD COLUMN rows INTEGER;;
+        CREATE TABLE example (  -- a delivered reply that may be learned from; text is encrypted
+            generation_id TEXT PRIMARY KEY REFERENCES generation,
+            channel_id INTEGER NOT NULL REFERENCES channel,
+            user_hash TEXT NOT NULL,  -- who was answered
+            platform TEXT NOT NULL,
+            shared INTEGER NOT NULL CHECK (shared IN (0, 1)),  -- 1: allowed for this reply, whatever else they allow
+            said BLOB NOT NULL,
+            correction BLOB,
+            corrected_by TEXT,
+            at_ms INTEGER NOT NULL
+        ) STRICT, WITHOUT ROWID;;
+        CREATE INDEX example_user ON example (user_hash)
+        """,
+    )

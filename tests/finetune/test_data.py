@@ -181,7 +181,7 @@ def test_a_broken_line_is_rejected_with_its_number_and_the_rest_is_used(tmp_path
         (b"\n\n \n", 1, "empty"),
         (b"\xff\xfe{\x00", 1, "UTF-16"),
         (b'[{"q": "x"}]', 1, "JSON list"),
-        (b"hello, world\n", 1, "neither JSONL nor CSV"),
+        (b"hello, world\n", 1, "neither JSONL nor a table"),
         (b"\x89PNG\r\n\x1a\n\0\0", 1, "not in UTF-8"),
         (faq(5), 0, "5 usable rows"),
         (faq(12) + b"{}\n" * 30, 13, "30 of 42 rows"),

@@ -12,7 +12,7 @@ from core import adapters
 from core.commands import Call, parse
 from core.engine.protocol import EngineInfo
 from core.job import HyperParameters
-from core.store import jobs
+from core.store import datasets
 from core.store.database import Tx
 from core.trainer import COMMAND
 from core.training import TrainingSettings
@@ -31,7 +31,7 @@ async def order(it: Works) -> None:
     call = Call(parse("/finetune").command, parse("/finetune").form, {"dataset": sha256, "name": "faq.jsonl"})
 
     def work(tx: Tx) -> None:
-        jobs.keep_dataset(tx, sha256, "faq.jsonl", source="file", size_bytes=len(data), brought_by="someone")
+        datasets.keep_dataset(tx, sha256, "faq.jsonl", source="file", size_bytes=len(data), brought_by="someone")
         start(tx, it.caller(tx), call)
 
     await it.database.write(work)

@@ -9,7 +9,7 @@ import pytest
 
 from core.delivery import new_delivery
 from core.job import Checked, Done, Evaluated, JobEvent, Progress, Warned
-from core.store import jobs
+from core.store import datasets, jobs
 from core.store.database import Tx
 from core.store.jobs import Job
 from tests.people import Town, town
@@ -26,7 +26,7 @@ def it(tmp_path: Path) -> Iterator[Town]:
 def bring(it: Town, sha256: str, name: str = "faq.jsonl", who: str = "operator", source: str = "file") -> None:
     brought_by = it.hash(who)
     it.database.write_now(
-        lambda tx: jobs.keep_dataset(tx, sha256, name, source=source, size_bytes=1, brought_by=brought_by)
+        lambda tx: datasets.keep_dataset(tx, sha256, name, source=source, size_bytes=1, brought_by=brought_by)
     )
 
 
@@ -56,7 +56,7 @@ def hear(it: Town, job: Job, *heard: JobEvent) -> None:
 
 
 def is_erased(it: Town, sha256: str) -> bool:
-    return it.database.read_now(lambda tx: jobs.is_erased(tx, sha256))
+    return it.database.read_now(lambda tx: datasets.is_erased(tx, sha256))
 
 
 # --- jobs ---
@@ -159,7 +159,7 @@ def test_a_talkative_trainer_does_not_fill_the_database(it: Town) -> None:
 
 
 def known(it: Town, who: str, typed: str) -> tuple[str, str] | None:
-    return it.database.read_now(lambda tx: jobs.known_dataset(tx, it.hash(who), typed))
+    return it.database.read_now(lambda tx: datasets.known_dataset(tx, it.hash(who), typed))
 
 
 def test_people_know_what_they_brought_and_what_their_channels_read(it: Town) -> None:
@@ -199,7 +199,7 @@ def test_the_same_bytes_have_each_partners_own_name(it: Town) -> None:
 
 
 def test_what_people_said_is_known_to_no_other_channel_and_ends_with_its_job(it: Town) -> None:
-    bring(it, SHA, jobs.CONVERSATIONS, source=jobs.CONVERSATIONS)
+    bring(it, SHA, datasets.CONVERSATIONS, source=datasets.CONVERSATIONS)
     first, second = order(it), order(it)
     assert known(it, "owner", SHA) is None
     it.database.write_now(lambda tx: jobs.end(tx, first.id, "failed", "ours: x"))

@@ -30,7 +30,7 @@ def document(name: str = "faq.jsonl", size: int = 17) -> dict[str, object]:
 
 async def upload(it: Talk, user: str, word: str = "plain") -> Held:
     it.there.files["F0"] = ROW % word.encode()
-    return await it.ask(user, "finetune", subtype="file_share", files=[document()])
+    return await it.ask(user, "finetune yes", subtype="file_share", files=[document()])
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])

@@ -24,16 +24,22 @@ BUTTONS = (compare_button, promote_button, discard_button)
 
 async def upload(it: Talk, person: Person, word: str = "plain", **more: object) -> Sent:
     it.there.files["F1"] = ROW % word.encode()
-    return await it.ask(person, caption="/finetune", document=document("faq.jsonl"), **more)
+    return await it.ask(person, caption="/finetune yes", document=document("faq.jsonl"), **more)
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 async def test_a_file_with_the_caption_finetune_becomes_a_version_in_service(tmp_path: Path, language: str) -> None:
     boss = Person(OWNER.id, "Owner", language)
     async with talk(tmp_path, trainer=COMMAND) as it:
-        await upload(it, boss)
-        assert any("faq.jsonl" in one.text for one in it.there.held(boss.id))
-        (job,) = [one for one in it.there.held(boss.id) if one.labels]
+        it.there.files["F1"] = ROW % b"personal"
+        await it.ask(boss, caption="/finetune", document=document("faq.jsonl"))
+        (question,) = [one for one in it.there.held(boss.id) if one.labels]
+        offered = [say(language, f"training.button_{key}") for key in ("start_anyway", "redact", "preview", "cancel")]
+        assert question.labels == offered
+        await it.press(boss, question, offered[2])
+        assert "▶an answer<end>◀" in it.there.held(boss.id)[-1].text
+        await it.press(boss, question, offered[0])
+        job = [one for one in it.there.held(boss.id) if one.labels][-1]
         assert len(job.texts) >= 2  # one message, edited while the job runs
         assert "acme@1" in job.text
         assert job.labels == [button(language, "acme@1").text for button in BUTTONS]
@@ -74,7 +80,7 @@ async def test_a_file_that_cannot_be_had_is_named_with_the_way_out(tmp_path: Pat
 async def test_a_running_job_can_be_stopped_from_the_chat(tmp_path: Path) -> None:
     async with talk(tmp_path, trainer=COMMAND) as it:
         it.there.files["F1"] = ROW % b"pause"
-        it.there.says(OWNER, caption="/finetune", document=document("faq.jsonl"))
+        it.there.says(OWNER, caption="/finetune yes", document=document("faq.jsonl"))
         await it.there.until(lambda: any("░" in one.text for one in it.there.held(OWNER.id)))
         it.there.says(OWNER, "/finetune cancel")
         await it.settled()

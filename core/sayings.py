@@ -1,0 +1,81 @@
+"""What people said in a channel and allow to be learned from, as conversations. Reads rows; knows no file and no job.
+
+Two sources: whole conversations of those who gave /consent, and single replies that they rated or that an operator
+corrected (core.feedback keeps those). Telegram asks for each person's consent, Slack's API terms (section "Data usage",
+since 2025-05-29) forbid to train language models on what came through its API, consent or not: it stays out unless
+the owner says that other terms hold for them (finetune.allow_slack_training).
+"""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+
+from core.store.database import Tx
+
+_NOT_FOR_TRAINING = ("slack",)
+_MAX_TURNS = 40_000
+
+
+@dataclass(slots=True)
+class Said:
+    """One conversation of one person, as rows of a data set hold it. `id` is of what it was made from."""
+
+    user: str
+    id: str
+    messages: list[dict[str, str | int]] = field(default_factory=list)
+
+
+def conversations_of(tx: Tx, channel_id: int, *, slack: bool = False) -> list[Said]:
+    """What was asked since the person consented, each question with its answer; people stay apart."""
+    forbidden = () if slack else _NOT_FOR_TRAINING
+    marks = ", ".join("?" * len(forbidden))
+    rows = tx.all(
+        "SELECT conversation_id, turn.user_hash, role, text FROM turn"
+        " JOIN conversation ON conversation.id = conversation_id"
+        " JOIN consent ON consent.user_hash = turn.user_hash AND consent.channel_id = conversation.channel_id"
+        f" WHERE conversation.channel_id = ? AND at_ms >= granted_ms AND conversation.platform NOT IN ({marks})"
+        " ORDER BY conversation_id, turn.user_hash, turn.id"
+        " LIMIT ?",
+        [channel_id, *forbidden, _MAX_TURNS],
+    )
+    said: dict[tuple[int, str], Said] = {}
+    question: tuple[tuple[int, str], str] | None = None
+    for row in rows:
+        whose = (row["conversation_id"], row["user_hash"])
+        text = tx.cipher.unseal(row["text"])
+        if row["role"] == "user":
+            question = (whose, text)
+        elif question is not None and question[0] == whose:
+            one = said.setdefault(whose, Said(row["user_hash"], str(row["conversation_id"])))
+            one.messages += [{"role": "user", "content": question[1]}, {"role": "assistant", "content": text}]
+            question = None
+    return list(said.values())
+
+
+def examples_of(tx: Tx, channel_id: int, *, slack: bool = False) -> list[Said]:
+    """Replies with a thumb up as they were given, and corrected ones with the correction in the place of the answer.
+
+    Of people who consented, for all that they say here or for this one reply. What came before an answer is read by the
+    model and not learned.
+    """
+    forbidden = () if slack else _NOT_FOR_TRAINING
+    marks = ", ".join("?" * len(forbidden))
+    rows = tx.all(
+        "SELECT example.generation_id, example.user_hash, said, correction FROM example"
+        " LEFT JOIN feedback ON feedback.generation_id = example.generation_id"
+        " AND feedback.user_hash = example.user_hash"
+        " WHERE example.channel_id = ? AND (correction IS NOT NULL OR vote = 1)"
+        " AND (shared = 1 OR EXISTS (SELECT 1 FROM consent WHERE consent.user_hash = example.user_hash"
+        f" AND consent.channel_id = example.channel_id)) AND platform NOT IN ({marks})"
+        " ORDER BY example.at_ms, example.generation_id LIMIT ?",
+        [channel_id, *forbidden, _MAX_TURNS],
+    )
+    said = []
+    for row in rows:
+        *before, answer = json.loads(tx.cipher.unseal(row["said"]))
+        if row["correction"]:
+            answer = {"role": "assistant", "content": tx.cipher.unseal(row["correction"])}
+        earlier = [{**one, "weight": 0} if one["role"] == "assistant" else one for one in before]
+        said.append(Said(row["user_hash"], row["generation_id"], [*earlier, answer]))
+    return said

@@ -1,0 +1,52 @@
+"""What `python -m finetune check` does: read the data, show some rows as they are trained, measure what a job takes.
+
+Nothing that it does to the model is kept.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Sequence
+from itertools import groupby
+from pathlib import Path
+
+import torch
+
+from core.job import PREVIEW, Preview, Spec
+from core.types import Role
+from finetune.base import Base
+from finetune.encode import Row
+from finetune.estimate import estimate
+from finetune.prepare import Emit, prepare
+
+SHOWN = 3
+
+
+def check(folder: Path, spec: Spec, emit: Emit, stop: threading.Event) -> None:
+    """Raises BadDataset, JobError, Interrupted."""
+    torch.set_num_threads(spec.threads)
+    prepared = prepare(folder, spec, emit)
+    chosen = [as_trained(row, prepared.base) for row in to_show(prepared.encoded)]
+    aside = folder / f"{PREVIEW}.new"
+    aside.write_text(Preview.dump(chosen), encoding="utf-8")
+    aside.replace(folder / PREVIEW)
+    emit(estimate(folder, spec, prepared, emit, stop))
+
+
+def to_show(rows: Sequence[Row]) -> list[Row]:
+    """The first row, and the longest and the middle one of the others; in the order of the file."""
+    others = sorted(rows[1:], key=lambda row: len(row.row.ids))
+    picked = [rows[0], *([others[-1], others[len(others) // 2 - 1]] if len(others) > 1 else others)]
+    return sorted(picked[:SHOWN], key=lambda row: row.line)
+
+
+def as_trained(row: Row, base: Base) -> Preview:
+    """The very tokens that go into a step, decoded; whether they are taught goes by the mask, not by the text."""
+    runs = groupby(zip(row.row.ids, row.row.supervised, strict=True), key=lambda pair: pair[1])
+    parts = tuple((taught, base.tokenizer.decode([one for one, _ in run])) for taught, run in runs)
+    turns = row.served.turns
+    first = next((at for at, turn in enumerate(turns) if turn.taught), None)
+    if first is None:  # plain text, all of which is taught
+        return Preview(row.line, parts, "", "".join(text for _, text in parts))
+    asked = next((turn.message.text for turn in reversed(turns[:first]) if turn.message.role is Role.USER), "")
+    return Preview(row.line, parts, asked, turns[first].message.text)

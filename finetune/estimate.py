@@ -1,0 +1,71 @@
+"""What a job would take, told before it begins: steps and tokens are counted, seconds and memory are measured.
+
+Some real steps are taken on a model that is thrown away, the longest of all first: it decides how much memory there
+must be. Evaluations, and the base's own answers where no earlier job has left them, count for what they cost.
+"""
+
+from __future__ import annotations
+
+import math
+import shutil
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import torch
+
+from core.job import Estimated, Spec
+from finetune import ability
+from finetune.limits import held_bytes
+from finetune.prepare import Emit, Prepared
+from finetune.train import CHECKPOINT, Trainer
+
+_ASKED, _SAID = 24, 4  # prompts that are answered to see how fast that goes, and tokens of each answer
+
+
+def estimate(folder: Path, spec: Spec, prepared: Prepared, emit: Emit, stop: threading.Event) -> Estimated:
+    """Raises Interrupted, JobError."""
+    hyper, train = spec.hyper, prepared.part(prepared.split.train)
+    prompts = ability.asked(prepared.base, spec.instructions)
+    rehearsed = ability.how_many(len(prompts.rehearsed), len(train), hyper.rehearsal)
+    length = sum(map(len, prompts.rehearsed)) / max(1, len(prompts.rehearsed)) + ability.REHEARSED_TOKENS
+    own = sum(len(row.ids) for row in train)
+    counted = Estimated(
+        rows=len(train),
+        rehearsed=rehearsed,
+        epochs=hyper.epochs,
+        steps=math.ceil((len(train) + rehearsed) / hyper.rows_per_step) * hyper.epochs,
+        tokens=round((own + rehearsed * length) * hyper.epochs),
+    )
+    if not spec.warm_up:
+        return counted
+    shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
+    plain = replace(spec, ability=False, hyper=replace(hyper, rehearsal=0.0))  # no answers of the base are made
+    trainer = Trainer(folder, plain, prepared, emit, stop)
+    tokens, seconds = trainer.warm_up()
+    work = trainer.tokens_left() + rehearsed * length * hyper.epochs
+    total = work * seconds / max(1, tokens)
+    if (spec.ability or rehearsed) and not ability.is_kept(spec, prepared.base):
+        total += _seconds_of_answers(trainer, prompts)
+    return replace(counted, seconds=round(total, 1), memory_mib=_memory_mib(trainer.device))
+
+
+def _seconds_of_answers(trainer: Trainer, prompts: ability.Asked) -> float:
+    """What the base's own answers to these prompts will take."""
+    took = []
+    for most in (1, 1 + _SAID):
+        began = time.monotonic()
+        ability.answer(trainer.model, prompts.measured[:_ASKED], most=most, ends=(), listen=lambda: None)
+        took.append(time.monotonic() - began)
+    reading, saying = took[0], max(0.0, took[1] - took[0]) / _SAID  # seconds of a batch, and of a token of it
+    rehearsed, measured = (math.ceil(len(some) / _ASKED) for some in (prompts.rehearsed, prompts.measured))
+    tokens = rehearsed * ability.REHEARSED_TOKENS + measured * ability.MEASURED_TOKENS
+    return reading * (rehearsed + measured) + saying * tokens
+
+
+def _memory_mib(device: torch.device) -> int:
+    """The most that this process has held, on the device that it trains on."""
+    if device.type == "cuda":
+        return math.ceil(torch.cuda.max_memory_allocated(device) / 2**20)
+    return math.ceil(held_bytes("VmHWM") / 2**20)

@@ -350,7 +350,9 @@ def _bitsandbytes(quantization: str, dtype: torch.dtype) -> Any:
     from transformers import BitsAndBytesConfig
 
     if quantization == "8bit":
-        return BitsAndBytesConfig(load_in_8bit=True)
+        # A threshold would take columns apart that are large in any row, so one tenant's outlier would change another's
+        # numbers (and the host would be asked in every layer). Without it each row is scaled by itself.
+        return BitsAndBytesConfig(load_in_8bit=True, llm_int8_threshold=0.0)
     return BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4", bnb_4bit_compute_dtype=dtype)
 
 

@@ -30,7 +30,7 @@ class Segment:
     rows: int
     length: int  # keys visible to it: positions [0, length)
     positions: Tensor  # (rows, T)
-    start: int  # position of the first row's first token
+    start: int | None  # position of the first row's first token; None if the host does not know it
     row_index: Tensor  # (rows, 1)
     mask: Tensor  # bool (rows, 1, T, length): each token sees its own row up to and with itself
     biases: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # what `bias` has made
@@ -97,7 +97,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not t
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         first, rows = segment.first, slice(segment.first, segment.first + segment.rows)
-        if segment.rows == 1:  # a plain copy is quicker than an indexed one
+        if segment.rows == 1 and segment.start is not None:  # a plain copy is quicker than an indexed one
             stop = segment.start + key_states.shape[2]
             self.keys[first, :, segment.start : stop] = key_states[0]
             self.values[first, :, segment.start : stop] = value_states[0]
@@ -125,12 +125,17 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not t
 
 
 class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
-    """The slots of all layers. Rows [0, rows) are running; `used[row]` tokens of each are filled."""
+    """The slots of all layers. Rows [0, rows) are running; `used[row]` tokens of each are filled.
 
-    def __init__(self, layers: int, *, max_rows: int, max_length: int) -> None:
+    With a `spare` there is one more slot, of index `slots`, for what static steps compute for no row at all.
+    """
+
+    def __init__(self, layers: int, *, max_rows: int, max_length: int, spare: bool = False) -> None:
         super().__init__(layers=[SlotLayer() for _ in range(layers)])
         self.max_rows, self.max_length = max_rows, max_length
+        self.spare = spare
         self.slots, self.length = 0, 0  # capacity
+        self.version = 0  # of the tensors: another one, other tensors
         self.used: list[int] = []
         self.reach: list[int] = []  # how far each row may have been written
         self._position_bytes = 0
@@ -184,6 +189,17 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         mask = torch.arange(length, device=device) <= positions[:, None, :, None]
         return Segment(tokens, first, rows, length, positions, used[0], row_index, mask)
 
+    def static(self, positions: Tensor, row_index: Tensor, length: int) -> Segment:
+        """One token of each of the first rows, at positions (rows,) that the device alone knows."""
+        mask = torch.arange(length, device=positions.device) <= positions[:, None, None, None]
+        rows = len(positions)
+        return Segment(slice(0, rows), 0, rows, length, positions[:, None], None, row_index[:, None], mask)
+
+    def touch(self, rows: int) -> None:
+        """One more token of each of the first rows may have been written."""
+        for row in range(rows):
+            self.reach[row] = self.used[row] + 1
+
     def advance(self, first: int, counts: Sequence[int]) -> None:
         """The pass is done: its tokens are part of the rows."""
         for row, count in enumerate(counts, first):
@@ -232,17 +248,19 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         self.used[row] = self.reach[row] = 0
 
     def drop_last(self) -> None:
-        """The last row, wiped before, is no longer there. Without rows all memory is given back."""
+        """The last row, wiped before, is no longer there. Without rows all memory is given back, but not with a spare:
+        graphs are captured over these very tensors."""
         assert self.used[-1] == 0
         self.used.pop()
         self.reach.pop()
-        if not self.used and self.length > FIRST_LENGTH:
+        if not self.used and self.length > FIRST_LENGTH and not self.spare:
             self.clear()
 
     def clear(self) -> None:
         """Give all memory back."""
         self.used, self.reach = [], []
         self.slots, self.length = 0, 0
+        self.version += 1
         for layer in self.layers:
             layer.keys = layer.values = None
             layer.is_initialized = False
@@ -252,7 +270,9 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         """Whether nothing but zeros is held outside the used part of the running rows."""
         rows, used = self.rows, [*self.used]
         for tensor in self._tensors():
-            if bool(tensor[rows:].any()) or any(bool(tensor[row, :, used[row] :].any()) for row in range(rows)):
+            if bool(tensor[rows : self.slots].any()) or any(
+                bool(tensor[row, :, used[row] :].any()) for row in range(rows)
+            ):
                 return False
         return True
 
@@ -261,8 +281,9 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
 
     def _resize(self, slots: int, length: int) -> None:
         for layer in self.layers:
-            layer.resize(slots, length, used=self.used, reach=self.reach)
+            layer.resize(slots + self.spare, length, used=self.used, reach=self.reach)
         self.slots, self.length = slots, length
+        self.version += 1
 
 
 def _resized(old: Tensor, slots: int, length: int, used: Sequence[int], reach: Sequence[int]) -> Tensor:

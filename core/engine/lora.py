@@ -149,6 +149,7 @@ class LoraStacks:
         self.slots: dict[str, int] = {}  # adapter sha256 -> slot, least recently used first
         self.users: Counter[str] = Counter()
         self.slot_count, self.rank = 0, 0
+        self.version = 0  # of the tensors: another one, other tensors
 
     def add(self, name: str, x: Tensor, y: Tensor) -> None:
         """Add to y, in place, what the running pass's adapters make of x in the group that begins with `name`."""
@@ -192,6 +193,16 @@ class LoraStacks:
         if list(runs) != self._planned:  # from step to step it is mostly the same
             self._planned, self._pieces = list(runs), self._plan(runs)
         self.plans.current = self._pieces
+        try:
+            yield self.plans.current
+        finally:
+            self.plans.current = ()
+
+    @contextmanager
+    def masked(self, own: Tensor, slots: int) -> Iterator[Sequence[Piece]]:
+        """As `tokens`, one token each, with slots (T,) that the device alone knows, -1 for bare, all below `slots`."""
+        foreign = (torch.arange(slots, device=own.device)[None, :] != own[:, None])[:, :, None]
+        self.plans.current = [Piece(slice(0, len(own)), 0, slots, foreign=foreign)] if slots else []
         try:
             yield self.plans.current
         finally:
@@ -273,6 +284,7 @@ class LoraStacks:
             if not self.merged:
                 self.hooks.append(linears[0].register_forward_hook(stack))
             self.stacks[group[0]] = stack
+            self.version += 1
         return stack
 
     def _zero(self, slot: int) -> None:
@@ -283,6 +295,7 @@ class LoraStacks:
         for stack in self.stacks.values():
             stack.resize(slots, rank)
         self.slot_count, self.rank = slots, rank
+        self.version += 1
 
 
 def linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Linear | Int8Linear | Part]]:

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 
 from core.engine.fused import fuse
+from core.engine.graphs import Shape, Steps
 from core.engine.kv import Segment, SlotCache, over
 from core.engine.lora import LoraStacks
 from core.errors import AppError, EngineError, OutOfMemory
@@ -20,15 +21,21 @@ from core.model import BaseModel
 
 
 class Runner:
-    """The model with its slots and adapter stacks. All methods belong to one thread."""
+    """The model with its slots and adapter stacks. All methods belong to one thread.
 
-    def __init__(self, model: BaseModel, *, max_rows: int, context: int, adapters: int = 0) -> None:
-        """At most `adapters` different ones at once; 0 is one for each row."""
+    At most `adapters` different ones at once; 0 is one for each row. `static` lets steps run over static buffers
+    (core.engine.graphs); None means on a GPU.
+    """
+
+    def __init__(
+        self, model: BaseModel, *, max_rows: int, context: int, adapters: int = 0, static: bool | None = None
+    ) -> None:
         module: Any = model.module
         self.module = module
         self.device = model.device
         layers: int = module.config.get_text_config().num_hidden_layers
-        self.cache = SlotCache(layers, max_rows=max_rows, max_length=context)
+        static = self.device.type == "cuda" if static is None else static
+        self.cache = SlotCache(layers, max_rows=max_rows, max_length=context, spare=static)
         self.fused = fuse(model.module)
         self.lora = LoraStacks(
             model.module,
@@ -37,15 +44,22 @@ class Runner:
             dtype=model.dtype,
             groups=self.fused.groups if self.fused else (),
         )
+        self.steps = Steps(self._step, self.cache, self.lora, device=self.device) if static else None
         self.positions_read = self.positions_held = 0  # as in EngineStats
 
     def run(self, first: int, parts: Sequence[Sequence[int]], slots: Sequence[int | None]) -> Tensor:
         """Take in the next ids of each of the rows [first, first + B), row i with the adapter in slots[i].
 
         parts[i] are one id or more, of any number: prompts' chunks go with other rows' single tokens. Returns logits
-        (B, V) after the last of each. After an error the rows are as they were before.
+        (B, V) after the last of each, good until the next call. After an error the rows are as they were before.
         """
         counts = [len(part) for part in parts]
+        if self.steps is not None and first == 0 and max(counts) == 1:
+            self.cache.touch(len(parts))
+            found = self.steps.run([part[0] for part in parts], slots)
+            if found is not None:
+                self.cache.advance(0, counts)
+                return found
         segments = self.cache.begin(first, counts, self.device)
         ids = torch.tensor([one for part in parts for one in part], device=self.device)
         runs = list(zip(slots, counts, strict=True))
@@ -54,6 +68,16 @@ class Runner:
         self.positions_read += sum(one.rows * one.length for one in segments)
         self.positions_held += sum(self.cache.used[first : first + len(counts)])
         return logits
+
+    def _step(self, inputs: Tensor, shape: Shape) -> Tensor:
+        """One token of each row, all of it on the device: what graphs capture."""
+        ids, positions, row_index, own = inputs
+        segment = self.cache.static(positions, row_index, shape.length)
+        with self.lora.masked(own, shape.slots) as plan:
+            if self.fused is not None:
+                add = self.lora.add if plan else None
+                return self.fused.logits(self.fused.states(ids, [segment], self.cache, add), add)
+            return self._own(ids, segment)
 
     def _fused(self, ids: Tensor, segments: Sequence[Segment], runs: Sequence[tuple[int | None, int]]) -> Tensor:
         assert self.fused is not None
@@ -65,18 +89,24 @@ class Runner:
     def _plain(self, ids: Tensor, segments: Sequence[Segment], runs: Sequence[tuple[int | None, int]]) -> Tensor:
         logits, begin = [], 0
         for segment in segments:
-            with over(segment), self.lora.tokens(runs[begin : begin + segment.rows]):
-                out = self.module(
-                    input_ids=ids[segment.tokens].view(segment.rows, -1),
-                    attention_mask=segment.mask,
-                    position_ids=segment.positions,
-                    past_key_values=self.cache,
-                    use_cache=True,
-                    logits_to_keep=1,
-                )
-            logits.append(out.logits[:, -1])
+            with self.lora.tokens(runs[begin : begin + segment.rows]):
+                logits.append(self._own(ids[segment.tokens], segment))
             begin += segment.rows
         return torch.cat(logits)
+
+    def _own(self, ids: Tensor, segment: Segment) -> Tensor:
+        """The model's own forward pass: (rows, V) after the last token of each."""
+        with over(segment):
+            out = self.module(
+                input_ids=ids.view(segment.rows, -1),
+                attention_mask=segment.mask,
+                position_ids=segment.positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        logits: Tensor = out.logits[:, -1]
+        return logits
 
 
 def translate(error: Exception) -> AppError:

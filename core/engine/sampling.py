@@ -25,12 +25,12 @@ def sample(
     logits (B, V); positions count from the first generated token; seen[i] are the ids of row i's prompt and answer so
     far, needed for the repetition penalty alone. Rows do not influence each other.
     """
-    greedy = logits.argmax(dim=-1).tolist()
     # NaN and +inf show in the maximum; a row of -inf alone cannot be drawn from either.
-    finite = logits.amax(dim=-1).isfinite().tolist()
+    finite = logits.amax(dim=-1).isfinite()
+    greedy = torch.where(finite, logits.argmax(dim=-1), NOT_FINITE).tolist()  # the one wait for a GPU
     ids = []
     for i, param in enumerate(params):
-        if not finite[i]:
+        if greedy[i] == NOT_FINITE:
             ids.append(NOT_FINITE)
         elif param.temperature <= 0 and param.repetition_penalty == 1:
             ids.append(greedy[i])

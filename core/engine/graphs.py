@@ -52,6 +52,7 @@ class Steps:
         self.usable = True
         self.graphs: OrderedDict[Shape, torch.cuda.CUDAGraph | None] = OrderedDict()
         self.refused: set[Shape] = set()  # no memory for them
+        self.shape = Shape(0, 0, 0, 0)  # of the last step
         self._versions = (cache.version, lora.version)
         self._host = torch.zeros(4, cache.max_rows, dtype=torch.long, pin_memory=self.captures)
         self._inputs = torch.zeros(4, cache.max_rows, dtype=torch.long, device=device)
@@ -77,6 +78,7 @@ class Steps:
         if shape not in self.graphs and not self._add(shape):
             return None
         self.graphs.move_to_end(shape)
+        self.shape = shape
         graph = self.graphs[shape]
         if graph is None:
             self._compute(shape)

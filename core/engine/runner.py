@@ -59,6 +59,8 @@ class Runner:
             found = self.steps.run([part[0] for part in parts], slots)
             if found is not None:
                 self.cache.advance(0, counts)
+                self.positions_read += self.steps.shape.rows * self.steps.shape.length
+                self.positions_held += sum(self.cache.used[: len(counts)])
                 return found
         segments = self.cache.begin(first, counts, self.device)
         ids = torch.tensor([one for part in parts for one in part], device=self.device)

@@ -122,6 +122,9 @@ def test_rows_that_run_bare_have_a_step_without_adapters(base: BaseModel) -> Non
     runner.run(0, [[5]] * 3, [None] * 3)
     runner.run(0, [[5]] * 3, [None, slot, None])
     assert list(runner.steps.graphs) == [Shape(4, 128, 0, 0), Shape(4, 128, 1, 4)]
+    chunks, steps = 3 * 64, 2 * 4 * 128  # what was read, padding and all
+    assert runner.positions_read == chunks + steps
+    assert runner.positions_held == 3 * 3 + 3 * 4 + 3 * 5
 
 
 @torch.inference_mode()

@@ -58,6 +58,7 @@ class Steps:
         self._inputs = torch.zeros(4, cache.max_rows, dtype=torch.long, device=device)
         self._logits: Tensor | None = None  # (max_rows, V)
         self._copied = torch.cuda.Event() if self.captures else None  # type: ignore[no-untyped-call]  # torch's
+        self._stream = torch.cuda.Stream(self.device) if self.captures else None  # type: ignore[no-untyped-call]  # torch's
         self._pool = torch.cuda.graph_pool_handle() if self.captures else None
 
     def run(self, ids: Sequence[int], slots: Sequence[int | None]) -> Tensor | None:
@@ -111,7 +112,7 @@ class Steps:
         )
         self._inputs.copy_(self._host, non_blocking=True)
         if self._copied is not None:
-            self._copied.record()
+            self._copied.record(torch.cuda.current_stream(self.device))
 
     def _compute(self, shape: Shape) -> None:
         logits = self.step(self._inputs[:, : shape.rows], shape)
@@ -141,7 +142,8 @@ class Steps:
         return True
 
     def _capture(self, shape: Shape) -> torch.cuda.CUDAGraph:
-        stream = torch.cuda.Stream(self.device)  # type: ignore[no-untyped-call]  # torch's
+        stream = self._stream
+        assert stream is not None
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
             self._compute(shape)  # libraries lay out their workspaces outside of the graph

@@ -20,6 +20,7 @@ from core.engine.protocol import ModelSettings
 from core.engine.runner import Runner
 from core.model import BaseModel, load_model
 from core.types import AdapterRef
+from tests.bench import gpu
 from tests.engine.dialogue import ask, hear, running
 from tests.engine.test_exact import prompts, spy_answers
 from tests.engine.test_families import FAMILIES, made
@@ -176,6 +177,15 @@ def test_the_number_of_graphs_is_bounded(base: BaseModel, monkeypatch: pytest.Mo
     for rows in (1, 2, 1, 4):
         runner.run(0, [[5]] * rows, [None] * rows)
     assert [shape.rows for shape in runner.steps.graphs] == [1, 4]
+
+
+def test_the_bench_for_a_gpu_runs_and_its_peers_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
+    from core.engine import loop
+
+    monkeypatch.setattr(loop, "Runner", loop.Runner)  # the bench sets another one
+    found = gpu.measure("tiny", torch.device("cpu"), rows=3, adapters=2, rounds=1)
+    assert found["equal_tokens"] == {"base_vs_generate": 1.0, "mixed_vs_peft": 1.0}
+    assert found["graphs"]["captured"] > 2
 
 
 @given(st.integers(1, 200_000))

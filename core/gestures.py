@@ -5,6 +5,7 @@ Runs inside a transaction. Knows no model and no platform.
 
 from __future__ import annotations
 
+import json
 import re
 
 from core.delivery import keep_body, new_delivery
@@ -51,4 +52,34 @@ def _vote(tx: Tx, row: Taken) -> None:
         "INSERT INTO feedback (generation_id, user_hash, vote, at_ms, reason) VALUES (?, ?, ?, ?, ?)"
         " ON CONFLICT DO UPDATE SET vote = excluded.vote, reason = excluded.reason",
         [found[1], row.user_hash, int(found[2]), tx.now_ms, reason],
+    )
+    if found[2] == "1":
+        _keep_example(tx, found[1])
+    else:
+        tx.run("DELETE FROM example WHERE generation_id = ? AND correction IS NULL", [found[1]])
+
+
+def _keep_example(tx: Tx, generation_id: str) -> None:
+    """A reply that its person liked may be learned from, where they consented: kept sealed, beside the conversation."""
+    row = tx.one(
+        "SELECT inbox_id, generation.channel_id, generation.user_hash, platform FROM generation"
+        " JOIN consent ON consent.user_hash = generation.user_hash AND consent.channel_id = generation.channel_id"
+        " JOIN inbox ON inbox.id = inbox_id WHERE generation.id = ? AND started_ms >= granted_ms",
+        [generation_id],
+    )
+    turns = tx.all("SELECT role, text FROM turn WHERE inbox_id = ? ORDER BY id", [row["inbox_id"]]) if row else []
+    if row is None or [turn["role"] for turn in turns] != ["user", "assistant"]:
+        return
+    said = [{"role": turn["role"], "content": tx.cipher.unseal(turn["text"])} for turn in turns]
+    tx.run(
+        "INSERT OR IGNORE INTO example (generation_id, channel_id, user_hash, platform, shared, said, at_ms)"
+        " VALUES (?, ?, ?, ?, 0, ?, ?)",
+        [
+            generation_id,
+            row["channel_id"],
+            row["user_hash"],
+            row["platform"],
+            tx.cipher.seal(json.dumps(said)),
+            tx.now_ms,
+        ],
     )

@@ -57,6 +57,7 @@ def consent(tx: Tx, caller: Caller, call: Call) -> Outcome:
         tx.run("INSERT OR IGNORE INTO consent VALUES (?, ?, ?)", [*key, tx.now_ms])
         return Outcome(Body(say(caller.language, "privacy.consent_on", title=title)))
     tx.run("DELETE FROM consent WHERE user_hash = ? AND channel_id = ?", key)
+    tx.run("DELETE FROM example WHERE user_hash = ? AND channel_id = ?", key)
     after = (
         (EraseFiles(), WakeTraining()) if _erase_datasets(tx, _datasets_of(tx, caller.user, caller.channel.id)) else ()
     )
@@ -95,6 +96,7 @@ def erase(tx: Tx, user_hash: str, until_ms: int, *, keep_row: int = 0) -> list[t
     who: list[Value] = [user_hash, until_ms]
     tx.run("DELETE FROM turn WHERE user_hash = ? AND at_ms <= ?", who)
     tx.run("DELETE FROM feedback WHERE user_hash = ? AND at_ms <= ?", who)
+    tx.run("DELETE FROM example WHERE user_hash = ? AND at_ms <= ?", who)
     tx.run("DELETE FROM consent WHERE user_hash = ? AND granted_ms <= ?", who)
     tx.run("DELETE FROM person WHERE user_hash = ? AND first_ms <= ?", who)
     rows = "SELECT id FROM inbox WHERE user_hash = ? AND received_ms <= ? AND id <> ?"

@@ -144,6 +144,7 @@ def _steps(retention: Retention) -> list[Callable[[Tx], int]]:
             "job_id IN (SELECT id FROM job WHERE ended_ms <= ?)",
             dataset_ms,
         ),
+        each("DELETE FROM example", "example", "generation_id", "at_ms <= ?", dataset_ms),
         each("DELETE FROM audit", "audit", "id", "at_ms <= ?", audit_ms),
         each("DELETE FROM invite", "invite", "code_hash", "expires_ms <= ?", audit_ms),
         each(

@@ -297,6 +297,9 @@ async def test_a_file_becomes_a_version_in_service_and_goes_out_again(tmp_path: 
         await it.meet(0, language)
         started = await it.send(0, "/finetune", data=b'{"word": "plain"}\n')
         assert "faq.jsonl" in started.text
+        start = say(language, "training.button_start")
+        (question,) = [one for one in it.all(0) if start in one.labels]
+        await it.press(0, question, start)
         (report,) = [one for one in it.all(0) if promote_button(language, "acme@1").text in one.labels]
         assert bare(say(language, "training.verdict_passed", label="acme@1", champion="base")) in bare(report.text)
         await it.press(0, report, promote_button(language, "acme@1").text)

@@ -164,6 +164,10 @@ async def test_a_file_in_a_modal_becomes_a_version_that_is_chosen_in_another(
             file = {"id": "F0", "name": "faq.jsonl", "size": 17, "mimetype": "application/json"}
             started = await it.answer(it.there.submit("UOWNER", view, {"file": {"files": [file]}}))
             assert "faq.jsonl" in started.said
+            start = say(language, "training.button_start")
+            question = [one for one in it.there.held("DUOWNER") if start in one.labels][-1]
+            await it.there.deliver(it.there.press("UOWNER", question, start))
+            await it.settled()
         assert "acme@2" in texts(await it.home("UOWNER"))
 
         view = await it.modal(it.there.press_home("UOWNER", say(language, "slack.version_title")))
@@ -203,7 +207,7 @@ async def test_a_running_job_can_be_looked_at_and_ended_from_the_home(tmp_path: 
     async with talk(tmp_path, trainer=COMMAND, http=http) as it:
         it.there.files["F0"] = ROW % b"pause"
         await it.there.deliver(
-            it.there.message("UOWNER", "finetune", subtype="file_share", files=[{"id": "F0", "name": "faq.jsonl"}])
+            it.there.message("UOWNER", "finetune yes", subtype="file_share", files=[{"id": "F0", "name": "faq.jsonl"}])
         )
         await it.until_true(lambda tx: tx.value("SELECT state FROM job") == "running")
         assert say("en", "training.state_running") in texts(await it.home("UOWNER"))

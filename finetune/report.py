@@ -135,6 +135,7 @@ def model_card(manifest: Manifest) -> str:
         ("Rank, alpha", f"{manifest.hyper.rank}, {manifest.hyper.alpha}" if manifest.method == "lora" else "none"),
         ("Dropout, weight decay", f"{manifest.dropout:g}, {manifest.hyper.weight_decay:g}"),
         ("Learning rate", f"{manifest.hyper.learning_rate:g}, {manifest.hyper.schedule}"),
+        ("Weights of", f"step {manifest.kept_step} of {manifest.steps}, the best on the validation rows"),
         ("Rows per step, seed", f"{manifest.hyper.rows_per_step}, {manifest.hyper.seed}"),
         (
             "Clipping by value, by norm",

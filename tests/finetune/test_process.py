@@ -12,7 +12,17 @@ from pathlib import Path
 
 import pytest
 
-from core.job import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, Checked, Done, Failed, Progress, load_event
+from core.job import (
+    EXIT_FAILED,
+    EXIT_FINISHED,
+    EXIT_INTERRUPTED,
+    Checked,
+    Done,
+    Evaluated,
+    Failed,
+    Progress,
+    load_event,
+)
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 120
@@ -60,7 +70,8 @@ def test_a_kill_in_the_middle_leaves_nothing_half_published_and_the_job_goes_on(
     while reached[-1].step < 12:
         reached += read_until(process, Progress)
     process.kill()
-    assert end(process)[0] == -signal.SIGKILL
+    status, rest = end(process)
+    assert status == -signal.SIGKILL
     assert not (folder / "out").exists()
 
     status, events = end(start(folder))
@@ -69,7 +80,10 @@ def test_a_kill_in_the_middle_leaves_nothing_half_published_and_the_job_goes_on(
     assert first.step > 1
     assert isinstance(events[-1], Done)
     manifest = json.loads((folder / "out" / "manifest.json").read_text())
-    assert manifest["steps"] == first.steps
+    heard = (event for event in [*reached, *rest, *events] if isinstance(event, Evaluated))
+    validated = {event.step: event.loss for event in heard if event.split == "validation"}
+    assert manifest["steps"] == first.steps == max(validated)
+    assert manifest["kept_step"] == min(validated, key=validated.__getitem__)
 
 
 @pytest.mark.parametrize("how", ["end of input", "SIGTERM"])

@@ -2,9 +2,9 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 from core.commands import parse
@@ -31,9 +31,15 @@ class Town:
         assert channel is not None
         return Caller(self.hash(who), at, channel, language, 0, turns.conversation_id(tx, at, channel.id))
 
-    def run(self, who: str, text: str, place: str = "acme", language: str = "en") -> Outcome:
-        """Give one command, in a transaction as the service does. Raises what the command raises."""
+    def run(
+        self, who: str, text: str, place: str = "acme", language: str = "en", brought: Mapping[str, str] | None = None
+    ) -> Outcome:
+        """Give one command, in a transaction as the service does. Raises what the command raises.
+
+        `brought` are the arguments that files and other machinery add before it.
+        """
         call = parse(text)
+        call = replace(call, arguments={**call.arguments, **(brought or {})})
         return self.database.write_now(
             lambda tx: run_command(tx, self.caller(tx, who, place, language), call, HANDLERS)
         )

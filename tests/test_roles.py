@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+import json
+from collections.abc import Iterator, Mapping
 from pathlib import Path
 
 import pytest
@@ -31,13 +32,15 @@ def it(tmp_path: Path) -> Iterator[Town]:
 def _train(tx: Tx, it: Town) -> None:
     """A data set, and a version that was made of it."""
     datasets.keep_dataset(tx, DATASET, "faq.jsonl", source="file", size_bytes=1, brought_by=it.hash("owner"))
-    adapters.publish(tx, adapters.Candidate("a" * 64, Path(), "base", DATASET, "{}"), "acme", 4)
+    judged = json.dumps({"judged": {"verdict": "passed", "champion": "base", "worst": [[7, 1.0, 2.0]]}})
+    for version in (4, 5):
+        candidate = adapters.Candidate(f"{version:064x}", Path(), "base", DATASET, judged)
+        adapters.publish(tx, candidate, "acme", version)
 
 
-ELSEWHERE = {
-    ("finetune", "from"),
-    ("finetune", "resume"),
-    *(("adapter", word) for word in ("import", "compare", "choose", "worst", "discard")),
+BROUGHT: Mapping[tuple[str, str], Mapping[str, str]] = {  # what files add before the command's transaction
+    ("finetune", "from"): {"dataset": DATASET, "name": "feedback"},
+    ("adapter", "import"): {"dataset": DATASET, "name": "faq.jsonl", "unpacked": "new-1", "title": "my-adapter.zip"},
 }
 
 
@@ -60,6 +63,14 @@ def line(it: Town, name: str, form: Form) -> str:
         it.says("owner", f"/finetune {DATASET}")
         it.database.write_now(_ask)
         return f"/finetune {form.word}"
+    if (name, form.word) == ("finetune", "resume"):
+        it.says("owner", f"/finetune {DATASET} yes")
+        it.database.write_now(lambda tx: jobs.start(tx, 1))
+        it.says("owner", "/finetune cancel")
+        return "/finetune resume"
+    if (name, form.word) == ("adapter", "choose"):
+        it.says("owner", "/adapter compare acme@4 How long?")
+        return "/adapter choose 1 a"
     if (name, form.word) in (("finetune", "status"), ("finetune", "cancel"), ("adapter", "rollback")):
         it.says("owner", f"/finetune {DATASET}" if name == "finetune" else "/adapter promote 4")
         return f"/{name} {form.word}"
@@ -73,10 +84,8 @@ def line(it: Town, name: str, form: Form) -> str:
 def test_no_effect_without_a_grant_and_all_is_audited(it: Town, role: str, name: str, form: Form) -> None:
     text = line(it, name, form)
     allowed = GRANTS[role] >= form.who
-    if allowed and (name, form.word) in ELSEWHERE:
-        pytest.skip("what it needs is brought before it runs: tests/test_{datasets,training,importing,comparing}.py")
     before, audited = it.rows(), len(it.audit())
-    said = it.says(role, text)
+    said = it.run(role, text, brought=BROUGHT.get((name, form.word))).body.text
     rows = it.audit()[audited:]
     if form.who is not Grant.ANYONE:
         assert len(rows) == 1

@@ -7,7 +7,7 @@ must be. Evaluations, and the base's own answers where no earlier job has left t
 from __future__ import annotations
 
 import math
-import shutil
+import tempfile
 import threading
 import time
 from dataclasses import replace
@@ -19,7 +19,7 @@ from core.job import Estimated, Spec
 from finetune import ability
 from finetune.limits import held_bytes
 from finetune.prepare import Emit, Prepared
-from finetune.train import CHECKPOINT, Trainer
+from finetune.train import Trainer
 
 _ASKED, _SAID = 24, 4  # prompts that are answered to see how fast that goes, and tokens of each answer
 
@@ -40,10 +40,10 @@ def estimate(folder: Path, spec: Spec, prepared: Prepared, emit: Emit, stop: thr
     )
     if not spec.warm_up:
         return counted
-    shutil.rmtree(folder / CHECKPOINT, ignore_errors=True)
     plain = replace(spec, ability=False, hyper=replace(hyper, rehearsal=0.0))  # no answers of the base are made
-    trainer = Trainer(folder, plain, prepared, emit, stop)
-    tokens, seconds = trainer.warm_up()
+    with tempfile.TemporaryDirectory(prefix="estimate-", dir=folder) as aside:  # the job's own checkpoint stays
+        trainer = Trainer(Path(aside), plain, prepared, emit, stop)
+        tokens, seconds = trainer.warm_up()
     work = trainer.tokens_left() + rehearsed * length * hyper.epochs
     total = work * seconds / max(1, tokens)
     if (spec.ability or rehearsed) and not ability.is_kept(spec, prepared.base):

@@ -16,7 +16,7 @@ from finetune.records import SHAPES, BadRecord, find_name, pair_of
 
 SEPARATORS = ",;\t|"
 _SHOWN = 12  # names of columns
-_SAYS_SEPARATOR = re.compile(r"sep=(.)\s*", re.IGNORECASE)
+_SAYS_SEPARATOR = re.compile(r'sep=([^\w\s"\0]|\t)\s*', re.IGNORECASE)
 
 
 class BadSheet(Exception):

@@ -16,10 +16,13 @@ from core.job import (
     EXIT_FAILED,
     EXIT_FINISHED,
     EXIT_INTERRUPTED,
+    PREVIEW,
     Checked,
     Done,
+    Estimated,
     Evaluated,
     Failed,
+    Planned,
     Progress,
     load_event,
 )
@@ -28,9 +31,12 @@ ROOT = Path(__file__).parents[2]
 WAIT_S = 120
 
 
-def start(folder, action="train"):
+HURRIED = "import sys; from finetune import __main__ as it; it.LOCK_S = 0.5; sys.exit(it.main())"
+
+
+def start(folder, action="train", *, hurried=False):
     return subprocess.Popen(
-        [sys.executable, "-m", "finetune", action, str(folder)],
+        [sys.executable, *(("-c", HURRIED) if hurried else ("-m", "finetune")), action, str(folder)],
         cwd=ROOT,
         env={**os.environ, "PYTHONWARNINGS": "default"},
         stdin=subprocess.PIPE,
@@ -104,11 +110,11 @@ def test_told_to_stop_it_writes_a_checkpoint_and_goes(make_job, long_epochs, how
     assert not (folder / "out").exists()
 
 
-def test_a_second_trainer_is_refused_and_the_first_goes_on(make_job, long_epochs):
-    folder = make_job(epochs=long_epochs, patience=0)
+def test_a_second_trainer_is_refused_and_the_first_goes_on(make_job):
+    folder = make_job(epochs=1000, patience=0)
     first = start(folder)
     read_until(first, Progress)
-    status, events = end(start(folder))
+    status, events = end(start(folder, hurried=True))
     assert status == EXIT_FAILED
     (failed,) = events
     assert failed.fault == "ours"
@@ -118,12 +124,24 @@ def test_a_second_trainer_is_refused_and_the_first_goes_on(make_job, long_epochs
     assert end(first)[0] == EXIT_INTERRUPTED
 
 
-def test_check_reads_and_does_nothing_more(make_job):
-    folder = make_job()
+def test_check_tells_what_a_job_takes_and_leaves_what_a_job_has_done(make_job, long_epochs):
+    folder = make_job(epochs=long_epochs, patience=0)
+    process = start(folder)
+    planned = next(event for event in read_until(process, Progress) if isinstance(event, Planned))
+    process.terminate()
+    assert end(process)[0] == EXIT_INTERRUPTED
+    before = {path.name: path.read_bytes() for path in (folder / "checkpoint").iterdir()}
+
     status, events = end(start(folder, "check"))
     assert status == EXIT_FINISHED
-    assert [type(event) for event in events] == [Checked]
-    assert sorted(path.name for path in folder.iterdir()) == ["data.jsonl", "lock", "spec.json"]
+    checked, estimated = events
+    assert (type(checked), type(estimated)) == (Checked, Estimated)
+    assert (estimated.steps, estimated.tokens, estimated.rows) == (planned.steps, planned.tokens, planned.rows)
+    assert estimated.seconds > 0
+    assert 50 < estimated.memory_mib < 20_000
+    names = sorted(path.name for path in folder.iterdir())
+    assert names == ["checkpoint", "data.jsonl", "lock", PREVIEW, "spec.json"]
+    assert {path.name: path.read_bytes() for path in (folder / "checkpoint").iterdir()} == before
 
 
 def test_bad_data_is_yours_with_its_line(make_job):

@@ -1,7 +1,8 @@
 """Key/value slots: one slot per running row, rows compact, positions per row. Knows no requests and no text.
 
 Memory outside the used part of the running rows is always zero: a row is wiped when it is released, so nothing of a
-finished conversation lingers. Slots grow with what runs; they are not laid out for the longest context at start.
+finished conversation lingers. Where untouched memory costs nothing (core.engine.untouched) all slots are laid out once,
+for the longest context, and nothing ever waits for them; elsewhere they grow with what runs.
 """
 
 from __future__ import annotations
@@ -17,8 +18,10 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from core.engine.untouched import untouched_zeros
+
 LENGTH_STEP = 64  # views are cut to a multiple of this
-FIRST_LENGTH = 256
+FIRST_LENGTH = 256  # longer slots are multiples of it
 
 
 @dataclass(frozen=True, slots=True)
@@ -77,15 +80,20 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not t
 
     is_sliding = False
 
-    def __init__(self) -> None:
+    def __init__(self, *, untouched: bool = False) -> None:
         super().__init__()
+        self.untouched = untouched
         self.capacity = (0, 0)  # slots, length
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
-        slots, length = self.capacity
-        self.keys = key_states.new_zeros((slots, key_states.shape[1], length, key_states.shape[3]))
-        self.values = value_states.new_zeros((slots, value_states.shape[1], length, value_states.shape[3]))
+        self.keys, self.values = self._blank(key_states), self._blank(value_states)
         self.is_initialized = True
+
+    def _blank(self, like: Tensor) -> Tensor:
+        """like is (rows, kv_heads, T, head_dim)."""
+        slots, length = self.capacity
+        shape = (slots, like.shape[1], length, like.shape[3])
+        return untouched_zeros(shape, like.dtype) if self.untouched else like.new_zeros(shape)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As `put`, at the running segment."""
@@ -128,16 +136,29 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
     """The slots of all layers. Rows [0, rows) are running; `used[row]` tokens of each are filled.
 
     With a `spare` there is one more slot, of index `slots`, for what static steps compute for no row at all.
+    `untouched`: in memory that costs nothing before it is written, all slots at once; only on a CPU, without a spare.
+    `segment_cost`: one more segment of a pass takes as long as to read so many keys of one row; None: longer than any.
     """
 
-    def __init__(self, layers: int, *, max_rows: int, max_length: int, spare: bool = False) -> None:
-        super().__init__(layers=[SlotLayer() for _ in range(layers)])
+    def __init__(
+        self,
+        layers: int,
+        *,
+        max_rows: int,
+        max_length: int,
+        spare: bool = False,
+        untouched: bool = False,
+        segment_cost: int | None = None,
+    ) -> None:
+        assert not (spare and untouched)
+        super().__init__(layers=[SlotLayer(untouched=untouched) for _ in range(layers)])
         self.max_rows, self.max_length = max_rows, max_length
-        self.spare = spare
+        self.spare, self.untouched, self.segment_cost = spare, untouched, segment_cost
         self.slots, self.length = 0, 0  # capacity
         self.version = 0  # of the tensors: another one, other tensors
         self.used: list[int] = []
         self.reach: list[int] = []  # how far each row may have been written
+        self.longest = 0  # of rows that were wiped
         self._position_bytes = 0
 
     @property
@@ -149,35 +170,70 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         """What memory is laid out for: slots, and their length."""
         return self.slots, self.length
 
-    def add_row(self) -> int:
-        """An empty row after the others."""
+    def add_row(self, length: int = 0) -> int:
+        """An empty row after the others, with room for that length. May raise as `reserve`."""
         assert self.rows < self.max_rows
-        if self.rows == self.slots:
-            length = max(self.length, min(FIRST_LENGTH, self.max_length))
-            self._resize(min(max(1, 2 * self.slots), self.max_rows), length)
+        self._make_room(self.rows + 1, max(length, 1))
         self.used.append(0)
         self.reach.append(0)
         return self.rows - 1
 
     def reserve(self, length: int) -> None:
         """Make room for rows of that length. May raise an out-of-memory error; the rows stay as they are."""
+        self._make_room(self.rows, length)
+
+    def _make_room(self, slots: int, length: int) -> None:
+        """Both at once: each new layout copies all rows. Both double, so that few are made."""
+        assert slots <= self.max_rows
         assert length <= self.max_length
+        if slots <= self.slots and length <= self.length:
+            return
+        if self.untouched:
+            self._resize(self.max_rows, self.max_length)
+            return
+        slots = self.slots if slots <= self.slots else min(max(slots, 2 * self.slots), self.max_rows)
         if length > self.length:
-            self._resize(self.slots, min(max(length, 2 * self.length), self.max_length))
+            length = min(max(-(-length // FIRST_LENGTH) * FIRST_LENGTH, 2 * self.length), self.max_length)
+        self._resize(slots, max(length, self.length))
 
     def begin(self, first: int, counts: Sequence[int], device: torch.device) -> list[Segment]:
         """What a pass over the next counts[i] tokens of row first + i reads and writes.
 
-        Neighbours that take in one token each are one segment, as in decoding; every other row is one of its own.
+        Neighbours that take in one token each are one segment, as in decoding, unless one is so much longer that the
+        others would read too far; every other row is one of its own.
         """
         self.reserve(max(self.used[first + i] + count for i, count in enumerate(counts)))
         segments, row, token = [], first, 0
         for count, same in groupby(counts):
             together = sum(1 for _ in same)
-            for rows in [together] if count == 1 else [1] * together:
+            for rows in self._alike(row, together) if count == 1 else [1] * together:
                 segments.append(self._segment(slice(token, token + rows * count), row, rows, count, device))
                 row, token = row + rows, token + rows * count
         return segments
+
+    def _alike(self, first: int, rows: int) -> list[int]:
+        """Split consecutive rows of one token each so that they are read soonest: the sizes of the segments.
+
+        A segment reads all its rows as far as its longest; `best[i]` is the least cost of the first i rows.
+        """
+        lengths = self.used[first : first + rows]
+        if self.segment_cost is None or (max(lengths) - min(lengths)) * (rows - 1) <= self.segment_cost:
+            return [rows]
+        best, begins = [0], [0]
+        for end in range(1, rows + 1):
+            longest, least, begin = 0, -1, 0
+            for start in range(end - 1, -1, -1):
+                longest = max(longest, lengths[start])
+                cost = best[start] + self.segment_cost + (end - start) * longest
+                if least < 0 or cost < least:
+                    least, begin = cost, start
+            best.append(least)
+            begins.append(begin)
+        sizes, end = [], rows
+        while end:
+            sizes.append(end - begins[end])
+            end = begins[end]
+        return sizes[::-1]
 
     def _segment(self, tokens: slice, first: int, rows: int, count: int, device: torch.device) -> Segment:
         used = self.used[first : first + rows]
@@ -245,21 +301,23 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         """Zero a row, also what a pass that failed half-way wrote beyond its used part."""
         for tensor in self._tensors():
             tensor[row, :, : self.reach[row]] = 0
+        self.longest = max(self.longest, self.reach[row])
         self.used[row] = self.reach[row] = 0
 
     def drop_last(self) -> None:
-        """The last row, wiped before, is no longer there. Without rows all memory is given back, but not with a spare:
-        graphs are captured over these very tensors."""
+        """The last row, wiped before, is no longer there. Without rows all memory is given back if it is much, but not
+        with a spare: graphs are captured over these very tensors."""
         assert self.used[-1] == 0
         self.used.pop()
         self.reach.pop()
-        if not self.used and self.length > FIRST_LENGTH and not self.spare:
+        held = self.longest if self.untouched else self.length
+        if not self.used and held > FIRST_LENGTH and not self.spare:
             self.clear()
 
     def clear(self) -> None:
         """Give all memory back."""
         self.used, self.reach = [], []
-        self.slots, self.length = 0, 0
+        self.slots, self.length, self.longest = 0, 0, 0
         self.version += 1
         for layer in self.layers:
             layer.keys = layer.values = None

@@ -215,8 +215,7 @@ class ModelThread:
         job.admitted = time.monotonic()
         try:
             job.slot = None if job.adapter is None else self.runner.lora.acquire(job.adapter)
-            self.runner.cache.reserve(len(job.prompt) + len(job.answer))
-            row = self.runner.cache.add_row()
+            row = self.runner.cache.add_row(len(job.prompt) + len(job.answer))
             self._reuse(job, row)
         except Exception as error:  # no memory for this one
             log.exception("engine.admit_failed")

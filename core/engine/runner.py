@@ -16,8 +16,11 @@ from core.engine.fused import fuse
 from core.engine.graphs import Shape, Steps
 from core.engine.kv import Segment, SlotCache, over
 from core.engine.lora import LoraStacks
+from core.engine.untouched import untouched_is_free
 from core.errors import AppError, EngineError, OutOfMemory
 from core.model import BaseModel
+
+SEGMENT_COST = 512  # keys of one row; on two cores some 350 for three heads of 64, fewer for larger models
 
 
 class Runner:
@@ -35,8 +38,16 @@ class Runner:
         self.device = model.device
         layers: int = module.config.get_text_config().num_hidden_layers
         static = self.device.type == "cuda" if static is None else static
-        self.cache = SlotCache(layers, max_rows=max_rows, max_length=context, spare=static)
         self.fused = fuse(model.module)
+        on_cpu = self.device.type == "cpu"
+        self.cache = SlotCache(
+            layers,
+            max_rows=max_rows,
+            max_length=context,
+            spare=static,
+            untouched=on_cpu and not static and untouched_is_free(),
+            segment_cost=SEGMENT_COST if on_cpu and self.fused else None,  # else a segment is a forward pass of its own
+        )
         self.lora = LoraStacks(
             model.module,
             max_slots=min(adapters or max_rows, max_rows),

@@ -16,7 +16,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import asdict, dataclass, field
 from importlib.util import find_spec
 from pathlib import Path
@@ -175,7 +175,7 @@ def bandwidth() -> float:
     return best
 
 
-def measure(rounds: int, threads: int, wanted: set[str], requests: int) -> dict[str, Any]:
+def measure(rounds: int, threads: int, wanted: set[str], requests: int, named: Sequence[str]) -> dict[str, Any]:
     torch.set_num_threads(threads)
     results: dict[str, Result] = {}
     with tempfile.TemporaryDirectory() as folder:
@@ -198,17 +198,17 @@ def measure(rounds: int, threads: int, wanted: set[str], requests: int) -> dict[
                 one.end()
         measured = report(results, workers, read, spec)
         if "scenarios" in wanted:
-            measured["scenarios"] = scenarios(file, requests)
+            measured["scenarios"] = scenarios(file, requests, named)
             measured["ratios"] |= {k: v for one in measured["scenarios"].values() for k, v in one["ratios"].items()}
     return measured
 
 
-def scenarios(spec: Path, requests: int) -> dict[str, Any]:
+def scenarios(spec: Path, requests: int, named: Sequence[str]) -> dict[str, Any]:
     """One after the other, when no peer runs any more."""
     worker = _start(spec, "ours_scenarios", lambda: Path(sys.executable), {})
     told = {}
     try:
-        for name in SCENARIOS:
+        for name in named:
             told[name] = worker.ask({"scenario": name, "requests": requests})
             sys.stderr.write(f"{name}: {json.dumps(told[name])}\n")
     finally:
@@ -250,10 +250,12 @@ def main() -> None:
     parser.add_argument("--rounds", type=int, default=3)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
     parser.add_argument("--only", nargs="*", help="workers: ours int8 generate peft llamacpp vllm scenarios")
+    parser.add_argument("--scenario", nargs="*", choices=SCENARIOS, help="only these; without --only no workers run")
     parser.add_argument("--requests", type=int, default=1000, help="of the scenario `scale`, on each side")
     given = parser.parse_args()
-    wanted = set(given.only or ["scenarios", *(worker for _, worker, _, _ in CASES)])
-    text = json.dumps(measure(given.rounds, given.threads, wanted, given.requests), indent=2)
+    only = given.only or (["scenarios"] if given.scenario else ["scenarios", *(worker for _, worker, _, _ in CASES)])
+    named = given.scenario or SCENARIOS
+    text = json.dumps(measure(given.rounds, given.threads, set(only), given.requests, named), indent=2)
     if given.json:
         given.json.write_text(text + "\n", encoding="utf-8")
     sys.stdout.write(text + "\n")

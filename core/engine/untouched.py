@@ -1,0 +1,37 @@
+"""Zeros that cost nothing before they are written. Knows no rows and no model.
+
+Fresh memory of the operating system is zero, and pages of it are handed out one by one as they are first written. A
+tensor over it is there at once, however large, and holds no more memory than what was written to it. `torch.zeros`
+writes all of it.
+"""
+
+from __future__ import annotations
+
+import math
+import mmap
+import sys
+from pathlib import Path
+
+import torch
+from torch import Tensor
+
+
+def untouched_is_free() -> bool:
+    """Whether this system promises more memory than it has: Linux does, unless it is told to count promises."""
+    if sys.platform != "linux":
+        return False
+    import resource  # not on every system
+
+    counted = Path("/proc/sys/vm/overcommit_memory")  # 2: no more than there is; see proc_sys_vm(5)
+    limited = resource.getrlimit(resource.RLIMIT_AS)[0] != resource.RLIM_INFINITY
+    return not limited and counted.exists() and counted.read_text(encoding="ascii").strip() != "2"
+
+
+def untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+    """Zeros on the CPU; their memory goes back when the tensor and all views of it are gone. Raises MemoryError."""
+    try:
+        block = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)
+    except OSError as error:
+        raise MemoryError(str(error)) from error
+    block.madvise(mmap.MADV_NOHUGEPAGE)  # of a huge page the first byte would take two MiB
+    return torch.frombuffer(block, dtype=dtype, count=math.prod(shape)).view(shape)

@@ -84,7 +84,6 @@ def load_module(base: Base, spec: Spec, device: torch.device | None = None) -> A
         module = AutoModelForCausalLM.from_pretrained(
             base.folder,
             dtype=dtype,
-            attn_implementation="sdpa",
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,

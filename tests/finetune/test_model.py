@@ -8,16 +8,17 @@ import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
-from transformers import AutoModelForCausalLM
+from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 
 from core.errors import JobError
-from core.job import HyperParameters
+from core.job import HyperParameters, Spec
 from core.prompt import TrainingRow
 from finetune import lora
+from finetune.base import find_base, load_module
 from finetune.batches import collate, pack, shared_prefix
 from finetune.loss import Scorer
 from finetune.optimise import all_finite, clip_by_norm, clip_by_value, learning_rate, squares
-from tests.tiny import quietly
+from tests.tiny import quietly, tiny_tokenizer
 
 CPU = torch.device("cpu")
 
@@ -234,3 +235,16 @@ def test_the_learning_rate_warms_up_and_comes_down():
     assert 0 < rates[-1] < 0.01
     constant = HyperParameters(learning_rate=1.0, warmup=0.1, schedule="constant")
     assert {learning_rate(step, 100, constant) for step in range(10, 100)} == {1.0}
+
+
+def test_a_model_with_sinks_is_loaded_and_scored_by_its_own_attention(tmp_path):
+    sizes = {"num_attention_heads": 4, "num_key_value_heads": 2, "head_dim": 8, "num_hidden_layers": 2}
+    experts = {"num_local_experts": 4, "num_experts_per_tok": 2}
+    torch.manual_seed(0)
+    GptOssForCausalLM(
+        GptOssConfig(vocab_size=300, hidden_size=32, intermediate_size=64, **sizes, **experts)
+    ).save_pretrained(tmp_path)
+    tiny_tokenizer().save_pretrained(tmp_path)
+    spec = Spec("1", str(tmp_path), "", "data.jsonl", "0" * 64, "acme@1")
+    model, batch = load_module(find_base(spec, tmp_path), spec), collate(rows(), CPU)
+    torch.testing.assert_close(Scorer(model)(batch) / batch.supervised, theirs(model, batch), atol=1e-5, rtol=1e-5)

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import re
 from collections import Counter
-from collections.abc import Iterator
 
 _TOKEN = re.compile(
     r"\b(?:sk-[\w-]{20,200}|xox[abeprs]-[\w-]{10,200}|xapp-[\w-]{10,200}|gh[opsur]_\w{36}|github_pat_\w{22,200}"
@@ -27,30 +26,41 @@ KINDS = tuple(kind for kind, _ in _PATTERNS)
 
 def find(text: str) -> Counter[str]:
     """How often each kind of KINDS is in the text; what one kind has taken is of no other."""
-    found: Counter[str] = Counter()
-    for kind, pattern in _PATTERNS:
-        spans = list(_matches(kind, pattern, text))
-        found[kind] += len(spans)
-        for start, end in reversed(spans):
-            text = f"{text[:start]}\n{text[end:]}"
-    return +found
+    return _taken(text)[1]
 
 
 def redact(text: str) -> tuple[str, int]:
     """(the text with a word like [phone] in the place of each piece that `find` counts, how many there were)."""
-    count = 0
-    for kind, pattern in _PATTERNS:
-        spans = list(_matches(kind, pattern, text))
-        count += len(spans)
-        for start, end in reversed(spans):
-            text = f"{text[:start]}[{kind}]{text[end:]}"
-    return text, count
+    left, found = _taken(text)
+    return left, found.total()
 
 
-def _matches(kind: str, pattern: re.Pattern[str], text: str) -> Iterator[tuple[int, int]]:
-    for match in pattern.finditer(text):
-        if (kind != "card" or _is_card(match[0])) and (kind != "iban" or _is_iban(match[0])):
-            yield match.span()
+def _taken(text: str) -> tuple[str, Counter[str]]:
+    """What one takes may show another that stood close to it: so each has its turn as often as there are kinds."""
+    found: Counter[str] = Counter()
+    for _ in _PATTERNS:
+        before = found.total()
+        for kind, pattern in _PATTERNS:
+            text, count = _without(kind, pattern, text)
+            found[kind] += count
+        if found.total() == before:
+            break
+    return text, +found
+
+
+def _without(kind: str, pattern: re.Pattern[str], text: str) -> tuple[str, int]:
+    """Behind each piece the text begins anew: what follows without a gap is found too."""
+    kept, count, at = [], 0, 0
+    while match := pattern.search(text, at):
+        at = match.end()
+        if _is_true(kind, match[0]):
+            kept.append(f"{text[: match.start()]}[{kind}]")
+            text, count, at = text[at:], count + 1, 0
+    return "".join([*kept, text]), count
+
+
+def _is_true(kind: str, text: str) -> bool:
+    return _is_card(text) if kind == "card" else _is_iban(text) if kind == "iban" else True
 
 
 def _is_card(text: str) -> bool:

@@ -47,7 +47,18 @@ def test_several_are_counted():
     assert find("a@b.org, c@d.org; +34 976 123 456") == {"mail": 2, "phone": 1}
 
 
-@pytest.mark.parametrize("text", ["1 " * 32_000, "a" * 64_000 + "@", "+1" * 32_000, "AB12 " * 13_000, "a.@" * 21_000])
+@pytest.mark.parametrize(
+    "text",
+    [
+        "+12345678901" * 5_000,
+        "a@b.org" * 9_000,
+        "1 " * 32_000,
+        "a" * 64_000 + "@",
+        "+1" * 32_000,
+        "AB12 " * 13_000,
+        "a.@" * 21_000,
+    ],
+)
 @pytest.mark.timeout(60)
 def test_a_hostile_line_takes_no_more_time_than_its_length(text):
     """A whole line of the largest size: a pattern that backtracks would take hours."""

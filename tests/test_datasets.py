@@ -36,6 +36,7 @@ class House:
         self.home = home
         self.database = database
         self.now = 1_000_000
+        self.slack = False  # finetune.allow_slack_training
 
     def caller(self, who: str = "local", place: str = "home", *files: Path) -> Caller:
         at = Address("terminal", "home", "home", "c") if place == "home" else Address("fake", "bot", place, "c")
@@ -53,8 +54,8 @@ class House:
     async def prepare(self, text: str, caller: Caller | None = None) -> Call:
         deliveries = Deliveries(self.database)
         deliveries.register("fake", "bot", FakeBot())
-        who = caller or self.caller()
-        return await prepare_finetune(self.home, self.database, deliveries.fetch, who, parse(text))
+        who, fetch = caller or self.caller(), deliveries.fetch
+        return await prepare_finetune(self.home, self.database, fetch, who, parse(text), slack=self.slack)
 
     async def refused(self, text: str, caller: Caller | None = None) -> BadInput:
         """The refusal; nothing may be left of it in the store."""
@@ -327,6 +328,18 @@ async def test_what_was_said_in_slack_stays_out_with_consent_too(it: House) -> N
     it.database.write_now(lambda tx: tx.run("UPDATE conversation SET platform = 'slack'"))
     refusal = await it.refused("/finetune conversations", it.caller("acme-op", "acme"))
     assert refusal.key == "training.no_conversations"
+    it.slack = True
+    sha256, _ = brought(await it.prepare("/finetune conversations", it.caller("acme-op", "acme")))
+    assert b"a question" in await asyncio.to_thread(stored(it.home, sha256).read_bytes)
+
+
+async def test_the_licence_is_recorded_and_stays_when_it_is_not_said_again(it: House, tmp_path: Path) -> None:
+    (tmp_path / "faq.jsonl").write_bytes(ROW)
+    for said, kept in (("", ""), (' licence="CC BY 4.0"', "CC BY 4.0"), ("", "CC BY 4.0"), (" licence=CC0", "CC0")):
+        await it.prepare(f"/finetune {tmp_path}/faq.jsonl{said}")
+        assert [row["licence"] for row in it.rows("dataset")] == [kept]
+    refusal = await it.refused(f"/finetune {tmp_path}/faq.jsonl licence={'x' * 101}")
+    assert (refusal.key, refusal.fields["setting"]) == ("training.setting_too_long", "licence")
 
 
 async def test_people_in_one_conversation_stay_apart(it: House) -> None:

@@ -251,3 +251,33 @@ def test_the_report_names_what_is_to_be_known_of_the_rows():
     assert "311" in told[0]
     assert "70" in told[1]
     assert "phone numbers: 2" in told[2]
+
+
+@pytest.mark.parametrize(
+    ("language", "first", "second"),
+    [
+        (
+            "en",
+            "`aaaaaaaaaaaa` without personal data, brought by you 2 h ago, licence: CC0",
+            "faq.jsonl `aaaaaaaaaaaa`: ? rows, 1 kB, a file, brought by you 2 h ago, licence: not said",
+        ),
+        ("zh", "`aaaaaaaaaaaa` 去掉个人信息之后", "faq.jsonl `aaaaaaaaaaaa`：? 行，1 kB，文件"),
+    ],
+)
+def test_data_lists_what_one_may_know_of_with_origin_and_licence(
+    it: Town, language: str, first: str, second: str
+) -> None:
+    def bring(tx: Tx) -> None:
+        owner = it.hash("operator")
+        tx.run("UPDATE dataset SET brought_by = ?, created_ms = ?", [owner, hours_ago := tx.now_ms - 5_400_000])
+        datasets.keep_derived(tx, SHA, "b" * 64, size_bytes=4200)
+        datasets.count_rows(tx, "b" * 64, 90)
+        tx.run("UPDATE dataset SET licence = 'CC0', created_ms = ? WHERE parent <> ''", [hours_ago + 1])
+        datasets.keep_dataset(tx, "c" * 64, "feedback", source="feedback", size_bytes=1, brought_by=owner)
+
+    it.database.write_now(bring)
+    newest, oldest = (line for line in says(it, "/finetune data", language=language).splitlines() if line[:2] == "- ")
+    assert first in newest
+    assert all(fact in newest for fact in ("bbbbbbbbbbbb", "90", "4 kB"))
+    assert second in oldest
+    assert says(it, "/finetune data", "other_operator", "delta", language) == say(language, "training.no_data")

@@ -22,6 +22,7 @@ from core.engine.untouched import untouched_zeros
 
 LENGTH_STEP = 64  # views are cut to a multiple of this
 FIRST_LENGTH = 256  # longer slots are multiples of it
+IDLE_BYTES = 64 * 2**20  # held without rows: a talk's next turn finds its pages there
 
 
 @dataclass(frozen=True, slots=True)
@@ -158,7 +159,7 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         self.version = 0  # of the tensors: another one, other tensors
         self.used: list[int] = []
         self.reach: list[int] = []  # how far each row may have been written
-        self.longest = 0  # of rows that were wiped
+        self.touched: dict[int, int] = {}  # row: the longest that was wiped there
         self._position_bytes = 0
 
     @property
@@ -264,9 +265,17 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
     @property
     def used_bytes(self) -> int:
         """Of keys and values of the used part of all rows."""
+        return self._bytes_of(sum(self.used))
+
+    @property
+    def held_bytes(self) -> int:
+        """What the slots hold while no row runs."""
+        return self._bytes_of(sum(self.touched.values()) if self.untouched else self.slots * self.length)
+
+    def _bytes_of(self, positions: int) -> int:
         if not self._position_bytes:
             self._position_bytes = sum(tensor[0, :, :1].nbytes for tensor in self._tensors())
-        return self._position_bytes * sum(self.used)
+        return self._position_bytes * positions
 
     def row_bytes(self, row: int) -> int:
         """How much `take_out` would copy."""
@@ -301,23 +310,23 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         """Zero a row, also what a pass that failed half-way wrote beyond its used part."""
         for tensor in self._tensors():
             tensor[row, :, : self.reach[row]] = 0
-        self.longest = max(self.longest, self.reach[row])
+        self.touched[row] = max(self.touched.get(row, 0), self.reach[row])
         self.used[row] = self.reach[row] = 0
 
     def drop_last(self) -> None:
-        """The last row, wiped before, is no longer there. Without rows all memory is given back if it is much, but not
-        with a spare: graphs are captured over these very tensors."""
+        """The last row, wiped before, is no longer there. Without rows all memory is given back if it is more than
+        IDLE_BYTES, but not with a spare: graphs are captured over these very tensors."""
         assert self.used[-1] == 0
         self.used.pop()
         self.reach.pop()
-        held = self.longest if self.untouched else self.length
-        if not self.used and held > FIRST_LENGTH and not self.spare:
+        if not self.used and not self.spare and self.held_bytes > IDLE_BYTES:
             self.clear()
 
     def clear(self) -> None:
         """Give all memory back."""
         self.used, self.reach = [], []
-        self.slots, self.length, self.longest = 0, 0, 0
+        self.slots, self.length = 0, 0
+        self.touched.clear()
         self.version += 1
         for layer in self.layers:
             layer.keys = layer.values = None

@@ -11,6 +11,7 @@ from typing import Any
 
 import pytest
 
+from core.engine.kv import IDLE_BYTES
 from core.engine.local import LocalEngine
 from core.engine.protocol import Delta, EngineSettings, Finished, FinishReason, ModelSettings, Scope, Started
 from core.errors import EngineError, Overloaded, PromptTooLong
@@ -298,12 +299,14 @@ async def test_forget_ends_and_wipes_a_conversation_and_leaves_the_others(endles
         await engine.forget("unknown")
 
 
-async def test_nothing_lingers_in_memory_after_an_answer(endless: BaseModel) -> None:
+async def test_nothing_lingers_in_memory_after_an_answer(endless: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     async with running(endless) as engine:
         cache = engine.thread.runner.cache
         await asyncio.gather(*(hear(engine.submit(ask(f"{i}" * 20 * i))) for i in range(6)))
         assert cache._tensors()
         assert cache.is_blank()
+        assert 0 < cache.held_bytes <= IDLE_BYTES
+        monkeypatch.setattr("core.engine.kv.IDLE_BYTES", cache.held_bytes)
         await hear(engine.submit(ask("x", max_tokens=400)))
         assert not cache._tensors()  # grown memory is given back when idle
 

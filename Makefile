@@ -27,8 +27,9 @@ serve: $(STAMP)
 lint: $(STAMP)
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 
+# One thread for each worker: processes with as many as there are cores wait for one another at every product.
 test: lint
-	$(BIN)/python -m pytest -n auto --dist loadfile -m 'not gpu and not drill' $(ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n auto --dist loadfile -m 'not gpu and not drill' $(ARGS)
 
 drill: $(STAMP)
 	$(BIN)/python -m pytest -m drill --timeout=14400 $(ARGS)

@@ -41,4 +41,6 @@ def caller_of(tx: Tx, row: Taken) -> Caller:
         inbox_id=row.id,
         conversation_id=turns.conversation_id(tx, replace(at, reply_to=""), channel.id),
         attachments=row.attachments,
+        answers=row.answers,
+        public=row.public,
     )

@@ -128,7 +128,17 @@ COMMANDS: tuple[Command, ...] = (
         ),
     ),
     Command("privacy", (Form("", "/privacy"),)),
-    Command("consent", (Form("", "/consent on", (Parameter("choice", optional=True, choices=("on", "off")),)),)),
+    Command(
+        "consent",
+        (
+            Form("", "/consent on", (Parameter("choice", optional=True, choices=("on", "off")),)),
+            Form(
+                "reply",
+                f"/consent reply {'0' * 32} no",
+                (Parameter("reply"), Parameter("choice", choices=("yes", "no"))),
+            ),
+        ),
+    ),
     Command("forget", (Form("", "/forget", (Parameter("choice", optional=True, choices=("yes",)),)),)),
     Command("language", (Form("", "/language zh", (Parameter("language", optional=True),)),)),
     Command("whoami", (Form("", "/whoami"),)),
@@ -147,6 +157,10 @@ COMMANDS: tuple[Command, ...] = (
             Form("cancel", "/finetune cancel 3", (_JOB,), _OPERATOR),
             Form("resume", "/finetune resume 3", (_JOB,), _OPERATOR),
         ),
+    ),
+    Command(
+        "correct",
+        (Form("", "/correct It takes 20 working days.", (Parameter("text", optional=True, rest=True),), _OPERATOR),),
     ),
     Command(
         "adapter",

@@ -239,7 +239,7 @@ async def _bring_sayings(home: Home, database: Database, caller: Caller, source:
         if not {_identity(one) for one in said} <= {_identity(one) for one in read(tx, channel, slack=slack)}:
             raise AppError("training.consent_changed")  # taken back meanwhile
         datasets.keep_dataset(tx, sha256, source, source=source, size_bytes=size, brought_by=caller.user)
-        for user in sorted({one.user for one in said}):
+        for user in sorted(set().union(*(one.people for one in said))):
             tx.run("INSERT OR IGNORE INTO dataset_person VALUES (?, ?)", [sha256, user])
 
     try:
@@ -251,5 +251,5 @@ async def _bring_sayings(home: Home, database: Database, caller: Caller, source:
     return sha256
 
 
-def _identity(said: Said) -> tuple[str, str]:
-    return said.user, said.id
+def _identity(said: Said) -> tuple[str, str, str]:
+    return said.user, said.id, said.corrected_by

@@ -76,8 +76,10 @@ def _action(call: Call) -> str:
 
 
 def _target(caller: Caller, call: Call) -> str:
-    """What was named first, or the channel that it was said in."""
-    named = next((call.arguments[one.name] for one in call.form.parameters if one.name in call.arguments), "")
+    """What was named first, or the channel that it was said in. Never free text: it is not kept in the open."""
+    named = next(
+        (call.arguments[one.name] for one in call.form.parameters if one.name in call.arguments and not one.rest), ""
+    )
     return (named or caller.channel.name)[:_MAX_SHOWN]
 
 

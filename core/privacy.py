@@ -11,8 +11,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import replace
 
-from core import adapters
+from core import adapters, feedback
 from core.commands import Call
+from core.errors import UnknownThing
 from core.operators import Handler
 from core.retention import clean, keep_clean, retention_of
 from core.retention import sweep as sweep_files
@@ -20,7 +21,7 @@ from core.store import directory, jobs
 from core.store.database import Database, Tx, Value
 from core.store.home import Home
 from core.texts import Later, duration, say
-from core.types import Body, Button, Caller, EraseFiles, ForgetMemory, Outcome, StopReply, WakeTraining
+from core.types import After, Body, Button, Caller, EraseFiles, ForgetMemory, Outcome, StopReply, WakeTraining
 
 __all__ = ["HANDLERS", "clean", "erase", "keep_clean", "reapply", "sweep"]
 
@@ -40,7 +41,7 @@ def privacy(tx: Tx, caller: Caller, call: Call) -> Outcome:
         title=caller.channel.title,
         conversation=duration(language, kept.conversation_hours * 3600),
         payload=duration(language, kept.payload_minutes * 60),
-        consent=Later("privacy.consent_is_on" if _consents(tx, caller) else "privacy.consent_is_off"),
+        consent=_consent_state(tx, caller),
     )
     return Outcome(Body(text))
 
@@ -50,8 +51,8 @@ def consent(tx: Tx, caller: Caller, call: Call) -> Outcome:
     choice = call.arguments.get("choice", "")
     key: list[Value] = [caller.user, caller.channel.id]
     if not choice:
-        state = "privacy.consent_is_on" if _consents(tx, caller) else "privacy.consent_is_off"
-        return Outcome(Body(f"{say(caller.language, state)} {say(caller.language, 'privacy.consent_how')}"))
+        state = _consent_state(tx, caller).said(caller.language)
+        return Outcome(Body(f"{state} {say(caller.language, 'privacy.consent_how')}"))
     title = caller.channel.title
     if choice == "on":
         tx.run("INSERT OR IGNORE INTO consent VALUES (?, ?, ?)", [*key, tx.now_ms])
@@ -62,6 +63,22 @@ def consent(tx: Tx, caller: Caller, call: Call) -> Outcome:
         (EraseFiles(), WakeTraining()) if _erase_datasets(tx, _datasets_of(tx, caller.user, caller.channel.id)) else ()
     )
     return Outcome(Body(say(caller.language, "privacy.consent_off", title=title)), after)
+
+
+def consent_reply(tx: Tx, caller: Caller, call: Call) -> Outcome:
+    """For one reply that the person was given. A no after a yes also erases the data sets that hold what they said."""
+    reply = feedback.reply_of(tx, call.arguments["reply"])
+    if reply is None or reply.user != caller.user:
+        raise UnknownThing("feedback.no_reply_of_yours")
+    if call.arguments["choice"] == "yes":
+        feedback.share(tx, reply)
+        return Outcome(Body(say(caller.language, "feedback.shared")))
+    after: tuple[After, ...] = ()
+    if tx.run("DELETE FROM example WHERE generation_id = ? AND shared = 1", [reply.id]) and _erase_datasets(
+        tx, _datasets_of(tx, caller.user, reply.channel_id)
+    ):
+        after = (EraseFiles(), WakeTraining())
+    return Outcome(Body(say(caller.language, "feedback.not_shared")), after)
 
 
 def forget(tx: Tx, caller: Caller, call: Call) -> Outcome:
@@ -80,6 +97,7 @@ def forget(tx: Tx, caller: Caller, call: Call) -> Outcome:
 HANDLERS: Mapping[tuple[str, str], Handler] = {
     ("privacy", ""): privacy,
     ("consent", ""): consent,
+    ("consent", "reply"): consent_reply,
     ("forget", ""): forget,
 }
 
@@ -97,6 +115,7 @@ def erase(tx: Tx, user_hash: str, until_ms: int, *, keep_row: int = 0) -> list[t
     tx.run("DELETE FROM turn WHERE user_hash = ? AND at_ms <= ?", who)
     tx.run("DELETE FROM feedback WHERE user_hash = ? AND at_ms <= ?", who)
     tx.run("DELETE FROM example WHERE user_hash = ? AND at_ms <= ?", who)
+    tx.run("UPDATE example SET correction = NULL, corrected_by = NULL WHERE corrected_by = ? AND at_ms <= ?", who)
     tx.run("DELETE FROM consent WHERE user_hash = ? AND granted_ms <= ?", who)
     tx.run("DELETE FROM person WHERE user_hash = ? AND first_ms <= ?", who)
     rows = "SELECT id FROM inbox WHERE user_hash = ? AND received_ms <= ? AND id <> ?"
@@ -141,9 +160,13 @@ async def reapply(database: Database, home: Home) -> None:
         await sweep(database, home)
 
 
-def _consents(tx: Tx, caller: Caller) -> bool:
-    found = tx.value("SELECT 1 FROM consent WHERE user_hash = ? AND channel_id = ?", [caller.user, caller.channel.id])
-    return bool(found)
+def _consent_state(tx: Tx, caller: Caller) -> Later:
+    """What a person allows here: all, single replies, or nothing."""
+    key: list[Value] = [caller.user, caller.channel.id]
+    if tx.value("SELECT 1 FROM consent WHERE user_hash = ? AND channel_id = ?", key):
+        return Later("privacy.consent_is_on")
+    shared = int(tx.value("SELECT count(*) FROM example WHERE user_hash = ? AND channel_id = ? AND shared = 1", key))
+    return Later("privacy.consent_is_for_some", n=shared) if shared else Later("privacy.consent_is_off")
 
 
 def _conversations_of(tx: Tx, user_hash: str) -> list[ForgetMemory]:

@@ -13,22 +13,31 @@ from dataclasses import dataclass, field
 
 from core.store.database import Tx
 
-_NOT_FOR_TRAINING = ("slack",)
+NOT_FOR_TRAINING = ("slack",)
 _MAX_TURNS = 40_000
 
 
 @dataclass(slots=True)
 class Said:
-    """One conversation of one person, as rows of a data set hold it. `id` is of what it was made from."""
+    """One conversation of one person, as rows of a data set hold it. `id` is of what it was made from.
+
+    `corrected_by`: whose words the answer is, where an operator has corrected it.
+    """
 
     user: str
     id: str
     messages: list[dict[str, str | int]] = field(default_factory=list)
+    corrected_by: str = ""
+
+    @property
+    def people(self) -> set[str]:
+        """Whose words are in it."""
+        return {self.user, self.corrected_by} - {""}
 
 
 def conversations_of(tx: Tx, channel_id: int, *, slack: bool = False) -> list[Said]:
     """What was asked since the person consented, each question with its answer; people stay apart."""
-    forbidden = () if slack else _NOT_FOR_TRAINING
+    forbidden = () if slack else NOT_FOR_TRAINING
     marks = ", ".join("?" * len(forbidden))
     rows = tx.all(
         "SELECT conversation_id, turn.user_hash, role, text FROM turn"
@@ -59,10 +68,10 @@ def examples_of(tx: Tx, channel_id: int, *, slack: bool = False) -> list[Said]:
     Of people who consented, for all that they say here or for this one reply. What came before an answer is read by the
     model and not learned.
     """
-    forbidden = () if slack else _NOT_FOR_TRAINING
+    forbidden = () if slack else NOT_FOR_TRAINING
     marks = ", ".join("?" * len(forbidden))
     rows = tx.all(
-        "SELECT example.generation_id, example.user_hash, said, correction FROM example"
+        "SELECT example.generation_id, example.user_hash, said, correction, corrected_by FROM example"
         " LEFT JOIN feedback ON feedback.generation_id = example.generation_id"
         " AND feedback.user_hash = example.user_hash"
         " WHERE example.channel_id = ? AND (correction IS NOT NULL OR vote = 1)"
@@ -77,5 +86,5 @@ def examples_of(tx: Tx, channel_id: int, *, slack: bool = False) -> list[Said]:
         if row["correction"]:
             answer = {"role": "assistant", "content": tx.cipher.unseal(row["correction"])}
         earlier = [{**one, "weight": 0} if one["role"] == "assistant" else one for one in before]
-        said.append(Said(row["user_hash"], row["generation_id"], [*earlier, answer]))
+        said.append(Said(row["user_hash"], row["generation_id"], [*earlier, answer], row["corrected_by"] or ""))
     return said

@@ -17,7 +17,7 @@ import logging
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, field
 
-from core import comparing, gestures, importing, operators, privacy, tuning, users, versions
+from core import comparing, feedback, gestures, importing, operators, privacy, tuning, users, versions
 from core.callers import caller_of, lane_of
 from core.checking import prepare_preview
 from core.commands import Call, Grant, parse
@@ -71,6 +71,7 @@ HANDLERS: Mapping[tuple[str, str], operators.Handler] = {
     **versions.HANDLERS,
     **comparing.HANDLERS,
     **importing.HANDLERS,
+    **feedback.HANDLERS,
 }
 _LOOK_AGAIN_S = 30.0
 _STORAGE_RETRY_S = 2.0
@@ -238,14 +239,16 @@ class Service:
         try:
             if row.attempts >= inbox.MAX_ATTEMPTS:
                 raise AppError("error.gave_up")
-            if row.kind in gestures.QUIET or row.action == "feedback":
-                if row.kind is Kind.STOP or row.action == "blocked":
-                    self._replies.stop(row.address)
-                await self._database.write(lambda tx: gestures.close(tx, row))
-                return
+            if row.kind is Kind.STOP or row.action == "blocked":
+                self._replies.stop(row.address)
             if not await self._database.read(lambda tx: inbox.is_generated(tx, row.id)):
-                caller = await self._database.write(lambda tx: caller_of(tx, row))
-                await self._act(row, caller)
+                if row.kind in gestures.QUIET or row.action == "feedback":
+                    slack = self._settings.allow_slack_training
+                    if not await self._database.write(lambda tx: gestures.close(tx, row, slack=slack)):
+                        return
+                else:
+                    caller = await self._database.write(lambda tx: caller_of(tx, row))
+                    await self._act(row, caller)
             await self._deliver(row)
         except StorageError:
             raise
@@ -290,6 +293,7 @@ class Service:
         slack = self._settings.allow_slack_training
         call = await prepare_finetune(self._home, self._database, self._deliveries.fetch, caller, call, slack=slack)
         call = await prepare_preview(self._home, self._database, caller, call)
+        call = feedback.prepare_correct(call, slack=slack)
         call = await prepare_usage(self._home, self._database, caller, call)
         call = await prepare_import(self._home, self._database, self._deliveries.fetch, caller, call)
 

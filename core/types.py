@@ -81,6 +81,8 @@ class Incoming:
     attachments: tuple[Attachment, ...] = ()
     action: str = ""
     value: str = ""
+    answers: str = ""  # the receipt of our message that this one is a reply to
+    public: bool = False  # others read what is answered
     raw: str = ""
 
 
@@ -196,6 +198,8 @@ class Caller:
     inbox_id: int
     conversation_id: int
     attachments: tuple[Attachment, ...] = ()
+    answers: str = ""  # the receipt of our message that they replied to
+    public: bool = False  # others read what is answered
 
 
 @dataclass(frozen=True, slots=True)

@@ -32,6 +32,7 @@ LEVELS = (
     {"operators"},
     {
         "users",
+        "feedback",
         "gestures",
         "callers",
         "versions",

@@ -14,7 +14,7 @@ from core.job import Checked
 from core.store import datasets, directory, jobs
 from core.store.database import Tx
 from core.texts import languages, say
-from tests.people import ROLES, Town, town
+from tests.people import ROLES, Town, ask, town
 
 DATASET = "d" * 64
 GRANTS = dict.fromkeys(ROLES, Grant.ANYONE) | {"operator": Grant.OPERATOR, "owner": Grant.OWNER}
@@ -51,8 +51,26 @@ def _ask(tx: Tx) -> None:
     tx.run("UPDATE delivery SET state = 'done' WHERE job_id = 1")
 
 
-def line(it: Town, name: str, form: Form) -> str:
+def _answer(tx: Tx, it: Town, role: str) -> None:
+    """A reply that this person was given in the conversation, with the number of the example."""
+    caller = it.caller(tx, role)
+    tx.insert(
+        "generation",
+        id="0" * 32,
+        inbox_id=ask(tx, caller, "how long?", 2),
+        channel_id=caller.channel.id,
+        user_hash=caller.user,
+        price_id=directory.price_now(tx, caller.channel.id).id,
+        seed=1,
+        state="delivered",
+        started_ms=tx.now_ms,
+    )
+
+
+def line(it: Town, role: str, name: str, form: Form) -> str:
     """The form's own example, about things that are there."""
+    if name == "correct" or (name, form.word) == ("consent", "reply"):
+        it.database.write_now(lambda tx: _answer(tx, it, role))
     if (name, form.word) == ("channel", "create"):
         return "/channel create brook The Brook"
     if (name, form.word) == ("operator", "remove"):
@@ -82,7 +100,7 @@ def line(it: Town, name: str, form: Form) -> str:
 @pytest.mark.parametrize("role", ROLES)
 @pytest.mark.parametrize(("name", "form"), FORMS, ids=[f"{name} {form.word}".strip() for name, form in FORMS])
 def test_no_effect_without_a_grant_and_all_is_audited(it: Town, role: str, name: str, form: Form) -> None:
-    text = line(it, name, form)
+    text = line(it, role, name, form)
     allowed = GRANTS[role] >= form.who
     before, audited = it.rows(), len(it.audit())
     said = it.run(role, text, brought=BROUGHT.get((name, form.word))).body.text

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Sequence
+from dataclasses import replace
 from typing import Any
 
 from bots.slack.text import harmless
@@ -75,7 +76,9 @@ def rows(buttons: Sequence[Button], to: Address, *, first: int = 0) -> list[Bloc
 
 
 def _feedback(thumbs: Sequence[Button]) -> Block:
-    good, bad = ({"text": {"type": "plain_text", "text": one.text}, "value": one.value} for one in thumbs)
+    """Slack asks for no reason: the colon after a thumb down says that no press follows (core.feedback)."""
+    ends = [thumbs[0], replace(thumbs[1], value=f"{thumbs[1].value}:")]
+    good, bad = ({"text": {"type": "plain_text", "text": one.text}, "value": one.value} for one in ends)
     element = {
         "type": "feedback_buttons",
         "action_id": "feedback:0",

@@ -162,6 +162,7 @@ def _message(body: Payload, event: Payload, account: str) -> Read:
         message_key=f"{place}:{ts}",
         text=text,
         attachments=files,
+        public=not is_dm(place),
     )
     return Read(account, incoming, person=person, below=below)
 

@@ -7,7 +7,7 @@ from collections.abc import Iterable
 
 from aiogram.types import InlineKeyboardButton, InlineKeyboardMarkup
 
-from core.gestures import REASONS
+from core.feedback import REASONS
 from core.texts import say
 from core.types import Button
 
@@ -50,7 +50,7 @@ def reasons_keyboard(language: str, vote: str) -> InlineKeyboardMarkup:
     """Below an answer with a thumb down: what was wrong. `vote` is the value of the press."""
     return InlineKeyboardMarkup(
         inline_keyboard=[
-            [InlineKeyboardButton(text=say(language, f"telegram.reason_{one}"), callback_data=f"f:{vote}:{one}")]
+            [InlineKeyboardButton(text=say(language, f"feedback.reason_{one}"), callback_data=f"f:{vote}:{one}")]
             for one in REASONS
         ]
     )

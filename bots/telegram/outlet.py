@@ -7,7 +7,6 @@ between any two calls leaves at most a first line with "…", never a second ans
 
 from __future__ import annotations
 
-import json
 import logging
 import re
 import secrets
@@ -34,7 +33,7 @@ from bots.outlet import Address, Attachment, Body, Handle, Receipt, Reopen
 from bots.telegram import text as texts
 from bots.telegram.api import Api, Trouble, trouble
 from bots.telegram.buttons import keyboard
-from bots.telegram.places import spot
+from bots.telegram.places import receipt, spot
 from bots.telegram.sights import Sight, Sights, Where
 from core.errors import AppError
 
@@ -107,7 +106,7 @@ class TelegramOutlet:
             raise Reopen
         else:
             where = await self._write(handle, where, part)
-        return Receipt(json.dumps({"chat": where.chat, "message": where.message}))
+        return receipt(where.chat, where.message)
 
     async def recover(self, handle: Handle) -> Handle:
         """A message is written on. A draft of this run becomes one; that of an earlier run is drawn again."""

@@ -7,11 +7,12 @@ reply_to      "" a message of our own accord; "-" an answer that quotes nothing;
 
 from __future__ import annotations
 
+import json
 from dataclasses import dataclass
 
 from aiogram.types import Chat, Message
 
-from core.types import Address
+from core.types import Address, Receipt
 
 PLATFORM = "telegram"
 MAIN, GENERAL = "main", "general"
@@ -43,6 +44,11 @@ def conversation(chat: Chat, topic: int | None) -> str:
     if topic is not None:
         return f"t{topic}"
     return GENERAL if chat.is_forum else MAIN
+
+
+def receipt(chat: int, message: int) -> Receipt:
+    """Of one message of ours that is in its final form."""
+    return Receipt(json.dumps({"chat": chat, "message": message}))
 
 
 def topic_of(message: Message) -> int | None:

@@ -31,7 +31,7 @@ from pydantic import ValidationError
 from bots.outlet import Address, Attachment, Grant, Incoming, Kind, Lane
 from bots.telegram.api import RawMember
 from bots.telegram.buttons import pressed
-from bots.telegram.places import PLATFORM, conversation, topic_of
+from bots.telegram.places import PLATFORM, conversation, receipt, topic_of
 from core.commands import COMMANDS, parse
 from core.errors import UserError
 
@@ -211,6 +211,8 @@ class Reader:
             attachments=files,
             action="notice" if notice else "",
             value=notice,
+            answers=self._replied(message),
+            public=message.chat.type != ChatType.PRIVATE,
         )
 
     def _quiet(self, message: Message, key: str, kind: Kind, action: str = "", value: str = "") -> Incoming:
@@ -239,6 +241,10 @@ class Reader:
     def _answers_me(self, message: Message) -> bool:
         replied = message.reply_to_message
         return replied is not None and replied.from_user is not None and replied.from_user.id == self._me.id
+
+    def _replied(self, message: Message) -> str:
+        replied = message.reply_to_message
+        return receipt(message.chat.id, replied.message_id) if replied is not None and self._answers_me(message) else ""
 
     def _quoted(self, message: Message) -> str:
         """What the message refers to, as a quote before it: a chosen passage, or another's message."""

@@ -32,6 +32,8 @@ class Taken:
     value: str
     received_ms: int
     attempts: int
+    answers: str = ""
+    public: bool = False
     oversize: int = 0  # characters of a text that was too long to keep
 
 
@@ -46,6 +48,8 @@ def accept(tx: Tx, incoming: Incoming, lane: Lane) -> int | None:
         "attachments": [asdict(attachment) for attachment in incoming.attachments],
         "action": incoming.action,
         "value": clean(incoming.value),
+        "answers": incoming.answers,
+        "public": incoming.public,
     }
     to = incoming.address
     return tx.value(  # type: ignore[no-any-return]
@@ -170,5 +174,7 @@ def _taken(tx: Tx, row: Row) -> Taken:
         value=payload.get("value", ""),
         received_ms=row["received_ms"],
         attempts=row["attempts"],
+        answers=payload.get("answers", ""),
+        public=payload.get("public", False),
         oversize=payload.get("oversize", 0),
     )

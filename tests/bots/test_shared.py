@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -16,6 +16,7 @@ import pytest
 
 from core.engine.protocol import Request
 from core.errors import AppError, EngineError
+from core.sayings import examples_of
 from core.store import directory
 from core.store.database import Tx
 from core.texts import say
@@ -53,6 +54,7 @@ class Place(Protocol):
     async def tell(self, who: int, text: str) -> Said: ...
     async def send(self, who: int, text: str = "", *, data: bytes = b"") -> Said: ...
     async def press(self, who: int, said: Said, label: str) -> None: ...
+    async def dislike(self, who: int, said: Said, language: str) -> None: ...
     def all(self, who: int) -> list[Said]: ...
 
 
@@ -80,6 +82,13 @@ class InTelegram:
 
     async def press(self, who: int, said: Said, label: str) -> None:
         await self.it.press(self.people[who], said.message, label)
+
+    async def dislike(self, who: int, said: Said, language: str) -> None:
+        """A thumb down, and why."""
+        await self.press(who, said, "👎")
+        why = say(language, "feedback.reason_untrue")
+        await self.it.there.until(lambda: why in said.message.labels)
+        await self.press(who, said, why)
 
     def all(self, who: int) -> list[Said]:
         return [self._said(one) for one in self.it.there.held(self.people[who].id)]
@@ -115,6 +124,9 @@ class InSlack:
         pressed = {"👍": "+", "👎": "-"}.get(label, label)
         await self.it.there.deliver(self.it.there.press(self._user(who), said.message, pressed))
         await self.it.settled()
+
+    async def dislike(self, who: int, said: Said, language: str) -> None:
+        await self.press(who, said, "👎")
 
     def all(self, who: int) -> list[Said]:
         return [self._said(one) for one in self.it.there.held(f"D{self._user(who)}")]
@@ -236,6 +248,57 @@ async def test_again_continue_and_thumbs(tmp_path: Path, way: str) -> None:
         )
         assert votes == [{"vote": -1, "adapter": None}]
         assert await it.here.count("ledger") == 3
+
+
+@every_way
+@both_languages
+async def test_after_a_thumb_down_this_one_conversation_can_be_given_and_is_corrected(
+    tmp_path: Path, way: str, language: str
+) -> None:
+    async with place(way, tmp_path) as it:
+        service = it.here.service
+        service._settings = replace(service._settings, allow_slack_training=True)
+        for who in (0, 1, 2):
+            await it.meet(who, language)
+        for who, answer in ((1, "yes"), (2, "no")):
+            reply = await it.tell(who, f"how long does a permit take, asks {who}?")
+            await it.dislike(who, reply, language)
+            asked = it.all(who)[-1]
+            assert asked.text == say(language, "feedback.may_we")
+            assert asked.labels == (say(language, "feedback.yes"), say(language, "feedback.no"))
+            await it.press(who, asked, say(language, f"feedback.{answer}"))
+            told = say(language, "feedback.shared" if answer == "yes" else "feedback.not_shared")
+            assert bare(it.all(who)[-1].text) == bare(told)
+        waiting = await it.tell(0, "/correct")
+        assert "asks 1?" in waiting.text
+        assert "asks 2?" not in waiting.text
+        (number,) = re.findall("#[0-9a-f]{8}", waiting.text)
+        corrected = await it.tell(0, f"/correct {number} It takes 20 days.")
+        assert bare(say(language, "feedback.corrected")) in bare(corrected.text)
+        await it.tell(0, "and without a plan?")
+        await it.tell(0, "/correct Never.")  # the last reply here, the operator's own
+        learned = await it.here.database.read(lambda tx: examples_of(tx, _channel(tx), slack=True))
+        assert [one.messages[-1]["content"] for one in learned] == ["It takes 20 days.", "Never."]
+        await it.tell(1, "/consent off")
+        learned = await it.here.database.read(lambda tx: examples_of(tx, _channel(tx), slack=True))
+        assert [one.messages[-1]["content"] for one in learned] == ["Never."]
+
+
+def _channel(tx: Tx) -> int:
+    return int(tx.value("SELECT id FROM channel WHERE name = 'acme'"))
+
+
+@pytest.mark.parametrize("way", ["slack-socket", "slack-http"])
+async def test_what_may_never_be_used_is_not_asked_for_nor_kept(tmp_path: Path, way: str) -> None:
+    async with place(way, tmp_path) as it:
+        await it.meet(0, "en")
+        await it.tell(0, "/consent on")
+        reply = await it.tell(0, "how long?")
+        await it.press(0, reply, "👍")
+        await it.dislike(0, reply, "en")
+        assert it.all(0)[-1].text == reply.text
+        assert bare((await it.tell(0, "/correct 20 days")).text) == bare(say("en", "feedback.slack_stays_out"))
+        assert await it.here.count("example") == 0
 
 
 @every_way

@@ -121,8 +121,8 @@ async def test_thumbs_are_kept_with_the_answer_and_a_reason(tmp_path: Path, pers
         await it.press(person, sent, "👍")
         await it.press(person, sent, "👎")
         assert it.there.answered[-1][1] == say(language, "telegram.thanks")
-        await it.there.until(lambda: say(language, "telegram.reason_untrue") in sent.labels)
-        await it.press(person, sent, say(language, "telegram.reason_untrue"))
+        await it.there.until(lambda: say(language, "feedback.reason_untrue") in sent.labels)
+        await it.press(person, sent, say(language, "feedback.reason_untrue"))
         await it.there.until(lambda: not sent.labels)
         votes = await it.here.database.read(
             lambda tx: tx.all("SELECT vote, reason, adapter FROM feedback JOIN generation ON id = generation_id")

@@ -150,3 +150,36 @@ async def test_a_group_where_it_may_not_write_is_given_up(tmp_path: Path) -> Non
         it.there.says(ANN, "@acme_bot one", chat=chat)
         await it.settled()
         assert await it.here.count("inbox", "outcome = 'unconfirmed'") == 1
+
+
+async def test_a_reply_in_a_group_is_corrected_by_answering_it_where_its_person_allows_it(tmp_path: Path) -> None:
+    async with talk(tmp_path) as it:
+        chat = group(it.there, admins={OWNER.id})
+        refused = await it.ask(LI, "@acme_bot how long?", chat=chat)
+        await it.ask(ANN, "/consent on")
+        first = await it.ask(ANN, "@acme_bot how long, please?", chat=chat)
+        await it.ask(ANN, "@acme_bot thank you", chat=chat)
+        done = await it.ask(OWNER, "/correct 20 days", chat=chat, reply_to_message=it.there.mine(first))
+        assert "how long, please? ▶ 20 days" in done.text
+        told = await it.ask(OWNER, "/correct 30 days", chat=chat, reply_to_message=it.there.mine(refused))
+        assert told.text.startswith(say("en", "feedback.not_allowed")[:40])
+        lost = await it.ask(OWNER, "/correct 30 days", chat=chat, reply_to_message=it.there.mine(done))
+        assert lost.text.startswith(say("en", "feedback.no_reply")[:30])
+        for asked in ("/correct", "/correct #12345678 30 days"):
+            assert (await it.ask(OWNER, asked, chat=chat)).text == say("en", "feedback.in_private")
+        assert await it.here.count("example") == 1
+
+
+async def test_only_who_was_answered_in_a_group_gives_it_away(tmp_path: Path) -> None:
+    async with talk(tmp_path) as it:
+        chat = group(it.there)
+        sent = await it.ask(LI, "@acme_bot how long?", chat=chat)
+        await it.press(LI, sent, "👎")
+        await it.there.until(lambda: say("zh", "feedback.reason_other") in sent.labels)
+        await it.press(LI, sent, say("zh", "feedback.reason_other"))
+        asked = it.there.held(GROUP)[-1]
+        assert asked.text == say("zh", "feedback.may_we")
+        await it.press(ANN, asked, say("zh", "feedback.yes"))
+        assert await it.here.count("example") == 0
+        await it.press(LI, asked, say("zh", "feedback.yes"))
+        assert await it.here.count("example", "shared = 1") == 1

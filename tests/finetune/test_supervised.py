@@ -16,7 +16,7 @@ from core.store import datasets
 from core.store.database import Tx
 from core.trainer import COMMAND
 from core.training import TrainingSettings
-from core.tuning import start
+from core.tuning import begin
 from core.weights import fingerprint
 from tests.finetune.conftest import faq
 from tests.works import WatchedBot, Works, works
@@ -28,11 +28,13 @@ async def order(it: Works) -> None:
     data = faq(60) + b"not a row\n"
     sha256 = hashlib.sha256(data).hexdigest()
     await asyncio.to_thread((it.home.datasets / sha256).write_bytes, data)
-    call = Call(parse("/finetune").command, parse("/finetune").form, {"dataset": sha256, "name": "faq.jsonl"})
+    call = Call(
+        parse("/finetune").command, parse("/finetune").form, {"dataset": sha256, "name": "faq.jsonl", "go": "yes"}
+    )
 
     def work(tx: Tx) -> None:
         datasets.keep_dataset(tx, sha256, "faq.jsonl", source="file", size_bytes=len(data), brought_by="someone")
-        start(tx, it.caller(tx), call)
+        begin(tx, it.caller(tx), call)
 
     await it.database.write(work)
     it.training.wake()

@@ -11,6 +11,7 @@ import logging
 import math
 import shutil
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import suppress
 from dataclasses import dataclass, field
@@ -77,7 +78,7 @@ class _Trouble:
     until: float  # of time.monotonic
 
 
-class Lane:
+class Lane(ABC):
     """`run` must be running for jobs to be done; `wake` says that there may be one, or one less."""
 
     action = ""  # what `python -m finetune` is asked to do
@@ -95,15 +96,15 @@ class Lane:
 
     # --- what a kind of work is ---
 
+    @abstractmethod
     def due(self, tx: Tx) -> list[Job]:
         """What there is to do, oldest first."""
-        raise NotImplementedError
 
+    @abstractmethod
     async def work(self, job: Job) -> None:
         """Bring it to its end, or leave it open because this program ends."""
-        raise NotImplementedError
 
-    async def between(self) -> None:
+    async def between(self) -> None:  # noqa: B027  # a lane may have nothing to look at
         """What is to be looked at from time to time."""
 
     # --- the loop ---

@@ -84,7 +84,8 @@ class Events:
 def run(action: str, folder: Path, emit: Events, stop: threading.Event) -> int:
     """Do it, and turn every way in which it can end into an event and an exit status."""
     language = "en"
-    from finetune.train import Interrupted, train  # torch takes seconds to load: signals are watched before
+    from finetune.keeping import Interrupted  # torch takes seconds to load: signals are watched before
+    from finetune.train import train
 
     keep_no_core()
     try:

@@ -44,7 +44,7 @@ def estimate(folder: Path, spec: Spec, prepared: Prepared, emit: Emit, stop: thr
     with tempfile.TemporaryDirectory(prefix="estimate-", dir=folder) as aside:  # the job's own checkpoint stays
         trainer = Trainer(Path(aside), plain, prepared, emit, stop)
         tokens, seconds = trainer.warm_up()
-    work = trainer.tokens_left() + rehearsed * length * hyper.epochs
+    work = trainer.pace.tokens_left(trainer.position) + rehearsed * length * hyper.epochs
     total = work * seconds / max(1, tokens)
     if (spec.ability or rehearsed) and not ability.is_kept(spec, prepared.base):
         total += _seconds_of_answers(trainer, prompts)

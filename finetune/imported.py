@@ -27,13 +27,13 @@ from finetune.ability import NOTHING, own_answers
 from finetune.base import load_module
 from finetune.checkpoint import sync_folder, write_durably
 from finetune.exam import Exam, Examined
+from finetune.keeping import Interrupted
 from finetune.loss import Scorer
 from finetune.meter import Meter
 from finetune.methods import LoraDelta
 from finetune.prepare import Emit, Prepared, prepare
 from finetune.publish import ASIDE, MANIFEST, OUT, done, published
 from finetune.report import versions
-from finetune.train import Interrupted
 
 
 def judge_imported(folder: Path, spec: Spec, emit: Emit, stop: threading.Event) -> None:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import hashlib
 import platform
+from collections.abc import Mapping
 from dataclasses import asdict, dataclass
 from datetime import UTC, datetime
 from importlib.metadata import version
@@ -99,6 +100,15 @@ def manifest_of(
         dtype=str(choose_dtype(spec)).removeprefix("torch."),
         created=datetime.now(UTC).isoformat(timespec="seconds"),
     )
+
+
+def losses_of(position: Position, evaluated: Mapping[str, float]) -> dict[str, float]:
+    """Of training in the beginning and at the end, of the validation rows over time, and what the gate measured."""
+    losses = position.losses
+    few = max(1, min(10, len(losses) // 4))
+    ends = {"train_first": sum(losses[:few]) / few, "train_last": sum(losses[-few:]) / few}
+    validated = {f"validation_{step}": loss for step, loss in sorted(position.validated.items())}
+    return {**ends, **validated, **evaluated}
 
 
 def versions() -> dict[str, str]:

@@ -7,57 +7,44 @@ was cut at any point and goes on ends with the very same bits, on a CPU with the
 from __future__ import annotations
 
 import hashlib
-import json
 import logging
 import math
-import shutil
 import threading
 import time
-from collections.abc import Callable
 from contextlib import nullcontext, suppress
-from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from safetensors import SafetensorError
 
 from core.errors import JobError
-from core.job import Evaluated, HyperParameters, JobEvent, Judged, Planned, Progress, Spec, Warned
+from core.job import Evaluated, HyperParameters, JobEvent, Judged, Spec, Warned
 from core.texts import say
 from finetune.ability import NOTHING, OwnAnswers, own_answers
 from finetune.base import load_again, load_module
 from finetune.batches import collate, pack, shared_prefix
-from finetune.checkpoint import BEST, NEWEST, Position, is_disk_full, load_checkpoint, save_checkpoint
+from finetune.checkpoint import BEST
 from finetune.course import Course
 from finetune.exam import Exam
+from finetune.keeping import Interrupted, Keeper, identity_of
 from finetune.loss import Scorer
 from finetune.memory import checkpoint_activations, checkpoints_activations, give_back
 from finetune.meter import Meter
 from finetune.methods import AllWeights, LoraDelta, Trained
 from finetune.optimise import clip, learning_rate
+from finetune.pace import Pace, Taken
 from finetune.prepare import Emit, Prepared, prepare
 from finetune.publish import done, publish, published, write_adapter, write_model
-from finetune.report import manifest_of
+from finetune.report import losses_of, manifest_of
 from finetune.settings import LEAST_PREFIX, Resolved, resolve
 from finetune.team import Team, whole
 
 log = logging.getLogger(__name__)
 
-CHECKPOINT = "checkpoint"
-CHECKPOINT_S = 20.0
-CHECKPOINT_SHARE = 0.05  # of the time: where writing one takes long, they become rarer
-PROGRESS_S = 1.0
-WAIT_S, TELL_WAIT_S, LONGEST_WAIT_S = 2.0, 120.0, 6 * 3600.0  # where the disk is full
 WARM_UP_STEPS, WARM_UP_S = 4, 10.0
 LOST_STEPS, LOST_NATS = 5, 2.0  # so many steps in a row of so much more loss than in the beginning: it has lost its way
 LOST_VALIDATION = 0.5  # nats more than untrained, on the validation rows
-FORWARD_SHARE = 0.4  # of a training step's time: what evaluating a token costs beside training one
-
-
-class Interrupted(Exception):
-    """The job is to stop; its checkpoint is written."""
 
 
 class Unstable(Exception):
@@ -66,16 +53,6 @@ class Unstable(Exception):
     def __init__(self, key: str, **fields: object) -> None:
         super().__init__(key)
         self.key, self.fields = key, fields
-
-
-@dataclass(slots=True)
-class Taken:
-    """One optimiser step: mean loss per supervised token, norm before clipping by it, fraction clipped by value."""
-
-    loss: float
-    grad_norm: float
-    clipped: float
-    tokens: int
 
 
 def train(folder: Path, spec: Spec, emit: Emit, stop: threading.Event) -> None:
@@ -139,10 +116,18 @@ class Trainer:
         lengths = [len(row.ids) - self.meter.prefix for row in self.train_rows]
         self.course = Course(lengths, spec, micro_tokens=self.settings.micro_tokens, team=self.team)
         self.evaluated: dict[str, float] = {}  # what was measured, by name
-        self.position = self._begin()
-        self._session_tokens, self._session_s = 0, 0.0
-        self._told = self._next_save = -math.inf
-        self._last: Progress | None = None
+        self.pace = Pace(spec, prepared, self.train_rows, self.course, emit)
+        self.keeper = Keeper(
+            folder,
+            identity_of(spec, prepared.base, self.own.sha256, self.settings),
+            self.trained,
+            self.optimizer,
+            team=self.team,
+            stop=stop,
+            warn=self._warn,
+        )
+        self.position = self.keeper.begin()
+        log.info("train.begin step=%d of %d, %d rows", self.position.step, self.course.steps, len(self.train_rows))
 
     def _trained(self, model: Any) -> Trained:
         spec, hyper = self.spec, self.spec.hyper
@@ -159,7 +144,7 @@ class Trainer:
         return own_answers(self.folder, cache, self.prepared.base, spec.instructions, model, self._check_own_stop)
 
     def run(self) -> None:
-        self._tell_plan()
+        self.pace.tell_plan()
         try:
             self._train()
         except Interrupted:
@@ -168,7 +153,7 @@ class Trainer:
             raise
         judged = self._judge()
         self.emit(judged)
-        losses = self._losses()
+        losses = losses_of(self.position, self.evaluated)
         manifest = manifest_of(
             self.spec,
             self.prepared,
@@ -186,20 +171,9 @@ class Trainer:
             state = {name: whole(tensor).cpu() for name, tensor in self.model.state_dict().items()}
             write = partial(write_model, model=self.model, state=state, tokenizer=self.prepared.base.tokenizer)
         if self.team.leads:
-            self._with_room(lambda: publish(self.folder, write, manifest))
+            self.keeper.with_room(lambda: publish(self.folder, write, manifest), step=self.position.step)
         self.team.wait()
         self.emit(done(self.position.step, self.position.seconds, losses))
-
-    def _tell_plan(self) -> None:
-        own = len(self.prepared.split.train)
-        self.emit(
-            Planned(
-                steps=self.course.steps,
-                tokens=sum(len(row.ids) for row in self.train_rows) * self.spec.hyper.epochs,
-                rows=own,
-                rehearsed=len(self.train_rows) - own,
-            )
-        )
 
     def _train(self) -> None:
         """Until all steps are done, or nothing is gained any more; then back to the best of them."""
@@ -214,9 +188,8 @@ class Trainer:
                 self._go_back(error)
         if self.position.step < self.course.steps:
             self._warn("stopped_early", step=self.position.step, steps=self.course.steps, best=self.position.best)
-            if self._last:
-                self.emit(replace(self._last, step=self.position.step, steps=self.position.step))
-        if self.position.best < self.position.step and self._load(BEST) is None:
+            self.pace.tell_end(self.position)
+        if self.position.best < self.position.step and self.keeper.load(BEST) is None:
             raise JobError(detail=f"the checkpoint of step {self.position.best} cannot be read any more")
 
     def _advance(self) -> None:
@@ -226,13 +199,11 @@ class Trainer:
         except torch.OutOfMemoryError as error:
             self._spare_memory(error)  # nothing was changed: the step is taken again
             return
-        self._count(taken, time.monotonic() - began)
+        self.pace.count(self.position, taken, time.monotonic() - began)
         if self._is_lost(LOST_STEPS):
             raise Unstable("diverged", at=self.position.step, loss=taken.loss, before=self._untrained_loss())
-        if began - self._told >= PROGRESS_S or self.position.step == self.course.steps:
-            self._tell(taken)
-            self._told = began
-        if self.team.led(began >= self._next_save):
+        self.pace.tell(self.position, taken)
+        if self.keeper.is_due(began):
             self._save()
 
     def _spare_memory(self, error: Exception) -> None:
@@ -304,28 +275,13 @@ class Trainer:
         self.optimizer.step()
         return Taken(loss, clipped.norm, clipped.fraction, round(tokens))
 
-    def _begin(self) -> Position:
-        position = self._load(NEWEST)
-        if position is None:
-            checkpoint = self.folder / CHECKPOINT
-            if self.team.led(checkpoint.exists()):
-                self._warn("checkpoint")
-            self.team.wait()
-            if self.team.leads:
-                shutil.rmtree(checkpoint, ignore_errors=True)
-            self.position = position = Position(self._identity())
-            for name in (BEST, NEWEST):
-                self._write(name, position)
-        log.info("train.begin step=%d of %d, %d rows", position.step, self.course.steps, len(self.train_rows))
-        return position
-
     def _go_back(self, error: Unstable) -> None:
         """To where the validation rows were understood best, or to the start; once, with half the learning rate.
 
         Not to the newest checkpoint: when that was written is a matter of time, and it may be on the wrong way already.
         """
         failed_factor, rate = self.position.rate_factor, self.spec.hyper.learning_rate
-        position = self._load(BEST)
+        position = self.keeper.load(BEST)
         if position is None or failed_factor < 1:
             fields = {**error.fields, "rate": f"{min(rate / 4, HyperParameters().learning_rate):g}"}
             raise JobError(detail=say(self.spec.language, f"data.lost_{error.key}", **fields), fault="yours")
@@ -333,44 +289,6 @@ class Trainer:
         self.position.rate_factor = failed_factor / 2
         self._save()
         self._warn(error.key, **error.fields, step=position.step, rate=f"{rate / 2:g}")
-
-    def _load(self, name: str) -> Position | None:
-        return load_checkpoint(self.folder / CHECKPOINT, name, self._identity(), self.trained, self.optimizer)
-
-    def _count(self, taken: Taken, seconds: float) -> None:
-        self.position.step += 1
-        self.position.tokens += taken.tokens
-        self.position.seconds += seconds
-        self.position.clipped += taken.clipped
-        self.position.losses.append(taken.loss)
-        self._session_tokens += taken.tokens
-        self._session_s += seconds
-
-    def _tell(self, taken: Taken) -> None:
-        pace = self._session_tokens / max(self._session_s, 1e-9)
-        self._last = Progress(
-            step=self.position.step,
-            steps=self.course.steps,
-            epoch=self.course.epoch_of(self.position.step),
-            epochs=self.spec.hyper.epochs,
-            loss=taken.loss,
-            tokens_per_s=round(pace, 1),
-            seconds_left=round(self.tokens_left() / pace, 1),
-            grad_norm=taken.grad_norm,
-            clipped=taken.clipped,
-        )
-        self.emit(self._last)
-
-    def tokens_left(self) -> float:
-        """Of training; tokens that are only evaluated count for their share."""
-        parts = self.prepared.split
-        epoch = sum(len(row.ids) for row in self.train_rows)
-        validation = sum(len(self.prepared.rows[row].ids) for row in parts.validation)
-        test = sum(len(self.prepared.rows[row].ids) for row in parts.test)
-        evaluations = (self.course.steps - self.position.step) / self.course.evaluate_every
-        training = epoch * self.spec.hyper.epochs - self.position.tokens
-        models = 3 if self.spec.champion else 2  # each under two questions
-        return max(0.0, training + FORWARD_SHARE * (evaluations * validation + 2 * models * test))
 
     def _validate(self) -> None:
         """Measure, keep what is the best so far, and write a checkpoint, so that it is not measured again."""
@@ -386,7 +304,7 @@ class Trainer:
             raise Unstable("diverged", at=position.step, loss=loss, before=untrained)
         position.validated[position.step] = loss
         if position.best == position.step:
-            self._write(BEST, position)
+            self.keeper.write(BEST, position)
         self._save()
         if position.step:
             self.emit(Evaluated(step=position.step, split="validation", loss=loss, rows=len(rows)))
@@ -420,37 +338,8 @@ class Trainer:
 
     def _save(self) -> None:
         """Only what may be gone on from: a job that is losing its way keeps the checkpoint from before."""
-        began = time.monotonic()
-        if not self.position.validated or self._is_lost(1):
-            return
-        self._write(NEWEST, self.position)
-        took = time.monotonic() - began
-        self._next_save = began + max(CHECKPOINT_S, took / CHECKPOINT_SHARE)
-
-    def _write(self, name: str, position: Position) -> None:
-        """Raises Interrupted, JobError."""
-        folder, write = self.folder / CHECKPOINT, self.team.leads
-        self._with_room(lambda: save_checkpoint(folder, name, position, self.trained, self.optimizer, write=write))
-        self.team.wait()
-
-    def _with_room(self, write: Callable[[], None]) -> None:
-        """Where the disk is full, wait: others may make room, and a job is not lost for it.
-
-        Raises Interrupted, JobError.
-        """
-        until, told = time.monotonic() + LONGEST_WAIT_S, -math.inf
-        while True:
-            try:
-                return write()
-            except (OSError, SafetensorError) as error:
-                if not is_disk_full(error) or time.monotonic() > until:
-                    raise JobError(detail=f"the job folder cannot be written: {error}") from error
-            if time.monotonic() - told > TELL_WAIT_S:
-                told = time.monotonic()
-                self._warn("disk_full", step=self.position.step)
-                log.warning("train.disk_full step=%d", self.position.step)
-            self.stop.wait(WAIT_S)
-            self._check_own_stop()
+        if self.position.validated and not self._is_lost(1):
+            self.keeper.save(self.position)
 
     def _check_own_stop(self) -> None:
         """Where the others do something else, or nothing."""
@@ -461,26 +350,6 @@ class Trainer:
         """All of them together."""
         if self.team.any(self.stop.is_set()):
             raise Interrupted
-
-    def _identity(self) -> str:
-        """Of all that decides the result. Threads, niceness and paths do not."""
-        spec, base = asdict(self.spec), self.prepared.base
-        names = ("job", "label", "instructions", "data_sha256", "dtype", "method", "fresh", "hyper")
-        known = {name: spec[name] for name in names}
-        known |= {
-            "own": self.own.sha256,
-            "base": base.fingerprint,
-            "template": base.template_sha256,
-            "resolved": asdict(self.settings),
-        }
-        return hashlib.sha256(json.dumps(known, sort_keys=True).encode()).hexdigest()
-
-    def _losses(self) -> dict[str, float]:
-        losses = self.position.losses
-        few = max(1, min(10, len(losses) // 4))
-        ends = {"train_first": sum(losses[:few]) / few, "train_last": sum(losses[-few:]) / few}
-        validated = {f"validation_{step}": loss for step, loss in sorted(self.position.validated.items())}
-        return {**ends, **validated, **self.evaluated}
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:

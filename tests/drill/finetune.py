@@ -40,7 +40,7 @@ from core.trainer import COMMAND
 from core.training import Training, TrainingSettings
 from core.types import Address, Caller
 from core.weights import fingerprint
-from finetune import train as loop
+from finetune import keeping
 from finetune.__main__ import run
 from finetune.checkpoint import BEST, NEWEST
 from tests.drill.platform import Platform, PlatformOutlet
@@ -81,7 +81,7 @@ def trainer(folder: Path, dies_at: tuple[int, bool] | None) -> int:
     try:
         os.setsid()
         torch.set_num_threads(1)
-        loop.CHECKPOINT_S = 0.0
+        keeping.CHECKPOINT_S = 0.0
         if dies_at is not None:
             _die_at(*dies_at)
         status = run("train", folder, _Silent(), threading.Event())  # type: ignore[arg-type]

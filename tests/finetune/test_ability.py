@@ -17,7 +17,8 @@ from core.job import Judged, Spec
 from finetune import ability, sanity
 from finetune.ability import FILE, PROMPTS, answer, own_answers
 from finetune.base import find_base, load_module
-from finetune.train import Interrupted, Trainer, train
+from finetune.keeping import Interrupted
+from finetune.train import Trainer, train
 from finetune.train import prepare as prepare_job
 from tests.finetune.conftest import Heard, MakeJob
 

@@ -15,7 +15,8 @@ from core.errors import JobError
 from core.job import SHOWN, Done, Evaluated, Judged, Shown, Spec
 from finetune.exam import SCORES
 from finetune.imported import judge_imported
-from finetune.train import Interrupted, train
+from finetune.keeping import Interrupted
+from finetune.train import train
 from tests.finetune.conftest import Heard, MakeJob
 from tests.tiny import save_adapter
 

@@ -23,10 +23,11 @@ from finetune import train as loop
 from finetune.batches import collate
 from finetune.checkpoint import BEST, NEWEST
 from finetune.data import Report
+from finetune.keeping import Interrupted
 from finetune.loss import Scorer
 from finetune.methods import AllWeights
 from finetune.plain import encode_text
-from finetune.train import Interrupted, Trainer
+from finetune.train import Trainer
 from tests.finetune.conftest import Heard, faq
 from tests.finetune.test_model import CPU, load_plain, rows, theirs
 from tests.finetune.test_train import go, stop_after

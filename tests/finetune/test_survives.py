@@ -16,10 +16,10 @@ from safetensors.torch import load_file
 from core.errors import JobError
 from core.job import Done, Progress, Spec, Warned
 from core.weights import fingerprint
-from finetune import checkpoint, publish
-from finetune import train as loop
+from finetune import checkpoint, keeping, publish
 from finetune.checkpoint import NEWEST
-from finetune.train import Interrupted, Trainer, train
+from finetune.keeping import Interrupted
+from finetune.train import Trainer, train
 from tests.finetune.conftest import Heard
 from tests.finetune.test_train import go, stop_after
 
@@ -34,8 +34,8 @@ def fill(folder: Path) -> Path:
 
 
 def test_a_full_disk_is_waited_out_and_nothing_is_lost(make_job, small_disk, monkeypatch):
-    monkeypatch.setattr(loop, "WAIT_S", 0.02)
-    monkeypatch.setattr(loop, "CHECKPOINT_S", 0.0)
+    monkeypatch.setattr(keeping, "WAIT_S", 0.02)
+    monkeypatch.setattr(keeping, "CHECKPOINT_S", 0.0)
     whole = make_job()
     go(whole)
     folder = small_disk / "job"
@@ -61,8 +61,8 @@ def test_a_full_disk_is_waited_out_and_nothing_is_lost(make_job, small_disk, mon
 
 
 def test_a_job_that_waits_for_room_can_be_stopped_and_goes_on(make_job, small_disk, monkeypatch):
-    monkeypatch.setattr(loop, "WAIT_S", 0.02)
-    monkeypatch.setattr(loop, "CHECKPOINT_S", 0.0)
+    monkeypatch.setattr(keeping, "WAIT_S", 0.02)
+    monkeypatch.setattr(keeping, "CHECKPOINT_S", 0.0)
     source, folder = make_job(), small_disk / "job"
     shutil.copytree(source, folder)
     stop = threading.Event()
@@ -83,7 +83,7 @@ def test_a_job_that_waits_for_room_can_be_stopped_and_goes_on(make_job, small_di
 
 
 def test_no_room_for_the_result_is_waited_out_too(make_job, monkeypatch):
-    monkeypatch.setattr(loop, "WAIT_S", 0.01)
+    monkeypatch.setattr(keeping, "WAIT_S", 0.01)
     write, failed = publish.write_durably, []
 
     def full_once(path, content):

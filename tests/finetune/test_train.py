@@ -17,10 +17,12 @@ from core.errors import BadDataset, JobError
 from core.job import FEWEST_TEST_ROWS, Checked, Done, Evaluated, Judged, Planned, Progress, Spec, Warned
 from core.types import AdapterRef
 from core.weights import fingerprint
+from finetune import keeping
 from finetune import train as loop
 from finetune.checkpoint import BEST, NEWEST
+from finetune.keeping import Interrupted
 from finetune.meter import Meter
-from finetune.train import Interrupted, Trainer, Unstable, train
+from finetune.train import Trainer, Unstable, train
 from tests.finetune.conftest import Heard, faq
 from tests.tiny import quietly
 
@@ -270,7 +272,7 @@ def test_a_job_that_has_lost_its_way_goes_back_to_its_best_whenever_checkpoints_
     monkeypatch.setattr(Trainer, "take_step", astray)
     results = []
     for often in (0.0, 1000.0):
-        monkeypatch.setattr(loop, "CHECKPOINT_S", often)
+        monkeypatch.setattr(keeping, "CHECKPOINT_S", often)
         folder = make_job(f"every-{often:g}", epochs=4)
         heard = go(folder)
         (warned,) = heard.of(Warned)

@@ -24,7 +24,7 @@ from core.config import read_config
 from core.engine.protocol import Engine
 from core.errors import AppError, BadConfig, StorageError
 from core.operators import run_command
-from core.service import HANDLERS
+from core.rows import HANDLERS
 from core.store.database import Database
 from core.store.home import Home
 from core.texts import say

@@ -9,7 +9,7 @@ from pathlib import Path
 
 from core.commands import parse
 from core.operators import run_command
-from core.service import HANDLERS
+from core.rows import HANDLERS
 from core.store import directory, turns
 from core.store.database import Database, Tx
 from core.store.home import Cipher

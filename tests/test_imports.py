@@ -48,6 +48,7 @@ LEVELS = (
         "lane",
         "checking",
     },
+    {"rows"},
     {"service"},
 )
 # who: what it must not import, not even through others of ours (True) or only itself (False)

@@ -269,7 +269,9 @@ def test_data_lists_what_one_may_know_of_with_origin_and_licence(
 ) -> None:
     def bring(tx: Tx) -> None:
         owner = it.hash("operator")
-        tx.run("UPDATE dataset SET brought_by = ?, created_ms = ?", [owner, hours_ago := tx.now_ms - 7_000_000]  # rounded up: 2 h)
+        tx.run(
+            "UPDATE dataset SET brought_by = ?, created_ms = ?", [owner, hours_ago := tx.now_ms - 7_000_000]
+        )  # rounded up: 2 h
         datasets.keep_derived(tx, SHA, "b" * 64, size_bytes=4200)
         datasets.count_rows(tx, "b" * 64, 90)
         tx.run("UPDATE dataset SET licence = 'CC0', created_ms = ? WHERE parent <> ''", [hours_ago + 1])

@@ -109,7 +109,7 @@ def _share_from_now_on(tx: Tx, partner: str) -> None:
     for row in rows:
         price = directory.price_now(tx, row["id"])
         if price.share_bps != row["share_bps"]:
-            directory.set_price(tx, row["id"], price.in_nano, price.out_nano, row["share_bps"])
+            directory.set_price(tx, row["id"], price.in_nano, price.out_nano, row["share_bps"], price.train_nano)
 
 
 def _audited(tx: Tx, table: str, name: str, values: Mapping[str, Value]) -> list[str]:

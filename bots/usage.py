@@ -10,17 +10,20 @@ from typing import Any
 from core.errors import StorageError, UnknownThing
 from core.store.database import open_read_only
 from core.store.home import Home
+from core.texts import money
 
-_NANO = 1_000_000_000
 _ROWS = """
     SELECT usage_daily.day, channel.name AS channel, partner.name AS partner, sum(replies) AS replies,
         sum(usage_daily.tokens_in) AS tokens_in, sum(usage_daily.tokens_reused) AS tokens_reused,
         sum(usage_daily.tokens_out) AS tokens_out,
-        sum(gross_nano) AS gross_nano, sum(partner_nano) AS partner_nano, sum(owner_nano) AS owner_nano
+        sum(gross_nano) AS gross_nano, sum(partner_nano) AS partner_nano, sum(owner_nano) AS owner_nano,
+        sum(jobs) AS jobs, sum(tokens_trained) AS tokens_trained, sum(jobs_nano) AS jobs_nano
     FROM usage_daily JOIN channel ON channel.id = channel_id JOIN partner ON partner.id = partner_id
     WHERE ? = '' OR channel.name = ? GROUP BY usage_daily.day, channel.id ORDER BY usage_daily.day, channel.name
 """
-_COLUMNS = ("day", "channel", "replies", "tokens_in", "tokens_reused", "tokens_out", "gross", "partner")
+_COUNTS = ("replies", "tokens_in", "tokens_reused", "tokens_out", "jobs", "tokens_trained")
+_MONEY = ("gross_nano", "partner_nano")
+_COLUMNS = ("day", "channel", *_COUNTS, *(name.removesuffix("_nano") for name in _MONEY))
 
 
 def usage(home: Home, channel: str, *, as_json: bool) -> str:
@@ -41,7 +44,7 @@ def usage(home: Home, channel: str, *, as_json: bool) -> str:
 
 def _table(rows: list[dict[str, Any]]) -> str:
     total: dict[str, Any] = {"day": "total", "channel": ""}
-    for name in ("replies", "tokens_in", "tokens_reused", "tokens_out", "gross_nano", "partner_nano"):
+    for name in (*_COUNTS, *_MONEY):
         total[name] = sum(row[name] for row in rows)
     lines = [_COLUMNS, *(_cells(row) for row in [*rows, total])]
     widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
@@ -49,9 +52,8 @@ def _table(rows: list[dict[str, Any]]) -> str:
 
 
 def _cells(row: dict[str, Any]) -> tuple[str, ...]:
-    counts = (f"{row[name]:,}" for name in ("replies", "tokens_in", "tokens_reused", "tokens_out"))
-    money = (f"{row[name] / _NANO:.2f}" for name in ("gross_nano", "partner_nano"))
-    return (row["day"], row["channel"], *counts, *money)
+    counts = (f"{row[name]:,}" for name in _COUNTS)
+    return (row["day"], row["channel"], *counts, *(money(row[name]) for name in _MONEY))
 
 
 def _line(cells: tuple[str, ...], widths: list[int]) -> str:

@@ -38,6 +38,7 @@ class Candidate:
     base_fingerprint: str
     dataset_sha256: str
     manifest: str
+    trained_tokens: int = 0  # as its manifest says; 0 where nothing was trained
 
 
 @dataclass(frozen=True, slots=True)
@@ -75,7 +76,10 @@ def inspect(folder: Path) -> Candidate:
         base = manifest.get("base_fingerprint")
         if not isinstance(base, str) or not base:
             raise ValueError(f"{MANIFEST} does not say which base model it was made for (base_fingerprint)")
-        return Candidate(_digest(folder), folder, base, str(manifest.get("data_sha256", "")), text)
+        trained = manifest.get("tokens", 0)
+        if not isinstance(trained, int) or trained < 0:
+            raise ValueError(f"{MANIFEST} says that tokens={trained!r} were trained")
+        return Candidate(_digest(folder), folder, base, str(manifest.get("data_sha256", "")), text, trained)
     except (OSError, ValueError) as error:
         raise AdapterUnusable(detail=f"{folder.name}: {error}", label=folder.name) from error
 

@@ -18,7 +18,7 @@ from core.commands import Call, Grant
 from core.datasets import keep_file
 from core.delivery import keep_body, new_delivery
 from core.errors import JobError
-from core.job import EXIT_FINISHED, PREVIEW, Checked, JobEvent, Preview, Redacted
+from core.job import EXIT_FINISHED, PREVIEW, Checked, Estimated, JobEvent, Preview, Redacted
 from core.jobboard import Board
 from core.lane import Lane, Shop, with_line
 from core.store import datasets, directory, jobs
@@ -88,6 +88,8 @@ class Checks(Lane):
             if redacted:
                 datasets.keep_derived(tx, job.dataset_sha256, redacted.sha256, size_bytes=size)
                 jobs.read_from(tx, job.id, redacted.sha256)
+            estimated = datatexts.last(events, Estimated)
+            jobs.pin_price(tx, job.id, estimated.tokens if estimated else None)
             asked = jobs.find(tx, job.id)
             assert asked is not None
             _count_rows(tx, asked, events)

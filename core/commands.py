@@ -103,6 +103,7 @@ SETTINGS = (
     "adapter",
     "price_in",
     "price_out",
+    "price_train",
     "share",
     "bind",
 )

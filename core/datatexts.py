@@ -10,14 +10,13 @@ from typing import TypeVar
 
 from core.job import Checked, Estimated, JobEvent, Preview, Redacted
 from core.store.jobs import Job
-from core.texts import duration, say
+from core.texts import Later, duration, money, say
 from core.types import Body, Button
 
 SHOWN_LINES = 5
 _SHOWN_CHARACTERS = 200
 _SAMPLE, _SAMPLE_ROW = 120, 700  # characters of a row in the question, and in the preview
 _BARS = "▁▂▃▄▅▆▇█"
-_NOTHING_TO_PAY = "0.00"  # what a job costs: replies are charged, fine-tunes are not
 T = TypeVar("T")
 
 
@@ -33,11 +32,19 @@ def question(job: Job, events: Sequence[JobEvent], preview: Sequence[Preview]) -
         lines.append(f"- {say(language, 'training.redacted', **told)}")
     if preview:
         lines += ["", say(language, "training.sample", line=preview[0].line), "", f"> {_sample(preview[0])}"]
-    lines += ["", estimate_text(language, estimated), "", say(language, "training.ask", id=job.id, label=job.label)]
+    lines += [
+        "",
+        estimate_text(language, estimated, job.train_nano),
+        "",
+        say(language, "training.ask", id=job.id, label=job.label),
+    ]
     return Body("\n".join(lines), _buttons(job, personal=bool(checked.personal)))
 
 
-def estimate_text(language: str, estimated: Estimated) -> str:
+def estimate_text(language: str, estimated: Estimated, train_nano: int) -> str:
+    """With `train_nano` to pay for each token."""
+    to_pay = estimated.tokens * train_nano
+    price = Later("training.price", price=money(to_pay)) if to_pay else Later("training.price_none")
     key = "training.estimate" if estimated.seconds else "training.estimate_unmeasured"
     return say(
         language,
@@ -47,7 +54,7 @@ def estimate_text(language: str, estimated: Estimated) -> str:
         steps=estimated.steps,
         time=duration(language, estimated.seconds),
         memory=f"{estimated.memory_mib / 1024:.1f}",
-        price=_NOTHING_TO_PAY,
+        price=price,
     )
 
 

@@ -19,7 +19,7 @@ from core.job import (
     Warned,
 )
 from core.store.jobs import EXPIRED, Job
-from core.texts import Later, duration, say
+from core.texts import Later, duration, money, say
 from core.types import Body, Button
 from core.versions import anyway_button, compare_button, discard_button, promote_button, worst_button
 
@@ -80,6 +80,9 @@ def report(job: Job, events: Sequence[JobEvent]) -> Body:
         lines.append(say(language, "import.trained_elsewhere"))
     elif done is not None:
         lines.append(say(language, "training.took", time=duration(language, done.seconds), steps=done.steps))
+    if job.charged and job.charged[1]:
+        tokens, nano = job.charged
+        lines.append(say(language, "training.charged", tokens=tokens, price=money(nano)))
     if checked is not None:
         lines += rows_text(language, job.dataset, checked)
         lines += [f"- {line}" for line in data_text(language, checked)]

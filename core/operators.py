@@ -18,8 +18,8 @@ from core.types import Body, Caller, Channel, ForgetMemory, Outcome
 
 Handler = Callable[[Tx, Caller, Call], Outcome]
 ALL = "all"
-_OWNERS_SETTINGS = frozenset({"adapter", "price_in", "price_out", "share", "bind"})
-_PRICES = ("price_in", "price_out", "share")
+_OWNERS_SETTINGS = frozenset({"adapter", "price_in", "price_out", "price_train", "share", "bind"})
+_PRICES = ("price_in", "price_out", "price_train", "share")
 _MOST = 1_000_000_000
 _MAX_TITLE, _MAX_INSTRUCTIONS, _MAX_LABEL, _MAX_SHOWN = 80, 8000, 80, 80
 _MOST_QUESTIONS, _MAX_QUESTION = 4, 60
@@ -206,6 +206,7 @@ def _settings(tx: Tx, channel: Channel) -> dict[str, Setting]:
         "adapter": channel.adapter,
         "price_in": price.in_nano,
         "price_out": price.out_nano,
+        "price_train": price.train_nano,
         "share": price.share_bps / 100,
     }
 
@@ -216,7 +217,8 @@ def _store(tx: Tx, channel: Channel, settings: Mapping[str, Setting], changed: s
         directory.set_channel(tx, channel.id, **columns)
     if changed & set(_PRICES):
         share_bps = round(float(settings["share"]) * 100)
-        directory.set_price(tx, channel.id, int(settings["price_in"]), int(settings["price_out"]), share_bps)
+        read, written, trained = (int(settings[name]) for name in ("price_in", "price_out", "price_train"))
+        directory.set_price(tx, channel.id, read, written, share_bps, trained)
 
 
 def _changes(language: str, channel: Channel, before: Mapping[str, Setting], after: Mapping[str, Setting]) -> str:

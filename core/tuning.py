@@ -46,6 +46,8 @@ def begin(tx: Tx, caller: Caller, call: Call) -> Outcome:
         columns=columns,
         preset=preset,
     )
+    if agreed:
+        jobs.pin_price(tx, job.id)
     new_delivery(tx, job_id=job.id)
     made: Json = {"job": job.id, "dataset": job.dataset_sha256, "state": job.state}
     directory.audit(tx, caller, " ".join(call.key).strip(), job.label, None, made)

@@ -155,12 +155,16 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """Integer nano-units of the currency per token; `share_bps` of it, in basis points, is the partner's."""
+    """Integer nano-units of the currency per token; `share_bps` of it, in basis points, is the partner's.
+
+    A token that is trained has its own price, of which no partner has a share.
+    """
 
     id: int
     in_nano: int
     out_nano: int
     share_bps: int
+    train_nano: int = 0
 
 
 @dataclass(frozen=True, slots=True)

@@ -23,6 +23,7 @@ from core.types import Caller
 DAYS = 30
 _DAY_MS = 86_400_000
 _COUNTS = ("replies", "tokens_in", "tokens_reused", "tokens_out", "gross_nano", "partner_nano")
+_OF_JOBS = ("jobs", "tokens_trained", "jobs_nano")
 
 
 async def prepare_usage(home: Home, database: Database, caller: Caller, call: Call) -> Call:
@@ -44,13 +45,13 @@ async def prepare_usage(home: Home, database: Database, caller: Caller, call: Ca
 
 def daily(tx: Tx, channel_id: int, count: int) -> list[Row]:
     """One row for each of the last `count` days, oldest first, also where nothing was used."""
-    sums = ", ".join(f"sum({name}) AS {name}" for name in _COUNTS)
+    sums = ", ".join(f"sum({name}) AS {name}" for name in (*_COUNTS, *_OF_JOBS))
     days = [day_of(tx.now_ms - back * _DAY_MS) for back in reversed(range(count))]
     found = tx.all(
         f"SELECT day, {sums} FROM usage_daily WHERE channel_id = ? AND day >= ? GROUP BY day", [channel_id, days[0]]
     )
     by_day = {row["day"]: row for row in found}
-    return [by_day.get(day, {"day": day, **dict.fromkeys(_COUNTS, 0)}) for day in days]
+    return [by_day.get(day, {"day": day, **dict.fromkeys((*_COUNTS, *_OF_JOBS), 0)}) for day in days]
 
 
 def _table(rows: Sequence[Row], path: Path) -> Path:
@@ -58,7 +59,7 @@ def _table(rows: Sequence[Row], path: Path) -> Path:
     aside = path.with_name(f".{path.name}.{os.getpid()}")
     with aside.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
-        writer.writerow(["day", *_COUNTS])
-        writer.writerows([row["day"], *(row[name] for name in _COUNTS)] for row in rows)
+        writer.writerow(["day", *_COUNTS, *_OF_JOBS])
+        writer.writerows([row["day"], *(row[name] for name in (*_COUNTS, *_OF_JOBS))] for row in rows)
     aside.replace(path)
     return path

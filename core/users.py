@@ -13,12 +13,10 @@ from core.retention import retention_of
 from core.store import directory
 from core.store.database import Row, Tx
 from core.store.ledger import day_of
-from core.texts import duration, languages, resolve, say
+from core.texts import duration, languages, money, resolve, say
 from core.types import AnswerAgain, Body, Button, Caller, ForgetMemory, Outcome, StopReply
 from core.usagefiles import DAYS
 
-_NANO = 1_000_000_000
-_SMALL_NANO = _NANO // 100
 _DAY_MS = 86_400_000
 
 
@@ -117,18 +115,17 @@ def _sums(tx: Tx, caller: Caller, since: str) -> Row:
 
 def _channel_usage(tx: Tx, caller: Caller, today: str) -> str:
     names = ("replies", "tokens_in", "tokens_reused", "tokens_out", "gross_nano", "partner_nano")
-    sums = ", ".join(f"ifnull(sum({name}), 0) AS {name}" for name in names)
+    of_jobs = ("jobs", "tokens_trained", "jobs_nano")
+    sums = ", ".join(f"ifnull(sum({name}), 0) AS {name}" for name in (*names, *of_jobs))
     row = tx.one(
         f"SELECT {sums} FROM usage_daily WHERE channel_id = ? AND day >= ?", [caller.channel.id, f"{today[:8]}01"]
     )
     assert row is not None
-    money = {"gross": _money(row["gross_nano"]), "partner": _money(row["partner_nano"])}
-    return say(caller.language, "users.usage_channel", title=caller.channel.title, **row, **money)
-
-
-def _money(nano: int) -> str:
-    """In units of the currency; small amounts to the sixth place."""
-    return f"{nano / _NANO:,.2f}" if not nano or abs(nano) >= _SMALL_NANO else f"{nano / _NANO:.6f}"
+    of_replies = {"gross": money(row["gross_nano"] - row["jobs_nano"]), "partner": money(row["partner_nano"])}
+    told = say(caller.language, "users.usage_channel", title=caller.channel.title, **row, **of_replies)
+    if not row["jobs"]:
+        return told
+    return f"{told}\n\n{say(caller.language, 'users.usage_jobs', **row, amount=money(row['jobs_nano']))}"
 
 
 def whoami(tx: Tx, caller: Caller, call: Call) -> Outcome:

@@ -16,6 +16,7 @@ Its checkpoint is the number of steps done. Words that begin with a letter are l
     keeps-lock    the first life passes its lock on, then kills itself
     personal      personal data is found, until it is asked to take it out
     slow-check    the check waits until it is told to go
+    long          more is trained than the check has said
 """
 
 from __future__ import annotations
@@ -189,6 +190,7 @@ def publish(word: str, folder: Path, spec: Spec) -> None:
         "judged": asdict(judged(word)),
         "label": spec.label,
         "job": spec.job,
+        "tokens": 5_000 if word == "long" else 900,
         "base_fingerprint": "another" if word == "other-base" else spec.fingerprint,
         "data_sha256": "0" * 64 if word == "other-data" else spec.data_sha256,
     }

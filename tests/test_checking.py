@@ -11,7 +11,7 @@ import pytest
 
 from core.errors import BadInput
 from core.store import datasets, jobs
-from core.texts import say
+from core.texts import Later, say
 from core.training import TrainingSettings
 from tests.fake_trainer import COMMAND as FAKE_TRAINER
 from tests.test_training import PAUSED
@@ -43,7 +43,7 @@ async def test_the_report_is_a_question_and_nothing_is_trained_before_its_answer
             "1.5 GB",
         ):
             assert fact in said
-        assert "0.00" in said
+        assert "Nothing to pay" in said
         (body,) = it.bot.final.values()
         assert [button.value for button in body.buttons] == [
             f"/finetune {word} {job_id}" for word in ("start", "preview", "cancel")
@@ -120,7 +120,7 @@ async def test_a_check_goes_on_beside_a_job_that_is_trained(tmp_path: Path) -> N
         job_id = await it.order(place="q", agreed=False)
         said = await it.ended()
         assert (await it.job(job_id))["state"] == "waiting"
-        told = {"tokens": 1_200, "epochs": 2, "steps": 6, "price": "0.00"}
+        told = {"tokens": 1_200, "epochs": 2, "steps": 6, "price": Later("training.price_none")}
         assert say("en", "training.estimate_unmeasured", **told) in said
         await it.say(f"/finetune start {job_id}", place="q")
         assert "1" in await it.say("/finetune status", place="q")

@@ -11,11 +11,12 @@ import pytest
 from core.commands import parse
 from core.errors import BadCommand, BadInput
 from core.operators import run_command
-from core.store import directory
+from core.store import datasets, directory, jobs
 from core.store.database import Tx
-from core.store.ledger import amounts, day_of
+from core.store.ledger import amounts, charge_job, day_of
 from core.texts import say
 from core.types import AnswerAgain, ForgetMemory, Outcome, StopReply
+from core.usagefiles import daily
 from tests.people import HANDLERS, Town, ask, town
 
 DAY_MS = 86_400_000
@@ -97,6 +98,27 @@ def test_usage_shows_small_amounts_to_the_sixth_place(it: Town) -> None:
     it.run("owner", "/channel set acme price_in=150 price_out=600")
     charge(it, "user", 2, (32, 9))
     assert "amount 0.000010" in it.says("owner", "/usage")
+
+
+def test_usage_shows_operators_fine_tunes_apart_from_replies(it: Town, tmp_path: Path) -> None:
+    it.run("owner", "/channel set acme price_in=1000000 price_train=2500 share=30")
+    charge(it, "user", 2, (100, 50))
+
+    def train(tx: Tx) -> None:
+        sha256 = "a" * 64
+        datasets.keep_dataset(tx, sha256, "faq.jsonl", source="file", size_bytes=1, brought_by=it.hash("operator"))
+        job = jobs.create(tx, it.caller(tx, "operator"), sha256)
+        jobs.pin_price(tx, job.id)
+        charge_job(tx, job.id, 48_000)
+
+    it.database.write_now(train)
+    said = it.says("operator", "/usage")
+    assert "replies: 1, amount 0.10, partner's share 0.03" in said
+    assert "Fine-tunes this month: 1, 48,000 tokens trained, amount 0.12" in said
+    assert "本月微调：1 次，训练 48,000 个 token，金额 0.12" in it.says("operator", "/usage", language="zh")
+    assert "tokens trained" not in it.says("user", "/usage")
+    (row,) = it.database.read_now(lambda tx: daily(tx, it.caller(tx, "operator").channel.id, 1))
+    assert (row["replies"], row["gross_nano"], row["jobs"], row["jobs_nano"]) == (1, 220_000_000, 1, 120_000_000)
 
 
 def test_new_begins_the_conversation_anew_and_no_other(it: Town) -> None:

@@ -21,7 +21,7 @@ def census(tx: Tx) -> list[Family]:
     jobs = tx.all("SELECT state, count(*) AS n FROM job GROUP BY 1")
     charges = tx.all(
         "SELECT CASE WHEN channel.id IN (SELECT id FROM channel ORDER BY id LIMIT ?) THEN channel.name ELSE ? END"
-        " AS name, sum(replies) AS replies, sum(gross_nano) AS gross, sum(partner_nano) AS partner"
+        " AS name, sum(replies) AS replies, sum(jobs) AS jobs, sum(gross_nano) AS gross, sum(partner_nano) AS partner"
         " FROM usage_daily JOIN channel ON channel.id = channel_id GROUP BY 1",
         [MAX_LABELS, OTHER],
     )
@@ -44,8 +44,13 @@ def census(tx: Tx) -> list[Family]:
             *(({"channel": row["name"]}, row["replies"]) for row in charges),
         ),
         counter(
+            "ledger_jobs_total",
+            "Fine-tunes charged, of all times.",
+            *(({"channel": row["name"]}, row["jobs"]) for row in charges),
+        ),
+        counter(
             "ledger_gross_total",
-            "What they are worth, in units of the currency.",
+            "What both are worth, in units of the currency.",
             *(({"channel": row["name"]}, row["gross"] / NANO) for row in charges),
         ),
         counter(

@@ -191,10 +191,10 @@ def price_now(tx: Tx, channel_id: int) -> Price:
     """The price in force: the newest row, since none is made for later."""
     row = tx.one("SELECT * FROM price WHERE channel_id = ? ORDER BY id DESC LIMIT 1", [channel_id])
     assert row is not None, channel_id
-    return Price(row["id"], row["in_nano"], row["out_nano"], row["share_bps"])
+    return Price(row["id"], row["in_nano"], row["out_nano"], row["share_bps"], row["train_nano"])
 
 
-def set_price(tx: Tx, channel_id: int, in_nano: int, out_nano: int, share_bps: int) -> None:
+def set_price(tx: Tx, channel_id: int, in_nano: int, out_nano: int, share_bps: int, train_nano: int = 0) -> None:
     """A price from now on, as a new row: those before it are what earlier replies are charged by."""
     last = tx.value("SELECT max(valid_from_ms) FROM price WHERE channel_id = ?", [channel_id])
     tx.insert(
@@ -204,6 +204,7 @@ def set_price(tx: Tx, channel_id: int, in_nano: int, out_nano: int, share_bps: i
         in_nano=in_nano,
         out_nano=out_nano,
         share_bps=share_bps,
+        train_nano=train_nano,
     )
 
 

@@ -35,8 +35,10 @@ MAX_EVENTS = 200
 _OPEN = "('validating', 'waiting', 'queued', 'running', 'publishing')"
 _AT_WORK = "('queued', 'running', 'publishing')"
 _JOB = (
-    "SELECT job.*, dataset.source, channel.title, channel.instructions"
-    " FROM job JOIN dataset ON dataset.sha256 = dataset_sha256 JOIN channel ON channel.id = channel_id"
+    "SELECT job.*, dataset.source, channel.title, channel.instructions, train_nano, charge.tokens_trained, gross_nano"
+    " FROM job JOIN dataset ON dataset.sha256 = dataset_sha256 JOIN channel ON channel.id = job.channel_id"
+    " LEFT JOIN price ON price.id = job.price_id"
+    " LEFT JOIN ledger AS charge ON charge.job_id = job.id AND charge.kind = 'usage'"
 )
 
 
@@ -64,6 +66,8 @@ class Job:
     imported: str  # the folder of an adapter from elsewhere that it examines; "" where it trains
     columns: Mapping[str, str]
     redact: bool
+    train_nano: int  # the price of a token that was offered, or agreed to; 0 where there is none
+    charged: tuple[int, int] | None  # (tokens that were trained, their price in nano-units), once it is published
 
     @property
     def label(self) -> str:
@@ -134,7 +138,8 @@ def find(tx: Tx, job_id: int) -> Job | None:
 def of_channel(tx: Tx, channel_id: int, limit: int) -> list[Job]:
     """Newest first."""
     return [
-        _job(row) for row in tx.all(f"{_JOB} WHERE channel_id = ? ORDER BY job.id DESC LIMIT ?", [channel_id, limit])
+        _job(row)
+        for row in tx.all(f"{_JOB} WHERE job.channel_id = ? ORDER BY job.id DESC LIMIT ?", [channel_id, limit])
     ]
 
 
@@ -185,6 +190,18 @@ def ask(tx: Tx, job_id: int) -> bool:
             "UPDATE job SET state = 'waiting', asked_ms = ? WHERE id = ? AND state = 'validating'",
             [tx.now_ms, job_id],
         )
+    )
+
+
+def pin_price(tx: Tx, job_id: int, tokens: int | None = None) -> None:
+    """What its channel pays for a trained token now is what this job costs, whatever becomes of the price.
+
+    `tokens` is how many were told to whoever decides: no more are charged.
+    """
+    tx.run(
+        "UPDATE job SET tokens_agreed = ?,"
+        " price_id = (SELECT max(id) FROM price WHERE price.channel_id = job.channel_id) WHERE id = ?",
+        [tokens, job_id],
     )
 
 
@@ -402,4 +419,6 @@ def _job(row: Row) -> Job:
         preset=row["preset"],
         columns=json.loads(row["columns"] or "{}"),
         redact=bool(row["redact"]),
+        train_nano=row["train_nano"] or 0,
+        charged=None if row["gross_nano"] is None else (row["tokens_trained"], row["gross_nano"]),
     )

@@ -458,3 +458,46 @@ def m009_confirmed_jobs(db: sqlite_utils.Database) -> None:
         CREATE INDEX example_user ON example (user_hash)
         """,
     )
+
+
+@MIGRATIONS()
+def m010_price_of_training(db: sqlite_utils.Database) -> None:
+    """What a trained token costs, and charges for jobs: a charge is for one generation or for one job."""
+    version = db.conn.execute("PRAGMA schema_version").fetchone()[0]
+    db.conn.execute("PRAGMA writable_schema = ON")
+    db.conn.execute(
+        "UPDATE sqlite_schema SET sql = replace(sql, 'generation_id TEXT NOT NULL,', 'generation_id TEXT,')"
+        " WHERE type = 'table' AND name = 'ledger'"
+    )
+    db.conn.execute(f"PRAGMA schema_version = {version + 1}")
+    db.conn.execute("PRAGMA writable_schema = OFF")
+    _run(
+        db,
+        """
+        ALTER TABLE price ADD COLUMN train_nano INTEGER NOT NULL DEFAULT 0 CHECK (train_nano >= 0);;
+        ALTER TABLE job ADD COLUMN price_id INTEGER REFERENCES price /* NULL trains nothing, or is older than this */;;
+        ALTER TABLE job ADD COLUMN tokens_agreed INTEGER /* no more are charged; NULL where none were told */;;
+        ALTER TABLE ledger ADD COLUMN job_id INTEGER REFERENCES job
+            CHECK ((generation_id IS NULL) <> (job_id IS NULL));;
+        ALTER TABLE ledger ADD COLUMN tokens_trained INTEGER NOT NULL DEFAULT 0;;
+        CREATE UNIQUE INDEX ledger_job ON ledger (job_id, kind) WHERE job_id IS NOT NULL;;
+        ALTER TABLE usage_daily ADD COLUMN jobs INTEGER NOT NULL DEFAULT 0;;
+        ALTER TABLE usage_daily ADD COLUMN tokens_trained INTEGER NOT NULL DEFAULT 0;;
+        ALTER TABLE usage_daily ADD COLUMN jobs_nano INTEGER NOT NULL DEFAULT 0 /* the part of gross_nano */;;
+        DROP TRIGGER ledger_rolls_up;;
+        CREATE TRIGGER ledger_rolls_up AFTER INSERT ON ledger BEGIN
+            INSERT INTO usage_daily VALUES (
+                NEW.day, NEW.channel_id, NEW.price_id,
+                iif(NEW.job_id IS NULL, iif(NEW.kind = 'usage', 1, -1), 0),
+                NEW.tokens_in, NEW.tokens_reused, NEW.tokens_out, NEW.gross_nano, NEW.partner_nano, NEW.owner_nano,
+                iif(NEW.job_id IS NULL, 0, iif(NEW.kind = 'usage', 1, -1)),
+                NEW.tokens_trained, iif(NEW.job_id IS NULL, 0, NEW.gross_nano))
+            ON CONFLICT DO UPDATE SET
+                replies = replies + excluded.replies, tokens_in = tokens_in + excluded.tokens_in,
+                tokens_reused = tokens_reused + excluded.tokens_reused, tokens_out = tokens_out + excluded.tokens_out,
+                gross_nano = gross_nano + excluded.gross_nano, partner_nano = partner_nano + excluded.partner_nano,
+                owner_nano = owner_nano + excluded.owner_nano, jobs = jobs + excluded.jobs,
+                tokens_trained = tokens_trained + excluded.tokens_trained, jobs_nano = jobs_nano + excluded.jobs_nano;
+        END
+        """,
+    )

@@ -15,6 +15,8 @@ from typing import Any, Self
 
 FALLBACK = "en"
 _GROUPED_FROM = 10_000
+NANO = 1_000_000_000
+_SMALL_NANO = NANO // 100
 _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86_400
 
 
@@ -65,6 +67,11 @@ def duration(language: str, seconds: float) -> str:
     if seconds <= 36 * _HOUR_S:
         return say(language, "duration.hours", n=math.ceil(seconds / _HOUR_S))
     return say(language, "duration.days", n=math.ceil(seconds / _DAY_S))
+
+
+def money(nano: int) -> str:
+    """Nano-units in units of the currency; small amounts to the sixth place."""
+    return f"{nano / NANO:,.2f}" if not nano or abs(nano) >= _SMALL_NANO else f"{nano / NANO:.6f}"
 
 
 class _Formatter(string.Formatter):

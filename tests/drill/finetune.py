@@ -33,7 +33,7 @@ from core.delivery import Deliveries, new_delivery
 from core.engine.protocol import EngineInfo
 from core.errors import AppError
 from core.job import HyperParameters, Spec
-from core.store import directory, jobs, turns
+from core.store import directory, jobs, ledger, turns
 from core.store.database import Database, Tx
 from core.store.home import Cipher, Home, Lock
 from core.trainer import COMMAND
@@ -50,6 +50,7 @@ from tests.tiny import save_tiny
 HYPER = HyperParameters(rank=4, alpha=8, learning_rate=1e-2, epochs=4, rows_per_step=8, patience=3)
 WRITES = ("fsync", "replace", "rename")
 LIFE_S = 60.0
+PRICE = 7  # of a trained token
 DATA = faq(60)
 
 
@@ -217,6 +218,7 @@ def open_home(folder: Path, base: Path) -> tuple[Home, EngineInfo]:
     def work(tx: Tx) -> None:
         directory.ensure_terminal(tx, "home")
         channel = directory.create_channel(tx, "drill", title="Drill")
+        directory.set_price(tx, channel.id, 0, 0, 3000, PRICE)
         directory.bind(tx, "fake", "bot", "", channel.id)
         at = Address("fake", "bot", "place", "c")
         caller = Caller(tx.cipher.hash_user("fake", "bot", "u"), at, channel, "en", 0, turns.conversation_id(tx, at, 1))
@@ -229,7 +231,9 @@ def open_home(folder: Path, base: Path) -> tuple[Home, EngineInfo]:
             brought_by="x",
             created_ms=1,
         )
-        new_delivery(tx, job_id=jobs.create(tx, caller, sha256, "faq.jsonl").id)
+        job = jobs.create(tx, caller, sha256, "faq.jsonl")
+        jobs.pin_price(tx, job.id)
+        new_delivery(tx, job_id=job.id)
 
     with Lock(home), Database(home.database, Cipher.open(home.key_file, create=True)) as database:
         database.write_now(work)
@@ -308,7 +312,13 @@ def _audit(home: Home, platform: Platform) -> tuple[list[str], set[str]]:
     with Database(home.database, Cipher.open(home.key_file, create=False)) as database:
         job = database.read_now(lambda tx: tx.one("SELECT state, reason, result FROM job WHERE id = 1"))
         known = database.read_now(lambda tx: [row["sha256"] for row in tx.all("SELECT sha256 FROM adapter")])
+        charged = database.read_now(lambda tx: tx.all("SELECT job_id, tokens_trained, gross_nano FROM ledger"))
+        problems += database.read_now(ledger.check)
     assert job is not None
+    if [row["job_id"] for row in charged] != [1] or not charged[0]["gross_nano"] == charged[0][
+        "tokens_trained"
+    ] * PRICE > 0:
+        problems.append(f"it is charged as {charged}")
     if job["state"] != "published":
         problems.append(f"it is {job['state']}: {job['reason']}")
     if known != [job["result"]] or [path.name for path in home.adapters.iterdir()] != known:

@@ -49,7 +49,7 @@ FILLED = """
     installation: 'slack', 'T1', x'04', 31
     install_state: 'h1', 'slack', 'l', 32
 """
-AFTER = ["m006_numbers", "m007_comparisons", "m008_presets", "m009_confirmed_jobs"]
+AFTER = ["m006_numbers", "m007_comparisons", "m008_presets", "m009_confirmed_jobs", "m010_price_of_training"]
 
 
 @contextmanager
@@ -109,10 +109,31 @@ def test_what_was_there_works_as_before_and_what_is_new_works(earlier: Path) -> 
             ("UPDATE job SET channel_id = 99", "FOREIGN KEY"),
             ("UPDATE job SET state = NULL", "NOT NULL"),
             ("UPDATE job SET version = 1", "UNIQUE"),
+            (
+                "INSERT INTO ledger SELECT 2, kind, NULL, day, channel_id, 4, 0, 0, 0, 0, 0, 0, 1, 9, 0 FROM ledger",
+                "FOREIGN",
+            ),
+            (
+                "INSERT INTO ledger SELECT 2, kind, NULL, day, channel_id, 4, 0, 0, 0, 0, 0, 0, 1, NULL, 0 FROM ledger",
+                "CHECK",
+            ),
+            (
+                "INSERT INTO ledger SELECT 2, kind, 'g1', day, channel_id, 4, 0, 0, 0, 0, 0, 0, 1, 1, 0 FROM ledger",
+                "CHECK",
+            ),
             ("INSERT INTO example VALUES ('g9', 3, 'ann', 'telegram', 0, x'00', NULL, NULL, 1)", "FOREIGN KEY"),
         ):
             with pytest.raises(sqlite3.IntegrityError, match=error):
                 run(refused)
+        charged = (
+            "INSERT INTO ledger SELECT {}, kind, NULL, day, 3, 4, 0, 0, 0, 70, 0, 70, 1, 2, 10 FROM ledger LIMIT 1"
+        )
+        run(charged.format(2))
+        with pytest.raises(sqlite3.IntegrityError, match="UNIQUE"):
+            run(charged.format(3))
+        assert list(
+            db.query("SELECT replies, tokens_out, gross_nano, jobs, tokens_trained, jobs_nano FROM usage_daily")
+        ) == [{"replies": 1, "tokens_out": 12, "gross_nano": 13270, "jobs": 1, "tokens_trained": 10, "jobs_nano": 70}]
         run("UPDATE job SET state = 'waiting', shown = x'05' WHERE id = 1")
         run("INSERT INTO comparison VALUES (1, 7, 3, 'a1', NULL, 1, x'06', 'kim', 40, NULL, NULL)")
         run("UPDATE job SET shown = x'07' WHERE id = 2")

@@ -21,7 +21,7 @@ from core.errors import JobError
 from core.job import EXIT_FINISHED, PREVIEW, Checked, Estimated, JobEvent, Preview, Redacted
 from core.jobboard import Board
 from core.lane import Lane, Shop, with_line
-from core.store import datasets, directory, jobs
+from core.store import datasets, directory, jobs, trail
 from core.store.database import Database, Tx
 from core.store.home import Home
 from core.store.jobs import Job
@@ -77,7 +77,7 @@ class Checks(Lane):
 
     async def _ask(self, job: Job, folder: Path) -> None:
         """The report, and the question whether to start. What personal data was taken out of is another data set."""
-        events = await self._database.read(lambda tx: jobs.events(tx, job.id))
+        events = await self._database.read(lambda tx: trail.events(tx, job.id))
         redacted = next((event for event in events if isinstance(event, Redacted)), None) if job.redact else None
         size = await asyncio.to_thread(self._keep_redacted, folder, redacted) if redacted else 0
         preview = Preview.load(await asyncio.to_thread(read_preview, self._home, job.id))

@@ -13,7 +13,7 @@ from core import jobtexts
 from core.delivery import Deliveries
 from core.errors import StorageError
 from core.job import JobEvent, Progress
-from core.store import jobs
+from core.store import trail
 from core.store.database import Database
 from core.store.jobs import Job
 from core.types import Handle
@@ -53,7 +53,7 @@ class Board:
             return
         if isinstance(event, Progress):
             self._kept = time.monotonic()
-        await self._database.write(lambda tx: jobs.add_event(tx, self._job.id, event))
+        await self._database.write(lambda tx: trail.add_event(tx, self._job.id, event))
         self._news.set()
 
     async def paint(self) -> None:
@@ -63,7 +63,7 @@ class Board:
             self._news.clear()
             try:
                 async with asyncio.timeout(_SHOW_DEADLINE_S):
-                    events = await self._database.read(lambda tx: jobs.events(tx, self._job.id))
+                    events = await self._database.read(lambda tx: trail.events(tx, self._job.id))
                     text = jobtexts.progress_text(self._job, events)
                     await self._deliveries.show(self._handle, self._job.address, text)
             except Exception as error:

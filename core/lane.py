@@ -24,7 +24,7 @@ from core.engine.protocol import EngineInfo
 from core.errors import AppError, JobError, StorageError
 from core.job import Failed, HyperParameters, JobEvent, Spec
 from core.jobboard import Board
-from core.store import datasets, jobs
+from core.store import datasets, jobs, trail
 from core.store.database import Database, Tx
 from core.store.home import Home
 from core.store.jobs import Job
@@ -307,7 +307,7 @@ class Lane(ABC):
             if kept is None:
                 ended = jobs.find(tx, job.id)
                 assert ended is not None
-                kept = jobtexts.ended_body(ended, jobs.events(tx, job.id))
+                kept = jobtexts.ended_body(ended, trail.events(tx, job.id))
                 keep_body(tx, delivery_id, kept)
             return kept
 

@@ -22,7 +22,7 @@ from core.errors import AdapterUnusable
 from core.job import EXIT_FINISHED, SHOWN
 from core.jobboard import Board
 from core.lane import Lane, Shop, TrainingSettings, with_line
-from core.store import jobs, ledger
+from core.store import jobs, ledger, trail
 from core.store.database import Database, Tx
 from core.store.home import Home
 from core.store.jobs import Job
@@ -167,7 +167,7 @@ class Trains(Lane):
 
     async def _write_down(self, job: Job, candidate: Candidate) -> None:
         """The version, the job's end, its charge and what is said of it, in one transaction."""
-        events = await self._database.read(lambda tx: jobs.events(tx, job.id))
+        events = await self._database.read(lambda tx: trail.events(tx, job.id))
         curve = self._home.sent / f"{job.adapter}-{job.version}-loss-{job.id}.png"
         picture = await asyncio.to_thread(charts.loss_curve, events, curve)
         shown = await asyncio.to_thread(self._read_shown, job)
@@ -181,7 +181,7 @@ class Trains(Lane):
             jobs.keep_shown(tx, job.id, shown)
             published = jobs.find(tx, job.id)
             assert published is not None
-            body = jobtexts.report(published, jobs.events(tx, job.id))
+            body = jobtexts.report(published, trail.events(tx, job.id))
             keep_body(tx, new_delivery(tx, job_id=job.id), replace(body, files=(picture,) if picture else ()))
 
         await self._database.write(work)

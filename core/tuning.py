@@ -12,7 +12,7 @@ from core.delivery import new_delivery
 from core.errors import BadInput, UnknownThing
 from core.job import PRESETS, Checked, Preview
 from core.operators import Handler
-from core.store import datasets, directory, jobs
+from core.store import datasets, directory, jobs, trail
 from core.store.database import Tx
 from core.store.jobs import Job
 from core.texts import Later, duration, languages, say
@@ -70,7 +70,7 @@ def redact(tx: Tx, caller: Caller, call: Call) -> Outcome:
     job = _asking(tx, caller, call)
     if job is None:
         return Outcome(Body(say(caller.language, "training.none")))
-    checked = datatexts.last(jobs.events(tx, job.id), Checked)
+    checked = datatexts.last(trail.events(tx, job.id), Checked)
     if checked is None or not checked.personal:
         raise BadInput("training.nothing_personal", name=job.dataset)
     jobs.move(tx, job.id, "validating", redact=True)
@@ -95,7 +95,7 @@ def status(tx: Tx, caller: Caller, call: Call) -> Outcome:
     if job is None:
         return Outcome(Body(say(caller.language, "training.none")))
     job = replace(job, language=caller.language)
-    events = jobs.events(tx, job.id)
+    events = trail.events(tx, job.id)
     line = _line(tx, caller, job)
     if job.state == "waiting":
         rows = Preview.load(call.arguments.get("preview", ""))

@@ -11,7 +11,7 @@ import pytest
 from core import adapters
 from core.commands import COMMANDS, Form, Grant, find
 from core.job import Checked
-from core.store import datasets, directory, jobs
+from core.store import datasets, directory, jobs, trail
 from core.store.database import Tx
 from core.texts import languages, say
 from tests.people import ROLES, Town, ask, town
@@ -46,7 +46,7 @@ BROUGHT: Mapping[tuple[str, str], Mapping[str, str]] = {  # what files add befor
 
 def _ask(tx: Tx) -> None:
     """The job's question, as core.checking leaves it."""
-    jobs.add_event(tx, 1, Checked(12, 12, 0, 500, 8, 2, 2, personal=("phone numbers: 1",)))
+    trail.add_event(tx, 1, Checked(12, 12, 0, 500, 8, 2, 2, personal=("phone numbers: 1",)))
     jobs.ask(tx, 1)
     tx.run("UPDATE delivery SET state = 'done' WHERE job_id = 1")
 

@@ -15,7 +15,7 @@ from core.datasets import MAX_OPEN
 from core.errors import BadInput, UnknownThing
 from core.job import Checked, Done, Evaluated, Failed, JobEvent, Judged, Planned, Progress
 from core.operators import run_command
-from core.store import datasets, directory, jobs
+from core.store import datasets, directory, jobs, trail
 from core.store.database import Row, Tx
 from core.texts import say
 from core.types import Outcome, WakeTraining
@@ -56,7 +56,7 @@ def hear(it: Town, *events: JobEvent, state: str = "running") -> None:
     def work(tx: Tx) -> None:
         jobs.start(tx, 1)
         for event in events:
-            jobs.add_event(tx, 1, event)
+            trail.add_event(tx, 1, event)
         if state not in jobs.OPEN:
             jobs.end(tx, 1, state)
 

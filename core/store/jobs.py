@@ -1,4 +1,4 @@
-"""Jobs and their events, as rows. Knows no process, no file and no sentence.
+"""Jobs, as rows. Knows no process, no file and no sentence.
 
 validating -> waiting -> queued -> running -> publishing -> published | cancelled | failed. The check of the data is
 validating; waiting is for somebody's yes, without which nothing is trained.
@@ -10,19 +10,8 @@ import json
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from core.job import (
-    Checked,
-    Done,
-    Estimated,
-    Failed,
-    JobEvent,
-    Planned,
-    Progress,
-    Redacted,
-    Shown,
-    dump_event,
-    load_event,
-)
+from core.job import Shown
+from core.store import trail
 from core.store.database import Row, Tx
 from core.store.datasets import OF_PEOPLE
 from core.types import Address, Caller
@@ -31,7 +20,6 @@ BEFORE = ("validating", "waiting")  # nobody has agreed to it yet
 AT_WORK = ("queued", "running", "publishing")
 OPEN = (*BEFORE, *AT_WORK)
 ASKED, EXPIRED, REPLACED = "asked", "expired", "replaced"  # why a job was cancelled
-MAX_EVENTS = 200
 _OPEN = "('validating', 'waiting', 'queued', 'running', 'publishing')"
 _AT_WORK = "('queued', 'running', 'publishing')"
 _JOB = (
@@ -245,7 +233,7 @@ def publishing(tx: Tx, job_id: int, sha256: str) -> bool:
     """Note which folder is about to be moved, so that a crash between the move and the commit loses nothing."""
     if not tx.run("UPDATE job SET state = 'publishing' WHERE id = ? AND state = 'running'", [job_id]):
         return False
-    _insert_event(tx, job_id, "publishing", json.dumps({"sha256": sha256}))
+    trail.note(tx, job_id, "publishing", json.dumps({"sha256": sha256}))
     return True
 
 
@@ -337,41 +325,6 @@ def count_attempt(tx: Tx, job_id: int) -> int:
     return int(tx.value("UPDATE job SET attempts = attempts + 1 WHERE id = ? RETURNING attempts", [job_id]))
 
 
-def add_event(tx: Tx, job_id: int, event: JobEvent) -> None:
-    """Keep what the trainer said: each thing once, of its progress the first and the newest, never more than a bound.
-
-    A step that it had not come to before means that it is alive and well.
-    """
-    data = dump_event(event)
-    of_kind = "FROM job_event WHERE job_id = ? AND kind = ?"
-    if isinstance(event, Progress):
-        last = newest_progress(tx, job_id)
-        if last is None or event.step > last.step:
-            tx.run("UPDATE job SET attempts = 0 WHERE id = ?", [job_id])
-        tx.run(f"DELETE {of_kind} AND seq > (SELECT min(seq) {of_kind})", [job_id, event.kind, job_id, event.kind])
-    elif isinstance(event, Checked | Estimated | Redacted | Planned | Done | Failed):
-        tx.run(f"DELETE {of_kind}", [job_id, event.kind])
-    elif tx.value(
-        f"SELECT count(*) >= ? OR ifnull(max(data = ?), 0) {of_kind}", [MAX_EVENTS, data, job_id, event.kind]
-    ):
-        return
-    _insert_event(tx, job_id, event.kind, data)
-
-
-def events(tx: Tx, job_id: int) -> list[JobEvent]:
-    """In the order in which the trainer said them."""
-    rows = tx.all("SELECT data FROM job_event WHERE job_id = ? AND kind <> 'publishing' ORDER BY seq", [job_id])
-    return [load_event(row["data"]) for row in rows]
-
-
-def newest_progress(tx: Tx, job_id: int) -> Progress | None:
-    data = tx.value(
-        "SELECT data FROM job_event WHERE job_id = ? AND kind = 'progress' ORDER BY seq DESC LIMIT 1", [job_id]
-    )
-    event = load_event(data) if data else None
-    return event if isinstance(event, Progress) else None
-
-
 def set_imported(tx: Tx, job_id: int, unpacked: str) -> None:
     """The job examines an adapter from elsewhere: the folder of that name beside the jobs' becomes its candidate."""
     tx.run("UPDATE job SET imported = ? WHERE id = ?", [unpacked, job_id])
@@ -390,11 +343,6 @@ def shown(tx: Tx, result: str) -> Shown:
     """Of the job that made this version; empty where nothing is kept, or not any more."""
     sealed = tx.value("SELECT shown FROM job WHERE result = ? AND shown IS NOT NULL", [result])
     return Shown.load(tx.cipher.unseal(sealed) if sealed else "")
-
-
-def _insert_event(tx: Tx, job_id: int, kind: str, data: str) -> None:
-    seq = int(tx.value("SELECT ifnull(max(seq), 0) + 1 FROM job_event WHERE job_id = ?", [job_id]))
-    tx.insert("job_event", job_id=job_id, seq=seq, at_ms=tx.now_ms, kind=kind, data=data)
 
 
 def _job(row: Row) -> Job:

@@ -9,7 +9,7 @@ import pytest
 
 from core.delivery import new_delivery
 from core.job import Checked, Done, Evaluated, JobEvent, Progress, Warned
-from core.store import datasets, jobs
+from core.store import datasets, jobs, trail
 from core.store.database import Tx
 from core.store.jobs import Job
 from tests.people import Town, town
@@ -44,13 +44,13 @@ def step(number: int) -> Progress:
 
 
 def events(it: Town, job: Job) -> list[JobEvent]:
-    return it.database.read_now(lambda tx: jobs.events(tx, job.id))
+    return it.database.read_now(lambda tx: trail.events(tx, job.id))
 
 
 def hear(it: Town, job: Job, *heard: JobEvent) -> None:
     def work(tx: Tx) -> None:
         for event in heard:
-            jobs.add_event(tx, job.id, event)
+            trail.add_event(tx, job.id, event)
 
     it.database.write_now(work)
 
@@ -152,8 +152,8 @@ def test_what_a_resumed_trainer_says_again_is_kept_once(it: Town) -> None:
 def test_a_talkative_trainer_does_not_fill_the_database(it: Town) -> None:
     bring(it, SHA)
     job = order(it)
-    hear(it, job, *(Warned(f"warning {n}") for n in range(jobs.MAX_EVENTS + 50)), step(1))
-    assert len(events(it, job)) == jobs.MAX_EVENTS + 1
+    hear(it, job, *(Warned(f"warning {n}") for n in range(trail.MAX_EVENTS + 50)), step(1))
+    assert len(events(it, job)) == trail.MAX_EVENTS + 1
 
 
 # --- data sets ---

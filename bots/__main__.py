@@ -23,10 +23,11 @@ from bots.terminal import Surroundings, TerminalBot, is_interactive, read_settin
 from bots.trial import try_out
 from bots.usage import usage
 from core import logs
-from core.commands import COMMANDS
+from core.commands import COMMANDS, find
 from core.config import FILE_NAME, load_config, show_config
 from core.errors import AppError, BadConfig, UserError
 from core.settings import Config
+from core.store.directory import TERMINAL
 from core.store.home import Home
 from core.texts import resolve, say
 
@@ -133,6 +134,24 @@ def _command(given: argparse.Namespace) -> int:
     return _ask(given, {"command": f"/{given.name} {shlex.join(given.words)}".strip()})
 
 
+def _command_in_channel(given: argparse.Namespace) -> int:
+    """The same, in a channel that is named. Files lie where this process runs, not the one that will read them."""
+    words = list(given.words)
+    first = words[:1]
+    if given.name == "adapter" and first == ["import"]:
+        words[1:] = map(_absolute, words[1:])
+    elif given.name == "finetune" and first and not find("finetune").form(first[0].lower()):
+        words[0] = _absolute(words[0])
+    request = {"command": f"/{given.name} {shlex.join(words)}".strip()}
+    return _ask(given, {**request, "channel": given.channel} if given.channel else request)
+
+
+def _absolute(typed: str) -> str:
+    """A path as every process understands it; the name of a data set as it is."""
+    path = Path(typed).expanduser()
+    return str(path.absolute()) if path.exists() else typed
+
+
 def _plugin(given: argparse.Namespace) -> int:
     """A command that a bot brings: a function of its words that gives the text to print."""
     (entry,) = entry_points(group=COMMAND_GROUP, name=given.name)
@@ -170,10 +189,10 @@ def _ask(given: argparse.Namespace, request: dict[str, Any]) -> int:
 
 async def _do_here(config: Config, home: Home, request: dict[str, Any]) -> str:
     async with open_store(config, home) as database:
-        desk = control.Desk(database, home)
+        desk = control.Desk(database, home, slack=config.finetune.allow_slack_training)
         if "apply" in request:
             return await desk.apply(request["apply"])
-        return (await desk.run(request["command"])).text
+        return (await desk.run(request["command"], request.get("channel", TERMINAL))).text
 
 
 # --- arguments and environment ---
@@ -220,6 +239,13 @@ def _parser() -> argparse.ArgumentParser:
         ("operator", "invite, list or remove operators"),
     ):
         add(commands, name, _command, text).add_argument("words", nargs=argparse.REMAINDER, metavar="...")
+    for name, text in (
+        ("finetune", "improve a channel from a FILE; start, preview, status, list, data, cancel or resume a job"),
+        ("adapter", "import an adapter from a folder or archive; list, show, promote, roll back or discard versions"),
+    ):
+        ordered = add(commands, name, _command_in_channel, text)
+        ordered.add_argument("words", nargs="*", metavar="...", help=f"as /{name} takes them in a chat")
+        ordered.add_argument("--channel", metavar="NAME", default="", help="whose it is; else the terminal's")
     for entry in entry_points(group=COMMAND_GROUP):
         add(commands, entry.name, _plugin, f"what the {entry.name} bot brings").add_argument(
             "words", nargs=argparse.REMAINDER, metavar="..."

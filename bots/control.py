@@ -1,6 +1,7 @@
 """The control socket: other `distributary` commands ask the process that owns the home to write for them.
 
-One line of JSON each way: {"command": "/channel list"} or {"apply": {...}} -> {"text": ...} or {"error": ...}.
+One line of JSON each way: {"command": "/adapter list", "channel": "acme"} or {"apply": {...}} -> {"text": ...} or
+{"error": ...}. What a job says while it runs is heard by nobody here: its command `status` tells how far it is.
 The socket lies in the home, for its owner's eyes only; who can open it is the terminal's owner. Knows no model.
 """
 
@@ -11,9 +12,9 @@ import json
 import logging
 import os
 import socket
-from collections.abc import Iterator, Mapping
+from collections.abc import AsyncIterator, Iterator, Mapping
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -22,18 +23,31 @@ from core import privacy
 from core.commands import parse
 from core.config import read_config
 from core.engine.protocol import Engine
-from core.errors import AppError, BadConfig, StorageError
+from core.errors import AppError, BadConfig, BadInput, StorageError
 from core.operators import run_command
-from core.rows import HANDLERS
+from core.rows import HANDLERS, prepare
 from core.store.database import Database
+from core.store.directory import TERMINAL
 from core.store.home import Home
 from core.texts import say
 from core.training import Training
-from core.types import After, Body, EraseFiles, ForgetMemory, Outcome, WakeTraining
+from core.types import (
+    Address,
+    After,
+    Attachment,
+    Body,
+    EraseFiles,
+    ForgetMemory,
+    Handle,
+    Outcome,
+    Receipt,
+    WakeTraining,
+)
 
 log = logging.getLogger(__name__)
 _MAX_REQUEST_BYTES = 4_000_000
-_ANSWER_S = 60.0
+_ANSWER_S = 600.0  # a large adapter is unpacked meanwhile
+_NEEDS_A_CHAT = (("adapter", "compare"), ("adapter", "choose"))
 
 
 @dataclass(frozen=True, slots=True)
@@ -44,13 +58,20 @@ class Desk:
     home: Home
     engine: Engine | None = None
     training: Training | None = None
+    slack: bool = False  # whether what people said in Slack may be learned from
 
-    async def run(self, text: str) -> Body:
+    async def run(self, text: str, channel: str = TERMINAL) -> Body:
         """Raises what the command raises."""
         call = parse(text)
-        outcome: Outcome = await self.database.write(lambda tx: run_command(tx, owner(tx), call, HANDLERS))
+        if call.key in _NEEDS_A_CHAT:
+            raise BadInput("terminal.needs_a_chat", command=f"/{call.command.name} {call.form.word}")
+        caller = await self.database.write(lambda tx: owner(tx, channel))
+        call = await prepare(self.home, self.database, _no_file, caller, call, slack=self.slack)
+        outcome: Outcome = await self.database.write(lambda tx: run_command(tx, caller, call, HANDLERS))
         for after in outcome.after:
             await self._follow(after)
+        if self.training is None and WakeTraining() in outcome.after:
+            return replace(outcome.body, text=f"{outcome.body.text}\n{say(caller.language, 'terminal.later')}")
         return outcome.body
 
     async def apply(self, given: Mapping[str, Any]) -> str:
@@ -66,6 +87,33 @@ class Desk:
                 self.training.wake()
             case EraseFiles():
                 await privacy.sweep(self.database, self.home)
+
+
+def _no_file(to: Address, attachment: Attachment) -> AsyncIterator[bytes]:
+    """Nothing is sent to a command line: files are named."""
+    raise BadInput("training.no_files_here")
+
+
+class Unheard:
+    """The outlet of the command line: a job that was ordered there is worked off, and has nobody to tell."""
+
+    def split(self, body: Body) -> tuple[Body, ...]:
+        return (body,)
+
+    async def open(self, to: Address) -> Handle:
+        return Handle(to.place)
+
+    async def show(self, handle: Handle, text: str) -> None:
+        pass
+
+    async def finish(self, handle: Handle, body: Body) -> Receipt:
+        return Receipt(handle)
+
+    async def recover(self, handle: Handle) -> Handle:
+        return handle
+
+    async def fail(self, handle: Handle, body: Body) -> None:
+        pass
 
 
 # --- the owner's side ---
@@ -103,7 +151,7 @@ async def _answer(desk: Desk, given: Any) -> dict[str, str]:
     try:
         if "apply" in given:
             return {"text": await desk.apply(given["apply"])}
-        return {"text": (await desk.run(str(given["command"]))).text}
+        return {"text": (await desk.run(str(given["command"]), str(given.get("channel", TERMINAL)))).text}
     except AppError as error:
         return {"error": sentence(error)}
     except Exception as error:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from bots import control, scrape
 from bots.outlet import Bot, find_bots
-from bots.seeds import seed
+from bots.seeds import DESK, seed
 from core import demo
 from core.delivery import Deliveries
 from core.engine.protocol import Engine, EngineSettings, RemoteSettings
@@ -172,7 +172,9 @@ async def run_bots(parts: Parts, bots: Mapping[str, Bot], *, drain_s: float, res
     With `restart` a bot that fails is started again and stops no other; else its error ends the program.
     """
     told = _Signals()
-    desk = control.Desk(parts.database, parts.home, parts.engine, parts.training)
+    slack = parts.config.finetune.allow_slack_training
+    desk = control.Desk(parts.database, parts.home, parts.engine, parts.training, slack)
+    parts.deliveries.register(DESK.platform, DESK.account, control.Unheard())
     async with asyncio.TaskGroup() as tasks:
         background = [
             tasks.create_task(parts.service.run(), name="service"),

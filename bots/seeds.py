@@ -6,8 +6,10 @@ At a start only what is missing is made: the database decides over what exists, 
 from __future__ import annotations
 
 from collections.abc import Mapping
+from dataclasses import replace
 
 from core.engine.protocol import EngineInfo
+from core.errors import BadInput, UnknownThing
 from core.settings import ChannelSeed, Config, PartnerSeed
 from core.store import directory, turns
 from core.store.database import Tx, Value
@@ -15,6 +17,7 @@ from core.texts import say
 from core.types import Address, Caller, Json
 
 OWNER = Address("terminal", "home", "home", "home")
+DESK = Address("terminal", "desk", "", "desk")  # the command line, where nobody waits for a message
 
 
 def seed(tx: Tx, config: Config) -> None:
@@ -43,12 +46,20 @@ def apply(tx: Tx, config: Config) -> str:
     return "\n".join(changes) or say("en", "terminal.nothing_to_change")
 
 
-def owner(tx: Tx) -> Caller:
-    """Who sits at the command line of this home: they operate everything."""
+def owner(tx: Tx, name: str = directory.TERMINAL) -> Caller:
+    """Who sits at the command line of this home, in the channel of that name: they operate everything.
+
+    Raises UnknownThing, and BadInput for one that is archived.
+    """
     user = tx.cipher.hash_user(OWNER.platform, OWNER.account, directory.LOCAL_USER)
-    channel = directory.channel_for(tx, OWNER.platform, OWNER.account, OWNER.place)
-    assert channel is not None, "the terminal's channel is made before any command"
-    return Caller(user, OWNER, channel, "en", 0, turns.conversation_id(tx, OWNER, channel.id))
+    channel = directory.channel_by_name(tx, name)
+    if channel is None:
+        known = ", ".join(one.name for one in directory.channels(tx, user))
+        raise UnknownThing("operators.no_channel", name=name[:80], known=known)
+    if channel.archived:
+        raise BadInput("operators.channel_archived", name=channel.name)
+    at = replace(DESK, place=channel.name)
+    return Caller(user, at, channel, "en", 0, turns.conversation_id(tx, at, channel.id))
 
 
 def greeting(tx: Tx, info: EngineInfo, place: str, language: str, version: str) -> tuple[str, ...]:

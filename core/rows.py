@@ -15,7 +15,7 @@ from core.callers import caller_of
 from core.checking import prepare_preview
 from core.commands import Call, parse
 from core.comparing import Comparisons
-from core.datasets import prepare_finetune
+from core.datasets import Fetch, prepare_finetune
 from core.delivery import Deliveries, keep_body, kept_body, new_delivery
 from core.engine.protocol import Engine
 from core.errors import AppError, EngineError, LimitReached, Overloaded, StorageError, UserError
@@ -62,6 +62,17 @@ HANDLERS: Mapping[tuple[str, str], operators.Handler] = {
 _STORAGE_RETRY_S = 2.0
 _DELIVERY_RETRIES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0)
 _NOTICE_WINDOW_MS = 60_000
+
+
+async def prepare(
+    home: Home, database: Database, fetch: Fetch, caller: Caller, call: Call, *, slack: bool = False
+) -> Call:
+    """What a command needs of files, read or written before its transaction. Raises what is wrong with them."""
+    call = await prepare_finetune(home, database, fetch, caller, call, slack=slack)
+    call = await prepare_preview(home, database, caller, call)
+    call = feedback.prepare_correct(call, slack=slack)
+    call = await prepare_usage(home, database, caller, call)
+    return await prepare_import(home, database, fetch, caller, call)
 
 
 class Rows:
@@ -158,12 +169,7 @@ class Rows:
 
     async def _command(self, row: Taken, caller: Caller, call: Call) -> None:
         """Run a command and store what it says in one transaction; then do what follows from it."""
-        fetch = self._deliveries.fetch
-        call = await prepare_finetune(self._home, self._database, fetch, caller, call, slack=self._slack)
-        call = await prepare_preview(self._home, self._database, caller, call)
-        call = feedback.prepare_correct(call, slack=self._slack)
-        call = await prepare_usage(self._home, self._database, caller, call)
-        call = await prepare_import(self._home, self._database, fetch, caller, call)
+        call = await prepare(self._home, self._database, self._deliveries.fetch, caller, call, slack=self._slack)
 
         def work(tx: Tx) -> Outcome:
             outcome = operators.run_command(tx, caller, call, HANDLERS)

@@ -33,6 +33,7 @@ from finetune.exam import SCORES
 from finetune.gate import Health, Scores, forgotten, judge
 
 FEW = 20
+SPOILT = ("no_better", "style_only", "forgets")  # the first that it fails gives the verdict its name
 DROP = 0.75  # of the base's loss on the test rows: what an honest fine-tune ends below
 
 
@@ -57,10 +58,8 @@ def cases(seeds: int) -> Iterator[Case]:
         if seed == 1:
             yield Case("few", dump(random.Random(seed).sample(english, FEW)), hyper, ("too_few",))
             swedish = HyperParameters(seed=seed, rehearsal=0)
-            yield Case("swedish", dump(faq("faq.jsonl")), swedish, ("forgets",), forgets=True)
-            yield Case(
-                "ruined", dump(english), hyper, ("no_better", "style_only", "forgets"), ruined=True, forgets=True
-            )
+            yield Case("swedish", dump(faq("faq.jsonl")), swedish, SPOILT, forgets=True)
+            yield Case("ruined", dump(english), hyper, SPOILT, ruined=True, forgets=True)
 
 
 def faq(name: str) -> list[dict[str, str]]:

@@ -23,6 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from core.errors import AdapterUnusable
+from core.expressions import expression
 from core.types import AdapterRef
 
 log = logging.getLogger(__name__)
@@ -32,6 +33,7 @@ MAX_RANK = 256
 MAX_CONFIG_BYTES = 2**20
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
+PLAIN_NAME = re.compile(r"[\w.]+")
 PLAIN_INIT = ("true", "false", "gaussian", "eva", "orthogonal", "mica")  # the others change the base model's weights
 # Keys that do not change what an adapter computes, or that are read below. Any other key must be empty.
 # fmt: off
@@ -167,7 +169,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_names(config: Mapping[str, Any]) -> None:
-    """That what names modules has the form that PEFT reads, and its regular expressions can be."""
+    """That what names modules has the form that PEFT reads, and its regular expressions can be matched."""
     for key in ("target_modules", "exclude_modules", "layers_pattern"):
         value = config.get(key)
         listed = isinstance(value, list) and all(isinstance(one, str) for one in value)
@@ -181,14 +183,14 @@ def _check_names(config: Mapping[str, Any]) -> None:
         raise ValueError(f"layers_to_transform and layers_pattern cannot go with target_modules={targets!r}")
     if patterns and layers is None:
         raise ValueError(f"layers_pattern={patterns!r} needs layers_to_transform")
-    expressions = [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
-    expressions += [one for one in (targets, config.get("exclude_modules")) if isinstance(one, str)]
-    expressions += [patterns] if isinstance(patterns, str) else patterns or []
-    for expression in expressions:
-        try:
-            re.compile(expression)
-        except re.error as error:
-            raise ValueError(f"{expression!r} is not a regular expression: {error}") from error
+    for one in [patterns] if isinstance(patterns, str) else patterns or []:
+        if not PLAIN_NAME.fullmatch(one):
+            raise ValueError(f"layers_pattern={one!r} is more than the name of a module")
+    for one in [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]:
+        expression(one)
+    for one in (targets, config.get("exclude_modules")):
+        if isinstance(one, str):
+            expression(one)
 
 
 def _check_numbers(config: Mapping[str, Any]) -> None:
@@ -289,7 +291,7 @@ def _is_target(module: str, config: Mapping[str, Any]) -> bool:
 
 def _named(module: str, names: Any) -> bool:
     if isinstance(names, str):
-        return re.fullmatch(names, module) is not None
+        return expression(names).matches(module)
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
@@ -299,7 +301,7 @@ def _rank(module: str, config: Mapping[str, Any]) -> int:
 
 def _by_pattern(module: str, pattern: Mapping[str, Any] | None, default: Any) -> Any:
     for key, value in (pattern or {}).items():
-        if re.match(rf"(.*\.)?({key})$", module):
+        if expression(rf"(.*\.)?({key})$").matches(module):
             return value
     return default
 

@@ -33,7 +33,7 @@ from core.weights import tensor_entries
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MOST_BYTES = {CONFIG: 2**20, WEIGHTS: 2 * 2**30}
-MOST_MEMBERS = 1000
+MOST_MEMBERS, MOST_UNPACKED = 1000, 32 * 2**30
 _CHUNK = 2**20
 
 
@@ -134,44 +134,59 @@ def _open_plain(path: Path) -> BinaryIO:
 
 
 def _unpack_archive(file: BinaryIO, name: str, aside: Path) -> None:
-    """A zip or tar file (gzip, bzip2, xz too): the two files in it, from one folder. Nothing else is written."""
+    """A zip or tar file (gzip, bzip2, xz too): the two files of its outermost adapter. Nothing else is written.
+
+    What trainers leave behind holds their checkpoints as well, each an adapter in a folder further in.
+    """
     with file, _making(aside):
         try:
             members = _zip_members(file) if zipfile.is_zipfile(file) else _tar_members(file)
-            found: dict[str, str] = {}
+            found: dict[str, PurePosixPath] = {}
+            twice: set[str] = set()
             for member, opened in members:
                 path = PurePosixPath(member)
-                if path.name not in MOST_BYTES or path.name.startswith("."):
-                    continue
-                if path.name in found:
-                    raise BadInput("import.two", name=name, what=path.name)
-                found[path.name] = str(path.parent)
+                before = found.get(path.name)
                 with opened as inside:
-                    _copy(inside, aside, path.name)
+                    if before is None or len(path.parts) < len(before.parts):
+                        _copy(inside, aside, path.name)
+                        found[path.name] = path
+                        twice.discard(path.name)
+                    elif len(path.parts) == len(before.parts):
+                        twice.add(path.name)
         except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, RuntimeError, NotImplementedError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
             raise BadInput("import.unreadable", name=name, reason="neither zip nor tar, or damaged") from error
+        outermost = min((len(path.parts) for path in found.values()), default=0)
         for what in MOST_BYTES:
-            if what not in found:
+            if what not in found or len(found[what].parts) > outermost:
                 raise BadInput("import.missing", name=name, what=what)
+            if what in twice:
+                raise BadInput("import.two", name=name, what=what)
+        if len({path.parent for path in found.values()}) > 1:
+            raise BadInput("import.two", name=name, what=CONFIG)
 
 
 def _zip_members(file: BinaryIO) -> Iterator[tuple[str, IO[bytes]]]:
     with zipfile.ZipFile(file) as archive:
+        size = 0
         for number, member in enumerate(archive.infolist()):
-            if number >= MOST_MEMBERS:
-                raise BadInput("import.many", limit=MOST_MEMBERS)
-            if not member.is_dir() and PurePosixPath(member.filename).name in MOST_BYTES:
+            wanted = not member.is_dir() and PurePosixPath(member.filename).name in MOST_BYTES
+            size += member.file_size if wanted else 0
+            if number >= MOST_MEMBERS or size > MOST_UNPACKED:
+                raise BadInput("import.many", limit=MOST_MEMBERS, size=MOST_UNPACKED // 2**30)
+            if wanted:
                 yield member.filename, archive.open(member)
 
 
 def _tar_members(file: BinaryIO) -> Iterator[tuple[str, IO[bytes]]]:
     file.seek(0)
     with tarfile.open(fileobj=file, mode="r:*") as archive:
+        size = 0
         for number, member in enumerate(archive):
-            if number >= MOST_MEMBERS:
-                raise BadInput("import.many", limit=MOST_MEMBERS)
+            size += member.size  # what is passed over is unpacked too, to find what comes next
+            if number >= MOST_MEMBERS or size > MOST_UNPACKED:
+                raise BadInput("import.many", limit=MOST_MEMBERS, size=MOST_UNPACKED // 2**30)
             if member.isfile() and PurePosixPath(member.name).name in MOST_BYTES:
                 inside = archive.extractfile(member)
                 if inside is not None:
@@ -200,7 +215,7 @@ class _making:
 
 def _copy(file: IO[bytes], folder: Path, name: str) -> None:
     size = 0
-    with (folder / name).open("xb") as out:
+    with (folder / name).open("wb") as out:
         while chunk := file.read(_CHUNK):
             size += len(chunk)
             if size > MOST_BYTES[name]:

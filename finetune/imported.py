@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
 import shutil
 import threading
 import time
@@ -34,6 +35,9 @@ from finetune.methods import LoraDelta
 from finetune.prepare import Emit, Prepared, prepare
 from finetune.publish import ASIDE, MANIFEST, OUT, done, published
 from finetune.report import versions
+
+_MOST_NAMED = 100
+_PACKED = re.compile(r"(-unsloth|-bnb|-[48]bit|-gptq|-awq|-bf16|-fp16|-int[48])+$")
 
 
 def judge_imported(folder: Path, spec: Spec, emit: Emit, stop: threading.Event) -> None:
@@ -70,12 +74,28 @@ def judge_imported(folder: Path, spec: Spec, emit: Emit, stop: threading.Event) 
     except AdapterUnusable as error:
         reason = error.detail.partition(": ")[2] or error.detail
         raise JobError(detail=reason.replace(str(candidate), spec.label), fault="yours") from error
+    if named := _other_base(candidate, prepared.base.name):
+        warn("other_base", named=named, base=prepared.base.name)
     examined = Exam(folder, spec, prepared, own, trained, meter, warn).take(lambda: carrying, tell)
     emit(examined.judged)
     seconds = time.monotonic() - began
     losses = {"train_first": 0.0, "train_last": 0.0, **examined.losses}
     _publish(folder, candidate, _manifest(spec, prepared, candidate, examined, losses, seconds))
     emit(done(0, seconds, losses))
+
+
+def _other_base(candidate: Path, base: str) -> str:
+    """What it names as its base model, where that is another; "" where it names none, or this one however packed."""
+    named = json.loads((candidate / CONFIG).read_text("utf-8")).get("base_model_name_or_path")
+    if not isinstance(named, str) or not named.strip("/ ") or _plain(named) == _plain(base):
+        return ""
+    return named[:_MOST_NAMED]
+
+
+def _plain(name: str) -> str:
+    """The model's own name, without whose it is and how it is packed: org/Name-bnb-4bit -> name."""
+    plain = name.rstrip("/ ").rpartition("/")[2].lower()
+    return _PACKED.sub("", plain)
 
 
 def _publish(folder: Path, candidate: Path, manifest: dict[str, Any]) -> None:

@@ -62,6 +62,25 @@ def test_the_two_files_are_taken_and_nothing_else(
     assert [path.name for path in tmp_path.iterdir()] == ["aside"]
 
 
+@pytest.mark.parametrize("pack", [zipped, tarred])
+@pytest.mark.parametrize("first", [True, False])
+def test_of_a_trainers_whole_output_the_outermost_adapter_is_taken(
+    tmp_path: Path, pack: Callable[[dict[str, bytes]], bytes], first: bool
+) -> None:
+    early = {CONFIG: b'{"peft_type": "LORA", "r": 8}', WEIGHTS: GOOD[WEIGHTS][:-1] + b"x"}
+    steps = {f"run/checkpoint-{n}/{name}": content for n in (10, 20) for name, content in early.items()}
+    last = {f"run/{name}": content for name, content in GOOD.items()}
+    aside = unpack(tmp_path, pack({**steps, **last} if first else {**last, **steps}))
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == GOOD
+
+
+def test_what_is_passed_over_counts_as_well(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(importing, "MOST_UNPACKED", 2**20)
+    with pytest.raises(BadInput) as refused:
+        unpack(tmp_path, tarred({**GOOD, "optimizer.pt": b"\0" * 2**21}))
+    assert refused.value.key == "import.many"
+
+
 def test_links_in_a_tar_are_not_followed(tmp_path: Path) -> None:
     out = io.BytesIO()
     with tarfile.open(fileobj=out, mode="w") as archive:
@@ -81,7 +100,9 @@ def test_links_in_a_tar_are_not_followed(tmp_path: Path) -> None:
         (zipped(GOOD)[:200], "import.unreadable"),
         (zipped({CONFIG: GOOD[CONFIG]}), "import.missing"),
         (zipped({CONFIG: GOOD[CONFIG], "adapter_model.bin": b"x"}), "import.missing"),
-        (zipped({**GOOD, f"checkpoint-3/{CONFIG}": GOOD[CONFIG]}), "import.two"),
+        (zipped({f"{run}/{name}": GOOD[name] for run in "ab" for name in GOOD}), "import.two"),
+        (zipped({CONFIG: GOOD[CONFIG], f"checkpoint-3/{WEIGHTS}": GOOD[WEIGHTS]}), "import.missing"),
+        (zipped({f"a/{CONFIG}": GOOD[CONFIG], f"b/{WEIGHTS}": GOOD[WEIGHTS]}), "import.two"),
         (zipped({**GOOD, CONFIG: b"{"}), "import.no_json"),
         (zipped({**GOOD, CONFIG: b"[" * 100_000}), "import.no_json"),
         (zipped({**GOOD, CONFIG: b'{"peft_type": "IA3"}'}), "import.no_lora"),
@@ -90,7 +111,10 @@ def test_links_in_a_tar_are_not_followed(tmp_path: Path) -> None:
         (tarred({f"{n}": b"" for n in range(importing.MOST_MEMBERS + 1)}), "import.many"),
     ],
     # Names of their own: an archive's bytes hold the time, which differs between test workers.
-    ids=("no_archive empty cut no_weights pickled two_adapters no_json deep another_kind torn huge many").split(),
+    ids=(
+        "no_archive empty cut no_weights pickled two_adapters unfinished two_halves no_json deep another_kind torn huge"
+        " many"
+    ).split(),
 )
 def test_what_is_no_adapter_is_refused_with_its_reason_and_leaves_nothing(
     tmp_path: Path, content: bytes, key: str

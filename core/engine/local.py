@@ -7,7 +7,6 @@ two more render prompts and read adapter files; one loads the model and ends. Ev
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
 import time
 from concurrent.futures import ThreadPoolExecutor
@@ -20,45 +19,21 @@ import torch
 
 from core.demo import Progress
 from core.engine.adapter_files import AdapterStore, AdapterWeights, Base
+from core.engine.desk import DRAIN_S, Begun, Desk
 from core.engine.floor import bandwidth
 from core.engine.loop import ModelThread, Output
 from core.engine.lora import head_name, shapes
 from core.engine.proof import check_exact
-from core.engine.protocol import (
-    EngineInfo,
-    EngineSettings,
-    EngineStats,
-    Finished,
-    ModelSettings,
-    Request,
-    check,
-    prompt_limit,
-)
-from core.engine.stream import EventStream
+from core.engine.protocol import EngineInfo, EngineSettings, EngineStats, ModelSettings, Request, prompt_limit
 from core.engine.tally import Tally
 from core.engine.text import Detokenizer, StopScanner
 from core.engine.ticket import Job
-from core.errors import AppError, EngineError, Overloaded
 from core.model import BaseModel, load_model
 from core.prompt import Rendered, render
 
 log = logging.getLogger(__name__)
 
-DRAIN_S = 10.0  # when the engine is left without an error
 CANCEL_S = 60.0  # for cancelled requests to end: one step, which may be a long one
-
-
-class LocalGeneration(EventStream):
-    """The events of one request; cancelled, it ends within one step."""
-
-    def __init__(self, engine: LocalEngine) -> None:
-        super().__init__()
-        self._engine = engine
-        self.job: Job | None = None  # None: refused at submit
-
-    def cancel(self) -> None:
-        if self.job is not None:
-            self._engine.cancel(self.job)
 
 
 class LocalEngine:
@@ -80,12 +55,9 @@ class LocalEngine:
         self.model_settings, self.settings = model_settings, settings
         self._cache, self._progress = cache, progress
         self._model = model
-        self._open: dict[Job, LocalGeneration] = {}
-        self._none_open = asyncio.Event()
-        self._draining = False
-        self._info: EngineInfo | None = None
         self._bandwidth = 0.0
         self.tally = Tally()
+        self._desk: Desk[Job] = Desk(self.tally, self.cancel)
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -97,12 +69,10 @@ class LocalEngine:
         finally:
             loader.shutdown(wait=False)
         context = min(model.context, self.settings.max_context)
-        self._info = EngineInfo(
-            model.name, model.fingerprint, model.description, context, model.folder, str(model.device)
-        )
+        info = EngineInfo(model.name, model.fingerprint, model.description, context, model.folder, str(model.device))
         self.base = Base(model.fingerprint, shapes(model.module), model.dtype, head_name(model.module))
         self._adapters = AdapterStore(self.base, limit=self.settings.adapters_in_memory)
-        self._model, self._draining = model, False
+        self._model = model
         self._workers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="engine")
         self.thread = ModelThread(
             model,
@@ -114,6 +84,7 @@ class LocalEngine:
             tally=self.tally,
         )
         self.thread.start()
+        self._desk.unlock(info)
         return self
 
     async def __aexit__(
@@ -124,49 +95,27 @@ class LocalEngine:
         finally:
             await self._loop.run_in_executor(None, self.thread.stop)
             self._workers.shutdown(wait=False, cancel_futures=True)
-            self._info = None
+            self._desk.lock()
 
     @property
     def info(self) -> EngineInfo:
-        if self._info is None:
-            raise EngineError(detail="the engine is not running: enter it first")
-        return self._info
+        return self._desk.info
 
-    def submit(self, request: Request) -> LocalGeneration:
+    def submit(self, request: Request) -> Begun[Job]:
         """Begin a request; returns at once. What goes wrong is raised out of the iteration."""
-        generation = LocalGeneration(self)
-        try:
-            tokenizer = self._running_model().tokenizer
-            check(request)
-            job = Job(
-                request,
-                deadline=time.monotonic() + request.deadline_s,
-                detokenizer=Detokenizer(tokenizer),
-                scanner=StopScanner(request.sampling.stop),
-            )
-            self._open[job] = generation  # before the model thread can end it
-            try:
-                self.thread.submit(job)
-            except AppError:
-                self._close(job)
-                raise
-            generation.job = job
-        except AppError as error:
-            self.tally.end(error)
-            generation.put(error)
-        return generation
+        return self._desk.begin(request, lambda: self._job(request), lambda job: self.thread.submit(job))
 
     def cancel(self, job: Job) -> None:
-        if self._info is not None:
+        if self._desk.running:
             self.thread.cancel(job)
 
     async def forget(self, channel: str, conversation: str = "") -> None:
         """Wipe what memory holds of a conversation; what runs or waits for it ends as cancelled."""
-        if self._info is not None:
+        if self._desk.running:
             await asyncio.wrap_future(self.thread.forget(channel, conversation))
 
     def stats(self) -> EngineStats:
-        if self._info is None:
+        if not self._desk.running:
             return EngineStats()
         thread = self.thread
         return replace(
@@ -182,27 +131,16 @@ class LocalEngine:
 
     async def drain(self, deadline_s: float) -> None:
         """Take no more; finish what runs within the deadline, then cancel the rest."""
-        self._draining = True
-        if not await self._all_over(deadline_s):
-            for generation in list(self._open.values()):
-                generation.cancel()
-            if not await self._all_over(CANCEL_S):
-                log.error("engine.drain_stuck", extra={"open": len(self._open)})
+        await self._desk.drain(deadline_s, CANCEL_S)
 
-    async def _all_over(self, deadline_s: float) -> bool:
-        """Whether no request is open any more, after at most that time."""
-        if self._open:
-            self._none_open.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._none_open.wait(), deadline_s)
-        return not self._open
-
-    def _running_model(self) -> BaseModel:
-        if self._info is None or self._model is None:
-            raise EngineError(detail="the engine is not running: enter it first")
-        if self._draining:
-            raise Overloaded(detail="the engine is shutting down", retry_after_s=DRAIN_S)
-        return self._model
+    def _job(self, request: Request) -> Job:
+        assert self._model is not None
+        return Job(
+            request,
+            deadline=time.monotonic() + request.deadline_s,
+            detokenizer=Detokenizer(self._model.tokenizer),
+            scanner=StopScanner(request.sampling.stop),
+        )
 
     # --- other threads
 
@@ -229,15 +167,4 @@ class LocalEngine:
 
     def _deliver(self, outputs: list[Output]) -> None:
         for job, event in outputs:
-            generation = self._open.get(job)
-            if generation is None:
-                continue
-            generation.put(event)
-            if isinstance(event, Finished | AppError):
-                self.tally.end(event.reason if isinstance(event, Finished) else event)
-                self._close(job)
-
-    def _close(self, job: Job) -> None:
-        del self._open[job]
-        if not self._open:
-            self._none_open.set()
+            self._desk.put(job, event)

@@ -1,19 +1,14 @@
 """The engine protocol over an OpenAI-compatible server: vLLM and what stands above it. Knows no HTTP and no chats.
 
-Prompts are rendered here, by the base model's own tokenizer and template, and go as token ids: they are the very ones
-that the local engine would run and that training saw. The model's id there is the adapter's sha256. Fairness and bounds
-hold in front of the server: at most `max_rows` requests are with it, the others wait in core.engine.scheduler.
+Fairness and bounds hold in front of the server: at most `max_rows` requests are with it, the others wait in
+core.engine.scheduler.
 """
 
 from __future__ import annotations
 
 import asyncio
-import contextlib
 import logging
-import secrets
 import time
-from collections import OrderedDict
-from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 from dataclasses import dataclass, field, replace
@@ -23,8 +18,10 @@ from types import TracebackType
 from typing import Self
 
 from core.demo import Progress
+from core.engine.asking import Asker
+from core.engine.desk import DRAIN_S, Begun, Desk
 from core.engine.handshake import meet
-from core.engine.openai import NotThere, Refused, Server
+from core.engine.openai import Server
 from core.engine.protocol import (
     Delta,
     EngineInfo,
@@ -35,26 +32,18 @@ from core.engine.protocol import (
     RemoteSettings,
     Request,
     Started,
-    check,
-    prompt_limit,
 )
 from core.engine.scheduler import COMPLETION_COST, PROMPT_COST, QueueFull, Scheduler
-from core.engine.stream import EventStream
 from core.engine.tally import Tally
 from core.engine.text import StopScanner
-from core.engine.wire import Ask, Chunk
-from core.errors import AdapterUnusable, AppError, EngineError, ModelLoadFailed, Overloaded, PromptTooLong
+from core.engine.wire import Chunk
+from core.errors import AppError, EngineError, ModelLoadFailed, Overloaded
 from core.model import read_model
-from core.prompt import Rendered, render
-from core.types import AdapterRef, Usage
+from core.types import Usage
 
 log = logging.getLogger(__name__)
 
-DRAIN_S = 10.0  # when the engine is left without an error
 FIRST_GUESS_S = 10.0  # of how long one request takes, before any has been seen
-SALTS = 10_000  # conversations whose prefixes can be found again at the server
-LOADS = 2  # times an adapter is loaded for one request: behind a router another replica may get the next call
-TOO_LONG = ("context length", "max_model_len")
 
 
 @dataclass(eq=False, slots=True)
@@ -62,7 +51,6 @@ class _Job:
     """One request on its way. `task` is there while the server has it."""
 
     request: Request
-    generation: RemoteGeneration
     scanner: StopScanner
     submitted: float = field(default_factory=time.monotonic)
     task: asyncio.Task[FinishReason | AppError] | None = None
@@ -72,24 +60,10 @@ class _Job:
     cached_tokens: int = 0
     uncounted: str = ""  # text since the server's last count
     last_token: float | None = None
-    over: bool = False
 
     @property
     def usage(self) -> Usage:
         return Usage(self.prompt_tokens, self.completion_tokens, self.cached_tokens)
-
-
-class RemoteGeneration(EventStream):
-    """The events of one request; cancelled, its connection is closed at once."""
-
-    def __init__(self, engine: RemoteEngine) -> None:
-        super().__init__()
-        self._engine = engine
-        self.job: _Job | None = None  # None: refused at submit
-
-    def cancel(self) -> None:
-        if self.job is not None:
-            self._engine.cancel(self.job)
 
 
 class RemoteEngine:
@@ -103,33 +77,29 @@ class RemoteEngine:
     ) -> None:
         self.model_settings, self.settings = model_settings, settings
         self._cache, self._progress = cache, progress
-        self._info: EngineInfo | None = None
-        self._open: set[_Job] = set()
-        self._none_open = asyncio.Event()
-        self._draining = False
         self._scheduler: Scheduler[_Job] = Scheduler(settings.max_waiting)
         self._running = 0
         self._tally = Tally()
+        self._desk: Desk[_Job] = Desk(self._tally, self.cancel)
         self._mean_s = FIRST_GUESS_S
-        self._salts: OrderedDict[tuple[str, str], str] = OrderedDict()
-        self._adapters: set[str] = set()  # that have answered
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
         self._workers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="render")
         self._server = Server(self.settings)
         try:
-            self._files = await self._loop.run_in_executor(
+            files = await self._loop.run_in_executor(
                 self._workers, partial(read_model, self.model_settings, self._cache, progress=self._progress)
             )
-            self._base, self._info = await meet(self._server, self.settings, self._files)
+            base, info = await meet(self._server, self.settings, files)
         except BaseException as error:
             await self._close()
             if isinstance(error, AppError) and not isinstance(error, ModelLoadFailed):
                 raise ModelLoadFailed(detail=error.detail or str(error)) from error  # only an operator hears of it
             raise
-        self._draining = False
+        self._asker = Asker(self._server, self.settings, files, base, info.context)
         self._tasks = await asyncio.TaskGroup().__aenter__()
+        self._desk.unlock(info)
         return self
 
     async def __aexit__(
@@ -138,50 +108,25 @@ class RemoteEngine:
         try:
             await self.drain(DRAIN_S if kind is None else 0.0)
         finally:
-            for job in list(self._open):
+            for job in self._desk.jobs:
                 self.cancel(job)
             await self._tasks.__aexit__(None, None, None)
             await self._close()
 
     async def _close(self) -> None:
-        self._info = None
+        self._desk.lock()
         self._workers.shutdown(wait=False, cancel_futures=True)
         await self._server.close()
 
     @property
     def info(self) -> EngineInfo:
-        if self._info is None:
-            raise EngineError(detail="the engine is not running: enter it first")
-        return self._info
+        return self._desk.info
 
-    def submit(self, request: Request) -> RemoteGeneration:
+    def submit(self, request: Request) -> Begun[_Job]:
         """Begin a request; returns at once. What goes wrong is raised out of the iteration."""
-        generation = RemoteGeneration(self)
-        try:
-            _ = self.info
-            if self._draining:
-                raise Overloaded(detail="the engine is shutting down", retry_after_s=DRAIN_S)
-            check(request)
-            job = _Job(request, generation, StopScanner(request.sampling.stop))
-            try:
-                displaced = self._scheduler.add(job, request.scope)
-            except QueueFull:
-                raise self._overloaded() from None
-        except AppError as error:
-            self._tally.end(error)
-            generation.put(error)
-            return generation
-        generation.job = job
-        self._open.add(job)
-        if displaced is not None:
-            self._end(displaced, self._overloaded())
-        job.timer = self._loop.call_later(request.deadline_s, self._late, job)
-        self._fill()
-        return generation
+        return self._desk.begin(request, lambda: _Job(request, StopScanner(request.sampling.stop)), self._enter)
 
     def cancel(self, job: _Job) -> None:
-        if job.over:
-            return
         if job.task is not None:
             job.task.cancel()
         else:
@@ -189,9 +134,10 @@ class RemoteEngine:
 
     async def forget(self, channel: str, conversation: str = "") -> None:
         """End what runs or waits for a conversation; what the server keeps of it is never found again."""
-        for key in [key for key in self._salts if key[0] == channel and conversation in ("", key[1])]:
-            del self._salts[key]
-        scopes = {job: job.request.scope for job in self._open}
+        if not self._desk.running:
+            return
+        self._asker.forget(channel, conversation)
+        scopes = {job: job.request.scope for job in self._desk.jobs}
         jobs = [job for job, at in scopes.items() if at.channel == channel and conversation in ("", at.conversation)]
         tasks = [job.task for job in jobs if job.task is not None]
         for job in jobs:
@@ -200,25 +146,28 @@ class RemoteEngine:
             await asyncio.wait(tasks)
 
     def stats(self) -> EngineStats:
-        running, waiting, adapters = self._running, len(self._scheduler), len(self._adapters)
-        return replace(self._tally.stats(), running=running, waiting=waiting, resident_adapters=adapters)
+        return replace(
+            self._tally.stats(),
+            running=self._running,
+            waiting=len(self._scheduler),
+            resident_adapters=len(self._asker.adapters) if self._desk.running else 0,
+        )
 
     async def drain(self, deadline_s: float) -> None:
         """Take no more; finish what runs within the deadline, then cancel the rest."""
-        self._draining = True
-        if not await self._all_over(deadline_s):
-            for job in list(self._open):
-                self.cancel(job)
-            await self._all_over(DRAIN_S)
-
-    async def _all_over(self, deadline_s: float) -> bool:
-        if self._open:
-            self._none_open.clear()
-            with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._none_open.wait(), deadline_s)
-        return not self._open
+        await self._desk.drain(deadline_s, DRAIN_S)
 
     # --- requests
+
+    def _enter(self, job: _Job) -> None:
+        try:
+            displaced = self._scheduler.add(job, job.request.scope)
+        except QueueFull:
+            raise self._overloaded() from None
+        if displaced is not None:
+            self._end(displaced, self._overloaded())
+        job.timer = self._loop.call_later(job.request.deadline_s, self._late, job)
+        self._fill()
 
     def _overloaded(self) -> Overloaded:
         ahead = self._running + len(self._scheduler) + 1
@@ -247,28 +196,24 @@ class RemoteEngine:
 
     def _end(self, job: _Job, outcome: FinishReason | AppError) -> None:
         """Say the last that is said of a job; what comes after that is not heard."""
-        if job.over:
+        if not self._desk.is_open(job):
             return
-        job.over = True
         if job.timer is not None:
             job.timer.cancel()
         if job.task is None:
             self._scheduler.remove(job)
+        last: Finished | AppError
         if isinstance(outcome, FinishReason):
             if held := job.scanner.flush():
-                job.generation.put(Delta(held))
+                self._desk.put(job, Delta(held))
             if job.uncounted:  # it was left before the server counted it
-                tokens = len(self._files.tokenizer.encode(job.uncounted, add_special_tokens=False))
-                self._count(job, job.completion_tokens + tokens)
-            job.generation.put(Finished(outcome, job.usage))
+                self._count(job, job.completion_tokens + self._asker.count(job.uncounted))
+            last = Finished(outcome, job.usage)
         else:
-            job.generation.put(outcome)
-        self._tally.end(outcome)
+            last = outcome
         self._tally.reused_tokens += job.cached_tokens
         self._tally.prompt_tokens += job.prompt_tokens - job.cached_tokens if job.completion_tokens else 0
-        self._open.discard(job)
-        if not self._open:
-            self._none_open.set()
+        self._desk.put(job, last)
 
     async def _run(self, job: _Job) -> FinishReason | AppError:
         left_s = job.submitted + job.request.deadline_s - time.monotonic()
@@ -286,21 +231,13 @@ class RemoteEngine:
 
     async def _answer(self, job: _Job) -> FinishReason:
         request = job.request
-        rendered = await self._loop.run_in_executor(self._workers, self._render, request)
+        rendered = await self._asker.render(request, self._workers)
         job.prompt_tokens = len(rendered.ids)
         self._scheduler.charge(request.scope, PROMPT_COST * job.prompt_tokens)
-        ask = Ask(
-            model=self._base if request.adapter is None else request.adapter.sha256,
-            prompt=rendered.ids,
-            sampling=request.sampling,
-            max_tokens=min(request.sampling.max_tokens, self.info.context - len(rendered.ids)),
-            stop_ids=tuple(sorted(self._files.eos_ids)),
-            salt=self._salt(request),
-        )
         reason: FinishReason | None = None
         async with AsyncExitStack() as stack:
-            chunks = await self._begin(stack, ask, request)
-            job.generation.put(Started(len(rendered.ids), dropped=rendered.dropped))
+            chunks = await self._asker.begin(stack, self._asker.ask(request, rendered.ids), request.adapter)
+            self._desk.put(job, Started(len(rendered.ids), dropped=rendered.dropped))
             async for chunk in chunks:
                 self._take(job, chunk)
                 reason = reason or _reason(job, chunk)
@@ -308,60 +245,6 @@ class RemoteEngine:
                     break  # found here before the server found it: it need not go on
         assert reason is not None  # a stream ends with a finish or an error
         return reason
-
-    def _render(self, request: Request) -> Rendered:
-        return render(request.messages, self._files.tokenizer, prompt_limit(request, self.info.context))
-
-    def _salt(self, request: Request) -> str:
-        """What the server's prefix cache is keyed with: nobody else's conversation meets this one's."""
-        scope = request.scope
-        fresh = secrets.token_hex(16)
-        if not scope.conversation:
-            return fresh
-        key = scope.channel, scope.conversation
-        salt = self._salts.setdefault(key, fresh)
-        self._salts.move_to_end(key)
-        while len(self._salts) > SALTS:
-            self._salts.popitem(last=False)
-        return salt
-
-    async def _begin(self, stack: AsyncExitStack, ask: Ask, request: Request) -> AsyncIterator[Chunk]:
-        """The answer's chunks; an adapter that the server does not know is loaded into it first."""
-        ref = request.adapter
-        loads = 0
-        while True:
-            try:
-                chunks = await stack.enter_async_context(self._server.stream(ask))
-            except NotThere as error:
-                if ref is None:
-                    raise
-                if loads == LOADS:
-                    raise _unusable(ref, error.detail) from error
-                await self._load(ref)
-                loads += 1
-            except Refused as error:
-                if any(words in error.said for words in TOO_LONG):
-                    raise PromptTooLong(tokens=len(ask.prompt), limit=self.info.context) from error
-                if ref is not None and ref.sha256 in error.said:
-                    raise _unusable(ref, error.detail) from error
-                raise
-            else:
-                self._adapters.update([ref.sha256] if ref else [])
-                return chunks
-
-    async def _load(self, ref: AdapterRef) -> None:
-        if all(model.id != self._base for model in await self._server.models()):
-            raise EngineError(detail=f"{self._server} no longer serves {self._base}: it was started anew with another")
-        there = self.settings.adapters_there
-        path = f"{there.rstrip('/')}/{ref.sha256}" if there else str(ref.folder.absolute())
-        try:
-            await self._server.load_adapter(ref.sha256, path)
-        except NotThere as error:
-            hint = "start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, and let it see the adapters"
-            raise _unusable(ref, f"{error.detail}; it does not load {path}: {hint}") from error
-        except Refused as error:
-            raise _unusable(ref, f"{error.detail}; it was told to load {path}") from error
-        log.info("remote.adapter_loaded", extra={"adapter": ref.label or ref.sha256[:12]})
 
     def _take(self, job: _Job, chunk: Chunk) -> None:
         """Count what came, and show what of it is certain."""
@@ -372,7 +255,7 @@ class RemoteEngine:
             job.uncounted = ""
             self._count(job, chunk.completion_tokens)
         if text := job.scanner.push(chunk.text):
-            job.generation.put(Delta(text))
+            self._desk.put(job, Delta(text))
 
     def _count(self, job: _Job, tokens: int) -> None:
         """So many there are now; those that came together shared their time."""
@@ -398,8 +281,3 @@ def _reason(job: _Job, chunk: Chunk) -> FinishReason | None:
             return FinishReason.LENGTH
         case other:  # vLLM's "abort" and "error"
             raise EngineError(detail=f"the server ended the answer itself: {other[:40]}")
-
-
-def _unusable(ref: AdapterRef, detail: str) -> AdapterUnusable:
-    label = ref.label or ref.sha256[:12]
-    return AdapterUnusable(detail=f"adapter {label}: {detail}", label=label)

@@ -1,12 +1,14 @@
 """Logits (B, V) -> token ids, parameters per row. Random numbers depend on seed and position alone.
 
-Knows nothing of models, rows in the cache or text.
+All rows of a step are drawn together, so that a GPU is waited for once, however many rows there are. Each row is cut
+and summed in widths of its own, so that what it draws does not depend on its company. Knows nothing of models, rows in
+the cache or text.
 """
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 from torch import Tensor
@@ -15,6 +17,8 @@ from core.types import Sampling
 
 NOT_FINITE = -1
 CANDIDATES = 1024  # of the most likely tokens, before a whole vocabulary is sorted
+
+_UNDECIDED = -2  # more of the vocabulary must be sorted to draw this row
 
 
 def sample(
@@ -27,16 +31,14 @@ def sample(
     """
     # NaN and +inf show in the maximum; a row of -inf alone cannot be drawn from either.
     finite = logits.amax(dim=-1).isfinite()
-    greedy = torch.where(finite, logits.argmax(dim=-1), NOT_FINITE).tolist()  # the one wait for a GPU
-    ids = []
-    for i, param in enumerate(params):
-        if greedy[i] == NOT_FINITE:
-            ids.append(NOT_FINITE)
-        elif param.temperature <= 0 and param.repetition_penalty == 1:
-            ids.append(greedy[i])
-        else:
-            ids.append(_sample_row(logits[i].float(), param, positions[i], seen[i]))
-    return ids
+    ids = logits.argmax(dim=-1)
+    for draw, rows in _by_way(params).items():
+        ids[_on(rows, logits.device)] = _draw(draw, logits, rows, params, positions, seen)
+    found: list[int] = torch.where(finite, ids, NOT_FINITE).tolist()  # the one wait for a GPU
+    if rows := [i for i, one in enumerate(found) if one == _UNDECIDED]:  # seldom: it is nearly all the same to them
+        for i, one in zip(rows, _draw(_of_sorted, logits, rows, params, positions, seen).tolist(), strict=True):
+            found[i] = one
+    return found
 
 
 def uniform(seed: int, position: int) -> float:
@@ -45,40 +47,108 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(digest, "big") >> 11) / 2**53
 
 
-def _sample_row(row: Tensor, param: Sampling, position: int, seen: Sequence[int]) -> int:
-    if param.repetition_penalty != 1:
-        row = _penalised(row, param.repetition_penalty, seen)
-    if param.temperature <= 0:
-        return int(row.argmax())
-    ids, probabilities = _candidates(row / param.temperature, param)
-    cumulative = probabilities.double().cumsum(dim=0)
-    drawn = uniform(param.seed, position) * cumulative[-1]
-    index = int(torch.searchsorted(cumulative, drawn, right=True))
-    return int(ids[min(index, len(ids) - 1)])
+class Columns:
+    """Parameters of N rows on their device, (N, 1) each."""
+
+    def __init__(self, params: Sequence[Sampling], uniforms: Sequence[float], device: torch.device) -> None:
+        rows = [
+            (one.temperature, one.top_p, one.top_k, one.min_p, one.repetition_penalty, drawn)
+            for one, drawn in zip(params, uniforms, strict=True)
+        ]
+        double = _on(torch.tensor(rows, dtype=torch.float64), device).unsqueeze(2).unbind(1)
+        self.temperature, self.top_p, self.top_k, self.min_p, self.penalty = (one.float() for one in double[:5])
+        self.uniform = double[5]
 
 
-def _penalised(row: Tensor, penalty: float, seen: Sequence[int]) -> Tensor:
-    """Ids that were seen become less likely (Keskar et al. 2019, arXiv 1909.05858, as transformers does it)."""
-    ids = torch.tensor(sorted(set(seen)), device=row.device, dtype=torch.long)
-    row = row.clone()
-    values = row[ids]
-    row[ids] = torch.where(values < 0, values * penalty, values / penalty)
-    return row
+Draw = Callable[[Tensor, Columns], Tensor]  # scores (N, V), penalised -> ids (N,)
 
 
-def _candidates(row: Tensor, param: Sampling) -> tuple[Tensor, Tensor]:
-    """(ids, probabilities) that may be drawn: top-k, then top-p, then min-p. Never empty."""
-    probabilities = torch.softmax(row, dim=-1)
-    if param.top_k <= 0 and param.top_p >= 1:  # no order needed
-        keep = probabilities >= param.min_p * probabilities.max()
-        return keep.nonzero()[:, 0], probabilities[keep]
-    count = min(param.top_k if param.top_k > 0 else CANDIDATES, len(row))
-    values, ids = torch.topk(probabilities, count)
-    if param.top_k > 0:
-        values = values / values.sum()
-    elif float(values.sum()) < param.top_p:
-        values, ids = torch.sort(probabilities, descending=True)
-    keep = values >= param.min_p * values[0]
-    keep &= values.cumsum(dim=0) - values < param.top_p
-    keep[0] = True
-    return ids[keep], values[keep]
+def _by_way(params: Sequence[Sampling]) -> dict[Draw, list[int]]:
+    """Which rows are drawn in which way; the others have their most likely token."""
+    ways: dict[Draw, list[int]] = {}
+    for i, one in enumerate(params):
+        if one.temperature > 0:
+            ways.setdefault(_of_all if one.top_k <= 0 and one.top_p >= 1 else _of_likely, []).append(i)
+        elif one.repetition_penalty != 1:
+            ways.setdefault(_best, []).append(i)
+    return ways
+
+
+def _draw(
+    draw: Draw,
+    logits: Tensor,
+    rows: Sequence[int],
+    params: Sequence[Sampling],
+    positions: Sequence[int],
+    seen: Sequence[Sequence[int]],
+) -> Tensor:
+    chosen = [params[i] for i in rows]
+    columns = Columns(chosen, [uniform(params[i].seed, positions[i]) for i in rows], logits.device)
+    scores = logits[_on(rows, logits.device)].float()  # a copy
+    if any(one.repetition_penalty != 1 for one in chosen):
+        _penalise(scores, columns.penalty, [seen[i] if params[i].repetition_penalty != 1 else () for i in rows])
+    return draw(scores, columns)
+
+
+def _penalise(scores: Tensor, penalty: Tensor, seen: Sequence[Sequence[int]]) -> None:
+    """Make ids that were seen less likely, in place (Keskar et al. 2019, arXiv 1909.05858, as transformers does it)."""
+    at = [(row, one) for row, ids in enumerate(seen) for one in set(ids)]
+    if not at:
+        return
+    row, one = _on(torch.tensor(at), scores.device).unbind(1)
+    values, by = scores[row, one], penalty[row, 0]
+    scores[row, one] = torch.where(values < 0, values * by, values / by)
+
+
+def _best(scores: Tensor, columns: Columns) -> Tensor:
+    return scores.argmax(dim=-1)
+
+
+def _of_all(scores: Tensor, columns: Columns) -> Tensor:
+    """Of the whole vocabulary in its own order, but for min-p."""
+    weights = torch.softmax(scores / columns.temperature, dim=-1)
+    weights.masked_fill_(weights < columns.min_p * weights.amax(dim=-1, keepdim=True), 0.0)
+    return _index(weights, columns.uniform)[:, 0]
+
+
+def _of_likely(scores: Tensor, columns: Columns) -> Tensor:
+    """Of the most likely tokens; _UNDECIDED where CANDIDATES of them are too few."""
+    weights, ids = torch.topk(torch.softmax(scores / columns.temperature, dim=-1), min(CANDIDATES, scores.shape[1]))
+    by_k = columns.top_k > 0
+    enough = torch.where(by_k, columns.top_k <= weights.shape[1], weights.sum(dim=-1, keepdim=True) >= columns.top_p)
+    drawn = _of_ordered(weights, ids, columns)
+    return drawn if weights.shape[1] == scores.shape[1] else torch.where(enough[:, 0], drawn, _UNDECIDED)
+
+
+def _of_sorted(scores: Tensor, columns: Columns) -> Tensor:
+    """As `_of_likely`, of the whole vocabulary."""
+    weights, ids = torch.sort(torch.softmax(scores / columns.temperature, dim=-1), descending=True)
+    return _of_ordered(weights, ids, columns)
+
+
+def _of_ordered(weights: Tensor, ids: Tensor, columns: Columns) -> Tensor:
+    return ids.gather(1, _index(_kept(weights, columns), columns.uniform))[:, 0]
+
+
+def _kept(weights: Tensor, columns: Columns) -> Tensor:
+    """Probabilities in falling order, (N, W) -> the same, 0 where not to be drawn: by top-k, then top-p, then min-p."""
+    beyond = (columns.top_k > 0) & (torch.arange(weights.shape[1], device=weights.device) >= columns.top_k)
+    weights = weights.masked_fill(beyond, 0.0)
+    weights = torch.where(columns.top_k > 0, weights / weights.sum(dim=-1, keepdim=True), weights)
+    dropped = weights < columns.min_p * weights[:, :1]
+    dropped |= weights.cumsum(dim=-1) - weights >= columns.top_p
+    dropped[:, 0] = False
+    return weights.masked_fill(dropped, 0.0)
+
+
+def _index(weights: Tensor, drawn: Tensor) -> Tensor:
+    """weights (N, W), drawn (N, 1) in [0, 1) -> (N, 1): where in the running total that number falls, on no zero."""
+    total = weights.double().cumsum(dim=-1)
+    below = torch.minimum(drawn * total[:, -1:], total[:, -1:].nextafter(torch.zeros_like(drawn)))
+    return torch.searchsorted(total, below, right=True).clamp_max_(weights.shape[1] - 1)  # beyond: not finite
+
+
+def _on(values: Tensor | Sequence[int], device: torch.device) -> Tensor:
+    """On the device, without waiting for it."""
+    values = values if isinstance(values, Tensor) else torch.tensor(values)
+    return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

@@ -2,10 +2,15 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from torch import Tensor
+from torch.utils._python_dispatch import TorchDispatchMode
 from transformers import (
     LogitsProcessorList,
     MinPLogitsWarper,
@@ -56,18 +61,92 @@ def test_only_tokens_that_transformers_would_draw_are_drawn(
     if min_p:
         warpers.append(MinPLogitsWarper(min_p))
     expected = torch.softmax(warpers(torch.tensor([seen]), row.clone())[0], dim=-1)
-    ids, found = sampling._candidates(sampling._penalised(row[0], penalty, seen) / temperature, param)
-    probabilities = torch.zeros(V).scatter(0, ids, found / found.sum())
+    probabilities = weights_of(row, param, seen)
     assert torch.allclose(probabilities, expected, atol=1e-5) or abs(top_p - round(top_p, 3)) < 1e-9
 
 
-def test_top_p_is_right_beyond_the_first_candidates(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(sampling, "CANDIDATES", 4)
-    few = sampling._candidates(logits()[0] / 10, Sampling(1.0, top_p=0.9))
-    monkeypatch.undo()
-    all_of_them = sampling._candidates(logits()[0] / 10, Sampling(1.0, top_p=0.9))
-    assert few[0].tolist() == all_of_them[0].tolist()
-    assert len(few[0]) > 4
+def weights_of(row: Tensor, param: Sampling, seen: tuple[int, ...]) -> Tensor:
+    """(V,): how likely each id is drawn."""
+    found: list[Tensor] = []
+    index = sampling._index
+
+    def spied(weights: Tensor, drawn: Tensor) -> Tensor:
+        found.append(weights)
+        return index(weights, drawn)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "_index", spied)
+        drawn(row, param, seen=seen)
+    (weights,) = found
+    if param.top_k > 0 or param.top_p < 1:
+        scores = row.clone()
+        sampling._penalise(scores, torch.tensor([[param.repetition_penalty]]), [seen])
+        ids = scores.argsort(descending=True)
+        weights = torch.zeros_like(weights).scatter(1, ids[:, : weights.shape[1]], weights)
+    return weights[0] / weights.sum()
+
+
+PARAMS = st.builds(
+    Sampling,
+    st.sampled_from([0.0, 0.3, 1.0, 30.0]),
+    st.sampled_from([0.2, 0.9, 1.0]),
+    st.sampled_from([0, 1, 3, 30]),
+    st.sampled_from([0.0, 0.1]),
+    st.sampled_from([1.0, 1.3]),
+    st.integers(0, 1000),
+)
+
+
+def one_by_one(row: Tensor, param: Sampling, position: int, seen: Sequence[int]) -> int:
+    """The same in plain words, for one row and in float64."""
+    row = row.double()
+    for one in set(seen):
+        row[one] = row[one] * param.repetition_penalty if row[one] < 0 else row[one] / param.repetition_penalty
+    if param.temperature <= 0:
+        return int(row.argmax())
+    weights = torch.softmax(row / param.temperature, dim=0)
+    ids = list(range(len(row)))
+    if param.top_k > 0 or param.top_p < 1:
+        ids = weights.argsort(descending=True).tolist()
+        ids = ids[: param.top_k or None]
+        weights = weights / weights[ids].sum() if param.top_k else weights
+        ids = [one for i, one in enumerate(ids) if i == 0 or weights[ids[:i]].sum() < param.top_p]
+    least = param.min_p * weights.max()
+    ids = [one for one in ids if weights[one] >= least]
+    left = uniform(param.seed, position) * float(weights[ids].sum())
+    for one in ids:
+        left -= float(weights[one])
+        if left < 0:
+            break
+    return one
+
+
+@given(st.lists(PARAMS, min_size=1, max_size=6), st.integers(0, 99), st.sampled_from([4, 1024]))
+def test_rows_drawn_together_are_those_drawn_one_by_one(params: list[Sampling], seed: int, candidates: int) -> None:
+    """Whatever their company, and whether or not the first candidates are enough."""
+    rows, seen = logits(len(params), seed), [tuple(range(i, i + 5)) for i in range(len(params))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(sampling, "CANDIDATES", candidates)
+        together = sample(rows, params, range(len(params)), seen)
+    assert together == [one_by_one(rows[i].clone(), one, i, seen[i]) for i, one in enumerate(params)]
+
+
+class Waits(TorchDispatchMode):
+    """Fails where the host would have to wait for a GPU's numbers before it can go on."""
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        assert func not in (
+            torch.ops.aten._local_scalar_dense.default,
+            torch.ops.aten.nonzero.default,
+            torch.ops.aten.masked_select.default,
+        )
+        return func(*args, **(kwargs or {}))
+
+
+def test_nothing_but_the_ids_is_waited_for() -> None:
+    params = [Sampling(), Sampling(0.7), Sampling(0.7, 0.9, 10, 0.01, 1.1), Sampling(0.7, 0.9), Sampling(0, 1, 0, 0, 2)]
+    with Waits():
+        sample(logits(5), params, range(5), [(1, 2)] * 5)
 
 
 def test_a_seed_draws_the_same_alone_and_in_company_and_positions_differ() -> None:

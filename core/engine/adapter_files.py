@@ -318,5 +318,5 @@ def _fold(
         a, b = sides["A"].to(dtype), (sides["B"].float() * scale).to(dtype)
         if not bool(a.isfinite().all() and b.isfinite().all()):
             raise ValueError(f"the weights of {module}, scaled by {scale:g}, are too large for {dtype}")
-        pairs[module] = (a, b)
+        pairs[module] = (a, b.t().contiguous().t())  # as it lies in a slot, so that the model thread only copies
     return pairs

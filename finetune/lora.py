@@ -1,13 +1,12 @@
 """LoRA on the linear layers of a causal language model, made for training on two cores. Knows nothing of data or files.
 
-The arithmetic is PEFT's (`y = W x + (alpha / rank) B A dropout(x)`), and what `state` returns is what PEFT loads; tests
-hold both to that. PEFT's own layers are not used to train: one autograd node per layer needs fewer passes over memory.
+What `state` returns is what PEFT loads, and its numbers are PEFT's; tests hold both to that. PEFT's own layers are not
+used to train: one autograd node for all layers that read the same input needs fewer passes over memory.
 """
 
 from __future__ import annotations
 
-import math
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -17,96 +16,10 @@ from torch import Tensor, nn
 from core.engine.adapter_files import Base, load_adapter
 from core.errors import AdapterUnusable, JobError
 from core.types import AdapterRef
+from finetune.lowrank import LoraLinear, Siblings
 from finetune.team import is_shard, parted_like, whole
 
 PEFT_PREFIX = "base_model.model."
-RESOLUTION = 2**16  # dropout's probability is a multiple of one part in this
-
-
-class LoraLinear(nn.Module):
-    """A frozen linear layer with a trainable delta of low rank. x (..., D_in) -> (..., D_out)."""
-
-    def __init__(self, base: nn.Linear, *, rank: int, alpha: int, dropout: float, rslora: bool = False) -> None:
-        super().__init__()
-        self.base = base
-        self.scale = alpha / (math.sqrt(rank) if rslora else rank)
-        self.dropout = dropout
-        device = base.weight.device  # float32 whatever the base model is held in: its updates are small
-        self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device, dtype=torch.float32))
-        self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device, dtype=torch.float32))
-        nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
-
-    def forward(self, x: Tensor) -> Tensor:
-        keep, keep_scale = None, 1.0
-        if self.training and self.dropout > 0:
-            keep, keep_scale = draw_keep(x.shape, self.dropout, x.device)
-        if type(self.base) is not nn.Linear:  # its weight is no matrix: it multiplies and differentiates by itself
-            dropped = x if keep is None else x * keep
-            low = nn.functional.linear(dropped, self.lora_A.to(x.dtype)) * (self.scale * keep_scale)
-            return self.base(x) + nn.functional.linear(low, self.lora_B.to(x.dtype))  # type: ignore[no-any-return]
-        y: Tensor = _LoraProduct.apply(  # type: ignore[no-untyped-call]  # torch types no apply
-            x, self.base.weight, self.base.bias, self.lora_A, self.lora_B, self.scale, keep, keep_scale
-        )
-        return y
-
-
-class _LoraProduct(torch.autograd.Function):
-    """y = W x + b + scale B A (keep_scale keep x), with W and b frozen; only x, keep and A x are kept for backward."""
-
-    @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        bias: Tensor | None,
-        lora_a: Tensor,
-        lora_b: Tensor,
-        scale: float,
-        keep: Tensor | None,
-        keep_scale: float,
-    ) -> Tensor:
-        rows = x.reshape(-1, x.shape[-1])  # (N, D_in)
-        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-        keep = None if keep is None else keep.reshape(rows.shape)
-        low = (rows if keep is None else rows * keep) @ a.T  # (N, R)
-        low *= scale * keep_scale
-        y = nn.functional.linear(rows, weight, bias)
-        y.addmm_(low, b.T)
-        ctx.save_for_backward(x, weight, lora_a, lora_b, low, keep)
-        ctx.factor = scale * keep_scale
-        return y.reshape(*x.shape[:-1], -1)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        x, weight, lora_a, lora_b, low, keep = ctx.saved_tensors
-        rows = x.reshape(-1, x.shape[-1])
-        grad = grads[0].reshape(-1, grads[0].shape[-1])  # (N, D_out)
-        a, b = lora_a.to(x.dtype), lora_b.to(x.dtype)
-        grad_b = grad.T @ low  # (D_out, R)
-        grad_low = grad @ b  # (N, R)
-        grad_low *= ctx.factor
-        grad_a = grad_low.T @ (rows if keep is None else rows * keep)  # (R, D_in)
-        grad_x = None
-        if ctx.needs_input_grad[0]:
-            grad_x = grad @ weight
-            if keep is None:
-                grad_x.addmm_(grad_low, a)
-            else:
-                grad_x.addcmul_(grad_low @ a, keep)
-            grad_x = grad_x.reshape(x.shape)
-        return grad_x, None, None, grad_a.to(lora_a.dtype), grad_b.to(lora_b.dtype), None, None, None
-
-
-def draw_keep(shape: torch.Size, dropout: float, device: torch.device) -> tuple[Tensor, float]:
-    """(mask of what dropout keeps, the factor that keeps the mean), from torch's global generator.
-
-    16 random bits per element: on a CPU `bernoulli_` costs six times as much, a sixth of a whole training step.
-    """
-    n = math.prod(shape)
-    bits = torch.empty(-(-n // 4), dtype=torch.int64, device=device).random_(-(2**63), None)
-    dropped = min(RESOLUTION - 1, round(dropout * RESOLUTION))
-    keep = bits.view(torch.int16)[:n].reshape(shape) >= dropped - RESOLUTION // 2
-    return keep, RESOLUTION / (RESOLUTION - dropped)
 
 
 def target_names(model: Any) -> list[str]:
@@ -128,18 +41,54 @@ def is_linear(module: nn.Module) -> bool:
     return type(module) is nn.Linear or type(module).__name__ == "Linear4bit"
 
 
-def add_lora(model: nn.Module, *, rank: int, alpha: int, dropout: float, rslora: bool = False) -> list[str]:
+def add_lora(model: Any, *, rank: int, alpha: int, dropout: float, rslora: bool = False) -> list[str]:
     """Freeze the model and put LoRA on its linear layers, drawn from torch's generator. Returns `target_names`."""
     names = target_names(model)
     model.requires_grad_(False)
     places = [name for name, module in model.named_modules() if name.rpartition(".")[2] in names]
+    families = _siblings(model, places)
     for place in places:
         parent_name, _, name = place.rpartition(".")
         parent = model.get_submodule(parent_name)
         base = getattr(parent, name)
         assert isinstance(base, nn.Linear)
         setattr(parent, name, LoraLinear(base, rank=rank, alpha=alpha, dropout=dropout, rslora=rslora))
+    for family in families:
+        siblings = Siblings([_layer(model, place) for place in family])
+        for layer in siblings.layers:
+            layer.siblings = siblings
     return names
+
+
+@torch.no_grad()
+def _siblings(model: Any, places: Sequence[str]) -> list[list[str]]:
+    """Which of these layers read the very same tensor, by looking on while the model reads four tokens."""
+    read: dict[tuple[str, int], list[str]] = {}
+    inputs: list[Tensor] = []  # kept, so that none of them gets the address of another
+
+    def look_on(place: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+        def hook(module: nn.Module, given: tuple[Any, ...]) -> None:
+            inputs.append(given[0])
+            read.setdefault((place.rpartition(".")[0], id(given[0])), []).append(place)
+
+        return hook
+
+    hooks = [model.get_submodule(place).register_forward_pre_hook(look_on(place)) for place in places]
+    was_training = model.training
+    try:
+        ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
+        model.eval()(input_ids=ids, use_cache=False)
+    finally:
+        model.train(was_training)
+        for hook in hooks:
+            hook.remove()
+    return [family for family in read.values() if len(family) > 1 and len(set(family)) == len(family)]
+
+
+def _layer(model: Any, place: str) -> LoraLinear:
+    layer = model.get_submodule(place)
+    assert isinstance(layer, LoraLinear)
+    return layer
 
 
 def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 
 from core.errors import AdapterUnusable, JobError
 from finetune import lora
+from finetune.lowrank import draw_keep
 from finetune.team import parted_like, whole
 
 # The last linear layer of an attention or a feed-forward block, as the common architectures call it.
@@ -116,7 +117,7 @@ def _dropping(dropout: float) -> Callable[[nn.Module, Any, Tensor], Tensor | Non
     def drop(module: nn.Module, given: Any, out: Tensor) -> Tensor | None:
         if not module.training:
             return None
-        keep, scale = lora.draw_keep(out.shape, dropout, out.device)
-        return out * (keep * scale).to(out.dtype)
+        keep, scale = draw_keep(out.shape, dropout, out)
+        return out * keep.mul_(scale)
 
     return drop

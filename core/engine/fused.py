@@ -184,7 +184,7 @@ def _signed(sin: Tensor) -> Tensor:
 
 def _alone(linear: Any) -> nn.Module:
     """A linear that shares its input with no other."""
-    return PackedLinear(linear.weight, linear.bias) if packable(linear) else linear
+    return PackedLinear([linear.weight], linear.bias) if packable(linear) else linear
 
 
 def _merge(owner: Any, names: Sequence[str]) -> nn.Module:
@@ -197,10 +197,10 @@ def _merge(owner: Any, names: Sequence[str]) -> nn.Module:
             setattr(owner, name, part_of(whole, start, part.out_features))
             start += part.out_features
         return whole
-    weight = torch.cat([part.weight for part in parts])
     bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])
     if all(map(packable, parts)):
-        return PackedLinear(weight, bias)
+        return PackedLinear([part.weight for part in parts], bias)
+    weight = torch.cat([part.weight for part in parts])
     merged = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None, device="meta")
     merged.weight = nn.Parameter(weight, requires_grad=False)
     if bias is not None:

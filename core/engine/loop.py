@@ -31,7 +31,7 @@ from core.model import BaseModel
 
 log = logging.getLogger(__name__)
 
-CHUNK_CPU, CHUNK_CUDA = 128, 1024  # prompt tokens between two decode steps
+CHUNK_CPU, CHUNK_CUDA = 256, 1024  # prompt tokens between two decode steps
 KEPT_AFTER = (FinishReason.END, FinishReason.STOP, FinishReason.LENGTH)
 
 

@@ -189,7 +189,12 @@ def measure(rounds: int, threads: int, wanted: set[str], requests: int, named: S
                 for name, worker, rows, adapters in CASES:
                     if worker not in workers or workers[worker].process is None:
                         continue
-                    answer = workers[worker].ask({"rows": rows, "adapters": adapters})
+                    try:
+                        answer = workers[worker].ask({"rows": rows, "adapters": adapters})
+                    except Missing as error:  # it has ended on the way: the others are measured all the same
+                        sys.stderr.write(f"{worker} is missing: {error}\n")
+                        workers[worker] = Worker(missing=str(error))
+                        continue
                     sys.stderr.write(f"round {number}: {name} {rows * TOKENS / answer['seconds']:.1f} tokens/s\n")
                     if number:
                         results.setdefault(name, Result()).add(rows * TOKENS, answer)

@@ -20,7 +20,7 @@ def test_it_computes_the_same_product(shape: tuple[int, ...], bias: bool) -> Non
     plain = nn.Linear(40, 24, bias=bias).requires_grad_(False)
     x = torch.randn(shape)
     assert packable(plain)
-    assert torch.allclose(PackedLinear(plain.weight, plain.bias)(x), plain(x), atol=1e-5)
+    assert torch.allclose(PackedLinear([plain.weight], plain.bias)(x), plain(x), atol=1e-5)
 
 
 @needs_onednn
@@ -28,7 +28,7 @@ def test_it_computes_the_same_product(shape: tuple[int, ...], bias: bool) -> Non
 @torch.inference_mode()
 def test_an_outlier_in_one_row_moves_no_other(outlier: float) -> None:
     torch.manual_seed(0)
-    layer, x = PackedLinear(torch.randn(24, 40), None), torch.randn(5, 40)
+    layer, x = PackedLinear([torch.randn(24, 40)], None), torch.randn(5, 40)
     calm = layer(x)
     x[2] *= outlier
     assert torch.equal(layer(x)[[0, 1, 3, 4]], calm[[0, 1, 3, 4]])
@@ -40,3 +40,22 @@ def test_other_weights_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None
     assert not packable(nn.Embedding(4, 4))
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert not packable(nn.Linear(4, 4))
+
+
+@needs_onednn
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("plain", [True, False])
+@torch.inference_mode()
+def test_a_single_row_is_the_same_product_whichever_way_it_goes(
+    monkeypatch: pytest.MonkeyPatch, plain: bool, bias: bool
+) -> None:
+    monkeypatch.setattr("core.engine.packed.one_row_is_plain", lambda: plain)
+    parts = [nn.Linear(40, width, bias=bias) for width in (24, 8)]
+    layer = PackedLinear(
+        [part.weight.detach() for part in parts], torch.cat([p.bias.detach() for p in parts]) if bias else None
+    )
+    x = torch.randn(1, 40)
+    wanted = torch.cat([part(x) for part in parts], dim=1)
+    assert torch.allclose(layer(x), wanted, atol=1e-5)
+    assert torch.allclose(layer(torch.cat((x, x)))[:1], wanted, atol=1e-5)
+    assert layer(x[None]).shape == (1, 1, 32)

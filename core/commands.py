@@ -43,7 +43,7 @@ class Parameter:
 class Form:
     """One way to use a command. `word` "" is the form without a word; `settings` follow it as key=value.
 
-    `bare`: the settings may be left out.
+    `bare`: the settings may be left out. `answers` a question: the buttons below it have done their work then.
     """
 
     word: str
@@ -52,6 +52,7 @@ class Form:
     who: Grant = Grant.ANYONE
     settings: tuple[str, ...] = ()
     bare: bool = False
+    answers: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -135,8 +136,9 @@ COMMANDS: tuple[Command, ...] = (
             Form("", "/consent on", (Parameter("choice", optional=True, choices=("on", "off")),)),
             Form(
                 "reply",
-                f"/consent reply {'0' * 32} no",
+                "/consent reply #5f3a9c01 no",
                 (Parameter("reply"), Parameter("choice", choices=("yes", "no"))),
+                answers=True,
             ),
         ),
     ),
@@ -149,13 +151,13 @@ COMMANDS: tuple[Command, ...] = (
         (
             Form("", "/finetune faq.jsonl", (_DATASET, _YES), _OPERATOR, DATA_SETTINGS, bare=True),
             Form("from", "/finetune from feedback", (_SOURCE, _YES), _OPERATOR),
-            Form("start", "/finetune start 3", (_JOB,), _OPERATOR),
+            Form("start", "/finetune start 3", (_JOB,), _OPERATOR, answers=True),
             Form("preview", "/finetune preview 3", (_JOB,), _OPERATOR),
-            Form("redact", "/finetune redact 3", (_JOB,), _OPERATOR),
+            Form("redact", "/finetune redact 3", (_JOB,), _OPERATOR, answers=True),
             Form("status", "/finetune status 3", (_JOB,), _OPERATOR),
             Form("list", "/finetune list", (), _OPERATOR),
             Form("data", "/finetune data", (), _OPERATOR),
-            Form("cancel", "/finetune cancel 3", (_JOB,), _OPERATOR),
+            Form("cancel", "/finetune cancel 3", (_JOB,), _OPERATOR, answers=True),
             Form("resume", "/finetune resume 3", (_JOB,), _OPERATOR),
         ),
     ),
@@ -186,6 +188,7 @@ COMMANDS: tuple[Command, ...] = (
                 "/adapter choose 3 a",
                 (Parameter("comparison"), Parameter("choice", choices=("a", "b", "same"))),
                 _OPERATOR,
+                answers=True,
             ),
             Form("worst", "/adapter worst acme@5", (Parameter("version"),), _OPERATOR),
             Form("discard", "/adapter discard acme@5", (Parameter("version"),), _OPERATOR),

@@ -7,15 +7,20 @@ So a crash at any point leads back to `open` or `finish`, and neither writes a s
 
 from __future__ import annotations
 
+import asyncio
 import json
+import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
 from pathlib import Path
 
 from core.errors import AppError, BadInput
-from core.outlet import Fetches, Outlet, Reopen
+from core.outlet import Chooses, Fetches, Outlet, Reopen
 from core.store.database import Database, Tx
 from core.types import Address, Attachment, Body, Button, Handle, Receipt
+
+log = logging.getLogger(__name__)
+CHOOSE_S = 15.0
 
 
 @dataclass(slots=True)
@@ -45,6 +50,17 @@ class Deliveries:
         if not isinstance(outlet, Fetches):
             raise BadInput("training.no_files_here")
         return outlet.fetch(attachment)
+
+    async def choose(self, to: Address, label: str) -> None:
+        """Show what was chosen, where buttons were pressed for it. Best effort."""
+        outlet = self._outlet(to)
+        if not isinstance(outlet, Chooses):
+            return
+        try:
+            async with asyncio.timeout(CHOOSE_S):
+                await outlet.choose(to, label)
+        except Exception as error:  # anybody's outlet: the answer stands, whatever this raises
+            log.info("delivery.not_chosen", extra={"error": type(error).__name__})
 
     async def open(self, delivery_id: int, to: Address) -> Handle:
         """The handle of part 1: the one that a crash left, recovered, or a new one, committed."""

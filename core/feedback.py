@@ -25,6 +25,7 @@ from core.types import Body, Button, Caller, Outcome
 
 REASONS = ("untrue", "unhelpful", "other")
 _VOTE = re.compile(r"([0-9a-f]{32}):(-?1)(?::([a-z]*))?")  # the third part: no other press follows, a reason or not
+_SHORT = 8  # of a reply's number, as people see it
 _NAMED = re.compile(r"#([0-9a-f]{8})\s+(\S.*)", re.DOTALL)
 _MOST, _CUT = 5, 300
 _SLACK = "slack"  # among the arguments of a call: what was said there may be learned from
@@ -52,6 +53,18 @@ def reply_of(tx: Tx, generation_id: str) -> Reply | None:
         [generation_id],
     )
     return Reply(*row.values()) if row else None
+
+
+def own_reply(tx: Tx, user_hash: str, typed: str) -> Reply | None:
+    """The reply of this number, whole or its first eight digits, that this person was given."""
+    number = typed.removeprefix("#").lower()
+    if len(number) not in (_SHORT, 32):
+        return None
+    found = tx.value(
+        "SELECT id FROM generation WHERE user_hash = ? AND substr(id, 1, ?) = ? ORDER BY started_ms DESC LIMIT 1",
+        [user_hash, len(number), number],
+    )
+    return reply_of(tx, found or "")
 
 
 # --- thumbs ---

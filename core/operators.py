@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping
+from dataclasses import replace
 from typing import NoReturn
 
 from core.commands import Call, Grant
@@ -14,7 +15,7 @@ from core.errors import AppError, BadInput, NotAllowed, UnknownThing
 from core.store import directory
 from core.store.database import Tx
 from core.texts import Later, languages, resolve, say
-from core.types import Body, Caller, Channel, ForgetMemory, Outcome
+from core.types import Body, Caller, Channel, Choose, ForgetMemory, Outcome
 
 Handler = Callable[[Tx, Caller, Call], Outcome]
 ALL = "all"
@@ -40,7 +41,7 @@ def run_command(tx: Tx, caller: Caller, call: Call, handlers: Mapping[tuple[str,
     if handler is None:
         raise AppError(detail=f"no handler for {call.key}")
     if call.form.who is Grant.ANYONE:
-        return handler(tx, caller, call)
+        return _answered(call, handler(tx, caller, call))
     if not _may(tx, caller, call):
         return _denied(tx, caller, call)
     last = _last_audit(tx)
@@ -54,7 +55,11 @@ def run_command(tx: Tx, caller: Caller, call: Call, handlers: Mapping[tuple[str,
     tx.run("RELEASE command")
     if _last_audit(tx) == last:
         directory.audit(tx, caller, _action(call), _target(caller, call))
-    return outcome
+    return _answered(call, outcome)
+
+
+def _answered(call: Call, outcome: Outcome) -> Outcome:
+    return replace(outcome, after=(*outcome.after, Choose())) if call.form.answers else outcome
 
 
 def _may(tx: Tx, caller: Caller, call: Call) -> bool:

@@ -52,6 +52,18 @@ class Outlet(Protocol):
 
 
 @runtime_checkable
+class Chooses(Protocol):
+    """An outlet whose platform shows buttons."""
+
+    async def choose(self, to: Address, label: str) -> None:
+        """Below the message whose button was pressed there, show what was chosen in the place of all its buttons.
+
+        Best effort: never raises, and what is lost is nothing but a button too many.
+        """
+        ...
+
+
+@runtime_checkable
 class Fetches(Protocol):
     """An outlet whose platform keeps the files that people send."""
 

@@ -21,7 +21,7 @@ from core.store import directory, jobs
 from core.store.database import Database, Tx, Value
 from core.store.home import Home
 from core.texts import Later, duration, say
-from core.types import After, Body, Button, Caller, EraseFiles, ForgetMemory, Outcome, StopReply, WakeTraining
+from core.types import After, Body, Button, Caller, Choose, EraseFiles, ForgetMemory, Outcome, StopReply, WakeTraining
 
 __all__ = ["HANDLERS", "clean", "erase", "keep_clean", "reapply", "sweep"]
 
@@ -67,8 +67,8 @@ def consent(tx: Tx, caller: Caller, call: Call) -> Outcome:
 
 def consent_reply(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """For one reply that the person was given. A no after a yes also erases the data sets that hold what they said."""
-    reply = feedback.reply_of(tx, call.arguments["reply"])
-    if reply is None or reply.user != caller.user:
+    reply = feedback.own_reply(tx, caller.user, call.arguments["reply"])
+    if reply is None:
         raise UnknownThing("feedback.no_reply_of_yours")
     if call.arguments["choice"] == "yes":
         feedback.share(tx, reply)
@@ -91,7 +91,7 @@ def forget(tx: Tx, caller: Caller, call: Call) -> Outcome:
     for label, now in unpublished:
         directory.audit(tx, replace(caller, user=ERASED), "adapter unpublish", label, label, now)
     text = say(caller.language, "privacy.forgotten")
-    return Outcome(Body(text), (StopReply(), *memories, EraseFiles(), WakeTraining()))
+    return Outcome(Body(text), (StopReply(), *memories, EraseFiles(), WakeTraining(), Choose()))
 
 
 HANDLERS: Mapping[tuple[str, str], Handler] = {

@@ -37,6 +37,7 @@ from core.types import (
     AnswerAgain,
     Body,
     Caller,
+    Choose,
     CompareBlind,
     EraseFiles,
     ForgetMemory,
@@ -116,6 +117,7 @@ class Rows:
     async def _answer(self, row: Taken) -> None:
         """Bring one row to its end, whatever happens: an answer, or one visible refusal."""
         caller: Caller | None = None
+        chosen = False
         try:
             if row.attempts >= inbox.MAX_ATTEMPTS:
                 raise AppError("error.gave_up")
@@ -127,8 +129,10 @@ class Rows:
                         return
                 else:
                     caller = await self._database.write(lambda tx: caller_of(tx, row))
-                    await self._act(row, caller)
+                    chosen = await self._act(row, caller)
             await self._deliver(row)
+            if chosen:
+                await self._deliveries.choose(row.address, row.text)
         except StorageError:
             raise
         except LimitReached as error:
@@ -150,12 +154,12 @@ class Rows:
         """
         return self.draining and not await self._database.read(lambda tx: inbox.stopped_since(tx, row))
 
-    async def _act(self, row: Taken, caller: Caller) -> None:
-        """Do what the row asks, up to its stored text."""
+    async def _act(self, row: Taken, caller: Caller) -> bool:
+        """Do what the row asks, up to its stored text; whether it was a press that has answered a question."""
         text = row.value if row.kind is Kind.PRESS and row.action == "command" else row.text.strip()
         if row.action == "notice":
             await self._database.write(lambda tx: gestures.keep_notice(tx, row, caller))
-            return
+            return False
         if row.oversize:
             raise UserError("service.message_too_large", size=row.oversize, limit=inbox.MAX_TEXT)
         if not text:
@@ -164,11 +168,11 @@ class Rows:
         call = parse(text) if command else await self._database.read(lambda tx: answer_to_question(tx, caller, text))
         if call is None:
             await self._replies.generate(row, caller, text, again=False)
-        else:
-            await self._command(row, caller, call)
+            return False
+        return await self._command(row, caller, call)
 
-    async def _command(self, row: Taken, caller: Caller, call: Call) -> None:
-        """Run a command and store what it says in one transaction; then do what follows from it."""
+    async def _command(self, row: Taken, caller: Caller, call: Call) -> bool:
+        """Run a command and store what it says in one transaction; then do what follows from it, but for `Choose`."""
         call = await prepare(self._home, self._database, self._deliveries.fetch, caller, call, slack=self._slack)
 
         def work(tx: Tx) -> Outcome:
@@ -182,6 +186,7 @@ class Rows:
         outcome = await self._database.write(work)
         for after in outcome.after:
             await self._follow(row, caller, after)
+        return row.kind is Kind.PRESS and Choose() in outcome.after
 
     async def _follow(self, row: Taken, caller: Caller, after: After) -> None:
         match after:

@@ -239,7 +239,12 @@ class EraseFiles:
     """After the commit: privacy sweeps files whose rows are marked as erased, and folds the WAL."""
 
 
-After = StopReply | AnswerAgain | CompareBlind | ForgetMemory | WakeTraining | EraseFiles
+@dataclass(frozen=True, slots=True)
+class Choose:
+    """After the answer: where a button was pressed for this, the buttons beside it give way to what was chosen."""
+
+
+After = StopReply | AnswerAgain | CompareBlind | ForgetMemory | WakeTraining | EraseFiles | Choose
 
 
 @dataclass(frozen=True, slots=True)

@@ -98,7 +98,7 @@ async def test_a_no_after_a_yes_takes_it_back_with_what_was_made_of_it(tmp_path:
         await it.ask(f"/consent reply {number} yes")
         await it.ask(f"/correct #{number[:8]} 20 days", user=OWNER)
         await it.ask("/finetune from feedback", user=OWNER)
-        assert await it.ask(f"/consent reply {number} no") == say("en", "feedback.not_shared")
+        assert await it.ask(f"/consent reply #{number[:8]} no") == say("en", "feedback.not_shared")
         assert await it.count("example") == 0
         assert await it.count("dataset", "erased_ms IS NULL") == 0
 
@@ -107,7 +107,8 @@ async def test_nobody_else_gives_a_conversation_away_and_only_operators_correct(
     async with world(tmp_path) as it:
         number = await vote(it, "-1:untrue")
         denied = say("en", "feedback.no_reply_of_yours")
-        assert await it.ask(f"/consent reply {number} yes", user=OWNER) == denied
+        for typed in (number, f"#{number[:8]}", number[:9], "#", "%"):
+            assert await it.ask(f"/consent reply {typed} yes", user=OWNER) == denied
         assert await it.ask("/correct my own words", user=STRANGER) == say("en", "error.not_allowed")
         assert await it.count("example") == 0
         assert await it.count("audit", "target LIKE '%words%'") == 0

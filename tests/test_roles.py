@@ -56,7 +56,7 @@ def _answer(tx: Tx, it: Town, role: str) -> None:
     caller = it.caller(tx, role)
     tx.insert(
         "generation",
-        id="0" * 32,
+        id="5f3a9c01" + "0" * 24,  # as the example of /consent reply names it
         inbox_id=ask(tx, caller, "how long?", 2),
         channel_id=caller.channel.id,
         user_hash=caller.user,

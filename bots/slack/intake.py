@@ -13,7 +13,7 @@ from collections.abc import Awaitable, Callable
 from slack_bolt.request.async_request import AsyncBoltRequest
 from slack_bolt.response import BoltResponse
 
-from bots.outlet import Address, Door
+from bots.outlet import Address, Door, Kind
 from bots.slack import modals
 from bots.slack.courtesy import Courtesy
 from bots.slack.outlet import Asker
@@ -74,6 +74,8 @@ class Intake:
                 return None
             team = found.person.team or found.account
             workspace.outlet.asked(asked.address, Asker(team, found.person.user, spoken))
+            if asked.kind is Kind.PRESS:
+                workspace.outlet.pressed(str((body.get("channel") or {}).get("id") or ""), body.get("message") or {})
             await self._door.accept(asked)
         self._courtesy.offer(workspace, body, found.person)
         return found.answer

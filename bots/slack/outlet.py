@@ -12,7 +12,7 @@ import json
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Coroutine
+from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
 from dataclasses import asdict, dataclass, field, replace
 from typing import Any
 
@@ -24,6 +24,7 @@ from bots.render import split_text
 from bots.slack import blocks, text
 from bots.slack.api import Api, Trouble, trouble
 from bots.slack.places import PLATFORM, goes_to, is_dm, thread_of
+from core.errors import AppError
 from core.texts import say
 
 log = logging.getLogger(__name__)
@@ -101,10 +102,16 @@ class SlackOutlet:
         self._askers: OrderedDict[Address, Asker] = OrderedDict()
         self._sights: OrderedDict[Handle, Sight] = OrderedDict()
         self._begun: OrderedDict[Address, None] = OrderedDict()
+        self._pressed: OrderedDict[str, tuple[str, Mapping[str, Any]]] = OrderedDict()  # ts -> channel, message
         self._errands: set[asyncio.Task[None]] = set()
 
     def asked(self, to: Address, asker: Asker) -> None:
         _remember(self._askers, replace(to, account=""), asker)
+
+    def pressed(self, channel: str, message: Mapping[str, Any]) -> None:
+        """A button below this message was pressed: what it says is needed to take its buttons away."""
+        if message.get("ts") and message.get("blocks"):
+            _remember(self._pressed, str(message["ts"]), (channel, message))
 
     # --- the contract ---
 
@@ -187,6 +194,17 @@ class SlackOutlet:
             sight.broken = True
         await self._settle(where, self.split(body)[0])
         self._over(where, sight)
+
+    async def choose(self, to: Address, label: str) -> None:
+        """Of a message that was pressed in this run: Slack takes the whole message or nothing."""
+        channel, message = self._pressed.pop(to.reply_to, ("", {}))
+        if not channel:
+            return
+        given = {"text": str(message.get("text") or WAITING)[:3000], "blocks": blocks.chosen(message["blocks"], label)}
+        try:
+            await self._api.write("chat.update", channel=channel, ts=to.reply_to, link_names=False, **given)
+        except (*_ERRORS, AppError) as error:
+            log.info("slack.not_chosen", extra={"error": _name(error)})
 
     def fetch(self, attachment: Attachment) -> AsyncIterator[bytes]:
         """The bytes of a file that a person shared. Raises BadInput."""

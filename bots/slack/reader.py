@@ -234,6 +234,7 @@ def _press(body: Payload) -> Read:
     conversation = conversation or str(message.get("thread_ts") or container.get("thread_ts") or ts)
     value = str(pressed.get("value") or "")
     said = action == "say"
+    label = str((pressed.get("text") or {}).get("text") or "")
     incoming = Incoming(
         lane=Lane.TURN if said else Lane.CONTROL,
         kind={STOP: Kind.STOP, "say": Kind.MESSAGE}.get(action, Kind.PRESS),
@@ -241,7 +242,7 @@ def _press(body: Payload) -> Read:
         user=_known_as(person, body),
         update_key=update_key(body),
         message_key=f"press:{place}:{ts}:{pressed.get('action_ts') or update_key(body)}",
-        text=value if said else "",
+        text={"say": value, "command": label}.get(action, ""),
         action=action if action in ("command", "feedback") else "",
         value=value if action in ("command", "feedback") else "",
     )

@@ -12,7 +12,7 @@ from core.texts import say
 from core.types import Button
 
 log = logging.getLogger(__name__)
-STOP = "s"
+STOP, DONE = "s", "d"
 _PREFIXES = {"command": "c:", "feedback": "f:", "say": "y:"}
 _MAX_BYTES = 64
 _ROW_UNITS = 30
@@ -54,6 +54,11 @@ def reasons_keyboard(language: str, vote: str) -> InlineKeyboardMarkup:
             for one in REASONS
         ]
     )
+
+
+def chosen_keyboard(label: str) -> InlineKeyboardMarkup:
+    """What was chosen, in the place of the buttons that offered it."""
+    return InlineKeyboardMarkup(inline_keyboard=[[InlineKeyboardButton(text=f"✓ {label}", callback_data=DONE)]])
 
 
 def pressed(data: str) -> tuple[str, str] | None:

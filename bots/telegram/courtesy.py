@@ -23,7 +23,7 @@ from aiogram.types import (
 
 from bots.outlet import Door, Grant, Incoming, Kind
 from bots.telegram.api import Api
-from bots.telegram.buttons import pressed, reasons_keyboard
+from bots.telegram.buttons import DONE, pressed, reasons_keyboard
 from bots.telegram.reader import Read
 from core.commands import COMMANDS
 from core.errors import AppError
@@ -74,7 +74,9 @@ class Courtesy:
         language = resolve(press.from_user.language_code or "") or "en"
         action, value = pressed(press.data or "") or ("", "")
         text = None
-        if not taken:
+        if press.data == DONE:
+            pass  # it only says what was chosen
+        elif not taken:
             text = say(language, "telegram.press_refused")
         elif action == "feedback":
             text = say(language, "telegram.thanks")

@@ -16,6 +16,7 @@ from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from aiogram.exceptions import (
+    TelegramAPIError,
     TelegramBadRequest,
     TelegramMigrateToChat,
     TelegramNotFound,
@@ -23,6 +24,7 @@ from aiogram.exceptions import (
 )
 from aiogram.methods import (
     EditMessageMedia,
+    EditMessageReplyMarkup,
     EditMessageText,
     SendMessage,
     TelegramMethod,
@@ -32,7 +34,7 @@ from aiogram.types import FSInputFile, InputMediaDocument, InputMediaPhoto, Inpu
 from bots.outlet import Address, Attachment, Body, Handle, Receipt, Reopen
 from bots.telegram import text as texts
 from bots.telegram.api import Api, Trouble, trouble
-from bots.telegram.buttons import keyboard
+from bots.telegram.buttons import chosen_keyboard, keyboard
 from bots.telegram.places import receipt, spot
 from bots.telegram.sights import Sight, Sights, Where
 from core.errors import AppError
@@ -130,6 +132,18 @@ class TelegramOutlet:
 
     async def fail(self, handle: Handle, body: Body) -> None:
         await self.finish(handle, self.split(body)[0])
+
+    async def choose(self, to: Address, label: str) -> None:
+        """The message that was pressed is the one that a press is answered at."""
+        at = spot(to)
+        if at.reply_to is None:
+            return
+        markup = chosen_keyboard(label)
+        edit = EditMessageReplyMarkup(chat_id=at.chat, message_id=at.reply_to, reply_markup=markup)
+        try:
+            await self._api.write(at.chat, edit)
+        except (TelegramAPIError, AppError) as error:
+            log.info("telegram.not_chosen", extra={"error": type(error).__name__})
 
     def fetch(self, attachment: Attachment) -> AsyncIterator[bytes]:
         """The bytes of a file that a person sent. Raises BadInput."""

@@ -132,8 +132,9 @@ class Reader:
         if found is None or message is None:
             return None
         action, value = found
-        if action == "say":
-            value = _label(message, press.data or "") or value
+        label = _label(message, press.data or "")
+        if action == "say" and value.startswith("#"):
+            value = label or value
         topic = None if isinstance(message, InaccessibleMessage) else topic_of(message)
         group = message.chat.type != ChatType.PRIVATE
         if group and action == "command" and _needs_grant(value) and not await self._admin(message, press.from_user.id):
@@ -145,7 +146,7 @@ class Reader:
             user=str(press.from_user.id),
             update_key=key,
             message_key=f"press:{press.id}",
-            text=value if action == "say" else "",
+            text={"say": value, "command": label}.get(action, ""),
             language=press.from_user.language_code or "",
             action=action if action in ("command", "feedback") else "",
             value=value if action in ("command", "feedback") else "",
@@ -334,4 +335,4 @@ def _label(message: Message | InaccessibleMessage, data: str) -> str:
     if not isinstance(markup, InlineKeyboardMarkup):
         return ""
     found = [one.text for row in markup.inline_keyboard for one in row if one.callback_data == data]
-    return found[0] if found and data.startswith("y:#") else ""
+    return found[0] if found else ""

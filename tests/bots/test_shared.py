@@ -8,7 +8,7 @@ from __future__ import annotations
 import re
 from collections.abc import AsyncIterator, Callable
 from contextlib import asynccontextmanager
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -55,6 +55,7 @@ class Place(Protocol):
     async def send(self, who: int, text: str = "", *, data: bytes = b"") -> Said: ...
     async def press(self, who: int, said: Said, label: str) -> None: ...
     async def dislike(self, who: int, said: Said, language: str) -> None: ...
+    async def chosen(self, said: Said, label: str) -> None: ...
     def all(self, who: int) -> list[Said]: ...
 
 
@@ -89,6 +90,15 @@ class InTelegram:
         why = say(language, "feedback.reason_untrue")
         await self.it.there.until(lambda: why in said.message.labels)
         await self.press(who, said, why)
+
+    async def chosen(self, said: Said, label: str) -> None:
+        """Until that stands where the buttons were; pressing it does nothing."""
+        await self.it.there.until(lambda: said.message.labels == [f"✓ {label}"])
+        assert said.message.text == said.text
+        rows = await self.here.count("inbox")
+        await self.press(0, said, f"✓ {label}")
+        assert await self.here.count("inbox") == rows
+        assert not self.it.there.answered[-1][1]
 
     def all(self, who: int) -> list[Said]:
         return [self._said(one) for one in self.it.there.held(self.people[who].id)]
@@ -127,6 +137,13 @@ class InSlack:
 
     async def dislike(self, who: int, said: Said, language: str) -> None:
         await self.press(who, said, "👎")
+
+    async def chosen(self, said: Said, label: str) -> None:
+        """Until that stands where the buttons were."""
+        held = said.message
+        await self.it.there.until(lambda: not held.labels)
+        assert held.blocks[-1] == {"type": "context", "elements": [{"type": "plain_text", "text": f"✓ {label}"}]}
+        assert held.said == said.text
 
     def all(self, who: int) -> list[Said]:
         return [self._said(one) for one in self.it.there.held(f"D{self._user(who)}")]
@@ -256,8 +273,7 @@ async def test_after_a_thumb_down_this_one_conversation_can_be_given_and_is_corr
     tmp_path: Path, way: str, language: str
 ) -> None:
     async with place(way, tmp_path) as it:
-        service = it.here.service
-        service._settings = replace(service._settings, allow_slack_training=True)
+        it.here.service._rows._slack = True
         for who in (0, 1, 2):
             await it.meet(who, language)
         for who, answer in ((1, "yes"), (2, "no")):
@@ -267,6 +283,7 @@ async def test_after_a_thumb_down_this_one_conversation_can_be_given_and_is_corr
             assert asked.text == say(language, "feedback.may_we")
             assert asked.labels == (say(language, "feedback.yes"), say(language, "feedback.no"))
             await it.press(who, asked, say(language, f"feedback.{answer}"))
+            await it.chosen(asked, say(language, f"feedback.{answer}"))
             told = say(language, "feedback.shared" if answer == "yes" else "feedback.not_shared")
             assert bare(it.all(who)[-1].text) == bare(told)
         waiting = await it.tell(0, "/correct")
@@ -362,7 +379,10 @@ async def test_a_file_becomes_a_version_in_service_and_goes_out_again(tmp_path: 
         assert "faq.jsonl" in started.text
         start = say(language, "training.button_start")
         (question,) = [one for one in it.all(0) if start in one.labels]
+        await it.press(0, question, say(language, "training.button_preview"))
+        assert question.message.labels == list(question.labels)  # which was no answer to it
         await it.press(0, question, start)
+        await it.chosen(question, start)
         (report,) = [one for one in it.all(0) if promote_button(language, "acme@1").text in one.labels]
         assert bare(say(language, "training.verdict_passed", label="acme@1", champion="base")) in bare(report.text)
         await it.press(0, report, promote_button(language, "acme@1").text)

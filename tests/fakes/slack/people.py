@@ -83,13 +83,17 @@ class People:
         else:
             pressed = held.button(label)
             value = value or pressed.get("value", "")
+        named = {"text": pressed["text"]} if "text" in pressed else {}
         action = {"action_id": pressed["action_id"], "block_id": pressed["block_id"], "action_ts": self.ts()}
         return {
             **self._interactive("block_actions", user, held.team),
             "channel": {"id": held.channel},
-            "message": {"ts": held.ts, **({"thread_ts": held.thread} if held.thread else {})},
+            "message": {
+                **{"ts": held.ts, "text": held.text, "blocks": held.blocks},
+                **({"thread_ts": held.thread} if held.thread else {}),
+            },
             "container": {"type": "message", "message_ts": held.ts, "channel_id": held.channel},
-            "actions": [{**action, "type": pressed["type"], "value": value}],
+            "actions": [{**action, **named, "type": pressed["type"], "value": value}],
         }
 
     def opens_home(self, user: str, *, tab: str = "home", team: str = "T1") -> dict[str, Any]:

@@ -78,7 +78,11 @@ async def test_a_thousand_canaries_say_their_own_words_alone(endless: BaseModel,
 
 
 async def test_a_thousand_requests_over_more_adapters_than_fit(endless: BaseModel, canaries: list[AdapterRef]) -> None:
-    """64 adapters with room for 16: all are answered, and memory does not grow with the requests."""
+    """64 adapters with room for 16: all are answered, and memory does not grow with the requests.
+
+    What grows at first is no request's: oneDNN keeps its kernels for each number of tokens that a pass has had, up to
+    1,024 of them, and which numbers come depends on what else the machine does.
+    """
     refs = [dataclasses.replace(canaries[i % 8], sha256=f"{i:02}" * 32) for i in range(64)]
 
     async def some(count: int) -> None:
@@ -89,9 +93,9 @@ async def test_a_thousand_requests_over_more_adapters_than_fit(endless: BaseMode
             assert set(answer.text) <= set(WORDS[i * 7 % 64 % 8])
 
     async with running(endless, max_rows=16, max_waiting=1000, adapters_in_memory=16, reuse_mib=1) as engine:
-        await some(200)
+        await some(500)  # as many at once as later
         before = resident_mib()
-        await some(800)
+        await some(500)
         assert resident_mib() - before < 64
         assert engine.stats().resident_adapters <= 16
         assert engine.thread.runner.lora.slot_count <= 16

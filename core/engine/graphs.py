@@ -59,7 +59,7 @@ class Steps:
         self._logits: Tensor | None = None  # (max_rows, V)
         self._copied = torch.cuda.Event() if self.captures else None  # type: ignore[no-untyped-call]  # torch's
         self._stream = torch.cuda.Stream(self.device) if self.captures else None  # type: ignore[no-untyped-call]  # torch's
-        self._pool = torch.cuda.graph_pool_handle() if self.captures else None
+        self._pool = self._new_pool()
 
     def run(self, ids: Sequence[int], slots: Sequence[int | None]) -> Tensor | None:
         """Take in one id of each of the first rows. Logits (B, V), good until the next call.
@@ -129,7 +129,7 @@ class Steps:
                 self.graphs[shape] = self._capture(shape)
             except torch.OutOfMemoryError as error:
                 log.warning("engine.graph_no_memory", extra={"shape": str(shape), "reason": str(error)[:200]})
-                self._drop()
+                self._forget_graphs()
                 self.refused.add(shape)
                 return False
             except RuntimeError as error:  # an operator that asks the host, for one
@@ -149,14 +149,25 @@ class Steps:
             self._compute(shape)  # libraries lay out their workspaces outside of the graph
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
-        with torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"):
+        with (
+            torch.cuda.stream(torch.cuda.current_stream(self.device)),  # torch stays on the other if a capture fails
+            torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
+        ):
             self._compute(shape)
         return graph
 
     def _drop(self) -> None:
-        self.graphs.clear()
+        """What was captured is of another layout, and so is what did not fit."""
+        self._forget_graphs()
         self.refused.clear()
         self._versions = (self.cache.version, self.lora.version)
+
+    def _forget_graphs(self) -> None:
+        self.graphs.clear()
+        self._pool = self._new_pool()  # torch gives up a pool with its last graph, and refuses to capture into it again
+
+    def _new_pool(self) -> tuple[int, int] | None:
+        return torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
 
 def row_bucket(rows: int) -> int:

@@ -347,10 +347,10 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         return [tensor for layer in self.layers if layer.is_initialized for tensor in (layer.keys, layer.values)]
 
     def _resize(self, slots: int, length: int) -> None:
+        self.version += 1  # first: memory may end half-way, and then some tensors are others already
         for layer in self.layers:
             layer.resize(slots + self.spare, length, used=self.used, reach=self.reach)
         self.slots, self.length = slots, length
-        self.version += 1
 
 
 def _resized(old: Tensor, slots: int, length: int, used: Sequence[int], reach: Sequence[int]) -> Tensor:

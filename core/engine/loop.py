@@ -219,6 +219,9 @@ class ModelThread:
             self._reuse(job, row)
         except Exception as error:  # no memory for this one
             log.exception("engine.admit_failed")
+            if self.runner.cache.rows > len(self.rows):  # a row that nobody will own
+                self.runner.cache.wipe(len(self.rows))
+                self.runner.cache.drop_last()
             self._end(job, translate(error))
             return self._admit()
         job.state = State.RUNNING

@@ -292,10 +292,10 @@ class LoraStacks:
             stack.zero(slot)
 
     def _resize(self, slots: int, rank: int) -> None:
+        self.version += 1  # first: memory may end half-way, and then some tensors are others already
         for stack in self.stacks.values():
             stack.resize(slots, rank)
         self.slot_count, self.rank = slots, rank
-        self.version += 1
 
 
 def linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Linear | Int8Linear | Part]]:

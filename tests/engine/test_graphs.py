@@ -168,6 +168,45 @@ def test_a_capture_that_fails_leaves_the_plain_way(
 
 
 @torch.inference_mode()
+def test_a_shape_without_memory_is_not_tried_again_when_another_has_none_either(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    tried: list[int] = []
+
+    def fail(self: Steps, shape: Shape) -> None:
+        tried.append(shape.rows)
+        raise torch.OutOfMemoryError("full")
+
+    runner = Runner(base, max_rows=2, context=128, static=True)
+    assert runner.steps is not None
+    for _ in range(2):
+        runner.run(runner.cache.add_row(), [[5, 6, 7]], [None])
+    runner.steps.captures = True
+    monkeypatch.setattr(Steps, "_capture", fail)
+    for rows in (1, 2, 1, 2):
+        runner.run(0, [[5]] * rows, [None] * rows)
+    assert tried == [1, 2]
+
+
+@torch.inference_mode()
+def test_graphs_never_share_memory_with_dropped_ones(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+    """torch gives up a pool with the last graph in it, and ends a capture into it as an internal error."""
+    runner = Runner(base, max_rows=2, context=400, static=True)
+    steps = runner.steps
+    assert steps is not None
+    pools = iter(range(1, 9))
+    monkeypatch.setattr(Steps, "_new_pool", lambda self: (0, next(pools)))
+    runner.run(runner.cache.add_row(), [[5, 6, 7]], [None])
+    runner.run(0, [[5]], [None])
+    first = steps._pool
+    runner.run(0, [[5]], [None])
+    assert steps._pool == first
+    runner.run(runner.cache.add_row(), [[5] * 300], [None])  # another layout
+    runner.run(0, [[5]] * 2, [None] * 2)
+    assert steps._pool != first
+
+
+@torch.inference_mode()
 def test_the_number_of_graphs_is_bounded(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)
     runner = Runner(base, max_rows=4, context=128, static=True)

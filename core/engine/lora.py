@@ -97,14 +97,15 @@ class Stack:
             y.addmm_(own.flatten(1), b[slots].flatten(0, 1))
 
     def resize(self, slots: int, rank: int) -> None:
-        """Another number of slots or rank; what is there stays in its slot."""
-        parts, kept, old_rank = len(self.outs), len(self.a), self.rank
-        a = self.a.new_zeros(slots, parts, rank, self.a.shape[2])
-        a[:kept, :, :old_rank] = self.a.view(kept, parts, old_rank, self.a.shape[2])
-        self.a, self.rank = a.flatten(1, 2), rank
-        for part, old in enumerate(self.b):
-            self.b[part] = old.new_zeros(slots, rank, old.shape[2])
-            self.b[part][:kept, :old_rank] = old
+        """More slots or a higher rank; what is there stays in its slot. All of it or, without memory, nothing."""
+        kept, old_rank = len(self.a), self.rank
+        slots, rank = max(slots, kept), max(rank, old_rank)  # more already, if another stack found no memory before
+        a = self.a.new_zeros(slots, len(self.outs), rank, self.a.shape[2])
+        a[:kept, :, :old_rank] = self.a.view(kept, len(self.outs), old_rank, self.a.shape[2])
+        wider = [old.new_zeros(slots, rank, old.shape[2]) for old in self.b]
+        for new, old in zip(wider, self.b, strict=True):
+            new[:kept, :old_rank] = old
+        self.a, self.b, self.rank = a.flatten(1, 2), wider, rank
 
     def fill(self, slot: int, part: int, a: Tensor, b: Tensor) -> None:
         """Put one module's A (r, in) and B (out, r) into a slot that is zero."""

@@ -206,6 +206,71 @@ def test_graphs_never_share_memory_with_dropped_ones(base: BaseModel, monkeypatc
     assert steps._pool != first
 
 
+@pytest.mark.parametrize("nth", [0, 1, 2, 9, 20])
+@torch.inference_mode()
+def test_adapters_run_on_after_no_memory_was_found_for_wider_ones(
+    base: BaseModel, nth: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Memory ends at any place of a new layout: steps over the old one are gone, and all goes on, then grows."""
+    runner, fresh = Runner(base, max_rows=3, context=128, static=True), Runner(base, max_rows=3, context=128)
+    small, other, wide = adapter(base, "a", 2), adapter(base, "b", 2), adapter(base, "c", 6)
+    slots: list[int | None] = []
+    for one in (runner, fresh):
+        slots = [one.lora.acquire(small)]
+        one.run(one.cache.add_row(), [[5, 6, 7]], slots)
+        one.run(0, [[8]], slots)
+    new_zeros, left = torch.Tensor.new_zeros, [nth]
+
+    def fail(self: torch.Tensor, *size: int) -> torch.Tensor:
+        left[0] -= 1
+        if left[0] < 0:
+            raise torch.OutOfMemoryError("full")
+        return new_zeros(self, *size)
+
+    assert runner.steps is not None
+    for one in (other, wide):  # another slot, and a higher rank before that slot is there everywhere
+        left[0] = nth
+        with monkeypatch.context() as patch:
+            patch.setattr(torch.Tensor, "new_zeros", fail)
+            with pytest.raises(torch.OutOfMemoryError):
+                runner.lora.acquire(one)
+        before = dict(runner.steps.graphs)
+        ours, wanted = runner.run(0, [[9]], slots), fresh.run(0, [[9]], slots)
+        assert float((ours - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+        assert before
+        assert runner.steps._versions == (runner.cache.version, runner.lora.version)
+    for one in (wide, other):
+        slots.append(runner.lora.acquire(one))
+        assert fresh.lora.acquire(one) == slots[-1]
+        for each in (runner, fresh):
+            each.run(each.cache.add_row(), [[5, 6, 7]], slots[-1:])
+        ours, wanted = runner.run(0, [[9]] * len(slots), slots), fresh.run(0, [[9]] * len(slots), slots)
+        assert float((ours - wanted).abs().max()) <= 1e-5 * float(wanted.abs().max())
+
+
+@torch.inference_mode()
+def test_a_layout_that_fails_half_way_is_another_one_to_graphs(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Tensors that were given up already must not be read by a step captured before."""
+    runner = Runner(base, max_rows=4, context=400, static=True)
+    runner.run(runner.cache.add_row(), [[5, 6, 7]], [None])
+    runner.run(0, [[8]], [None])
+    version, keys = runner.cache.version, runner.cache.layers[0].keys
+    resize = type(runner.cache.layers[1]).resize
+
+    def fail(self: object, *args: int, **options: object) -> None:
+        if self is runner.cache.layers[1]:
+            raise torch.OutOfMemoryError("full")
+        resize(self, *args, **options)
+
+    monkeypatch.setattr(type(runner.cache.layers[1]), "resize", fail)
+    with pytest.raises(torch.OutOfMemoryError):
+        runner.cache.add_row(300)
+    assert runner.cache.layers[0].keys is not keys
+    assert runner.cache.version != version
+
+
 @torch.inference_mode()
 def test_the_number_of_graphs_is_bounded(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(graphs, "MAX_GRAPHS", 2)

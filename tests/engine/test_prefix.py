@@ -6,11 +6,13 @@ import asyncio
 import dataclasses
 import itertools
 
+import pytest
 import torch
 
 from core.engine.local import LocalEngine
 from core.engine.prefix import Kept, PrefixStore
 from core.engine.protocol import Request, Scope
+from core.errors import EngineError
 from core.model import BaseModel
 from core.types import AdapterRef, Message, Role
 from tests.engine.dialogue import Heard, ask, hear, running
@@ -135,3 +137,17 @@ def test_the_last_token_of_a_prompt_is_always_run() -> None:
     assert store.find(SCOPE, "", (9, 2, 3)) is None
     assert store.find(SCOPE, "other", (1, 2, 3)) is None
     assert len(store) == 0
+
+
+async def test_an_error_between_a_row_and_its_job_moves_no_other_row(
+    base: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with running(base) as engine:
+        good = await hear(engine.submit(ask("one", max_tokens=8)))
+        find = engine.thread.prefixes.find
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.thread.prefixes, "find", lambda *args: find(*args[:1]))  # type: ignore[call-arg]
+            with pytest.raises(EngineError):
+                await hear(engine.submit(ask("two", max_tokens=8)))
+        assert engine.thread.runner.cache.rows == 0
+        assert (await hear(engine.submit(ask("one", max_tokens=8)))).text == good.text

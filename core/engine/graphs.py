@@ -12,6 +12,7 @@ import logging
 from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -166,7 +167,7 @@ class Steps:
         self.graphs.clear()
         self._pool = self._new_pool()  # torch gives up a pool with its last graph, and refuses to capture into it again
 
-    def _new_pool(self) -> tuple[int, int] | None:
+    def _new_pool(self) -> Any:  # torch names the type of its handle nowhere public
         return torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
 

@@ -97,6 +97,8 @@ def status(tx: Tx, caller: Caller, call: Call) -> Outcome:
     job = replace(job, language=caller.language)
     events = trail.events(tx, job.id)
     line = _line(tx, caller, job)
+    if job.state == "waiting" and not jobs.is_told(tx, job.id):  # nothing can be started before its question stands
+        return Outcome(Body(say(caller.language, "training.still_checking", name=job.dataset)))
     if job.state == "waiting":
         rows = Preview.load(call.arguments.get("preview", ""))
         asked = datatexts.question(job, events, rows)

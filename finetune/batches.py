@@ -16,6 +16,7 @@ import torch
 from torch import Tensor
 
 from core.prompt import TrainingRow
+from finetune import packed
 
 Micro = tuple[int, ...]
 Step = tuple[Micro, ...]
@@ -119,10 +120,12 @@ def pack(rows: Sequence[TrainingRow], device: torch.device, *, prefix: int) -> B
         owner += [number] * (len(row.ids) - prefix)
     whose = torch.tensor(owner)
     sees = ((whose[None, :] == 0) | (whose[None, :] == whose[:, None])).tril()  # (T, T)
+    mask = sees[None, None].to(device)
+    packed.describe(mask, packed.Layout(prefix, tuple(len(row.ids) - prefix for row in rows)))
     return Batch(
         ids=torch.tensor([ids]).to(device),
         taught=torch.tensor([taught]).to(device),
-        attention=sees[None, None].to(device),
+        attention=mask,
         positions=torch.tensor([positions]).to(device),
         tokens=sum(len(row.ids) for row in rows),
         supervised=sum(taught),

@@ -21,6 +21,7 @@ import torch
 from core.errors import JobError
 from core.job import Evaluated, HyperParameters, JobEvent, Judged, Spec, Warned
 from core.texts import say
+from finetune import packed as packed_rows
 from finetune.ability import NOTHING, OwnAnswers, own_answers
 from finetune.base import load_again, load_module
 from finetune.batches import collate, pack, shared_prefix
@@ -328,6 +329,7 @@ class Trainer:
         text = self.model.config.get_text_config()
         if not self.settings.share_prefix or prefix < LEAST_PREFIX or getattr(text, "sliding_window", None):
             return 0
+        packed_rows.use(self.model)
         self.scorer.eval()
         two = self.train_rows[:2]
         packed, padded = self.scorer(pack(two, self.device, prefix=prefix)), self.scorer(collate(two, self.device))

@@ -228,6 +228,11 @@ def promote(tx: Tx, name: str, sha256: str | None, actor: str, reason: str) -> N
     tx.run("UPDATE adapter_name SET champion = ? WHERE name = ?", [sha256, name])
 
 
+def put_into_service(tx: Tx, sha256: str) -> Row | None:
+    """Who last put this version into service, why and when; None where nobody has."""
+    return tx.one("SELECT actor, reason, at_ms FROM promotion WHERE to_sha256 = ? ORDER BY id DESC LIMIT 1", [sha256])
+
+
 def undo(tx: Tx, name: str) -> tuple[str | None, str | None] | None:
     """Undo the newest promotion that stands: (before, after) as sha256; None where there is none.
 

@@ -19,6 +19,8 @@ WIDTH, HEIGHT, _SCALE = 900, 420, 2
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 24, 44, 44
 _INK, _GRID, _BLUE, _ORANGE, _GREEN = "#1f2933", "#dde3ea", "#2563c9", "#e07a1f", "#2a9d63"
 _SMOOTH = 0.93  # of the running mean of the training loss
+_CURVES = 0.82  # of the width, where the gate's losses are written beside the curves
+_LINE = 17  # pixels between two of them
 
 
 @dataclass(frozen=True, slots=True)
@@ -42,21 +44,25 @@ def loss_curve(events: Sequence[JobEvent], path: Path) -> Path | None:
 
     The gate's are two points at the end: the base model's loss on the unseen rows, and the candidate's.
     """
-    steps = [(event.step, event.loss) for event in events if isinstance(event, Progress)]
-    unseen = [(e.step, e.loss) for e in events if isinstance(e, Evaluated) and e.split == "validation"]
+    steps = [(float(event.step), event.loss) for event in events if isinstance(event, Progress)]
+    unseen = [(float(e.step), e.loss) for e in events if isinstance(e, Evaluated) and e.split == "validation"]
     gate = {e.who: e.loss for e in events if isinstance(e, Evaluated) and e.split == "test" and math.isfinite(e.loss)}
     values = [loss for loss in (*(loss for _, loss in (*steps, *unseen)), *gate.values()) if math.isfinite(loss)]
     if len(steps) < 2 or not values:
         return None
     last = max(step for step, _ in (*steps, *unseen)) or 1
+    end = _CURVES if gate else 1.0
+    steps, unseen = ([(end * step / last, loss) for step, loss in points] for points in (steps, unseen))
     frame, canvas, draw = _paper(0.0 if min(values) < 1 else min(values) * 0.9, max(values) * 1.02)
-    _x_marks(draw, [(step / last, str(step)) for step in _round_steps(last)])
-    _line(draw, frame, [(step / last, loss) for step, loss in steps], "#b9cdf0", 2)
-    _line(draw, frame, _smoothed([(step / last, loss) for step, loss in steps]), _BLUE, 5)
-    _line(draw, frame, [(step / last, loss) for step, loss in unseen], _ORANGE, 5, dots=True)
-    _line(draw, frame, [(1.0, loss) for loss in gate.values()], _GREEN, 3, dots=True)
-    for who, loss in gate.items():
-        draw.text((frame.x(1.0) - 20, frame.y(loss)), f"{who} {loss:.2f}", fill=_GREEN, font=_font(), anchor="rm")
+    _x_marks(draw, [(end * step / last, str(step)) for step in _round_steps(int(last))])
+    _line(draw, frame, steps, "#b9cdf0", 2)
+    _line(draw, frame, _smoothed(steps), _BLUE, 5)
+    _line(draw, frame, unseen, _ORANGE, 5, dots=True)
+    _line(draw, frame, [(end, loss) for loss in gate.values()], _GREEN, 3, dots=True)
+    above = -math.inf
+    for who, loss in sorted(gate.items(), key=lambda one: -one[1]):
+        above = max(frame.y(loss), above + _LINE * _SCALE)
+        draw.text((frame.x(end) + 20, above), f"{who} {loss:.2f}", fill=_GREEN, font=_font(), anchor="lm")
     _legend(draw, [("train", _BLUE), ("validation", _ORANGE), ("gate: rows that nothing saw", _GREEN)])
     return _save(canvas, path)
 

@@ -262,11 +262,9 @@ def _data_line(tx: Tx, caller: Caller, data: datasets.Dataset) -> str:
         rows=data.rows or "?",
         size=f"{max(1, round(data.size_bytes / 1000))} kB",
         origin=Later("training.data_redacted", parent=data.parent[:12]) if data.parent else Later("training.data_file"),
-        who=Later("training.data_you") if data.brought_by == caller.user else _label(tx, data.brought_by),
+        who=Later("training.data_you")
+        if data.brought_by == caller.user
+        else directory.operator_label(tx, data.brought_by),
         licence=data.licence or Later("training.data_no_licence"),
         age=duration(caller.language, max(0, tx.now_ms - data.created_ms) / 1000),
     )
-
-
-def _label(tx: Tx, user_hash: str) -> str:
-    return str(tx.value("SELECT label FROM operator WHERE user_hash = ?", [user_hash]) or user_hash[:12])

@@ -14,7 +14,7 @@ from core.commands import Call, Grant
 from core.errors import BadInput, NotAllowed, UnknownThing
 from core.operators import Handler
 from core.store import directory, jobs
-from core.store.database import Tx
+from core.store.database import Row, Tx
 from core.texts import Later, duration, say
 from core.types import Body, Button, Caller, Outcome
 
@@ -68,6 +68,8 @@ def show(tx: Tx, caller: Caller, call: Call) -> Outcome:
         time=duration(caller.language, float(made.get("seconds", 0))),
         adapter=version.sha256[:12],
     )
+    if put := adapters.put_into_service(tx, version.sha256):
+        text += "\n" + _approved(tx, caller, put)
     buttons = () if version.sha256 == champion or version.unpublished else (_promote_button(caller, version.label),)
     return Outcome(Body(text, buttons))
 
@@ -249,6 +251,14 @@ def _state(tx: Tx, version: Version, champion: str | None) -> Later:
 def _reason(version: Version) -> str:
     known = {"erased": Later("adapter.erased"), DISCARDED: Later("adapter.was_discarded")}
     return known.get(version.unpublished, version.unpublished)
+
+
+def _approved(tx: Tx, caller: Caller, put: Row) -> str:
+    age = duration(caller.language, max(0, tx.now_ms - put["at_ms"]) / 1000)
+    who = Later("training.data_you") if put["actor"] == caller.user else directory.operator_label(tx, put["actor"])
+    if put["reason"]:
+        return say(caller.language, "adapter.approved_because", who=who, age=age, reason=put["reason"])
+    return say(caller.language, "adapter.approved", who=who, age=age)
 
 
 def _dataset(tx: Tx, version: Version) -> str:

@@ -136,10 +136,11 @@ def summary(manifest: Manifest) -> str:
 def model_card(manifest: Manifest) -> str:
     """README.md of the adapter folder, in the form that model hubs read."""
     rows: list[tuple[str, Any]] = [
-        ("Base model", f"{manifest.base_model} (fingerprint `{manifest.base_fingerprint[:16]}`)"),
+        ("Base model", f"{manifest.base_model} (fingerprint `{manifest.base_fingerprint}`)"),
+        ("Template, instructions", f"sha256 `{manifest.template_sha256}`, `{manifest.instructions_sha256}`"),
         (
             "Data set",
-            f"sha256 `{manifest.data_sha256[:16]}`; " + ", ".join(f"{n} {k}" for k, n in manifest.rows.items()),
+            f"sha256 `{manifest.data_sha256}`; " + ", ".join(f"{n} {k}" for k, n in manifest.rows.items()),
         ),
         ("Layers", ", ".join(manifest.layers)),
         ("Rank, alpha", f"{manifest.hyper.rank}, {manifest.hyper.alpha}" if manifest.method == "lora" else "none"),

@@ -131,6 +131,7 @@ def test_list_and_show_say_what_a_version_is(it: Town, language: str) -> None:
     for part in ("faq.jsonl", "3.90 → 2.80", "80", "0.001", "Small", f"{2:064x}"[:12]):
         assert part in shown
     assert "…" not in shown + listed
+    assert say(language, "training.data_you") in shown.splitlines()[-1]
     assert it.run("operator", "/adapter show 1", language=language).body.buttons[0].value == "/adapter promote acme@1"
 
 

@@ -390,3 +390,8 @@ def _channel(row: Row) -> Channel:
         archived=row["archived_ms"] is not None,
         weight=row["weight"],
     )
+
+
+def operator_label(tx: Tx, user_hash: str) -> str:
+    """What an operator is called; the beginning of their hash where nobody has named them."""
+    return str(tx.value("SELECT label FROM operator WHERE user_hash = ?", [user_hash]) or user_hash[:12])

@@ -95,6 +95,9 @@ def test_the_manifest_says_where_it_came_from_and_nothing_it_read(make_job, tiny
     assert manifest["hyper"]["rank"] == 4
     assert manifest["dropout"] == 0.1
     assert sum(manifest["rows"][part] for part in ("train", "validation", "test")) == 60
+    card = (folder / "out" / "README.md").read_text()
+    for name in ("base_fingerprint", "template_sha256", "instructions_sha256", "data_sha256"):
+        assert manifest[name] in card, name
     for path in (folder / "out").iterdir():
         content = path.read_bytes()
         for word in (b"What is", b"Be brief", str(tiny_folder).encode(), str(folder).encode()):

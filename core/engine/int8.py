@@ -3,6 +3,9 @@
 Weights have one scale per output. torch's dynamic kernel takes one activation scale for the whole batch, so one
 tenant's outlier would spoil another's numbers; here each row is scaled to [-1, 1] by its own largest value, and a
 constant row of both -1 and 1 rides along, so that the kernel's scale is the same whatever the batch holds.
+
+Processors with AMX get oneDNN's kernel, which takes rows that are integers already: on two cores its product alone
+takes 1.2 times as long for 1 row, but is 1.7 to 2.7 times as quick for 32 and 2.7 to 5.1 times for 128.
 """
 
 from __future__ import annotations
@@ -15,46 +18,81 @@ import torch
 from torch import Tensor, nn
 
 ENGINE = "fbgemm"
+LARGEST = 127  # what a row's largest value becomes
+
+
+def _has_tiles() -> bool:
+    """Whether this processor multiplies tiles of int8 (AMX), and torch may use it."""
+    here: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch does not type it
+    return here and torch.cpu._is_amx_tile_supported()
+
+
+TILES = _has_tiles()
 
 
 class Int8Linear(nn.Module):
     """y = W x + b with W as int8. `weight_q` is (out, in), quantised per output."""
 
-    def __init__(self, weight_q: Tensor, bias: Tensor | None) -> None:
+    def __init__(self, weight_q: Tensor, bias: Tensor | None, *, tiles: bool = TILES) -> None:
         super().__init__()
         self.out_features, self.in_features = weight_q.shape
+        self.tiles = tiles
+        self.bias = bias
+        if tiles:
+            self._packed = torch.ops.onednn.qlinear_prepack(weight_q.int_repr(), None)
+            self._scales = weight_q.q_per_channel_scales().float()
+            self._zeros = torch.zeros(self.out_features, dtype=torch.int32)
+            return
         with _quantising():
             self._packed = torch.ops.quantized.linear_prepack(weight_q, None)
-        self.bias = bias
         self._corners = torch.zeros(1, self.in_features)
         self._corners[0, 0], self._corners[0, -1] = -1.0, 1.0
 
     @classmethod
-    def of(cls, linear: nn.Linear) -> Int8Linear:
+    def of(cls, linear: nn.Linear, *, tiles: bool = TILES) -> Int8Linear:
         weight = linear.weight.detach().float()
         scales = (weight.abs().amax(dim=1) / 127).clamp_min(1e-12)
         zeros = torch.zeros(len(weight), dtype=torch.long)
         with _quantising():
             weight_q = torch.quantize_per_channel(weight, scales.double(), zeros, 0, torch.qint8)
-        return cls(weight_q, None if linear.bias is None else linear.bias.detach().float())
+        return cls(weight_q, None if linear.bias is None else linear.bias.detach().float(), tiles=tiles)
 
     def unpacked(self) -> Tensor:
         """The quantised weight (out, in)."""
+        weight: Tensor
         with _quantising():
-            weight: Tensor = torch.ops.quantized.linear_unpack(self._packed)[0]
+            if self.tiles:
+                values, zeros = self._packed.to_dense().t().contiguous(), self._zeros.long()
+                weight = torch._make_per_channel_quantized_tensor(values, self._scales.double(), zeros, 0)
+            else:
+                weight = torch.ops.quantized.linear_unpack(self._packed)[0]
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out). A row's result depends on that row alone; a row that is not finite gives NaN."""
         flat = x.reshape(-1, self.in_features)
         largest = flat.abs().amax(dim=1, keepdim=True)  # 10 times as quick as vector_norm
-        # A row of zeros divides to NaN, and one row's NaN would make the kernel's scale NaN for all: both become zeros
-        # here, and what they should be again below.
-        scaled = torch.cat((self._corners, flat / largest)).nan_to_num_(0.0)
-        y: Tensor = torch.ops.quantized.linear_dynamic(scaled, self._packed, False)[1:].mul_(largest)
+        y = self._by_tiles(flat, largest) if self.tiles else self._by_corners(flat, largest)
+        y.mul_(largest)
         if self.bias is not None:
             y += self.bias
         return y.view(*x.shape[:-1], self.out_features)
+
+    def _by_tiles(self, x: Tensor, largest: Tensor) -> Tensor:
+        # What a row of zeros becomes is multiplied by zero, and what is not finite comes back as NaN with its largest.
+        x_q = (x * (LARGEST / largest)).round_().to(torch.int8)
+        y: Tensor = torch.ops.onednn.qlinear_pointwise(
+            *(x_q, 1 / LARGEST, 0, self._packed, self._scales, self._zeros, None),
+            *(1.0, 0, torch.float32, "none", [], ""),
+        )
+        return y
+
+    def _by_corners(self, x: Tensor, largest: Tensor) -> Tensor:
+        # A row of zeros divides to NaN, and one row's NaN would make the kernel's scale NaN for all: both become zeros
+        # here, and are multiplied by what they should be.
+        scaled = torch.cat((self._corners, x / largest)).nan_to_num_(0.0)
+        y: Tensor = torch.ops.quantized.linear_dynamic(scaled, self._packed, False)[1:]
+        return y
 
 
 class Part(nn.Module):
@@ -83,7 +121,7 @@ def merge_int8(parts: Sequence[Int8Linear]) -> Int8Linear:
     with _quantising():
         whole = torch._make_per_channel_quantized_tensor(values, scales, zeros, 0)
     biases = [part.bias for part in parts if part.bias is not None]
-    return Int8Linear(whole, torch.cat(biases) if biases else None)
+    return Int8Linear(whole, torch.cat(biases) if biases else None, tiles=parts[0].tiles)
 
 
 def quantize(module: nn.Module) -> None:

@@ -20,7 +20,7 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 
 from core.engine.untouched import untouched_zeros
 
-LENGTH_STEP = 64  # views are cut to a multiple of this
+LENGTH_STEP = 16  # views are cut to a multiple of this
 FIRST_LENGTH = 256  # longer slots are multiples of it
 IDLE_BYTES = 64 * 2**20  # held without rows: a talk's next turn finds its pages there
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from core.engine.int8 import Int8Linear, merge_int8, part_of
+from core.engine.int8 import TILES, Int8Linear, merge_int8, part_of
 from core.engine.proof import check_exact
 from core.engine.protocol import ModelSettings
 from core.engine.runner import Runner
@@ -32,32 +32,39 @@ def linear(out: int, size: int, *, bias: bool = True) -> nn.Linear:
     return nn.Linear(size, out, bias=bias).requires_grad_(False)
 
 
-def by_hand(layer: nn.Linear, x: Tensor) -> Tensor:
-    """The definition in float64: weights in 255 steps per output, inputs in 255 steps of their own row."""
+each_kernel = pytest.mark.parametrize(
+    "tiles", [False, pytest.param(True, marks=pytest.mark.skipif(not TILES, reason="no AMX here"))]
+)
+
+
+def by_hand(layer: nn.Linear, x: Tensor, steps: int) -> Tensor:
+    """The definition in float64: weights in 255 steps per output, inputs in steps of their own row."""
     weight = layer.weight.double()
     scale = weight.abs().amax(1, keepdim=True) / 127
     weight = (weight / scale).round().clamp(-128, 127) * scale
     largest = x.double().abs().amax(1, keepdim=True)
-    step = 2 / 255
+    step = 2 / steps
     zero = round(1 / step)
     x = (((x.double() / largest / step) + zero).round().clamp(0, 255) - zero) * step * largest
     return x @ weight.T + (0 if layer.bias is None else layer.bias.double())
 
 
+@each_kernel
 @pytest.mark.parametrize("rows", [1, 2, 7, 33])
-def test_it_computes_what_it_says(rows: int) -> None:
+def test_it_computes_what_it_says(rows: int, tiles: bool) -> None:
     layer = linear(48, 64)
     x = torch.randn(rows, 64) * torch.logspace(-6, 6, rows)[:, None]
-    found, expected = Int8Linear.of(layer)(x).double(), by_hand(layer, x)
+    found, expected = Int8Linear.of(layer, tiles=tiles)(x).double(), by_hand(layer, x, 254 if tiles else 255)
     step = (
         x.abs().amax(1, keepdim=True).double() / 127 * layer.weight.abs().max()
     )  # the largest value lies between two steps
     assert ((found - expected).abs() <= 1.01 * step + 1e-5 * expected.abs()).all()
 
 
-@pytest.mark.parametrize("outlier", [1000.0, 1e30, float("inf"), float("nan"), 0.0])
-def test_an_outlier_in_one_row_moves_no_other(outlier: float) -> None:
-    layer = Int8Linear.of(linear(48, 64))
+@each_kernel
+@pytest.mark.parametrize("outlier", [1000.0, 1e30, 1e-44, float("inf"), float("nan"), 0.0])
+def test_an_outlier_in_one_row_moves_no_other(outlier: float, tiles: bool) -> None:
+    layer = Int8Linear.of(linear(48, 64), tiles=tiles)
     x = torch.randn(5, 64)
     calm = layer(x)
     x[2] *= outlier
@@ -67,12 +74,14 @@ def test_an_outlier_in_one_row_moves_no_other(outlier: float) -> None:
     assert bool(wild[2].isfinite().all()) == (torch.tensor(outlier).isfinite().item())
 
 
-def test_merged_linears_are_the_parts_side_by_side() -> None:
-    parts = [Int8Linear.of(linear(out, 32)) for out in (16, 8, 8)]
+@each_kernel
+def test_merged_linears_are_the_parts_side_by_side(tiles: bool) -> None:
+    parts = [Int8Linear.of(linear(out, 32), tiles=tiles) for out in (16, 8, 8)]
     x = torch.randn(3, 4, 32)
     whole = merge_int8(parts)
-    assert torch.equal(whole(x), torch.cat([part(x) for part in parts], dim=-1))
-    assert torch.equal(part_of(whole, 16, 8)(x), parts[1](x))
+    wanted = torch.cat([part(x) for part in parts], dim=-1)
+    assert torch.allclose(whole(x), wanted, rtol=0, atol=1e-6 * float(wanted.abs().max()))  # one kernel for each width
+    assert torch.allclose(part_of(whole, 16, 8)(x), wanted[..., 16:24], rtol=0, atol=1e-6 * float(wanted.abs().max()))
 
 
 @pytest.mark.parametrize("kind", ["fp32", "int8"])

@@ -9,10 +9,19 @@ from torch import nn
 from core.engine.packed import PackedLinear, packable
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
+no_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch was built without MKL")
+
+
+@pytest.fixture(params=["oneDNN", pytest.param("MKL", marks=no_mkl)])
+def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
+    """Each of the two, whichever is the quicker one here."""
+    monkeypatch.setattr("core.engine.packed.mkl_is_quicker", lambda: request.param == "MKL")
+    return str(request.param)
 
 
 @needs_onednn
-@pytest.mark.parametrize("shape", [(1, 40), (2, 5, 40), (33, 40)])
+@pytest.mark.usefixtures("library")
+@pytest.mark.parametrize("shape", [(1, 40), (2, 5, 40), (33, 40), (300, 40)])
 @pytest.mark.parametrize("bias", [True, False])
 @torch.inference_mode()
 def test_it_computes_the_same_product(shape: tuple[int, ...], bias: bool) -> None:
@@ -24,6 +33,7 @@ def test_it_computes_the_same_product(shape: tuple[int, ...], bias: bool) -> Non
 
 
 @needs_onednn
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("outlier", [1e30, float("inf"), float("nan")])
 @torch.inference_mode()
 def test_an_outlier_in_one_row_moves_no_other(outlier: float) -> None:
@@ -43,13 +53,14 @@ def test_other_weights_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None
 
 
 @needs_onednn
+@pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("bias", [True, False])
 @pytest.mark.parametrize("plain", [True, False])
 @torch.inference_mode()
 def test_a_single_row_is_the_same_product_whichever_way_it_goes(
     monkeypatch: pytest.MonkeyPatch, plain: bool, bias: bool
 ) -> None:
-    monkeypatch.setattr("core.engine.packed.one_row_is_plain", lambda: plain)
+    monkeypatch.setattr("core.engine.packed.one_row_is_plain", lambda by_mkl: plain)
     parts = [nn.Linear(40, width, bias=bias) for width in (24, 8)]
     layer = PackedLinear(
         [part.weight.detach() for part in parts], torch.cat([p.bias.detach() for p in parts]) if bias else None

@@ -91,8 +91,8 @@ def test_one_long_row_is_read_apart() -> None:
     lengths = [100, 130, 2000, 90, 120]
     segments = rows_of(lengths, 512).begin(0, [1] * 5, torch.device("cpu"))
     assert [(segment.first, segment.rows, segment.length) for segment in segments] == [
-        (0, 2, 192),
-        (2, 1, 2048),
+        (0, 2, 144),
+        (2, 1, 2016),
         (3, 2, 128),
     ]
     assert len(rows_of(lengths, None).begin(0, [1] * 5, torch.device("cpu"))) == 1

@@ -28,6 +28,27 @@ MADE = "_distributary_fused"
 AddLora = Callable[[str, Tensor, Tensor], None]  # (name of the group's first module, input, output to add to)
 
 
+class Norm:
+    """Root mean square normalisation (Zhang and Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight.
+
+    On a CPU a few small operators take half the time of torch's one, which is made of many: with n numbers in a row,
+    sqrt(mean(x^2) + eps) is hypot(|x|, sqrt(n eps)) / sqrt(n).
+    """
+
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self.weight, self.eps = weight, eps
+        self.written_out = weight.device.type == "cpu" and weight.dtype is torch.float32
+        size = len(weight)
+        self.scale = weight.detach() * size**0.5 if self.written_out else weight
+        self.least = torch.tensor((size * eps) ** 0.5)
+
+    def __call__(self, x: Tensor) -> Tensor:
+        if not self.written_out:
+            return functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        return (x / torch.hypot(length, self.least)).mul_(self.scale)
+
+
 @dataclass(frozen=True, slots=True)
 class Layer:
     """One decoder layer: merged products with the names that adapters know them by, and its norms."""
@@ -37,11 +58,10 @@ class Layer:
     gate_up: nn.Module
     down: nn.Module
     names: tuple[str, str, str, str]  # first module of each product's group
-    norm: Tensor
-    mlp_norm: Tensor
-    eps: float
-    q_norm: Tensor | None
-    k_norm: Tensor | None
+    norm: Norm
+    mlp_norm: Norm
+    q_norm: Norm | None
+    k_norm: Norm | None
 
 
 class Fused:
@@ -53,6 +73,7 @@ class Fused:
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.groups: list[tuple[str, ...]] = []
         self.layers = [self._layer(f"model.layers.{i}", layer) for i, layer in enumerate(self.inner.layers)]
+        self.norm = _norm(self.inner.norm)
         self.groups.append(("lm_head",))
         self.windows: list[int | None] = []
         first = self.inner.layers[0].self_attn
@@ -78,11 +99,10 @@ class Fused:
             gate_up=_merge(mlp, ("gate_proj", "up_proj")),
             down=_alone(mlp.down_proj),
             names=(groups[0][0], groups[1][0], groups[2][0], groups[3][0]),
-            norm=layer.input_layernorm.weight,
-            mlp_norm=layer.post_attention_layernorm.weight,
-            eps=layer.input_layernorm.variance_epsilon,
-            q_norm=None if q_norm is None else q_norm.weight,
-            k_norm=None if k_norm is None else k_norm.weight,
+            norm=_norm(layer.input_layernorm),
+            mlp_norm=_norm(layer.post_attention_layernorm),
+            q_norm=None if q_norm is None else _norm(q_norm),
+            k_norm=None if k_norm is None else _norm(k_norm),
         )
 
     def states(self, ids: Tensor, segments: Sequence[Segment], cache: SlotCache, lora: AddLora | None) -> Tensor:
@@ -95,14 +115,12 @@ class Fused:
         cos, sin = self.inner.rotary_emb(x, positions[None])  # (1, N, head_dim)
         turn = (cos[0, :, None], _signed(sin)[0, :, None])
         for i, layer in enumerate(self.layers):
-            h = functional.rms_norm(x, (x.shape[-1],), layer.norm, layer.eps)
-            x = x + self._attention(i, layer, h, turn, segments, cache, lora)
-            h = functional.rms_norm(x, (x.shape[-1],), layer.mlp_norm, layer.eps)
+            x = x + self._attention(i, layer, layer.norm(x), turn, segments, cache, lora)
+            h = layer.mlp_norm(x)
             gate, up = _product(layer.gate_up, layer.names[2], h, lora).chunk(2, dim=-1)
             x = x + _product(layer.down, layer.names[3], functional.silu(gate).mul_(up), lora)
         x = torch.cat([x[segment.tokens].view(segment.rows, -1, x.shape[-1])[:, -1] for segment in segments])
-        norm = self.inner.norm
-        return functional.rms_norm(x, (x.shape[-1],), norm.weight, norm.variance_epsilon)
+        return self.norm(x)
 
     def logits(self, states: Tensor, lora: AddLora | None) -> Tensor:
         """(B, hidden) -> (B, V)."""
@@ -122,9 +140,7 @@ class Fused:
         qkv = _product(layer.qkv, layer.names[0], x, lora).view(len(x), heads + 2 * kv, self.head_dim)
         qk, v = qkv[:, : heads + kv], qkv[:, heads + kv :]
         if layer.q_norm is not None and layer.k_norm is not None:
-            q = functional.rms_norm(qk[:, :heads], (self.head_dim,), layer.q_norm, layer.eps)
-            k = functional.rms_norm(qk[:, heads:], (self.head_dim,), layer.k_norm, layer.eps)
-            qk = torch.cat((q, k), dim=1)
+            qk = torch.cat((layer.q_norm(qk[:, :heads]), layer.k_norm(qk[:, heads:])), dim=1)
         cos, sin = turn
         qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin)
         outs = []
@@ -174,6 +190,10 @@ def _product(linear: nn.Module, name: str, x: Tensor, lora: AddLora | None) -> T
     if lora is not None:
         lora(name, x, y)
     return y
+
+
+def _norm(module: Any) -> Norm:
+    return Norm(module.weight, module.variance_epsilon)
 
 
 def _signed(sin: Tensor) -> Tensor:

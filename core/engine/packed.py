@@ -3,9 +3,9 @@
 torch's own float32 product packs its weights anew at each call. Two libraries that come with torch keep them packed,
 and which of them is quicker is the processor's matter, so it is measured once. On two cores, over the products of a
 layer of SmolLM2-135M for 8, 32 and 256 rows: a Zen 5 with AVX-512 leaves MKL far behind oneDNN; an Intel with AVX-512
-takes with MKL 0.6, 0.8 and 0.9 of oneDNN's time. A single row may be quicker unpacked, which is measured as well. The
-packed weights are a copy: the plain ones are mapped from their file, so the system takes their pages back when memory
-is short.
+takes with MKL 0.6, 0.8 and 0.9 of oneDNN's time. A single row may be quicker unpacked than with oneDNN, which is
+measured as well. The packed weights are a copy: the plain ones are mapped from their file, so the system takes their
+pages back when memory is short.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = whole.shape
         self.by_mkl = mkl_is_quicker()
         self._packed = _packed(whole.contiguous(), self.by_mkl)
-        self._plain = tuple(weights) if one_row_is_plain(self.by_mkl) else ()
+        self._plain = () if self.by_mkl or not one_row_is_plain() else tuple(weights)
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -93,11 +93,11 @@ def mkl_is_quicker() -> bool:
 
 
 @cache
-def one_row_is_plain(by_mkl: bool) -> bool:
-    """Whether a single row is clearly quicker by torch's own product than by the packed one; over 16 MiB of weights."""
+def one_row_is_plain() -> bool:
+    """Whether a single row is clearly quicker by torch's own product than by oneDNN's; over 16 MiB of weights."""
     weight, row = torch.ones(4096, 1024), torch.ones(1, 1024)
-    packed = _packed(weight, by_mkl)
-    plain, other = _times((lambda: torch.mv(weight, row[0]), lambda: _product(row, packed, 4096, None, by_mkl)))
+    packed = _packed(weight, False)
+    plain, other = _times((lambda: torch.mv(weight, row[0]), lambda: _product(row, packed, 4096, None, False)))
     return plain < _CLEARLY * other
 
 

@@ -60,7 +60,7 @@ def test_other_weights_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None
 def test_a_single_row_is_the_same_product_whichever_way_it_goes(
     monkeypatch: pytest.MonkeyPatch, plain: bool, bias: bool
 ) -> None:
-    monkeypatch.setattr("core.engine.packed.one_row_is_plain", lambda by_mkl: plain)
+    monkeypatch.setattr("core.engine.packed.one_row_is_plain", lambda: plain)
     parts = [nn.Linear(40, width, bias=bias) for width in (24, 8)]
     layer = PackedLinear(
         [part.weight.detach() for part in parts], torch.cat([p.bias.detach() for p in parts]) if bias else None

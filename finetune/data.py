@@ -28,6 +28,7 @@ MAX_DEPTH = 8
 MIN_ROWS = 10
 NAMED = 20  # so many rejected or mended lines are named; the rest is counted
 BOM, GZIP = b"\xef\xbb\xbf", b"\x1f\x8b"
+PDF, ZIP = b"%PDF-", b"PK\x03\x04"  # how files begin that people take for data sets
 Stream = io.BufferedIOBase | IO[bytes]
 TWO_BYTE_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
@@ -109,10 +110,12 @@ def read(path: Path, columns: Mapping[str, str] | None = None) -> tuple[list[Con
 
 def check_enough(report: Report) -> None:
     """Raises BadDataset if too little is usable; it names the first rejected line."""
-    first = report.rejections[0] if report.rejections else Later("data.none_rejected")
+    if report.used < MIN_ROWS and not report.rejections:
+        raise bad(report.first, "few_rows", used=report.used, fewest=MIN_ROWS)
+    first = report.rejections[0] if report.rejections else None
     counts = {"used": report.used, "rejected": report.rejected, "rows": report.rows, "first": first}
     if report.used < MIN_ROWS:
-        raise bad(report.first, "few_rows", fewest=MIN_ROWS, **counts)
+        raise bad(report.first, "few_usable_rows", fewest=MIN_ROWS, **counts)
     if report.rejected > report.used + report.duplicates:
         raise bad(report.first, "most_rejected", **counts)
 
@@ -126,6 +129,10 @@ def _records(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[int, Any]
         first = lines.first()
         if not first:
             raise bad(1, "empty")
+        if first.startswith(ZIP):
+            raise bad(0, "zip")
+        if first.startswith(PDF) or b"\0" in first:
+            raise bad(0, "no_text_file")
         if first.lstrip()[:1] == b"[":
             raise bad(lines.number, "json_list")
         yield from _json_records(lines) if first.lstrip()[:1] == b"{" else _csv_records(lines, columns)

@@ -21,6 +21,7 @@ import torch
 from core.errors import JobError
 from core.job import Evaluated, HyperParameters, JobEvent, Judged, Spec, Warned
 from core.texts import say
+from finetune import norm
 from finetune import packed as packed_rows
 from finetune.ability import NOTHING, OwnAnswers, own_answers
 from finetune.base import load_again, load_module
@@ -90,6 +91,7 @@ class Trainer:
         with self.team.first():
             self.own = self._own_answers(model)
         give_back()
+        norm.write_out(model)
         rows = prepared.part(prepared.split.train)
         self.train_rows = [*rows, *self.own.to_rehearse(len(rows), spec.hyper.rehearsal)]
         self.settings: Resolved = resolve(spec, rows=len(rows), device=self.device.type)

@@ -60,7 +60,7 @@ HANDLERS: Mapping[tuple[str, str], operators.Handler] = {
     **importing.HANDLERS,
     **feedback.HANDLERS,
 }
-_STORAGE_RETRY_S = 2.0
+STORAGE_RETRY_S = 2.0
 _DELIVERY_RETRIES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0)
 _NOTICE_WINDOW_MS = 60_000
 
@@ -112,7 +112,7 @@ class Rows:
                 return
             except StorageError as error:
                 log.error("store.refused", extra={"error": str(error)})
-                await asyncio.sleep(_STORAGE_RETRY_S)
+                await asyncio.sleep(STORAGE_RETRY_S)
 
     async def _answer(self, row: Taken) -> None:
         """Bring one row to its end, whatever happens: an answer, or one visible refusal."""

@@ -25,7 +25,7 @@ from core.errors import Overloaded, StorageError
 from core.lookups import Lookups
 from core.outlet import Outlet
 from core.reply import Replies
-from core.rows import Rows
+from core.rows import STORAGE_RETRY_S, Rows
 from core.settings import Retention
 from core.store import directory, inbox
 from core.store.database import Database, Tx
@@ -37,7 +37,6 @@ from core.types import Address, Incoming, Lane, Sampling
 
 log = logging.getLogger(__name__)
 _LOOK_AGAIN_S = 30.0
-_STORAGE_RETRY_S = 2.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -169,7 +168,7 @@ class Service:
             )
         except (StorageError, Overloaded) as error:
             log.error("inbox.take_failed", extra={"error": str(error)})
-            await asyncio.sleep(_STORAGE_RETRY_S)
+            await asyncio.sleep(STORAGE_RETRY_S)
             self._work.set()
             return []
         self._active |= {row.id: row.lane for row in taken}

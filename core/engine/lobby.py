@@ -2,14 +2,15 @@
 
 Whose turn it is, the scheduler says. Two things may stand between a turn and a row. All rows may run: then, if another
 party holds two more rows than the one whose turn it is, one of them makes room (`urgent`). Or an adapter may find no
-slot: then those behind it go first, but only so many, so that it is not passed for ever.
+slot: then those behind it go first, but after so many the adapter with the fewest rows gets no more of them, until its
+slot is free: so none is passed for ever, and the other rows are filled all the while.
 """
 
 from __future__ import annotations
 
 import logging
 import threading
-from collections import deque
+from collections import Counter, deque
 from collections.abc import Callable, Sequence
 
 from core.engine.adapter_files import AdapterWeights
@@ -96,7 +97,7 @@ class Lobby:
     def prepare_next(self, rows: Sequence[Job], has_room: Callable[[Job], bool]) -> None:
         """Send those whose turn it is to be prepared. On the model thread."""
         with self.lock:
-            held_up = sum(not has_room(job) for job in self._ready)
+            held_up = len(self._ready) - len(self._may_go(rows, has_room))
             for _ in range(self._takeable(len(rows), held_up)):
                 self._begin_next()
             if len(rows) == self.settings.max_rows and not any(job.urgent for job in (*self._preparing, *self._ready)):
@@ -118,24 +119,31 @@ class Lobby:
                     return row
         return None
 
-    def next_ready(self, has_room: Callable[[Job], bool]) -> Job | None:
-        """The job that gets a free row, out of the lobby. On the model thread.
+    def next_ready(self, rows: Sequence[Job], has_room: Callable[[Job], bool]) -> Job | None:
+        """The job that gets a free row beside these, out of the lobby. On the model thread.
 
-        One whose adapter finds no slot lets others pass, as many as there are rows; after that nobody passes it, the
-        rows that hold the slots end, and it goes on.
+        One whose adapter finds no slot lets others pass, as many as there are rows; after that they still pass, but
+        none with the adapter that has the fewest rows: these end, and it goes on in their slot.
         """
         with self.lock:
-            passed: list[Job] = []
-            for job in self._ready:
-                if has_room(job):
-                    self._ready.remove(job)
-                    for other in passed:
-                        other.passed += 1
-                    return job
-                if job.passed >= self.settings.max_rows:
-                    return None
-                passed.append(job)
-            return None
+            job = next(iter(self._may_go(rows, has_room)), None)
+            if job is not None:
+                for other in self._ready:
+                    if other is job:
+                        break
+                    other.passed += 1
+                self._ready.remove(job)
+            return job
+
+    def _may_go(self, rows: Sequence[Job], has_room: Callable[[Job], bool]) -> list[Job]:
+        """Those that are ready and would find a slot, in order, without those of the adapter that is to end."""
+        found, ending = [], ""
+        for job in self._ready:
+            if has_room(job) and not (ending and job.adapter_sha256 == ending):
+                found.append(job)
+            elif job.passed >= self.settings.max_rows:
+                ending = ending or _least_used(rows)
+        return found
 
     def _takeable(self, rows: int, held_up: int = 0) -> int:
         """How many may be taken from the queue now. Those that wait for a slot hold up no others, within a bound."""
@@ -182,3 +190,9 @@ class Lobby:
     def _overloaded(self) -> Overloaded:
         """Come back when those who wait now have had their rows."""
         return Overloaded(retry_after_s=max(1.0, round(len(self) / self.settings.max_rows * self._mean_row_s, 1)))
+
+
+def _least_used(rows: Sequence[Job]) -> str:
+    """The adapter with the fewest rows. As long as it gets no more, the fewest become fewer."""
+    counts = Counter(job.adapter_sha256 for job in rows if job.adapter is not None)
+    return min(counts, key=lambda adapter: counts[adapter], default="")

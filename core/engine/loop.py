@@ -209,7 +209,8 @@ class ModelThread:
 
     def _admit(self) -> Job | None:
         """Give the next ready job a row."""
-        job = None if len(self.rows) == self.settings.max_rows else self.lobby.next_ready(self._has_room)
+        full = len(self.rows) == self.settings.max_rows
+        job = None if full else self.lobby.next_ready(self.rows, self._has_room)
         if job is None:
             return None
         job.admitted = time.monotonic()

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import random
 from collections.abc import Mapping
 from contextlib import suppress
 
@@ -138,6 +139,21 @@ def test_an_adapter_that_finds_no_room_is_not_passed_for_ever(
         assert steps.thread.runner.lora.slot_count <= 1
     assert "5:B" in steps.over
     assert len(steps.over) < 20
+
+
+def test_few_slots_leave_few_rows_empty(endless: BaseModel, weights: Mapping[str, AdapterWeights]) -> None:
+    """Eight adapters in three slots take little longer than in eight: whoever waits for a slot stops no other rows."""
+    took = []
+    for slots in (8, 3):
+        dice = random.Random(0)
+        steps = Steps(endless, weights, max_rows=8, adapters_at_once=slots, max_waiting=200)
+        names = [f"5:{i}" for i in range(150)]
+        for i, name in enumerate(names):
+            adapter, tokens = dice.choice("ABCDEFGH"), dice.randint(2, 14)
+            steps.submit(name, Scope("p", f"c{i % 5}"), adapter=adapter, max_tokens=tokens)
+        steps.until_over(*names, within=1000)
+        took.append(steps.now)
+    assert took[1] <= 1.2 * took[0]
 
 
 @settings(max_examples=15, deadline=None)

@@ -63,7 +63,8 @@ def test_what_excel_says_of_the_separator_holds_and_lines_are_still_those_of_the
 def test_what_cannot_separate_is_no_separator(tmp_path: Path, separator: str) -> None:
     path = tmp_path / "t"
     path.write_bytes(f"sep={separator}\nq{separator}a\n1{separator}2\n".encode())
-    assert "neither JSONL nor a table" in refusal(path)[1]
+    reason = "not a text file" if separator == "\0" else "neither JSONL nor a table"
+    assert reason in refusal(path)[1]
 
 
 def test_named_columns_are_found_whatever_their_case_and_spaces_and_others_are_left(tmp_path: Path) -> None:

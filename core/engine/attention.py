@@ -1,4 +1,4 @@
-"""Attention over slots for models that run their own forward. Knows no families, rows, requests or adapters.
+"""Attention over slots: `look_up`, and `attend` for models that run their own forward. Knows no families or requests.
 
 transformers calls `attend` by name in place of its own kernels (its AttentionInterface), with what the layer asks for:
 a sliding window, a cap on scores, sinks. So these come from the model's own code, layer by layer, and not from a guess
@@ -18,7 +18,7 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from core.engine.kv import running
+from core.engine.kv import Segment, running
 
 NAME = "distributary"
 
@@ -68,17 +68,33 @@ def attend(
     kv = key.shape[1]
     # Heads that share a key become further queries of it: (rows, kv, group * T, head_dim).
     query = query.reshape(rows, kv, heads // kv * count, size)
-    bias = segment.bias(sliding_window, heads // kv, query.dtype)
+    scale = size**-0.5 if scaling is None else scaling
     if softcap is None and s_aux is None:
-        result = functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scaling)
+        result = look_up(query, key, value, segment, sliding_window, scale)
     else:
-        scale = size**-0.5 if scaling is None else scaling
+        bias = segment.bias(sliding_window, 1, heads // kv, query.dtype)
         scores = query @ key.transpose(-1, -2) * scale
         if softcap is not None:
             scores = torch.tanh(scores / softcap) * softcap
         sinks = None if s_aux is None else s_aux.view(1, kv, heads // kv, 1).expand(rows, kv, heads // kv, count)
         result = _softmax(scores + bias, sinks) @ value
     return result.view(rows, heads, count, -1).transpose(1, 2).contiguous(), None
+
+
+def look_up(query: Tensor, key: Tensor, value: Tensor, segment: Segment, window: int | None, scale: float) -> Tensor:
+    """query (B, kv_heads, group * T, D), heads that share a key packed, over (B, kv_heads, length, D) -> as query.
+
+    torch's own kernel is made for long prompts. For one token of each row on a CPU two batched products are as quick or
+    quicker: on two Zen 4 cores 14 against 20 ms for the 30 layers of SmolLM2-135M, 32 rows of 80 tokens.
+    """
+    rows, kv, count, _ = query.shape
+    tokens = segment.positions.shape[1]
+    if not (tokens == 1 and query.device.type == "cpu" and query.dtype is torch.float32):
+        bias = segment.bias(window, 1, count // tokens, query.dtype)
+        return functional.scaled_dot_product_attention(query, key, value, attn_mask=bias, scale=scale)
+    bias = segment.bias(window, kv, count, query.dtype).flatten(0, 1)
+    scores = torch.baddbmm(bias, query.flatten(0, 1), key.flatten(0, 1).transpose(1, 2), alpha=scale)
+    return torch.bmm(scores.softmax(-1), value.flatten(0, 1)).view(rows, kv, count, value.shape[3])
 
 
 def _softmax(scores: Tensor, sinks: Tensor | None) -> Tensor:

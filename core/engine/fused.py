@@ -17,6 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from core.engine.attention import look_up
 from core.engine.int8 import Int8Linear, merge_int8, part_of
 from core.engine.kv import Segment, SlotCache
 from core.engine.packed import PackedLinear, packable
@@ -154,8 +155,7 @@ class Fused:
             # Heads that share a key become further queries of it: (rows, kv, group * T, head_dim).
             q = qk[segment.tokens, :heads].view(segment.rows, -1, kv, heads // kv, self.head_dim)
             q = q.permute(0, 2, 3, 1, 4).flatten(2, 3)
-            mask = segment.bias(self.windows[index], heads // kv, x.dtype)
-            out = functional.scaled_dot_product_attention(q, keys, values, attn_mask=mask, scale=self.scale)
+            out = look_up(q, keys, values, segment, self.windows[index], self.scale)
             out = out.view(segment.rows, kv, heads // kv, -1, self.head_dim).permute(0, 3, 1, 2, 4)
             outs.append(out.reshape(-1, heads * self.head_dim))
         return _product(layer.out, layer.names[1], outs[0] if len(outs) == 1 else torch.cat(outs), lora)

@@ -37,15 +37,15 @@ class Segment:
     start: int | None  # position of the first row's first token; None if the host does not know it
     row_index: Tensor  # (rows, 1)
     mask: Tensor  # bool (rows, 1, T, length): each token sees its own row up to and with itself
-    biases: dict[tuple[int, int], Tensor] = field(default_factory=dict)  # what `bias` has made
+    biases: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)  # what `bias` has made
 
-    def bias(self, window: int | None, group: int, dtype: torch.dtype) -> Tensor:
-        """The mask to add to scores of `group` heads packed as queries of one key: (rows, 1, group * T, length).
+    def bias(self, window: int | None, keys: int, group: int, dtype: torch.dtype) -> Tensor:
+        """The mask to add to scores of `group` heads packed as queries of one key: (rows, keys, group * T, length).
 
         With a window each token sees only that many of its row's last tokens, itself among them.
         """
         window = self.length if window is None else min(window, self.length)
-        found = self.biases.get((window, group))
+        found = self.biases.get((window, keys, group))
         if found is None:
             mask = self.mask
             if window < self.length:
@@ -53,7 +53,7 @@ class Segment:
                     torch.arange(self.length, device=mask.device) > self.positions[:, None, :, None] - window
                 )
             added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
-            found = self.biases[window, group] = added.repeat(1, 1, group, 1)
+            found = self.biases[window, keys, group] = added.repeat(1, keys, group, 1)
         return found
 
 

@@ -159,7 +159,7 @@ def test_a_window_that_got_lost_is_found_at_load_however_long_it_is(
     base = made(kind, tmp_path / "base", changes)
     assert TOKENS < WINDOW
     bias = kv.Segment.bias
-    monkeypatch.setattr(kv.Segment, "bias", lambda self, window, group, dtype: bias(self, None, group, dtype))
+    monkeypatch.setattr(kv.Segment, "bias", lambda self, window, *rest: bias(self, None, *rest))
     with pytest.raises(ModelLoadFailed, match="exactly"):
         check_exact(base)
     text: Any = base.module.config

@@ -6,12 +6,14 @@ a chunk at a time, and their gradient is taken at once, so that no more than one
 
 from __future__ import annotations
 
+import math
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 from core.errors import JobError
+from finetune import product
 from finetune.batches import Batch
 
 CHUNK = 128  # supervised positions at a time: 25 MB of float32 logits at a vocabulary of 49,152
@@ -53,11 +55,9 @@ class Scorer(nn.Module):
         with self._autocast():
             parts = [
                 nn.functional.cross_entropy(
-                    nn.functional.linear(hidden[at : at + CHUNK], head.weight, head.bias).float(),
-                    targets[at : at + CHUNK],
-                    reduction="none",
+                    product.forward(hidden[part], head.weight, head.bias).float(), targets[part], reduction="none"
                 )
-                for at in range(0, len(hidden), CHUNK)
+                for part in _chunks(len(hidden))
             ]
         return torch.cat(parts)
 
@@ -96,9 +96,8 @@ class _HeadLoss(torch.autograd.Function):
             None if given is None or not wanted[at] else torch.zeros_like(given)
             for at, given in ((0, hidden), (2, weight), (3, bias))
         ]
-        for start in range(0, len(hidden), CHUNK):
-            part = slice(start, start + CHUNK)
-            logits = nn.functional.linear(hidden[part], weight, bias).float()  # (C, V)
+        for part in _chunks(len(hidden)):
+            logits = product.forward(hidden[part], weight, bias).float()  # (C, V)
             log_p = torch.log_softmax(logits, dim=-1)
             total -= log_p.gather(1, targets[part, None]).sum()
             p = log_p.exp_()
@@ -113,10 +112,16 @@ class _HeadLoss(torch.autograd.Function):
         return of_hidden, None, of_weight, of_bias
 
 
+def _chunks(count: int) -> list[slice]:
+    """Of equal size: one of a few positions costs nearly as much as a whole one, since all weights are read for it."""
+    size = math.ceil(count / max(1, math.ceil(count / CHUNK)))
+    return [slice(start, start + size) for start in range(0, count, size)] if count else []
+
+
 def _add_gradients(grads: list[Tensor | None], part: slice, p: Tensor, hidden: Tensor, weight: Tensor) -> None:
     of_hidden, of_weight, of_bias = grads
     if of_hidden is not None:
-        of_hidden[part] = p.to(weight.dtype) @ weight
+        of_hidden[part] = product.backward(p.to(weight.dtype), weight)
     if of_weight is not None:
         of_weight += p.T.to(hidden.dtype) @ hidden[part]
     if of_bias is not None:

@@ -14,6 +14,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from finetune import product
+
 RESOLUTION = 2**16  # dropout's probability is a multiple of one part in this
 
 
@@ -123,7 +125,7 @@ class _LoraProducts(torch.autograd.Function):
         dropped = rows if keep is None else rows * keep
         ranks, widths = [len(a) for a in pairs[::2]], [len(b) for b in pairs[1::2]]
         lows = torch.split(dropped @ _under(pairs[::2], x.dtype).T, ranks, dim=1)  # (N, R_i)
-        ys = torch.split(nn.functional.linear(rows, weight, bias), widths, dim=1)  # (N, D_out_i)
+        ys = torch.split(product.forward(rows, weight, bias), widths, dim=1)  # (N, D_out_i)
         for y, low, b, factor in zip(ys, lows, pairs[1::2], factors, strict=True):
             low *= factor
             y.addmm_(low, b.to(x.dtype).T)
@@ -145,7 +147,7 @@ class _LoraProducts(torch.autograd.Function):
         of_a = torch.split(of_low.T @ dropped, [len(a) for a in pairs[::2]])
         of_x = None
         if ctx.needs_input_grad[0]:
-            of_x = (flat[0] if len(flat) == 1 else torch.cat(flat, dim=1)) @ weight
+            of_x = product.backward(flat[0] if len(flat) == 1 else torch.cat(flat, dim=1), weight)
             a = _under(pairs[::2], of_x.dtype)
             of_x = of_x.addmm_(of_low, a) if keep is None else of_x.addcmul_(of_low @ a, keep)
             of_x = of_x.view(ctx.shape)

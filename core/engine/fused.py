@@ -20,6 +20,7 @@ from torch.nn import functional
 from core.engine.attention import look_up
 from core.engine.int8 import Int8Linear, merge_int8, part_of
 from core.engine.kv import Segment, SlotCache
+from core.engine.lora import Order
 from core.engine.packed import PackedLinear, packable
 
 FAMILY = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # model_type -> class prefix
@@ -106,20 +107,29 @@ class Fused:
             k_norm=None if k_norm is None else _norm(k_norm),
         )
 
-    def states(self, ids: Tensor, segments: Sequence[Segment], cache: SlotCache, lora: AddLora | None) -> Tensor:
+    def states(
+        self,
+        ids: Tensor,
+        segments: Sequence[Segment],
+        cache: SlotCache,
+        lora: AddLora | None,
+        order: Order | None = None,
+    ) -> Tensor:
         """ids (N,), segment by segment and row by row -> (B, hidden), the head's input for the last token of each row.
 
-        Products see all tokens at once, whatever rows they belong to; attention goes by segment.
+        Products see all tokens at once, whatever rows they belong to, in that order or in `order`; attention goes by
+        segment.
         """
-        x = self.inner.embed_tokens(ids)  # (N, hidden)
+        x = self.inner.embed_tokens(ids if order is None else ids[order.there])  # (N, hidden)
         positions = torch.cat([segment.positions.flatten() for segment in segments])
         cos, sin = self.inner.rotary_emb(x, positions[None])  # (1, N, head_dim)
         turn = (cos[0, :, None], _signed(sin)[0, :, None])
         for i, layer in enumerate(self.layers):
-            x = x + self._attention(i, layer, layer.norm(x), turn, segments, cache, lora)
+            x = x + self._attention(i, layer, layer.norm(x), turn, segments, cache, lora, order)
             h = layer.mlp_norm(x)
             gate, up = _product(layer.gate_up, layer.names[2], h, lora).chunk(2, dim=-1)
             x = x + _product(layer.down, layer.names[3], functional.silu(gate).mul_(up), lora)
+        x = x if order is None else x.index_select(0, order.back)
         x = torch.cat([x[segment.tokens].view(segment.rows, -1, x.shape[-1])[:, -1] for segment in segments])
         return self.norm(x)
 
@@ -136,9 +146,12 @@ class Fused:
         segments: Sequence[Segment],
         cache: SlotCache,
         lora: AddLora | None,
+        order: Order | None,
     ) -> Tensor:
         heads, kv = self.heads, self.kv_heads
-        qkv = _product(layer.qkv, layer.names[0], x, lora).view(len(x), heads + 2 * kv, self.head_dim)
+        qkv = _product(layer.qkv, layer.names[0], x, lora)
+        qkv = qkv if order is None else qkv.index_select(0, order.back)
+        qkv = qkv.view(len(x), heads + 2 * kv, self.head_dim)
         qk, v = qkv[:, : heads + kv], qkv[:, heads + kv :]
         if layer.q_norm is not None and layer.k_norm is not None:
             qk = torch.cat((layer.q_norm(qk[:, :heads]), layer.k_norm(qk[:, heads:])), dim=1)
@@ -158,7 +171,8 @@ class Fused:
             out = look_up(q, keys, values, segment, self.windows[index], self.scale)
             out = out.view(segment.rows, kv, heads // kv, -1, self.head_dim).permute(0, 3, 1, 2, 4)
             outs.append(out.reshape(-1, heads * self.head_dim))
-        return _product(layer.out, layer.names[1], outs[0] if len(outs) == 1 else torch.cat(outs), lora)
+        out = outs[0] if len(outs) == 1 else torch.cat(outs)
+        return _product(layer.out, layer.names[1], out if order is None else out.index_select(0, order.there), lora)
 
 
 def fuse(module: nn.Module) -> Fused | None:

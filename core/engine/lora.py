@@ -29,12 +29,28 @@ LONG = 16  # tokens of one adapter in a row from which a slice of their own is q
 
 @dataclass(frozen=True, slots=True)
 class Groups:
-    """Tokens of a piece gathered by slot. All groups are as long as the longest; what fills them is not used."""
+    """Tokens of a piece by slot: they lie so already, in groups of one length, or `moves` bring them there."""
 
     slots: slice | Tensor
+    moves: Moves | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Moves:
+    """All groups are made as long as the longest; what fills them is not used."""
+
     gather: Tensor  # (slots * longest,), the token at each place
     place: Tensor  # (T,), where each token's result lies
     bare: Tensor | None  # bool (T, 1), tokens that run with none
+
+
+@dataclass(frozen=True, slots=True)
+class Order:
+    """The rows' tokens in an order of their own."""
+
+    rows: Sequence[int]
+    there: Tensor  # (T,), the row of each token
+    back: Tensor  # (T,), where each row's token lies
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,11 +107,15 @@ class Stack:
                 self._add_masked(piece, x[piece.tokens], ys)
 
     def _add_groups(self, groups: Groups, x: Tensor, ys: Sequence[Tensor]) -> None:
-        a = self.a[groups.slots]
-        h = torch.bmm(x.index_select(0, groups.gather).view(len(a), -1, x.shape[1]), a.transpose(1, 2))
+        a, moves = self.a[groups.slots], groups.moves
+        x = x if moves is None else x.index_select(0, moves.gather)
+        h = torch.bmm(x.view(len(a), -1, x.shape[1]), a.transpose(1, 2))
         for y, b, own in zip(ys, self.b, h.chunk(len(ys), dim=2), strict=True):
-            added = torch.bmm(own, b[groups.slots]).view(-1, y.shape[1]).index_select(0, groups.place)
-            y += added if groups.bare is None else added.masked_fill_(groups.bare, 0.0)
+            if moves is None:
+                y.view(len(a), -1, y.shape[1]).baddbmm_(own, b[groups.slots])
+                continue
+            added = torch.bmm(own, b[groups.slots]).view(-1, y.shape[1]).index_select(0, moves.place)
+            y += added if moves.bare is None else added.masked_fill_(moves.bare, 0.0)
 
     def _add_masked(self, piece: Piece, x: Tensor, ys: Sequence[Tensor]) -> None:
         slots = slice(piece.start, piece.stop)
@@ -162,6 +182,8 @@ class LoraStacks:
         self.plans = PlanHolder()
         self._planned: list[tuple[int | None, int]] = []
         self._pieces: list[Piece] = []
+        self._ordered_for: list[int | None] = []
+        self._order: Order | None = None
         self.merged = bool(groups)
         self.places = {name: (group, part) for group in groups for part, name in enumerate(group)}
         self.stacks: dict[str, Stack] = {}  # by the first module of the group
@@ -228,6 +250,21 @@ class LoraStacks:
         finally:
             self.plans.current = ()
 
+    def order(self, slots: Sequence[int | None]) -> Order | None:
+        """How to order one token of each row so that none is moved for its adapter's sake; None: as they are."""
+        if list(slots) != self._ordered_for:
+            self._ordered_for, self._order = list(slots), self._find_order(slots)
+        return self._order
+
+    def _find_order(self, slots: Sequence[int | None]) -> Order | None:
+        order = sorted(range(len(slots)), key=lambda row: (slots[row] is None, slots[row] or 0))
+        if not self.grouped or order == list(range(len(slots))):
+            return None
+        if any(piece.groups and piece.groups.moves for piece in self._plan([(slots[row], 1) for row in order])):
+            return None
+        back = sorted(range(len(order)), key=order.__getitem__)
+        return Order(order, torch.tensor(order, device=self.device), torch.tensor(back, device=self.device))
+
     def _plan(self, runs: Sequence[tuple[int | None, int]]) -> list[Piece]:
         """Long runs of one adapter are pieces of their own; short neighbours share one."""
         pieces, short, token = [], [], 0
@@ -244,10 +281,14 @@ class LoraStacks:
         return [piece for piece in pieces if piece is not None]
 
     def _short(self, first: int, slots: Sequence[int | None]) -> Piece | None:
-        """One piece for tokens of any slots."""
+        """One piece for tokens of any slots; bare ones at its ends are left out."""
         used = {slot for slot in slots if slot is not None}
         if not used:
             return None
+        while slots[-1] is None:
+            slots = slots[:-1]
+        while slots[0] is None:
+            first, slots = first + 1, slots[1:]
         tokens, start, stop = slice(first, first + len(slots)), min(used), max(used) + 1
         if len(set(slots)) == 1:
             return Piece(tokens, start, stop)
@@ -262,7 +303,11 @@ class LoraStacks:
         span = range(used[0], used[-1] + 1)
         dense = len(span) <= 2 * len(used)
         number = {slot: i for i, slot in enumerate(span if dense else used)}
-        longest = max(Counter(slot for slot in slots if slot is not None).values())
+        sizes = Counter(slots)
+        longest = max(size for slot, size in sizes.items() if slot is not None)
+        chosen = slice(span.start, span.stop) if dense else torch.tensor(used, device=self.device)
+        if list(slots) == [slot for slot in number for _ in range(longest)]:
+            return Groups(chosen)
         gather, place, filled = [0] * (len(number) * longest), [0] * len(slots), Counter[int]()
         for token, slot in enumerate(slots):
             if slot is not None:
@@ -270,8 +315,8 @@ class LoraStacks:
                 gather[place[token]] = token
                 filled[slot] += 1
         bare = torch.tensor([slot is None for slot in slots], device=self.device)[:, None] if None in slots else None
-        chosen = slice(span.start, span.stop) if dense else torch.tensor(used, device=self.device)
-        return Groups(chosen, torch.tensor(gather, device=self.device), torch.tensor(place, device=self.device), bare)
+        moves = Moves(torch.tensor(gather, device=self.device), torch.tensor(place, device=self.device), bare)
+        return Groups(chosen, moves)
 
     def _free_slot(self) -> int:
         taken = set(self.slots.values())

@@ -94,8 +94,9 @@ class Runner:
 
     def _fused(self, ids: Tensor, segments: Sequence[Segment], runs: Sequence[tuple[int | None, int]]) -> Tensor:
         assert self.fused is not None
-        with self.lora.tokens(runs) as plan:
-            states = self.fused.states(ids, segments, self.cache, self.lora.add if plan else None)
+        order = self.lora.order([slot for slot, _ in runs]) if len(ids) == len(runs) else None
+        with self.lora.tokens(runs if order is None else [runs[row] for row in order.rows]) as plan:
+            states = self.fused.states(ids, segments, self.cache, self.lora.add if plan else None, order)
         with self.lora.tokens([(slot, 1) for slot, _ in runs]) as plan:
             return self.fused.logits(states, self.lora.add if plan else None)
 

@@ -104,13 +104,19 @@ def test_fused_and_plain_agree_with_adapters(kind: str, tmp_path: Path, monkeypa
         with monkeypatch.context() as patch:
             if way.startswith("plain"):
                 patch.setattr("core.engine.runner.fuse", lambda module: None)
-            for mix in ("mixed", "far apart", "single", "bare"):
+            for mix in ("mixed", "in turn", "far apart", "single", "bare"):
                 runner = Runner(model, max_rows=9, context=256)
                 runner.lora.grouped = "masked" not in way
                 held = [adapter(model, "a", 8), adapter(model, "b", 3, only="v_proj"), adapter(model, "c", 1)]
                 held += [adapter(model, f"unused {i}", 1) for i in range(5)] + [adapter(model, "d", 5)]
                 a, b, c, *_, d = (runner.lora.acquire(one) for one in held)
-                mixes = {"mixed": [a, None, b, c, a], "far apart": [d, a, d], "single": [a] * 4, "bare": [None] * 5}
+                mixes: dict[str, list[int | None]] = {
+                    "mixed": [a, None, b, c, a],
+                    "in turn": [c, a, None, b, c, a, b],
+                    "far apart": [d, a, d],
+                    "single": [a] * 4,
+                    "bare": [None] * 5,
+                }
                 found[way, mix] = answers(runner, mixes[mix])
                 for module in model.module.modules():
                     module._forward_hooks.clear()
@@ -119,6 +125,27 @@ def test_fused_and_plain_agree_with_adapters(kind: str, tmp_path: Path, monkeypa
         assert float((logits - plain).abs().max()) <= 1e-5 * float(plain.abs().max()), (way, mix)
     assert float((found["fused", "mixed"] - found["fused", "bare"])[[0, 2, 3, 4]].abs().max(1).values.min()) > 0.01
     assert torch.allclose(found["fused", "mixed"][1], found["fused", "bare"][1], atol=1e-4)
+
+
+@torch.inference_mode()
+def test_tokens_are_ordered_where_none_need_be_gathered_then(base: BaseModel) -> None:
+    lora = Runner(base, max_rows=9, context=64).lora
+    for number in range(3):
+        lora.acquire(adapter(base, str(number), 2))
+    for slots, rows in {
+        (2, 0, None, 1, 2, 0, 1): [1, 5, 3, 6, 0, 4, 2],
+        (0, None, 0, 0): [0, 2, 3, 1],  # one adapter is a slice
+        (2, 1, 0, 2): None,  # groups of two lengths
+        (2, 0): None,  # a slot between them
+        (0, 0, 1, 1): None,  # they lie so
+        (None, None): None,
+    }.items():
+        found = lora.order(slots)
+        assert (found and found.rows) == rows, slots
+        if found is not None:
+            assert found.there[found.back].tolist() == list(range(len(slots)))
+            with lora.tokens([(slots[row], 1) for row in found.rows]) as pieces:
+                assert not any(piece.groups and piece.groups.moves for piece in pieces)
 
 
 @pytest.mark.parametrize("kind", OTHERS)

@@ -316,7 +316,8 @@ def _module(folder: Path, config: Any, device: torch.device, dtype: torch.dtype,
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if getattr(kind, "_is_stateful", False):
         raise _unfit(config, "it keeps a state that is not plain keys and values")
-    if not kind._can_set_attn_implementation():
+    own = attention.by_mask(config)
+    if not (own or kind._can_set_attn_implementation()):
         raise _unfit(config, "its attention is code of its own, which cannot be led to the engine's slots")
     options: dict[str, Any] = {"device_map": device} if device.type == "cuda" else {}
     if quantization in ("8bit", "4bit"):
@@ -326,7 +327,7 @@ def _module(folder: Path, config: Any, device: torch.device, dtype: torch.dtype,
             folder,
             config=config,
             dtype=dtype,
-            attn_implementation=attention.NAME,
+            attn_implementation="eager" if own else attention.NAME,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,

@@ -22,10 +22,22 @@ from core.engine.kv import Segment, running
 
 NAME = "distributary"
 
+# Types whose attention is code of their own that transformers cannot lead elsewhere, known to be full and to add the
+# mask that it is given to its scores. Others of that sort have windows or biases by position, which a mask would break.
+BY_MASK = frozenset({"codegen", "falcon", "gptj", "xglm"})
+
+
+def by_mask(config: Any) -> bool:
+    """Whether such a model attends by its own code, over what `Segment.bias` lets each token see."""
+    return config.model_type in BY_MASK
+
 
 @contextmanager
 def transformers_own(module: Any) -> Iterator[None]:
     """Let the model attend by its own code, written out, within the block."""
+    if by_mask(module.config):
+        yield
+        return
     module.set_attn_implementation("eager")
     try:
         yield

@@ -2,8 +2,9 @@
 
 A (S*R, in) and B (S*R, out) stack the adapters that rows run with, one slot each, scale folded into B, lower ranks
 padded with zeros. There are three ways to the same numbers. One adapter: its slice. Many, on a CPU: rows are gathered
-in groups, one per slot, and multiplied group by group. Many, on a GPU: all slots for all rows, and a mask that keeps to
-each row its own slot: more arithmetic, but of one shape whatever the mix. Rows that run bare alone compute nothing.
+in groups, one per slot, and multiplied group by group; a pass may take its tokens in an `Order` in which they lie so
+already. Many, on a GPU: all slots for all rows, and a mask that keeps to each row its own slot: more arithmetic, but of
+one shape whatever the mix. Rows that run bare alone compute nothing.
 
 Measured on one Zen 5 core over all products of a layer of SmolLM2-135M: groups take 0.69 to 1.09 of the mask's time
 with 2 adapters (less with more rows and higher ranks), half of it with 8, a quarter with 32. So a CPU never masks.

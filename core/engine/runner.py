@@ -12,6 +12,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from core.engine.attention import by_mask
 from core.engine.fused import fuse
 from core.engine.graphs import Shape, Steps
 from core.engine.kv import Segment, SlotCache, over
@@ -39,6 +40,7 @@ class Runner:
         layers: int = module.config.get_text_config().num_hidden_layers
         static = self.device.type == "cuda" if static is None else static
         self.fused = fuse(model.module)
+        self.by_mask = by_mask(module.config)
         on_cpu = self.device.type == "cpu"
         self.cache = SlotCache(
             layers,
@@ -113,7 +115,7 @@ class Runner:
         with over(segment):
             out = self.module(
                 input_ids=ids.view(segment.rows, -1),
-                attention_mask=segment.mask,
+                attention_mask=segment.bias(None, 1, 1, self.module.dtype) if self.by_mask else segment.mask,
                 position_ids=segment.positions,
                 past_key_values=self.cache,
                 use_cache=True,

@@ -84,6 +84,15 @@ FAMILIES: dict[str, tuple[dict[str, Any], list[str]]] = {
         ["q_a_proj", "q_b_proj", "kv_a_proj_with_mqa", "o_proj"],
     ),
     "GPTNeoX": ({"rotary_pct": 0.5}, ["query_key_value", "dense", "dense_h_to_4h"]),
+    "GPTJ": ({"rotary_dim": 4}, ["q_proj", "v_proj", "fc_in", "fc_out"]),
+    "CodeGen": (
+        {"hidden_size": 64, "num_attention_heads": 4, "rotary_dim": 8, "n_ctx": 256}, ["qkv_proj", "out_proj", "fc_in"]
+    ),
+    "XGLM": ({"num_attention_heads": 4}, ["q_proj", "v_proj", "fc1", "fc2"]),
+    "Falcon": ({"head_dim": None}, ["query_key_value", "dense", "dense_h_to_4h"]),
+    "Falcon of many queries": (
+        {"head_dim": None, "new_decoder_architecture": True, "num_kv_heads": 2}, ["query_key_value", "dense"]
+    ),
 }
 # fmt: on
 
@@ -94,7 +103,8 @@ def made(kind: str, folder: Path, changes: dict[str, Any]) -> BaseModel:
     found = [f"{name}TextConfig", f"{name}Config"]
     config = next(getattr(transformers, one) for one in found if hasattr(transformers, one))
     torch.manual_seed(0)
-    model = getattr(transformers, f"{name}ForCausalLM")(config(**{**SIZES, **changes}))
+    sizes = {key: value for key, value in {**SIZES, **changes}.items() if value is not None}
+    model = getattr(transformers, f"{name}ForCausalLM")(config(**sizes))
     with torch.no_grad():
         for parameter in model.parameters():
             if parameter.dim() == 1:
@@ -123,6 +133,14 @@ async def test_rows_beyond_the_window_equal_generate_with_and_without_adapters(k
         await asyncio.gather(*(hear(engine.submit(request)) for request in requests))
         assert [answers[text] for text in texts] == expected
     assert len({tuple(answer) for answer in expected}) == len(expected)
+
+
+@pytest.mark.parametrize("kind", ["GPTNeo", "Bloom", "Mpt", "Falcon"])
+def test_attention_that_a_mask_would_break_is_refused(kind: str, tmp_path: Path) -> None:
+    """Local windows that a configuration names otherwise, and biases by position."""
+    changes = {"GPTNeo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]], "window_size": WINDOW}}
+    with pytest.raises(ModelLoadFailed, match=r"code of its own|name another model"):
+        check_exact(made(kind, tmp_path, {"head_dim": None, "alibi": True, **changes.get(kind, {})}))
 
 
 @pytest.mark.parametrize("kind", ["Mistral", "Qwen3", "Gemma2", "SmolLM3", "GptOss"])

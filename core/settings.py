@@ -240,9 +240,10 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "threads": Key("CPU threads of the trainer", low=1, high=1024),
         "nice": Key("how far the trainer stands back for chat", low=0, high=19),
         "allow_slack_training": Key(
-            "whether consenting people's words in Slack may be learned from. Slack's API terms (slack.com/"
-            'terms-of-service/api, "Data usage", since 2025-05-29) forbid to use what came through its API for training'
-            " a large language model; set it only where other terms hold for you"
+            "whether consenting people's words in Slack may be learned from. Slack on its developer policy: \"we are "
+            'making explicit that the use of data to train an LLM is prohibited" (api.slack.com/changelog/2024-12-dev-'
+            'policy-update); its API terms have it under "Data usage" since 2025-05-29. Set it only where other terms '
+            "hold for you"
         ),
     },
     "privacy": {

@@ -22,6 +22,7 @@ from core.engine import attention
 from core.engine.int8 import quantize
 from core.engine.protocol import ModelSettings
 from core.errors import ModelLoadFailed, OutOfMemory
+from core.linear import make_plain
 from core.weights import fingerprint, weight_files
 
 log = logging.getLogger(__name__)
@@ -342,6 +343,7 @@ def _module(folder: Path, config: Any, device: torch.device, dtype: torch.dtype,
     if wrong:
         raise ModelLoadFailed(detail=f"the weights in {folder} do not fill the model: {len(wrong)} wrong, {wrong[0]}")
     module = module.requires_grad_(False).eval()
+    make_plain(module)
     if quantization == "int8":
         quantize(module)
     return module  # type: ignore[no-any-return]  # transformers is not typed

@@ -13,6 +13,7 @@ import torch
 
 from core.errors import JobError
 from core.job import Spec
+from core.linear import make_plain
 from core.weights import fingerprint
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
@@ -89,6 +90,8 @@ def load_module(base: Base, spec: Spec, device: torch.device | None = None) -> A
             local_files_only=True,
             **bits,
         )
+        if spec.method == "lora":  # what is trained whole is published under the names and shapes of its file
+            make_plain(module)
         return module.requires_grad_(False).to(device or torch.device(spec.device))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
         raise JobError(detail=f"the base model in {base.folder} cannot be loaded: {error}") from error

@@ -131,6 +131,8 @@ class _LoraProducts(torch.autograd.Function):
             y.addmm_(low, b.to(x.dtype).T)
         ctx.save_for_backward(dropped, weight, keep, *lows, *pairs)
         ctx.factors, ctx.shape = factors, x.shape
+        if len(ys) == 1:  # no view for autograd: a model may add to it in place, as Falcon does
+            return (torch.ops.aten._unsafe_view(ys[0], [*x.shape[:-1], ys[0].shape[1]]),)
         return tuple(y.view(*x.shape[:-1], -1) for y in ys)
 
     @staticmethod

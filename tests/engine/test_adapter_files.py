@@ -69,7 +69,6 @@ def test_a_good_adapter_is_taken_with_its_scale_folded_into_b(copy: AdapterRef, 
         ({"trainable_token_indices": [1]}, "trainable_token_indices"),
         ({"layer_replication": [[0, 2]]}, "layer_replication"),
         ({"target_parameters": ["x"]}, "target_parameters"),
-        ({"fan_in_fan_out": True}, "fan_in_fan_out"),
         ({"invented_next_year": True}, "invented_next_year"),
         *(
             ({"init_lora_weights": init}, f"init_lora_weights={init} changes the base model")

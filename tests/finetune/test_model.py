@@ -6,6 +6,8 @@ import math
 
 import pytest
 import torch
+import transformers
+from peft import LoraConfig, PeftModel
 from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
@@ -122,8 +124,6 @@ def test_the_end_of_an_answer_is_taught_though_it_is_also_padding(tiny_folder):
 
 
 def peft_twin(folder, model, tmp_path):
-    from peft import LoraConfig, PeftModel
-
     config = LoraConfig(r=4, lora_alpha=8, target_modules=lora.target_names(load_plain(folder)))
     config.save_pretrained(tmp_path)
     save_file(lora.state(model), tmp_path / "adapter_model.safetensors")
@@ -249,3 +249,30 @@ def test_a_model_with_sinks_is_loaded_and_scored_by_its_own_attention(tmp_path):
     spec = Spec("1", str(tmp_path), "", "data.jsonl", "0" * 64, "acme@1")
     model, batch = load_module(find_base(spec, tmp_path), spec), collate(rows(), CPU)
     torch.testing.assert_close(Scorer(model)(batch) / batch.supervised, theirs(model, batch), atol=1e-5, rtol=1e-5)
+
+
+@pytest.mark.parametrize("kind", ["GPT2", "Falcon"])
+def test_layers_that_are_linear_by_another_name_train_as_peft_trains_them(tmp_path, kind):
+    torch.manual_seed(0)
+    config = getattr(transformers, f"{kind}Config")(
+        vocab_size=300, hidden_size=32, num_hidden_layers=2, num_attention_heads=4
+    )
+    folder = tmp_path / "base"
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    spec = Spec("1", str(folder), "", "data.jsonl", "0" * 64, "acme@1")
+    model, batch = load_module(find_base(spec, tmp_path), spec), collate(rows(), CPU)
+    plain = load_plain(folder)
+    torch.testing.assert_close(model(batch.ids).logits, plain(batch.ids).logits, atol=1e-5, rtol=1e-5)
+    layers = lora.add_lora(model, rank=4, alpha=8, dropout=0.0)
+    for _, layer in lora.lora_layers(model):
+        nn.init.normal_(layer.lora_B, std=0.1)
+    LoraConfig(r=4, lora_alpha=8, target_modules=layers, fan_in_fan_out=kind == "GPT2").save_pretrained(tmp_path)
+    save_file(lora.state(model), tmp_path / "adapter_model.safetensors")
+    twin = quietly(lambda: PeftModel.from_pretrained(plain, tmp_path, is_trainable=True)).eval()
+    theirs(twin, batch).backward()
+    (Scorer(model)(batch) / batch.supervised).backward()
+    wanted = {name.replace(".default", ""): p.grad for name, p in twin.named_parameters() if p.requires_grad}
+    torch.testing.assert_close(
+        dict(zip(lora.state(model), gradients(model), strict=True)), wanted, atol=1e-5, rtol=1e-4
+    )

@@ -13,7 +13,7 @@ with 2 adapters (less with more rows and higher ranks), half of it with 8, a qua
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
@@ -25,6 +25,9 @@ from torch.utils.hooks import RemovableHandle
 from core.engine.adapter_files import AdapterWeights
 from core.engine.int8 import Int8Linear, Part
 
+Runs = tuple[tuple[int | None, int], ...]  # (slot, how many tokens) in turn; None is bare
+
+PLANS_KEPT = 8
 LONG = 16  # tokens of one adapter in a row from which a slice of their own is quicker than a share of the mask
 
 
@@ -181,8 +184,7 @@ class LoraStacks:
         self.max_slots, self.device, self.dtype = max_slots, device, dtype
         self.grouped = device.type == "cpu"  # on a GPU a shape for every mix would be a graph for every mix
         self.plans = PlanHolder()
-        self._planned: list[tuple[int | None, int]] = []
-        self._pieces: list[Piece] = []
+        self._plans: dict[Runs, list[Piece]] = {}  # of the last passes: from step to step they are mostly the same
         self._ordered_for: list[int | None] = []
         self._order: Order | None = None
         self.merged = bool(groups)
@@ -231,11 +233,14 @@ class LoraStacks:
             hook.remove()
 
     @contextmanager
-    def tokens(self, runs: Sequence[tuple[int | None, int]]) -> Iterator[Sequence[Piece]]:
+    def tokens(self, runs: Iterable[tuple[int | None, int]]) -> Iterator[Sequence[Piece]]:
         """Let the forward pass inside run its tokens with adapters: (slot, how many tokens) in turn; None is bare."""
-        if list(runs) != self._planned:  # from step to step it is mostly the same
-            self._planned, self._pieces = list(runs), self._plan(runs)
-        self.plans.current = self._pieces
+        key = tuple(runs)
+        if key not in self._plans:
+            if len(self._plans) == PLANS_KEPT:
+                self._plans.clear()
+            self._plans[key] = self._plan(key)
+        self.plans.current = self._plans[key]
         try:
             yield self.plans.current
         finally:
@@ -261,12 +266,12 @@ class LoraStacks:
         order = sorted(range(len(slots)), key=lambda row: (slots[row] is None, slots[row] or 0))
         if not self.grouped or order == list(range(len(slots))):
             return None
-        if any(piece.groups and piece.groups.moves for piece in self._plan([(slots[row], 1) for row in order])):
+        if any(piece.groups and piece.groups.moves for piece in self._plan(tuple((slots[row], 1) for row in order))):
             return None
         back = sorted(range(len(order)), key=order.__getitem__)
         return Order(order, torch.tensor(order, device=self.device), torch.tensor(back, device=self.device))
 
-    def _plan(self, runs: Sequence[tuple[int | None, int]]) -> list[Piece]:
+    def _plan(self, runs: Runs) -> list[Piece]:
         """Long runs of one adapter are pieces of their own; short neighbours share one."""
         pieces, short, token = [], [], 0
         for slot, group in groupby(runs, key=lambda run: run[0]):

@@ -25,6 +25,7 @@ LEVELS = (
         "engine.stream",
         "weights",
         "demo",
+        "linear",
     },
     {"engine.scripted"},
     {"model", "engine.*", "store.*", "delivery"},

@@ -16,8 +16,8 @@ from transformers import (
     AutoConfig,
     AutoModelForCausalLM,
     BloomConfig,
-    FalconConfig,
     Gemma3TextConfig,
+    GPTNeoConfig,
     GPTNeoXConfig,
     MistralConfig,
     Phi3Config,
@@ -236,10 +236,15 @@ def test_what_the_configuration_does_not_tell_is_found_by_proof(folder: Path, mo
     ("config", "reason"),
     [
         (BloomConfig(vocab_size=259, hidden_size=32, n_layer=2, n_head=4, eos_token_id=2), "code of its own"),
-        (FalconConfig(vocab_size=259, hidden_size=32, num_hidden_layers=2, num_attention_heads=4), "code of its own"),
+        (
+            GPTNeoConfig(
+                vocab_size=259, hidden_size=32, num_layers=2, num_heads=4, attention_types=[[["global", "local"], 1]]
+            ),
+            "code of its own",
+        ),
         (RwkvConfig(vocab_size=259, hidden_size=32, num_hidden_layers=2), "a state that is not plain keys and values"),
     ],
-    ids=["bloom", "falcon", "rwkv"],
+    ids=["bloom", "gpt_neo", "rwkv"],
 )
 def test_a_model_that_the_engine_cannot_lead_to_its_slots_is_refused(config: Any, reason: str, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)

@@ -27,7 +27,7 @@ from aiogram.exceptions import (
     TelegramUnauthorizedError,
 )
 from aiogram.methods import GetFile, TelegramMethod
-from aiohttp import ClientError
+from aiohttp import ClientConnectionError, ClientError, ClientSession
 
 from bots.telegram.pace import Pace
 from core.errors import AppError, BadInput
@@ -77,9 +77,27 @@ def trouble(error: Exception) -> Trouble:
     return Trouble.OTHER
 
 
+class Session(AiohttpSession):
+    """One that can end: what aiogram's own has closed it opens anew for a late call, and nobody would close that."""
+
+    over = False
+
+    async def create_session(self) -> ClientSession:
+        if self.over:
+            raise ClientConnectionError("the bot has ended")
+        return await super().create_session()
+
+
+async def end(bot: Bot) -> None:
+    """Close what `make_bot` opened, for good."""
+    assert isinstance(bot.session, Session)
+    bot.session.over = True
+    await bot.session.close()
+
+
 def make_bot(token: str, api: str) -> Bot:
     """aiogram's client. Entities are given explicitly, so no parse mode; nothing of a text becomes a preview."""
-    session = AiohttpSession(api=TelegramAPIServer.from_base(api), limit=200, timeout=CALL_S)
+    session = Session(api=TelegramAPIServer.from_base(api), limit=200, timeout=CALL_S)
     return Bot(token, session, default=DefaultBotProperties(link_preview_is_disabled=True))
 
 

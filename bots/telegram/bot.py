@@ -19,7 +19,7 @@ from aiogram.methods import DeleteWebhook, GetMe, SetWebhook, TelegramMethod
 from aiogram.types import User
 
 from bots.outlet import BadConfig, Door
-from bots.telegram.api import Api, T, make_bot
+from bots.telegram.api import Api, T, end, make_bot
 from bots.telegram.courtesy import Courtesy
 from bots.telegram.intake import Intake
 from bots.telegram.outlet import TelegramOutlet
@@ -63,7 +63,7 @@ class TelegramBot:
             raise BadConfig(detail=detail, file="[bots.telegram]", problems=detail) from None
         finally:
             with suppress(Exception):
-                await bot.session.close()
+                await end(bot)
 
     async def _serve(self, door: Door, api: Api, me: User) -> None:
         settings, account = self._settings, (me.username or str(me.id)).lower()

@@ -315,6 +315,13 @@ class Warned:
 
 
 @dataclass(frozen=True, slots=True)
+class Alive:
+    """Nothing new, but it is at work: not kept, and told to nobody."""
+
+    kind: ClassVar[str] = "alive"
+
+
+@dataclass(frozen=True, slots=True)
 class Done:
     kind: ClassVar[str] = "finished"
     steps: int
@@ -335,10 +342,10 @@ class Failed:
     line: int = 0
 
 
-JobEvent = Checked | Estimated | Redacted | Planned | Progress | Evaluated | Judged | Warned | Done | Failed
+JobEvent = Checked | Estimated | Redacted | Planned | Progress | Evaluated | Judged | Warned | Alive | Done | Failed
 _EVENTS: dict[str, Callable[..., JobEvent]] = {
     event.kind: event
-    for event in (Checked, Estimated, Redacted, Planned, Progress, Evaluated, Judged, Warned, Done, Failed)
+    for event in (Checked, Estimated, Redacted, Planned, Progress, Evaluated, Judged, Warned, Alive, Done, Failed)
 }
 
 

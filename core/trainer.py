@@ -12,13 +12,14 @@ import logging
 import os
 import signal
 import sys
+import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 
 from core.errors import JobError
-from core.job import EXIT_INTERRUPTED, JobEvent, load_event
+from core.job import EXIT_INTERRUPTED, Alive, JobEvent, load_event
 
 log = logging.getLogger(__name__)
 
@@ -53,6 +54,8 @@ class Trainer:
         self._log_file = log_file
         self._command = command
         self._silence_s = silence_s
+        self._halted_at: float | None = None  # of time.monotonic
+        self._halted_s = 0.0  # all its halts before
         self._process: Process | None = None
         self._told_to_stop = asyncio.Event()
 
@@ -91,9 +94,14 @@ class Trainer:
         """Let it stand still, in the middle of whatever it does, until `go_on`; not if it is to go."""
         if not self._told_to_stop.is_set():
             self._signal(signal.SIGSTOP)
+            self._halted_at = self._halted_at or time.monotonic()
 
     def go_on(self) -> None:
         self._signal(signal.SIGCONT)
+        self._halted_s, self._halted_at = self._stood_still_s(), None
+
+    def _stood_still_s(self) -> float:
+        return self._halted_s + (time.monotonic() - self._halted_at if self._halted_at else 0.0)
 
     async def _spawn(self) -> Process:
         descriptor = await asyncio.to_thread(_open_log, self._log_file)
@@ -117,11 +125,9 @@ class Trainer:
                 os.close(descriptor)
 
     async def _listen(self, process: Process, hear: Callable[[JobEvent], Awaitable[None]]) -> None:
-        assert process.stdout is not None
         while True:
             try:
-                async with asyncio.timeout(self._silence_s):
-                    line = await process.stdout.readline()
+                line = await self._read(process)
             except TimeoutError:
                 log.error("trainer.silent", extra={"job": self._folder.name, "seconds": self._silence_s})
                 self._signal(signal.SIGKILL)
@@ -136,7 +142,22 @@ class Trainer:
             except JobError:
                 log.warning("trainer.not_an_event", extra={"job": self._folder.name, "bytes": len(line)})
                 continue
-            await hear(event)
+            if not isinstance(event, Alive):
+                await hear(event)
+
+    async def _read(self, process: Process) -> bytes:
+        """The next line. Raises TimeoutError after `silence_s`, in which the time that it was halted does not count."""
+        assert process.stdout is not None
+        left, before, began = self._silence_s, self._stood_still_s(), time.monotonic()
+        while True:
+            try:
+                async with asyncio.timeout(left):
+                    return await process.stdout.readline()
+            except TimeoutError:
+                silent = time.monotonic() - began - (self._stood_still_s() - before)
+                left = self._silence_s - silent
+                if left <= 0:
+                    raise
 
     async def _ended(self, process: Process) -> int:
         """Its exit status; it has closed its standard output, so it has no more to do than to go."""

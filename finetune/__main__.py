@@ -23,12 +23,13 @@ from pathlib import Path
 from typing import IO
 
 from core.errors import AppError, BadDataset, JobError
-from core.job import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, Failed, JobEvent, Spec, dump_event
+from core.job import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, Alive, Failed, JobEvent, Spec, dump_event
 from core.texts import Later
 from finetune import new
 from finetune.limits import keep_no_core
 
 log = logging.getLogger("finetune")
+ALIVE_S = 20.0  # silence after which it tells that it is at work
 LOCK_S = 10.0  # a trainer whose starter was killed has noticed that by then, and is gone
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 PR_SET_PDEATHSIG = 1  # sys/prctl.h
@@ -51,10 +52,9 @@ def main(arguments: list[str] | None = None) -> int:
     # Threads that wait for each other spin by default: beside another busy program that is 20 times slower. Read when
     # torch is loaded, so it is set before.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    stop = threading.Event()
-    events = Events(_own_stdout(), stop)
-    _watch(stop)
-    return run(given.action, given.job.absolute(), events, stop)
+    events = Events(_own_stdout())
+    _watch(events.stop)
+    return run(given.action, given.job.absolute(), events, events.stop)
 
 
 def _make(given: argparse.Namespace, words: list[str]) -> int:
@@ -70,15 +70,30 @@ def _make(given: argparse.Namespace, words: list[str]) -> int:
 class Events:
     """Writes events as lines. A reader that is gone is the same as being told to stop."""
 
-    def __init__(self, out: IO[str], stop: threading.Event) -> None:
-        self.out, self.stop = out, stop
+    def __init__(self, out: IO[str]) -> None:
+        self.out, self.stop = out, Stop(self)
+        self.told = time.monotonic()
 
     def __call__(self, event: JobEvent) -> None:
+        self.told = time.monotonic()
         try:
             self.out.write(dump_event(event) + "\n")
             self.out.flush()
         except BrokenPipeError:
             self.stop.set()
+
+
+class Stop(threading.Event):
+    """Whether to stop. It is asked before each piece of work, so that to ask is a sign of life, which is passed on."""
+
+    def __init__(self, events: Events) -> None:
+        super().__init__()
+        self._events, self._speaks = events, os.environ.get("RANK", "0") == "0"
+
+    def is_set(self) -> bool:
+        if self._speaks and time.monotonic() - self._events.told >= ALIVE_S:
+            self._events(Alive())
+        return super().is_set()
 
 
 def run(action: str, folder: Path, emit: Events, stop: threading.Event) -> int:

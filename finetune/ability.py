@@ -28,7 +28,7 @@ from finetune.meter import Listen
 
 log = logging.getLogger(__name__)
 PROMPTS = Path(__file__).parent / "prompts.toml"
-FILE = "own-answers.json"
+FILE, BEGUN = "own-answers.json", "own-answers.begun.json"
 REHEARSED_TOKENS, MEASURED_TOKENS = 80, 120
 FEWEST_REHEARSED = 16
 _AT_ONCE = 24  # prompts that are answered side by side
@@ -88,13 +88,13 @@ def own_answers(
 ) -> OwnAnswers:
     """The base's answers under these instructions: of this job, else of an earlier one, else made now.
 
-    `model` must answer as the base does. Raises Interrupted.
+    `model` must answer as the base does. Raises Interrupted; what is answered by then is not asked again.
     """
     key = _key(base, instructions)
     places = [folder / FILE, *([cache / f"{key[:32]}.json"] if cache else [])]
     found = next((text for place in places if (text := _kept(place, key)) is not None), None)
     if found is None:
-        found = json.dumps({"key": key, **_make(base, instructions, model, listen)})
+        found = json.dumps({"key": key, **_make(folder / BEGUN, key, asked(base, instructions), base, model, listen)})
     for place in places:
         if _kept(place, key) is None:
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -113,12 +113,16 @@ def answer(
 ) -> list[tuple[int, ...]]:
     """The greedy answer to each prompt, as ids, with its end token if it came to an end within `most` tokens."""
     said: list[tuple[int, ...]] = [()] * len(prompts)
-    order = sorted(range(len(prompts)), key=lambda at: len(prompts[at]))
-    for start in range(0, len(order), _AT_ONCE):
-        some = order[start : start + _AT_ONCE]
+    for some in _batches(prompts):
         for at, ids in zip(some, _answer_batch(model, [prompts[at] for at in some], most, ends, listen), strict=True):
             said[at] = ids
     return said
+
+
+def _batches(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
+    """Which prompts are answered side by side: those of like length."""
+    order = sorted(range(len(prompts)), key=lambda at: len(prompts[at]))
+    return [order[start : start + _AT_ONCE] for start in range(0, len(order), _AT_ONCE)]
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:
@@ -158,18 +162,27 @@ def _answer_batch(
     return [tuple(one) for one in said]
 
 
-def _make(base: Base, instructions: str, model: Any, listen: Listen) -> dict[str, list[Answer]]:
-    prompts = asked(base, instructions)
+def _make(
+    begun: Path, key: str, prompts: Asked, base: Base, model: Any, listen: Listen
+) -> dict[str, list[Answer | None]]:
+    """Batch by batch, written down after each."""
     ends = end_tokens(model, base.tokenizer)
     log.info("ability.answering prompts=%d", len(prompts.measured) + len(prompts.rehearsed))
     model.eval()
-    made: dict[str, list[Answer]] = {}
-    for name, some, most in (
-        ("rehearsed", prompts.rehearsed, REHEARSED_TOKENS),
-        ("measured", prompts.measured, MEASURED_TOKENS),
-    ):
-        said = answer(model, some, most=most, ends=ends, listen=listen)
-        made[name] = [((*ids, *ours), len(ids)) for ids, ours in zip(some, said, strict=True)]
+    kinds = (("rehearsed", prompts.rehearsed, REHEARSED_TOKENS), ("measured", prompts.measured, MEASURED_TOKENS))
+    kept = _kept(begun, key)
+    made: dict[str, list[Answer | None]] = (
+        json.loads(kept)["made"] if kept else {name: [None] * len(some) for name, some, _ in kinds}
+    )
+    for name, some, most in kinds:
+        for batch in _batches(some):
+            if all(made[name][at] for at in batch):
+                continue
+            said = _answer_batch(model, [some[at] for at in batch], most, ends, listen)
+            for at, ours in zip(batch, said, strict=True):
+                made[name][at] = ((*some[at], *ours), len(some[at]))
+            write_durably(begun, json.dumps({"key": key, "made": made}).encode())
+    begun.unlink(missing_ok=True)
     return made
 
 

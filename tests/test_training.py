@@ -15,13 +15,13 @@ import pytest
 from core import adapters
 from core.adapters import Candidate
 from core.errors import BadInput
-from core.job import HyperParameters, Spec
+from core.job import Alive, HyperParameters, JobEvent, Spec, Warned, dump_event
 from core.retention import sweep
 from core.store import datasets, jobs
 from core.store.database import Tx
 from core.store.home import Home
 from core.texts import say
-from core.trainer import COMMAND, environment
+from core.trainer import COMMAND, Trainer, environment
 from core.training import TrainingSettings
 from core.types import Address, Handle
 from tests.fake_trainer import COMMAND as FAKE_TRAINER
@@ -236,6 +236,37 @@ async def test_a_silent_trainer_is_killed_and_begun_anew(tmp_path: Path) -> None
         await it.order("silent")
         assert "acme@1" in await it.ended()
         assert len(await it.versions()) == 1
+
+
+async def ran(tmp_path: Path, program: str, *, silence_s: float, halt_s: float = 0.0) -> tuple[int, list[JobEvent]]:
+    """A trainer that is this program, halted for a while as soon as it has said something."""
+    heard: list[JobEvent] = []
+    command = (sys.executable, "-c", f"import time\n{program}")
+    trainer = Trainer(tmp_path, tmp_path / "log", command=command, silence_s=silence_s)
+
+    async def hear(event: JobEvent) -> None:
+        heard.append(event)
+        if halt_s:
+            trainer.halt()
+            await asyncio.sleep(halt_s)
+            asyncio.get_running_loop().call_later(halt_s, trainer.go_on)
+
+    return await trainer.run(hear), heard
+
+
+async def test_signs_of_life_keep_a_trainer_that_has_nothing_else_to_say(tmp_path: Path) -> None:
+    alive = f"for _ in range(12):\n time.sleep(0.25)\n print({dump_event(Alive())!r}, flush=True)"
+    assert await ran(tmp_path, alive, silence_s=2.0) == (0, [])
+
+
+async def test_time_in_which_a_trainer_is_halted_is_not_its_silence(tmp_path: Path) -> None:
+    said = dump_event(Warned("here"))
+    assert await ran(tmp_path, f"print({said!r}, flush=True)\ntime.sleep(0.5)", silence_s=2.0, halt_s=2.5) == (
+        0,
+        [Warned("here")],
+    )
+    status, _ = await ran(tmp_path, f"print({said!r}, flush=True)\ntime.sleep(60)", silence_s=1.0, halt_s=0.2)
+    assert status == -signal.SIGKILL  # it is silent while it may speak
 
 
 async def test_lines_that_are_no_events_are_passed_over(tmp_path: Path) -> None:

@@ -164,3 +164,30 @@ def test_a_job_that_is_stopped_while_the_base_answers_goes_on_later(make_job: Ma
 )
 def test_what_is_unsound(answer: list[int], wrong: bool) -> None:
     assert sanity.unsound(answer, list(range(100, 130)), {2}) is wrong
+
+
+def test_what_is_answered_is_not_asked_again_after_an_interruption(
+    make_job: MakeJob, few: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ability, "_AT_ONCE", 8)
+    base = find_base(Spec.read(folder := make_job()), folder)
+    model = load_module(base, Spec.read(folder))
+    whole = own_answers(make_job("whole"), None, base, "", model, nothing)
+    asked = 0
+
+    def count(until: int) -> None:
+        nonlocal asked
+        asked += 1
+        if asked == until:
+            raise Interrupted
+
+    with pytest.raises(Interrupted):
+        own_answers(folder, None, base, "", model, lambda: count(20))
+    assert (folder / ability.BEGUN).exists()
+    assert not (folder / FILE).exists()
+    first = asked
+    assert own_answers(folder, None, base, "", model, lambda: count(-1)) == whole
+    second, asked = asked - first, 0
+    own_answers(make_job("all"), None, base, "", model, lambda: count(-1))
+    assert second < asked  # a batch or more was kept
+    assert not (folder / ability.BEGUN).exists()

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import json
 import os
 import signal
@@ -17,6 +18,7 @@ from core.job import (
     EXIT_FINISHED,
     EXIT_INTERRUPTED,
     PREVIEW,
+    Alive,
     Checked,
     Done,
     Estimated,
@@ -26,6 +28,8 @@ from core.job import (
     Progress,
     load_event,
 )
+from finetune import __main__ as program
+from finetune.__main__ import Events
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 120
@@ -44,6 +48,18 @@ def start(folder, action="train", *, hurried=False):
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+def test_whoever_asks_whether_to_stop_says_that_he_lives(monkeypatch: pytest.MonkeyPatch) -> None:
+    out = io.StringIO()
+    events = Events(out)
+    assert not events.stop.is_set()
+    assert not out.getvalue()
+    monkeypatch.setattr(program, "ALIVE_S", 0.0)
+    assert not events.stop.is_set()
+    assert load_event(out.getvalue()) == Alive()
+    events.stop.set()
+    assert events.stop.is_set()
 
 
 def read_until(process, kind):

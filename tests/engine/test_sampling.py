@@ -171,3 +171,15 @@ def test_a_row_that_is_not_finite_is_named_and_harms_no_other(bad: float) -> Non
     rows = logits(2)
     rows[0, 3] = bad
     assert sample(rows, [Sampling(1.0)] * 2, [0, 0], [(), ()]) == [NOT_FINITE, drawn(logits(2)[1:2], Sampling(1.0))]
+
+
+@pytest.mark.parametrize("vocabulary", [512, 48, 257])  # by blocks of 256, of 16, by none
+def test_the_most_likely_token_is_the_first_of_equal_ones(vocabulary: int) -> None:
+    torch.manual_seed(vocabulary)
+    for _ in range(100):
+        rows = torch.randint(-3, 3, (4, vocabulary)).float()
+        first = [row.tolist().index(float(row.max())) for row in rows]
+        assert sample(rows, [Sampling()] * 4, [0] * 4, [()] * 4) == first
+        for bad in (float("nan"), float("inf")):
+            rows[1, int(torch.randint(vocabulary, ()))] = bad
+            assert sample(rows, [Sampling()] * 4, [0] * 4, [()] * 4) == [first[0], NOT_FINITE, *first[2:]]

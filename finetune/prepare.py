@@ -82,7 +82,7 @@ def prepare(folder: Path, spec: Spec, emit: Emit) -> Prepared:
             validation=len(parts.validation),
             test=len(parts.test),
             rejected=tuple(one.said(spec.language) for one in report.rejections),
-            mended=tuple(one.said(spec.language) for one in report.mendings),
+            mended=tuple(one.said(spec.language) for one in report.noted()),
             personal=tuple(one.said(spec.language) for one in report.personal_data()),
             median_tokens=lengths[len(lengths) // 2],
             longest_tokens=lengths[-1],

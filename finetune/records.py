@@ -16,6 +16,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from core.texts import Later
 from core.types import Message, Role
 
 MAX_TURNS = 400
+ALIKE = 32  # so many hexadecimal digits of their keys do near doubles share
 ROLES = {
     **dict.fromkeys(("system", "developer"), Role.SYSTEM),
     **dict.fromkeys(("user", "human"), Role.USER),
@@ -102,9 +104,33 @@ def read_record(record: Any, columns: Mapping[str, str] | None = None) -> tuple[
 
 
 def conversation_key(conversation: Conversation) -> str:
-    """sha256 of the canonical JSON of who says what; by it rows are known as the same, and are split."""
-    said = [[turn.message.role.value, turn.message.text] for turn in conversation.turns]
+    """By it rows are known as the same, and are split: half a sha256 of what is said without case, punctuation and
+    spaces, so that near doubles fall into one part; and half of it as it is said.
+    """
+    said = [(turn.message.role.value, turn.message.text) for turn in conversation.turns]
+    return _hash([(role, bare(text)) for role, text in said])[:ALIKE] + _hash(said)[ALIKE:]
+
+
+def _hash(said: list[tuple[str, str]]) -> str:
+    """sha256 of the canonical JSON of who says what."""
     return hashlib.sha256(json.dumps(said, ensure_ascii=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def bare(text: str) -> str:
+    """Letters, digits and signs alone, without case; a text that has none stays as it is."""
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return folded.translate(_MARKS) or text
+
+
+class _Marks(dict[int, int | None]):
+    """For str.translate: punctuation, spaces and what cannot be seen go; filled as it is asked."""
+
+    def __missing__(self, code: int) -> int | None:
+        self[code] = None if unicodedata.category(chr(code))[0] in "PZC" else code
+        return self[code]
+
+
+_MARKS = _Marks()
 
 
 def under_instructions(conversation: Conversation, instructions: str) -> Conversation:

@@ -108,25 +108,27 @@ class Exam:
     def _health(self, candidate: Carrying) -> tuple[Health, dict[str, Any]]:
         """What the base could do and how its answers end, against the candidate's; and the losses that it rests on."""
         measured = self.own.measured
-        some = [self.prepared.encoded[number] for number in self.prepared.split.test[: sanity.ASKED]]
-        prompts, lengths = [prompt_of(row) for row in some], [sum(row.row.supervised) for row in some]
+        rows = [self.prepared.encoded[number] for number in self.prepared.split.test]
+        most = sanity.longest([sum(row.row.supervised) for row in rows[: sanity.ASKED]])
+        room = self.prepared.base.context - most  # a question that leaves less is not asked: its answer would be cut
+        prompts = [ids for row in rows if len(ids := prompt_of(row)) <= room][: sanity.ASKED]
         with candidate():
-            after, unsound = self.meter.row_losses(measured), self._unsound(prompts, lengths)
+            after, unsound = self.meter.row_losses(measured), self._unsound(prompts, most)
         with self.trained.untrained():
-            before, unsound_base = self.meter.row_losses(measured), self._unsound(prompts, lengths)
+            before, unsound_base = self.meter.row_losses(measured), self._unsound(prompts, most)
         tokens = supervised(measured)
         _check_finite("ability", sum(after))
         lost = forgotten(after, before, tokens, self.own.skills, seed=self.spec.hyper.seed)
         kept = {"candidate": after, "base": before, "tokens": tokens, "skills": self.own.skills}
-        return Health(*lost, unsound, unsound_base, len(some)), kept
+        return Health(*lost, unsound, unsound_base, len(prompts)), kept
 
-    def _unsound(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
+    def _unsound(self, prompts: Sequence[Sequence[int]], most: int) -> int:
         tokenizer = self.prepared.base.tokenizer
         ends = end_tokens(self.trained.model, tokenizer)
         instructions = (
             tokenizer.encode(self.spec.instructions, add_special_tokens=False) if self.spec.instructions else []
         )
-        said = answer(self.trained.model, prompts, most=sanity.longest(lengths), ends=ends, listen=self.meter.listen)
+        said = answer(self.trained.model, prompts, most=most, ends=ends, listen=self.meter.listen)
         return sum(sanity.unsound(one, instructions, ends) for one in said)
 
 

@@ -51,12 +51,18 @@ class Prepared:
         return [second_half(row) for row in self.part(numbers)] if self.plain else self.part(numbers)
 
     def swapped(self, numbers: Sequence[int]) -> list[TrainingRow]:
-        """The same answers, each under the questions of a row half the list away."""
+        """The same answers, each under the questions of a row half the list away, or of the next that leave it room."""
         half = len(numbers) // 2
-        pairs = list(zip(numbers, [*numbers[half:], *numbers[:half]], strict=True))
+        others = [*numbers[half:], *numbers[:half]]
         if self.plain:
+            pairs = zip(numbers, others, strict=True)
             return [behind(self.encoded[one].row, self.encoded[other].row) for one, other in pairs]
-        return [under_questions_of(self.encoded[one], self.encoded[other], self.base.tokenizer) for one, other in pairs]
+        return [self._swapped(number, [*others[at:], *others[:at]]) for at, number in enumerate(numbers)]
+
+    def _swapped(self, number: int, others: Sequence[int]) -> TrainingRow:
+        """Under the first questions with which the model takes it; its own are among them."""
+        tried = (under_questions_of(self.encoded[number], self.encoded[other], self.base.tokenizer) for other in others)
+        return next(row for row in tried if len(row.ids) <= self.base.context)
 
 
 def prepare(folder: Path, spec: Spec, emit: Emit) -> Prepared:
@@ -101,12 +107,11 @@ def _read_rows(path: Path, folder: Path, spec: Spec, emit: Emit) -> tuple[Base, 
 
     For a model that begins from nothing, the text decides about its tokenizer first.
     """
-    hyper, scratch = spec.hyper, spec.method == "scratch"
+    scratch = spec.method == "scratch"
     if scratch and is_plain(path):
         text, report = read_text(path), Report()
         base = find_base(spec, folder, fresh_base(folder, spec, [text]))
-        max_tokens = min(hyper.max_tokens, spec.fresh.context)
-        return base, encode_text(text, base.tokenizer, max_tokens=max_tokens, report=report), report
+        return base, encode_text(text, base.tokenizer, max_tokens=_longest(spec, base), report=report), report
     conversations, report = read(path, spec.columns)
     if spec.redact:
         redacted = write_redacted(conversations, folder)
@@ -115,9 +120,14 @@ def _read_rows(path: Path, folder: Path, spec: Spec, emit: Emit) -> tuple[Base, 
     texts = (message.text for conversation in conversations for message in conversation.messages)
     base = find_base(spec, folder, fresh_base(folder, spec, texts) if scratch else None)
     rows = encode(
-        conversations, base.tokenizer, instructions=spec.instructions, max_tokens=hyper.max_tokens, report=report
+        conversations, base.tokenizer, instructions=spec.instructions, max_tokens=_longest(spec, base), report=report
     )
     return base, rows, report
+
+
+def _longest(spec: Spec, base: Base) -> int:
+    """How many tokens a row may have: what is set, and no more than the model takes."""
+    return min(spec.hyper.max_tokens, base.context)
 
 
 def histogram(lengths: Sequence[int]) -> tuple[int, ...]:

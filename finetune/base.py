@@ -16,6 +16,7 @@ from core.errors import JobError
 from core.job import Spec
 from core.linear import make_plain
 from core.weights import fingerprint
+from finetune.settings import refused
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -120,14 +121,12 @@ def _four_bits(spec: Spec) -> Any:
 
     Raises JobError where that cannot be.
     """
-    reason = "it is for LoRA only" if spec.method != "lora" else ""
+    if spec.method != "lora":
+        raise refused(spec, "four_bits_lora")
     if torch.device(spec.device).type != "cuda":
-        reason = f"it needs a CUDA device, and this is {spec.device}"
-    elif find_spec("bitsandbytes") is None:
-        reason = "it needs the package bitsandbytes"
-    if reason:
-        detail = f'finetune.quantization="4bit": {reason}; set finetune.quantization="none"'
-        raise JobError(detail=detail, fault="yours")
+        raise refused(spec, "four_bits_cuda", device=spec.device)
+    if find_spec("bitsandbytes") is None:
+        raise refused(spec, "four_bits_package")
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

@@ -39,7 +39,7 @@ from finetune.pace import Pace, Taken
 from finetune.prepare import Emit, Prepared, prepare
 from finetune.publish import done, publish, published, write_adapter, write_model
 from finetune.report import losses_of, manifest_of
-from finetune.settings import LEAST_PREFIX, Resolved, resolve
+from finetune.settings import LEAST_PREFIX, Resolved, refused, resolve
 from finetune.team import Team, whole
 
 log = logging.getLogger(__name__)
@@ -213,8 +213,7 @@ class Trainer:
         """Compute activations twice from now on. Raises JobError where that is done already, or others wait for us."""
         self.optimizer.zero_grad(set_to_none=True)
         if self.spares_memory or self.team.size > 1 or self.spec.hyper.checkpointing == "off":
-            detail = f"not enough memory on {self.device}: lower finetune.max_tokens or finetune.rows_per_step"
-            raise JobError(detail=detail, fault="yours") from error
+            raise refused(self.spec, "out_of_memory", device=self.device) from error
         log.warning("train.out_of_memory step=%d: activations are computed twice", self.position.step)
         checkpoint_activations(self.model)
         self.spares_memory = True
@@ -287,7 +286,7 @@ class Trainer:
         position = self.keeper.load(BEST)
         if position is None or failed_factor < 1:
             fields = {**error.fields, "rate": f"{min(rate / 4, HyperParameters().learning_rate):g}"}
-            raise JobError(detail=say(self.spec.language, f"data.lost_{error.key}", **fields), fault="yours")
+            raise refused(self.spec, f"lost_{error.key}", **fields)
         self.position = position
         self.position.rate_factor = failed_factor / 2
         self._save()

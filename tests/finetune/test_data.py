@@ -306,7 +306,10 @@ def test_every_reason_has_its_sentence():
         )
     }
     warned = re.findall(r'_warn\("(\w+)"', (root / "train.py").read_text("utf-8"))
-    keys = {f"data.{key}" for key in used} | {f"data.warn_{key}" for key in warned}
+    refused = re.findall(
+        r'refused\((?:self\.)?spec, "(\w+)"', "".join(path.read_text("utf-8") for path in root.glob("*.py"))
+    )
+    keys = {f"data.{key}" for key in (*used, *refused)} | {f"data.warn_{key}" for key in warned}
     assert len(keys) > 40
     assert [key for key in sorted(keys) if say("en", key) == key] == []
 

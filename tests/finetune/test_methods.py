@@ -213,15 +213,15 @@ def test_a_step_without_memory_is_taken_again_with_activations_computed_twice(ma
         return forward(self, batch)
 
     monkeypatch.setattr(Scorer, "forward", never)
-    with pytest.raises(JobError, match=r"lower finetune.max_tokens") as caught:
-        go(make_job("none"))
-    assert caught.value.fields["fault"] == "yours"
+    with pytest.raises(JobError, match=r"cpu 内存不足；请减小 finetune.max_tokens") as caught:
+        go(make_job("none"), language="zh")
+    assert caught.value.fields["fault"] == "settings"
 
 
 def test_four_bits_are_refused_without_cuda_and_the_way_out_is_named(make_job):
     with pytest.raises(JobError, match=r'needs a CUDA device.*set finetune.quantization="none"') as caught:
         go(make_job(quantization="4bit"))
-    assert caught.value.fields["fault"] == "yours"
+    assert caught.value.fields["fault"] == "settings"
 
 
 def test_a_base_whose_layers_multiply_by_themselves_gets_the_same_delta(tiny_folder):

@@ -225,7 +225,7 @@ def test_the_second_value_that_is_not_finite_ends_the_job(make_job, monkeypatch)
     heard = Heard()
     with pytest.raises(JobError, match="also at half the learning rate") as caught:
         train(folder, Spec.read(folder), heard, threading.Event())
-    assert caught.value.fields["fault"] == "yours"
+    assert caught.value.fields["fault"] == "settings"
     assert len(heard.of(Warned)) == 1
     assert not (folder / "out").exists()
 
@@ -254,7 +254,7 @@ def test_a_learning_rate_of_one_stops_restores_and_tells(make_job, taught_folder
     heard = Heard()
     with pytest.raises(JobError, match=r"finetune.learning_rate = 0.001") as caught:
         train(folder, Spec.read(folder), heard, threading.Event())
-    assert caught.value.fields["fault"] == "yours"
+    assert caught.value.fields["fault"] == "settings"
     (warned,) = heard.of(Warned)
     assert "going on from step 0 with half the learning rate, 0.5" in warned.text
     assert not (folder / "out").exists()
@@ -352,6 +352,12 @@ def test_bad_data_names_its_line(make_job):
     assert caught.value.fields["line"] == 1
 
 
+def test_a_setting_is_refused_in_the_language_of_who_asked(make_job):
+    with pytest.raises(JobError, match=r"finetune.rank=0 不在 1 到 256 之间") as caught:
+        go(make_job(rank=0), language="zh")
+    assert caught.value.fields["fault"] == "settings"
+
+
 @pytest.mark.parametrize(
     ("setting", "value"),
     [("rank", 0), ("dropout", 1.0), ("learning_rate", math.nan), ("epochs", 0), ("schedule", "linear")],
@@ -359,7 +365,7 @@ def test_bad_data_names_its_line(make_job):
 def test_a_setting_out_of_range_is_named(make_job, setting, value):
     with pytest.raises(JobError, match=f"finetune.{setting}=") as caught:
         go(make_job(**{setting: value}))
-    assert caught.value.fields["fault"] == "yours"
+    assert caught.value.fields["fault"] == "settings"
 
 
 def test_a_candidate_is_judged_against_the_version_that_answers_now(make_job):

@@ -33,6 +33,13 @@ class Base:
     context: int  # tokens that it takes; sys.maxsize where its configuration names no end
 
 
+def check_device(spec: Spec) -> None:
+    """Raises JobError for a GPU that is not there."""
+    device, there = torch.device(spec.device), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= there:
+        raise refused(spec, "no_device", device=spec.device, n=there)
+
+
 def find_base(spec: Spec, job_folder: Path, fresh: Path | None = None) -> Base:
     """Check the base model, load its tokenizer and read its context.
 

@@ -13,7 +13,7 @@ from core.errors import JobError
 from core.job import FEWEST_TEST_ROWS, Checked, JobEvent, Spec
 from core.prompt import TrainingRow
 from finetune import settings
-from finetune.base import Base, find_base
+from finetune.base import Base, check_device, find_base
 from finetune.data import Report, bad, read
 from finetune.encode import Row, encode, under_questions_of
 from finetune.fresh import fresh_base
@@ -68,6 +68,7 @@ class Prepared:
 def prepare(folder: Path, spec: Spec, emit: Emit) -> Prepared:
     """Check settings, base model and data; tell what became of the rows. Raises BadDataset, JobError."""
     settings.check(spec)
+    check_device(spec)
     path = folder / spec.data
     _check_data(path, spec.data_sha256)
     try:

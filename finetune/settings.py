@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
-from typing import get_args, get_type_hints
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from core.errors import JobError
 from core.job import HyperParameters, Method, Spec
 from core.texts import say
 
 HINTS = get_type_hints(HyperParameters)
+DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 FEW_ROWS, DROPOUT_FEW, DROPOUT = 200, 0.1, 0.05
 MICRO_TOKENS_CPU = 384  # about two seconds on two cores, which is how long a stop may take; larger is not faster
 MICRO_TOKENS_GPU = 16384
@@ -40,6 +42,7 @@ def check(spec: Spec) -> None:
         ("finetune.warmup", h.warmup, 0, 1),
         ("finetune.max_tokens", h.max_tokens, 16, 131072),
         ("finetune.rehearsal", h.rehearsal, 0, 10),
+        ("finetune.seed", h.seed, 0, 2**63 - 1),
         ("finetune.threads", spec.threads, 1, 1024),
     ]
     sizes: list[tuple[str, float | None, float, float]] = [
@@ -54,10 +57,14 @@ def check(spec: Spec) -> None:
             raise refused(spec, "setting_range", name=name, value=str(value), least=f"{least:g}", most=f"{most:g}")
     if spec.method == "scratch" and (fresh.hidden % fresh.heads or fresh.hidden // fresh.heads % 2):
         raise refused(spec, "setting_heads", hidden=str(fresh.hidden), heads=str(fresh.heads))
-    choices = {"method": (spec.method, Method), "finetune.schedule": (h.schedule, HINTS["schedule"])}
-    for name, (chosen, kind) in choices.items():
-        if chosen not in get_args(kind):
-            raise refused(spec, "setting_choice", name=name, value=chosen, known=", ".join(get_args(kind)))
+    chosen = {
+        f"finetune.{name}": (getattr(h, name), hint) for name, hint in HINTS.items() if get_origin(hint) is Literal
+    }
+    for name, (one, kind) in {"method": (spec.method, Method), **chosen}.items():
+        if one not in get_args(kind):
+            raise refused(spec, "setting_choice", name=name, value=one, known=", ".join(get_args(kind)))
+    if not DEVICE.fullmatch(spec.device):
+        raise refused(spec, "setting_choice", name="device", value=spec.device, known="cpu, cuda, cuda:N")
 
 
 @dataclass(frozen=True, slots=True)

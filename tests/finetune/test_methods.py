@@ -276,7 +276,14 @@ def test_the_owner_makes_a_job_from_the_command_line(tmp_path, tiny_folder):
         (["--model", "nowhere"], "nowhere is not the folder of a model"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
         (["--method", "scratch", "hidden=50", "heads=4"], "fresh.hidden=50 must be"),
+        (["--method", "scratch", "vocabulary=100"], "fresh.vocabulary=100 is not within 259"),
         (["rank=0"], "finetune.rank=0 is not within"),
+        (["preset=thorogh"], "finetune.preset=thorogh is none of auto, card, thorough"),
+        (["quantization=8bit"], "finetune.quantization=8bit is none of none, 4bit"),
+        (["checkpointing=yes"], "finetune.checkpointing=yes is none of auto, on, off"),
+        (["layers=99"], "layers=99 is of a model that begins from nothing: leave it out, or add --method scratch"),
+        (["--device", "gpu"], "device=gpu is none of cpu, cuda, cuda:N"),
+        (["seed=-1"], "finetune.seed=-1 is not within"),
     ],
 )
 def test_what_is_wrong_with_a_command_is_named(tmp_path, tiny_folder, words, said, capsys):
@@ -287,3 +294,20 @@ def test_what_is_wrong_with_a_command_is_named(tmp_path, tiny_folder, words, sai
     assert main([*command, *words]) == 1
     assert said in capsys.readouterr().err
     assert not (tmp_path / "job").exists()
+
+
+def test_a_job_folder_that_cannot_be_made_is_named(tmp_path, tiny_folder, capsys):
+    from finetune.__main__ import main
+
+    (tmp_path / "faq.jsonl").write_bytes(faq(40))
+    command = ["--model", str(tiny_folder), "--data", str(tmp_path / "faq.jsonl")]
+    for job in (tmp_path / "faq.jsonl", tmp_path / "faq.jsonl" / "job"):
+        assert main(["new", str(job), *command]) == 1
+        assert f"{job} cannot be made: " in capsys.readouterr().err
+
+
+def test_a_gpu_that_is_not_there_is_named(make_job, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(JobError, match=r"no device cuda:1 on this machine \(CUDA devices: 1\)") as caught:
+        go(of(make_job(), device="cuda:1"))
+    assert caught.value.fields["fault"] == "settings"

@@ -163,6 +163,7 @@ class Trainer:
             self.position,
             self.trained,
             dropout=self.settings.dropout,
+            epochs_done=self.position.step / self.course.steps_per_epoch,
             losses=losses,
             judged=judged,
             processes=self.team.size,

@@ -304,7 +304,10 @@ def test_it_stops_when_nothing_is_gained_and_the_best_is_what_is_published(make_
     assert (heard.of(Progress)[-1].step, heard.of(Progress)[-1].steps) == (20, 20)
     out = load_file(folder / "out" / "adapter_model.safetensors")
     assert all(torch.equal(out[name], tensor) for name, tensor in states[10].items())
-    assert json.loads((folder / "out" / "manifest.json").read_text())["losses"]["validation_10"] == 1.5
+    manifest = json.loads((folder / "out" / "manifest.json").read_text())
+    assert manifest["losses"]["validation_10"] == 1.5
+    assert (manifest["epochs_done"], manifest["hyper"]["epochs"]) == (4.0, 10)
+    assert "for 4 of 10 epochs (20 steps" in (folder / "out" / "README.md").read_text()
 
 
 def test_without_patience_all_steps_are_taken(make_job, monkeypatch):

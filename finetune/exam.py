@@ -32,6 +32,7 @@ MOST_SHOWN, MOST_CHARACTERS = 20, 300
 Carrying = Callable[[], AbstractContextManager[object]]  # within it the model answers as the candidate does
 Tell = Callable[[Evaluated], None]
 Warn = Callable[..., None]  # (key of a sentence, its fields)
+Keep = Callable[[Path, bytes], None]  # writes a file durably, if it is this process that writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class Exam:
     trained: Trained
     meter: Meter
     warn: Warn
-    writes: bool = True  # one process of a team does
+    keep: Keep = write_durably
 
     def take(self, candidate: Carrying, tell: Tell, *, step: int = 0) -> Examined:
         """Raises JobError for a loss that is not finite; Interrupted."""
@@ -73,13 +74,12 @@ class Exam:
         lines = [self.prepared.encoded[number].line for number in numbers]
         scores = {"candidate": asdict(mine), "champion": asdict(champion), "base": asdict(base)}
         everything = {"lines": lines, "tokens": tokens, **scores, "health": asdict(health), "ability": kept}
-        if self.writes:
-            write_durably(self.folder / SCORES, json.dumps(everything).encode())
+        self.keep(self.folder / SCORES, json.dumps(everything).encode())
         judged = judge(
             mine, champion, tokens, champion_label=label, seed=self.spec.hyper.seed, health=health, lines=lines
         )
-        if self.writes and not self.prepared.plain:  # the pieces of a text ask nothing
-            write_durably(self.folder / SHOWN, self._shown(judged).dump().encode())
+        if not self.prepared.plain:  # the pieces of a text ask nothing
+            self.keep(self.folder / SHOWN, self._shown(judged).dump().encode())
         return Examined(judged, losses)
 
     def _shown(self, judged: Judged) -> Shown:

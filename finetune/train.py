@@ -26,7 +26,7 @@ from finetune import packed as packed_rows
 from finetune.ability import NOTHING, OwnAnswers, own_answers
 from finetune.base import load_again, load_module
 from finetune.batches import collate, pack, shared_prefix
-from finetune.checkpoint import BEST
+from finetune.checkpoint import BEST, write_durably
 from finetune.course import Course
 from finetune.exam import Exam
 from finetune.keeping import Interrupted, Keeper, identity_of
@@ -314,12 +314,14 @@ class Trainer:
 
     def _judge(self) -> Judged:
         """Compare with what answers now, on the rows that neither training nor watching it saw."""
-        exam = Exam(
-            self.folder, self.spec, self.prepared, self.own, self.trained, self.meter, self._warn, self.team.leads
-        )
+        exam = Exam(self.folder, self.spec, self.prepared, self.own, self.trained, self.meter, self._warn, self._keep)
         examined = exam.take(nullcontext, self.emit, step=self.position.step)
         self.evaluated |= examined.losses
         return examined.judged
+
+    def _keep(self, path: Path, content: bytes) -> None:
+        if self.team.leads:
+            self.keeper.with_room(lambda: write_durably(path, content), step=self.position.step)
 
     def _warn(self, key: str, **fields: object) -> None:
         self.emit(Warned(say(self.spec.language, f"data.warn_{key}", **fields)))

@@ -3,13 +3,13 @@
 Five shapes are read, told apart by their keys:
 
     {"messages": [{"role": "user", "content": "..."}, ...]}             OpenAI; each with an optional "weight" of 0 or 1
-    {"conversations": [{"from": "human", "value": "..."}, ...]}         ShareGPT; "system" may stand beside it
+    {"conversations": [{"from": "human", "value": "..."}, ...]}         ShareGPT
     {"prompt": "...", "completion": "..."}                              each a text, or a list of messages
     {"instruction": "...", "input": "...", "output": "..."}             Alpaca
     {"question": "...", "answer": "..."}, or q and a                    also in CSV, like the two before
 
-Where none of these keys is there, a question and an answer are recognised by other names that people give them; or the
-operator has named them.
+A "system" beside them is the system turn. Where none of these keys is there, a question and an answer are recognised by
+other names that people give them; or the operator has named them.
 """
 
 from __future__ import annotations
@@ -178,11 +178,12 @@ def _turns(record: Mapping[str, Any], mending: Mending) -> list[Turn]:
     if shape is None:
         known = "; ".join(" and ".join(keys) for keys in SHAPES)
         raise BadRecord("no_keys", known=known)
-    if shape == ("messages",):
-        return _list(record["messages"], mending)
-    if shape == ("conversations",):
-        turns = _list(record["conversations"], mending)
-        return [*_system(record, mending), *turns]
+    return [*_system(record, mending), *_spoken(record, shape, mending)]
+
+
+def _spoken(record: Mapping[str, Any], shape: tuple[str, ...], mending: Mending) -> list[Turn]:
+    if shape in (("messages",), ("conversations",)):
+        return _list(record[shape[0]], mending)
     if shape == ("prompt", "completion"):
         prompt, completion = record["prompt"], record["completion"]
         asked = _list(prompt, mending) if isinstance(prompt, list) else [_turn(Role.USER, prompt, mending)]
@@ -196,7 +197,6 @@ def _turns(record: Mapping[str, Any], mending: Mending) -> list[Turn]:
         question = f"{question}\n\n{_text(record['input'], 'input', mending)}"
     answer = _text(record[said_key], said_key, mending)
     return [
-        *_system(record, mending),
         Turn(Message(Role.USER, question.strip()), taught=False),
         Turn(Message(Role.ASSISTANT, answer.strip()), taught=True),
     ]

@@ -66,6 +66,13 @@ def test_every_shape_gives_the_same_conversation(record):
     assert mended == ()
 
 
+@pytest.mark.parametrize("record", SHAPES, ids=lambda r: "+".join(r))
+def test_a_system_turn_may_stand_beside_every_shape(record):
+    conversation, mended = read_record({"system": "Be brief.", **record})
+    assert conversation.messages == (Message(Role.SYSTEM, "Be brief."), ASKED, SAID)
+    assert mended == ()
+
+
 @pytest.mark.parametrize("name", ["faq-en.jsonl", "faq-en-alpaca.jsonl", "faq-en-sharegpt.jsonl", "faq-en.csv"])
 def test_the_companys_faq_is_read_as_it_is(tmp_path, name):
     path = tmp_path / name

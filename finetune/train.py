@@ -122,7 +122,7 @@ class Trainer:
         self.pace = Pace(spec, prepared, self.train_rows, self.course, emit)
         self.keeper = Keeper(
             folder,
-            identity_of(spec, prepared.base, self.own.sha256, self.settings),
+            identity_of(spec, prepared, self.own.sha256, self.settings),
             self.trained,
             self.optimizer,
             team=self.team,

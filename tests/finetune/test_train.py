@@ -22,6 +22,7 @@ from finetune import train as loop
 from finetune.checkpoint import BEST, NEWEST
 from finetune.keeping import Interrupted
 from finetune.meter import Meter
+from finetune.split import split
 from finetune.train import Trainer, Unstable, train
 from tests.finetune.conftest import Heard, faq
 from tests.tiny import quietly
@@ -183,6 +184,21 @@ def test_an_out_that_is_there_is_told_and_not_made_again(make_job, monkeypatch):
     judged, again = go(folder)
     assert judged in first
     assert replace(again, seconds=0.0) == replace(first[-1], seconds=0.0)
+
+
+def test_a_checkpoint_that_was_trained_on_rows_that_test_now_is_not_gone_on_from(make_job, monkeypatch):
+    """As when another version of this program splits a set otherwise."""
+    folder = make_job()
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        go(folder, stop_after(patch, 3))
+
+    def otherwise(keys):
+        parts = split(keys)
+        return replace(parts, train=parts.test + parts.train[3:], test=parts.train[:3])
+
+    monkeypatch.setattr("finetune.prepare.split", otherwise)
+    heard = go(folder)
+    assert "begins anew" in heard.of(Warned)[0].text
 
 
 def test_a_damaged_checkpoint_or_one_of_other_settings_begins_anew(make_job, monkeypatch):

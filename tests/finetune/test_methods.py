@@ -167,6 +167,13 @@ def test_a_text_is_cut_into_rows_that_give_it_again_and_only_its_end_is_an_end(t
     assert [row.line for row in cut][:3] == [1, 5, 5]
 
 
+def test_a_single_token_that_is_left_of_a_paragraph_is_no_row(tokenizer):
+    text = "".join(f"{n:03}{'x' * 36}\n\n{n:03}{'y' * 50}\n\n" for n in range(24))  # 41 tokens, then more than fit
+    cut = encode_text(text, tokenizer, max_tokens=40, report=(report := Report()))
+    assert min(len(row.row.ids) for row in cut) > 1
+    assert report.rows == report.used + report.duplicates
+
+
 def test_activations_may_be_computed_twice_and_nothing_changes(make_job):
     results = []
     for choice in ("off", "on"):

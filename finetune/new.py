@@ -71,7 +71,7 @@ def make(given: argparse.Namespace, words: Sequence[str]) -> Path:
         shutil.copyfile(given.data, given.job / spec.data)
         spec.write(given.job)
     except OSError as error:
-        raise JobError(detail=f"{given.job} cannot be made: {error.strerror}; name another folder") from error
+        raise JobError(detail=f"{given.job} cannot be made: {error.strerror or error}; name another folder") from error
     return Path(given.job)
 
 

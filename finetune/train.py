@@ -198,17 +198,20 @@ class Trainer:
 
     def _advance(self) -> None:
         began = time.monotonic()
-        try:
-            taken = self.take_step()
-        except torch.OutOfMemoryError as error:
-            self._spare_memory(error)  # nothing was changed: the step is taken again
-            return
+        taken = self._step()
         self.pace.count(self.position, taken, time.monotonic() - began)
         if self._is_lost(LOST_STEPS):
             raise Unstable("diverged", at=self.position.step, loss=taken.loss, before=self._untrained_loss())
         self.pace.tell(self.position, taken)
         if self.keeper.is_due(began):
             self._save()
+
+    def _step(self) -> Taken:
+        try:
+            return self.take_step()
+        except torch.OutOfMemoryError as error:
+            self._spare_memory(error)
+        return self._step()  # nothing was changed
 
     def _spare_memory(self, error: Exception) -> None:
         """Compute activations twice from now on. Raises JobError where that is done already, or others wait for us."""
@@ -237,11 +240,11 @@ class Trainer:
         lengths = [sum(len(self.train_rows[row].ids) for micro in step for row in micro) for step in steps]
         order = sorted(range(len(lengths)), key=lambda at: -lengths[at])
         self.position.rate_factor, self.position.step = 0.0, order[0]
-        self.take_step()  # what is slow once: memory is asked for, kernels are chosen
+        self._step()  # what is slow once: memory is asked for, kernels are chosen
         tokens, seconds = 0, 0.0
         for at in order[len(order) // 2 :][:WARM_UP_STEPS]:
             self.position.step, began = at, time.monotonic()
-            tokens += self.take_step().tokens
+            tokens += self._step().tokens
             seconds += time.monotonic() - began
             if seconds > WARM_UP_S:
                 break

@@ -16,11 +16,12 @@ from transformers import AutoTokenizer
 
 from core.engine.protocol import ModelSettings
 from core.errors import JobError
-from core.job import Done, Fresh, Judged, Spec
+from core.job import Done, Estimated, Fresh, Judged, Spec
 from core.model import load_model
 from finetune import fresh, memory
 from finetune import train as loop
 from finetune.batches import collate
+from finetune.check import check
 from finetune.checkpoint import BEST, NEWEST
 from finetune.data import Report
 from finetune.keeping import Interrupted
@@ -225,6 +226,23 @@ def test_a_step_without_memory_is_taken_again_with_activations_computed_twice(ma
     assert caught.value.fields["fault"] == "settings"
 
 
+def test_a_check_finds_its_way_where_memory_is_short_as_the_job_will(make_job, monkeypatch):
+    forward, spared = Scorer.forward, []
+    spare = loop.checkpoint_activations
+
+    def short(self, batch):
+        if self.training and not spared:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, batch)
+
+    monkeypatch.setattr(Scorer, "forward", short)
+    monkeypatch.setattr(loop, "checkpoint_activations", lambda model: spared.append(spare(model)))
+    folder, heard = make_job(), Heard()
+    check(folder, Spec.read(folder), heard, threading.Event())
+    assert heard.of(Estimated)[0].seconds > 0
+    assert len(spared) == 1
+
+
 def test_four_bits_are_refused_without_cuda_and_the_way_out_is_named(make_job):
     with pytest.raises(JobError, match=r'needs a CUDA device.*set finetune.quantization="none"') as caught:
         go(make_job(quantization="4bit"))
@@ -311,6 +329,9 @@ def test_a_job_folder_that_cannot_be_made_is_named(tmp_path, tiny_folder, capsys
     for job in (tmp_path / "faq.jsonl", tmp_path / "faq.jsonl" / "job"):
         assert main(["new", str(job), *command]) == 1
         assert f"{job} cannot be made: " in capsys.readouterr().err
+    (tmp_path / "data.jsonl").write_bytes(faq(40))
+    assert main(["new", str(tmp_path), "--model", str(tiny_folder), "--data", str(tmp_path / "data.jsonl")]) == 1
+    assert "are the same file; name another folder" in capsys.readouterr().err
 
 
 def test_a_gpu_that_is_not_there_is_named(make_job, monkeypatch):

@@ -21,7 +21,7 @@ LEAST_PREFIX = 8  # tokens; for fewer, packing saves too little to be worth its 
 
 
 def refused(spec: Spec, key: str, **fields: object) -> JobError:
-    """What to raise where a setting is to blame: a sentence of [data] says which, in the language of who asked."""
+    """What to raise where the rows are fine: a sentence of [data] says what is not, in the language of who asked."""
     return JobError(detail=say(spec.language, f"data.{key}", **fields), fault="settings")
 
 

@@ -332,12 +332,15 @@ class Done:
     test_loss: float | None = None
 
 
+Fault = Literal["yours", "settings", "ours"]
+
+
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """`fault` is "yours" where the data or a setting is to blame, "ours" otherwise."""
+    """`fault` is "yours" where the data is to blame, "settings" where a setting is, "ours" otherwise."""
 
     kind: ClassVar[str] = "failed"
-    fault: Literal["yours", "ours"]
+    fault: Fault
     reason: str
     line: int = 0
 

@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO
 
 from core.errors import AppError, BadDataset, JobError
-from core.job import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, Alive, Failed, JobEvent, Spec, dump_event
+from core.job import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, Alive, Failed, Fault, JobEvent, Spec, dump_event
 from core.texts import Later
 from finetune import new
 from finetune.limits import keep_no_core
@@ -129,14 +129,18 @@ def run(action: str, folder: Path, emit: Events, stop: threading.Event) -> int:
         emit(Failed("yours", told, line=int(error.fields.get("line", 0))))
         return EXIT_FAILED
     except AppError as error:
-        fault = "yours" if isinstance(error, JobError) and error.fields.get("fault") == "yours" else "ours"
-        emit(Failed("yours" if fault == "yours" else "ours", error.detail or str(error)))
+        emit(Failed(_fault_of(error), error.detail or str(error)))
         return EXIT_FAILED
     except Exception as error:
         log.exception("train.failed")
         emit(Failed("ours", f"{type(error).__name__}: {error}"[:500]))
         return EXIT_FAILED
     return EXIT_FINISHED
+
+
+def _fault_of(error: AppError) -> Fault:
+    said = error.fields.get("fault") if isinstance(error, JobError) else ""
+    return "yours" if said == "yours" else "settings" if said == "settings" else "ours"
 
 
 @contextmanager

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import sys
 from dataclasses import dataclass
 from importlib.util import find_spec
 from pathlib import Path
@@ -15,6 +16,7 @@ from core.errors import JobError
 from core.job import Spec
 from core.linear import make_plain
 from core.weights import fingerprint
+from finetune.settings import refused
 
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
@@ -28,12 +30,20 @@ class Base:
     template_sha256: str
     folder: Path
     tokenizer: Any
+    context: int  # tokens that it takes; sys.maxsize where its configuration names no end
+
+
+def check_device(spec: Spec) -> None:
+    """Raises JobError for a GPU that is not there."""
+    device, there = torch.device(spec.device), torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= there:
+        raise refused(spec, "no_device", device=spec.device, n=there)
 
 
 def find_base(spec: Spec, job_folder: Path, fresh: Path | None = None) -> Base:
-    """Check the base model and load its tokenizer. Raises JobError if it is not the model of spec.fingerprint.
+    """Check the base model, load its tokenizer and read its context.
 
-    `fresh` is the folder of one that has just been drawn.
+    Raises JobError if it is not the model of spec.fingerprint. `fresh` is the folder of one that has just been drawn.
     """
     folder = fresh or job_folder / spec.model  # an absolute path stays as it is
     try:
@@ -45,9 +55,18 @@ def find_base(spec: Spec, job_folder: Path, fresh: Path | None = None) -> Base:
         raise JobError(detail=detail)
     tokenizer = load_tokenizer(folder)
     template = hashlib.sha256(str(tokenizer.get_chat_template()).encode()).hexdigest()
-    return Base(
-        "a fresh configuration" if fresh else spec.model_name or folder.name, found, template, folder, tokenizer
-    )
+    name = "a fresh configuration" if fresh else spec.model_name or folder.name
+    return Base(name, found, template, folder, tokenizer, _context(folder))
+
+
+def _context(folder: Path) -> int:
+    from transformers import AutoConfig
+
+    try:
+        config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
+    except (OSError, ValueError, KeyError) as error:
+        raise JobError(detail=f"the configuration in {folder} cannot be read: {error}") from error
+    return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
 def load_tokenizer(folder: Path) -> Any:
@@ -109,14 +128,12 @@ def _four_bits(spec: Spec) -> Any:
 
     Raises JobError where that cannot be.
     """
-    reason = "it is for LoRA only" if spec.method != "lora" else ""
+    if spec.method != "lora":
+        raise refused(spec, "four_bits_lora")
     if torch.device(spec.device).type != "cuda":
-        reason = f"it needs a CUDA device, and this is {spec.device}"
-    elif find_spec("bitsandbytes") is None:
-        reason = "it needs the package bitsandbytes"
-    if reason:
-        detail = f'finetune.quantization="4bit": {reason}; set finetune.quantization="none"'
-        raise JobError(detail=detail, fault="yours")
+        raise refused(spec, "four_bits_cuda", device=spec.device)
+    if find_spec("bitsandbytes") is None:
+        raise refused(spec, "four_bits_package")
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

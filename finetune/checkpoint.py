@@ -107,8 +107,8 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, trained: Trained, tensors:
 
 def is_disk_full(error: Exception) -> bool:
     """safetensors tells it in words alone."""
-    number = getattr(error, "errno", None)
-    return number in (errno.ENOSPC, errno.EDQUOT) or f"(os error {errno.ENOSPC})" in str(error)
+    full = (errno.ENOSPC, errno.EDQUOT)
+    return getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full)
 
 
 def save_durably(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str]) -> None:
@@ -128,11 +128,15 @@ def save_durably(path: Path, tensors: dict[str, Tensor], metadata: dict[str, str
 def write_durably(path: Path, content: bytes) -> None:
     """Write aside, to the disk, then rename over `path`."""
     aside = path.with_name(path.name + ".new")
-    with aside.open("wb") as file:
-        file.write(content)
-        file.flush()
-        os.fsync(file.fileno())
-    aside.replace(path)
+    try:
+        with aside.open("wb") as file:
+            file.write(content)
+            file.flush()
+            os.fsync(file.fileno())
+        aside.replace(path)
+    except OSError:
+        aside.unlink(missing_ok=True)
+        raise
     sync_folder(path.parent)
 
 

@@ -18,7 +18,7 @@ from typing import IO, Any
 from core.errors import BadDataset
 from core.texts import Later
 from finetune.personal import find
-from finetune.records import BadRecord, Conversation, read_record
+from finetune.records import ALIKE, BadRecord, Conversation, read_record
 from finetune.sheets import BadSheet, rows
 
 MAX_BYTES = 200 * 10**6  # unpacked
@@ -42,6 +42,8 @@ class Report:
     duplicates: int = 0
     rejected: int = 0
     mended: int = 0
+    near: int = 0  # used, and the same as an earlier one but for case, punctuation and spaces
+    first_near: int = 0  # its line
     rejections: list[Later] = field(default_factory=list)
     mendings: list[Later] = field(default_factory=list)
     doubled: list[int] = field(default_factory=list)  # lines
@@ -59,6 +61,10 @@ class Report:
         if len(self.doubled) < NAMED:
             self.doubled.append(line)
 
+    def note_near(self, line: int) -> None:
+        self.near += 1
+        self.first_near = self.first_near or line
+
     def note_personal(self, line: int, text: str) -> None:
         for kind, n in find(text).items():
             before, first = self.personal.get(kind, (0, line))
@@ -66,6 +72,11 @@ class Report:
 
     def personal_data(self) -> list[Later]:
         return [Later(f"data.personal_{kind}", n=n, line=line) for kind, (n, line) in self.personal.items()]
+
+    def noted(self) -> list[Later]:
+        """What was mended, after what is to be known of all rows together."""
+        near = [Later("data.near", n=self.near, line=self.first_near)] if self.near else []
+        return [*near, *self.mendings]
 
     def mend(self, line: int, reason: Later) -> None:
         self.mended += 1
@@ -86,6 +97,7 @@ def read(path: Path, columns: Mapping[str, str] | None = None) -> tuple[list[Con
     """
     report = Report()
     found: dict[str, Conversation] = {}
+    alike: set[str] = set()
     for line, record in _records(path, columns or {}):
         report.rows += 1
         if isinstance(record, BadRecord):
@@ -99,6 +111,9 @@ def read(path: Path, columns: Mapping[str, str] | None = None) -> tuple[list[Con
         if conversation.key in found:
             report.double(line)
             continue
+        if (said := conversation.key[:ALIKE]) in alike:
+            report.note_near(line)
+        alike.add(said)
         for what in mended:
             report.mend(line, what)
         report.note_personal(line, "\n".join(message.text for message in conversation.messages))

@@ -28,7 +28,8 @@ def estimate(folder: Path, spec: Spec, prepared: Prepared, emit: Emit, stop: thr
     """Raises Interrupted, JobError."""
     hyper, train = spec.hyper, prepared.part(prepared.split.train)
     prompts = ability.asked(prepared.base, spec.instructions)
-    rehearsed = ability.how_many(len(prompts.rehearsed), len(train), hyper.rehearsal)
+    remembers = spec.method != "scratch"  # what was never learned is not rehearsed
+    rehearsed = ability.how_many(len(prompts.rehearsed), len(train), hyper.rehearsal) if remembers else 0
     length = sum(map(len, prompts.rehearsed)) / max(1, len(prompts.rehearsed)) + ability.REHEARSED_TOKENS
     own = sum(len(row.ids) for row in train)
     counted = Estimated(
@@ -46,7 +47,7 @@ def estimate(folder: Path, spec: Spec, prepared: Prepared, emit: Emit, stop: thr
         tokens, seconds = trainer.warm_up()
     work = trainer.pace.tokens_left(trainer.position) + rehearsed * length * hyper.epochs
     total = work * seconds / max(1, tokens)
-    if (spec.ability or rehearsed) and not ability.is_kept(spec, prepared.base):
+    if remembers and (spec.ability or rehearsed) and not ability.is_kept(spec, prepared.base):
         total += _seconds_of_answers(trainer, prompts)
     return replace(counted, seconds=round(total, 1), memory_mib=_memory_mib(trainer.device))
 

@@ -32,6 +32,7 @@ MOST_SHOWN, MOST_CHARACTERS = 20, 300
 Carrying = Callable[[], AbstractContextManager[object]]  # within it the model answers as the candidate does
 Tell = Callable[[Evaluated], None]
 Warn = Callable[..., None]  # (key of a sentence, its fields)
+Keep = Callable[[Path, bytes], None]  # writes a file durably, if it is this process that writes
 
 
 @dataclass(frozen=True, slots=True)
@@ -51,7 +52,7 @@ class Exam:
     trained: Trained
     meter: Meter
     warn: Warn
-    writes: bool = True  # one process of a team does
+    keep: Keep = write_durably
 
     def take(self, candidate: Carrying, tell: Tell, *, step: int = 0) -> Examined:
         """Raises JobError for a loss that is not finite; Interrupted."""
@@ -73,13 +74,12 @@ class Exam:
         lines = [self.prepared.encoded[number].line for number in numbers]
         scores = {"candidate": asdict(mine), "champion": asdict(champion), "base": asdict(base)}
         everything = {"lines": lines, "tokens": tokens, **scores, "health": asdict(health), "ability": kept}
-        if self.writes:
-            write_durably(self.folder / SCORES, json.dumps(everything).encode())
+        self.keep(self.folder / SCORES, json.dumps(everything).encode())
         judged = judge(
             mine, champion, tokens, champion_label=label, seed=self.spec.hyper.seed, health=health, lines=lines
         )
-        if self.writes and not self.prepared.plain:  # the pieces of a text ask nothing
-            write_durably(self.folder / SHOWN, self._shown(judged).dump().encode())
+        if not self.prepared.plain:  # the pieces of a text ask nothing
+            self.keep(self.folder / SHOWN, self._shown(judged).dump().encode())
         return Examined(judged, losses)
 
     def _shown(self, judged: Judged) -> Shown:
@@ -108,25 +108,27 @@ class Exam:
     def _health(self, candidate: Carrying) -> tuple[Health, dict[str, Any]]:
         """What the base could do and how its answers end, against the candidate's; and the losses that it rests on."""
         measured = self.own.measured
-        some = [self.prepared.encoded[number] for number in self.prepared.split.test[: sanity.ASKED]]
-        prompts, lengths = [prompt_of(row) for row in some], [sum(row.row.supervised) for row in some]
+        rows = [self.prepared.encoded[number] for number in self.prepared.split.test]
+        most = sanity.longest([sum(row.row.supervised) for row in rows[: sanity.ASKED]])
+        room = self.prepared.base.context - most  # a question that leaves less is not asked: its answer would be cut
+        prompts = [ids for row in rows if len(ids := prompt_of(row)) <= room][: sanity.ASKED]
         with candidate():
-            after, unsound = self.meter.row_losses(measured), self._unsound(prompts, lengths)
+            after, unsound = self.meter.row_losses(measured), self._unsound(prompts, most)
         with self.trained.untrained():
-            before, unsound_base = self.meter.row_losses(measured), self._unsound(prompts, lengths)
+            before, unsound_base = self.meter.row_losses(measured), self._unsound(prompts, most)
         tokens = supervised(measured)
         _check_finite("ability", sum(after))
         lost = forgotten(after, before, tokens, self.own.skills, seed=self.spec.hyper.seed)
         kept = {"candidate": after, "base": before, "tokens": tokens, "skills": self.own.skills}
-        return Health(*lost, unsound, unsound_base, len(some)), kept
+        return Health(*lost, unsound, unsound_base, len(prompts)), kept
 
-    def _unsound(self, prompts: Sequence[Sequence[int]], lengths: Sequence[int]) -> int:
+    def _unsound(self, prompts: Sequence[Sequence[int]], most: int) -> int:
         tokenizer = self.prepared.base.tokenizer
         ends = end_tokens(self.trained.model, tokenizer)
         instructions = (
             tokenizer.encode(self.spec.instructions, add_special_tokens=False) if self.spec.instructions else []
         )
-        said = answer(self.trained.model, prompts, most=sanity.longest(lengths), ends=ends, listen=self.meter.listen)
+        said = answer(self.trained.model, prompts, most=most, ends=ends, listen=self.meter.listen)
         return sum(sanity.unsound(one, instructions, ends) for one in said)
 
 

@@ -14,7 +14,6 @@ from typing import Any
 
 import torch
 
-from core.errors import JobError
 from core.job import Spec
 from finetune.base import load_tokenizer
 from finetune.checkpoint import sync_folder
@@ -56,9 +55,6 @@ def new_tokenizer(texts: Iterable[str], size: int) -> Any:
     from transformers import PreTrainedTokenizerFast
 
     control = [END, TURN, TURN_ENDS]
-    least = 256 + len(control)
-    if size < least:
-        raise JobError(detail=f"fresh.vocabulary={size} is below {least}: every byte needs a token", fault="yours")
     learned = ByteLevelBPETokenizer()
     learned.train_from_iterator(texts, vocab_size=size, min_frequency=2, show_progress=False, special_tokens=control)
     tokenizer = PreTrainedTokenizerFast(

@@ -21,9 +21,9 @@ from safetensors import SafetensorError
 
 from core.errors import JobError
 from core.job import Spec
-from finetune.base import Base
 from finetune.checkpoint import BEST, NEWEST, Position, is_disk_full, load_checkpoint, save_checkpoint
 from finetune.methods import Trained
+from finetune.prepare import Prepared
 from finetune.settings import Resolved
 from finetune.team import Team
 
@@ -112,13 +112,15 @@ class Keeper:
                 raise Interrupted  # the others do something else, or nothing: they are not asked
 
 
-def identity_of(spec: Spec, base: Base, own_sha256: str, settings: Resolved) -> str:
+def identity_of(spec: Spec, prepared: Prepared, own_sha256: str, settings: Resolved) -> str:
     """Of all that decides a job's result. Threads, niceness and paths do not."""
+    base = prepared.base
     given = asdict(spec)
     names = ("job", "label", "instructions", "data_sha256", "dtype", "method", "fresh", "hyper")
     known = {name: given[name] for name in names}
     known |= {
         "own": own_sha256,
+        "trained": [prepared.encoded[number].key for number in prepared.split.train],
         "base": base.fingerprint,
         "template": base.template_sha256,
         "resolved": asdict(settings),

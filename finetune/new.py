@@ -34,7 +34,7 @@ def options(parser: argparse.ArgumentParser) -> None:
 
 def make(given: argparse.Namespace, words: Sequence[str]) -> Path:
     """Write the job folder. Raises JobError naming what is wrong."""
-    chosen = _settings(words)
+    chosen = _settings(words, scratch=given.method == "scratch")
     preset = str(chosen.get("preset", "auto"))
     hyper = {**PRESETS.get(preset, {}), **{name: value for name, value in chosen.items() if name not in FRESH}}
     try:
@@ -66,19 +66,26 @@ def make(given: argparse.Namespace, words: Sequence[str]) -> Path:
     settings.check(spec)
     if (given.job / "spec.json").exists():
         raise JobError(detail=f"{given.job} is a job already: python -m finetune train {given.job} goes on with it")
-    given.job.mkdir(parents=True, exist_ok=True)
-    shutil.copyfile(given.data, given.job / spec.data)
-    spec.write(given.job)
+    try:
+        given.job.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(given.data, given.job / spec.data)
+        spec.write(given.job)
+    except OSError as error:
+        raise JobError(detail=f"{given.job} cannot be made: {error.strerror or error}; name another folder") from error
     return Path(given.job)
 
 
-def _settings(words: Iterable[str]) -> dict[str, Any]:
+def _settings(words: Iterable[str], *, scratch: bool) -> dict[str, Any]:
     """KEY=VALUE, each as its type. Raises JobError."""
     found: dict[str, Any] = {}
     for word in words:
         name, sign, text = word.partition("=")
         if not sign or (name not in KNOWN and name not in FRESH):
             raise JobError(detail=f"{word!r} is not KEY=VALUE; the keys are {', '.join([*KNOWN, *sorted(FRESH)])}")
+        if name in FRESH and not scratch:
+            raise JobError(
+                detail=f"{word} is of a model that begins from nothing: leave it out, or add --method scratch"
+            )
         try:
             found[name] = int(text) if name in FRESH else _typed(text, str(KNOWN[name]))
         except ValueError as error:

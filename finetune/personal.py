@@ -9,16 +9,22 @@ from __future__ import annotations
 import re
 from collections import Counter
 
+# A character of a word where words are set apart: Thai, Chinese, Japanese and Korean stand close to what is found.
+_W = r"[^\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
 _TOKEN = re.compile(
-    r"\b(?:sk-[\w-]{20,200}|xox[abeprs]-[\w-]{10,200}|xapp-[\w-]{10,200}|gh[opsur]_\w{36}|github_pat_\w{22,200}"
-    r"|AKIA[0-9A-Z]{16}|\d{8,10}:[A-Za-z0-9_-]{35})(?![\w-])"
+    rf"(?<!{_W})(?:sk-[A-Za-z0-9_-]{{20,200}}|xox[abeprs]-[A-Za-z0-9_-]{{10,200}}|xapp-[A-Za-z0-9_-]{{10,200}}"
+    r"|gh[opsur]_[A-Za-z0-9_]{36}|github_pat_[A-Za-z0-9_]{22,200}|AKIA[0-9A-Z]{16}|\d{8,10}:[A-Za-z0-9_-]{35})"
+    r"(?![A-Za-z0-9_-])"
 )
-_MAIL = re.compile(r"(?<![\w.+-])[\w.+-]{1,64}@[A-Za-z0-9-]{1,63}(?:\.[A-Za-z0-9-]{1,63}){1,8}\b")
-_IBAN = re.compile(r"(?<!\w)[A-Z]{2}\d{2}(?: ?[A-Z0-9]{4}){2,7}(?: ?[A-Z0-9]{1,3})?(?!\w)")
-_CARD = re.compile(r"(?<![\d.-])\d(?:[ -]?\d){12,18}(?![\d-])")
+_MAIL = re.compile(
+    rf"(?<!{_W})(?<![.+-])(?:{_W}|[.+-]){{1,64}}@[A-Za-z0-9-]{{1,63}}(?:\.[A-Za-z0-9-]{{1,63}}){{1,8}}(?!{_W})"
+)
+_IBAN = re.compile(rf"(?<!{_W})[A-Z]{{2}}\d{{2}}(?: ?[A-Z0-9]{{4}}){{2,7}}(?: ?[A-Z0-9]{{1,3}})?(?!{_W})")
+_CARD = re.compile(r"(?<![\d.+-])\d(?:[ -]?\d){12,18}(?![\d-])")
 _PHONE = re.compile(
-    r"(?<![\w.])\+\d(?:[ ()./-]{0,2}\d){7,14}(?!\d)|(?<![\w.])\(\d{3}\) ?\d{3}[ .-]\d{4}(?!\d)"
-    r"|(?<![\w.])0\d{2,4}[ /-]\d{5,9}(?!\d)|(?<![\w.+])1[3-9]\d{9}(?!\w)"
+    rf"(?<!{_W})(?<!\.)(?:\+\d(?:[ ()./-]{{0,2}}\d){{7,14}}(?!\d)|\(\d{{3}}\) ?\d{{3}}[ .-]\d{{4}}(?!\d)"
+    r"|[2-9]\d\d([.-])[2-9]\d\d\1\d{4}(?![\d-])(?!\.\d)|0\d{2,4}[ /-]\d{5,9}(?!\d)"
+    rf"|(?<!\+)1[3-9]\d[ -]?\d{{4}}[ -]?\d{{4}}(?!{_W}))"
 )
 _PATTERNS = (("token", _TOKEN), ("mail", _MAIL), ("iban", _IBAN), ("card", _CARD), ("phone", _PHONE))
 KINDS = tuple(kind for kind, _ in _PATTERNS)

@@ -49,6 +49,8 @@ def encode_text(text: str, tokenizer: Any, *, max_tokens: int, report: Report) -
     """Rows of at most max_tokens tokens, each once. Writes into `report`; raises BadDataset if they are too few."""
     rows: dict[str, Row] = {}
     for line, ids in _cut(text, tokenizer, max_tokens):
+        if len(ids) < 2:
+            continue  # what is left of a long paragraph: nothing comes before it that could predict it
         report.rows += 1
         key = hashlib.sha256(repr(ids).encode()).hexdigest()
         if key in rows:

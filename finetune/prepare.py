@@ -13,7 +13,7 @@ from core.errors import JobError
 from core.job import FEWEST_TEST_ROWS, Checked, JobEvent, Spec
 from core.prompt import TrainingRow
 from finetune import settings
-from finetune.base import Base, find_base
+from finetune.base import Base, check_device, find_base
 from finetune.data import Report, bad, read
 from finetune.encode import Row, encode, under_questions_of
 from finetune.fresh import fresh_base
@@ -51,17 +51,24 @@ class Prepared:
         return [second_half(row) for row in self.part(numbers)] if self.plain else self.part(numbers)
 
     def swapped(self, numbers: Sequence[int]) -> list[TrainingRow]:
-        """The same answers, each under the questions of a row half the list away."""
+        """The same answers, each under the questions of a row half the list away, or of the next that leave it room."""
         half = len(numbers) // 2
-        pairs = list(zip(numbers, [*numbers[half:], *numbers[:half]], strict=True))
+        others = [*numbers[half:], *numbers[:half]]
         if self.plain:
+            pairs = zip(numbers, others, strict=True)
             return [behind(self.encoded[one].row, self.encoded[other].row) for one, other in pairs]
-        return [under_questions_of(self.encoded[one], self.encoded[other], self.base.tokenizer) for one, other in pairs]
+        return [self._swapped(number, [*others[at:], *others[:at]]) for at, number in enumerate(numbers)]
+
+    def _swapped(self, number: int, others: Sequence[int]) -> TrainingRow:
+        """Under the first questions with which the model takes it; its own are among them."""
+        tried = (under_questions_of(self.encoded[number], self.encoded[other], self.base.tokenizer) for other in others)
+        return next(row for row in tried if len(row.ids) <= self.base.context)
 
 
 def prepare(folder: Path, spec: Spec, emit: Emit) -> Prepared:
     """Check settings, base model and data; tell what became of the rows. Raises BadDataset, JobError."""
     settings.check(spec)
+    check_device(spec)
     path = folder / spec.data
     _check_data(path, spec.data_sha256)
     try:
@@ -82,7 +89,7 @@ def prepare(folder: Path, spec: Spec, emit: Emit) -> Prepared:
             validation=len(parts.validation),
             test=len(parts.test),
             rejected=tuple(one.said(spec.language) for one in report.rejections),
-            mended=tuple(one.said(spec.language) for one in report.mendings),
+            mended=tuple(one.said(spec.language) for one in report.noted()),
             personal=tuple(one.said(spec.language) for one in report.personal_data()),
             median_tokens=lengths[len(lengths) // 2],
             longest_tokens=lengths[-1],
@@ -101,12 +108,11 @@ def _read_rows(path: Path, folder: Path, spec: Spec, emit: Emit) -> tuple[Base, 
 
     For a model that begins from nothing, the text decides about its tokenizer first.
     """
-    hyper, scratch = spec.hyper, spec.method == "scratch"
+    scratch = spec.method == "scratch"
     if scratch and is_plain(path):
         text, report = read_text(path), Report()
         base = find_base(spec, folder, fresh_base(folder, spec, [text]))
-        max_tokens = min(hyper.max_tokens, spec.fresh.context)
-        return base, encode_text(text, base.tokenizer, max_tokens=max_tokens, report=report), report
+        return base, encode_text(text, base.tokenizer, max_tokens=_longest(spec, base), report=report), report
     conversations, report = read(path, spec.columns)
     if spec.redact:
         redacted = write_redacted(conversations, folder)
@@ -115,9 +121,14 @@ def _read_rows(path: Path, folder: Path, spec: Spec, emit: Emit) -> tuple[Base, 
     texts = (message.text for conversation in conversations for message in conversation.messages)
     base = find_base(spec, folder, fresh_base(folder, spec, texts) if scratch else None)
     rows = encode(
-        conversations, base.tokenizer, instructions=spec.instructions, max_tokens=hyper.max_tokens, report=report
+        conversations, base.tokenizer, instructions=spec.instructions, max_tokens=_longest(spec, base), report=report
     )
     return base, rows, report
+
+
+def _longest(spec: Spec, base: Base) -> int:
+    """How many tokens a row may have: what is set, and no more than the model takes."""
+    return min(spec.hyper.max_tokens, base.context)
 
 
 def histogram(lengths: Sequence[int]) -> tuple[int, ...]:

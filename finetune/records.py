@@ -3,19 +3,20 @@
 Five shapes are read, told apart by their keys:
 
     {"messages": [{"role": "user", "content": "..."}, ...]}             OpenAI; each with an optional "weight" of 0 or 1
-    {"conversations": [{"from": "human", "value": "..."}, ...]}         ShareGPT; "system" may stand beside it
+    {"conversations": [{"from": "human", "value": "..."}, ...]}         ShareGPT
     {"prompt": "...", "completion": "..."}                              each a text, or a list of messages
     {"instruction": "...", "input": "...", "output": "..."}             Alpaca
     {"question": "...", "answer": "..."}, or q and a                    also in CSV, like the two before
 
-Where none of these keys is there, a question and an answer are recognised by other names that people give them; or the
-operator has named them.
+A "system" beside them is the system turn. Where none of these keys is there, a question and an answer are recognised by
+other names that people give them; or the operator has named them.
 """
 
 from __future__ import annotations
 
 import hashlib
 import json
+import unicodedata
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
@@ -24,6 +25,7 @@ from core.texts import Later
 from core.types import Message, Role
 
 MAX_TURNS = 400
+ALIKE = 32  # so many hexadecimal digits of their keys do near doubles share
 ROLES = {
     **dict.fromkeys(("system", "developer"), Role.SYSTEM),
     **dict.fromkeys(("user", "human"), Role.USER),
@@ -102,9 +104,33 @@ def read_record(record: Any, columns: Mapping[str, str] | None = None) -> tuple[
 
 
 def conversation_key(conversation: Conversation) -> str:
-    """sha256 of the canonical JSON of who says what; by it rows are known as the same, and are split."""
-    said = [[turn.message.role.value, turn.message.text] for turn in conversation.turns]
+    """By it rows are known as the same, and are split: half a sha256 of what is said without case, punctuation and
+    spaces, so that near doubles fall into one part; and half of it as it is said.
+    """
+    said = [(turn.message.role.value, turn.message.text) for turn in conversation.turns]
+    return _hash([(role, bare(text)) for role, text in said])[:ALIKE] + _hash(said)[ALIKE:]
+
+
+def _hash(said: list[tuple[str, str]]) -> str:
+    """sha256 of the canonical JSON of who says what."""
     return hashlib.sha256(json.dumps(said, ensure_ascii=True, separators=(",", ":")).encode()).hexdigest()
+
+
+def bare(text: str) -> str:
+    """Letters, digits and signs alone, without case; a text that has none stays as it is."""
+    folded = unicodedata.normalize("NFKC", unicodedata.normalize("NFKC", text).casefold())
+    return folded.translate(_MARKS) or text
+
+
+class _Marks(dict[int, int | None]):
+    """For str.translate: punctuation, spaces and what cannot be seen go; filled as it is asked."""
+
+    def __missing__(self, code: int) -> int | None:
+        self[code] = None if unicodedata.category(chr(code))[0] in "PZC" else code
+        return self[code]
+
+
+_MARKS = _Marks()
 
 
 def under_instructions(conversation: Conversation, instructions: str) -> Conversation:
@@ -152,11 +178,12 @@ def _turns(record: Mapping[str, Any], mending: Mending) -> list[Turn]:
     if shape is None:
         known = "; ".join(" and ".join(keys) for keys in SHAPES)
         raise BadRecord("no_keys", known=known)
-    if shape == ("messages",):
-        return _list(record["messages"], mending)
-    if shape == ("conversations",):
-        turns = _list(record["conversations"], mending)
-        return [*_system(record, mending), *turns]
+    return [*_system(record, mending), *_spoken(record, shape, mending)]
+
+
+def _spoken(record: Mapping[str, Any], shape: tuple[str, ...], mending: Mending) -> list[Turn]:
+    if shape in (("messages",), ("conversations",)):
+        return _list(record[shape[0]], mending)
     if shape == ("prompt", "completion"):
         prompt, completion = record["prompt"], record["completion"]
         asked = _list(prompt, mending) if isinstance(prompt, list) else [_turn(Role.USER, prompt, mending)]
@@ -170,7 +197,6 @@ def _turns(record: Mapping[str, Any], mending: Mending) -> list[Turn]:
         question = f"{question}\n\n{_text(record['input'], 'input', mending)}"
     answer = _text(record[said_key], said_key, mending)
     return [
-        *_system(record, mending),
         Turn(Message(Role.USER, question.strip()), taught=False),
         Turn(Message(Role.ASSISTANT, answer.strip()), taught=True),
     ]

@@ -38,6 +38,7 @@ class Manifest:
     hyper: HyperParameters
     dropout: float
     steps: int
+    epochs_done: float  # in these steps, of hyper.epochs; to a tenth
     clipped: float  # the fraction of gradient values that clipping by value touched
     kept_step: int  # whose weights these are: the best on the validation rows
     tokens: int
@@ -62,6 +63,7 @@ def manifest_of(
     trained: Trained,
     *,
     dropout: float,
+    epochs_done: float,
     losses: dict[str, float],
     judged: Judged,
     processes: int,
@@ -88,6 +90,7 @@ def manifest_of(
         hyper=spec.hyper,
         dropout=dropout,
         steps=position.step,
+        epochs_done=round(epochs_done, 1),
         clipped=position.clipped / max(1, position.step),
         kept_step=position.best,
         tokens=position.tokens,
@@ -126,10 +129,10 @@ def summary(manifest: Manifest) -> str:
     }
     return (
         f"{manifest.label} is {what[manifest.method]}. It was trained "
-        f"on {manifest.rows['train']} conversations for {manifest.hyper.epochs} epochs ({manifest.steps} steps, "
-        f"{manifest.tokens} tokens, {manifest.seconds / 60:.1f} minutes). Its mean loss per token of an answer on "
-        f"{manifest.rows['test']} conversations that it never saw is {loss['test_candidate']:.3f}; the base model's is "
-        f"{loss['test_base']:.3f}."
+        f"on {manifest.rows['train']} conversations for {manifest.epochs_done:g} of {manifest.hyper.epochs} epochs "
+        f"({manifest.steps} steps, {manifest.tokens} tokens, {manifest.seconds / 60:.1f} minutes). Its mean loss per "
+        f"token of an answer on {manifest.rows['test']} conversations that it never saw is "
+        f"{loss['test_candidate']:.3f}; the base model's is {loss['test_base']:.3f}."
     )
 
 

@@ -3,57 +3,68 @@
 from __future__ import annotations
 
 import math
+import re
 from dataclasses import dataclass
+from typing import Literal, get_args, get_origin, get_type_hints
 
 from core.errors import JobError
-from core.job import Spec
+from core.job import HyperParameters, Method, Spec
+from core.texts import say
 
+HINTS = get_type_hints(HyperParameters)
+DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 FEW_ROWS, DROPOUT_FEW, DROPOUT = 200, 0.1, 0.05
 MICRO_TOKENS_CPU = 384  # about two seconds on two cores, which is how long a stop may take; larger is not faster
 MICRO_TOKENS_GPU = 16384
+LEAST_VOCABULARY = 256 + 3  # a token for each byte, and three of control
 LEAST_PREFIX = 8  # tokens; for fewer, packing saves too little to be worth its mask
 
 
+def refused(spec: Spec, key: str, **fields: object) -> JobError:
+    """What to raise where the rows are fine: a sentence of [data] says what is not, in the language of who asked."""
+    return JobError(detail=say(spec.language, f"data.{key}", **fields), fault="settings")
+
+
 def check(spec: Spec) -> None:
-    """Raises JobError(fault="yours") naming the setting, its value and its range."""
-    h = spec.hyper
+    """Raises JobError(fault="settings") naming the setting, its value and its range."""
+    h, fresh = spec.hyper, spec.fresh
     ranges: list[tuple[str, float | None, float, float]] = [
-        ("rank", h.rank, 1, 256),
-        ("alpha", h.alpha, 1, 4096),
-        ("dropout", h.dropout, 0, 0.9),
-        ("learning_rate", h.learning_rate, 1e-8, 1),
-        ("epochs", h.epochs, 1, 1000),
-        ("patience", h.patience, 0, 1000),
-        ("rows_per_step", h.rows_per_step, 1, 4096),
-        ("clip_value", h.clip_value, 0, 1e9),
-        ("clip_norm", h.clip_norm, 0, 1e9),
-        ("weight_decay", h.weight_decay, 0, 10),
-        ("warmup", h.warmup, 0, 1),
-        ("max_tokens", h.max_tokens, 16, 131072),
-        ("rehearsal", h.rehearsal, 0, 10),
-        ("threads", spec.threads, 1, 1024),
+        ("finetune.rank", h.rank, 1, 256),
+        ("finetune.alpha", h.alpha, 1, 4096),
+        ("finetune.dropout", h.dropout, 0, 0.9),
+        ("finetune.learning_rate", h.learning_rate, 1e-8, 1),
+        ("finetune.epochs", h.epochs, 1, 1000),
+        ("finetune.patience", h.patience, 0, 1000),
+        ("finetune.rows_per_step", h.rows_per_step, 1, 4096),
+        ("finetune.clip_value", h.clip_value, 0, 1e9),
+        ("finetune.clip_norm", h.clip_norm, 0, 1e9),
+        ("finetune.weight_decay", h.weight_decay, 0, 10),
+        ("finetune.warmup", h.warmup, 0, 1),
+        ("finetune.max_tokens", h.max_tokens, 16, 131072),
+        ("finetune.rehearsal", h.rehearsal, 0, 10),
+        ("finetune.seed", h.seed, 0, 2**63 - 1),
+        ("finetune.threads", spec.threads, 1, 1024),
     ]
-    for name, value, least, most in ranges:
+    sizes: list[tuple[str, float | None, float, float]] = [
+        ("fresh.layers", fresh.layers, 1, 200),
+        ("fresh.hidden", fresh.hidden, 8, 16384),
+        ("fresh.heads", fresh.heads, 1, 128),
+        ("fresh.vocabulary", fresh.vocabulary or None, LEAST_VOCABULARY, 500_000),
+        ("fresh.context", fresh.context, 16, 131072),
+    ]
+    for name, value, least, most in [*ranges, *(sizes if spec.method == "scratch" else [])]:
         if value is not None and not (math.isfinite(value) and least <= value <= most):
-            raise JobError(detail=f"finetune.{name}={value} is not within {least:g} and {most:g}", fault="yours")
-    fresh = spec.fresh
-    sizes = [
-        ("layers", fresh.layers, 1, 200),
-        ("hidden", fresh.hidden, 8, 16384),
-        ("heads", fresh.heads, 1, 128),
-        ("vocabulary", fresh.vocabulary, 0, 500_000),
-        ("context", fresh.context, 16, 131072),
-    ]
-    for name, size, least, most in sizes if spec.method == "scratch" else ():
-        if not least <= size <= most:
-            raise JobError(detail=f"fresh.{name}={size} is not within {least:g} and {most:g}", fault="yours")
+            raise refused(spec, "setting_range", name=name, value=str(value), least=f"{least:g}", most=f"{most:g}")
     if spec.method == "scratch" and (fresh.hidden % fresh.heads or fresh.hidden // fresh.heads % 2):
-        detail = f"fresh.hidden={fresh.hidden} must be fresh.heads={fresh.heads} times an even number"
-        raise JobError(detail=detail, fault="yours")
-    if spec.method not in ("lora", "full", "scratch"):
-        raise JobError(detail=f"method={spec.method!r} is none of lora, full, scratch", fault="yours")
-    if h.schedule not in ("cosine", "constant"):
-        raise JobError(detail=f"finetune.schedule={h.schedule!r} is neither cosine nor constant", fault="yours")
+        raise refused(spec, "setting_heads", hidden=str(fresh.hidden), heads=str(fresh.heads))
+    chosen = {
+        f"finetune.{name}": (getattr(h, name), hint) for name, hint in HINTS.items() if get_origin(hint) is Literal
+    }
+    for name, (one, kind) in {"method": (spec.method, Method), **chosen}.items():
+        if one not in get_args(kind):
+            raise refused(spec, "setting_choice", name=name, value=one, known=", ".join(get_args(kind)))
+    if not DEVICE.fullmatch(spec.device):
+        raise refused(spec, "setting_choice", name="device", value=spec.device, known="cpu, cuda, cuda:N")
 
 
 @dataclass(frozen=True, slots=True)

@@ -2,7 +2,8 @@
 
 A row's place depends on its own hash and on how many rows there are, never on their order. The test's rows are those
 of the smallest hashes and its share only shrinks as a set grows, so that over the versions of a set a row moves at most
-from test to train. (In a set of ten rows three are left to train on whatever their hashes say; no verdict.)
+from test to train. Near doubles have hashes that begin alike, and so the same place. (In a set of ten rows three are
+left to train on whatever their hashes say; no verdict.)
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ def rows_missing(rows: int, tested: int, fewest: int) -> int:
 
 
 def split(keys: Sequence[str]) -> Split:
-    """`keys` are sha256 in hexadecimal, all different. Raises ValueError for fewer rows than three parts need."""
+    """`keys` are hashes in hexadecimal, all different. Raises ValueError for fewer rows than three parts need."""
     if len(keys) < 3 * FEWEST:
         raise ValueError(f"{len(keys)} rows cannot be split: at least {3 * FEWEST} are needed")
     place = [int(key[:16], 16) / 16**16 for key in keys]  # [0, 1)

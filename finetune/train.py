@@ -26,7 +26,7 @@ from finetune import packed as packed_rows
 from finetune.ability import NOTHING, OwnAnswers, own_answers
 from finetune.base import load_again, load_module
 from finetune.batches import collate, pack, shared_prefix
-from finetune.checkpoint import BEST
+from finetune.checkpoint import BEST, write_durably
 from finetune.course import Course
 from finetune.exam import Exam
 from finetune.keeping import Interrupted, Keeper, identity_of
@@ -39,7 +39,7 @@ from finetune.pace import Pace, Taken
 from finetune.prepare import Emit, Prepared, prepare
 from finetune.publish import done, publish, published, write_adapter, write_model
 from finetune.report import losses_of, manifest_of
-from finetune.settings import LEAST_PREFIX, Resolved, resolve
+from finetune.settings import LEAST_PREFIX, Resolved, refused, resolve
 from finetune.team import Team, whole
 
 log = logging.getLogger(__name__)
@@ -122,7 +122,7 @@ class Trainer:
         self.pace = Pace(spec, prepared, self.train_rows, self.course, emit)
         self.keeper = Keeper(
             folder,
-            identity_of(spec, prepared.base, self.own.sha256, self.settings),
+            identity_of(spec, prepared, self.own.sha256, self.settings),
             self.trained,
             self.optimizer,
             team=self.team,
@@ -163,6 +163,7 @@ class Trainer:
             self.position,
             self.trained,
             dropout=self.settings.dropout,
+            epochs_done=self.position.step / self.course.steps_per_epoch,
             losses=losses,
             judged=judged,
             processes=self.team.size,
@@ -197,11 +198,7 @@ class Trainer:
 
     def _advance(self) -> None:
         began = time.monotonic()
-        try:
-            taken = self.take_step()
-        except torch.OutOfMemoryError as error:
-            self._spare_memory(error)  # nothing was changed: the step is taken again
-            return
+        taken = self._step()
         self.pace.count(self.position, taken, time.monotonic() - began)
         if self._is_lost(LOST_STEPS):
             raise Unstable("diverged", at=self.position.step, loss=taken.loss, before=self._untrained_loss())
@@ -209,12 +206,18 @@ class Trainer:
         if self.keeper.is_due(began):
             self._save()
 
+    def _step(self) -> Taken:
+        try:
+            return self.take_step()
+        except torch.OutOfMemoryError as error:
+            self._spare_memory(error)
+        return self._step()  # nothing was changed
+
     def _spare_memory(self, error: Exception) -> None:
         """Compute activations twice from now on. Raises JobError where that is done already, or others wait for us."""
         self.optimizer.zero_grad(set_to_none=True)
         if self.spares_memory or self.team.size > 1 or self.spec.hyper.checkpointing == "off":
-            detail = f"not enough memory on {self.device}: lower finetune.max_tokens or finetune.rows_per_step"
-            raise JobError(detail=detail, fault="yours") from error
+            raise refused(self.spec, "out_of_memory", device=self.device) from error
         log.warning("train.out_of_memory step=%d: activations are computed twice", self.position.step)
         checkpoint_activations(self.model)
         self.spares_memory = True
@@ -237,11 +240,11 @@ class Trainer:
         lengths = [sum(len(self.train_rows[row].ids) for micro in step for row in micro) for step in steps]
         order = sorted(range(len(lengths)), key=lambda at: -lengths[at])
         self.position.rate_factor, self.position.step = 0.0, order[0]
-        self.take_step()  # what is slow once: memory is asked for, kernels are chosen
+        self._step()  # what is slow once: memory is asked for, kernels are chosen
         tokens, seconds = 0, 0.0
         for at in order[len(order) // 2 :][:WARM_UP_STEPS]:
             self.position.step, began = at, time.monotonic()
-            tokens += self.take_step().tokens
+            tokens += self._step().tokens
             seconds += time.monotonic() - began
             if seconds > WARM_UP_S:
                 break
@@ -287,7 +290,7 @@ class Trainer:
         position = self.keeper.load(BEST)
         if position is None or failed_factor < 1:
             fields = {**error.fields, "rate": f"{min(rate / 4, HyperParameters().learning_rate):g}"}
-            raise JobError(detail=say(self.spec.language, f"data.lost_{error.key}", **fields), fault="yours")
+            raise refused(self.spec, f"lost_{error.key}", **fields)
         self.position = position
         self.position.rate_factor = failed_factor / 2
         self._save()
@@ -314,12 +317,14 @@ class Trainer:
 
     def _judge(self) -> Judged:
         """Compare with what answers now, on the rows that neither training nor watching it saw."""
-        exam = Exam(
-            self.folder, self.spec, self.prepared, self.own, self.trained, self.meter, self._warn, self.team.leads
-        )
+        exam = Exam(self.folder, self.spec, self.prepared, self.own, self.trained, self.meter, self._warn, self._keep)
         examined = exam.take(nullcontext, self.emit, step=self.position.step)
         self.evaluated |= examined.losses
         return examined.judged
+
+    def _keep(self, path: Path, content: bytes) -> None:
+        if self.team.leads:
+            self.keeper.with_room(lambda: write_durably(path, content), step=self.position.step)
 
     def _warn(self, key: str, **fields: object) -> None:
         self.emit(Warned(say(self.spec.language, f"data.warn_{key}", **fields)))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from core.job import PREVIEW, Checked, Estimated, Planned, Preview, Spec
+from core.job import PREVIEW, Checked, Estimated, Fresh, Planned, Preview, Spec
 from finetune.check import as_trained, check, to_show
 from finetune.prepare import histogram, prepare
 from finetune.train import Trainer
@@ -64,6 +64,17 @@ def test_it_counts_what_the_job_will_do(make_job: MakeJob, rehearsal: float) -> 
         assert 0.5 < estimated.tokens / planned.tokens < 2
     else:
         assert estimated.tokens == planned.tokens
+
+
+def test_a_model_from_nothing_rehearses_nothing(make_job: MakeJob) -> None:
+    folder = make_job(data=faq(100), rehearsal=0.5)
+    fresh = Fresh(layers=1, hidden=32, heads=4)
+    spec = replace(Spec.read(folder), method="scratch", fresh=fresh, warm_up=False)
+    estimated = checked(folder, spec).of(Estimated)[0]
+    heard = Heard()
+    Trainer(folder, spec, prepare(folder, spec, Heard()), heard, threading.Event()).pace.tell_plan()
+    (planned,) = heard.of(Planned)
+    assert (estimated.steps, estimated.tokens, estimated.rehearsed) == (planned.steps, planned.tokens, 0)
 
 
 def test_a_longer_job_takes_longer(make_job: MakeJob) -> None:

@@ -18,7 +18,8 @@ from core.texts import say
 from core.types import Message, Role
 from finetune import data
 from finetune.data import parse_json, read
-from finetune.records import BadRecord, read_record, under_instructions
+from finetune.records import BadRecord, bare, read_record, under_instructions
+from finetune.split import split
 from tests.finetune.conftest import faq
 
 ASKED, SAID = Message(Role.USER, "How?"), Message(Role.ASSISTANT, "So.")
@@ -62,6 +63,13 @@ def test_every_shape_gives_the_same_conversation(record):
     conversation, mended = read_record(record)
     assert conversation.messages == (ASKED, SAID)
     assert [turn.taught for turn in conversation.turns] == [False, True]
+    assert mended == ()
+
+
+@pytest.mark.parametrize("record", SHAPES, ids=lambda r: "+".join(r))
+def test_a_system_turn_may_stand_beside_every_shape(record):
+    conversation, mended = read_record({"system": "Be brief.", **record})
+    assert conversation.messages == (Message(Role.SYSTEM, "Be brief."), ASKED, SAID)
     assert mended == ()
 
 
@@ -262,6 +270,39 @@ def test_instructions_stand_before_rows_without_a_system_turn_only():
     assert under_instructions(plain, "") is plain
 
 
+def test_near_doubles_are_used_told_and_in_one_part_of_the_split(tmp_path):
+    asked = [(f"How long does permit {i} take?", f"HOW LONG  does “permit {i}” take") for i in range(150)]
+    rows = [{"q": q, "a": f"Permit {i} takes {i * 3 % 41} days."} for i, pair in enumerate(asked) for q in pair]
+    path = tmp_path / "data.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    conversations, found = read(path)
+    assert (found.used, found.duplicates, found.near, found.first_near) == (300, 0, 150, 2)
+    assert "150 (first in line 2)" in found.noted()[0].said("en")
+    parts = split([one.key for one in conversations])
+    part_of = {row: name for name in ("train", "validation", "test") for row in getattr(parts, name)}
+    assert all(part_of[row] == part_of[row + 1] for row in range(0, 300, 2))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("How long?", "HOW  LONG"),
+        ("E-mail: a.b", "email\na b"),
+        ("Straße", "STRASSE."),
+        ("\uff28ow\u200b\u2026", "how"),  # wide letters, a space of no width
+        ("caf\u00e9", "CAFE\u0301!"),
+        ("费用是多少？", "费用 是多少"),
+    ],
+)
+def test_texts_that_differ_in_case_punctuation_and_spaces_are_near_doubles(one, other):
+    assert bare(one) == bare(other)
+
+
+@pytest.mark.parametrize(("one", "other"), [("?", "!"), ("...", "?"), ("C++", "C"), ("कि", "का"), ("5 €", "5 $")])
+def test_texts_that_say_something_else_are_none(one, other):
+    assert bare(one) != bare(other)
+
+
 def test_every_reason_has_its_sentence():
     root = Path(finetune.__file__).parent
     used = {
@@ -272,7 +313,10 @@ def test_every_reason_has_its_sentence():
         )
     }
     warned = re.findall(r'_warn\("(\w+)"', (root / "train.py").read_text("utf-8"))
-    keys = {f"data.{key}" for key in used} | {f"data.warn_{key}" for key in warned}
+    refused = re.findall(
+        r'refused\((?:self\.)?spec, "(\w+)"', "".join(path.read_text("utf-8") for path in root.glob("*.py"))
+    )
+    keys = {f"data.{key}" for key in (*used, *refused)} | {f"data.warn_{key}" for key in warned}
     assert len(keys) > 40
     assert [key for key in sorted(keys) if say("en", key) == key] == []
 

@@ -81,9 +81,9 @@ def test_what_cannot_be_served_is_not_published_and_named(make_job: MakeJob, tin
     config = json.loads((made / "adapter_config.json").read_text())
     (made / "adapter_config.json").write_text(json.dumps(config | {"use_dora": True}))
     job = make_job()
-    with pytest.raises(JobError, match="use_dora=True is not supported") as caught:
+    with pytest.raises(JobError, match="the adapter cannot be used: use_dora=True is not supported") as caught:
         examine(job, made)
-    assert caught.value.fields["fault"] == "yours"
+    assert caught.value.fields["fault"] == "settings"
     assert str(tmp_path) not in caught.value.detail
     assert not (job / "out").exists()
 

@@ -16,11 +16,12 @@ from transformers import AutoTokenizer
 
 from core.engine.protocol import ModelSettings
 from core.errors import JobError
-from core.job import Done, Fresh, Judged, Spec
+from core.job import Done, Estimated, Fresh, Judged, Spec
 from core.model import load_model
 from finetune import fresh, memory
 from finetune import train as loop
 from finetune.batches import collate
+from finetune.check import check
 from finetune.checkpoint import BEST, NEWEST
 from finetune.data import Report
 from finetune.keeping import Interrupted
@@ -167,6 +168,13 @@ def test_a_text_is_cut_into_rows_that_give_it_again_and_only_its_end_is_an_end(t
     assert [row.line for row in cut][:3] == [1, 5, 5]
 
 
+def test_a_single_token_that_is_left_of_a_paragraph_is_no_row(tokenizer):
+    text = "".join(f"{n:03}{'x' * 36}\n\n{n:03}{'y' * 50}\n\n" for n in range(24))  # 41 tokens, then more than fit
+    cut = encode_text(text, tokenizer, max_tokens=40, report=(report := Report()))
+    assert min(len(row.row.ids) for row in cut) > 1
+    assert report.rows == report.used + report.duplicates
+
+
 def test_activations_may_be_computed_twice_and_nothing_changes(make_job):
     results = []
     for choice in ("off", "on"):
@@ -213,15 +221,32 @@ def test_a_step_without_memory_is_taken_again_with_activations_computed_twice(ma
         return forward(self, batch)
 
     monkeypatch.setattr(Scorer, "forward", never)
-    with pytest.raises(JobError, match=r"lower finetune.max_tokens") as caught:
-        go(make_job("none"))
-    assert caught.value.fields["fault"] == "yours"
+    with pytest.raises(JobError, match=r"cpu 内存不足；请减小 finetune.max_tokens") as caught:
+        go(make_job("none"), language="zh")
+    assert caught.value.fields["fault"] == "settings"
+
+
+def test_a_check_finds_its_way_where_memory_is_short_as_the_job_will(make_job, monkeypatch):
+    forward, spared = Scorer.forward, []
+    spare = loop.checkpoint_activations
+
+    def short(self, batch):
+        if self.training and not spared:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return forward(self, batch)
+
+    monkeypatch.setattr(Scorer, "forward", short)
+    monkeypatch.setattr(loop, "checkpoint_activations", lambda model: spared.append(spare(model)))
+    folder, heard = make_job(), Heard()
+    check(folder, Spec.read(folder), heard, threading.Event())
+    assert heard.of(Estimated)[0].seconds > 0
+    assert len(spared) == 1
 
 
 def test_four_bits_are_refused_without_cuda_and_the_way_out_is_named(make_job):
     with pytest.raises(JobError, match=r'needs a CUDA device.*set finetune.quantization="none"') as caught:
         go(make_job(quantization="4bit"))
-    assert caught.value.fields["fault"] == "yours"
+    assert caught.value.fields["fault"] == "settings"
 
 
 def test_a_base_whose_layers_multiply_by_themselves_gets_the_same_delta(tiny_folder):
@@ -276,7 +301,14 @@ def test_the_owner_makes_a_job_from_the_command_line(tmp_path, tiny_folder):
         (["--model", "nowhere"], "nowhere is not the folder of a model"),
         (["--data", "nowhere.jsonl"], "nowhere.jsonl cannot be read"),
         (["--method", "scratch", "hidden=50", "heads=4"], "fresh.hidden=50 must be"),
+        (["--method", "scratch", "vocabulary=100"], "fresh.vocabulary=100 is not within 259"),
         (["rank=0"], "finetune.rank=0 is not within"),
+        (["preset=thorogh"], "finetune.preset=thorogh is none of auto, card, thorough"),
+        (["quantization=8bit"], "finetune.quantization=8bit is none of none, 4bit"),
+        (["checkpointing=yes"], "finetune.checkpointing=yes is none of auto, on, off"),
+        (["layers=99"], "layers=99 is of a model that begins from nothing: leave it out, or add --method scratch"),
+        (["--device", "gpu"], "device=gpu is none of cpu, cuda, cuda:N"),
+        (["seed=-1"], "finetune.seed=-1 is not within"),
     ],
 )
 def test_what_is_wrong_with_a_command_is_named(tmp_path, tiny_folder, words, said, capsys):
@@ -287,3 +319,23 @@ def test_what_is_wrong_with_a_command_is_named(tmp_path, tiny_folder, words, sai
     assert main([*command, *words]) == 1
     assert said in capsys.readouterr().err
     assert not (tmp_path / "job").exists()
+
+
+def test_a_job_folder_that_cannot_be_made_is_named(tmp_path, tiny_folder, capsys):
+    from finetune.__main__ import main
+
+    (tmp_path / "faq.jsonl").write_bytes(faq(40))
+    command = ["--model", str(tiny_folder), "--data", str(tmp_path / "faq.jsonl")]
+    for job in (tmp_path / "faq.jsonl", tmp_path / "faq.jsonl" / "job"):
+        assert main(["new", str(job), *command]) == 1
+        assert f"{job} cannot be made: " in capsys.readouterr().err
+    (tmp_path / "data.jsonl").write_bytes(faq(40))
+    assert main(["new", str(tmp_path), "--model", str(tiny_folder), "--data", str(tmp_path / "data.jsonl")]) == 1
+    assert "are the same file; name another folder" in capsys.readouterr().err
+
+
+def test_a_gpu_that_is_not_there_is_named(make_job, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 1)
+    with pytest.raises(JobError, match=r"no device cuda:1 on this machine \(CUDA devices: 1\)") as caught:
+        go(of(make_job(), device="cuda:1"))
+    assert caught.value.fields["fault"] == "settings"

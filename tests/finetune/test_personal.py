@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.personal import KINDS, find
+from finetune.personal import KINDS, find, redact
 
 
 @pytest.mark.parametrize(
@@ -19,6 +19,14 @@ from finetune.personal import KINDS, find
         ("Ring +34 976 123 456 after nine", "phone"),
         ("Ring (555) 010-9999", "phone"),
         ("电话 13800138000", "phone"),
+        ("Ring 555-234-9999.", "phone"),
+        ("请拨打电话13800138000联系我", "phone"),
+        ("电话138-0013-8000", "phone"),
+        ("电话+8613812345678转", "phone"),  # its digits fulfil Luhn's sum
+        ("邮箱zhang@example.cn联系", "mail"),
+        ("账号DE89370400440532013000转账", "iban"),
+        ("密钥sk-abcdefghijklmnopqrstuvwx完", "token"),
+        ("토큰은 ghp_" + "a" * 36 + "입니다", "token"),
         ("the bot is 110201543:AAHdqTcvCH1vGWJxfSeofSAs0K5PALDsaw1", "token"),
         ("xoxb-" + "1234567890-abcdef", "token"),
     ],
@@ -36,11 +44,16 @@ def test_each_kind_is_found_once_and_as_nothing_else(text, kind):
         "version 10.4.19041.1234 at 192.168.100.200",
         "@handle and user@localhost",
         "order 0000000000000000",
+        "150 m²: 400 000-580 000 SEK",
         "",
     ],
 )
 def test_what_only_looks_like_it_is_left_alone(text):
     assert not find(text)
+
+
+def test_what_stands_before_it_in_chinese_is_left():
+    assert redact("我的邮箱zhang@example.cn，电话13800138000。") == ("我的邮箱[mail]，电话[phone]。", 2)
 
 
 def test_several_are_counted():
@@ -57,6 +70,7 @@ def test_several_are_counted():
         "+1" * 32_000,
         "AB12 " * 13_000,
         "a.@" * 21_000,
+        "555-234-" * 8_000,
     ],
 )
 @pytest.mark.timeout(60)

@@ -168,6 +168,12 @@ def test_bad_data_is_yours_with_its_line(make_job):
     assert "NaN is not JSON" in failed.reason
 
 
+def test_a_bad_setting_is_not_said_to_be_the_files_fault(make_job):
+    status, (failed,) = end(start(make_job(rank=0)))
+    assert (status, failed.fault) == (EXIT_FAILED, "settings")
+    assert failed.reason == "finetune.rank=0 is not within 1 and 256"
+
+
 def test_a_folder_that_is_no_job_fails_with_a_reason(tmp_path):
     status, events = end(start(tmp_path))
     assert status == EXIT_FAILED

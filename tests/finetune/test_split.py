@@ -48,6 +48,15 @@ def test_over_the_versions_of_a_set_a_row_moves_at_most_from_test_to_train(n, mo
     assert not {old[i] for i in before.train} & validated_after
 
 
+@given(st.integers(60, 400), st.integers(0, 400), st.integers(0, 10**9))
+@settings(deadline=None)
+def test_near_doubles_that_come_later_test_only_where_the_first_one_does(n, more, salt):
+    names = keys(n, salt)
+    doubles = [one[:32] + other[32:] for one, other in zip(names, keys(more, f"{salt}/"), strict=False)]
+    before, grown = split(names), [*names, *doubles]
+    assert not {names[i][:32] for i in before.train} & {grown[i][:32] for i in split(grown).test}
+
+
 @given(st.integers(9, 2000), st.integers(0, 10**9))
 @settings(deadline=None)
 def test_a_part_is_as_large_as_chance_makes_its_share(n, salt):

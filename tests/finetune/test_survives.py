@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import errno
+import os
 import shutil
 import threading
 import time
@@ -11,13 +12,15 @@ from pathlib import Path
 
 import pytest
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file
 
 from core.errors import JobError
-from core.job import Done, Progress, Spec, Warned
+from core.job import SHOWN, Done, Progress, Spec, Warned
 from core.weights import fingerprint
 from finetune import checkpoint, keeping, publish
 from finetune.checkpoint import NEWEST
+from finetune.exam import SCORES
 from finetune.keeping import Interrupted
 from finetune.train import Trainer, train
 from tests.finetune.conftest import Heard
@@ -98,6 +101,32 @@ def test_no_room_for_the_result_is_waited_out_too(make_job, monkeypatch):
     assert failed
     assert heard.of(Done)
     assert not (folder / publish.ASIDE).exists()
+
+
+@pytest.mark.parametrize("name", [SCORES, SHOWN])
+def test_no_room_for_what_the_gate_measured_is_waited_out_too(make_job, monkeypatch, name):
+    left = [2]
+    sync = os.fsync
+
+    def full(number):
+        if left[0] and Path(os.readlink(f"/proc/self/fd/{number}")).name == f"{name}.new":
+            left[0] -= 1
+            raise OSError(errno.ENOSPC, "No space left on device")
+        sync(number)
+
+    monkeypatch.setattr(os, "fsync", full)
+    monkeypatch.setattr(keeping, "WAIT_S", 0.01)
+    folder = make_job(epochs=1)
+    heard = go(folder)
+    assert left == [0]
+    assert "the disk is full" in heard.of(Warned)[0].text
+    assert heard.of(Done)
+    assert not list(folder.glob("*.new"))
+
+
+def test_a_quota_that_is_used_up_is_a_full_disk():
+    assert checkpoint.is_disk_full(SafetensorError(f"I/O error: Disk quota exceeded (os error {errno.EDQUOT})"))
+    assert not checkpoint.is_disk_full(SafetensorError(f"I/O error: Input/output error (os error {errno.EIO})"))
 
 
 def test_what_else_is_wrong_with_the_disk_ends_the_job_with_the_checkpoint_kept(make_job, monkeypatch):

@@ -22,6 +22,7 @@ from finetune import train as loop
 from finetune.checkpoint import BEST, NEWEST
 from finetune.keeping import Interrupted
 from finetune.meter import Meter
+from finetune.split import split
 from finetune.train import Trainer, Unstable, train
 from tests.finetune.conftest import Heard, faq
 from tests.tiny import quietly
@@ -185,6 +186,21 @@ def test_an_out_that_is_there_is_told_and_not_made_again(make_job, monkeypatch):
     assert replace(again, seconds=0.0) == replace(first[-1], seconds=0.0)
 
 
+def test_a_checkpoint_that_was_trained_on_rows_that_test_now_is_not_gone_on_from(make_job, monkeypatch):
+    """As when another version of this program splits a set otherwise."""
+    folder = make_job()
+    with monkeypatch.context() as patch, pytest.raises(Interrupted):
+        go(folder, stop_after(patch, 3))
+
+    def otherwise(keys):
+        parts = split(keys)
+        return replace(parts, train=parts.test + parts.train[3:], test=parts.train[:3])
+
+    monkeypatch.setattr("finetune.prepare.split", otherwise)
+    heard = go(folder)
+    assert "begins anew" in heard.of(Warned)[0].text
+
+
 def test_a_damaged_checkpoint_or_one_of_other_settings_begins_anew(make_job, monkeypatch):
     folder = make_job()
     with monkeypatch.context() as patch, pytest.raises(Interrupted):
@@ -225,7 +241,7 @@ def test_the_second_value_that_is_not_finite_ends_the_job(make_job, monkeypatch)
     heard = Heard()
     with pytest.raises(JobError, match="also at half the learning rate") as caught:
         train(folder, Spec.read(folder), heard, threading.Event())
-    assert caught.value.fields["fault"] == "yours"
+    assert caught.value.fields["fault"] == "settings"
     assert len(heard.of(Warned)) == 1
     assert not (folder / "out").exists()
 
@@ -254,7 +270,7 @@ def test_a_learning_rate_of_one_stops_restores_and_tells(make_job, taught_folder
     heard = Heard()
     with pytest.raises(JobError, match=r"finetune.learning_rate = 0.001") as caught:
         train(folder, Spec.read(folder), heard, threading.Event())
-    assert caught.value.fields["fault"] == "yours"
+    assert caught.value.fields["fault"] == "settings"
     (warned,) = heard.of(Warned)
     assert "going on from step 0 with half the learning rate, 0.5" in warned.text
     assert not (folder / "out").exists()
@@ -304,7 +320,10 @@ def test_it_stops_when_nothing_is_gained_and_the_best_is_what_is_published(make_
     assert (heard.of(Progress)[-1].step, heard.of(Progress)[-1].steps) == (20, 20)
     out = load_file(folder / "out" / "adapter_model.safetensors")
     assert all(torch.equal(out[name], tensor) for name, tensor in states[10].items())
-    assert json.loads((folder / "out" / "manifest.json").read_text())["losses"]["validation_10"] == 1.5
+    manifest = json.loads((folder / "out" / "manifest.json").read_text())
+    assert manifest["losses"]["validation_10"] == 1.5
+    assert (manifest["epochs_done"], manifest["hyper"]["epochs"]) == (4.0, 10)
+    assert "for 4 of 10 epochs (20 steps" in (folder / "out" / "README.md").read_text()
 
 
 def test_without_patience_all_steps_are_taken(make_job, monkeypatch):
@@ -352,6 +371,12 @@ def test_bad_data_names_its_line(make_job):
     assert caught.value.fields["line"] == 1
 
 
+def test_a_setting_is_refused_in_the_language_of_who_asked(make_job):
+    with pytest.raises(JobError, match=r"finetune.rank=0 不在 1 到 256 之间") as caught:
+        go(make_job(rank=0), language="zh")
+    assert caught.value.fields["fault"] == "settings"
+
+
 @pytest.mark.parametrize(
     ("setting", "value"),
     [("rank", 0), ("dropout", 1.0), ("learning_rate", math.nan), ("epochs", 0), ("schedule", "linear")],
@@ -359,7 +384,7 @@ def test_bad_data_names_its_line(make_job):
 def test_a_setting_out_of_range_is_named(make_job, setting, value):
     with pytest.raises(JobError, match=f"finetune.{setting}=") as caught:
         go(make_job(**{setting: value}))
-    assert caught.value.fields["fault"] == "yours"
+    assert caught.value.fields["fault"] == "settings"
 
 
 def test_a_candidate_is_judged_against_the_version_that_answers_now(make_job):

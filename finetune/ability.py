@@ -57,10 +57,11 @@ NOTHING = OwnAnswers((), (), (), "")
 
 @dataclass(frozen=True, slots=True)
 class Asked:
-    """The generic prompts, as ids."""
+    """The generic prompts, as ids; `skills` are those of `measured`."""
 
     rehearsed: tuple[tuple[int, ...], ...]
     measured: tuple[tuple[int, ...], ...]
+    skills: tuple[str, ...]
 
 
 def how_many(known: int, rows: int, share: float) -> int:
@@ -69,11 +70,17 @@ def how_many(known: int, rows: int, share: float) -> int:
 
 
 def asked(base: Base, instructions: str) -> Asked:
+    """Those that leave the model room for an answer."""
     given = _prompts()
-    measured = [prompt for skill in given["measured"].values() for prompt in skill]
+    rehearsed = [_prompt(prompt, instructions, base) for prompt in given["rehearsed"]]
+    measured = [
+        (skill, _prompt(prompt, instructions, base)) for skill, some in given["measured"].items() for prompt in some
+    ]
+    measured = [(skill, ids) for skill, ids in measured if len(ids) + MEASURED_TOKENS <= base.context]
     return Asked(
-        tuple(_prompt(prompt, instructions, base) for prompt in given["rehearsed"]),
-        tuple(_prompt(prompt, instructions, base) for prompt in measured),
+        tuple(ids for ids in rehearsed if len(ids) + REHEARSED_TOKENS <= base.context),
+        tuple(ids for _, ids in measured),
+        tuple(skill for skill, _ in measured),
     )
 
 
@@ -90,11 +97,11 @@ def own_answers(
 
     `model` must answer as the base does. Raises Interrupted; what is answered by then is not asked again.
     """
-    key = _key(base, instructions)
+    key, prompts = _key(base, instructions), asked(base, instructions)
     places = [folder / FILE, *([cache / f"{key[:32]}.json"] if cache else [])]
     found = next((text for place in places if (text := _kept(place, key)) is not None), None)
     if found is None:
-        found = json.dumps({"key": key, **_make(folder / BEGUN, key, asked(base, instructions), base, model, listen)})
+        found = json.dumps({"key": key, **_make(folder / BEGUN, key, prompts, base, model, listen)})
     for place in places:
         if _kept(place, key) is None:
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -103,7 +110,7 @@ def own_answers(
     return OwnAnswers(
         tuple(_row(answer) for answer in given["rehearsed"]),
         tuple(_row(answer) for answer in given["measured"]),
-        tuple(skill for skill, prompts in _prompts()["measured"].items() for _ in prompts),
+        prompts.skills,
         hashlib.sha256(found.encode()).hexdigest(),
     )
 

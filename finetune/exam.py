@@ -11,7 +11,7 @@ import json
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -116,11 +116,14 @@ class Exam:
             after, unsound = self.meter.row_losses(measured), self._unsound(prompts, most)
         with self.trained.untrained():
             before, unsound_base = self.meter.row_losses(measured), self._unsound(prompts, most)
+        sound = Health(unsound=unsound, unsound_base=unsound_base, asked=len(prompts))
+        if not measured:  # a model that takes less than a prompt and its answer
+            return sound, {}
         tokens = supervised(measured)
         _check_finite("ability", sum(after))
-        lost = forgotten(after, before, tokens, self.own.skills, seed=self.spec.hyper.seed)
+        ability, high, skill, change = forgotten(after, before, tokens, self.own.skills, seed=self.spec.hyper.seed)
         kept = {"candidate": after, "base": before, "tokens": tokens, "skills": self.own.skills}
-        return Health(*lost, unsound, unsound_base, len(prompts)), kept
+        return replace(sound, ability=ability, ability_high=high, skill=skill, skill_change=change), kept
 
     def _unsound(self, prompts: Sequence[Sequence[int]], most: int) -> int:
         tokenizer = self.prepared.base.tokenizer

@@ -110,9 +110,10 @@ def _best(scores: Tensor) -> Tensor:
     block = math.gcd(scores.shape[1], BLOCK)
     if scores.device.type != "cpu" or block < SMALL_BLOCK:
         return scores.argmax(dim=-1)
-    blocks = scores.unflatten(1, (-1, block))
+    blocks = scores.view(len(scores), -1, block)
     chosen = blocks.amax(dim=-1).argmax(dim=-1)
-    return chosen * block + blocks[torch.arange(len(scores)), chosen].argmax(dim=-1)
+    within: Tensor = blocks[torch.arange(len(scores)), chosen].argmax(dim=-1)
+    return chosen * block + within
 
 
 def _of_one(scores: Tensor, columns: Columns) -> Tensor:

@@ -13,6 +13,7 @@ from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadMo
 
 from core.job import Checked, Done, Fresh, Judged, Spec
 from core.prompt import TrainingRow
+from finetune import ability
 from finetune import train as loop
 from finetune.ability import OwnAnswers
 from finetune.base import find_base
@@ -92,3 +93,18 @@ def test_a_model_of_relative_positions_alone_takes_whatever_is_set(make_job: Mak
     tiny_tokenizer().save_pretrained(tmp_path / "base")
     folder = make_job(base=tmp_path / "base")
     assert find_base(Spec.read(folder), folder).context == sys.maxsize
+
+
+@pytest.mark.parametrize("most", [12, 155])
+def test_the_base_is_asked_only_what_leaves_it_room_to_answer(
+    most: int, make_job: MakeJob, gpt2_folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(ability, "REHEARSED_TOKENS", most)
+    monkeypatch.setattr(ability, "MEASURED_TOKENS", most)
+    folder = make_job(data=rows(60, 30), base=gpt2_folder, epochs=1)
+    asked = ability.asked(find_base(Spec.read(folder), folder), "")
+    assert all(len(ids) + most <= 160 for ids in (*asked.rehearsed, *asked.measured))
+    assert len(asked.skills) == len(asked.measured)
+    assert bool(asked.measured) == bool(asked.rehearsed) == (most == 12)
+    (judged,) = go(folder, ability=True).of(Judged)
+    assert (judged.ability is not None) == (most == 12)

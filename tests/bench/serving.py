@@ -46,6 +46,7 @@ CASES = (
     ("peft_mixed_8x8", "peft", 8, 8),
     ("ours_mixed_16x8", "ours", 16, 8),
     ("vllm_mixed_16x8", "vllm", 16, 8),
+    ("int8_mixed_16x8", "int8", 16, 8),
     ("ours_mixed_32x8", "ours", 32, 8),
     ("peft_mixed_32x8", "peft", 32, 8),
     ("int8_1", "int8", 1, 0),
@@ -62,6 +63,7 @@ RATIOS = {  # name: (case, peer's case)
     "base_1_vs_generate": ("ours_base_1", "generate_1"),
     "base_32_vs_generate": ("ours_base_32", "generate_32"),
     "mixed_16x8_vs_vllm_cpu": ("ours_mixed_16x8", "vllm_mixed_16x8"),
+    "int8_mixed_16x8_vs_vllm_cpu": ("int8_mixed_16x8", "vllm_mixed_16x8"),  # what to choose: its weights are float32
     "int8_1_vs_llamacpp": ("int8_1", "llamacpp_1"),
     "int8_8_vs_llamacpp": ("int8_8", "llamacpp_8"),
     "int8_32_vs_llamacpp": ("int8_32", "llamacpp_32"),

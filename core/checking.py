@@ -34,7 +34,7 @@ log = logging.getLogger(__name__)
 class Checks(Lane):
     """`training_is_busy` says whether steps taken now would hold up a job, and be held up by it."""
 
-    action = "check"
+    action, state = "check", "validating"
 
     def __init__(self, shop: Shop, training_is_busy: Callable[[], bool]) -> None:
         super().__init__(shop)
@@ -50,7 +50,7 @@ class Checks(Lane):
 
     async def work(self, job: Job) -> None:
         """Run the check until there is a report or a reason."""
-        if job.state != "validating":
+        if job.state != self.state:
             return
         folder = check_folder(self._home, job.id)
         spec = replace(self._spec(job), redact=job.redact, warm_up=not self._training_is_busy())
@@ -63,9 +63,9 @@ class Checks(Lane):
             await self._fail(job, "ours", f"the job folder cannot be written: {error.strerror}")
             return
         board = Board(self._database, self._deliveries, job)
-        while not self._stopping and await self._is_open(job):
+        while not self._stopping and await self._is_on(job):
             status, failed = await self._run_trainer(job, folder, board)
-            if not await self._is_open(job):
+            if not await self._is_on(job):
                 return  # cancelled
             if failed is not None:
                 await self._fail(job, failed.fault, with_line(failed, job.language))

@@ -82,6 +82,7 @@ class Lane(ABC):
     """`run` must be running for jobs to be done; `wake` says that there may be one, or one less."""
 
     action = ""  # what `python -m finetune` is asked to do
+    state = ""  # of a job while it does it
 
     def __init__(self, shop: Shop) -> None:
         self.shop = shop
@@ -225,8 +226,8 @@ class Lane(ABC):
         return status, failed[-1] if failed else None
 
     async def _watch(self, job: Job, trainer: Trainer) -> None:
-        """Stop the trainer of a job that is cancelled."""
-        while await self._is_open(job):
+        """Stop the trainer of a job that is cancelled, also where it is to go on already: that is another turn."""
+        while await self._is_on(job):
             await self._wait(LOOK_AGAIN_S)
             self._changed.clear()
         await trainer.stop(_CANCEL_S)
@@ -322,6 +323,9 @@ class Lane(ABC):
 
     async def _is_open(self, job: Job) -> bool:
         return await self._database.read(lambda tx: jobs.state_of(tx, job.id)) in jobs.OPEN
+
+    async def _is_on(self, job: Job) -> bool:
+        return await self._database.read(lambda tx: jobs.state_of(tx, job.id)) == self.state
 
 
 def with_line(failed: Failed, language: str) -> str:

@@ -73,7 +73,7 @@ class Training:
 
 
 class Trains(Lane):
-    action = "train"
+    action, state = "train", "running"
 
     def due(self, tx: Tx) -> list[Job]:
         return jobs.due(tx)
@@ -98,10 +98,10 @@ class Trains(Lane):
             return
         board = Board(self._database, self._deliveries, job)
         await board.open(await self._delivery(job))
-        while not self._stopping and await self._is_open(job):
+        while not self._stopping and await self._is_on(job):
             status, failed = await self._run_trainer(job, folder, board)
-            if not await self._is_open(job):
-                return  # cancelled
+            if not await self._is_on(job):
+                return  # cancelled, or cancelled and to go on: in its turn, and with another message
             if failed is not None:
                 await self._fail(job, failed.fault, with_line(failed, job.language))
             elif status == EXIT_FINISHED:

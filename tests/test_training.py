@@ -155,6 +155,23 @@ async def test_a_job_that_was_cancelled_goes_on_from_its_checkpoint_in_another_m
             await it.say(f"/finetune resume {job_id}")
 
 
+@pytest.mark.parametrize("word", ["pause", "stubborn"])
+async def test_a_job_that_is_to_go_on_before_its_trainer_is_gone_goes_on_in_another_message(
+    tmp_path: Path, word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("core.lane._CANCEL_S", 0.2 if word == "stubborn" else 10.0)
+    monkeypatch.setattr("core.trainer._TERMINATE_S", 0.2)
+    async with works(tmp_path) as it:
+        job_id = await it.order(word)
+        await it.bot.until(lambda: PAUSED in it.bot.newest)
+        await it.say(f"/finetune cancel {job_id}")
+        await it.say(f"/finetune resume {job_id}")
+        assert "acme@1" in await it.ended()
+        assert (await it.job(job_id))["state"] == "published"
+        assert await it.warned(job_id) == ["goes on from step 2"]
+        assert len(it.bot.opened) == 2
+
+
 async def test_what_a_cancelled_job_has_learned_goes_with_its_data_set(tmp_path: Path) -> None:
     async with works(tmp_path) as it:
         job_id = await it.order("pause")

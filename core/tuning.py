@@ -31,9 +31,7 @@ def begin(tx: Tx, caller: Caller, call: Call) -> Outcome:
     preset = call.arguments.get("preset", "").lower()
     if preset and preset not in PRESETS:
         raise BadInput("training.no_preset", typed=preset[:40], presets=", ".join(PRESETS))
-    for job in jobs.open_jobs(tx):
-        if job.channel_id == caller.channel.id:  # a question that nobody answered: this one takes its place
-            jobs.cancel(tx, job.id, jobs.REPLACED)
+    unanswered = [job.id for job in jobs.open_jobs(tx) if job.channel_id == caller.channel.id]
     given = call.arguments
     agreed = given.get("go") == "yes"
     columns = {key: given[key] for key in COLUMNS if given.get(key)}
@@ -46,6 +44,8 @@ def begin(tx: Tx, caller: Caller, call: Call) -> Outcome:
         columns=columns,
         preset=preset,
     )
+    for old in unanswered:  # this one takes its place; it is there by now, so that a data set of both is kept
+        jobs.cancel(tx, old, jobs.REPLACED)
     if agreed:
         jobs.pin_price(tx, job.id)
     new_delivery(tx, job_id=job.id)

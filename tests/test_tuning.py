@@ -98,6 +98,17 @@ def test_a_second_job_of_a_channel_is_refused_with_the_first_named(it: Town) -> 
     assert it.database.read_now(lambda tx: tx.value("SELECT count(*) FROM job")) == 1
 
 
+def test_a_job_that_takes_the_place_of_a_question_keeps_what_people_said(it: Town) -> None:
+    it.database.write_now(lambda tx: tx.run("UPDATE dataset SET source = 'feedback'"))
+    run(it, "/finetune feedback")
+    it.database.write_now(lambda tx: jobs.ask(tx, 1))
+    run(it, "/finetune feedback")
+    assert (job_row(it, 1)["state"], job_row(it, 1)["reason"]) == ("cancelled", jobs.REPLACED)
+    assert not it.database.read_now(lambda tx: datasets.is_erased(tx, SHA))
+    run(it, "/finetune cancel 2")
+    assert it.database.read_now(lambda tx: datasets.is_erased(tx, SHA))
+
+
 def test_a_job_of_another_channel_waits_and_says_so(it: Town) -> None:
     run(it, "/finetune faq.jsonl yes")
     assert says(it, "/finetune b.jsonl yes", "other_operator", "delta") == say(

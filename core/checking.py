@@ -71,6 +71,7 @@ class Checks(Lane):
                 await self._fail(job, failed.fault, with_line(failed, job.language))
             elif status == EXIT_FINISHED:
                 await self._ask(job, folder)
+                await asyncio.to_thread((folder / spec.data).unlink, missing_ok=True)
                 return
             else:
                 await self._again(job, status)
@@ -96,6 +97,8 @@ class Checks(Lane):
             keep_body(tx, new_delivery(tx, job_id=job.id), datatexts.question(asked, events, preview))
 
         await self._database.write(work)
+        if redacted:
+            await self._clear_data(job)  # as it was before: what people said is erased
         log.info("job.asked", extra={"job": job.id})
 
     def _keep_redacted(self, folder: Path, redacted: Redacted) -> int:

@@ -279,17 +279,20 @@ class Lane(ABC):
         What a cancelled one has learned stays, for as long as its data set does (core.retention).
         """
         resumable = await self._database.read(lambda tx: jobs.resumable(tx, job.id))
-        erased = await self._database.read(lambda tx: datasets.is_erased(tx, job.dataset_sha256))
         unused = await self._database.read(lambda tx: jobs.unpublished_folder(tx, job.id))
 
         def remove() -> None:
             _empty(self._home.jobs / str(job.id), LEARNED if resumable else ())
-            if erased:
-                stored(self._home, job.dataset_sha256).unlink(missing_ok=True)
             if unused:
                 shutil.rmtree(self._home.adapters / unused, ignore_errors=True)
 
         await asyncio.to_thread(remove)
+        await self._clear_data(job)
+
+    async def _clear_data(self, job: Job) -> None:
+        """The file of its data set, where that is erased."""
+        if await self._database.read(lambda tx: datasets.is_erased(tx, job.dataset_sha256)):
+            await asyncio.to_thread(stored(self._home, job.dataset_sha256).unlink, missing_ok=True)
 
     # --- ends ---
 

@@ -184,6 +184,24 @@ async def test_what_personal_data_was_taken_out_of_is_another_data_set(tmp_path:
         assert "acme@1" in await it.ended(3)
 
 
+async def test_what_people_said_is_not_kept_once_personal_data_was_taken_out(tmp_path: Path) -> None:
+    async with works(tmp_path) as it:
+        job_id = await it.order("personal", agreed=False)
+        await it.ended()
+        before = (await it.job(job_id))["dataset_sha256"]
+        await it.database.write(lambda tx: tx.run("UPDATE dataset SET source = 'feedback'"))
+        await it.say("/finetune redact")
+        await it.ended(2)
+        after = (await it.job(job_id))["dataset_sha256"]
+        assert await asyncio.to_thread(os.listdir, it.home.datasets) == [after] != [before]
+        left = await asyncio.to_thread(lambda: [path.name for path in (it.folder(job_id) / "check").iterdir()])
+        assert "data.jsonl" not in left
+        await it.say("/finetune start")
+        await it.ended(3)
+        assert not await asyncio.to_thread(os.listdir, it.home.datasets)
+        assert await it.database.read(lambda tx: tx.value("SELECT count(*) FROM dataset WHERE erased_ms IS NULL")) == 0
+
+
 async def test_whose_words_are_in_a_data_set_is_known_of_what_is_made_of_it(tmp_path: Path) -> None:
     async with works(tmp_path, running=False) as it:
         job_id = await it.order()

@@ -204,8 +204,10 @@ def move(tx: Tx, job_id: int, state: str, *, redact: bool = False) -> None:
 
 
 def read_from(tx: Tx, job_id: int, dataset_sha256: str) -> None:
-    """The job is for this data set from now on, whose columns have our own names."""
+    """The job is for this data set from now on, whose columns have our own names; it needs the other one no more."""
+    before = str(tx.value("SELECT dataset_sha256 FROM job WHERE id = ?", [job_id]))
     tx.run("UPDATE job SET dataset_sha256 = ?, columns = '', redact = 0 WHERE id = ?", [dataset_sha256, job_id])
+    _erase_sayings(tx, before)
 
 
 def expired(tx: Tx, age_ms: int) -> list[int]:
@@ -252,22 +254,23 @@ def unpublished_folder(tx: Tx, job_id: int) -> str:
 
 
 def end(tx: Tx, job_id: int, state: str, reason: str = "", result: str | None = None) -> bool:
-    """Published, cancelled or failed; whether it was open until now.
-
-    What people said is needed by its job alone: that data set is erased with it. Whose it was stays written down.
-    """
+    """Published, cancelled or failed; whether it was open until now."""
     changed = tx.run(
         f"UPDATE job SET state = ?, reason = ?, result = ?, ended_ms = ? WHERE id = ? AND state IN {_OPEN}",
         [state, reason, result, tx.now_ms, job_id],
     )
+    _erase_sayings(tx, str(tx.value("SELECT dataset_sha256 FROM job WHERE id = ?", [job_id])))
+    return bool(changed)
+
+
+def _erase_sayings(tx: Tx, sha256: str) -> None:
+    """What people said is needed by its job alone: that data set is erased with it. Whose it was stays written down."""
     marks = ", ".join("?" * len(OF_PEOPLE))
     tx.run(
-        f"UPDATE dataset SET erased_ms = ? WHERE erased_ms IS NULL AND source IN ({marks})"
-        " AND sha256 = (SELECT dataset_sha256 FROM job WHERE id = ?)"
+        f"UPDATE dataset SET erased_ms = ? WHERE erased_ms IS NULL AND source IN ({marks}) AND sha256 = ?"
         f" AND NOT EXISTS (SELECT 1 FROM job WHERE dataset_sha256 = dataset.sha256 AND state IN {_OPEN})",
-        [tx.now_ms, *OF_PEOPLE, job_id],
+        [tx.now_ms, *OF_PEOPLE, sha256],
     )
-    return bool(changed)
 
 
 def cancel(tx: Tx, job_id: int, reason: str) -> bool:

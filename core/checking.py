@@ -20,7 +20,7 @@ from core.delivery import keep_body, new_delivery
 from core.errors import JobError
 from core.job import EXIT_FINISHED, PREVIEW, Checked, Estimated, JobEvent, Preview, Redacted
 from core.jobboard import Board
-from core.lane import Lane, Shop, with_line
+from core.lane import Lane, Shop, begun_with, with_line
 from core.store import datasets, directory, jobs, trail
 from core.store.database import Database, Tx
 from core.store.home import Home
@@ -114,15 +114,21 @@ def check_folder(home: Home, job_id: int) -> Path:
     return home.jobs / str(job_id) / "check"
 
 
-async def prepare_preview(home: Home, database: Database, caller: Caller, call: Call) -> Call:
-    """For commands that show rows: the call with what the check chose to show as `preview`. Raises UnknownThing."""
-    if call.key not in (("finetune", "preview"), ("finetune", "status")):
+async def prepare_job(home: Home, database: Database, caller: Caller, call: Call) -> Call:
+    """For commands about what lies in a job's folder: the call with the rows that the check chose to show as `preview`,
+    and for one that resumes it with the base model that it was begun on as `base`. Raises UnknownThing.
+    """
+    if call.key not in (("finetune", "preview"), ("finetune", "status"), ("finetune", "resume")):
         return call
     if await database.read(lambda tx: directory.grant_of(tx, caller.user, caller.channel.id)) < Grant.OPERATOR:
         return call  # refused and audited where all commands are
     job = await database.read(lambda tx: find_job(tx, caller, call))
-    text = await asyncio.to_thread(read_preview, home, job.id) if job else ""
-    return replace(call, arguments={**call.arguments, "preview": text})
+    if job is None:
+        return call
+    if call.form.word == "resume":
+        begun = await asyncio.to_thread(begun_with, home.jobs / str(job.id))
+        return replace(call, arguments={**call.arguments, "base": begun.fingerprint if begun else ""})
+    return replace(call, arguments={**call.arguments, "preview": await asyncio.to_thread(read_preview, home, job.id)})
 
 
 def read_preview(home: Home, job_id: int) -> str:

@@ -39,7 +39,7 @@ _CANCEL_S = 15.0
 _ATTEMPTS = 3  # trainers that end without progress
 _TRIES = 8  # at all else, a platform that is away included: about ten minutes
 _DATA = "data"
-LEARNED = ("checkpoint", "own-answers.json")  # what a job that is cancelled may go on from
+LEARNED = ("spec.json", "checkpoint", "own-answers.json")  # what a job that is cancelled may go on from
 _USHER_S, _QUIET_S = 0.02, 0.5
 _LONGEST_HALT_S, _TURN_S = 4.5, 0.5
 
@@ -329,6 +329,14 @@ class Lane(ABC):
 
     async def _is_on(self, job: Job) -> bool:
         return await self._database.read(lambda tx: jobs.state_of(tx, job.id)) == self.state
+
+
+def begun_with(folder: Path) -> Spec | None:
+    """What a job was begun with, also where it was cancelled since; None where nothing of it is left."""
+    try:
+        return Spec.read(folder)
+    except JobError:
+        return None
 
 
 def with_line(failed: Failed, language: str) -> str:

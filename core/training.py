@@ -21,7 +21,7 @@ from core.engine.protocol import EngineInfo
 from core.errors import AdapterUnusable
 from core.job import EXIT_FINISHED, SHOWN
 from core.jobboard import Board
-from core.lane import Lane, Shop, TrainingSettings, with_line
+from core.lane import Lane, Shop, TrainingSettings, begun_with, with_line
 from core.store import jobs, ledger, trail
 from core.store.database import Database, Tx
 from core.store.home import Home
@@ -119,9 +119,13 @@ class Trains(Lane):
         return AdapterRef(sha256, self._home.adapters / sha256, label)
 
     def _prepare(self, job: Job, folder: Path, champion: AdapterRef | None) -> None:
-        """jobs/<id>/. What an earlier life laid out stays; the check has had its turn."""
+        """jobs/<id>/. What an earlier life laid out stays; the check has had its turn.
+
+        What was cancelled goes on as it was begun, whatever the channel and the configuration say by now.
+        """
         shutil.rmtree(check_folder(self._home, job.id), ignore_errors=True)
-        if (folder / "spec.json").exists():
+        begun = begun_with(folder)
+        if begun is not None and (folder / begun.data).exists():
             return
         if job.imported and not (folder / CANDIDATE).exists():
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -132,6 +136,8 @@ class Trains(Lane):
             champion_label=champion.label if champion else adapters.BASE,
             candidate=CANDIDATE if job.imported else "",
         )
+        if begun is not None and begun.fingerprint == spec.fingerprint:
+            spec = replace(spec, instructions=begun.instructions, hyper=begun.hyper)
         self._lay_out(job, folder, spec)
 
     # --- publishing ---

@@ -145,7 +145,10 @@ def cancel(tx: Tx, caller: Caller, call: Call) -> Outcome:
 
 
 def resume(tx: Tx, caller: Caller, call: Call) -> Outcome:
-    """Go on with a job that was cancelled, from its last checkpoint. Raises UnknownThing, BadInput."""
+    """Go on with a job that was cancelled, from its last checkpoint; on another base model it begins anew.
+
+    Raises UnknownThing, BadInput.
+    """
     job = find_job(tx, caller, call)
     if job is None:
         return Outcome(Body(say(caller.language, "training.none")))
@@ -153,8 +156,11 @@ def resume(tx: Tx, caller: Caller, call: Call) -> Outcome:
         raise BadInput("training.not_resumable", id=job.id, state=Later(f"training.state_{job.state}"))
     check_room(tx, caller)
     jobs.resume(tx, job.id)
-    before = jobs.before(tx, job.id)
     directory.audit(tx, caller, "finetune resume", job.label, {"job": job.id, "state": job.state}, "queued")
+    if (begun_on := call.arguments.get("base")) and directory.loaded_base(tx) not in (None, begun_on):
+        text = f"{_queued(tx, caller, job)} {say(caller.language, 'training.begins_anew')}"
+        return Outcome(Body(text), (WakeTraining(),))
+    before = jobs.before(tx, job.id)
     fields = {"id": job.id, "title": job.title, "label": job.label, "before": before}
     key = "training.resumed_behind" if before else "training.resumed"
     return Outcome(Body(say(caller.language, key, **fields)), (WakeTraining(),))

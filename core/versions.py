@@ -209,8 +209,7 @@ def _check_verdict(version: Version, reason: str) -> None:
 
 
 def _other_base(tx: Tx, version: Version) -> bool:
-    loaded = tx.value("SELECT value FROM setting WHERE key = 'base_fingerprint'")
-    return loaded is not None and loaded != version.base_fingerprint
+    return directory.loaded_base(tx) not in (None, version.base_fingerprint)
 
 
 def _followers(tx: Tx, caller: Caller) -> str:

@@ -35,8 +35,11 @@ def it(tmp_path: Path) -> Iterator[Town]:
         yield made
 
 
-def run(it: Town, text: str, who: str = "operator", place: str = "acme", language: str = "en") -> Outcome:
+def run(
+    it: Town, text: str, who: str = "operator", place: str = "acme", language: str = "en", **brought: str
+) -> Outcome:
     call = parse(text)
+    call = replace(call, arguments={**call.arguments, **brought})
     if call.form.word == "":  # as core.datasets leaves it
         call = replace(call, arguments={**call.arguments, "dataset": SHA, "name": call.arguments["dataset"]})
     return it.database.write_now(lambda tx: run_command(tx, it.caller(tx, who, place, language), call, tuning.HANDLERS))
@@ -251,6 +254,17 @@ def test_cancel_ends_a_job_once(it: Town) -> None:
     assert job_row(it)["state"] == "cancelled"
     assert says(it, "/finetune cancel 1") == say("en", "training.ended_already", id=1)
     assert says(it, "/finetune faq.jsonl yes")  # another may begin
+
+
+def test_whoever_resumes_a_job_is_told_if_it_begins_anew(it: Town) -> None:
+    run(it, "/finetune faq.jsonl yes")
+    hear(it)
+    it.database.write_now(lambda tx: directory.keep_base(tx, "loaded"))
+    for base in ("loaded", "another"):
+        run(it, "/finetune cancel 1")
+        said = run(it, "/finetune resume 1", base=base).body.text
+        assert (say("en", "training.begins_anew") in said) == (base == "another")
+        assert ("goes on from where it was" in said) == (base == "loaded")
 
 
 def test_the_report_names_what_is_to_be_known_of_the_rows():

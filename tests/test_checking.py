@@ -246,7 +246,7 @@ async def test_a_plain_yes_starts_what_was_asked(tmp_path: Path, word: str) -> N
 
 @pytest.mark.parametrize("word", ["no", "不要"])
 async def test_a_plain_no_ends_it(tmp_path: Path, word: str) -> None:
-    assert (await answered(tmp_path, word))[-1] == say("en", "training.cancelled", id=1, title="Acme")
+    assert (await answered(tmp_path, word))[-1] == say("en", "training.cancelled_for_good", id=1, title="Acme")
 
 
 async def test_a_yes_of_who_may_not_is_a_message_like_any_other(tmp_path: Path) -> None:

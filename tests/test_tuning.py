@@ -250,10 +250,24 @@ def test_cancel_ends_a_job_once(it: Town) -> None:
     run(it, "/finetune faq.jsonl yes")
     outcome = run(it, "/finetune cancel 1")
     assert WakeTraining() in outcome.after
-    assert outcome.body.text == say("en", "training.cancelled", id=1, title="Acme")
+    assert outcome.body.text == say("en", "training.cancelled_for_good", id=1, title="Acme")
     assert job_row(it)["state"] == "cancelled"
     assert says(it, "/finetune cancel 1") == say("en", "training.ended_already", id=1)
     assert says(it, "/finetune faq.jsonl yes")  # another may begin
+
+
+@pytest.mark.parametrize("state", ["validating", "waiting", "queued", "running"])
+def test_only_what_can_be_resumed_is_said_to_be(it: Town, state: str) -> None:
+    run(it, "/finetune faq.jsonl yes")
+    hear(it)
+    it.database.write_now(lambda tx: tx.run("UPDATE job SET started_ms = NULL") if state != "running" else 0)
+    it.database.write_now(lambda tx: tx.run("UPDATE job SET state = ?", [state]))
+    assert ("/finetune resume 1" in says(it, "/finetune cancel 1")) == (state == "running")
+    if state == "running":
+        assert says(it, "/finetune resume 1")
+    else:
+        with pytest.raises(BadInput):
+            run(it, "/finetune resume 1")
 
 
 def test_whoever_resumes_a_job_is_told_if_it_begins_anew(it: Town) -> None:

@@ -49,6 +49,7 @@ class Job:
     language: str
     attempts: int
     created_ms: int
+    started: bool  # whether it ever was trained
     ended_ms: int | None
     preset: str  # of hyper-parameters; "" is the configuration's
     imported: str  # the folder of an adapter from elsewhere that it examines; "" where it trains
@@ -64,7 +65,7 @@ class Job:
     @property
     def lasting(self) -> bool:
         """Whether it may go on after it was cancelled: its data set, and what was learned, outlive it."""
-        return self.source not in OF_PEOPLE and not self.imported
+        return self.started and self.source not in OF_PEOPLE and not self.imported
 
     @property
     def open(self) -> bool:
@@ -365,6 +366,7 @@ def _job(row: Row) -> Job:
         language=row["language"],
         attempts=row["attempts"],
         created_ms=row["created_ms"],
+        started=row["started_ms"] is not None,
         ended_ms=row["ended_ms"],
         imported=row["imported"],
         preset=row["preset"],

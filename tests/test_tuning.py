@@ -119,6 +119,16 @@ def test_a_job_of_another_channel_waits_and_says_so(it: Town) -> None:
     )
 
 
+def test_a_younger_job_that_is_at_work_is_before_an_older_one_that_waits(it: Town) -> None:
+    run(it, "/finetune faq.jsonl")
+    it.database.write_now(lambda tx: (jobs.ask(tx, 1), tx.run("UPDATE delivery SET state = 'done'")))
+    run(it, "/finetune b.jsonl yes", "other_operator", "delta")
+    it.database.write_now(lambda tx: jobs.start(tx, 2))
+    assert says(it, "/finetune start 1") == say(
+        "en", "training.queued", id=1, title="Acme", name="faq.jsonl", label="acme@1", before=1
+    )
+
+
 def test_too_many_open_jobs_are_refused(it: Town) -> None:
     def fill(tx: Tx) -> None:
         for n in range(MAX_OPEN):

@@ -228,8 +228,14 @@ def talked_since(tx: Tx, job_id: int, conversation_id: int) -> bool:
 
 
 def before(tx: Tx, job_id: int) -> int:
-    """How many jobs are trained before this one."""
-    return int(tx.value(f"SELECT count(*) FROM job WHERE id < ? AND state IN {_AT_WORK}", [job_id]))
+    """How many jobs are trained before this one, which waits: the one at work, and older ones that wait."""
+    return int(
+        tx.value(
+            "SELECT count(*) FROM job WHERE id <> ?"
+            " AND (state IN ('running', 'publishing') OR (state = 'queued' AND id < ?))",
+            [job_id, job_id],
+        )
+    )
 
 
 def publishing(tx: Tx, job_id: int, sha256: str) -> bool:

@@ -25,6 +25,7 @@ from core.store import datasets, directory, jobs, trail
 from core.store.database import Database, Tx
 from core.store.home import Home
 from core.store.jobs import Job
+from core.texts import Later
 from core.tuning import find_job
 from core.types import Caller
 
@@ -57,10 +58,10 @@ class Checks(Lane):
         try:
             await asyncio.to_thread(self._lay_out, job, folder, spec)
         except FileNotFoundError:
-            await self._fail(job, "ours", "its data set is not there any more")
+            await self._fail(job, "ours", Later("training.why_no_data"))
             return
         except OSError as error:
-            await self._fail(job, "ours", f"the job folder cannot be written: {error.strerror}")
+            await self._fail(job, "ours", Later("training.why_folder", error=error.strerror))
             return
         board = Board(self._database, self._deliveries, job)
         while not self._stopping and await self._is_on(job):
@@ -106,7 +107,7 @@ class Checks(Lane):
         with (folder / redacted.name).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if keep_file(self._home, file) != redacted.sha256:
-                raise JobError(detail="the redacted data set was damaged on the disk")
+                raise JobError("training.why_redacted")
         return size
 
 

@@ -327,10 +327,10 @@ class Done:
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """`fault` is "yours" where the data or a setting is to blame, "ours" otherwise."""
+    """`fault` is "yours" where the data is to blame, "settings" where the configuration is, "ours" otherwise."""
 
     kind: ClassVar[str] = "failed"
-    fault: Literal["yours", "ours"]
+    fault: Literal["yours", "settings", "ours"]
     reason: str
     line: int = 0
 

@@ -18,10 +18,12 @@ from core.job import (
     Progress,
     Warned,
 )
+from core.store.datasets import OF_PEOPLE
 from core.store.jobs import EXPIRED, Job
 from core.texts import Later, duration, money, say
 from core.types import Body, Button
 from core.versions import anyway_button, compare_button, discard_button, promote_button, worst_button
+from core.words import as_word
 
 _BAR_CELLS = 20
 
@@ -65,7 +67,7 @@ def progress_text(job: Job, events: Sequence[JobEvent]) -> str:
 def ended_body(job: Job, events: Sequence[JobEvent]) -> Body:
     """What the message becomes when the job has ended."""
     if job.state == "cancelled":
-        return Body(say(job.language, cancelled_key(job), title=job.title, id=job.id, name=job.dataset))
+        return Body(say(job.language, cancelled_key(job), **_named(job)))
     if job.state == "failed":
         return Body(failed_text(job))
     return report(job, events)
@@ -145,8 +147,14 @@ def _health_text(language: str, judged: Judged) -> list[str]:
 def failed_text(job: Job) -> str:
     """Whose fault it is, what happened, and what to do."""
     fault, _, reason = job.reason.partition(": ")
-    key = "training.failed_yours" if fault == "yours" else "training.failed_ours"
-    return say(job.language, key, title=job.title, id=job.id, name=job.dataset, reason=short(reason))
+    yours = "training.failed_sayings" if job.source in OF_PEOPLE else "training.failed_yours"
+    key = {"yours": yours, "settings": "training.failed_settings"}.get(fault, "training.failed_ours")
+    return say(job.language, key, **_named(job), reason=short(reason))
+
+
+def _named(job: Job) -> dict[str, object]:
+    """Its fields of a sentence; `typed` is the data set as a command takes it."""
+    return {"title": job.title, "id": job.id, "name": job.dataset, "typed": as_word(job.dataset)}
 
 
 def cancelled_key(job: Job) -> str:

@@ -28,7 +28,7 @@ from core.store import datasets, jobs, trail
 from core.store.database import Database, Tx
 from core.store.home import Home
 from core.store.jobs import Job
-from core.texts import say
+from core.texts import Later, say
 from core.trainer import COMMAND, Trainer
 from core.types import Body
 
@@ -165,7 +165,7 @@ class Lane(ABC):
 
     async def _do(self, job: Job) -> None:
         if job.open and self.shop.info.folder is None and self.shop.command == COMMAND:
-            await self._fail(job, "ours", f"the engine {self.shop.info.model!r} has no base model to train on")
+            await self._fail(job, "ours", Later("training.why_no_base", model=self.shop.info.model))
         elif job.open:
             await self.work(job)
         ended = await self._database.read(lambda tx: jobs.find(tx, job.id))
@@ -185,7 +185,8 @@ class Lane(ABC):
             return
         try:
             if await self._is_open(job) and not await self._database.read(lambda tx: jobs.is_asking(tx, job.id)):
-                await self._fail(job, "ours", error.detail if isinstance(error, JobError) else type(error).__name__)
+                reason = Later(error.key, **error.fields) if isinstance(error, JobError) else type(error).__name__
+                await self._fail(job, "ours", reason)
                 self._troubles[job.id] = _Trouble(0, 0)
             else:
                 await self._database.write(lambda tx: jobs.give_up_message(tx, job.id))
@@ -239,8 +240,8 @@ class Lane(ABC):
         attempts = await self._database.write(lambda tx: jobs.count_attempt(tx, job.id))
         log.warning("trainer.died", extra={"job": job.id, "status": status, "attempts": attempts})
         if attempts >= _ATTEMPTS:
-            how = f"signal {-status}" if status < 0 else f"exit status {status}"
-            await self._fail(job, "ours", f"the trainer ended {attempts} times without progress ({how})")
+            how = Later("training.by_signal" if status < 0 else "training.by_status", n=abs(status))
+            await self._fail(job, "ours", Later("training.why_died", n=attempts, how=how))
         else:
             await self._wait(self._settings.retry_s)
 
@@ -297,7 +298,9 @@ class Lane(ABC):
     # --- ends ---
 
     async def _fail(self, job: Job, fault: str, reason: str) -> None:
-        await self._database.write(lambda tx: jobs.end(tx, job.id, "failed", f"{fault}: {reason}"[:500]))
+        """`reason` is a sentence of ours, or what the trainer has said in the job's language."""
+        told = reason.said(job.language) if isinstance(reason, Later) else reason
+        await self._database.write(lambda tx: jobs.end(tx, job.id, "failed", f"{fault}: {told}"[:500]))
         log.warning("job.failed", extra={"job": job.id, "fault": fault})
 
     async def _tell(self, job: Job) -> None:
@@ -340,7 +343,10 @@ def begun_with(folder: Path) -> Spec | None:
 
 
 def with_line(failed: Failed, language: str) -> str:
-    return say(language, "data.line", line=failed.line, reason=failed.reason) if failed.line else failed.reason
+    """What it said of its failure, after the line, unless the reason itself says which."""
+    before = say(language, "data.line", line=failed.line, reason="").strip()
+    known = not failed.line or before in failed.reason
+    return failed.reason if known else say(language, "data.line", line=failed.line, reason=failed.reason)
 
 
 def _cause(error: Exception) -> Exception:

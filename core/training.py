@@ -26,6 +26,7 @@ from core.store import jobs, ledger, trail
 from core.store.database import Database, Tx
 from core.store.home import Home
 from core.store.jobs import Job
+from core.texts import Later
 from core.trainer import COMMAND
 from core.types import AdapterRef
 
@@ -91,10 +92,10 @@ class Trains(Lane):
             champion = await self._database.read(lambda tx: self._champion(tx, job))
             await asyncio.to_thread(self._prepare, job, folder, champion)
         except FileNotFoundError:
-            await self._fail(job, "ours", "its data set is not there any more")
+            await self._fail(job, "ours", Later("training.why_no_data"))
             return
         except OSError as error:
-            await self._fail(job, "ours", f"the job folder cannot be written: {error.strerror}")
+            await self._fail(job, "ours", Later("training.why_folder", error=error.strerror))
             return
         board = Board(self._database, self._deliveries, job)
         await board.open(await self._delivery(job))
@@ -145,12 +146,14 @@ class Trains(Lane):
     async def _publish(self, job: Job, out: Path) -> None:
         try:
             candidate = await asyncio.to_thread(adapters.inspect, out)
-            self._check_fits(job, candidate)
+            if unfit := self._unfit(job, candidate):
+                await self._fail(job, "ours", Later(unfit))
+                return
             if not await self._database.write(lambda tx: jobs.publishing(tx, job.id, candidate.sha256)):
                 return
             await asyncio.to_thread(adapters.place, self._home, candidate)
         except AdapterUnusable as error:
-            await self._fail(job, "ours", f"its result cannot be used: {error.detail}")
+            await self._fail(job, "ours", Later("training.why_result", error=error.detail))
             return
         await self._write_down(job, candidate)
 
@@ -163,10 +166,10 @@ class Trains(Lane):
         try:
             candidate = await asyncio.to_thread(adapters.inspect, folder)
         except AdapterUnusable as error:
-            await self._fail(job, "ours", f"its result cannot be used: {error.detail}")
+            await self._fail(job, "ours", Later("training.why_result", error=error.detail))
             return True
         if candidate.sha256 != sha256:
-            await self._fail(job, "ours", "its result was damaged on the disk")
+            await self._fail(job, "ours", Later("training.why_damaged"))
             return True
         await self._write_down(job, candidate)
         return True
@@ -200,8 +203,8 @@ class Trains(Lane):
         except (OSError, ValueError):
             return ""
 
-    def _check_fits(self, job: Job, candidate: Candidate) -> None:
+    def _unfit(self, job: Job, candidate: Candidate) -> str:
+        """Why it is not what the job was to make, or ""."""
         if candidate.base_fingerprint != self.shop.info.fingerprint:
-            raise AdapterUnusable(detail="it was made for another base model than the one that is loaded")
-        if candidate.dataset_sha256 != job.dataset_sha256:
-            raise AdapterUnusable(detail="it was made from another data set than the job's")
+            return "training.why_other_base"
+        return "" if candidate.dataset_sha256 == job.dataset_sha256 else "training.why_other_data"

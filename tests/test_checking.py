@@ -133,7 +133,7 @@ async def test_a_question_that_nobody_answers_ends_its_job_and_says_so(tmp_path:
         await it.ended()
         await asyncio.sleep(0.6)
         it.training.wake()
-        assert await it.ended(2) == say("en", "training.expired", id=job_id, title="Acme", name="faq.jsonl")
+        assert await it.ended(2) == say("en", "training.expired", id=job_id, title="Acme", typed="faq.jsonl")
         assert (await it.job(job_id))["reason"] == jobs.EXPIRED
         assert not it.folder(job_id).exists()
 

@@ -329,7 +329,7 @@ async def test_what_is_wrong_with_us_is_said_with_the_number_of_the_job(tmp_path
     async with works(tmp_path) as it:
         job_id = await it.order("ours")
         said = await it.ended()
-        assert said == say("en", "training.failed_ours", title="Acme", id=job_id, name="faq.jsonl", reason="a reason")
+        assert said == say("en", "training.failed_ours", title="Acme", id=job_id, typed="faq.jsonl", reason="a reason")
 
 
 @pytest.mark.parametrize(
@@ -353,6 +353,12 @@ async def test_a_data_set_that_is_gone_fails_its_job(tmp_path: Path) -> None:
         await it.run()
         await it.ended()
         assert "not there any more" in (await it.job(job_id))["reason"]
+
+
+async def test_a_reason_of_ours_is_in_the_language_of_who_asked(tmp_path: Path) -> None:
+    async with works(tmp_path, command=("/nowhere/python",)) as it:
+        await it.order(language="zh")
+        assert "训练程序无法启动：" in await it.ended()
 
 
 # --- cancelling, stopping, restarting ---

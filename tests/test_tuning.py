@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
 from dataclasses import replace
 from pathlib import Path
@@ -14,10 +15,11 @@ from core.commands import parse
 from core.datasets import MAX_OPEN
 from core.errors import BadInput, UnknownThing
 from core.job import Checked, Done, Evaluated, Failed, JobEvent, Judged, Planned, Progress
+from core.lane import with_line
 from core.operators import run_command
 from core.store import datasets, directory, jobs, trail
 from core.store.database import Row, Tx
-from core.texts import say
+from core.texts import languages, say
 from core.types import Outcome, WakeTraining
 from tests.people import Town, town
 
@@ -236,6 +238,37 @@ def test_status_of_a_failed_job_says_whose_fault_it_was(it: Town) -> None:
     assert say("en", "training.failed_yours", id=1, name="faq.jsonl", title="Acme", reason="line 7: not JSON") in says(
         it, "/finetune status"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "fault", "key"),
+    [
+        ("my faq.jsonl", "file", "yours", "failed_yours"),
+        ("feedback", "feedback", "yours", "failed_sayings"),
+        ("my faq.jsonl", "file", "settings", "failed_settings"),
+        ("my faq.jsonl", "file", "ours", "failed_ours"),
+    ],
+)
+@pytest.mark.parametrize("language", languages())
+def test_a_failure_is_told_by_whose_fault_it_is_with_a_command_that_works(
+    it: Town, name: str, source: str, fault: str, key: str, language: str
+) -> None:
+    run(it, f'/finetune "{name}" yes')
+    it.database.write_now(lambda tx: tx.run("UPDATE dataset SET source = ?", [source]))
+    it.database.write_now(lambda tx: jobs.end(tx, 1, "failed", f"{fault}: a reason"))
+    fields = {"title": "Acme", "id": 1, "name": name, "typed": '"my faq.jsonl"', "reason": "a reason"}
+    said = says(it, "/finetune status", language=language)
+    assert said.endswith(say(language, f"training.{key}", **fields))
+    for typed in re.findall("`(/.*?)`", said):
+        assert name in parse(typed).arguments.values()
+
+
+@pytest.mark.parametrize("language", languages())
+def test_the_line_of_a_failure_is_said_once(language: str) -> None:
+    first = say(language, "data.line", line=7, reason="x")
+    rejected = say(language, "data.few_usable_rows", used=3, fewest=10, rejected=5, first=first)
+    assert with_line(Failed("yours", rejected, line=7), language) == rejected
+    assert with_line(Failed("yours", "x", line=7), language) == first
 
 
 def test_a_reason_with_braces_and_markdown_is_only_shown(it: Town) -> None:

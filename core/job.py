@@ -357,5 +357,13 @@ def load_event(line: str) -> JobEvent:
         raise JobError(detail=f"not an event of the trainer: {line[:200]!r}") from error
 
 
+def load_judged(given: Mapping[str, Any]) -> Judged | None:
+    """The verdict as a version's manifest holds it; None where it holds none."""
+    try:
+        return Judged(**{name: _tuples(value) for name, value in given.items()})
+    except TypeError:
+        return None
+
+
 def _tuples(value: Any) -> Any:
     return tuple(_tuples(one) for one in value) if isinstance(value, list) else value

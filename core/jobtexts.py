@@ -73,9 +73,12 @@ def ended_body(job: Job, events: Sequence[JobEvent]) -> Body:
     return report(job, events)
 
 
-def report(job: Job, events: Sequence[JobEvent]) -> Body:
-    """Of a published version: what was used, how it does on rows that it never saw, what to do next."""
-    language, judged = job.language, last(events, Judged)
+def report(job: Job, events: Sequence[JobEvent], *, judged: Judged | None = None, now: Later | None = None) -> Body:
+    """Of a published version: what was used, how it does on rows that it never saw, what to do next.
+
+    `judged` is its verdict where the events are not kept any more, `now` what became of it, where that is more.
+    """
+    language, judged = job.language, last(events, Judged) or judged
     done, checked = last(events, Done), last(events, Checked)
     lines = verdict_text(language, job.label, judged) if judged else [say(language, "training.ready", label=job.label)]
     if done is not None and not done.steps:
@@ -91,7 +94,8 @@ def report(job: Job, events: Sequence[JobEvent]) -> Body:
     lines += [f"- {short(event.text)}" for event in events if isinstance(event, Warned)]
     passed = judged is None or judged.verdict == "passed"
     hint = "training.promote_hint" if passed else "training.promote_anyway_hint"
-    lines += ["", say(language, hint, label=job.label, title=job.title)]
+    key = "training.version_now" if now else hint
+    lines += ["", say(language, key, label=job.label, title=job.title, state=now)]
     return Body("\n".join(lines), _report_buttons(language, job.label, judged))
 
 

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from core import datatexts, jobtexts
+from core import adapters, datatexts, jobtexts
 from core.commands import Call, Grant, parse
 from core.datasets import COLUMNS, check_room
 from core.delivery import new_delivery
 from core.errors import BadInput, UnknownThing
-from core.job import PRESETS, Checked, Preview
+from core.job import PRESETS, Checked, Preview, load_judged
 from core.operators import Handler
 from core.store import datasets, directory, jobs, trail
 from core.store.database import Tx
 from core.store.jobs import Job
 from core.texts import Later, duration, languages, say
 from core.types import Body, Caller, EraseFiles, Json, Outcome, WakeTraining
+from core.versions import state_now
 
 _LISTED = 10
 
@@ -109,7 +110,9 @@ def status(tx: Tx, caller: Caller, call: Call) -> Outcome:
     elif job.state in ("running", "publishing"):
         lines.append(jobtexts.progress_text(job, events))
     elif job.state == "published":
-        lines.append(jobtexts.report(job, events).text)
+        version = adapters.by_sha(tx, job.result)
+        judged = load_judged(version.manifest.get("judged") or {})
+        lines.append(jobtexts.report(job, events, judged=judged, now=state_now(tx, version)).text)
     return Outcome(Body("\n\n".join(lines)))
 
 

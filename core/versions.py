@@ -239,6 +239,13 @@ def _line(tx: Tx, caller: Caller, version: Version, champion: str | None) -> str
     )
 
 
+def state_now(tx: Tx, version: Version) -> Later | None:
+    """What became of a version since it was made; None while it is just ready."""
+    champion, _ = adapters.champion(tx, version.name)
+    state = _state(tx, version, champion)
+    return None if state == "adapter.ready" else state
+
+
 def _state(tx: Tx, version: Version, champion: str | None) -> Later:
     if version.unpublished:
         return Later("adapter.unpublished", reason=_reason(version))

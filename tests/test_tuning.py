@@ -5,12 +5,12 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from core import jobtexts, tuning
+from core import adapters, jobtexts, tuning
 from core.commands import parse
 from core.datasets import MAX_OPEN
 from core.errors import BadInput, UnknownThing
@@ -19,7 +19,7 @@ from core.lane import with_line
 from core.operators import run_command
 from core.store import datasets, directory, jobs, trail
 from core.store.database import Row, Tx
-from core.texts import languages, say
+from core.texts import Later, languages, say
 from core.types import Outcome, WakeTraining
 from tests.people import Town, town
 
@@ -55,6 +55,15 @@ def job_row(it: Town, job_id: int = 1) -> Row:
     row = it.database.read_now(lambda tx: tx.one("SELECT * FROM job WHERE id = ?", [job_id]))
     assert row is not None
     return row
+
+
+def publish(it: Town, judged: Judged) -> None:
+    def work(tx: Tx) -> None:
+        manifest = json.dumps({"judged": asdict(judged)})
+        adapters.publish(tx, adapters.Candidate(SHA, Path(), "base", SHA, manifest), "acme", 1)
+        jobs.end(tx, 1, "published", result=SHA)
+
+    it.database.write_now(work)
 
 
 def hear(it: Town, *events: JobEvent, state: str = "running") -> None:
@@ -215,7 +224,8 @@ def test_status_shows_how_far_it_is(it: Town) -> None:
 def test_status_of_a_published_job_is_its_report(it: Town, language: str) -> None:
     run(it, "/finetune faq.jsonl yes")
     judged = Judged("passed", 40, 38, "acme@3", 2.5, 1.5, -1.25, -0.75, 0.25, 0.5)
-    hear(it, CHECKED, Evaluated(60, "test", 1.5, 40), judged, DONE, state="published")
+    hear(it, CHECKED, Evaluated(60, "test", 1.5, 40), judged, DONE)
+    publish(it, judged)
     text = says(it, "/finetune status", language="en")
     for fact in (
         "90 of 100",
@@ -229,6 +239,24 @@ def test_status_of_a_published_job_is_its_report(it: Town, language: str) -> Non
         assert fact in text
     assert "and 4 more" in text  # six were rejected, two are named
     assert "/adapter promote acme@1" in says(it, "/finetune status", language=language)
+
+
+@pytest.mark.parametrize("language", languages())
+def test_status_of_a_version_is_true_for_as_long_as_it_is_asked(it: Town, language: str) -> None:
+    run(it, "/finetune faq.jsonl yes")
+    judged = Judged("style_only", 40, 38, "base", 2.5, 1.5, -1.25, -0.75, 0.25, 0.25, worst=((1, 1.5, 2.5),))
+    hear(it, judged, DONE)
+    publish(it, judged)
+    verdict = say(language, "training.verdict_style_only", label="acme@1")
+    hint = say(language, "training.promote_anyway_hint", label="acme@1")
+    it.database.write_now(lambda tx: tx.run("DELETE FROM job_event"))  # core.retention
+    said = says(it, "/finetune status 1", language=language)
+    assert verdict in said
+    assert said.endswith(hint)
+    it.says("operator", "/adapter promote 1 the tone")
+    said = says(it, "/finetune status 1", language=language)
+    assert verdict in said
+    assert said.endswith(say(language, "training.version_now", label="acme@1", state=Later("adapter.in_service")))
 
 
 def test_status_of_a_failed_job_says_whose_fault_it_was(it: Town) -> None:

@@ -45,6 +45,7 @@ class Job:
     source: str
     state: str
     reason: str
+    result: str  # the sha256 of the version that came of it; "" where none did
     address: Address
     language: str
     attempts: int
@@ -368,6 +369,7 @@ def _job(row: Row) -> Job:
         source=row["source"],
         state=row["state"],
         reason=row["reason"],
+        result=row["result"] or "",
         address=Address(row["platform"], row["account"], row["place"], row["conversation"]),
         language=row["language"],
         attempts=row["attempts"],

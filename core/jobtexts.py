@@ -9,6 +9,7 @@ from core.datatexts import data_text, last, rows_text, short
 from core.job import (
     FEWEST_TEST_ROWS,
     MOST_FORGOTTEN,
+    MOST_OF_A_SKILL,
     Checked,
     Done,
     Evaluated,
@@ -17,6 +18,7 @@ from core.job import (
     Planned,
     Progress,
     Warned,
+    forgets,
 )
 from core.store.datasets import OF_PEOPLE
 from core.store.jobs import EXPIRED, Job
@@ -132,18 +134,19 @@ def _health_text(language: str, judged: Judged) -> list[str]:
     """What the base could do, and how whole answers look; nothing where it was not measured."""
     if judged.ability is None:
         return []
-    able = judged.ability_high <= MOST_FORGOTTEN and judged.verdict != "forgets"
+    able = "training.unable" if forgets(judged.ability_high, judged.skill_change) else "training.able"
     change = {
         "change": f"{judged.ability:+.2f}",
         "high": f"{judged.ability_high:+.2f}",
         "limit": f"{MOST_FORGOTTEN:+.2f}",
+        "most": f"{MOST_OF_A_SKILL:+.2f}",
         "skill": Later(f"training.skill_{judged.skill}") if judged.skill else "",
         "worst": f"{judged.skill_change:+.2f}",
     }
     sound = {"sound": judged.asked - judged.unsound, "asked": judged.asked}
     before = {"base": judged.asked - judged.unsound_base}
     return [
-        say(language, "training.able" if able else "training.unable", **change),
+        say(language, able, **change),
         say(language, "training.sound", **sound, **before),
     ]
 

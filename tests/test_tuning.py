@@ -14,7 +14,7 @@ from core import adapters, jobtexts, tuning
 from core.commands import parse
 from core.datasets import MAX_OPEN
 from core.errors import BadInput, UnknownThing
-from core.job import Checked, Done, Evaluated, Failed, JobEvent, Judged, Planned, Progress
+from core.job import Checked, Done, Evaluated, Failed, JobEvent, Judged, Planned, Progress, Verdict
 from core.lane import with_line
 from core.operators import run_command
 from core.store import datasets, directory, jobs, trail
@@ -361,6 +361,17 @@ def test_the_report_names_what_is_to_be_known_of_the_rows():
     assert "311" in told[0]
     assert "70" in told[1]
     assert "phone numbers: 2" in told[2]
+
+
+@pytest.mark.parametrize("verdict", ["too_few", "no_better", "style_only", "forgets"])
+@pytest.mark.parametrize(("high", "skill", "lost"), [(0.04, 0.62, True), (0.06, 0.1, True), (0.04, 0.1, False)])
+def test_a_skill_that_is_lost_is_told_whatever_the_verdict(
+    verdict: Verdict, high: float, skill: float, lost: bool
+) -> None:
+    judged = Judged(verdict, 5, 5, "base", 3, 2, -1, -0.5, 0.4, 0.5, 0.01, high, "arithmetic", skill, asked=5)
+    told = "\n".join(jobtexts.verdict_text("en", "acme@2", judged))
+    assert (f"arithmetic, {skill:+.2f} (up to +0.20 counts as the same)" in told) == lost
+    assert ("it still can" in told) != lost
 
 
 @pytest.mark.parametrize(

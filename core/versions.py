@@ -61,7 +61,7 @@ def show(tx: Tx, caller: Caller, call: Call) -> Outcome:
         alpha=hyper.get("alpha", "?"),
         dropout=made.get("dropout", "?"),
         learning_rate=hyper.get("learning_rate", "?"),
-        epochs=hyper.get("epochs", "?"),
+        epochs=_epochs(made),
         clip_value=hyper.get("clip_value", "?"),
         clip_norm=hyper.get("clip_norm", "?"),
         seed=hyper.get("seed", "?"),
@@ -278,6 +278,13 @@ def _losses(manifest: Mapping[str, Any]) -> str:
     if not isinstance(base, int | float) or not isinstance(tuned, int | float):
         return "?"
     return f"{base:.2f} → {tuned:.2f}"
+
+
+def _epochs(manifest: Mapping[str, Any]) -> str | int:
+    """As many as were planned, or those of them that were done where training stopped early."""
+    planned = (manifest.get("hyper") or {}).get("epochs", "?")
+    done = manifest.get("epochs_done", planned)
+    return planned if done == planned else Later("adapter.epochs_done", done=f"{done:g}", planned=planned)
 
 
 def _age(tx: Tx, caller: Caller, version: Version) -> str:

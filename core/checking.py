@@ -20,11 +20,12 @@ from core.delivery import keep_body, new_delivery
 from core.errors import JobError
 from core.job import EXIT_FINISHED, PREVIEW, Checked, Estimated, JobEvent, Preview, Redacted
 from core.jobboard import Board
-from core.lane import Lane, Shop, with_line
+from core.lane import Lane, Shop, begun_with, with_line
 from core.store import datasets, directory, jobs, trail
 from core.store.database import Database, Tx
 from core.store.home import Home
 from core.store.jobs import Job
+from core.texts import Later
 from core.tuning import find_job
 from core.types import Caller
 
@@ -34,7 +35,7 @@ log = logging.getLogger(__name__)
 class Checks(Lane):
     """`training_is_busy` says whether steps taken now would hold up a job, and be held up by it."""
 
-    action = "check"
+    action, state = "check", "validating"
 
     def __init__(self, shop: Shop, training_is_busy: Callable[[], bool]) -> None:
         super().__init__(shop)
@@ -50,27 +51,28 @@ class Checks(Lane):
 
     async def work(self, job: Job) -> None:
         """Run the check until there is a report or a reason."""
-        if job.state != "validating":
+        if job.state != self.state:
             return
         folder = check_folder(self._home, job.id)
         spec = replace(self._spec(job), redact=job.redact, warm_up=not self._training_is_busy())
         try:
             await asyncio.to_thread(self._lay_out, job, folder, spec)
         except FileNotFoundError:
-            await self._fail(job, "ours", "its data set is not there any more")
+            await self._fail(job, "ours", Later("training.why_no_data"))
             return
         except OSError as error:
-            await self._fail(job, "ours", f"the job folder cannot be written: {error.strerror}")
+            await self._fail(job, "ours", Later("training.why_folder", error=error.strerror))
             return
         board = Board(self._database, self._deliveries, job)
-        while not self._stopping and await self._is_open(job):
+        while not self._stopping and await self._is_on(job):
             status, failed = await self._run_trainer(job, folder, board)
-            if not await self._is_open(job):
+            if not await self._is_on(job):
                 return  # cancelled
             if failed is not None:
                 await self._fail(job, failed.fault, with_line(failed, job.language))
             elif status == EXIT_FINISHED:
                 await self._ask(job, folder)
+                await asyncio.to_thread((folder / spec.data).unlink, missing_ok=True)
                 return
             else:
                 await self._again(job, status)
@@ -96,6 +98,8 @@ class Checks(Lane):
             keep_body(tx, new_delivery(tx, job_id=job.id), datatexts.question(asked, events, preview))
 
         await self._database.write(work)
+        if redacted:
+            await self._clear_data(job)  # as it was before: what people said is erased
         log.info("job.asked", extra={"job": job.id})
 
     def _keep_redacted(self, folder: Path, redacted: Redacted) -> int:
@@ -103,7 +107,7 @@ class Checks(Lane):
         with (folder / redacted.name).open("rb") as file:
             size = os.fstat(file.fileno()).st_size
             if keep_file(self._home, file) != redacted.sha256:
-                raise JobError(detail="the redacted data set was damaged on the disk")
+                raise JobError("training.why_redacted")
         return size
 
 
@@ -111,15 +115,21 @@ def check_folder(home: Home, job_id: int) -> Path:
     return home.jobs / str(job_id) / "check"
 
 
-async def prepare_preview(home: Home, database: Database, caller: Caller, call: Call) -> Call:
-    """For commands that show rows: the call with what the check chose to show as `preview`. Raises UnknownThing."""
-    if call.key not in (("finetune", "preview"), ("finetune", "status")):
+async def prepare_job(home: Home, database: Database, caller: Caller, call: Call) -> Call:
+    """For commands about what lies in a job's folder: the call with the rows that the check chose to show as `preview`,
+    and for one that resumes it with the base model that it was begun on as `base`. Raises UnknownThing.
+    """
+    if call.key not in (("finetune", "preview"), ("finetune", "status"), ("finetune", "resume")):
         return call
     if await database.read(lambda tx: directory.grant_of(tx, caller.user, caller.channel.id)) < Grant.OPERATOR:
         return call  # refused and audited where all commands are
     job = await database.read(lambda tx: find_job(tx, caller, call))
-    text = await asyncio.to_thread(read_preview, home, job.id) if job else ""
-    return replace(call, arguments={**call.arguments, "preview": text})
+    if job is None:
+        return call
+    if call.form.word == "resume":
+        begun = await asyncio.to_thread(begun_with, home.jobs / str(job.id))
+        return replace(call, arguments={**call.arguments, "base": begun.fingerprint if begun else ""})
+    return replace(call, arguments={**call.arguments, "preview": await asyncio.to_thread(read_preview, home, job.id)})
 
 
 def read_preview(home: Home, job_id: int) -> str:

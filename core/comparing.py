@@ -46,10 +46,14 @@ def compare(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """Begin one. Raises UnknownThing, BadInput for a version that cannot be used, or where there is no question."""
     version = find_version(tx, caller, call.arguments["version"])
     champion, label = adapters.champion(tx, caller.channel.adapter)
-    if version is None or version.sha256 == champion:
+    if version is None and champion is not None:
+        candidate, other = adapters.by_sha(tx, champion), None  # base has no row: it is the other one
+    elif version is not None and version.sha256 != champion:
+        check_usable(tx, version)
+        candidate, other = version, champion
+    else:
         raise BadInput("compare.itself", label=label)
-    check_usable(tx, version)
-    question = call.arguments.get("question", "").strip() or _unseen_question(tx, caller, version)
+    question = call.arguments.get("question", "").strip() or _unseen_question(tx, caller, candidate)
     if len(question) > _MAX_QUESTION:
         raise BadInput("compare.question_too_long", limit=_MAX_QUESTION)
     if tx.value("SELECT 1 FROM comparison WHERE inbox_id = ?", [caller.inbox_id]) is None:
@@ -57,8 +61,8 @@ def compare(tx: Tx, caller: Caller, call: Call) -> Outcome:
             "comparison",
             inbox_id=caller.inbox_id,
             channel_id=caller.channel.id,
-            candidate=version.sha256,
-            other=champion,
+            candidate=candidate.sha256,
+            other=other,
             candidate_first=secrets.randbelow(2),
             question=tx.cipher.seal(question),
             actor=caller.user,
@@ -137,8 +141,10 @@ def _with_score(tx: Tx, language: str, row: Row, head: str) -> Body:
     label, other = _label(tx, row["candidate"]), _label(tx, row["other"])
     better, worse, same = score(tx, row["candidate"], row["other"])
     told = say(language, "compare.score", label=label, other=other, better=better, worse=worse, same=same)
-    another = Button(say(language, "compare.another"), "command", f"/adapter compare {label}")
-    return Body(f"{head}\n{told}", (another, promote_button(language, label)))
+    champion, _ = adapters.champion(tx, adapters.by_sha(tx, row["candidate"]).name)
+    idle = other if row["candidate"] == champion else label
+    another = Button(say(language, "compare.another"), "command", f"/adapter compare {idle}")
+    return Body(f"{head}\n{told}", (another, promote_button(language, idle)))
 
 
 def _label(tx: Tx, sha256: str | None) -> str:

@@ -13,7 +13,7 @@ AppError
 │   ├── ModelLoadFailed
 │   ├── OutOfMemory
 │   └── AdapterUnusable      the pinned adapter is missing, damaged or made for another base model
-├── JobError             a fine-tune that cannot go on; `fault` says whose it is
+├── JobError             a fine-tune that cannot go on; `fault` says whose it is: "yours" (the data), "settings", "ours"
 │   └── BadDataset           carries line and reason
 ├── StorageError         the home cannot be read or written
 │   ├── StorageFull

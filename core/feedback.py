@@ -33,7 +33,10 @@ _SLACK = "slack"  # among the arguments of a call: what was said there may be le
 
 @dataclass(frozen=True, slots=True)
 class Reply:
-    """A delivered one, and whom it answered. `consent_ms`: since when they allow all; 0 where this reply is older."""
+    """A delivered one, and whom it answered.
+
+    `consent_ms`: since when they allow all; 0 where this reply is older, or was refused.
+    """
 
     id: str
     inbox_id: int
@@ -46,7 +49,9 @@ class Reply:
 def reply_of(tx: Tx, generation_id: str) -> Reply | None:
     row = tx.one(
         "SELECT generation.id, inbox_id, generation.channel_id, generation.user_hash, platform,"
-        " CASE WHEN started_ms >= granted_ms THEN granted_ms ELSE 0 END AS consent_ms"
+        " CASE WHEN started_ms >= granted_ms AND NOT EXISTS"
+        " (SELECT 1 FROM turn WHERE turn.inbox_id = generation.inbox_id AND refused)"
+        " THEN granted_ms ELSE 0 END AS consent_ms"
         " FROM generation JOIN inbox ON inbox.id = inbox_id LEFT JOIN consent"
         " ON consent.user_hash = generation.user_hash AND consent.channel_id = generation.channel_id"
         " WHERE generation.id = ? AND generation.state = 'delivered'",
@@ -104,10 +109,17 @@ def vote(tx: Tx, row: Taken, *, slack: bool) -> bool:
 
 def share(tx: Tx, reply: Reply) -> None:
     """Keep a reply because its person allows it for this one. Raises BadInput where its text is gone."""
+    _mark(tx, reply, refused=False)
     said = _said(tx, reply)
     if not said and _example(tx, reply) is None:
         raise BadInput("feedback.too_late")
     _keep(tx, reply, said, shared=True)
+
+
+def refuse(tx: Tx, reply: Reply) -> bool:
+    """Nothing is learned from this reply, whatever else its person allows. Whether it may have been until now."""
+    _mark(tx, reply, refused=True)
+    return bool(tx.run("DELETE FROM example WHERE generation_id = ?", [reply.id]) or reply.consent_ms)
 
 
 # --- corrections ---
@@ -137,6 +149,8 @@ def correct(tx: Tx, caller: Caller, call: Call) -> Outcome:
     kept, own = _example(tx, reply), reply.user == caller.user
     if not own and not reply.consent_ms and not (kept and kept["shared"]):
         raise BadInput("feedback.not_allowed")
+    if own:
+        _mark(tx, reply, refused=False)
     said = _said(tx, reply)
     if kept is None and not said:
         raise BadInput("feedback.too_late")
@@ -216,14 +230,32 @@ def _example(tx: Tx, reply: Reply) -> Row | None:
     return tx.one("SELECT shared, said FROM example WHERE generation_id = ?", [reply.id])
 
 
+def _answer(tx: Tx, reply: Reply) -> Row | None:
+    return tx.one(
+        "SELECT id, conversation_id, refused FROM turn WHERE inbox_id = ? AND role = 'assistant'", [reply.inbox_id]
+    )
+
+
+def _mark(tx: Tx, reply: Reply, *, refused: bool) -> None:
+    """The answer and its question, which may be of an earlier message; of a text that is gone there is nothing."""
+    answer = _answer(tx, reply)
+    if answer is not None:
+        tx.run(
+            "UPDATE turn SET refused = ? WHERE conversation_id = ? AND user_hash = ? AND id <= ? AND id >="
+            " (SELECT ifnull(max(id), 0) FROM turn WHERE conversation_id = ? AND user_hash = ? AND role = 'user'"
+            " AND id < ?)",
+            [refused, *[answer["conversation_id"], reply.user, answer["id"]] * 2],
+        )
+
+
 def _said(tx: Tx, reply: Reply) -> list[dict[str, str]]:
     """The conversation of its person up to this answer, as far as it may be used; empty where its text is gone."""
-    answer = tx.one("SELECT id, conversation_id FROM turn WHERE inbox_id = ? AND role = 'assistant'", [reply.inbox_id])
-    if answer is None:
+    answer = _answer(tx, reply)
+    if answer is None or answer["refused"]:
         return []
     rows = tx.all(
         "SELECT role, text FROM turn WHERE conversation_id = ? AND user_hash = ? AND id <= ? AND at_ms >= ?"
-        " ORDER BY id DESC LIMIT ?",
+        " AND NOT refused ORDER BY id DESC LIMIT ?",
         [answer["conversation_id"], reply.user, answer["id"], reply.consent_ms, turns.MAX_TURNS],
     )
     said = [{"role": row["role"], "content": tx.cipher.unseal(row["text"])} for row in reversed(rows)]

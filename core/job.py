@@ -250,6 +250,7 @@ class Evaluated:
 
 FEWEST_TEST_ROWS = 30  # below, an interval says more about chance than about the model
 MOST_FORGOTTEN = 0.05  # nats per token of the base's own answers
+MOST_OF_A_SKILL = 0.2  # the same of one skill: eight prompts say less than sixty-four, but one may not pay for the rest
 Worse = tuple[int, float, float]  # (line of the data set, loss per token of the champion, of the candidate)
 Verdict = Literal["passed", "no_better", "style_only", "forgets", "unsound", "too_few"]
 
@@ -284,6 +285,11 @@ class Judged:
     unsound_base: int = 0
     asked: int = 0
     worst: tuple[Worse, ...] = ()
+
+
+def forgets(ability_high: float, skill_change: float) -> bool:
+    """Whether too much of what the base could do is lost, of all of it or of one skill."""
+    return not (ability_high <= MOST_FORGOTTEN and skill_change <= MOST_OF_A_SKILL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -365,6 +371,14 @@ def load_event(line: str) -> JobEvent:
         return event(**{name: _tuples(value) for name, value in given.items()})
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise JobError(detail=f"not an event of the trainer: {line[:200]!r}") from error
+
+
+def load_judged(given: Mapping[str, Any]) -> Judged | None:
+    """The verdict as a version's manifest holds it; None where it holds none."""
+    try:
+        return Judged(**{name: _tuples(value) for name, value in given.items()})
+    except TypeError:
+        return None
 
 
 def _tuples(value: Any) -> Any:

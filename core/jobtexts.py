@@ -9,6 +9,7 @@ from core.datatexts import data_text, last, rows_text, short
 from core.job import (
     FEWEST_TEST_ROWS,
     MOST_FORGOTTEN,
+    MOST_OF_A_SKILL,
     Checked,
     Done,
     Evaluated,
@@ -17,11 +18,14 @@ from core.job import (
     Planned,
     Progress,
     Warned,
+    forgets,
 )
+from core.store.datasets import OF_PEOPLE
 from core.store.jobs import EXPIRED, Job
 from core.texts import Later, duration, money, say
 from core.types import Body, Button
 from core.versions import anyway_button, compare_button, discard_button, promote_button, worst_button
+from core.words import as_word
 
 _BAR_CELLS = 20
 
@@ -65,15 +69,18 @@ def progress_text(job: Job, events: Sequence[JobEvent]) -> str:
 def ended_body(job: Job, events: Sequence[JobEvent]) -> Body:
     """What the message becomes when the job has ended."""
     if job.state == "cancelled":
-        return Body(say(job.language, cancelled_key(job), title=job.title, id=job.id, name=job.dataset))
+        return Body(say(job.language, cancelled_key(job), **_named(job)))
     if job.state == "failed":
         return Body(failed_text(job))
     return report(job, events)
 
 
-def report(job: Job, events: Sequence[JobEvent]) -> Body:
-    """Of a published version: what was used, how it does on rows that it never saw, what to do next."""
-    language, judged = job.language, last(events, Judged)
+def report(job: Job, events: Sequence[JobEvent], *, judged: Judged | None = None, now: Later | None = None) -> Body:
+    """Of a published version: what was used, how it does on rows that it never saw, what to do next.
+
+    `judged` is its verdict where the events are not kept any more, `now` what became of it, where that is more.
+    """
+    language, judged = job.language, last(events, Judged) or judged
     done, checked = last(events, Done), last(events, Checked)
     lines = verdict_text(language, job.label, judged) if judged else [say(language, "training.ready", label=job.label)]
     if done is not None and not done.steps:
@@ -89,7 +96,8 @@ def report(job: Job, events: Sequence[JobEvent]) -> Body:
     lines += [f"- {short(event.text)}" for event in events if isinstance(event, Warned)]
     passed = judged is None or judged.verdict == "passed"
     hint = "training.promote_hint" if passed else "training.promote_anyway_hint"
-    lines += ["", say(language, hint, label=job.label, title=job.title)]
+    key = "training.version_now" if now else hint
+    lines += ["", say(language, key, label=job.label, title=job.title, state=now)]
     return Body("\n".join(lines), _report_buttons(language, job.label, judged))
 
 
@@ -126,18 +134,19 @@ def _health_text(language: str, judged: Judged) -> list[str]:
     """What the base could do, and how whole answers look; nothing where it was not measured."""
     if judged.ability is None:
         return []
-    able = judged.ability_high <= MOST_FORGOTTEN and judged.verdict != "forgets"
+    able = "training.unable" if forgets(judged.ability_high, judged.skill_change) else "training.able"
     change = {
         "change": f"{judged.ability:+.2f}",
         "high": f"{judged.ability_high:+.2f}",
         "limit": f"{MOST_FORGOTTEN:+.2f}",
+        "most": f"{MOST_OF_A_SKILL:+.2f}",
         "skill": Later(f"training.skill_{judged.skill}") if judged.skill else "",
         "worst": f"{judged.skill_change:+.2f}",
     }
     sound = {"sound": judged.asked - judged.unsound, "asked": judged.asked}
     before = {"base": judged.asked - judged.unsound_base}
     return [
-        say(language, "training.able" if able else "training.unable", **change),
+        say(language, able, **change),
         say(language, "training.sound", **sound, **before),
     ]
 
@@ -145,8 +154,14 @@ def _health_text(language: str, judged: Judged) -> list[str]:
 def failed_text(job: Job) -> str:
     """Whose fault it is, what happened, and what to do."""
     fault, _, reason = job.reason.partition(": ")
-    key = "training.failed_yours" if fault == "yours" else "training.failed_ours"
-    return say(job.language, key, title=job.title, id=job.id, name=job.dataset, reason=short(reason))
+    yours = "training.failed_sayings" if job.source in OF_PEOPLE else "training.failed_yours"
+    key = {"yours": yours, "settings": "training.failed_settings"}.get(fault, "training.failed_ours")
+    return say(job.language, key, **_named(job), reason=short(reason))
+
+
+def _named(job: Job) -> dict[str, object]:
+    """Its fields of a sentence; `typed` is the data set as a command takes it."""
+    return {"title": job.title, "id": job.id, "name": job.dataset, "typed": as_word(job.dataset)}
 
 
 def cancelled_key(job: Job) -> str:

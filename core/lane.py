@@ -28,7 +28,7 @@ from core.store import datasets, jobs, trail
 from core.store.database import Database, Tx
 from core.store.home import Home
 from core.store.jobs import Job
-from core.texts import say
+from core.texts import Later, say
 from core.trainer import COMMAND, Trainer
 from core.types import Body
 
@@ -39,7 +39,7 @@ _CANCEL_S = 15.0
 _ATTEMPTS = 3  # trainers that end without progress
 _TRIES = 8  # at all else, a platform that is away included: about ten minutes
 _DATA = "data"
-LEARNED = ("checkpoint", "own-answers.json")  # what a job that is cancelled may go on from
+LEARNED = ("spec.json", "checkpoint", "own-answers.json")  # what a job that is cancelled may go on from
 _USHER_S, _QUIET_S = 0.02, 0.5
 _LONGEST_HALT_S, _TURN_S = 4.5, 0.5
 
@@ -82,6 +82,7 @@ class Lane(ABC):
     """`run` must be running for jobs to be done; `wake` says that there may be one, or one less."""
 
     action = ""  # what `python -m finetune` is asked to do
+    state = ""  # of a job while it does it
 
     def __init__(self, shop: Shop) -> None:
         self.shop = shop
@@ -164,7 +165,7 @@ class Lane(ABC):
 
     async def _do(self, job: Job) -> None:
         if job.open and self.shop.info.folder is None and self.shop.command == COMMAND:
-            await self._fail(job, "ours", f"the engine {self.shop.info.model!r} has no base model to train on")
+            await self._fail(job, "ours", Later("training.why_no_base", model=self.shop.info.model))
         elif job.open:
             await self.work(job)
         ended = await self._database.read(lambda tx: jobs.find(tx, job.id))
@@ -184,7 +185,8 @@ class Lane(ABC):
             return
         try:
             if await self._is_open(job) and not await self._database.read(lambda tx: jobs.is_asking(tx, job.id)):
-                await self._fail(job, "ours", error.detail if isinstance(error, JobError) else type(error).__name__)
+                reason = Later(error.key, **error.fields) if isinstance(error, JobError) else type(error).__name__
+                await self._fail(job, "ours", reason)
                 self._troubles[job.id] = _Trouble(0, 0)
             else:
                 await self._database.write(lambda tx: jobs.give_up_message(tx, job.id))
@@ -225,8 +227,8 @@ class Lane(ABC):
         return status, failed[-1] if failed else None
 
     async def _watch(self, job: Job, trainer: Trainer) -> None:
-        """Stop the trainer of a job that is cancelled."""
-        while await self._is_open(job):
+        """Stop the trainer of a job that is cancelled, also where it is to go on already: that is another turn."""
+        while await self._is_on(job):
             await self._wait(LOOK_AGAIN_S)
             self._changed.clear()
         await trainer.stop(_CANCEL_S)
@@ -238,8 +240,8 @@ class Lane(ABC):
         attempts = await self._database.write(lambda tx: jobs.count_attempt(tx, job.id))
         log.warning("trainer.died", extra={"job": job.id, "status": status, "attempts": attempts})
         if attempts >= _ATTEMPTS:
-            how = f"signal {-status}" if status < 0 else f"exit status {status}"
-            await self._fail(job, "ours", f"the trainer ended {attempts} times without progress ({how})")
+            how = Later("training.by_signal" if status < 0 else "training.by_status", n=abs(status))
+            await self._fail(job, "ours", Later("training.why_died", n=attempts, how=how))
         else:
             await self._wait(self._settings.retry_s)
 
@@ -278,22 +280,27 @@ class Lane(ABC):
         What a cancelled one has learned stays, for as long as its data set does (core.retention).
         """
         resumable = await self._database.read(lambda tx: jobs.resumable(tx, job.id))
-        erased = await self._database.read(lambda tx: datasets.is_erased(tx, job.dataset_sha256))
         unused = await self._database.read(lambda tx: jobs.unpublished_folder(tx, job.id))
 
         def remove() -> None:
             _empty(self._home.jobs / str(job.id), LEARNED if resumable else ())
-            if erased:
-                stored(self._home, job.dataset_sha256).unlink(missing_ok=True)
             if unused:
                 shutil.rmtree(self._home.adapters / unused, ignore_errors=True)
 
         await asyncio.to_thread(remove)
+        await self._clear_data(job)
+
+    async def _clear_data(self, job: Job) -> None:
+        """The file of its data set, where that is erased."""
+        if await self._database.read(lambda tx: datasets.is_erased(tx, job.dataset_sha256)):
+            await asyncio.to_thread(stored(self._home, job.dataset_sha256).unlink, missing_ok=True)
 
     # --- ends ---
 
     async def _fail(self, job: Job, fault: str, reason: str) -> None:
-        await self._database.write(lambda tx: jobs.end(tx, job.id, "failed", f"{fault}: {reason}"[:500]))
+        """`reason` is a sentence of ours, or what the trainer has said in the job's language."""
+        told = reason.said(job.language) if isinstance(reason, Later) else reason
+        await self._database.write(lambda tx: jobs.end(tx, job.id, "failed", f"{fault}: {told}"[:500]))
         log.warning("job.failed", extra={"job": job.id, "fault": fault})
 
     async def _tell(self, job: Job) -> None:
@@ -323,9 +330,23 @@ class Lane(ABC):
     async def _is_open(self, job: Job) -> bool:
         return await self._database.read(lambda tx: jobs.state_of(tx, job.id)) in jobs.OPEN
 
+    async def _is_on(self, job: Job) -> bool:
+        return await self._database.read(lambda tx: jobs.state_of(tx, job.id)) == self.state
+
+
+def begun_with(folder: Path) -> Spec | None:
+    """What a job was begun with, also where it was cancelled since; None where nothing of it is left."""
+    try:
+        return Spec.read(folder)
+    except JobError:
+        return None
+
 
 def with_line(failed: Failed, language: str) -> str:
-    return say(language, "data.line", line=failed.line, reason=failed.reason) if failed.line else failed.reason
+    """What it said of its failure, after the line, unless the reason itself says which."""
+    before = say(language, "data.line", line=failed.line, reason="").strip()
+    known = not failed.line or before in failed.reason
+    return failed.reason if known else say(language, "data.line", line=failed.line, reason=failed.reason)
 
 
 def _cause(error: Exception) -> Exception:

@@ -121,7 +121,7 @@ def _ago_s(tx: Tx, at_ms: int) -> float:
 def _choices(tx: Tx, adapter: str) -> tuple[Choice, ...]:
     """What could answer instead of what does, newest first; base is the last."""
     champion, _ = adapters.champion(tx, adapter)
-    loaded = tx.value("SELECT value FROM setting WHERE key = 'base_fingerprint'")
+    loaded = directory.loaded_base(tx)
     usable = (
         one
         for one in adapters.versions(tx, adapter)

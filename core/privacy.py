@@ -66,7 +66,7 @@ def consent(tx: Tx, caller: Caller, call: Call) -> Outcome:
 
 
 def consent_reply(tx: Tx, caller: Caller, call: Call) -> Outcome:
-    """For one reply that the person was given. A no after a yes also erases the data sets that hold what they said."""
+    """For one reply that the person was given. A no to what was allowed also erases the data sets that may hold it."""
     reply = feedback.own_reply(tx, caller.user, call.arguments["reply"])
     if reply is None:
         raise UnknownThing("feedback.no_reply_of_yours")
@@ -74,9 +74,7 @@ def consent_reply(tx: Tx, caller: Caller, call: Call) -> Outcome:
         feedback.share(tx, reply)
         return Outcome(Body(say(caller.language, "feedback.shared")))
     after: tuple[After, ...] = ()
-    if tx.run("DELETE FROM example WHERE generation_id = ? AND shared = 1", [reply.id]) and _erase_datasets(
-        tx, _datasets_of(tx, caller.user, reply.channel_id)
-    ):
+    if feedback.refuse(tx, reply) and _erase_datasets(tx, _datasets_of(tx, caller.user, reply.channel_id)):
         after = (EraseFiles(), WakeTraining())
     return Outcome(Body(say(caller.language, "feedback.not_shared")), after)
 

@@ -12,7 +12,7 @@ from collections.abc import Awaitable, Callable, Mapping
 
 from core import comparing, feedback, gestures, importing, operators, privacy, tuning, users, versions
 from core.callers import caller_of
-from core.checking import prepare_preview
+from core.checking import prepare_job
 from core.commands import Call, parse
 from core.comparing import Comparisons
 from core.datasets import Fetch, prepare_finetune
@@ -70,7 +70,7 @@ async def prepare(
 ) -> Call:
     """What a command needs of files, read or written before its transaction. Raises what is wrong with them."""
     call = await prepare_finetune(home, database, fetch, caller, call, slack=slack)
-    call = await prepare_preview(home, database, caller, call)
+    call = await prepare_job(home, database, caller, call)
     call = feedback.prepare_correct(call, slack=slack)
     call = await prepare_usage(home, database, caller, call)
     return await prepare_import(home, database, fetch, caller, call)

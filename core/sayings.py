@@ -36,14 +36,15 @@ class Said:
 
 
 def conversations_of(tx: Tx, channel_id: int, *, slack: bool = False) -> list[Said]:
-    """What was asked since the person consented, each question with its answer; people stay apart."""
+    """What was asked since the person consented and not refused, each question with its answer; people stay apart."""
     forbidden = () if slack else NOT_FOR_TRAINING
     marks = ", ".join("?" * len(forbidden))
     rows = tx.all(
         "SELECT conversation_id, turn.user_hash, role, text FROM turn"
         " JOIN conversation ON conversation.id = conversation_id"
         " JOIN consent ON consent.user_hash = turn.user_hash AND consent.channel_id = conversation.channel_id"
-        f" WHERE conversation.channel_id = ? AND at_ms >= granted_ms AND conversation.platform NOT IN ({marks})"
+        " WHERE conversation.channel_id = ? AND at_ms >= granted_ms AND NOT refused"
+        f" AND conversation.platform NOT IN ({marks})"
         " ORDER BY conversation_id, turn.user_hash, turn.id"
         " LIMIT ?",
         [channel_id, *forbidden, _MAX_TURNS],

@@ -119,7 +119,7 @@ class Trainer:
                 limit=_MAX_LINE_BYTES,
             )
         except OSError as error:
-            raise JobError(detail=f"the trainer cannot be started: {error}") from error
+            raise JobError("training.why_not_started", error=str(error)) from error
         finally:
             if descriptor >= 0:
                 os.close(descriptor)
@@ -179,9 +179,7 @@ class Trainer:
                             await self._told_to_stop.wait()
                             return
         except TimeoutError:
-            raise JobError(
-                detail=f"another trainer has been at work on {self._folder.name} for {_LOCK_S:g} s"
-            ) from None
+            raise JobError("training.why_locked", seconds=round(_LOCK_S)) from None
 
     def _hang_up(self) -> None:
         self.go_on()  # it cannot hear us while it is halted

@@ -21,11 +21,12 @@ from core.engine.protocol import EngineInfo
 from core.errors import AdapterUnusable
 from core.job import EXIT_FINISHED, SHOWN
 from core.jobboard import Board
-from core.lane import Lane, Shop, TrainingSettings, with_line
+from core.lane import Lane, Shop, TrainingSettings, begun_with, with_line
 from core.store import jobs, ledger, trail
 from core.store.database import Database, Tx
 from core.store.home import Home
 from core.store.jobs import Job
+from core.texts import Later
 from core.trainer import COMMAND
 from core.types import AdapterRef
 
@@ -73,7 +74,7 @@ class Training:
 
 
 class Trains(Lane):
-    action = "train"
+    action, state = "train", "running"
 
     def due(self, tx: Tx) -> list[Job]:
         return jobs.due(tx)
@@ -91,17 +92,17 @@ class Trains(Lane):
             champion = await self._database.read(lambda tx: self._champion(tx, job))
             await asyncio.to_thread(self._prepare, job, folder, champion)
         except FileNotFoundError:
-            await self._fail(job, "ours", "its data set is not there any more")
+            await self._fail(job, "ours", Later("training.why_no_data"))
             return
         except OSError as error:
-            await self._fail(job, "ours", f"the job folder cannot be written: {error.strerror}")
+            await self._fail(job, "ours", Later("training.why_folder", error=error.strerror))
             return
         board = Board(self._database, self._deliveries, job)
         await board.open(await self._delivery(job))
-        while not self._stopping and await self._is_open(job):
+        while not self._stopping and await self._is_on(job):
             status, failed = await self._run_trainer(job, folder, board)
-            if not await self._is_open(job):
-                return  # cancelled
+            if not await self._is_on(job):
+                return  # cancelled, or cancelled and to go on: in its turn, and with another message
             if failed is not None:
                 await self._fail(job, failed.fault, with_line(failed, job.language))
             elif status == EXIT_FINISHED:
@@ -119,9 +120,13 @@ class Trains(Lane):
         return AdapterRef(sha256, self._home.adapters / sha256, label)
 
     def _prepare(self, job: Job, folder: Path, champion: AdapterRef | None) -> None:
-        """jobs/<id>/. What an earlier life laid out stays; the check has had its turn."""
+        """jobs/<id>/. What an earlier life laid out stays; the check has had its turn.
+
+        What was cancelled goes on as it was begun, whatever the channel and the configuration say by now.
+        """
         shutil.rmtree(check_folder(self._home, job.id), ignore_errors=True)
-        if (folder / "spec.json").exists():
+        begun = begun_with(folder)
+        if begun is not None and (folder / begun.data).exists():
             return
         if job.imported and not (folder / CANDIDATE).exists():
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -132,6 +137,8 @@ class Trains(Lane):
             champion_label=champion.label if champion else adapters.BASE,
             candidate=CANDIDATE if job.imported else "",
         )
+        if begun is not None and begun.fingerprint == spec.fingerprint:
+            spec = replace(spec, instructions=begun.instructions, hyper=begun.hyper)
         self._lay_out(job, folder, spec)
 
     # --- publishing ---
@@ -139,12 +146,14 @@ class Trains(Lane):
     async def _publish(self, job: Job, out: Path) -> None:
         try:
             candidate = await asyncio.to_thread(adapters.inspect, out)
-            self._check_fits(job, candidate)
+            if unfit := self._unfit(job, candidate):
+                await self._fail(job, "ours", Later(unfit))
+                return
             if not await self._database.write(lambda tx: jobs.publishing(tx, job.id, candidate.sha256)):
                 return
             await asyncio.to_thread(adapters.place, self._home, candidate)
         except AdapterUnusable as error:
-            await self._fail(job, "ours", f"its result cannot be used: {error.detail}")
+            await self._fail(job, "ours", Later("training.why_result", error=error.detail))
             return
         await self._write_down(job, candidate)
 
@@ -157,10 +166,10 @@ class Trains(Lane):
         try:
             candidate = await asyncio.to_thread(adapters.inspect, folder)
         except AdapterUnusable as error:
-            await self._fail(job, "ours", f"its result cannot be used: {error.detail}")
+            await self._fail(job, "ours", Later("training.why_result", error=error.detail))
             return True
         if candidate.sha256 != sha256:
-            await self._fail(job, "ours", "its result was damaged on the disk")
+            await self._fail(job, "ours", Later("training.why_damaged"))
             return True
         await self._write_down(job, candidate)
         return True
@@ -194,8 +203,8 @@ class Trains(Lane):
         except (OSError, ValueError):
             return ""
 
-    def _check_fits(self, job: Job, candidate: Candidate) -> None:
+    def _unfit(self, job: Job, candidate: Candidate) -> str:
+        """Why it is not what the job was to make, or ""."""
         if candidate.base_fingerprint != self.shop.info.fingerprint:
-            raise AdapterUnusable(detail="it was made for another base model than the one that is loaded")
-        if candidate.dataset_sha256 != job.dataset_sha256:
-            raise AdapterUnusable(detail="it was made from another data set than the job's")
+            return "training.why_other_base"
+        return "" if candidate.dataset_sha256 == job.dataset_sha256 else "training.why_other_data"

@@ -5,18 +5,19 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from core import datatexts, jobtexts
+from core import adapters, datatexts, jobtexts
 from core.commands import Call, Grant, parse
 from core.datasets import COLUMNS, check_room
 from core.delivery import new_delivery
 from core.errors import BadInput, UnknownThing
-from core.job import PRESETS, Checked, Preview
+from core.job import PRESETS, Checked, Preview, load_judged
 from core.operators import Handler
 from core.store import datasets, directory, jobs, trail
 from core.store.database import Tx
 from core.store.jobs import Job
 from core.texts import Later, duration, languages, say
 from core.types import Body, Caller, EraseFiles, Json, Outcome, WakeTraining
+from core.versions import state_now
 
 _LISTED = 10
 
@@ -31,9 +32,7 @@ def begin(tx: Tx, caller: Caller, call: Call) -> Outcome:
     preset = call.arguments.get("preset", "").lower()
     if preset and preset not in PRESETS:
         raise BadInput("training.no_preset", typed=preset[:40], presets=", ".join(PRESETS))
-    for job in jobs.open_jobs(tx):
-        if job.channel_id == caller.channel.id:  # a question that nobody answered: this one takes its place
-            jobs.cancel(tx, job.id, jobs.REPLACED)
+    unanswered = [job.id for job in jobs.open_jobs(tx) if job.channel_id == caller.channel.id]
     given = call.arguments
     agreed = given.get("go") == "yes"
     columns = {key: given[key] for key in COLUMNS if given.get(key)}
@@ -46,6 +45,8 @@ def begin(tx: Tx, caller: Caller, call: Call) -> Outcome:
         columns=columns,
         preset=preset,
     )
+    for old in unanswered:  # this one takes its place; it is there by now, so that a data set of both is kept
+        jobs.cancel(tx, old, jobs.REPLACED)
     if agreed:
         jobs.pin_price(tx, job.id)
     new_delivery(tx, job_id=job.id)
@@ -109,7 +110,9 @@ def status(tx: Tx, caller: Caller, call: Call) -> Outcome:
     elif job.state in ("running", "publishing"):
         lines.append(jobtexts.progress_text(job, events))
     elif job.state == "published":
-        lines.append(jobtexts.report(job, events).text)
+        version = adapters.by_sha(tx, job.result)
+        judged = load_judged(version.manifest.get("judged") or {})
+        lines.append(jobtexts.report(job, events, judged=judged, now=state_now(tx, version)).text)
     return Outcome(Body("\n\n".join(lines)))
 
 
@@ -145,7 +148,10 @@ def cancel(tx: Tx, caller: Caller, call: Call) -> Outcome:
 
 
 def resume(tx: Tx, caller: Caller, call: Call) -> Outcome:
-    """Go on with a job that was cancelled, from its last checkpoint. Raises UnknownThing, BadInput."""
+    """Go on with a job that was cancelled, from its last checkpoint; on another base model it begins anew.
+
+    Raises UnknownThing, BadInput.
+    """
     job = find_job(tx, caller, call)
     if job is None:
         return Outcome(Body(say(caller.language, "training.none")))
@@ -153,8 +159,11 @@ def resume(tx: Tx, caller: Caller, call: Call) -> Outcome:
         raise BadInput("training.not_resumable", id=job.id, state=Later(f"training.state_{job.state}"))
     check_room(tx, caller)
     jobs.resume(tx, job.id)
-    before = jobs.before(tx, job.id)
     directory.audit(tx, caller, "finetune resume", job.label, {"job": job.id, "state": job.state}, "queued")
+    if (begun_on := call.arguments.get("base")) and directory.loaded_base(tx) not in (None, begun_on):
+        text = f"{_queued(tx, caller, job)} {say(caller.language, 'training.begins_anew')}"
+        return Outcome(Body(text), (WakeTraining(),))
+    before = jobs.before(tx, job.id)
     fields = {"id": job.id, "title": job.title, "label": job.label, "before": before}
     key = "training.resumed_behind" if before else "training.resumed"
     return Outcome(Body(say(caller.language, key, **fields)), (WakeTraining(),))

@@ -61,7 +61,7 @@ def show(tx: Tx, caller: Caller, call: Call) -> Outcome:
         alpha=hyper.get("alpha", "?"),
         dropout=made.get("dropout", "?"),
         learning_rate=hyper.get("learning_rate", "?"),
-        epochs=hyper.get("epochs", "?"),
+        epochs=_epochs(made),
         clip_value=hyper.get("clip_value", "?"),
         clip_norm=hyper.get("clip_norm", "?"),
         seed=hyper.get("seed", "?"),
@@ -209,8 +209,7 @@ def _check_verdict(version: Version, reason: str) -> None:
 
 
 def _other_base(tx: Tx, version: Version) -> bool:
-    loaded = tx.value("SELECT value FROM setting WHERE key = 'base_fingerprint'")
-    return loaded is not None and loaded != version.base_fingerprint
+    return directory.loaded_base(tx) not in (None, version.base_fingerprint)
 
 
 def _followers(tx: Tx, caller: Caller) -> str:
@@ -238,6 +237,13 @@ def _line(tx: Tx, caller: Caller, version: Version, champion: str | None) -> str
         losses=_losses(version.manifest),
         age=_age(tx, caller, version),
     )
+
+
+def state_now(tx: Tx, version: Version) -> Later | None:
+    """What became of a version since it was made; None while it is just ready."""
+    champion, _ = adapters.champion(tx, version.name)
+    state = _state(tx, version, champion)
+    return None if state == "adapter.ready" else state
 
 
 def _state(tx: Tx, version: Version, champion: str | None) -> Later:
@@ -272,6 +278,13 @@ def _losses(manifest: Mapping[str, Any]) -> str:
     if not isinstance(base, int | float) or not isinstance(tuned, int | float):
         return "?"
     return f"{base:.2f} → {tuned:.2f}"
+
+
+def _epochs(manifest: Mapping[str, Any]) -> str | int:
+    """As many as were planned, or those of them that were done where training stopped early."""
+    planned = (manifest.get("hyper") or {}).get("epochs", "?")
+    done = manifest.get("epochs_done", planned)
+    return planned if done == planned else Later("adapter.epochs_done", done=f"{done:g}", planned=planned)
 
 
 def _age(tx: Tx, caller: Caller, version: Version) -> str:

@@ -43,6 +43,11 @@ def split_words(line: str) -> list[Word]:
     return tokens
 
 
+def as_word(text: str) -> str:
+    """How it is typed to be read as one word: in quotes where it needs them."""
+    return text if split_words(text) == [Word(text, 0)] and not Word(text, 0).setting else f'"{text}"'
+
+
 def _closing(line: str, opened: int) -> int:
     """Where the quote that opens there closes: before a space, the end or another quote. -1 where it never does."""
     close = _QUOTES[line[opened]]

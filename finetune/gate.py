@@ -13,12 +13,11 @@ from dataclasses import asdict, dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from core.job import FEWEST_TEST_ROWS, MOST_FORGOTTEN, Judged, Verdict, Worse
+from core.job import FEWEST_TEST_ROWS, Judged, Verdict, Worse, forgets
 
 WORST_ROWS = 10
 LEAST_LIFT = 0.05  # nats per token; less is nothing, also where it is sure: a shuffled set gave 0.002 to 0.025
 _MORE_UNSOUND = 1  # of the asked: chance
-_MOST_OF_A_SKILL = 0.2  # nats per token: eight prompts say less than sixty-four, but one skill may not pay for the rest
 _SAMPLES = 10_000
 _AT_ONCE = 2**22  # indices drawn at a time
 Sums = NDArray[np.float64]
@@ -46,9 +45,7 @@ class Health:
 
     @property
     def verdict(self) -> Verdict:
-        if self.ability is not None and not (
-            self.ability_high <= MOST_FORGOTTEN and self.skill_change <= _MOST_OF_A_SKILL
-        ):
+        if self.ability is not None and forgets(self.ability_high, self.skill_change):
             return "forgets"
         return "unsound" if self.unsound > self.unsound_base + _MORE_UNSOUND else "passed"
 

@@ -133,7 +133,7 @@ async def test_a_question_that_nobody_answers_ends_its_job_and_says_so(tmp_path:
         await it.ended()
         await asyncio.sleep(0.6)
         it.training.wake()
-        assert await it.ended(2) == say("en", "training.expired", id=job_id, title="Acme", name="faq.jsonl")
+        assert await it.ended(2) == say("en", "training.expired", id=job_id, title="Acme", typed="faq.jsonl")
         assert (await it.job(job_id))["reason"] == jobs.EXPIRED
         assert not it.folder(job_id).exists()
 
@@ -184,6 +184,24 @@ async def test_what_personal_data_was_taken_out_of_is_another_data_set(tmp_path:
         assert "acme@1" in await it.ended(3)
 
 
+async def test_what_people_said_is_not_kept_once_personal_data_was_taken_out(tmp_path: Path) -> None:
+    async with works(tmp_path) as it:
+        job_id = await it.order("personal", agreed=False)
+        await it.ended()
+        before = (await it.job(job_id))["dataset_sha256"]
+        await it.database.write(lambda tx: tx.run("UPDATE dataset SET source = 'feedback'"))
+        await it.say("/finetune redact")
+        await it.ended(2)
+        after = (await it.job(job_id))["dataset_sha256"]
+        assert await asyncio.to_thread(os.listdir, it.home.datasets) == [after] != [before]
+        left = await asyncio.to_thread(lambda: [path.name for path in (it.folder(job_id) / "check").iterdir()])
+        assert "data.jsonl" not in left
+        await it.say("/finetune start")
+        await it.ended(3)
+        assert not await asyncio.to_thread(os.listdir, it.home.datasets)
+        assert await it.database.read(lambda tx: tx.value("SELECT count(*) FROM dataset WHERE erased_ms IS NULL")) == 0
+
+
 async def test_whose_words_are_in_a_data_set_is_known_of_what_is_made_of_it(tmp_path: Path) -> None:
     async with works(tmp_path, running=False) as it:
         job_id = await it.order()
@@ -228,7 +246,7 @@ async def test_a_plain_yes_starts_what_was_asked(tmp_path: Path, word: str) -> N
 
 @pytest.mark.parametrize("word", ["no", "不要"])
 async def test_a_plain_no_ends_it(tmp_path: Path, word: str) -> None:
-    assert (await answered(tmp_path, word))[-1] == say("en", "training.cancelled", id=1, title="Acme")
+    assert (await answered(tmp_path, word))[-1] == say("en", "training.cancelled_for_good", id=1, title="Acme")
 
 
 async def test_a_yes_of_who_may_not_is_a_message_like_any_other(tmp_path: Path) -> None:

@@ -61,6 +61,20 @@ async def chosen(w: World) -> list[tuple[str | None, int]]:
     return [(row["chosen"], row["candidate_first"]) for row in rows]
 
 
+async def test_base_is_compared_with_what_is_in_service(tmp_path: Path) -> None:
+    async with world(tmp_path, by_version) as w:
+        await publish(w)
+        await w.database.write(lambda tx: adapters.promote(tx, "acme", SHA, "owner", ""))
+        said = await w.ask("/adapter compare base who are you?", user=OWNER)
+        assert "acme@1 says who are you?" in said
+        assert "base says who are you?" in said
+        assert "acme@1" in await press(w, 0)
+        assert [button.value for button in list(w.bot.final.values())[-1].buttons] == [
+            "/adapter compare base",
+            "/adapter promote base",
+        ]
+
+
 async def test_both_answer_blind_and_the_choice_is_told_and_counted_once(tmp_path: Path) -> None:
     async with world(tmp_path, by_version) as w:
         await publish(w)

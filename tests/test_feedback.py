@@ -103,6 +103,28 @@ async def test_a_no_after_a_yes_takes_it_back_with_what_was_made_of_it(tmp_path:
         assert await it.count("dataset", "erased_ms IS NULL") == 0
 
 
+async def test_a_no_to_one_reply_holds_beside_a_yes_to_all_until_its_person_says_yes(tmp_path: Path) -> None:
+    async with world(tmp_path) as it:
+        await it.ask("/consent on", user=STRANGER)
+        number = await vote(it, "1")
+        await it.ask("/finetune from feedback", user=OWNER)
+        assert await it.ask(f"/consent reply #{number[:8]} no") == say("en", "feedback.not_shared")
+        assert await it.count("dataset", "erased_ms IS NULL") == 0
+        await press(it, "1")
+        await press(it, "-1:untrue")
+        assert it.bot.said()[-1] == say("en", "feedback.not_shared")  # nobody asks again
+        assert await it.ask("/correct 20 days", user=OWNER) == say("en", "feedback.not_allowed")
+        assert await it.count("example") == 0
+        assert "no conversations" in await it.ask("/finetune from conversations", user=OWNER)
+        await it.ask("and in Graz?", user=STRANGER)
+        await press(it, "1")
+        (said,) = await examples(it)
+        assert [one["content"] for one in said.messages] == ["and in Graz?", "you said and in Graz?"]
+        await it.ask(f"/consent reply #{number[:8]} yes")
+        await it.ask(f"/correct #{number[:8]} 20 days", user=OWNER)
+        assert len(await examples(it)) == 2
+
+
 async def test_nobody_else_gives_a_conversation_away_and_only_operators_correct(tmp_path: Path) -> None:
     async with world(tmp_path) as it:
         number = await vote(it, "-1:untrue")

@@ -8,6 +8,7 @@ import json
 import os
 import signal
 import sys
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -25,7 +26,7 @@ from core.trainer import COMMAND, Trainer, environment
 from core.training import TrainingSettings
 from core.types import Address, Handle
 from tests.fake_trainer import COMMAND as FAKE_TRAINER
-from tests.works import WatchedBot, works
+from tests.works import INFO, WatchedBot, works
 from tests.world import OWNER, world
 
 PAUSED = "50 %"  # what the message shows when the fake trainer waits at its second step of four
@@ -142,7 +143,7 @@ async def test_a_job_that_was_cancelled_goes_on_from_its_checkpoint_in_another_m
         await it.say(f"/finetune cancel {job_id}")
         assert "/finetune resume" in await it.ended()
         kept = await asyncio.to_thread(lambda: sorted(path.name for path in it.folder(job_id).iterdir()))
-        assert kept == ["checkpoint"]
+        assert kept == ["checkpoint", "spec.json"]
         await sweep(it.database, it.home)
         assert it.folder(job_id).exists()
         await it.say(f"/finetune resume {job_id}")
@@ -153,6 +154,49 @@ async def test_a_job_that_was_cancelled_goes_on_from_its_checkpoint_in_another_m
         assert not it.folder(job_id).exists()
         with pytest.raises(BadInput, match=r"not_resumable"):
             await it.say(f"/finetune resume {job_id}")
+
+
+@pytest.mark.parametrize("base", ["f" * 64, "e" * 64], ids=["same", "another"])
+async def test_a_job_goes_on_as_it_was_begun_unless_another_base_model_is_loaded(
+    tmp_path: Path, base: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written: list[Spec] = []
+    monkeypatch.setattr(
+        Spec, "write", lambda spec, folder, whole=Spec.write: (written.append(spec), whole(spec, folder))
+    )
+    bot = WatchedBot()
+    async with works(tmp_path, bot=bot) as it:
+        job_id = await it.order("pause")
+        await bot.until(lambda: PAUSED in bot.newest)
+        await it.say(f"/finetune cancel {job_id}")
+        await it.ended()
+        await it.database.write(lambda tx: tx.run("UPDATE channel SET instructions = 'Be brief.'"))
+    settings = TrainingSettings(retry_s=0.01, hyper=HyperParameters(epochs=9))
+    async with works(tmp_path, bot=bot, settings=settings, info=replace(INFO, fingerprint=base)) as it:
+        await it.say(f"/finetune resume {job_id}")
+        await it.ended(2)
+    begun, resumed = written
+    if base == begun.fingerprint:
+        assert resumed == begun
+    else:
+        assert (resumed.fingerprint, resumed.instructions, resumed.hyper.epochs) == (base, "Be brief.", 9)
+
+
+@pytest.mark.parametrize("word", ["pause", "stubborn"])
+async def test_a_job_that_is_to_go_on_before_its_trainer_is_gone_goes_on_in_another_message(
+    tmp_path: Path, word: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("core.lane._CANCEL_S", 0.2 if word == "stubborn" else 10.0)
+    monkeypatch.setattr("core.trainer._TERMINATE_S", 0.2)
+    async with works(tmp_path) as it:
+        job_id = await it.order(word)
+        await it.bot.until(lambda: PAUSED in it.bot.newest)
+        await it.say(f"/finetune cancel {job_id}")
+        await it.say(f"/finetune resume {job_id}")
+        assert "acme@1" in await it.ended()
+        assert (await it.job(job_id))["state"] == "published"
+        assert await it.warned(job_id) == ["goes on from step 2"]
+        assert len(it.bot.opened) == 2
 
 
 async def test_what_a_cancelled_job_has_learned_goes_with_its_data_set(tmp_path: Path) -> None:
@@ -316,7 +360,7 @@ async def test_what_is_wrong_with_us_is_said_with_the_number_of_the_job(tmp_path
     async with works(tmp_path) as it:
         job_id = await it.order("ours")
         said = await it.ended()
-        assert said == say("en", "training.failed_ours", title="Acme", id=job_id, name="faq.jsonl", reason="a reason")
+        assert said == say("en", "training.failed_ours", title="Acme", id=job_id, typed="faq.jsonl", reason="a reason")
 
 
 @pytest.mark.parametrize(
@@ -342,6 +386,12 @@ async def test_a_data_set_that_is_gone_fails_its_job(tmp_path: Path) -> None:
         assert "not there any more" in (await it.job(job_id))["reason"]
 
 
+async def test_a_reason_of_ours_is_in_the_language_of_who_asked(tmp_path: Path) -> None:
+    async with works(tmp_path, command=("/nowhere/python",)) as it:
+        await it.order(language="zh")
+        assert "训练程序无法启动：" in await it.ended()
+
+
 # --- cancelling, stopping, restarting ---
 
 
@@ -361,7 +411,7 @@ async def test_a_running_job_that_is_cancelled_ends_its_trainer(
         with pytest.raises(ProcessLookupError):
             os.kill(process, 0)
         assert not await it.versions()
-        assert await asyncio.to_thread(os.listdir, it.folder(job_id)) == ["checkpoint"]
+        assert sorted(await asyncio.to_thread(os.listdir, it.folder(job_id))) == ["checkpoint", "spec.json"]
 
 
 async def test_a_job_that_is_cancelled_while_it_waits_never_begins(tmp_path: Path) -> None:

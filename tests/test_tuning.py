@@ -3,21 +3,23 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterator
-from dataclasses import replace
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import pytest
 
-from core import jobtexts, tuning
+from core import adapters, jobtexts, tuning
 from core.commands import parse
 from core.datasets import MAX_OPEN
 from core.errors import BadInput, UnknownThing
-from core.job import Checked, Done, Evaluated, Failed, JobEvent, Judged, Planned, Progress
+from core.job import Checked, Done, Evaluated, Failed, JobEvent, Judged, Planned, Progress, Verdict
+from core.lane import with_line
 from core.operators import run_command
 from core.store import datasets, directory, jobs, trail
 from core.store.database import Row, Tx
-from core.texts import say
+from core.texts import Later, languages, say
 from core.types import Outcome, WakeTraining
 from tests.people import Town, town
 
@@ -35,8 +37,11 @@ def it(tmp_path: Path) -> Iterator[Town]:
         yield made
 
 
-def run(it: Town, text: str, who: str = "operator", place: str = "acme", language: str = "en") -> Outcome:
+def run(
+    it: Town, text: str, who: str = "operator", place: str = "acme", language: str = "en", **brought: str
+) -> Outcome:
     call = parse(text)
+    call = replace(call, arguments={**call.arguments, **brought})
     if call.form.word == "":  # as core.datasets leaves it
         call = replace(call, arguments={**call.arguments, "dataset": SHA, "name": call.arguments["dataset"]})
     return it.database.write_now(lambda tx: run_command(tx, it.caller(tx, who, place, language), call, tuning.HANDLERS))
@@ -50,6 +55,15 @@ def job_row(it: Town, job_id: int = 1) -> Row:
     row = it.database.read_now(lambda tx: tx.one("SELECT * FROM job WHERE id = ?", [job_id]))
     assert row is not None
     return row
+
+
+def publish(it: Town, judged: Judged) -> None:
+    def work(tx: Tx) -> None:
+        manifest = json.dumps({"judged": asdict(judged)})
+        adapters.publish(tx, adapters.Candidate(SHA, Path(), "base", SHA, manifest), "acme", 1)
+        jobs.end(tx, 1, "published", result=SHA)
+
+    it.database.write_now(work)
 
 
 def hear(it: Town, *events: JobEvent, state: str = "running") -> None:
@@ -98,10 +112,31 @@ def test_a_second_job_of_a_channel_is_refused_with_the_first_named(it: Town) -> 
     assert it.database.read_now(lambda tx: tx.value("SELECT count(*) FROM job")) == 1
 
 
+def test_a_job_that_takes_the_place_of_a_question_keeps_what_people_said(it: Town) -> None:
+    it.database.write_now(lambda tx: tx.run("UPDATE dataset SET source = 'feedback'"))
+    run(it, "/finetune feedback")
+    it.database.write_now(lambda tx: jobs.ask(tx, 1))
+    run(it, "/finetune feedback")
+    assert (job_row(it, 1)["state"], job_row(it, 1)["reason"]) == ("cancelled", jobs.REPLACED)
+    assert not it.database.read_now(lambda tx: datasets.is_erased(tx, SHA))
+    run(it, "/finetune cancel 2")
+    assert it.database.read_now(lambda tx: datasets.is_erased(tx, SHA))
+
+
 def test_a_job_of_another_channel_waits_and_says_so(it: Town) -> None:
     run(it, "/finetune faq.jsonl yes")
     assert says(it, "/finetune b.jsonl yes", "other_operator", "delta") == say(
         "en", "training.queued", id=2, title="Delta", name="b.jsonl", label="delta@1", before=1
+    )
+
+
+def test_a_younger_job_that_is_at_work_is_before_an_older_one_that_waits(it: Town) -> None:
+    run(it, "/finetune faq.jsonl")
+    it.database.write_now(lambda tx: (jobs.ask(tx, 1), tx.run("UPDATE delivery SET state = 'done'")))
+    run(it, "/finetune b.jsonl yes", "other_operator", "delta")
+    it.database.write_now(lambda tx: jobs.start(tx, 2))
+    assert says(it, "/finetune start 1") == say(
+        "en", "training.queued", id=1, title="Acme", name="faq.jsonl", label="acme@1", before=1
     )
 
 
@@ -189,7 +224,8 @@ def test_status_shows_how_far_it_is(it: Town) -> None:
 def test_status_of_a_published_job_is_its_report(it: Town, language: str) -> None:
     run(it, "/finetune faq.jsonl yes")
     judged = Judged("passed", 40, 38, "acme@3", 2.5, 1.5, -1.25, -0.75, 0.25, 0.5)
-    hear(it, CHECKED, Evaluated(60, "test", 1.5, 40), judged, DONE, state="published")
+    hear(it, CHECKED, Evaluated(60, "test", 1.5, 40), judged, DONE)
+    publish(it, judged)
     text = says(it, "/finetune status", language="en")
     for fact in (
         "90 of 100",
@@ -205,6 +241,24 @@ def test_status_of_a_published_job_is_its_report(it: Town, language: str) -> Non
     assert "/adapter promote acme@1" in says(it, "/finetune status", language=language)
 
 
+@pytest.mark.parametrize("language", languages())
+def test_status_of_a_version_is_true_for_as_long_as_it_is_asked(it: Town, language: str) -> None:
+    run(it, "/finetune faq.jsonl yes")
+    judged = Judged("style_only", 40, 38, "base", 2.5, 1.5, -1.25, -0.75, 0.25, 0.25, worst=((1, 1.5, 2.5),))
+    hear(it, judged, DONE)
+    publish(it, judged)
+    verdict = say(language, "training.verdict_style_only", label="acme@1")
+    hint = say(language, "training.promote_anyway_hint", label="acme@1")
+    it.database.write_now(lambda tx: tx.run("DELETE FROM job_event"))  # core.retention
+    said = says(it, "/finetune status 1", language=language)
+    assert verdict in said
+    assert said.endswith(hint)
+    it.says("operator", "/adapter promote 1 the tone")
+    said = says(it, "/finetune status 1", language=language)
+    assert verdict in said
+    assert said.endswith(say(language, "training.version_now", label="acme@1", state=Later("adapter.in_service")))
+
+
 def test_status_of_a_failed_job_says_whose_fault_it_was(it: Town) -> None:
     run(it, "/finetune faq.jsonl yes")
     hear(it, Failed("yours", "not JSON", 7))
@@ -212,6 +266,37 @@ def test_status_of_a_failed_job_says_whose_fault_it_was(it: Town) -> None:
     assert say("en", "training.failed_yours", id=1, name="faq.jsonl", title="Acme", reason="line 7: not JSON") in says(
         it, "/finetune status"
     )
+
+
+@pytest.mark.parametrize(
+    ("name", "source", "fault", "key"),
+    [
+        ("my faq.jsonl", "file", "yours", "failed_yours"),
+        ("feedback", "feedback", "yours", "failed_sayings"),
+        ("my faq.jsonl", "file", "settings", "failed_settings"),
+        ("my faq.jsonl", "file", "ours", "failed_ours"),
+    ],
+)
+@pytest.mark.parametrize("language", languages())
+def test_a_failure_is_told_by_whose_fault_it_is_with_a_command_that_works(
+    it: Town, name: str, source: str, fault: str, key: str, language: str
+) -> None:
+    run(it, f'/finetune "{name}" yes')
+    it.database.write_now(lambda tx: tx.run("UPDATE dataset SET source = ?", [source]))
+    it.database.write_now(lambda tx: jobs.end(tx, 1, "failed", f"{fault}: a reason"))
+    fields = {"title": "Acme", "id": 1, "name": name, "typed": '"my faq.jsonl"', "reason": "a reason"}
+    said = says(it, "/finetune status", language=language)
+    assert said.endswith(say(language, f"training.{key}", **fields))
+    for typed in re.findall("`(/.*?)`", said):
+        assert name in parse(typed).arguments.values()
+
+
+@pytest.mark.parametrize("language", languages())
+def test_the_line_of_a_failure_is_said_once(language: str) -> None:
+    first = say(language, "data.line", line=7, reason="x")
+    rejected = say(language, "data.few_usable_rows", used=3, fewest=10, rejected=5, first=first)
+    assert with_line(Failed("yours", rejected, line=7), language) == rejected
+    assert with_line(Failed("yours", "x", line=7), language) == first
 
 
 def test_a_reason_with_braces_and_markdown_is_only_shown(it: Town) -> None:
@@ -236,10 +321,35 @@ def test_cancel_ends_a_job_once(it: Town) -> None:
     run(it, "/finetune faq.jsonl yes")
     outcome = run(it, "/finetune cancel 1")
     assert WakeTraining() in outcome.after
-    assert outcome.body.text == say("en", "training.cancelled", id=1, title="Acme")
+    assert outcome.body.text == say("en", "training.cancelled_for_good", id=1, title="Acme")
     assert job_row(it)["state"] == "cancelled"
     assert says(it, "/finetune cancel 1") == say("en", "training.ended_already", id=1)
     assert says(it, "/finetune faq.jsonl yes")  # another may begin
+
+
+@pytest.mark.parametrize("state", ["validating", "waiting", "queued", "running"])
+def test_only_what_can_be_resumed_is_said_to_be(it: Town, state: str) -> None:
+    run(it, "/finetune faq.jsonl yes")
+    hear(it)
+    it.database.write_now(lambda tx: tx.run("UPDATE job SET started_ms = NULL") if state != "running" else 0)
+    it.database.write_now(lambda tx: tx.run("UPDATE job SET state = ?", [state]))
+    assert ("/finetune resume 1" in says(it, "/finetune cancel 1")) == (state == "running")
+    if state == "running":
+        assert says(it, "/finetune resume 1")
+    else:
+        with pytest.raises(BadInput):
+            run(it, "/finetune resume 1")
+
+
+def test_whoever_resumes_a_job_is_told_if_it_begins_anew(it: Town) -> None:
+    run(it, "/finetune faq.jsonl yes")
+    hear(it)
+    it.database.write_now(lambda tx: directory.keep_base(tx, "loaded"))
+    for base in ("loaded", "another"):
+        run(it, "/finetune cancel 1")
+        said = run(it, "/finetune resume 1", base=base).body.text
+        assert (say("en", "training.begins_anew") in said) == (base == "another")
+        assert ("goes on from where it was" in said) == (base == "loaded")
 
 
 def test_the_report_names_what_is_to_be_known_of_the_rows():
@@ -251,6 +361,17 @@ def test_the_report_names_what_is_to_be_known_of_the_rows():
     assert "311" in told[0]
     assert "70" in told[1]
     assert "phone numbers: 2" in told[2]
+
+
+@pytest.mark.parametrize("verdict", ["too_few", "no_better", "style_only", "forgets"])
+@pytest.mark.parametrize(("high", "skill", "lost"), [(0.04, 0.62, True), (0.06, 0.1, True), (0.04, 0.1, False)])
+def test_a_skill_that_is_lost_is_told_whatever_the_verdict(
+    verdict: Verdict, high: float, skill: float, lost: bool
+) -> None:
+    judged = Judged(verdict, 5, 5, "base", 3, 2, -1, -0.5, 0.4, 0.5, 0.01, high, "arithmetic", skill, asked=5)
+    told = "\n".join(jobtexts.verdict_text("en", "acme@2", judged))
+    assert (f"arithmetic, {skill:+.2f} (up to +0.20 counts as the same)" in told) == lost
+    assert ("it still can" in told) != lost
 
 
 @pytest.mark.parametrize(

@@ -135,6 +135,23 @@ def test_list_and_show_say_what_a_version_is(it: Town, language: str) -> None:
     assert it.run("operator", "/adapter show 1", language=language).body.buttons[0].value == "/adapter promote acme@1"
 
 
+@pytest.mark.parametrize(
+    ("language", "done", "told"),
+    [
+        ("en", 5.9, " 5.9 of 8 rounds,"),
+        ("zh", 6.0, "，计划 8 轮中的 6 轮，"),
+        ("en", 8.0, " 8 rounds,"),
+        ("zh", 8.0, "，8 轮，"),
+    ],
+)
+def test_show_says_how_many_rounds_were_done(it: Town, language: str, done: float, told: str) -> None:
+    manifest = json.dumps({"hyper": {"epochs": 8}, "epochs_done": done})
+    it.database.write_now(
+        lambda tx: adapters.publish(tx, adapters.Candidate("9" * 64, Path(), "loaded", "", manifest), "acme", 4)
+    )
+    assert told in it.says("operator", "/adapter show 4", language=language)
+
+
 def test_an_imported_manifest_may_say_little(it: Town) -> None:
     it.database.write_now(
         lambda tx: adapters.publish(tx, adapters.Candidate("9" * 64, Path(), "loaded", "", "{}"), "acme", 4)

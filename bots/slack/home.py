@@ -115,7 +115,8 @@ def _jobs(shown: Overview, at: Address) -> list[Block]:
         buttons += [status, cancel]
     rows = blocks.rows(buttons, at, first=1)
     if open_ is not None:
-        _ask_first(rows, f"/finetune cancel {open_.id}", language, "slack.home_cancel_sure")
+        sure = "slack.home_cancel_sure" if open_.lasting else "slack.home_cancel_for_good"
+        _ask_first(rows, f"/finetune cancel {open_.id}", language, sure)
     return [_section(f"*{say(language, 'slack.home_jobs')}*\n{escaped(told)}"), *rows]
 
 

@@ -219,6 +219,12 @@ def keep_base(tx: Tx, fingerprint: str) -> None:
     )
 
 
+def loaded_base(tx: Tx) -> str | None:
+    """The fingerprint that was kept last; None before the first start."""
+    kept = tx.value("SELECT value FROM setting WHERE key = 'base_fingerprint'")
+    return None if kept is None else str(kept)
+
+
 # --- people ---
 
 

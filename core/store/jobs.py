@@ -45,10 +45,12 @@ class Job:
     source: str
     state: str
     reason: str
+    result: str  # the sha256 of the version that came of it; "" where none did
     address: Address
     language: str
     attempts: int
     created_ms: int
+    started: bool  # whether it ever was trained
     ended_ms: int | None
     preset: str  # of hyper-parameters; "" is the configuration's
     imported: str  # the folder of an adapter from elsewhere that it examines; "" where it trains
@@ -64,7 +66,7 @@ class Job:
     @property
     def lasting(self) -> bool:
         """Whether it may go on after it was cancelled: its data set, and what was learned, outlive it."""
-        return self.source not in OF_PEOPLE and not self.imported
+        return self.started and self.source not in OF_PEOPLE and not self.imported
 
     @property
     def open(self) -> bool:
@@ -204,8 +206,10 @@ def move(tx: Tx, job_id: int, state: str, *, redact: bool = False) -> None:
 
 
 def read_from(tx: Tx, job_id: int, dataset_sha256: str) -> None:
-    """The job is for this data set from now on, whose columns have our own names."""
+    """The job is for this data set from now on, whose columns have our own names; it needs the other one no more."""
+    before = str(tx.value("SELECT dataset_sha256 FROM job WHERE id = ?", [job_id]))
     tx.run("UPDATE job SET dataset_sha256 = ?, columns = '', redact = 0 WHERE id = ?", [dataset_sha256, job_id])
+    _erase_sayings(tx, before)
 
 
 def expired(tx: Tx, age_ms: int) -> list[int]:
@@ -225,8 +229,14 @@ def talked_since(tx: Tx, job_id: int, conversation_id: int) -> bool:
 
 
 def before(tx: Tx, job_id: int) -> int:
-    """How many jobs are trained before this one."""
-    return int(tx.value(f"SELECT count(*) FROM job WHERE id < ? AND state IN {_AT_WORK}", [job_id]))
+    """How many jobs are trained before this one, which waits: the one at work, and older ones that wait."""
+    return int(
+        tx.value(
+            "SELECT count(*) FROM job WHERE id <> ?"
+            " AND (state IN ('running', 'publishing') OR (state = 'queued' AND id < ?))",
+            [job_id, job_id],
+        )
+    )
 
 
 def publishing(tx: Tx, job_id: int, sha256: str) -> bool:
@@ -252,22 +262,23 @@ def unpublished_folder(tx: Tx, job_id: int) -> str:
 
 
 def end(tx: Tx, job_id: int, state: str, reason: str = "", result: str | None = None) -> bool:
-    """Published, cancelled or failed; whether it was open until now.
-
-    What people said is needed by its job alone: that data set is erased with it. Whose it was stays written down.
-    """
+    """Published, cancelled or failed; whether it was open until now."""
     changed = tx.run(
         f"UPDATE job SET state = ?, reason = ?, result = ?, ended_ms = ? WHERE id = ? AND state IN {_OPEN}",
         [state, reason, result, tx.now_ms, job_id],
     )
+    _erase_sayings(tx, str(tx.value("SELECT dataset_sha256 FROM job WHERE id = ?", [job_id])))
+    return bool(changed)
+
+
+def _erase_sayings(tx: Tx, sha256: str) -> None:
+    """What people said is needed by its job alone: that data set is erased with it. Whose it was stays written down."""
     marks = ", ".join("?" * len(OF_PEOPLE))
     tx.run(
-        f"UPDATE dataset SET erased_ms = ? WHERE erased_ms IS NULL AND source IN ({marks})"
-        " AND sha256 = (SELECT dataset_sha256 FROM job WHERE id = ?)"
+        f"UPDATE dataset SET erased_ms = ? WHERE erased_ms IS NULL AND source IN ({marks}) AND sha256 = ?"
         f" AND NOT EXISTS (SELECT 1 FROM job WHERE dataset_sha256 = dataset.sha256 AND state IN {_OPEN})",
-        [tx.now_ms, *OF_PEOPLE, job_id],
+        [tx.now_ms, *OF_PEOPLE, sha256],
     )
-    return bool(changed)
 
 
 def cancel(tx: Tx, job_id: int, reason: str) -> bool:
@@ -358,10 +369,12 @@ def _job(row: Row) -> Job:
         source=row["source"],
         state=row["state"],
         reason=row["reason"],
+        result=row["result"] or "",
         address=Address(row["platform"], row["account"], row["place"], row["conversation"]),
         language=row["language"],
         attempts=row["attempts"],
         created_ms=row["created_ms"],
+        started=row["started_ms"] is not None,
         ended_ms=row["ended_ms"],
         imported=row["imported"],
         preset=row["preset"],

@@ -501,3 +501,9 @@ def m010_price_of_training(db: sqlite_utils.Database) -> None:
         END
         """,
     )
+
+
+@MIGRATIONS()
+def m011_refused_replies(db: sqlite_utils.Database) -> None:
+    """A no to one reply, which holds whatever else its person allows; it goes with the turn."""
+    _run(db, "ALTER TABLE turn ADD COLUMN refused INTEGER NOT NULL DEFAULT 0 CHECK (refused IN (0, 1))")

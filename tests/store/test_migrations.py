@@ -49,7 +49,14 @@ FILLED = """
     installation: 'slack', 'T1', x'04', 31
     install_state: 'h1', 'slack', 'l', 32
 """
-AFTER = ["m006_numbers", "m007_comparisons", "m008_presets", "m009_confirmed_jobs", "m010_price_of_training"]
+AFTER = [
+    "m006_numbers",
+    "m007_comparisons",
+    "m008_presets",
+    "m009_confirmed_jobs",
+    "m010_price_of_training",
+    "m011_refused_replies",
+]
 
 
 @contextmanager

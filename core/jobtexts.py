@@ -145,17 +145,16 @@ def _health_text(language: str, judged: Judged) -> list[str]:
     }
     sound = {"sound": judged.asked - judged.unsound, "asked": judged.asked}
     before = {"base": judged.asked - judged.unsound_base}
-    return [
-        say(language, able, **change),
-        say(language, "training.sound", **sound, **before),
-    ]
+    whole = [say(language, "training.sound", **sound, **before)] if judged.asked else []
+    return [say(language, able, **change), *whole]
 
 
 def failed_text(job: Job) -> str:
     """Whose fault it is, what happened, and what to do."""
     fault, _, reason = job.reason.partition(": ")
     yours = "training.failed_sayings" if job.source in OF_PEOPLE else "training.failed_yours"
-    key = {"yours": yours, "settings": "training.failed_settings"}.get(fault, "training.failed_ours")
+    settings = "training.failed_adapter" if job.imported else "training.failed_settings"
+    key = {"yours": yours, "settings": settings}.get(fault, "training.failed_ours")
     return say(job.language, key, **_named(job), reason=short(reason))
 
 

@@ -292,6 +292,15 @@ def test_a_failure_is_told_by_whose_fault_it_is_with_a_command_that_works(
 
 
 @pytest.mark.parametrize("language", languages())
+def test_an_imported_adapter_that_failed_is_sent_again_by_its_own_command(it: Town, language: str) -> None:
+    run(it, "/finetune faq.jsonl yes")
+    it.database.write_now(lambda tx: tx.run("UPDATE job SET imported = 'upload'"))
+    it.database.write_now(lambda tx: jobs.end(tx, 1, "failed", "settings: a reason"))
+    said = says(it, "/finetune status", language=language)
+    assert said.endswith(say(language, "training.failed_adapter", title="Acme", id=1, reason="a reason"))
+
+
+@pytest.mark.parametrize("language", languages())
 def test_the_line_of_a_failure_is_said_once(language: str) -> None:
     first = say(language, "data.line", line=7, reason="x")
     rejected = say(language, "data.few_usable_rows", used=3, fewest=10, rejected=5, first=first)

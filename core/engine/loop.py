@@ -99,6 +99,7 @@ class ModelThread:
     def forget(self, channel: str, conversation: str) -> Future[None]:
         """End what runs or waits for that conversation (or channel) and wipe its rows; done when that has happened."""
         done: Future[None] = Future()
+        done.set_running_or_notify_cancel()  # it is done also if whoever waits for it goes away
         with self._wake:
             self._forgets.append((channel, conversation, done))
             self._wake.notify()

@@ -299,6 +299,24 @@ async def test_forget_ends_and_wipes_a_conversation_and_leaves_the_others(endles
         await engine.forget("unknown")
 
 
+async def test_a_forget_that_nobody_waits_for_any_more_is_of_no_matter_to_others(endless: BaseModel) -> None:
+    async with running(endless) as engine:
+        gate = Gate(engine)
+        mine, other = (
+            engine.submit(ask("a", scope=Scope("p", "c"), **LONG)),
+            engine.submit(ask("b", scope=Scope("p", "d"), max_tokens=60)),
+        )
+        await anext(mine)
+        gate.open.clear()
+        forgetting = asyncio.create_task(engine.forget("c"))
+        await asyncio.sleep(0)
+        forgetting.cancel()
+        await asyncio.wait([forgetting])
+        gate.open.set()
+        assert (await hear(mine)).finished.reason is FinishReason.CANCELLED  # type: ignore[union-attr]
+        assert (await hear(other)).finished.reason is FinishReason.LENGTH  # type: ignore[union-attr]
+
+
 async def test_nothing_lingers_in_memory_after_an_answer(endless: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     async with running(endless) as engine:
         cache = engine.thread.runner.cache

@@ -71,7 +71,7 @@ class ModelThread:
         self._wake = threading.Condition()
         self.lobby = Lobby(settings, self._wake, prepare=prepare, spawn=spawn, translate=translate)
         self._forgets: list[tuple[str, str, Future[None]]] = []
-        self._stopping = False
+        self._stopping = self._over = False
 
     # --- any thread
 
@@ -101,8 +101,11 @@ class ModelThread:
         done: Future[None] = Future()
         done.set_running_or_notify_cancel()  # it is done also if whoever waits for it goes away
         with self._wake:
-            self._forgets.append((channel, conversation, done))
-            self._wake.notify()
+            if self._over:
+                done.set_result(None)
+            else:
+                self._forgets.append((channel, conversation, done))
+                self._wake.notify()
         return done
 
     def stop(self) -> None:
@@ -127,7 +130,6 @@ class ModelThread:
                     self._fail_running(translate(error))
                 self._flush()
             self._end_all()
-            self._flush()
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to do; False when the thread is to stop."""
@@ -153,12 +155,12 @@ class ModelThread:
         self._pass()
 
     def _end_unwanted(self) -> None:
+        """One by one: an error on the way leaves the rest to the next step."""
+        while self.lobby.failed:
+            self._end(*self.lobby.failed.pop(0))
         with self._wake:
-            forgets, self._forgets = self._forgets, []
-            failed, self.lobby.failed = self.lobby.failed, []
+            forgets = list(self._forgets)
             jobs = [*self.lobby.jobs(), *self.rows]
-        for job, error in failed:
-            self._end(job, error)
         now = time.monotonic()
         for job in jobs:
             forgotten = any(_concerns(job, channel, conversation) for channel, conversation, _ in forgets)
@@ -169,6 +171,7 @@ class ModelThread:
         for channel, conversation, done in forgets:
             self.prefixes.forget(channel, conversation)
             done.set_result(None)
+            del self._forgets[0]
 
     def _pass(self) -> None:
         """One token for every row past its prompt, beside a chunk of prompts: of the row that is taking its own in,
@@ -381,18 +384,20 @@ class ModelThread:
             self._end(job, error)
 
     def _end_all(self) -> None:
-        with self._wake:
-            jobs = [*self.lobby.jobs(), *self.rows]
-            failed, self.lobby.failed = self.lobby.failed, []
-            forgets, self._forgets = self._forgets, []
-        for job, error in failed:
-            self._end(job, error)
-        for job in jobs:
-            self._end(job, FinishReason.CANCELLED)
-        for _, _, done in forgets:
-            done.set_result(None)
-        self.runner.cache.clear()
-        self.prefixes.clear()
+        with self._wake:  # whoever comes meanwhile finds the thread over
+            self._over = True
+            self._outputs += self.lobby.failed
+            for job in [*self.lobby.jobs(), *self.rows]:
+                try:
+                    self._end(job, FinishReason.CANCELLED)
+                except Exception as error:  # the others must end too
+                    log.exception("engine.end_failed")
+                    self._outputs.append((job, translate(error)))
+            self._flush()
+            self.runner.cache.clear()
+            self.prefixes.clear()
+            for _, _, done in self._forgets:
+                done.set_result(None)
 
     def _flush(self) -> None:
         outputs, self._outputs = self._outputs, []

@@ -317,6 +317,37 @@ async def test_a_forget_that_nobody_waits_for_any_more_is_of_no_matter_to_others
         assert (await hear(other)).finished.reason is FinishReason.LENGTH  # type: ignore[union-attr]
 
 
+async def test_an_error_while_a_row_ends_loses_neither_a_forget_nor_those_that_failed(endless: BaseModel) -> None:
+    async with running(endless, max_rows=1, max_waiting=1) as engine:
+        gate, cache = Gate(engine), engine.thread.runner.cache
+        mine = engine.submit(ask("a", scope=Scope("p", "c"), **LONG))
+        await anext(mine)
+        gate.open.clear()
+        flood = [engine.submit(ask(f"{i}", scope=Scope("p", "c"))) for i in range(4)]
+        wipe = cache.wipe
+
+        def broken(row: int) -> None:
+            cache.wipe = wipe  # type: ignore[method-assign]
+            raise RuntimeError("boom")
+
+        cache.wipe = broken  # type: ignore[method-assign]
+        forgetting = asyncio.create_task(engine.forget("c"))
+        await asyncio.sleep(0)
+        gate.open.set()
+        async with asyncio.timeout(30):
+            await forgetting
+            await asyncio.gather(*map(hear, [mine, *flood]), return_exceptions=True)
+        assert engine.thread.runner.cache.is_blank()
+        assert (await hear(engine.submit(ask("x")))).finished is not None
+
+
+async def test_a_forget_between_the_end_of_the_thread_and_that_of_the_engine(endless: BaseModel) -> None:
+    async with running(endless) as engine:
+        engine.thread.stop()
+        async with asyncio.timeout(30):
+            await engine.forget("c")
+
+
 async def test_nothing_lingers_in_memory_after_an_answer(endless: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     async with running(endless) as engine:
         cache = engine.thread.runner.cache

@@ -24,6 +24,7 @@ from core.engine.protocol import Delta, EngineSettings, Event, Finished, FinishR
 from core.engine.runner import Runner, translate
 from core.engine.sampling import NOT_FINITE, sample
 from core.engine.scheduler import COMPLETION_COST
+from core.engine.shortage import is_shortage
 from core.engine.tally import Tally
 from core.engine.ticket import Job, State
 from core.errors import AppError, EngineError
@@ -32,6 +33,7 @@ from core.model import BaseModel
 log = logging.getLogger(__name__)
 
 CHUNK_CPU, CHUNK_CUDA = 256, 1024  # prompt tokens between two decode steps
+LONGEST_SLEEP_S = 3600.0  # what a lock can wait for has an end
 KEPT_AFTER = (FinishReason.END, FinishReason.STOP, FinishReason.LENGTH)
 
 
@@ -64,6 +66,7 @@ class ModelThread:
         self.tally = tally
         self._weight_bytes = weight_bytes(model.module)
         self.rows: list[Job] = []  # index is the row; past their prompt but perhaps the last
+        self._short = False  # of memory, for a row more
         self._emit = emit
         self._outputs: list[Output] = []
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
@@ -71,7 +74,7 @@ class ModelThread:
         self._wake = threading.Condition()
         self.lobby = Lobby(settings, self._wake, prepare=prepare, spawn=spawn, translate=translate)
         self._forgets: list[tuple[str, str, Future[None]]] = []
-        self._stopping = False
+        self._stopping = self._over = False
 
     # --- any thread
 
@@ -88,7 +91,10 @@ class ModelThread:
 
     def submit(self, job: Job) -> None:
         """Let a job wait for its turn. Raises Overloaded; may end another job with it, see Scheduler.add."""
-        self.lobby.add(job)
+        with self._wake:
+            if self._over:
+                raise EngineError(detail="the model thread has ended: start the program again")
+            self.lobby.add(job)
 
     def cancel(self, job: Job) -> None:
         """End the job within one step; Finished still comes."""
@@ -99,9 +105,13 @@ class ModelThread:
     def forget(self, channel: str, conversation: str) -> Future[None]:
         """End what runs or waits for that conversation (or channel) and wipe its rows; done when that has happened."""
         done: Future[None] = Future()
+        done.set_running_or_notify_cancel()  # it is done also if whoever waits for it goes away
         with self._wake:
-            self._forgets.append((channel, conversation, done))
-            self._wake.notify()
+            if self._over:
+                done.set_result(None)
+            else:
+                self._forgets.append((channel, conversation, done))
+                self._wake.notify()
         return done
 
     def stop(self) -> None:
@@ -117,16 +127,20 @@ class ModelThread:
     def _run(self) -> None:
         if self.settings.threads and self.model.device.type == "cpu":
             torch.set_num_threads(self.settings.threads)  # holds for the calling thread
+        outcome: FinishReason | AppError = FinishReason.CANCELLED
         with torch.inference_mode():
-            while self._wait_for_work():
-                try:
-                    self._step()
-                except Exception as error:  # the thread outlives any error of a step
-                    log.exception("engine.step_failed")
-                    self._fail_running(translate(error))
-                self._flush()
-            self._end_all()
-            self._flush()
+            try:
+                while self._wait_for_work():
+                    try:
+                        self._step()
+                    except Exception as error:  # the thread outlives any error of a step
+                        log.exception("engine.step_failed")
+                        self._fail_running(translate(error))
+                    self._flush()
+            except Exception as error:
+                log.exception("engine.thread_failed")
+                outcome = EngineError(detail=f"the model thread has ended: {type(error).__name__}: {error}")
+            self._end_all(outcome)
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to do; False when the thread is to stop."""
@@ -140,7 +154,7 @@ class ModelThread:
                 left = min((job.deadline - time.monotonic() for job in jobs), default=None)
                 if left is not None and left <= 0:
                     break
-                self._wake.wait(left)
+                self._wake.wait(None if left is None else min(left, LONGEST_SLEEP_S))
             return not self._stopping
 
     def _step(self) -> None:
@@ -152,12 +166,12 @@ class ModelThread:
         self._pass()
 
     def _end_unwanted(self) -> None:
+        """One by one: an error on the way leaves the rest to the next step."""
+        while self.lobby.failed:
+            self._end(*self.lobby.failed.pop(0))
         with self._wake:
-            forgets, self._forgets = self._forgets, []
-            failed, self.lobby.failed = self.lobby.failed, []
+            forgets = list(self._forgets)
             jobs = [*self.lobby.jobs(), *self.rows]
-        for job, error in failed:
-            self._end(job, error)
         now = time.monotonic()
         for job in jobs:
             forgotten = any(_concerns(job, channel, conversation) for channel, conversation, _ in forgets)
@@ -168,6 +182,7 @@ class ModelThread:
         for channel, conversation, done in forgets:
             self.prefixes.forget(channel, conversation)
             done.set_result(None)
+            del self._forgets[0]
 
     def _pass(self) -> None:
         """One token for every row past its prompt, beside a chunk of prompts: of the row that is taking its own in,
@@ -208,8 +223,8 @@ class ModelThread:
         return job.adapter is None or self.runner.lora.has_room(job.adapter.sha256)
 
     def _admit(self) -> Job | None:
-        """Give the next ready job a row."""
-        full = len(self.rows) == self.settings.max_rows
+        """Give the next ready job a row. One for which memory is short waits until another row has ended."""
+        full = len(self.rows) == self.settings.max_rows or self._short
         job = None if full else self.lobby.next_ready(self.rows, self._has_room)
         if job is None:
             return None
@@ -218,21 +233,32 @@ class ModelThread:
             job.slot = None if job.adapter is None else self.runner.lora.acquire(job.adapter)
             row = self.runner.cache.add_row(len(job.prompt) + len(job.answer))
             self._reuse(job, row)
-        except Exception as error:  # no memory for this one
-            log.exception("engine.admit_failed")
-            if self.runner.cache.rows > len(self.rows):  # a row that nobody will own
-                self.runner.cache.wipe(len(self.rows))
-                self.runner.cache.drop_last()
+        except Exception as error:
+            self._not_admitted(job, error)
+        else:
+            job.state = State.RUNNING
+            self.rows.append(job)
+            if not job.started:
+                job.started, job.reused = True, job.filled
+                self.tally.waited.add(job.admitted - job.submitted)
+                self.tally.reused_tokens += job.reused
+                self._outputs.append((job, Started(len(job.prompt), job.reused, job.dropped)))
+            return job
+        return self._admit()  # here, where the error no longer holds what was laid out already
+
+    def _not_admitted(self, job: Job, error: Exception) -> None:
+        """It waits, if all that it lacks is memory, and others' ends or what is kept of them may give some."""
+        if self.runner.cache.rows > len(self.rows):  # a row that nobody will own
+            self.runner.cache.wipe(len(self.rows))
+            self.runner.cache.drop_last()
+        if is_shortage(error) and (self.rows or len(self.prefixes)):
+            log.warning("engine.admit_no_memory", extra={"rows": len(self.rows), "reason": str(error)[:200]})
+            self._short = not self._drop_kept()
+            self._release(job)
+            self.lobby.put_back(job)
+        else:
+            log.error("engine.admit_failed", exc_info=error)
             self._end(job, translate(error))
-            return self._admit()
-        job.state = State.RUNNING
-        self.rows.append(job)
-        if not job.started:
-            job.started, job.reused = True, job.filled
-            self.tally.waited.add(job.admitted - job.submitted)
-            self.tally.reused_tokens += job.reused
-            self._outputs.append((job, Started(len(job.prompt), job.reused, job.dropped)))
-        return job
 
     def _pause(self, row: int) -> None:
         """Take a job out of its row for another's sake. It goes on later where it was: from what is kept, or anew."""
@@ -278,6 +304,12 @@ class ModelThread:
             log.warning("engine.reuse_no_memory", extra={"kept": len(self.prefixes)})
             self.prefixes.clear()
 
+    def _drop_kept(self) -> bool:
+        """Memory is short: whether there was something kept for later turns, which is gone now."""
+        found = len(self.prefixes) > 0
+        self.prefixes.clear()
+        return found
+
     def _by_halves(self, first: int, parts: list[Taken]) -> list[tuple[list[Taken], Tensor | Exception]]:
         """Logits of rows [first, first + len(parts)). A pass that fails, for memory or for one row's sake, is run again
         in halves, so that only those end that cannot go on alone."""
@@ -288,8 +320,11 @@ class ModelThread:
             return [(parts, self.runner.run(first, [part for _, part in parts], slots))]
         except Exception as error:
             log.exception("engine.pass_failed", extra={"rows": len(parts)})
-            if len(parts) == 1:
+            again = is_shortage(error) and self._drop_kept()
+            if len(parts) == 1 and not again:
                 return [(parts, error)]
+        if again:
+            return self._by_halves(first, parts)
         half = len(parts) // 2
         return self._by_halves(first, parts[:half]) + self._by_halves(first + half, parts[half:])
 
@@ -370,28 +405,32 @@ class ModelThread:
                 row = source
         self.rows.pop()
         cache.drop_last()
+        self._short = False
 
     def _fail_running(self, error: AppError) -> None:
         """A step broke: nothing is known of the rows any more."""
         jobs, self.rows = self.rows, []
+        self._short = False
         self.runner.cache.clear()
         for job in jobs:
             job.state = State.READY  # it has no row to leave
             self._end(job, error)
 
-    def _end_all(self) -> None:
-        with self._wake:
-            jobs = [*self.lobby.jobs(), *self.rows]
-            failed, self.lobby.failed = self.lobby.failed, []
-            forgets, self._forgets = self._forgets, []
-        for job, error in failed:
-            self._end(job, error)
-        for job in jobs:
-            self._end(job, FinishReason.CANCELLED)
-        for _, _, done in forgets:
-            done.set_result(None)
-        self.runner.cache.clear()
-        self.prefixes.clear()
+    def _end_all(self, outcome: FinishReason | AppError) -> None:
+        with self._wake:  # whoever comes meanwhile finds the thread over
+            self._over = True
+            self._outputs += self.lobby.failed
+            for job in [*self.lobby.jobs(), *self.rows]:
+                try:
+                    self._end(job, outcome)
+                except Exception as error:  # the others must end too
+                    log.exception("engine.end_failed")
+                    self._outputs.append((job, translate(error)))
+            self._flush()
+            self.runner.cache.clear()
+            self.prefixes.clear()
+            for _, _, done in self._forgets:
+                done.set_result(None)
 
     def _flush(self) -> None:
         outputs, self._outputs = self._outputs, []

@@ -24,10 +24,12 @@ from torch.utils.hooks import RemovableHandle
 
 from core.engine.adapter_files import AdapterWeights
 from core.engine.int8 import Int8Linear, Part
+from core.engine.shortage import is_shortage
 
 Runs = tuple[tuple[int | None, int], ...]  # (slot, how many tokens) in turn; None is bare
 
 PLANS_KEPT = 8
+MOST_PADDED = 4  # times the rank that the adapters in use need: from there on all are laid out anew
 LONG = 16  # tokens of one adapter in a row from which a slice of their own is quicker than a share of the mask
 
 
@@ -131,9 +133,9 @@ class Stack:
             y.addmm_(own.flatten(1), b[slots].flatten(0, 1))
 
     def resize(self, slots: int, rank: int) -> None:
-        """More slots or a higher rank; what is there stays in its slot. All of it or, without memory, nothing."""
-        # More already, if another stack found no memory before.
-        slots, rank = max(slots, len(self.a)), max(rank, self.rank)
+        """Other slots or another rank; what fits stays in its slot. All of it or, without memory, nothing."""
+        if (slots, rank) == (len(self.a), self.rank):
+            return  # already, when another stack found no memory
         a = _resized(self.a, len(self.outs), slots, rank)
         b = [_resized(old, len(self.outs) if self.joined else 1, slots, rank) for old in self.b]
         self.a, self.b, self.rank = a, b, rank
@@ -154,10 +156,11 @@ class Stack:
 
 
 def _resized(old: Tensor, parts: int, slots: int, rank: int) -> Tensor:
-    """(S, P * R, n) for more slots and a higher rank."""
-    kept, old_rank = len(old), old.shape[1] // parts
-    new = old.new_zeros(slots, parts, rank, old.shape[2])
-    new[:kept, :, :old_rank] = old.view(kept, parts, old_rank, old.shape[2])
+    """(S, P * R, n) for other slots and another rank."""
+    old = old.view(len(old), parts, old.shape[1] // parts, old.shape[2])
+    kept = old[:slots, :, :rank]
+    new = old.new_zeros(slots, parts, rank, old.shape[3])
+    new[: len(kept), :, : kept.shape[2]] = kept
     return new.flatten(1, 2)
 
 
@@ -192,6 +195,7 @@ class LoraStacks:
         self.stacks: dict[str, Stack] = {}  # by the first module of the group
         self.hooks: list[RemovableHandle] = []  # of a model that runs its own forward
         self.slots: dict[str, int] = {}  # adapter sha256 -> slot, least recently used first
+        self.ranks: dict[str, int] = {}  # of those in the slots
         self.users: Counter[str] = Counter()
         self.slot_count, self.rank = 0, 0
         self.version = 0  # of the tensors: another one, other tensors
@@ -217,7 +221,8 @@ class LoraStacks:
             except BaseException:
                 self._zero(slot)
                 raise
-        self.slots[key] = slot
+        self.slots[key], self.ranks[key] = slot, adapter.rank
+        self._lower_rank()
         self.users[key] += 1
         return slot
 
@@ -330,13 +335,40 @@ class LoraStacks:
         if free is not None:
             return free
         idle = next((key for key in self.slots if key not in self.users), None)
-        if idle is not None and self.slot_count == self.max_slots:
-            slot = self.slots.pop(idle)
-            self._zero(slot)
-            return slot
-        assert self.slot_count < self.max_slots
-        self._resize(min(max(1, 2 * self.slot_count), self.max_slots), self.rank)
-        return self._free_slot()
+        count = self.slot_count
+        if count < self.max_slots:
+            try:
+                self._resize(min(max(1, 2 * count), self.max_slots), self.rank)
+                return count
+            except Exception as error:
+                if not is_shortage(error):
+                    raise
+            if idle is None:
+                self._resize(count + 1, self.rank)
+                return count
+        assert idle is not None
+        return self._empty(idle)
+
+    def _empty(self, key: str) -> int:
+        slot = self.slots.pop(key)
+        del self.ranks[key]
+        self._zero(slot)
+        return slot
+
+    def _lower_rank(self) -> None:
+        """Nothing is padded for an adapter that is gone, nor for one that has lain idle while all others were used."""
+        oldest = next(iter(self.slots))
+        idle = oldest not in self.users and len(self.slots) > 1
+        needed = max(rank for key, rank in self.ranks.items() if not (idle and key == oldest))
+        if needed * MOST_PADDED > self.rank:
+            return
+        if self.ranks[oldest] > needed:
+            self._empty(oldest)
+        try:
+            self._resize(self.slot_count, needed)
+        except Exception as error:
+            if not is_shortage(error):
+                raise
 
     def _fill(self, slot: int, adapter: AdapterWeights) -> None:
         if adapter.rank > self.rank:

@@ -12,10 +12,12 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from core.engine.adapter_files import AdapterStore, Base, load_adapter
-from core.engine.lora import LoraStacks, shapes
+from core.engine.adapter_files import AdapterStore, Base, _by_pattern, load_adapter
+from core.engine.lora import LoraStacks, Stack, shapes
 from core.engine.runner import Runner
 from core.errors import AdapterUnusable
 from core.model import BaseModel
@@ -236,6 +238,44 @@ def test_ranks_and_scales_by_pattern_are_those_that_peft_resolves(
     assert len(ranks) > 1
 
 
+KEYS = [
+    "q_proj", "proj", "layers.1", "layers.1.self_attn.q_proj", "layers.1.self_attn.q", "layers.11.self_attn.q_proj",
+    "model.layers.1.self_attn.q_proj", "^model.layers.1.self_attn.q_proj", "^layers.1.self_attn.q_proj", "q_proj$",
+    r"layers\.1\.self_attn\.q_proj", "layers.1.self.attn.q_proj", "self_attn.q.proj", "...proj", ".", r"\.q_proj",
+    "a-b.q_proj", "self_attn.(q|k)_proj", ".*q_proj", "q_proj|mlp", r"layers\.[01]\..*",
+]  # fmt: skip
+MODULES = [f"model.layers.{i}.self_attn.{name}_proj" for i in (1, 11) for name in "qk"] + ["q_proj", "a-b.q_proj", "q"]
+
+
+@given(st.lists(st.sampled_from(KEYS), unique=True))
+def test_keys_of_patterns_mean_what_they_mean_to_peft(keys: list[str]) -> None:
+    from peft.utils.other import get_pattern_key
+
+    pattern = {key: key for key in keys}
+    found = _by_pattern(MODULES, pattern, "")
+    assert found == {module: pattern.get(get_pattern_key(keys, module), "") for module in MODULES}
+
+
+def test_a_key_for_each_module_is_no_expression_to_build(
+    base: BaseModel, fits: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As PEFT writes them for EVA, and for what it converts."""
+    ref = save_adapter(base, tmp_path / "eva", seed=1, r=4)
+    own = {name: 4 for name in fits.shapes if name != fits.head}
+    edit_config(ref, r=8, rank_pattern=own, alpha_pattern=own)
+    monkeypatch.setattr("core.engine.adapter_files.expression", None)
+    assert {len(a) for a, _ in load_adapter(ref, fits).pairs.values()} == {4}
+
+
+def test_too_many_expressions_are_refused(copy: AdapterRef, fits: Base) -> None:
+    edit_config(copy, rank_pattern={f"(a|b){i}": 4 for i in range(65)})
+    with pytest.raises(AdapterUnusable, match="65 keys, 65 of them regular expressions"):
+        load_adapter(copy, fits)
+    edit_config(copy, rank_pattern={f"a{i}": 4 for i in range(4097)})
+    with pytest.raises(AdapterUnusable, match="4097 keys"):
+        load_adapter(copy, fits)
+
+
 def test_an_initialisation_that_changes_the_base_is_taken_once_converted(
     base: BaseModel, fits: Base, tmp_path: Path
 ) -> None:
@@ -284,7 +324,7 @@ def test_the_output_head_may_be_adapted_without_a_copy_of_its_weights(
 def test_the_store_loads_once_keeps_few_and_forgets_failures(copy: AdapterRef, fits: Base) -> None:
     store = AdapterStore(fits, limit=2)
     found: list[object] = []
-    threads = [threading.Thread(target=lambda: found.append(store.get(copy))) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: found.append(store.get(copy).result())) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -292,13 +332,65 @@ def test_the_store_loads_once_keeps_few_and_forgets_failures(copy: AdapterRef, f
     assert len(set(map(id, found))) == 1
     bad = AdapterRef("c" * 64, copy.folder / "not there yet", "bad@1")
     with pytest.raises(AdapterUnusable):
-        store.get(bad)
+        store.get(bad).result()
     shutil.copytree(copy.folder, bad.folder)
-    assert store.get(bad).sha256 == bad.sha256
+    assert store.get(bad).result().sha256 == bad.sha256
     for name in "def":
-        store.get(AdapterRef(name * 64, copy.folder))
+        store.get(AdapterRef(name * 64, copy.folder)).result()
         assert len(store) <= 2
-    assert store.get(copy) is not found[0]  # dropped, while who holds it keeps it
+    assert store.get(copy).result() is not found[0]  # dropped, while who holds it keeps it
+
+
+def test_without_memory_for_twice_the_slots_an_idle_one_or_one_more_will_do(
+    base: BaseModel, adapters: list[AdapterRef], fits: Base
+) -> None:
+    stacks = LoraStacks(base.module, max_slots=4, device=base.device, dtype=base.dtype)
+    a, b, c, _ = (load_adapter(ref, fits) for ref in adapters)
+    resize, most = Stack.resize, 1
+
+    def bounded(stack: Stack, slots: int, rank: int) -> None:
+        if slots > most and stack is list(stacks.stacks.values())[-1]:  # after the others were laid out anew
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        resize(stack, slots, rank)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stack, "resize", bounded)
+        assert stacks.acquire(a) == 0
+        with pytest.raises(torch.OutOfMemoryError):
+            stacks.acquire(b)
+        stacks.release(a.sha256)
+        assert stacks.acquire(b) == 0
+        most = 3
+        assert [stacks.acquire(one) for one in (a, c)] == [1, 2]
+        assert stacks.slot_count == 3
+    assert all(len(stack.a) == 3 for stack in stacks.stacks.values())
+
+
+@pytest.mark.parametrize("max_slots", [1, 3])
+def test_a_high_rank_costs_the_others_nothing_once_its_adapter_lies_idle(
+    base: BaseModel, adapters: list[AdapterRef], fits: Base, tmp_path: Path, max_slots: int
+) -> None:
+    stacks, fresh = (
+        LoraStacks(base.module, max_slots=max_slots, device=base.device, dtype=base.dtype) for _ in range(2)
+    )
+    small = load_adapter(adapters[0], fits)
+    big = load_adapter(save_adapter(base, tmp_path / "big", seed=5, r=64), fits)
+    if max_slots > 1:
+        stacks.acquire(small)
+    stacks.acquire(big)
+    if max_slots > 1:
+        stacks.acquire(small)
+        assert stacks.rank == big.rank  # it runs
+    stacks.release(big.sha256)
+    version = stacks.version
+    slot = stacks.acquire(small)
+    assert (stacks.rank, big.sha256 in stacks.slots) == (small.rank, False)
+    assert stacks.version > version
+    own = fresh.acquire(small)
+    for name, stack in fresh.stacks.items():
+        for mine, wanted in zip((stacks.stacks[name].a, *stacks.stacks[name].b), (stack.a, *stack.b), strict=True):
+            assert torch.equal(mine[slot], wanted[own])
+            assert not mine[[other for other in range(len(mine)) if other != slot]].any()
 
 
 def test_slots_are_reused_only_when_nobody_runs_with_them(

@@ -4,17 +4,21 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
-from core.engine.kv import IDLE_BYTES
+from core.engine import adapter_files
+from core.engine.adapter_files import AdapterWeights, Base
+from core.engine.kv import IDLE_BYTES, SlotCache
 from core.engine.local import LocalEngine
 from core.engine.protocol import Delta, EngineSettings, Finished, FinishReason, ModelSettings, Scope, Started
-from core.errors import EngineError, Overloaded, PromptTooLong
+from core.errors import EngineError, OutOfMemory, Overloaded, PromptTooLong
 from core.model import BaseModel
 from core.types import AdapterRef
 from tests.engine.dialogue import ask, hear, running
@@ -188,6 +192,49 @@ async def test_a_deadline_also_ends_what_waits_while_nothing_runs(endless: BaseM
         assert heard.finished.reason is FinishReason.DEADLINE
 
 
+async def test_files_that_are_slow_to_read_hold_up_no_others(
+    endless: BaseModel, adapters: list[AdapterRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stalled, load = threading.Event(), adapter_files.load_adapter
+
+    def slow(ref: AdapterRef, base: Base) -> AdapterWeights:
+        assert ref is adapters[2] or stalled.wait(60)
+        return load(ref, base)
+
+    monkeypatch.setattr(adapter_files, "load_adapter", slow)
+    async with running(endless, max_rows=2) as engine:
+        waiting = [engine.submit(ask(f"{i}", adapter=adapters[i], scope=Scope("slow"))) for i in range(2)]
+        late = engine.submit(ask("late", adapter=adapters[0], scope=Scope("slow"), deadline_s=0.2))
+        assert (await hear(late)).finished.reason is FinishReason.DEADLINE  # type: ignore[union-attr]
+        for adapter in (None, adapters[2]):
+            other = await hear(engine.submit(ask("x", adapter=adapter, scope=Scope("other"), deadline_s=30)))
+            assert other.finished is not None
+            assert other.finished.reason is FinishReason.LENGTH
+        waiting[0].cancel()
+        assert (await hear(waiting[0])).finished.reason is FinishReason.CANCELLED  # type: ignore[union-attr]
+        stalled.set()
+        assert (await hear(waiting[1])).finished.reason is FinishReason.LENGTH  # type: ignore[union-attr]
+        assert engine.stats().waiting == 0
+
+
+async def test_an_adapter_for_which_there_is_no_thread_can_be_read_later(
+    endless: BaseModel, adapters: list[AdapterRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def none_left(thread: threading.Thread) -> None:
+        if thread.name == "adapter":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    async with running(endless) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", none_left)
+            with pytest.raises(EngineError, match="can't start new thread"):
+                await hear(engine.submit(ask("x", adapter=adapters[0])))
+        assert (await hear(engine.submit(ask("x", adapter=adapters[0])))).finished is not None
+
+
 async def test_a_full_queue_refuses_with_an_estimate_but_lets_another_partner_in(endless: BaseModel) -> None:
     async with running(endless, max_rows=1, max_waiting=4) as engine:
         gate = Gate(engine)
@@ -270,18 +317,125 @@ async def test_a_crash_of_the_model_thread_fails_what_runs_and_the_thread_goes_o
         assert engine.stats().running == 0
 
 
+async def test_the_end_of_the_model_thread_is_an_error_of_all_that_is_open_and_of_what_comes(
+    endless: BaseModel,
+) -> None:
+    async with running(endless, max_rows=1) as engine:
+        gate = Gate(engine)
+        open_ones = [engine.submit(ask("x", **LONG))]
+        await anext(open_ones[0])
+        gate.open.clear()
+        open_ones += [engine.submit(ask(f"{i}", **LONG)) for i in range(4)]
+
+        def broken() -> bool:
+            raise OverflowError("boom")
+
+        engine.thread._wait_for_work = broken  # type: ignore[method-assign]
+        gate.open.set()
+        async with asyncio.timeout(30):
+            outcomes = await asyncio.gather(*map(hear, open_ones), return_exceptions=True)
+            assert all(isinstance(outcome, EngineError) for outcome in outcomes)
+            with pytest.raises(EngineError, match="has ended"):
+                await hear(engine.submit(ask("x")))
+            await engine.forget("c")
+
+
+async def test_a_far_deadline_does_not_end_the_model_thread(endless: BaseModel) -> None:
+    async with running(endless) as engine:
+        stuck, job_of = threading.Event(), engine._job
+        engine.thread.lobby._prepare = lambda job: stuck.wait(30)  # type: ignore[assignment, return-value]
+        engine._job = lambda request: dataclasses.replace(job_of(request), deadline=math.inf)  # type: ignore[method-assign]
+        generation = engine.submit(ask("x"))
+        await asyncio.sleep(0.1)
+        generation.cancel()
+        assert (await hear(generation)).finished.reason is FinishReason.CANCELLED  # type: ignore[union-attr]
+        stuck.set()
+
+
 async def test_an_answer_that_is_not_finite_is_an_error_of_its_row_alone(
     endless: BaseModel, adapters: list[AdapterRef]
 ) -> None:
     async with running(endless) as engine:
         alone = await hear(engine.submit(ask("good", adapter=adapters[0])))
-        weights = engine._adapters.get(adapters[1])
+        weights = engine._adapters.get(adapters[1]).result()
         for _, b in weights.pairs.values():
             b.mul_(1e30)  # finite, but what it computes is not
         good = engine.submit(ask("good", adapter=adapters[0]))
         with pytest.raises(EngineError, match="not finite"):
             await hear(engine.submit(ask("bad", adapter=adapters[1])))
         assert (await hear(good)).text == alone.text
+
+
+def bounded(cache: SlotCache, slots: int) -> None:
+    """As if there were memory for so many slots and no more."""
+    resize = cache._resize
+
+    def no_memory(wished: int, length: int) -> None:
+        if wished > slots:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        resize(wished, length)
+
+    cache.untouched = False
+    cache._resize = no_memory  # type: ignore[method-assign]
+
+
+async def test_whoever_finds_no_memory_for_a_row_waits_until_another_ends(endless: BaseModel) -> None:
+    async with running(endless, reuse_mib=0) as engine:
+        alone = await hear(engine.submit(ask("5")))
+        engine.thread.runner.cache.clear()
+        bounded(engine.thread.runner.cache, 3)
+        heard = await asyncio.gather(*(hear(engine.submit(ask(f"{i}"))) for i in range(6)))
+        assert [one.finished.reason for one in heard] == [FinishReason.LENGTH] * 6  # type: ignore[union-attr]
+        assert heard[5].text == alone.text
+        assert engine.thread.runner.cache.slots == 3  # not only the two that doubling would have found memory for
+        assert engine.thread.runner.cache.is_blank()
+
+
+async def test_an_answer_that_made_room_waits_for_memory(endless: BaseModel) -> None:
+    async with running(endless, max_rows=2, reuse_mib=0) as engine:
+        flood = [engine.submit(ask(f"{i}", scope=Scope("flood"), **LONG)) for i in range(2)]
+        for generation in flood:
+            await anext(generation)
+        calm = engine.submit(ask("x", scope=Scope("calm"), max_tokens=40))
+        await anext(calm)
+        cache = engine.thread.runner.cache
+        add_row = cache.add_row
+
+        def no_memory(length: int) -> int:
+            if cache.rows:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return add_row(length)
+
+        cache.add_row = no_memory  # type: ignore[method-assign, assignment]
+        for generation in (calm, *flood):
+            assert (await hear(generation)).finished.reason is FinishReason.LENGTH  # type: ignore[union-attr]
+
+
+async def test_whoever_finds_no_memory_alone_hears_of_it(endless: BaseModel) -> None:
+    async with running(endless) as engine:
+        bounded(engine.thread.runner.cache, 0)
+        for _ in range(2):
+            with pytest.raises(OutOfMemory):
+                await hear(engine.submit(ask("x")))
+
+
+@pytest.mark.parametrize("what", ["run", "add_row"])
+async def test_what_is_kept_for_later_turns_makes_room_first(endless: BaseModel, what: str) -> None:
+    async with running(endless) as engine:
+        alone = await hear(engine.submit(ask("x")))
+        thread = engine.thread
+        owner: Any = thread.runner if what == "run" else thread.runner.cache
+        plain = getattr(owner, what)
+
+        def no_memory(*args: Any) -> Any:
+            if len(thread.prefixes):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return plain(*args)
+
+        setattr(owner, what, no_memory)
+        assert len(thread.prefixes) == 1
+        assert (await hear(engine.submit(ask("x", scope=Scope("q"))))).text == alone.text
+        assert len(thread.prefixes) == 0
 
 
 async def test_forget_ends_and_wipes_a_conversation_and_leaves_the_others(endless: BaseModel) -> None:
@@ -297,6 +451,55 @@ async def test_forget_ends_and_wipes_a_conversation_and_leaves_the_others(endles
         assert engine.thread.runner.cache.is_blank()
         assert (await hear(kept)).finished.reason is FinishReason.CANCELLED  # type: ignore[union-attr]
         await engine.forget("unknown")
+
+
+async def test_a_forget_that_nobody_waits_for_any_more_is_of_no_matter_to_others(endless: BaseModel) -> None:
+    async with running(endless) as engine:
+        gate = Gate(engine)
+        mine, other = (
+            engine.submit(ask("a", scope=Scope("p", "c"), **LONG)),
+            engine.submit(ask("b", scope=Scope("p", "d"), max_tokens=60)),
+        )
+        await anext(mine)
+        gate.open.clear()
+        forgetting = asyncio.create_task(engine.forget("c"))
+        await asyncio.sleep(0)
+        forgetting.cancel()
+        await asyncio.wait([forgetting])
+        gate.open.set()
+        assert (await hear(mine)).finished.reason is FinishReason.CANCELLED  # type: ignore[union-attr]
+        assert (await hear(other)).finished.reason is FinishReason.LENGTH  # type: ignore[union-attr]
+
+
+async def test_an_error_while_a_row_ends_loses_neither_a_forget_nor_those_that_failed(endless: BaseModel) -> None:
+    async with running(endless, max_rows=1, max_waiting=1) as engine:
+        gate, cache = Gate(engine), engine.thread.runner.cache
+        mine = engine.submit(ask("a", scope=Scope("p", "c"), **LONG))
+        await anext(mine)
+        gate.open.clear()
+        flood = [engine.submit(ask(f"{i}", scope=Scope("p", "c"))) for i in range(4)]
+        wipe = cache.wipe
+
+        def broken(row: int) -> None:
+            cache.wipe = wipe  # type: ignore[method-assign]
+            raise RuntimeError("boom")
+
+        cache.wipe = broken  # type: ignore[method-assign]
+        forgetting = asyncio.create_task(engine.forget("c"))
+        await asyncio.sleep(0)
+        gate.open.set()
+        async with asyncio.timeout(30):
+            await forgetting
+            await asyncio.gather(*map(hear, [mine, *flood]), return_exceptions=True)
+        assert engine.thread.runner.cache.is_blank()
+        assert (await hear(engine.submit(ask("x")))).finished is not None
+
+
+async def test_a_forget_between_the_end_of_the_thread_and_that_of_the_engine(endless: BaseModel) -> None:
+    async with running(endless) as engine:
+        engine.thread.stop()
+        async with asyncio.timeout(30):
+            await engine.forget("c")
 
 
 async def test_nothing_lingers_in_memory_after_an_answer(endless: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:

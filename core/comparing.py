@@ -49,10 +49,10 @@ def compare(tx: Tx, caller: Caller, call: Call) -> Outcome:
     if version is None and champion is not None:
         candidate, other = adapters.by_sha(tx, champion), None  # base has no row: it is the other one
     elif version is not None and version.sha256 != champion:
-        check_usable(tx, version)
         candidate, other = version, champion
     else:
         raise BadInput("compare.itself", label=label)
+    check_usable(tx, candidate)
     question = call.arguments.get("question", "").strip() or _unseen_question(tx, caller, candidate)
     if len(question) > _MAX_QUESTION:
         raise BadInput("compare.question_too_long", limit=_MAX_QUESTION)

@@ -12,7 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from core.engine.protocol import ModelSettings, RemoteSettings
+from core.engine.protocol import MAX_DEADLINE_S, ModelSettings, RemoteSettings
 from core.job import PRESETS, HyperParameters
 from core.types import Limits
 
@@ -204,7 +204,7 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "min_p": Key("least probability, relative to the likeliest token's", low=0, high=1),
         "repetition_penalty": Key("above 1 discourages repetition", above=0, high=10),
         "stop": Key("strings that end a reply"),
-        "deadline_s": Key("seconds after which what exists is the answer", above=0),
+        "deadline_s": Key("seconds after which what exists is the answer", above=0, high=MAX_DEADLINE_S),
     },
     "limits": {
         "per_minute": Key("messages of one person in a minute; 0 is no limit", low=0),

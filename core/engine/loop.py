@@ -32,6 +32,7 @@ from core.model import BaseModel
 log = logging.getLogger(__name__)
 
 CHUNK_CPU, CHUNK_CUDA = 256, 1024  # prompt tokens between two decode steps
+LONGEST_SLEEP_S = 3600.0  # what a lock can wait for has an end
 KEPT_AFTER = (FinishReason.END, FinishReason.STOP, FinishReason.LENGTH)
 
 
@@ -88,7 +89,10 @@ class ModelThread:
 
     def submit(self, job: Job) -> None:
         """Let a job wait for its turn. Raises Overloaded; may end another job with it, see Scheduler.add."""
-        self.lobby.add(job)
+        with self._wake:
+            if self._over:
+                raise EngineError(detail="the model thread has ended: start the program again")
+            self.lobby.add(job)
 
     def cancel(self, job: Job) -> None:
         """End the job within one step; Finished still comes."""
@@ -121,15 +125,20 @@ class ModelThread:
     def _run(self) -> None:
         if self.settings.threads and self.model.device.type == "cpu":
             torch.set_num_threads(self.settings.threads)  # holds for the calling thread
+        outcome: FinishReason | AppError = FinishReason.CANCELLED
         with torch.inference_mode():
-            while self._wait_for_work():
-                try:
-                    self._step()
-                except Exception as error:  # the thread outlives any error of a step
-                    log.exception("engine.step_failed")
-                    self._fail_running(translate(error))
-                self._flush()
-            self._end_all()
+            try:
+                while self._wait_for_work():
+                    try:
+                        self._step()
+                    except Exception as error:  # the thread outlives any error of a step
+                        log.exception("engine.step_failed")
+                        self._fail_running(translate(error))
+                    self._flush()
+            except Exception as error:
+                log.exception("engine.thread_failed")
+                outcome = EngineError(detail=f"the model thread has ended: {type(error).__name__}: {error}")
+            self._end_all(outcome)
 
     def _wait_for_work(self) -> bool:
         """Sleep until there is something to do; False when the thread is to stop."""
@@ -143,7 +152,7 @@ class ModelThread:
                 left = min((job.deadline - time.monotonic() for job in jobs), default=None)
                 if left is not None and left <= 0:
                     break
-                self._wake.wait(left)
+                self._wake.wait(None if left is None else min(left, LONGEST_SLEEP_S))
             return not self._stopping
 
     def _step(self) -> None:
@@ -383,21 +392,23 @@ class ModelThread:
             job.state = State.READY  # it has no row to leave
             self._end(job, error)
 
-    def _end_all(self) -> None:
+    def _end_all(self, outcome: FinishReason | AppError) -> None:
         with self._wake:  # whoever comes meanwhile finds the thread over
             self._over = True
             self._outputs += self.lobby.failed
             for job in [*self.lobby.jobs(), *self.rows]:
                 try:
-                    self._end(job, FinishReason.CANCELLED)
+                    self._end(job, outcome)
                 except Exception as error:  # the others must end too
                     log.exception("engine.end_failed")
                     self._outputs.append((job, translate(error)))
             self._flush()
-            self.runner.cache.clear()
-            self.prefixes.clear()
-            for _, _, done in self._forgets:
-                done.set_result(None)
+            try:
+                self.runner.cache.clear()
+                self.prefixes.clear()
+            finally:
+                for _, _, done in self._forgets:
+                    done.set_result(None)
 
     def _flush(self) -> None:
         outputs, self._outputs = self._outputs, []

@@ -22,6 +22,8 @@ from typing import Protocol, Self
 from core.errors import BadInput
 from core.types import AdapterRef, Message, Sampling, Usage
 
+MAX_DEADLINE_S = 86_400.0
+
 
 class FinishReason(StrEnum):
     END = "end"  # the model ended its turn
@@ -51,7 +53,7 @@ class Request:
     """One generation. Messages are rendered by the chat template; the oldest turns are dropped to fit.
 
     adapter None is the bare base model. `max_prompt_tokens` bounds the rendered prompt (0: the model's context).
-    `deadline_s` is counted from submit; what exists by then is the answer, Finished(DEADLINE).
+    `deadline_s` is counted from submit, MAX_DEADLINE_S at most; what exists by then is the answer, Finished(DEADLINE).
     """
 
     id: str
@@ -73,7 +75,7 @@ def check(request: Request) -> None:
         "min_p": 0 <= sampling.min_p <= 1,
         "repetition_penalty": 0 < sampling.repetition_penalty < math.inf,
         "max_tokens": sampling.max_tokens >= 1,
-        "deadline_s": request.deadline_s >= 0,
+        "deadline_s": 0 <= request.deadline_s <= MAX_DEADLINE_S,
     }
     if wrong := [name for name, right in rules.items() if not right]:
         raise BadInput(detail=f"the engine cannot use this {', '.join(wrong)}")

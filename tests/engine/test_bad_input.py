@@ -34,6 +34,7 @@ BAD: dict[str, tuple[Callable[[], Request], type[AppError], str]] = {
     "min_p 2": (lambda: ask("x", min_p=2.0), BadInput, "min_p"),
     "penalty 0": (lambda: ask("x", repetition_penalty=0.0), BadInput, "repetition_penalty"),
     "penalty NaN": (lambda: ask("x", repetition_penalty=NAN), BadInput, "repetition_penalty"),
+    "deadline inf": (lambda: ask("x", deadline_s=float("inf")), BadInput, "deadline_s"),
     "deadline NaN": (lambda: ask("x", deadline_s=NAN), BadInput, "deadline_s"),
     "unknown adapter": (lambda: ask("x", adapter=UNKNOWN), AdapterUnusable, "gone@1"),
 }

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import dataclasses
+import math
 import threading
 from collections.abc import Callable
 from pathlib import Path
@@ -268,6 +269,40 @@ async def test_a_crash_of_the_model_thread_fails_what_runs_and_the_thread_goes_o
         assert all(isinstance(outcome, EngineError) for outcome in outcomes)
         assert (await hear(engine.submit(ask("x")))).text == before.text
         assert engine.stats().running == 0
+
+
+async def test_the_end_of_the_model_thread_is_an_error_of_all_that_is_open_and_of_what_comes(
+    endless: BaseModel,
+) -> None:
+    async with running(endless, max_rows=1) as engine:
+        gate = Gate(engine)
+        open_ones = [engine.submit(ask(f"{i}", **LONG)) for i in range(4)]
+        await anext(open_ones[0])
+        gate.open.clear()
+
+        def broken() -> bool:
+            raise OverflowError("boom")
+
+        engine.thread._wait_for_work = broken  # type: ignore[method-assign]
+        gate.open.set()
+        async with asyncio.timeout(30):
+            outcomes = await asyncio.gather(*map(hear, open_ones), return_exceptions=True)
+            assert all(isinstance(outcome, EngineError) for outcome in outcomes)
+            with pytest.raises(EngineError, match="has ended"):
+                await hear(engine.submit(ask("x")))
+            await engine.forget("c")
+
+
+async def test_a_far_deadline_does_not_end_the_model_thread(endless: BaseModel) -> None:
+    async with running(endless) as engine:
+        stuck, job_of = threading.Event(), engine._job
+        engine.thread.lobby._prepare = lambda job: stuck.wait(30)  # type: ignore[assignment, return-value]
+        engine._job = lambda request: dataclasses.replace(job_of(request), deadline=math.inf)  # type: ignore[method-assign]
+        generation = engine.submit(ask("x"))
+        await asyncio.sleep(0.1)
+        generation.cancel()
+        assert (await hear(generation)).finished.reason is FinishReason.CANCELLED  # type: ignore[union-attr]
+        stuck.set()
 
 
 async def test_an_answer_that_is_not_finite_is_an_error_of_its_row_alone(

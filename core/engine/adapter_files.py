@@ -30,6 +30,7 @@ log = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "manifest.json"
 MAX_RANK = 256
+READ_AT_ONCE = 4  # each takes memory, and a share of the CPU
 MAX_CONFIG_BYTES = 2**20
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
@@ -82,34 +83,49 @@ class AdapterStore:
     def __init__(self, base: Base, *, limit: int) -> None:
         self.base, self.limit = base, limit
         self._lock = threading.Lock()
+        self._turns = threading.Semaphore(READ_AT_ONCE)
         self._loaded: OrderedDict[str, Future[AdapterWeights]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._loaded)
 
-    def get(self, ref: AdapterRef) -> AdapterWeights:
-        """The adapter's weights; read now if they are not here. Raises AdapterUnusable; a failure is not remembered."""
+    def get(self, ref: AdapterRef) -> Future[AdapterWeights]:
+        """The adapter's weights; if they are not here, another thread reads them now.
+
+        They may end in AdapterUnusable; a failure is not remembered. What is being read is not dropped: it would only
+        be read once more.
+        """
         with self._lock:
             future = self._loaded.get(ref.sha256)
             mine = future is None
             if future is None:
                 future = self._loaded[ref.sha256] = Future()
             self._loaded.move_to_end(ref.sha256)
-            while len(self._loaded) > self.limit:
-                self._loaded.popitem(last=False)
+            read = [key for key, one in self._loaded.items() if one.done()]
+            for key in read[: max(0, len(self._loaded) - self.limit)]:
+                del self._loaded[key]
         if mine:  # on a thread that ends: one that ran large operators keeps OpenMP's workers, see LocalEngine
-            threading.Thread(target=self._load, args=(ref, future), name="adapter").start()
-        return future.result()
+            try:
+                threading.Thread(target=self._load, args=(ref, future), name="adapter").start()
+            except RuntimeError as error:  # no more threads
+                self._failed(ref, future, error)
+        return future
 
     def _load(self, ref: AdapterRef, future: Future[AdapterWeights]) -> None:
         try:
-            future.set_result(load_adapter(ref, self.base))
-            log.info("adapter.loaded", extra={"adapter": ref.label or ref.sha256[:12]})
+            with self._turns:
+                weights = load_adapter(ref, self.base)
         except BaseException as error:  # whoever waits for the same load must hear of it
-            with self._lock:
-                if self._loaded.get(ref.sha256) is future:
-                    del self._loaded[ref.sha256]
-            future.set_exception(error)
+            self._failed(ref, future, error)
+        else:
+            log.info("adapter.loaded", extra={"adapter": ref.label or ref.sha256[:12]})
+            future.set_result(weights)
+
+    def _failed(self, ref: AdapterRef, future: Future[AdapterWeights], error: BaseException) -> None:
+        with self._lock:
+            if self._loaded.get(ref.sha256) is future:
+                del self._loaded[ref.sha256]
+        future.set_exception(error)
 
 
 def load_adapter(ref: AdapterRef, base: Base) -> AdapterWeights:

@@ -12,6 +12,7 @@ import logging
 import threading
 from collections import Counter, deque
 from collections.abc import Callable, Sequence
+from concurrent.futures import Future
 
 from core.engine.adapter_files import AdapterWeights
 from core.engine.protocol import EngineSettings
@@ -25,7 +26,7 @@ log = logging.getLogger(__name__)
 LOOKAHEAD = 2  # jobs prepared beyond the free rows, so that none waits for its adapter file while a row is free
 FIRST_GUESS_S = 10.0  # of how long one request takes, before any has been seen
 
-Prepare = Callable[[Job], tuple[Rendered, AdapterWeights | None]]
+Prepare = Callable[[Job], tuple[Rendered, Future[AdapterWeights] | None]]
 Spawn = Callable[[Callable[[], None]], object]
 
 
@@ -39,7 +40,7 @@ class Lobby:
         *,
         prepare: Prepare,
         spawn: Spawn,
-        translate: Callable[[Exception], AppError],
+        translate: Callable[[BaseException], AppError],
     ) -> None:
         self.settings, self.lock = settings, lock
         self.failed: list[tuple[Job, AppError]] = []  # to be ended by the model thread
@@ -146,8 +147,10 @@ class Lobby:
         return found
 
     def _takeable(self, rows: int, held_up: int = 0) -> int:
-        """How many may be taken from the queue now. Those that wait for a slot hold up no others, within a bound."""
+        """How many may be taken from the queue now. Those that wait for a slot or for their adapter's file hold up no
+        others, within a bound."""
         begun = len(self._preparing) + len(self._ready)
+        held_up += sum(job.state is State.READING for job in self._preparing)
         free = min(self.settings.max_rows - rows + LOOKAHEAD - begun + held_up, 2 * self.settings.max_rows - begun)
         return max(0, min(len(self._scheduler), free))
 
@@ -163,29 +166,48 @@ class Lobby:
         return job
 
     def _prepare_job(self, job: Job) -> None:
-        """On another thread: render the prompt, read the adapter; then the job is ready."""
-        error: AppError | None = None
-        prompt, weights = Rendered((), 0), None
+        """On another thread: render the prompt. Nothing here waits for an adapter's file."""
         try:
-            prompt, weights = self._prepare(job)
-        except AppError as found:
-            error = found
-        except Exception as found:  # a tokenizer's own error must not leave the job hanging
-            log.exception("engine.prepare_failed")
-            error = self._translate(found)
+            prompt, adapter = self._prepare(job)
+        except Exception as error:  # a tokenizer's own error must not leave the job hanging
+            self._fail(job, error)
+        else:
+            if adapter is None:
+                self._make_ready(job, prompt, None)
+                return
+            with self.lock:
+                if job.state is State.PREPARING:
+                    job.state = State.READING
+                    self.lock.notify()
+            adapter.add_done_callback(lambda read: self._attach(job, prompt, read))
+
+    def _attach(self, job: Job, prompt: Rendered, read: Future[AdapterWeights]) -> None:
+        error = read.exception()
+        if error is None:
+            self._make_ready(job, prompt, read.result())
+        else:
+            self._fail(job, error)
+
+    def _make_ready(self, job: Job, prompt: Rendered, weights: AdapterWeights | None) -> None:
         with self.lock:
-            if job.state is not State.PREPARING:
+            if job not in self._preparing:
                 return  # cancelled or late meanwhile
-            self._preparing.discard(job)
-            if error is None:
-                job.prompt, job.dropped, job.adapter = prompt.ids, prompt.dropped, weights
-                job.adapter_bytes = 0 if weights is None else weights.nbytes
-                job.state = State.READY
-                self._scheduler.charge(job.request.scope, PROMPT_COST * len(job.prompt))
-                self._ready.append(job)
-            else:
-                self.failed.append((job, error))
+            self._preparing.remove(job)
+            job.prompt, job.dropped, job.adapter = prompt.ids, prompt.dropped, weights
+            job.adapter_bytes = 0 if weights is None else weights.nbytes
+            job.state = State.READY
+            self._scheduler.charge(job.request.scope, PROMPT_COST * len(job.prompt))
+            self._ready.append(job)
             self.lock.notify()
+
+    def _fail(self, job: Job, error: BaseException) -> None:
+        if not isinstance(error, AppError):
+            log.error("engine.prepare_failed", exc_info=error)
+        with self.lock:
+            if job in self._preparing:
+                self._preparing.remove(job)
+                self.failed.append((job, self._translate(error)))
+                self.lock.notify()
 
     def _overloaded(self) -> Overloaded:
         """Come back when those who wait now have had their rows."""

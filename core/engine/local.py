@@ -1,7 +1,8 @@
 """The engine of this process: a model thread behind the protocol. Knows no chats, users' texts or SQLite.
 
 Threads and what they may touch: the event loop submits and reads events; the model thread owns all tensors of rows;
-two more render prompts and read adapter files; one loads the model and ends. Events cross to the loop once per step.
+two more render prompts; adapter files are read by threads that end, and so is the model. Events cross to the loop once
+per step.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import time
-from concurrent.futures import ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 from pathlib import Path
 from types import TracebackType
@@ -152,8 +153,8 @@ class LocalEngine:
         self._bandwidth = bandwidth(model.device, torch.get_num_threads())
         return model
 
-    def _prepare(self, job: Job) -> tuple[Rendered, AdapterWeights | None]:
-        """Render the prompt and read the adapter."""
+    def _prepare(self, job: Job) -> tuple[Rendered, Future[AdapterWeights] | None]:
+        """Render the prompt and have the adapter read."""
         assert self._model is not None
         request = job.request
         rendered = render(request.messages, self._model.tokenizer, prompt_limit(request, self.info.context))

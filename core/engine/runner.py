@@ -125,7 +125,7 @@ class Runner:
         return logits
 
 
-def translate(error: Exception) -> AppError:
+def translate(error: BaseException) -> AppError:
     """What a request hears of an error out of a forward pass."""
     if isinstance(error, AppError):
         return error

@@ -15,10 +15,11 @@ from core.types import Usage
 
 class State(Enum):
     WAITING = 1  # in the scheduler
-    PREPARING = 2  # being rendered, its adapter being read
-    READY = 3
-    RUNNING = 4  # has a row
-    ENDED = 5
+    PREPARING = 2  # being rendered
+    READING = 3  # rendered, but its adapter is being read
+    READY = 4
+    RUNNING = 5  # has a row
+    ENDED = 6
 
 
 @dataclass(eq=False, slots=True)

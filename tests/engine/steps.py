@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Mapping
+from concurrent.futures import Future
 
 import torch
 
@@ -54,10 +55,14 @@ class Steps:
             assert self.now < within, f"{set(names) - self.over.keys()} still wait"
             self.step()
 
-    def _prepare(self, job: Job) -> tuple[Rendered, AdapterWeights | None]:
+    def _prepare(self, job: Job) -> tuple[Rendered, Future[AdapterWeights] | None]:
         count, adapter = int(job.request.id.partition(":")[0]), job.request.adapter
         ids = tuple(3 + (7 * i + count) % 250 for i in range(count))
-        return Rendered(ids, 0), None if adapter is None else self.adapters[adapter.sha256]
+        if adapter is None:
+            return Rendered(ids, 0), None
+        read: Future[AdapterWeights] = Future()
+        read.set_result(self.adapters[adapter.sha256])
+        return Rendered(ids, 0), read
 
     def _emit(self, outputs: list[Output]) -> None:
         for job, event in outputs:

@@ -284,7 +284,7 @@ def test_the_output_head_may_be_adapted_without_a_copy_of_its_weights(
 def test_the_store_loads_once_keeps_few_and_forgets_failures(copy: AdapterRef, fits: Base) -> None:
     store = AdapterStore(fits, limit=2)
     found: list[object] = []
-    threads = [threading.Thread(target=lambda: found.append(store.get(copy))) for _ in range(8)]
+    threads = [threading.Thread(target=lambda: found.append(store.get(copy).result())) for _ in range(8)]
     for thread in threads:
         thread.start()
     for thread in threads:
@@ -292,13 +292,13 @@ def test_the_store_loads_once_keeps_few_and_forgets_failures(copy: AdapterRef, f
     assert len(set(map(id, found))) == 1
     bad = AdapterRef("c" * 64, copy.folder / "not there yet", "bad@1")
     with pytest.raises(AdapterUnusable):
-        store.get(bad)
+        store.get(bad).result()
     shutil.copytree(copy.folder, bad.folder)
-    assert store.get(bad).sha256 == bad.sha256
+    assert store.get(bad).result().sha256 == bad.sha256
     for name in "def":
-        store.get(AdapterRef(name * 64, copy.folder))
+        store.get(AdapterRef(name * 64, copy.folder)).result()
         assert len(store) <= 2
-    assert store.get(copy) is not found[0]  # dropped, while who holds it keeps it
+    assert store.get(copy).result() is not found[0]  # dropped, while who holds it keeps it
 
 
 def test_slots_are_reused_only_when_nobody_runs_with_them(

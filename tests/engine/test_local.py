@@ -12,6 +12,8 @@ from typing import Any
 
 import pytest
 
+from core.engine import adapter_files
+from core.engine.adapter_files import AdapterWeights, Base
 from core.engine.kv import IDLE_BYTES
 from core.engine.local import LocalEngine
 from core.engine.protocol import Delta, EngineSettings, Finished, FinishReason, ModelSettings, Scope, Started
@@ -189,6 +191,49 @@ async def test_a_deadline_also_ends_what_waits_while_nothing_runs(endless: BaseM
         assert heard.finished.reason is FinishReason.DEADLINE
 
 
+async def test_files_that_are_slow_to_read_hold_up_no_others(
+    endless: BaseModel, adapters: list[AdapterRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    stalled, load = threading.Event(), adapter_files.load_adapter
+
+    def slow(ref: AdapterRef, base: Base) -> AdapterWeights:
+        assert ref is adapters[2] or stalled.wait(60)
+        return load(ref, base)
+
+    monkeypatch.setattr(adapter_files, "load_adapter", slow)
+    async with running(endless, max_rows=2) as engine:
+        waiting = [engine.submit(ask(f"{i}", adapter=adapters[i], scope=Scope("slow"))) for i in range(2)]
+        late = engine.submit(ask("late", adapter=adapters[0], scope=Scope("slow"), deadline_s=0.2))
+        assert (await hear(late)).finished.reason is FinishReason.DEADLINE  # type: ignore[union-attr]
+        for adapter in (None, adapters[2]):
+            other = await hear(engine.submit(ask("x", adapter=adapter, scope=Scope("other"), deadline_s=30)))
+            assert other.finished is not None
+            assert other.finished.reason is FinishReason.LENGTH
+        waiting[0].cancel()
+        assert (await hear(waiting[0])).finished.reason is FinishReason.CANCELLED  # type: ignore[union-attr]
+        stalled.set()
+        assert (await hear(waiting[1])).finished.reason is FinishReason.LENGTH  # type: ignore[union-attr]
+        assert engine.stats().waiting == 0
+
+
+async def test_an_adapter_for_which_there_is_no_thread_can_be_read_later(
+    endless: BaseModel, adapters: list[AdapterRef], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    start = threading.Thread.start
+
+    def none_left(thread: threading.Thread) -> None:
+        if thread.name == "adapter":
+            raise RuntimeError("can't start new thread")
+        start(thread)
+
+    async with running(endless) as engine:
+        with monkeypatch.context() as patch:
+            patch.setattr(threading.Thread, "start", none_left)
+            with pytest.raises(EngineError, match="can't start new thread"):
+                await hear(engine.submit(ask("x", adapter=adapters[0])))
+        assert (await hear(engine.submit(ask("x", adapter=adapters[0])))).finished is not None
+
+
 async def test_a_full_queue_refuses_with_an_estimate_but_lets_another_partner_in(endless: BaseModel) -> None:
     async with running(endless, max_rows=1, max_waiting=4) as engine:
         gate = Gate(engine)
@@ -276,9 +321,10 @@ async def test_the_end_of_the_model_thread_is_an_error_of_all_that_is_open_and_o
 ) -> None:
     async with running(endless, max_rows=1) as engine:
         gate = Gate(engine)
-        open_ones = [engine.submit(ask(f"{i}", **LONG)) for i in range(4)]
+        open_ones = [engine.submit(ask("x", **LONG))]
         await anext(open_ones[0])
         gate.open.clear()
+        open_ones += [engine.submit(ask(f"{i}", **LONG)) for i in range(4)]
 
         def broken() -> bool:
             raise OverflowError("boom")
@@ -310,7 +356,7 @@ async def test_an_answer_that_is_not_finite_is_an_error_of_its_row_alone(
 ) -> None:
     async with running(endless) as engine:
         alone = await hear(engine.submit(ask("good", adapter=adapters[0])))
-        weights = engine._adapters.get(adapters[1])
+        weights = engine._adapters.get(adapters[1]).result()
         for _, b in weights.pairs.values():
             b.mul_(1e30)  # finite, but what it computes is not
         good = engine.submit(ask("good", adapter=adapters[0]))

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
+from core.engine.shortage import is_shortage
 from core.engine.untouched import untouched_zeros
 
 LENGTH_STEP = 16  # views are cut to a multiple of this
@@ -184,18 +185,23 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         self._make_room(self.rows, length)
 
     def _make_room(self, slots: int, length: int) -> None:
-        """Both at once: each new layout copies all rows. Both double, so that few are made."""
+        """Both at once: each new layout copies all rows. Both double, so that few are made, if memory is enough."""
         assert slots <= self.max_rows
         assert length <= self.max_length
         if slots <= self.slots and length <= self.length:
             return
+        length = min(-(-length // FIRST_LENGTH) * FIRST_LENGTH, self.max_length)
+        needed = max(slots, self.slots), max(length, self.length)
+        wished = _grown(slots, self.slots, self.max_rows), _grown(length, self.length, self.max_length)
         if self.untouched:
-            self._resize(self.max_rows, self.max_length)
+            wished = self.max_rows, self.max_length
+        try:
+            self._resize(*wished)
             return
-        slots = self.slots if slots <= self.slots else min(max(slots, 2 * self.slots), self.max_rows)
-        if length > self.length:
-            length = min(max(-(-length // FIRST_LENGTH) * FIRST_LENGTH, 2 * self.length), self.max_length)
-        self._resize(slots, max(length, self.length))
+        except Exception as error:
+            if wished == needed or not is_shortage(error):
+                raise
+        self._resize(*needed)  # here, where the error no longer holds what was laid out already
 
     def begin(self, first: int, counts: Sequence[int], device: torch.device) -> list[Segment]:
         """What a pass over the next counts[i] tokens of row first + i reads and writes.
@@ -351,6 +357,10 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         for layer in self.layers:
             layer.resize(slots + self.spare, length, used=self.used, reach=self.reach)
         self.slots, self.length = slots, length
+
+
+def _grown(needed: int, held: int, most: int) -> int:
+    return held if needed <= held else min(max(needed, 2 * held), most)
 
 
 def _resized(old: Tensor, slots: int, length: int, used: Sequence[int], reach: Sequence[int]) -> Tensor:

@@ -24,6 +24,7 @@ from core.engine.protocol import Delta, EngineSettings, Event, Finished, FinishR
 from core.engine.runner import Runner, translate
 from core.engine.sampling import NOT_FINITE, sample
 from core.engine.scheduler import COMPLETION_COST
+from core.engine.shortage import is_shortage
 from core.engine.tally import Tally
 from core.engine.ticket import Job, State
 from core.errors import AppError, EngineError
@@ -65,6 +66,7 @@ class ModelThread:
         self.tally = tally
         self._weight_bytes = weight_bytes(model.module)
         self.rows: list[Job] = []  # index is the row; past their prompt but perhaps the last
+        self._short = False  # of memory, for a row more
         self._emit = emit
         self._outputs: list[Output] = []
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
@@ -221,8 +223,8 @@ class ModelThread:
         return job.adapter is None or self.runner.lora.has_room(job.adapter.sha256)
 
     def _admit(self) -> Job | None:
-        """Give the next ready job a row."""
-        full = len(self.rows) == self.settings.max_rows
+        """Give the next ready job a row. One for which memory is short waits until another row has ended."""
+        full = len(self.rows) == self.settings.max_rows or self._short
         job = None if full else self.lobby.next_ready(self.rows, self._has_room)
         if job is None:
             return None
@@ -231,21 +233,32 @@ class ModelThread:
             job.slot = None if job.adapter is None else self.runner.lora.acquire(job.adapter)
             row = self.runner.cache.add_row(len(job.prompt) + len(job.answer))
             self._reuse(job, row)
-        except Exception as error:  # no memory for this one
-            log.exception("engine.admit_failed")
-            if self.runner.cache.rows > len(self.rows):  # a row that nobody will own
-                self.runner.cache.wipe(len(self.rows))
-                self.runner.cache.drop_last()
+        except Exception as error:
+            self._not_admitted(job, error)
+        else:
+            job.state = State.RUNNING
+            self.rows.append(job)
+            if not job.started:
+                job.started, job.reused = True, job.filled
+                self.tally.waited.add(job.admitted - job.submitted)
+                self.tally.reused_tokens += job.reused
+                self._outputs.append((job, Started(len(job.prompt), job.reused, job.dropped)))
+            return job
+        return self._admit()  # here, where the error no longer holds what was laid out already
+
+    def _not_admitted(self, job: Job, error: Exception) -> None:
+        """It waits, if all that it lacks is memory, and others' ends or what is kept of them may give some."""
+        if self.runner.cache.rows > len(self.rows):  # a row that nobody will own
+            self.runner.cache.wipe(len(self.rows))
+            self.runner.cache.drop_last()
+        if is_shortage(error) and (self.rows or len(self.prefixes)):
+            log.warning("engine.admit_no_memory", extra={"rows": len(self.rows), "reason": str(error)[:200]})
+            self._short = not self._drop_kept()
+            self._release(job)
+            self.lobby.put_back(job)
+        else:
+            log.error("engine.admit_failed", exc_info=error)
             self._end(job, translate(error))
-            return self._admit()
-        job.state = State.RUNNING
-        self.rows.append(job)
-        if not job.started:
-            job.started, job.reused = True, job.filled
-            self.tally.waited.add(job.admitted - job.submitted)
-            self.tally.reused_tokens += job.reused
-            self._outputs.append((job, Started(len(job.prompt), job.reused, job.dropped)))
-        return job
 
     def _pause(self, row: int) -> None:
         """Take a job out of its row for another's sake. It goes on later where it was: from what is kept, or anew."""
@@ -291,6 +304,12 @@ class ModelThread:
             log.warning("engine.reuse_no_memory", extra={"kept": len(self.prefixes)})
             self.prefixes.clear()
 
+    def _drop_kept(self) -> bool:
+        """Memory is short: whether there was something kept for later turns, which is gone now."""
+        found = len(self.prefixes) > 0
+        self.prefixes.clear()
+        return found
+
     def _by_halves(self, first: int, parts: list[Taken]) -> list[tuple[list[Taken], Tensor | Exception]]:
         """Logits of rows [first, first + len(parts)). A pass that fails, for memory or for one row's sake, is run again
         in halves, so that only those end that cannot go on alone."""
@@ -301,8 +320,11 @@ class ModelThread:
             return [(parts, self.runner.run(first, [part for _, part in parts], slots))]
         except Exception as error:
             log.exception("engine.pass_failed", extra={"rows": len(parts)})
-            if len(parts) == 1:
+            again = is_shortage(error) and self._drop_kept()
+            if len(parts) == 1 and not again:
                 return [(parts, error)]
+        if again:
+            return self._by_halves(first, parts)
         half = len(parts) // 2
         return self._by_halves(first, parts[:half]) + self._by_halves(first + half, parts[half:])
 
@@ -383,10 +405,12 @@ class ModelThread:
                 row = source
         self.rows.pop()
         cache.drop_last()
+        self._short = False
 
     def _fail_running(self, error: AppError) -> None:
         """A step broke: nothing is known of the rows any more."""
         jobs, self.rows = self.rows, []
+        self._short = False
         self.runner.cache.clear()
         for job in jobs:
             job.state = State.READY  # it has no row to leave

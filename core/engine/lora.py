@@ -24,6 +24,7 @@ from torch.utils.hooks import RemovableHandle
 
 from core.engine.adapter_files import AdapterWeights
 from core.engine.int8 import Int8Linear, Part
+from core.engine.shortage import is_shortage
 
 Runs = tuple[tuple[int | None, int], ...]  # (slot, how many tokens) in turn; None is bare
 
@@ -131,9 +132,9 @@ class Stack:
             y.addmm_(own.flatten(1), b[slots].flatten(0, 1))
 
     def resize(self, slots: int, rank: int) -> None:
-        """More slots or a higher rank; what is there stays in its slot. All of it or, without memory, nothing."""
-        # More already, if another stack found no memory before.
-        slots, rank = max(slots, len(self.a)), max(rank, self.rank)
+        """Other slots or another rank; what fits stays in its slot. All of it or, without memory, nothing."""
+        if (slots, rank) == (len(self.a), self.rank):
+            return  # already, when another stack found no memory
         a = _resized(self.a, len(self.outs), slots, rank)
         b = [_resized(old, len(self.outs) if self.joined else 1, slots, rank) for old in self.b]
         self.a, self.b, self.rank = a, b, rank
@@ -154,10 +155,11 @@ class Stack:
 
 
 def _resized(old: Tensor, parts: int, slots: int, rank: int) -> Tensor:
-    """(S, P * R, n) for more slots and a higher rank."""
-    kept, old_rank = len(old), old.shape[1] // parts
-    new = old.new_zeros(slots, parts, rank, old.shape[2])
-    new[:kept, :, :old_rank] = old.view(kept, parts, old_rank, old.shape[2])
+    """(S, P * R, n) for other slots and another rank."""
+    old = old.view(len(old), parts, old.shape[1] // parts, old.shape[2])
+    kept = old[:slots, :, :rank]
+    new = old.new_zeros(slots, parts, rank, old.shape[3])
+    new[: len(kept), :, : kept.shape[2]] = kept
     return new.flatten(1, 2)
 
 
@@ -330,13 +332,21 @@ class LoraStacks:
         if free is not None:
             return free
         idle = next((key for key in self.slots if key not in self.users), None)
-        if idle is not None and self.slot_count == self.max_slots:
-            slot = self.slots.pop(idle)
-            self._zero(slot)
-            return slot
-        assert self.slot_count < self.max_slots
-        self._resize(min(max(1, 2 * self.slot_count), self.max_slots), self.rank)
-        return self._free_slot()
+        count = self.slot_count
+        if count < self.max_slots:
+            try:
+                self._resize(min(max(1, 2 * count), self.max_slots), self.rank)
+                return count
+            except Exception as error:
+                if not is_shortage(error):
+                    raise
+            if idle is None:
+                self._resize(count + 1, self.rank)
+                return count
+        assert idle is not None
+        slot = self.slots.pop(idle)
+        self._zero(slot)
+        return slot
 
     def _fill(self, slot: int, adapter: AdapterWeights) -> None:
         if adapter.rank > self.rank:

@@ -17,6 +17,7 @@ from core.engine.fused import fuse
 from core.engine.graphs import Shape, Steps
 from core.engine.kv import Segment, SlotCache, over
 from core.engine.lora import LoraStacks
+from core.engine.shortage import is_shortage
 from core.engine.untouched import untouched_is_free
 from core.errors import AppError, EngineError, OutOfMemory
 from core.model import BaseModel
@@ -129,6 +130,6 @@ def translate(error: BaseException) -> AppError:
     """What a request hears of an error out of a forward pass."""
     if isinstance(error, AppError):
         return error
-    if isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error):
+    if is_shortage(error):
         return OutOfMemory(detail=str(error))
     return EngineError(detail=f"{type(error).__name__}: {error}")

@@ -15,7 +15,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from core.engine.adapter_files import AdapterStore, Base, load_adapter
-from core.engine.lora import LoraStacks, shapes
+from core.engine.lora import LoraStacks, Stack, shapes
 from core.engine.runner import Runner
 from core.errors import AdapterUnusable
 from core.model import BaseModel
@@ -299,6 +299,31 @@ def test_the_store_loads_once_keeps_few_and_forgets_failures(copy: AdapterRef, f
         store.get(AdapterRef(name * 64, copy.folder)).result()
         assert len(store) <= 2
     assert store.get(copy).result() is not found[0]  # dropped, while who holds it keeps it
+
+
+def test_without_memory_for_twice_the_slots_an_idle_one_or_one_more_will_do(
+    base: BaseModel, adapters: list[AdapterRef], fits: Base
+) -> None:
+    stacks = LoraStacks(base.module, max_slots=4, device=base.device, dtype=base.dtype)
+    a, b, c, _ = (load_adapter(ref, fits) for ref in adapters)
+    resize, most = Stack.resize, 1
+
+    def bounded(stack: Stack, slots: int, rank: int) -> None:
+        if slots > most and stack is list(stacks.stacks.values())[-1]:  # after the others were laid out anew
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        resize(stack, slots, rank)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stack, "resize", bounded)
+        assert stacks.acquire(a) == 0
+        with pytest.raises(torch.OutOfMemoryError):
+            stacks.acquire(b)
+        stacks.release(a.sha256)
+        assert stacks.acquire(b) == 0
+        most = 3
+        assert [stacks.acquire(one) for one in (a, c)] == [1, 2]
+        assert stacks.slot_count == 3
+    assert all(len(stack.a) == 3 for stack in stacks.stacks.values())
 
 
 def test_slots_are_reused_only_when_nobody_runs_with_them(

@@ -11,13 +11,14 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+import torch
 
 from core.engine import adapter_files
 from core.engine.adapter_files import AdapterWeights, Base
-from core.engine.kv import IDLE_BYTES
+from core.engine.kv import IDLE_BYTES, SlotCache
 from core.engine.local import LocalEngine
 from core.engine.protocol import Delta, EngineSettings, Finished, FinishReason, ModelSettings, Scope, Started
-from core.errors import EngineError, Overloaded, PromptTooLong
+from core.errors import EngineError, OutOfMemory, Overloaded, PromptTooLong
 from core.model import BaseModel
 from core.types import AdapterRef
 from tests.engine.dialogue import ask, hear, running
@@ -363,6 +364,78 @@ async def test_an_answer_that_is_not_finite_is_an_error_of_its_row_alone(
         with pytest.raises(EngineError, match="not finite"):
             await hear(engine.submit(ask("bad", adapter=adapters[1])))
         assert (await hear(good)).text == alone.text
+
+
+def bounded(cache: SlotCache, slots: int) -> None:
+    """As if there were memory for so many slots and no more."""
+    resize = cache._resize
+
+    def no_memory(wished: int, length: int) -> None:
+        if wished > slots:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        resize(wished, length)
+
+    cache.untouched = False
+    cache._resize = no_memory  # type: ignore[method-assign]
+
+
+async def test_whoever_finds_no_memory_for_a_row_waits_until_another_ends(endless: BaseModel) -> None:
+    async with running(endless, reuse_mib=0) as engine:
+        alone = await hear(engine.submit(ask("5")))
+        engine.thread.runner.cache.clear()
+        bounded(engine.thread.runner.cache, 3)
+        heard = await asyncio.gather(*(hear(engine.submit(ask(f"{i}"))) for i in range(6)))
+        assert [one.finished.reason for one in heard] == [FinishReason.LENGTH] * 6  # type: ignore[union-attr]
+        assert heard[5].text == alone.text
+        assert engine.thread.runner.cache.slots == 3  # not only the two that doubling would have found memory for
+        assert engine.thread.runner.cache.is_blank()
+
+
+async def test_an_answer_that_made_room_waits_for_memory(endless: BaseModel) -> None:
+    async with running(endless, max_rows=2, reuse_mib=0) as engine:
+        flood = [engine.submit(ask(f"{i}", scope=Scope("flood"), **LONG)) for i in range(2)]
+        for generation in flood:
+            await anext(generation)
+        calm = engine.submit(ask("x", scope=Scope("calm"), max_tokens=40))
+        await anext(calm)
+        cache = engine.thread.runner.cache
+        add_row = cache.add_row
+
+        def no_memory(length: int) -> int:
+            if cache.rows:
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return add_row(length)
+
+        cache.add_row = no_memory  # type: ignore[method-assign, assignment]
+        for generation in (calm, *flood):
+            assert (await hear(generation)).finished.reason is FinishReason.LENGTH  # type: ignore[union-attr]
+
+
+async def test_whoever_finds_no_memory_alone_hears_of_it(endless: BaseModel) -> None:
+    async with running(endless) as engine:
+        bounded(engine.thread.runner.cache, 0)
+        for _ in range(2):
+            with pytest.raises(OutOfMemory):
+                await hear(engine.submit(ask("x")))
+
+
+@pytest.mark.parametrize("what", ["run", "add_row"])
+async def test_what_is_kept_for_later_turns_makes_room_first(endless: BaseModel, what: str) -> None:
+    async with running(endless) as engine:
+        alone = await hear(engine.submit(ask("x")))
+        thread = engine.thread
+        owner: Any = thread.runner if what == "run" else thread.runner.cache
+        plain = getattr(owner, what)
+
+        def no_memory(*args: Any) -> Any:
+            if len(thread.prefixes):
+                raise torch.OutOfMemoryError("CUDA out of memory")
+            return plain(*args)
+
+        setattr(owner, what, no_memory)
+        assert len(thread.prefixes) == 1
+        assert (await hear(engine.submit(ask("x", scope=Scope("q"))))).text == alone.text
+        assert len(thread.prefixes) == 0
 
 
 async def test_forget_ends_and_wipes_a_conversation_and_leaves_the_others(endless: BaseModel) -> None:

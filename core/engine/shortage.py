@@ -1,0 +1,9 @@
+"""What an error says of memory: that another layout, or waiting, would help. Knows no tensors."""
+
+from __future__ import annotations
+
+import torch
+
+
+def is_shortage(error: BaseException) -> bool:
+    return isinstance(error, torch.OutOfMemoryError | MemoryError) or "can't allocate memory" in str(error)

@@ -29,6 +29,7 @@ from core.engine.shortage import is_shortage
 Runs = tuple[tuple[int | None, int], ...]  # (slot, how many tokens) in turn; None is bare
 
 PLANS_KEPT = 8
+MOST_PADDED = 4  # times the rank that the adapters in use need: from there on all are laid out anew
 LONG = 16  # tokens of one adapter in a row from which a slice of their own is quicker than a share of the mask
 
 
@@ -194,6 +195,7 @@ class LoraStacks:
         self.stacks: dict[str, Stack] = {}  # by the first module of the group
         self.hooks: list[RemovableHandle] = []  # of a model that runs its own forward
         self.slots: dict[str, int] = {}  # adapter sha256 -> slot, least recently used first
+        self.ranks: dict[str, int] = {}  # of those in the slots
         self.users: Counter[str] = Counter()
         self.slot_count, self.rank = 0, 0
         self.version = 0  # of the tensors: another one, other tensors
@@ -219,7 +221,8 @@ class LoraStacks:
             except BaseException:
                 self._zero(slot)
                 raise
-        self.slots[key] = slot
+        self.slots[key], self.ranks[key] = slot, adapter.rank
+        self._lower_rank()
         self.users[key] += 1
         return slot
 
@@ -344,9 +347,29 @@ class LoraStacks:
                 self._resize(count + 1, self.rank)
                 return count
         assert idle is not None
-        slot = self.slots.pop(idle)
+        return self._empty(idle)
+
+    def _empty(self, key: str) -> int:
+        slot = self.slots.pop(key)
+        del self.ranks[key]
         self._zero(slot)
         return slot
+
+    def _lower_rank(self) -> None:
+        """Nothing is padded for an adapter that is gone, nor for one that has lain idle while all others were used."""
+        oldest = next(iter(self.slots))
+        idle = oldest not in self.users and len(self.slots) > 1
+        needed = max(rank for key, rank in self.ranks.items() if not (idle and key == oldest))
+        if needed * MOST_PADDED > self.rank:
+            return
+        if self.ranks[oldest] > needed:
+            self._empty(oldest)
+        self.rank = needed  # of each stack at least: memory may end half-way
+        try:
+            self._resize(self.slot_count, needed)
+        except Exception as error:
+            if not is_shortage(error):
+                raise
 
     def _fill(self, slot: int, adapter: AdapterWeights) -> None:
         if adapter.rank > self.rank:

@@ -326,6 +326,58 @@ def test_without_memory_for_twice_the_slots_an_idle_one_or_one_more_will_do(
     assert all(len(stack.a) == 3 for stack in stacks.stacks.values())
 
 
+@pytest.mark.parametrize("max_slots", [1, 3])
+def test_a_high_rank_costs_the_others_nothing_once_its_adapter_lies_idle(
+    base: BaseModel, adapters: list[AdapterRef], fits: Base, tmp_path: Path, max_slots: int
+) -> None:
+    stacks, fresh = (
+        LoraStacks(base.module, max_slots=max_slots, device=base.device, dtype=base.dtype) for _ in range(2)
+    )
+    small = load_adapter(adapters[0], fits)
+    big = load_adapter(save_adapter(base, tmp_path / "big", seed=5, r=64), fits)
+    if max_slots > 1:
+        stacks.acquire(small)
+    stacks.acquire(big)
+    if max_slots > 1:
+        stacks.acquire(small)
+        assert stacks.rank == big.rank  # it runs
+    stacks.release(big.sha256)
+    version = stacks.version
+    slot = stacks.acquire(small)
+    assert (stacks.rank, big.sha256 in stacks.slots) == (small.rank, False)
+    assert stacks.version > version
+    own = fresh.acquire(small)
+    for name, stack in fresh.stacks.items():
+        for mine, wanted in zip((stacks.stacks[name].a, *stacks.stacks[name].b), (stack.a, *stack.b), strict=True):
+            assert torch.equal(mine[slot], wanted[own])
+            assert not mine[[other for other in range(len(mine)) if other != slot]].any()
+
+
+def test_a_rank_that_is_lowered_half_way_for_lack_of_memory_is_raised_as_any_other(
+    base: BaseModel, adapters: list[AdapterRef], fits: Base, tmp_path: Path
+) -> None:
+    stacks, fresh = (LoraStacks(base.module, max_slots=2, device=base.device, dtype=base.dtype) for _ in range(2))
+    small = load_adapter(adapters[0], fits)
+    big = load_adapter(save_adapter(base, tmp_path / "big", seed=5, r=64), fits)
+    resize = Stack.resize
+
+    def bounded(stack: Stack, slots: int, rank: int) -> None:
+        if rank == small.rank and stack is list(stacks.stacks.values())[-1]:  # after the others were laid out anew
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        resize(stack, slots, rank)
+
+    for one in (small, big):
+        stacks.acquire(one)
+    stacks.release(big.sha256)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stack, "resize", bounded)
+        stacks.acquire(small)
+    slot, own = stacks.acquire(big), fresh.acquire(big)
+    for name, stack in fresh.stacks.items():
+        for mine, wanted in zip((stacks.stacks[name].a, *stacks.stacks[name].b), (stack.a, *stack.b), strict=True):
+            assert torch.equal(mine[slot], wanted[own])
+
+
 def test_slots_are_reused_only_when_nobody_runs_with_them(
     base: BaseModel, adapters: list[AdapterRef], fits: Base
 ) -> None:

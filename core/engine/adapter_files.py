@@ -12,7 +12,7 @@ import math
 import re
 import threading
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Callable, Iterable, Mapping
 from concurrent.futures import Future
 from dataclasses import dataclass
 from pathlib import Path
@@ -35,6 +35,8 @@ MAX_CONFIG_BYTES = 2**20
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 PLAIN_NAME = re.compile(r"[\w.]+")
+PLAIN_KEY = re.compile(r"\^?(?:[\w-]|\\?\.)+\$?")  # of a pattern: nothing in it makes `re` go back and try again
+MOST_KEYS, MOST_EXPRESSIONS = 4096, 64  # of patterns, and how many of them may be more than plain
 PLAIN_INIT = ("true", "false", "gaussian", "eva", "orthogonal", "mica")  # the others change the base model's weights
 # Keys that do not change what an adapter computes, or that are read below. Any other key must be empty.
 # fmt: off
@@ -134,7 +136,14 @@ def load_adapter(ref: AdapterRef, base: Base) -> AdapterWeights:
     try:
         _check_manifest(ref.folder, base)
         config = _read_config(ref.folder)
-        pairs = _fold(config, _read_tensors(ref.folder, config, base), base.dtype)
+        ranks = _by_pattern(base.shapes, config.get("rank_pattern"), config["r"])
+        alphas = _by_pattern(base.shapes, config.get("alpha_pattern"), config["lora_alpha"])
+        found = _read_tensors(ref.folder, config, base, ranks)
+        root = bool(config.get("use_rslora"))
+        pairs = {
+            module: _fold(module, sides, ranks[module], alphas[module], root, base.dtype)
+            for module, sides in found.items()
+        }
     except RecursionError:
         raise AdapterUnusable(detail=f"adapter {name} in {ref.folder}: {CONFIG} is nested too deeply") from None
     except (ValueError, OSError, SafetensorError) as error:
@@ -202,7 +211,14 @@ def _check_names(config: Mapping[str, Any]) -> None:
     for one in [patterns] if isinstance(patterns, str) else patterns or []:
         if not PLAIN_NAME.fullmatch(one):
             raise ValueError(f"layers_pattern={one!r} is more than the name of a module")
-    for one in [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]:
+    keys = [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
+    expressions = [one for one in keys if not PLAIN_KEY.fullmatch(one)]
+    if len(keys) > MOST_KEYS or len(expressions) > MOST_EXPRESSIONS:
+        raise ValueError(
+            f"rank_pattern and alpha_pattern have {len(keys)} keys, {len(expressions)} of them regular expressions: "
+            f"more than {MOST_KEYS} and {MOST_EXPRESSIONS}"
+        )
+    for one in expressions:
         expression(one)
     for one in (targets, config.get("exclude_modules")):
         if isinstance(one, str):
@@ -221,7 +237,9 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
             raise ValueError(f"lora_alpha {alpha!r} is not a number")
 
 
-def _read_tensors(folder: Path, config: Mapping[str, Any], base: Base) -> dict[str, dict[str, Tensor]]:
+def _read_tensors(
+    folder: Path, config: Mapping[str, Any], base: Base, ranks: Mapping[str, int]
+) -> dict[str, dict[str, Tensor]]:
     """{module: {"A": (r, in), "B": (out, r)}}, all as the configuration and the base model say."""
     path = folder / WEIGHTS
     if not path.is_file():
@@ -238,7 +256,7 @@ def _read_tensors(folder: Path, config: Mapping[str, Any], base: Base) -> dict[s
             module, side = match["module"], match["side"]
             _check_module(module, config, base)
             shape = tuple(file.get_slice(key).get_shape())
-            if shape != (wanted := _shape(module, side, config, base)):  # seen before it is read
+            if shape != (wanted := _shape(side, base.shapes[module], ranks[module])):  # seen before it is read
                 raise ValueError(f"tensor {key} has the shape {shape}, not {wanted}")
             tensor = file.get_tensor(key)
             _check_tensor(key, tensor)
@@ -254,9 +272,8 @@ def _check_module(module: str, config: Mapping[str, Any], base: Base) -> None:
         raise ValueError(f"tensors for {module}, which target_modules does not name")
 
 
-def _shape(module: str, side: str, config: Mapping[str, Any], base: Base) -> tuple[int, int]:
-    rows, columns = base.shapes[module]
-    rank = _rank(module, config)
+def _shape(side: str, linear: tuple[int, int], rank: int) -> tuple[int, int]:
+    rows, columns = linear
     return (rank, columns) if side == "A" else (rows, rank)
 
 
@@ -311,28 +328,23 @@ def _named(module: str, names: Any) -> bool:
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
-def _rank(module: str, config: Mapping[str, Any]) -> int:
-    return int(_by_pattern(module, config.get("rank_pattern"), config["r"]))
+def _by_pattern(modules: Iterable[str], pattern: Mapping[str, Any] | None, default: Any) -> dict[str, Any]:
+    """Of each module the value of the first key that its name ends with (peft/utils/other.py, get_pattern_key)."""
+    endings = [(_ending(key), value) for key, value in (pattern or {}).items()]
+    return {module: next((value for ends, value in endings if ends(module)), default) for module in modules}
 
 
-def _by_pattern(module: str, pattern: Mapping[str, Any] | None, default: Any) -> Any:
-    for key, value in (pattern or {}).items():
-        if expression(rf"(.*\.)?({key})$").matches(module):
-            return value
-    return default
+def _ending(key: str) -> Callable[[str], object]:
+    whole = rf"(.*\.)?({key})$"
+    return re.compile(whole).match if PLAIN_KEY.fullmatch(key) else expression(whole).matches
 
 
 def _fold(
-    config: Mapping[str, Any], found: Mapping[str, Mapping[str, Tensor]], dtype: torch.dtype
-) -> dict[str, tuple[Tensor, Tensor]]:
-    """(A, scale * B) per module; the scale is alpha / r, or alpha / sqrt(r) with rsLoRA."""
-    pairs = {}
-    for module, sides in found.items():
-        rank = _rank(module, config)
-        alpha = float(_by_pattern(module, config.get("alpha_pattern"), config["lora_alpha"]))
-        scale = alpha / (math.sqrt(rank) if config.get("use_rslora") else rank)
-        a, b = sides["A"].to(dtype), (sides["B"].float() * scale).to(dtype)
-        if not bool(a.isfinite().all() and b.isfinite().all()):
-            raise ValueError(f"the weights of {module}, scaled by {scale:g}, are too large for {dtype}")
-        pairs[module] = (a, b.t().contiguous().t())  # as it lies in a slot, so that the model thread only copies
-    return pairs
+    module: str, sides: Mapping[str, Tensor], rank: int, alpha: float, root: bool, dtype: torch.dtype
+) -> tuple[Tensor, Tensor]:
+    """(A, scale * B); the scale is alpha / r, or alpha / sqrt(r) with rsLoRA."""
+    scale = alpha / (math.sqrt(rank) if root else rank)
+    a, b = sides["A"].to(dtype), (sides["B"].float() * scale).to(dtype)
+    if not bool(a.isfinite().all() and b.isfinite().all()):
+        raise ValueError(f"the weights of {module}, scaled by {scale:g}, are too large for {dtype}")
+    return a, b.t().contiguous().t()  # as it lies in a slot, so that the model thread only copies

@@ -12,9 +12,11 @@ from typing import Any
 
 import pytest
 import torch
+from hypothesis import given
+from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from core.engine.adapter_files import AdapterStore, Base, load_adapter
+from core.engine.adapter_files import AdapterStore, Base, _by_pattern, load_adapter
 from core.engine.lora import LoraStacks, Stack, shapes
 from core.engine.runner import Runner
 from core.errors import AdapterUnusable
@@ -234,6 +236,44 @@ def test_ranks_and_scales_by_pattern_are_those_that_peft_resolves(
         assert torch.allclose(b, layer.lora_B["default"].weight * layer.scaling["default"], rtol=1e-6)
         ranks.add(len(a))
     assert len(ranks) > 1
+
+
+KEYS = [
+    "q_proj", "proj", "layers.1", "layers.1.self_attn.q_proj", "layers.1.self_attn.q", "layers.11.self_attn.q_proj",
+    "model.layers.1.self_attn.q_proj", "^model.layers.1.self_attn.q_proj", "^layers.1.self_attn.q_proj", "q_proj$",
+    r"layers\.1\.self_attn\.q_proj", "layers.1.self.attn.q_proj", "self_attn.q.proj", "...proj", ".", r"\.q_proj",
+    "a-b.q_proj", "self_attn.(q|k)_proj", ".*q_proj", "q_proj|mlp", r"layers\.[01]\..*",
+]  # fmt: skip
+MODULES = [f"model.layers.{i}.self_attn.{name}_proj" for i in (1, 11) for name in "qk"] + ["q_proj", "a-b.q_proj", "q"]
+
+
+@given(st.lists(st.sampled_from(KEYS), unique=True))
+def test_keys_of_patterns_mean_what_they_mean_to_peft(keys: list[str]) -> None:
+    from peft.utils.other import get_pattern_key
+
+    pattern = {key: key for key in keys}
+    found = _by_pattern(MODULES, pattern, "")
+    assert found == {module: pattern.get(get_pattern_key(keys, module), "") for module in MODULES}
+
+
+def test_a_key_for_each_module_is_no_expression_to_build(
+    base: BaseModel, fits: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """As PEFT writes them for EVA, and for what it converts."""
+    ref = save_adapter(base, tmp_path / "eva", seed=1, r=4)
+    own = {name: 4 for name in fits.shapes if name != fits.head}
+    edit_config(ref, r=8, rank_pattern=own, alpha_pattern=own)
+    monkeypatch.setattr("core.engine.adapter_files.expression", None)
+    assert {len(a) for a, _ in load_adapter(ref, fits).pairs.values()} == {4}
+
+
+def test_too_many_expressions_are_refused(copy: AdapterRef, fits: Base) -> None:
+    edit_config(copy, rank_pattern={f"(a|b){i}": 4 for i in range(65)})
+    with pytest.raises(AdapterUnusable, match="65 keys, 65 of them regular expressions"):
+        load_adapter(copy, fits)
+    edit_config(copy, rank_pattern={f"a{i}": 4 for i in range(4097)})
+    with pytest.raises(AdapterUnusable, match="4097 keys"):
+        load_adapter(copy, fits)
 
 
 def test_an_initialisation_that_changes_the_base_is_taken_once_converted(

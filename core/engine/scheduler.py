@@ -193,7 +193,8 @@ class Scheduler(Generic[T]):
 
 
 def yields_to(newcomer: Scope, running: Sequence[Scope]) -> int | None:
-    """Which running item makes room for the newcomer: the last of who runs most, by weight. None: nobody owes it.
+    """Which running item makes room for the newcomer: the last of who still runs most without it, by weight. None:
+    nobody owes it.
 
     That is at the first level where that party has two more than the newcomer's: with one less it still has as many.
     """
@@ -205,11 +206,9 @@ def yields_to(newcomer: Scope, running: Sequence[Scope]) -> int | None:
             party = _names(scope)[level]
             parties.setdefault(party, []).append(index)
             weights[party] = scope.weight
-        if not parties:
-            return None
-        most = max(parties, key=lambda party: len(parties[party]) / weights[party])
-        mine = len(parties.get(name, ()))
-        if most != name and (len(parties[most]) - 1) / weights[most] >= (mine + 1) / weights[name]:
+        left = {party: (len(items) - 1) / weights[party] for party, items in parties.items() if party != name}
+        most = max(left, key=left.__getitem__, default=name)
+        if most != name and left[most] >= (len(parties.get(name, ())) + 1) / weights[name]:
             return parties[most][-1]
         inside = [(index, scope) for index, scope in inside if _names(scope)[level] == name]
     return None

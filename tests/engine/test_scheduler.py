@@ -199,3 +199,25 @@ def test_making_room_ends_at_shares_by_weight(rows: int, mine: int, theirs: int)
         assert yields_to(Scope("flood", weight=theirs), running) is None
     fair = rows * mine / (mine + theirs)
     assert abs(sum(scope.partner == "calm" for scope in running) - fair) <= 1
+
+
+def test_a_light_partner_with_one_row_hides_no_heavy_one_with_many() -> None:
+    flood, light = Scope("flood"), Scope("light", weight=0.1)
+    for running in ([flood] * 7 + [light], [light] + [flood] * 7):
+        index = yields_to(Scope("calm"), running)
+        assert index is not None
+        assert running[index] == flood
+
+
+@given(
+    st.dictionaries(st.sampled_from("abcd"), st.sampled_from([0.01, 0.1, 0.5, 1.0, 2.0, 10.0]), min_size=1),
+    st.lists(st.sampled_from("abcd"), max_size=12),
+    st.sampled_from([0.1, 1.0, 3.0]),
+)
+def test_whoever_owes_room_by_weight_is_found(weights: dict[str, float], rows: list[str], weight: float) -> None:
+    counts = Counter(name for name in rows if name in weights)
+    running = [Scope(name, weight=weights[name]) for name in rows if name in weights]
+    index = yields_to(Scope("newcomer", weight=weight), running)
+    owing = [name for name, count in counts.items() if (count - 1) / weights[name] >= 1 / weight]
+    assert (index is not None) is bool(owing)
+    assert index is None or running[index].partner in owing

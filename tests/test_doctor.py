@@ -14,6 +14,7 @@ from pathlib import Path
 from types import SimpleNamespace
 
 import pytest
+from transformers import GPT2Config, GPT2LMHeadModel
 
 from bots import doctor
 from bots.doctor import Finding, Level, Patient, examine, has_wal_reset_bug, report
@@ -21,6 +22,7 @@ from core.config import read_config
 from core.engine.local import LocalEngine
 from core.engine.protocol import EngineSettings, ModelSettings
 from core.engine.trial import measure, random_adapters
+from core.model import BaseModel, load_model
 from core.store.database import Database
 from core.store.home import Cipher, Home, Lock
 from tests.fakes.openai import FakeOpenAI
@@ -203,8 +205,17 @@ def test_bench_leaves_a_running_program_alone_and_says_what_to_do(home):
     assert "stop it for a minute" in ran.stdout
 
 
-async def test_the_trial_runs_adapters_of_its_own(tmp_path):
-    model = load_tiny(tmp_path / "model")
+def load_gpt2(folder: Path) -> BaseModel:
+    config = GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2)
+    GPT2LMHeadModel(config).save_pretrained(folder)
+    tiny_tokenizer().save_pretrained(folder)
+    return load_model(ModelSettings(name=str(folder), device="cpu"), folder)
+
+
+@pytest.mark.parametrize("load", [load_tiny, load_gpt2])
+async def test_the_trial_runs_adapters_of_its_own(tmp_path, load):
+    """Whatever the layers are called."""
+    model = load(tmp_path / "model")
     async with LocalEngine(ModelSettings(), EngineSettings(max_rows=2), tmp_path, model=model) as engine:
         (tmp_path / "adapters").mkdir()
         adapters = random_adapters(tmp_path / "adapters", engine.base, 4, 3)

@@ -68,7 +68,7 @@ def random_adapters(folder: Path, base: Base, rank: int, count: int = MAX_ADAPTE
 
     refs = []
     config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": "all-linear"}
-    inner = {name: shape for name, shape in base.shapes.items() if ".layers." in name}
+    inner = {name: shape for name, shape in base.shapes.items() if name != base.head}
     for number in range(count):
         made = folder / f"{number}"
         made.mkdir()

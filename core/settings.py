@@ -202,7 +202,7 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "top_p": Key("share of the likeliest tokens to draw from", above=0, high=1),
         "top_k": Key("number of the likeliest tokens to draw from; 0 is all", low=0),
         "min_p": Key("least probability, relative to the likeliest token's", low=0, high=1),
-        "repetition_penalty": Key("above 1 discourages repetition", above=0, high=10),
+        "repetition_penalty": Key("above 1 discourages repetition", low=0.01, high=10),
         "stop": Key("strings that end a reply"),
         "deadline_s": Key("seconds after which what exists is the answer", above=0, high=MAX_DEADLINE_S),
     },

@@ -73,7 +73,7 @@ def check(request: Request) -> None:
         "top_p": 0 < sampling.top_p <= 1,
         "top_k": sampling.top_k >= 0,
         "min_p": 0 <= sampling.min_p <= 1,
-        "repetition_penalty": 0 < sampling.repetition_penalty < math.inf,
+        "repetition_penalty": 0.01 <= sampling.repetition_penalty <= 100,
         "max_tokens": sampling.max_tokens >= 1,
         "deadline_s": 0 <= request.deadline_s <= MAX_DEADLINE_S,
     }

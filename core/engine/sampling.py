@@ -17,6 +17,7 @@ from core.types import Sampling
 
 NOT_FINITE = -1
 CANDIDATES = 1024  # of the most likely tokens, before a whole vocabulary is sorted
+COLDEST = 1e-5  # up to here nothing but the most likely token has a chance, and float32 an end
 
 _UNDECIDED = -2  # more of the vocabulary must be sorted to draw this row
 
@@ -67,7 +68,7 @@ def _by_way(params: Sequence[Sampling]) -> dict[Draw, list[int]]:
     """Which rows are drawn in which way; the others have their most likely token."""
     ways: dict[Draw, list[int]] = {}
     for i, one in enumerate(params):
-        if one.temperature > 0:
+        if one.temperature > COLDEST:
             ways.setdefault(_of_all if one.top_k <= 0 and one.top_p >= 1 else _of_likely, []).append(i)
         elif one.repetition_penalty != 1:
             ways.setdefault(_best, []).append(i)

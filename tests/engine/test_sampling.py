@@ -40,6 +40,21 @@ def test_temperature_zero_is_the_most_likely_token() -> None:
     assert sample(rows, [Sampling()] * 5, [0] * 5, [()] * 5) == rows.argmax(-1).tolist()
 
 
+@pytest.mark.parametrize("temperature", [1e-5, 1e-30, 1e-37, 1e-40, 5e-324])
+@pytest.mark.parametrize("others", [{}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"repetition_penalty": 0.01}])
+def test_next_to_no_temperature_is_none(temperature: float, others: dict[str, Any]) -> None:
+    rows = logits(5) * 100
+    seen = [(int(one),) for one in rows.argmax(-1)]
+    cold, none = ([Sampling(one, **others)] * 5 for one in (temperature, 0.0))
+    assert sample(rows, cold, [3] * 5, seen) == sample(rows, none, [3] * 5, seen)
+
+
+def test_the_least_temperature_that_is_one_draws_the_most_likely_token() -> None:
+    rows = logits(5) * 100
+    for others in ({}, {"top_p": 0.9}, {"top_k": 5}):
+        assert sample(rows, [Sampling(1.1e-5, **others)] * 5, [3] * 5, [()] * 5) == rows.argmax(-1).tolist()
+
+
 @given(
     st.integers(0, 30),
     st.floats(0.05, 1.0),

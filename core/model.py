@@ -122,7 +122,7 @@ def read_model(settings: ModelSettings, cache: Path, *, progress: Progress | Non
         device=device,
         context=getattr(text, "max_position_embeddings", None) or 2048,
         eos_ids=_eos_ids(generation, tokenizer),
-        fingerprint=_fingerprint(folder) if weight_files(folder) else "",
+        fingerprint=_fingerprint(folder) if _weight_files(folder) else "",
     )
 
 
@@ -281,8 +281,15 @@ def _config(folder: Path) -> Any:
     return config
 
 
+def _weight_files(folder: Path) -> list[Path]:
+    try:
+        return weight_files(folder)
+    except (OSError, ValueError) as error:
+        raise ModelLoadFailed(detail=f"the weights in {folder} are damaged: {error}") from error
+
+
 def _check_weights(folder: Path) -> None:
-    if not weight_files(folder):
+    if not _weight_files(folder):
         pickles = sorted(path.name for pattern in ("*.bin", "*.pt", "*.pth") for path in folder.glob(pattern))
         reason = f"only pickled ones ({pickles[0]}), which can run code when loaded" if pickles else "none at all"
         raise ModelLoadFailed(detail=f"{folder} holds no safetensors weights, {reason}: save it as safetensors")

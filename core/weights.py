@@ -57,10 +57,16 @@ def tensor_entries(path: Path) -> Iterator[TensorEntry]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers loads from a model folder; empty if there are none."""
+    """The safetensors files that transformers loads from a model folder; empty if there are none.
+
+    Raises ValueError for a damaged index of them.
+    """
     index, single = folder / "model.safetensors.index.json", folder / "model.safetensors"
     if index.is_file():
-        return [folder / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+        try:
+            return [folder / name for name in sorted(set(json.loads(index.read_text("utf-8"))["weight_map"].values()))]
+        except (ValueError, KeyError, TypeError, AttributeError) as error:
+            raise ValueError(f"{index.name} is damaged") from error
     return [single] if single.is_file() else []
 
 

@@ -136,6 +136,13 @@ def lose_a_tensor(folder: Path) -> None:
     save_file(tensors, folder / "model.safetensors", metadata={"format": "pt"})
 
 
+def with_index(text: str) -> Any:
+    def damage(folder: Path) -> None:
+        (folder / "model.safetensors.index.json").write_text(text)
+
+    return damage
+
+
 def bigger_tokenizer(folder: Path) -> None:
     tokenizer = tiny_tokenizer()
     tokenizer.add_tokens(["more"])
@@ -153,6 +160,12 @@ def bigger_tokenizer(folder: Path) -> None:
         (pickled, "pytorch_model.bin"),
         (cut, "cannot be loaded"),
         (lose_a_tensor, "model.norm.weight"),
+        (with_index("{"), "model.safetensors.index.json is damaged"),
+        (with_index('{"a": 1}'), "model.safetensors.index.json is damaged"),
+        (with_index('{"weight_map": {"a": 1}}'), "model.safetensors.index.json is damaged"),
+        (with_index('{"weight_map": {"a": []}}'), "model.safetensors.index.json is damaged"),
+        (with_index('{"weight_map": [1]}'), "model.safetensors.index.json is damaged"),
+        (with_index('{"weight_map": {"a": "gone.safetensors"}}'), "gone.safetensors"),
         (bigger_tokenizer, "260 tokens"),
         (with_config(architectures=["LlamaForSequenceClassification"]), "not a causal language model"),
         (with_config(model_type="martian", architectures=None), "not known to transformers"),

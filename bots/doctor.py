@@ -122,9 +122,10 @@ def _torch(patient: Patient) -> Iterator[Finding]:
     import torch
 
     wanted = patient.config.model.device if patient.config else "auto"
-    gpu = torch.cuda.is_available()
-    device = torch.cuda.get_device_name() if gpu else f"CPU, {os.cpu_count()} cores"
-    if wanted.startswith("cuda") and not gpu:
+    gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
+    index = int(wanted.partition(":")[2] or 0)  # of cuda:N
+    device = torch.cuda.get_device_name(index) if index < gpus else f"CPU, {os.cpu_count()} cores"
+    if wanted.startswith("cuda") and index >= gpus:
         yield patient.finding(Level.BAD, "torch", "no_gpu", device=wanted)
     else:
         yield patient.finding(Level.GOOD, "torch", "torch_device", version=torch.__version__, device=device)

@@ -205,6 +205,17 @@ def test_bench_leaves_a_running_program_alone_and_says_what_to_do(home):
     assert "stop it for a minute" in ran.stdout
 
 
+@pytest.mark.parametrize(("wanted", "there"), [("cuda", True), ("cuda:0", True), ("cuda:1", False), ("auto", True)])
+def test_a_gpu_that_is_not_there_is_told(home, monkeypatch, wanted, there):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: True)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
+    monkeypatch.setattr("torch.cuda.get_device_name", "GPU {}".format)
+    patient = Patient(home, read_config({"model": {"device": wanted}}, {}))
+    (found,) = doctor._torch(patient)
+    assert (found.level is Level.GOOD) is there
+    assert ("GPU 0" if there else wanted) in found.text
+
+
 def load_gpt2(folder: Path) -> BaseModel:
     config = GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2)
     GPT2LMHeadModel(config).save_pretrained(folder)

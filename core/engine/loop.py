@@ -427,10 +427,12 @@ class ModelThread:
                     log.exception("engine.end_failed")
                     self._outputs.append((job, translate(error)))
             self._flush()
-            self.runner.cache.clear()
-            self.prefixes.clear()
-            for _, _, done in self._forgets:
-                done.set_result(None)
+            try:
+                self.runner.cache.clear()
+                self.prefixes.clear()
+            finally:
+                for _, _, done in self._forgets:
+                    done.set_result(None)
 
     def _flush(self) -> None:
         outputs, self._outputs = self._outputs, []

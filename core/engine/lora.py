@@ -364,6 +364,7 @@ class LoraStacks:
             return
         if self.ranks[oldest] > needed:
             self._empty(oldest)
+        self.rank = needed  # of each stack at least: memory may end half-way
         try:
             self._resize(self.slot_count, needed)
         except Exception as error:

@@ -393,6 +393,31 @@ def test_a_high_rank_costs_the_others_nothing_once_its_adapter_lies_idle(
             assert not mine[[other for other in range(len(mine)) if other != slot]].any()
 
 
+def test_a_rank_that_is_lowered_half_way_for_lack_of_memory_is_raised_as_any_other(
+    base: BaseModel, adapters: list[AdapterRef], fits: Base, tmp_path: Path
+) -> None:
+    stacks, fresh = (LoraStacks(base.module, max_slots=2, device=base.device, dtype=base.dtype) for _ in range(2))
+    small = load_adapter(adapters[0], fits)
+    big = load_adapter(save_adapter(base, tmp_path / "big", seed=5, r=64), fits)
+    resize = Stack.resize
+
+    def bounded(stack: Stack, slots: int, rank: int) -> None:
+        if rank == small.rank and stack is list(stacks.stacks.values())[-1]:  # after the others were laid out anew
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        resize(stack, slots, rank)
+
+    for one in (small, big):
+        stacks.acquire(one)
+    stacks.release(big.sha256)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(Stack, "resize", bounded)
+        stacks.acquire(small)
+    slot, own = stacks.acquire(big), fresh.acquire(big)
+    for name, stack in fresh.stacks.items():
+        for mine, wanted in zip((stacks.stacks[name].a, *stacks.stacks[name].b), (stack.a, *stack.b), strict=True):
+            assert torch.equal(mine[slot], wanted[own])
+
+
 def test_slots_are_reused_only_when_nobody_runs_with_them(
     base: BaseModel, adapters: list[AdapterRef], fits: Base
 ) -> None:

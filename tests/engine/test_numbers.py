@@ -72,7 +72,7 @@ async def test_the_floor_is_weights_adapters_and_what_rows_hold(endless: BaseMod
     async with running(endless) as engine:
         heard = await hear(engine.submit(ask("hello", adapter=adapters[0], max_tokens=6)))
         stats = engine.stats()
-        adapter = engine._adapters.get(adapters[0]).nbytes
+        adapter = engine._adapters.get(adapters[0]).result().nbytes
     assert heard.started is not None
     held = [heard.started.prompt_tokens + i for i in range(1, 6)]  # the first token comes with the prompt
     assert stats.decode_bytes == 5 * (weight_bytes(endless.module) + adapter) + position * sum(held)

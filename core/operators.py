@@ -5,11 +5,13 @@ Whatever needs a grant leaves a row in the audit log: refused, or allowed with w
 
 from __future__ import annotations
 
+import hashlib
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NoReturn
 
+from core import adapters
 from core.commands import Call, Grant
 from core.errors import AppError, BadInput, NotAllowed, UnknownThing
 from core.store import directory
@@ -160,7 +162,17 @@ def channel_set(tx: Tx, caller: Caller, call: Call) -> Outcome:
         return Outcome(Body(say(caller.language, "operators.set_nothing", name=channel.name)))
     _store(tx, channel, {**now, **after}, set(after))
     directory.audit(tx, caller, _action(call), channel.name, {**before}, {**after})
-    return Outcome(Body(_changes(caller.language, channel, before, after)))
+    told = _changes(caller.language, channel, before, after)
+    if "instructions" in after and (label := _trained_otherwise(tx, channel, str(after["instructions"]))):
+        told = f"{told}\n\n{say(caller.language, 'operators.trained_otherwise', label=label)}"
+    return Outcome(Body(told))
+
+
+def _trained_otherwise(tx: Tx, channel: Channel, instructions: str) -> str:
+    """The version that answers, where it was trained and judged under other instructions; else ""."""
+    sha256, label = adapters.champion(tx, channel.adapter)
+    known = adapters.by_sha(tx, sha256).manifest.get("instructions_sha256") if sha256 else None
+    return "" if known in (None, hashlib.sha256(instructions.encode()).hexdigest()) else label
 
 
 def channel_archive(tx: Tx, caller: Caller, call: Call) -> Outcome:

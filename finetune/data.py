@@ -85,9 +85,12 @@ class Report:
 
 
 def bad(line: int, key: str, **fields: object) -> BadDataset:
-    """The file as a whole cannot be used; `fields["reason"]` is a sentence of the section [data]."""
+    """The file as a whole cannot be used, for what stands in that line, or 0; `fields["reason"]` is a sentence of
+    [data].
+    """
     reason = Later(f"data.{key}", **fields)
-    return BadDataset(detail=f"line {line}: {reason.said('en')}", line=line, reason=reason)
+    where = f"line {line}: " if line else ""
+    return BadDataset(detail=f"{where}{reason.said('en')}", line=line, reason=reason)
 
 
 def read(path: Path, columns: Mapping[str, str] | None = None) -> tuple[list[Conversation], Report]:
@@ -143,7 +146,7 @@ def _records(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[int, Any]
         lines = _Lines(io.BufferedReader(gzip.GzipFile(fileobj=file)) if packed else file)
         first = lines.first()
         if not first:
-            raise bad(1, "empty")
+            raise bad(0, "empty")
         if first.startswith(ZIP):
             raise bad(0, "zip")
         if first.startswith(PDF) or b"\0" in first:
@@ -172,7 +175,7 @@ class _Lines:
             line = self._next()
             if self.number == 1 and line is not None:
                 if line[:2] in TWO_BYTE_BOMS:
-                    raise bad(1, "utf16")
+                    raise bad(0, "utf16")
                 line = line.removeprefix(BOM)
         if line is None:
             raise bad(self.number, "first_line_long", limit=MAX_LINE_BYTES)

@@ -36,9 +36,9 @@ def read_text(path: Path) -> str:
         with gzip.open(path) if packed else path.open("rb") as stream:
             content = stream.read(MAX_BYTES + 1)
     except (EOFError, zlib.error, gzip.BadGzipFile) as error:
-        raise bad(1, "bad_gzip", error=error) from error
+        raise bad(0, "bad_gzip", error=error) from error
     if len(content) > MAX_BYTES:
-        raise bad(1, "large", limit=MAX_BYTES // 10**6)
+        raise bad(0, "large", limit=MAX_BYTES // 10**6)
     try:
         return content.decode("utf-8-sig")
     except UnicodeDecodeError as error:

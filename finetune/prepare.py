@@ -76,7 +76,7 @@ def prepare(folder: Path, spec: Spec, emit: Emit) -> Prepared:
             base, rows, report = _read_rows(path, folder, spec, emit)
     except TooCostly as error:
         fields = {"seconds": round(SECONDS), "gib": MEMORY_BYTES // 2**30}
-        raise bad(1, "costly_time" if error.what == "time" else "costly_memory", **fields) from error
+        raise bad(0, "costly_time" if error.what == "time" else "costly_memory", **fields) from error
     parts = split([row.key for row in rows])
     lengths = sorted(len(row.row.ids) for row in rows)
     emit(
@@ -145,6 +145,6 @@ def _check_data(path: Path, sha256: str) -> None:
     except OSError as error:
         raise JobError(detail=f"the data set {path} cannot be read: {error}") from error
     if path.stat().st_size == 0:
-        raise bad(1, "empty")
+        raise bad(0, "empty")
     if sha256 and found != sha256:
         raise JobError(detail=f"the data set {path} is {found[:12]}, but the job is for {sha256[:12]}")

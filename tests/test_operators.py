@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 
+from core import adapters
 from core.commands import parse
 from core.errors import AppError, BadInput, NotAllowed, UnknownThing, UserError
 from core.operators import run_command
@@ -61,6 +63,19 @@ def test_a_channel_is_made_bound_set_shown_and_archived(it: Town) -> None:
     assert it.database.read_now(lambda tx: directory.channel_for(tx, "fake", "bot", "b")) is None
     assert "archived" in it.says("owner", "/channel list")
     assert "archived" in refusal(it, "/channel set brook title=x")
+
+
+def test_new_instructions_warn_where_a_version_answers_that_was_trained_under_others(it: Town) -> None:
+    def work(tx: Tx) -> None:
+        manifest = json.dumps({"instructions_sha256": hashlib.sha256(b"Be brief.").hexdigest()})
+        adapters.publish(tx, adapters.Candidate("v", Path(), "base", "", manifest), "acme", 1)
+        adapters.promote(tx, "acme", "v", "me", "")
+
+    it.database.write_now(work)
+    warning = say("en", "operators.trained_otherwise", label="acme@1")
+    assert it.says("owner", '/channel set acme instructions="Be kind."').endswith(warning)
+    assert warning not in it.says("owner", "/channel set acme title=x")
+    assert warning not in it.says("owner", '/channel set acme instructions="Be brief."')
 
 
 def test_a_price_is_a_new_row_and_the_old_ones_stay(it: Town) -> None:

@@ -185,9 +185,9 @@ def test_a_broken_line_is_rejected_with_its_number_and_the_rest_is_used(tmp_path
 @pytest.mark.parametrize(
     ("content", "line", "reason"),
     [
-        (b"", 1, "empty"),
-        (b"\n\n \n", 1, "empty"),
-        (b"\xff\xfe{\x00", 1, "UTF-16"),
+        (b"", 0, "empty"),
+        (b"\n\n \n", 0, "empty"),
+        (b"\xff\xfe{\x00", 0, "UTF-16"),
         (b'[{"q": "x"}]', 1, "JSON list"),
         (b"hello, world\n", 1, "neither JSONL nor a table"),
         (b"\x89PNG\r\n\x1a\n\0\0", 1, "not in UTF-8"),

@@ -113,12 +113,12 @@ class Reader:
             if not command[2] and command[1].lower() not in {one.name for one in COMMANDS}:
                 return None
             text = f"/{command[1]}{'' if command[1].lower() == 'start' else text[command.end() :]}"
-            if _needs_grant(text) and not await self._is_admin(message):
-                return self._incoming(message, key, "", notice="telegram.operators_in_private")
         else:
             named, text = self._unnamed(message, text)
             if not named and not self._answers_me(message):
                 return None
+        if _needs_grant(text) and not await self._is_admin(message):
+            return self._incoming(message, key, "", notice="telegram.operators_in_private")
         return self._incoming(message, key, text)
 
     async def _edited(self, message: Message, key: str) -> Incoming | None:
@@ -137,7 +137,7 @@ class Reader:
             value = label or value
         topic = None if isinstance(message, InaccessibleMessage) else topic_of(message)
         group = message.chat.type != ChatType.PRIVATE
-        if group and action == "command" and _needs_grant(value) and not await self._admin(message, press.from_user.id):
+        if group and _needs_grant(value) and not await self._admin(message, press.from_user.id):
             return None
         return Incoming(
             lane=Lane.TURN if action == "say" else Lane.CONTROL,
@@ -236,7 +236,7 @@ class Reader:
             mine = entity.type == "mention" and part[1:].lower() == self._name
             mine = mine or (entity.type == "text_mention" and entity.user is not None and entity.user.id == self._me.id)
             if mine:
-                return True, " ".join(text.replace(part, " ", 1).split(" ")).strip(" ,:")
+                return True, text.replace(part, " ", 1).strip().strip(" ,:").strip()
         return False, text
 
     def _answers_me(self, message: Message) -> bool:

@@ -144,6 +144,24 @@ async def test_operator_commands_in_a_group_need_a_known_administrator(tmp_path:
         assert ("`" in sent.text or "acme" in sent.text) == (how == "admin")
 
 
+async def test_an_operator_command_needs_an_administrator_however_it_is_given(tmp_path: Path) -> None:
+    async with talk(tmp_path) as it:
+        chat = group(it.there)
+        private = say("en", "telegram.operators_in_private")
+        first = await it.ask(OWNER, "@acme_bot hi", chat=chat)
+        for text in ("@acme_bot /operator list", "@acme_bot:\n/operator list", "@acme_bot ／operator list"):
+            assert (await it.ask(OWNER, text, chat=chat)).text == private
+        reply = await it.ask(OWNER, "／operator list", chat=chat, reply_to_message=it.there.mine(first))
+        assert reply.text == private
+        told = len(it.there.held(GROUP))
+        for data in ("y:/operator list", "y: ／operator list", "c:/operator list"):
+            await it.press(OWNER, first, data=data)
+            assert it.there.answered[-1][1] == say("en", "telegram.press_refused")
+        assert len(it.there.held(GROUP)) == told
+        own = it.there.chat(-100600, "supergroup", admins={OWNER.id})
+        assert "terminal" in (await it.ask(OWNER, "@acme_bot /operator list", chat=own)).text
+
+
 async def test_a_group_where_it_may_not_write_is_given_up(tmp_path: Path) -> None:
     async with talk(tmp_path) as it:
         chat = group(it.there, blocked=True)

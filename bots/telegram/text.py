@@ -13,6 +13,8 @@ from functools import lru_cache
 
 from aiogram.types import MessageEntity
 from markdown_it import MarkdownIt
+from markdown_it.common.utils import isMdAsciiPunct, isPunctChar, isWhiteSpace
+from markdown_it.rules_inline import StateInline, emphasis
 from markdown_it.tree import SyntaxTreeNode
 
 from bots.render import split_text
@@ -154,7 +156,42 @@ def _printable(text: str) -> str:
 
 @lru_cache(maxsize=1)
 def _parser() -> MarkdownIt:
-    return MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
+    made = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
+    made.inline.ruler.at("emphasis", _emphasis)
+    return made
+
+
+def _emphasis(state: StateInline, silent: bool) -> bool:
+    """CommonMark's, but stars need no spaces where Chinese, Japanese or Korean stands, which has none.
+
+    There a punctuation mark beside stars counts as a letter, and a character beyond them as a space would.
+    Source: https://github.com/tats-u/markdown-cjk-friendly
+    """
+    start, before = state.pos, len(state.delimiters)
+    if not emphasis.tokenize(state, silent):
+        return False
+    if state.src[start] == "*":
+        last = state.src[start - 1] if start else " "
+        following = state.src[state.pos] if state.pos < state.posMax else " "
+        for one in state.delimiters[before:]:
+            one.open, one.close = _flanks(following, last), _flanks(last, following)
+    return True
+
+
+def _flanks(inner: str, outer: str) -> bool:
+    """Whether stars between these can begin what `inner` begins, or end what it ends."""
+    if isWhiteSpace(ord(inner)):
+        return False
+    return not _is_mark(inner) or isWhiteSpace(ord(outer)) or _is_mark(outer) or _is_cjk(outer)
+
+
+def _is_mark(character: str) -> bool:
+    return (isMdAsciiPunct(ord(character)) or isPunctChar(character)) and not _is_cjk(character)
+
+
+def _is_cjk(character: str) -> bool:
+    """A wide or half-wide letter or punctuation mark; pictures are wide too, and are none."""
+    return unicodedata.east_asian_width(character) in "WFH" and unicodedata.category(character) != "So"
 
 
 class _Page:

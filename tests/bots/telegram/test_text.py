@@ -63,6 +63,23 @@ def test_what_it_looks_like() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("markdown", "bold"),
+    [
+        ("申请需要三步：**第一步：**提交表格。**“第二步”**等待审核。", ["第一步：", "“第二步”"]),
+        ("这是**重点。**后面，**《办法》**第三条", ["重点。", "《办法》"]),
+        ("**API（v2）**is open", ["API（v2）"]),
+        ("これは**「許可」**です", ["「許可」"]),
+        ('2 ** 3, a**"b"**c, **Note:**x, 一 ** 二', []),
+        ("a **b:** c", ["b:"]),
+    ],
+)
+def test_stars_beside_chinese_need_no_spaces_and_elsewhere_are_commonmarks(markdown: str, bold: list[str]) -> None:
+    shown = texts.render(markdown)
+    assert [shown.text[mark.start : mark.end] for mark in shown.marks] == bold
+    assert ("*" in shown.text) == (not bold)
+
+
 def test_html_and_commands_stay_as_they_were_written() -> None:
     assert texts.render("Use <div> & <b>x</b>, not a_b_c").text == "Use <div> & <b>x</b>, not a_b_c"
     assert texts.render("| a | b |\n|---|---|\n| 1 | 中文 |").text == "a │ b\n──┼─────\n1 │ 中文"

@@ -6,6 +6,7 @@ entity that must be cut, because it is longer than a message, becomes two.
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -25,6 +26,9 @@ _MAX_MARKUP = 60_000  # characters; longer texts are shown as they are
 _NOTHING = "–"
 _WHOLE = ("pre", "code", "text_link")
 _INLINE = {"strong": "bold", "em": "italic", "s": "strikethrough"}
+_FORMULAS = {"\\(": "\\)", "\\[": "\\]", "$$": "$$"}
+# Between single dollars only one word, or what has a formula's signs: prices are none.
+_IN_DOLLARS = re.compile(r"(?<![\w$])\$(?=[^\s$])(?:[^\s$`]+|(?=[^$\n`]*[\\^_])[^$\n`]*[^\s$`])\$(?![\w$])")
 _LINKS = ("http://", "https://", "tg://", "mailto:", "tel:")
 
 
@@ -158,7 +162,26 @@ def _printable(text: str) -> str:
 def _parser() -> MarkdownIt:
     made = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
     made.inline.ruler.at("emphasis", _emphasis)
+    made.inline.ruler.before("escape", "formula", _formula)
     return made
+
+
+def _formula(state: StateInline, silent: bool) -> bool:
+    """A formula stands as it is written: its backslashes, stars and underscores are no Markdown."""
+    source, start = state.src, state.pos
+    close = _FORMULAS.get(source[start : start + 2])
+    if close is not None:
+        at = source.find(close, start + 2, min(start + LIMIT, state.posMax))
+        end = at + 2 if at >= 0 else start
+    else:
+        found = _IN_DOLLARS.match(source, start, state.posMax)
+        end = found.end() if found else start
+    if end == start:
+        return False
+    if not silent:
+        state.push("text", "", 0).content = source[start:end]
+    state.pos = end
+    return True
 
 
 def _emphasis(state: StateInline, silent: bool) -> bool:
@@ -289,7 +312,7 @@ class _Page:
                 self._inlines(node.children, indent)
 
     def _link(self, node: SyntaxTreeNode, indent: str) -> None:
-        url, start = str(node.attrs.get("href") or node.attrs.get("src") or ""), self._length
+        url, start = _url(node), self._length
         self._inlines(node.children, indent)
         if self._length == start:
             self.add(url)
@@ -312,7 +335,16 @@ def _table(node: SyntaxTreeNode) -> str:
 def _plain(node: SyntaxTreeNode) -> str:
     if node.type in ("text", "code_inline"):
         return node.content
-    return " " if node.type.endswith("break") else "".join(_plain(child) for child in node.children)
+    if node.type.endswith("break"):
+        return " "
+    shown, url = "".join(_plain(child) for child in node.children), _url(node)
+    if not url or node.markup == "autolink":
+        return shown
+    return f"{shown} ({url})" if shown else url
+
+
+def _url(node: SyntaxTreeNode) -> str:
+    return str(node.attrs.get("href") or node.attrs.get("src") or "")
 
 
 def _width(text: str) -> int:

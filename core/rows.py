@@ -229,7 +229,8 @@ class Rows:
 
         def settle(tx: Tx) -> None:
             fail_reply(tx, row)
-            inbox.close(tx, row.id, outcome, dead=error.key == "error.gave_up")
+            ended = "limited" if isinstance(error, LimitReached) else outcome
+            inbox.close(tx, row.id, ended, dead=error.key == "error.gave_up")
 
         async def write() -> None:
             delivery_id = await self._database.write(lambda tx: new_delivery(tx, inbox_id=row.id))
@@ -239,13 +240,13 @@ class Rows:
         await self._persist(row, write)
 
     async def _refuse_limit(self, row: Taken, caller: Caller | None, error: LimitReached) -> None:
-        """Say it once per window, not for each further message."""
+        """Say it once per window and place, not for each further message."""
 
         def told(tx: Tx) -> bool:
             told_lately = bool(
                 tx.value(
-                    "SELECT 1 FROM inbox WHERE user_hash = ? AND outcome = 'refused' AND closed_ms > ? AND id <> ?",
-                    [row.user_hash, tx.now_ms - _NOTICE_WINDOW_MS, row.id],
+                    "SELECT 1 FROM inbox WHERE user_hash = ? AND place = ? AND outcome = 'limited' AND closed_ms > ?",
+                    [row.user_hash, row.address.place, tx.now_ms - _NOTICE_WINDOW_MS],
                 )
             )
             if told_lately:

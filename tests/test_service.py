@@ -9,7 +9,7 @@ import pytest
 
 from core.engine.protocol import Request
 from core.errors import EngineError
-from core.store import inbox, ledger
+from core.store import directory, inbox, ledger
 from core.store.database import Tx
 from core.texts import say
 from core.types import Attachment, Kind, Role
@@ -90,6 +90,22 @@ async def test_the_limit_is_said_once_with_when_it_ends(tmp_path: Path) -> None:
         assert "6" in said[-1]
         assert await it.count("ledger") == 6
         assert await it.count("inbox", "outcome = 'refused_quietly'") == 2
+
+
+async def test_a_limit_is_said_after_any_other_refusal_and_in_each_place(tmp_path: Path) -> None:
+    def bind(tx: Tx) -> None:
+        channel = directory.channel_by_name(tx, "acme")
+        assert channel is not None
+        directory.bind(tx, "fake", "bot", "another", channel.id)
+
+    async with world(tmp_path) as it:
+        await it.database.write(bind)
+        await it.ask("/fintune x")
+        for n in range(6):
+            await it.ask(f"m{n}")
+        for place in ("p", "another"):
+            assert "6 messages" in await it.ask("one too many", place=place, conversation=place)
+        assert await it.count("inbox", "outcome = 'limited'") == 2
 
 
 @pytest.mark.parametrize(

@@ -27,7 +27,7 @@ from aiogram.exceptions import (
     TelegramUnauthorizedError,
 )
 from aiogram.methods import GetFile, TelegramMethod
-from aiohttp import ClientConnectionError, ClientError, ClientSession
+from aiohttp import ClientConnectionError, ClientConnectorError, ClientError, ClientSession
 
 from bots.telegram.pace import Pace
 from core.errors import AppError, BadInput
@@ -75,6 +75,12 @@ def trouble(error: Exception) -> Trouble:
         said = error.message.lower()
         return next((meaning for meaning, words in _MEANINGS if any(word in said for word in words)), Trouble.OTHER)
     return Trouble.OTHER
+
+
+class Lost(Unreachable):
+    """Whether a new message was sent is not known: to repeat it could double it."""
+
+    key = AppError.key
 
 
 class Session(AiohttpSession):
@@ -161,15 +167,23 @@ class Api:
     async def write(self, chat: int, method: TelegramMethod[T]) -> T:
         """A request that must be done: waits for its turn, through 429 and through a platform that is away.
 
-        Raises what Telegram says otherwise; Unreachable where nobody can be reached any more.
+        Only for what may be repeated. Raises what Telegram says otherwise; Unreachable where nobody can be reached any
+        more.
         """
+        return await self._patiently(chat, method, repeatable=True)
+
+    async def send(self, chat: int, method: TelegramMethod[T]) -> T:
+        """The same for what makes a new message: repeated only where it was not done for certain, else raises Lost."""
+        return await self._patiently(chat, method, repeatable=False)
+
+    async def _patiently(self, chat: int, method: TelegramMethod[T], *, repeatable: bool) -> T:
         try:
             async with asyncio.timeout(self._patience_s):
-                return await self._write(chat, method)
+                return await self._write(chat, method, repeatable=repeatable)
         except TimeoutError as error:
             raise AppError(detail="Telegram did not take a message for too long") from error
 
-    async def _write(self, chat: int, method: TelegramMethod[T]) -> T:
+    async def _write(self, chat: int, method: TelegramMethod[T], *, repeatable: bool) -> T:
         tries = 0
         while True:
             await self.pace.turn(chat)
@@ -186,6 +200,9 @@ class Api:
                     raise Unreachable(detail=type(error).__name__) from error
                 if meaning is not Trouble.AWAY:
                     raise
+                if not (repeatable or isinstance(error.__cause__, ClientConnectorError)):  # that one never went out
+                    log.warning("telegram.lost", extra={"method": method.__api_method__, "error": type(error).__name__})
+                    raise Lost(detail=type(error).__name__) from error
                 log.warning("telegram.away", extra={"method": method.__api_method__, "error": type(error).__name__})
                 await asyncio.sleep(_PAUSES_S[min(tries, len(_PAUSES_S) - 1)])
                 tries += 1

@@ -20,26 +20,34 @@ from aiogram.exceptions import (
     TelegramBadRequest,
     TelegramMigrateToChat,
     TelegramNotFound,
-    TelegramRetryAfter,
 )
 from aiogram.methods import (
     EditMessageMedia,
     EditMessageReplyMarkup,
     EditMessageText,
+    GetMe,
     SendMessage,
     TelegramMethod,
 )
-from aiogram.types import FSInputFile, InputMediaDocument, InputMediaPhoto, InputRichMessage, ReplyParameters
+from aiogram.types import (
+    FSInputFile,
+    InputMediaDocument,
+    InputMediaPhoto,
+    InputRichMessage,
+    Message,
+    ReplyParameters,
+)
 
 from bots.outlet import Address, Attachment, Body, Handle, Receipt, Reopen
 from bots.telegram import text as texts
-from bots.telegram.api import Api, Trouble, trouble
+from bots.telegram.api import Api, Lost, Trouble, trouble
 from bots.telegram.buttons import chosen_keyboard, keyboard
 from bots.telegram.places import receipt, spot
 from bots.telegram.sights import Sight, Sights, Where
 from core.errors import AppError
 
 log = logging.getLogger(__name__)
+K = TypeVar("K")
 V = TypeVar("V")
 WAITING = "…"
 _REMEMBERED = 2_000
@@ -65,6 +73,7 @@ class TelegramOutlet:
         self.sights = Sights(api)
         self._owed: OrderedDict[Handle, str] = OrderedDict()  # the text that a draft must become
         self._moved: OrderedDict[Handle, Where] = OrderedDict()  # where a handle's message is now
+        self._lost: OrderedDict[tuple[int, int | None, int | None], bool] = OrderedDict()  # places, twice in a row
         self._tried: OrderedDict[Handle, bool] = OrderedDict()  # sent directly, outcome unknown
 
     # --- the contract ---
@@ -193,7 +202,7 @@ class TelegramOutlet:
             reply_parameters=None if where.chat > 0 else reply,
         )
         try:
-            sent = await self._api.write(where.chat, method)
+            sent = await self._send(where, method)
         except TelegramMigrateToChat as error:
             return await self._post(replace(where, chat=error.migrate_to_chat_id, topic=None, reply_to=None), first)
         except TelegramBadRequest as error:
@@ -201,6 +210,24 @@ class TelegramOutlet:
                 raise
             return await self._post(replace(where, topic=None, action_topic=None), first)
         return replace(where, message=sent.message_id)
+
+    async def _send(self, where: Where, method: SendMessage) -> Message:
+        """One that may have been sent already is sent once more, when Telegram answers again, and never a third time.
+
+        Raises Lost. So a lost answer leaves one first message too many, as a crash at that point does.
+        """
+        place = (where.chat, where.topic, where.reply_to)
+        if self._lost.pop(place, False):
+            raise Lost(detail="lost twice: the refusal would be a third")
+        try:
+            return await self._api.send(where.chat, method)
+        except Lost:
+            await self._api.write(where.chat, GetMe())
+        try:
+            return await self._api.send(where.chat, method)
+        except Lost:
+            _remember(self._lost, place, True)
+            raise
 
     async def _send_directly(self, handle: Handle, where: Where, part: Part, sight: Sight | None) -> Where:
         """One send. Where it may have been done already, it is not repeated: the answer stays unconfirmed."""
@@ -216,26 +243,14 @@ class TelegramOutlet:
                 reply_markup=buttons,
             )
             try:
-                await self._wait(where.chat)
                 _remember(self._tried, handle, True)
-                sent = await self._send_once(where.chat, method)
-                return replace(where, message=sent)
+                sent = await self._api.send(where.chat, method)
+                return replace(where, message=sent.message_id)
             except TelegramBadRequest as error:
                 self._tried.pop(handle, None)
                 if trouble(error) is not Trouble.MARKUP or entities is None:
                     raise
         raise AppError(detail="unreachable")
-
-    async def _wait(self, chat: int) -> None:
-        await self._api.pace.turn(chat)
-
-    async def _send_once(self, chat: int, method: SendMessage) -> int:
-        while True:
-            try:
-                return (await self._api.call(method)).message_id
-            except TelegramRetryAfter as error:  # this one was refused for certain
-                self._api.pace.refused(chat, error.retry_after)
-                await self._wait(chat)
 
 
 def _forms(where: Where, part: Part) -> list[TelegramMethod[Any]]:
@@ -260,9 +275,9 @@ def _forms(where: Where, part: Part) -> list[TelegramMethod[Any]]:
     return forms
 
 
-def _remember(known: OrderedDict[Handle, V], handle: Handle, value: V) -> None:
+def _remember(known: OrderedDict[K, V], key: K, value: V) -> None:
     """Keep the newest: those before are of answers long settled."""
-    known[handle] = value
-    known.move_to_end(handle)
+    known[key] = value
+    known.move_to_end(key)
     if len(known) > _REMEMBERED:
         known.popitem(last=False)

@@ -11,7 +11,7 @@ import time
 from collections import OrderedDict
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 
 from aiogram import Bot, Dispatcher, F, Router
 from aiogram.enums import ChatMemberStatus, ChatType
@@ -36,6 +36,7 @@ from core.commands import COMMANDS, parse
 from core.errors import UserError
 
 log = logging.getLogger(__name__)
+V = TypeVar("V")
 ALLOWED = ["message", "edited_message", "callback_query", "my_chat_member", "stopped_message_generation"]
 _GROUPS = (ChatType.GROUP, ChatType.SUPERGROUP)
 _IN, _OUT = (ChatMemberStatus.MEMBER, ChatMemberStatus.ADMINISTRATOR), (ChatMemberStatus.LEFT, ChatMemberStatus.KICKED)
@@ -65,6 +66,7 @@ class Reader:
     def __init__(self, bot: Bot, me: User, account: str) -> None:
         self._bot, self._me, self._account = bot, me, account
         self._admins: OrderedDict[tuple[int, int], tuple[float, bool]] = OrderedDict()
+        self._pressers: OrderedDict[tuple[int, int], int] = OrderedDict()  # who last asked by a button of a message
         router = Router(name=account)
         router.message.register(self._service, F.migrate_to_chat_id)
         router.message.register(self._private, F.chat.type == ChatType.PRIVATE)
@@ -113,12 +115,12 @@ class Reader:
             if not command[2] and command[1].lower() not in {one.name for one in COMMANDS}:
                 return None
             text = f"/{command[1]}{'' if command[1].lower() == 'start' else text[command.end() :]}"
-            if _needs_grant(text) and not await self._is_admin(message):
-                return self._incoming(message, key, "", notice="telegram.operators_in_private")
         else:
             named, text = self._unnamed(message, text)
             if not named and not self._answers_me(message):
                 return None
+        if _needs_grant(text) and not await self._is_admin(message):
+            return self._incoming(message, key, "", notice="telegram.operators_in_private")
         return self._incoming(message, key, text)
 
     async def _edited(self, message: Message, key: str) -> Incoming | None:
@@ -137,8 +139,12 @@ class Reader:
             value = label or value
         topic = None if isinstance(message, InaccessibleMessage) else topic_of(message)
         group = message.chat.type != ChatType.PRIVATE
-        if group and action == "command" and _needs_grant(value) and not await self._admin(message, press.from_user.id):
+        if group and _needs_grant(value) and not await self._admin(message, press.from_user.id):
             return None
+        if group and action == "stop" and not await self._may_stop(message, press.from_user.id):
+            return None
+        if group and action in ("say", "command"):
+            _remember(self._pressers, (message.chat.id, message.message_id), press.from_user.id)
         return Incoming(
             lane=Lane.TURN if action == "say" else Lane.CONTROL,
             kind={"stop": Kind.STOP, "say": Kind.MESSAGE}.get(action, Kind.PRESS),
@@ -236,7 +242,7 @@ class Reader:
             mine = entity.type == "mention" and part[1:].lower() == self._name
             mine = mine or (entity.type == "text_mention" and entity.user is not None and entity.user.id == self._me.id)
             if mine:
-                return True, " ".join(text.replace(part, " ", 1).split(" ")).strip(" ,:")
+                return True, text.replace(part, " ", 1).strip().strip(" ,:").strip()
         return False, text
 
     def _answers_me(self, message: Message) -> bool:
@@ -263,6 +269,16 @@ class Reader:
             return False
         return await self._admin(message, message.from_user.id)
 
+    async def _may_stop(self, message: Message | InaccessibleMessage, user: int) -> bool:
+        """Who asked, which is seen by what the answer replies to, and who administers the group; else anybody."""
+        asked = None if isinstance(message, InaccessibleMessage) else message.reply_to_message
+        if asked is None or asked.from_user is None:
+            return True
+        asker = asked.from_user.id
+        if asker == self._me.id:
+            asker = self._pressers.get((asked.chat.id, asked.message_id), user)
+        return asker == user or await self._admin(message, user)
+
     async def _admin(self, message: Message | InaccessibleMessage, user: int) -> bool:
         known = self._admins.get((message.chat.id, user))
         if known is not None and time.monotonic() - known[0] < _ADMIN_KNOWN_S:
@@ -272,10 +288,14 @@ class Reader:
         except (TelegramAPIError, ClientDecodeError, TimeoutError):
             return False  # not verified: the person is told to write in private
         admin = member.get("status") in _ADMINS
-        self._admins[message.chat.id, user] = time.monotonic(), admin
-        if len(self._admins) > 1_000:
-            self._admins.popitem(last=False)
+        _remember(self._admins, (message.chat.id, user), (time.monotonic(), admin))
         return admin
+
+
+def _remember(known: OrderedDict[tuple[int, int], V], key: tuple[int, int], value: V) -> None:
+    known[key] = value
+    if len(known) > 1_000:
+        known.popitem(last=False)
 
 
 def _said(message: Message) -> bool:

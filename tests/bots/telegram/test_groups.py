@@ -63,6 +63,31 @@ async def test_an_answer_in_a_group_grows_by_edits_with_a_stop_button(tmp_path: 
         assert len(it.there.held(GROUP)) == 1
 
 
+async def test_an_answer_in_a_group_is_stopped_by_who_asked_or_an_administrator(tmp_path: Path) -> None:
+    async with talk(tmp_path, lambda request: "word " * 300, delay_s=0.01) as it:
+        chat = group(it.there, admins={OWNER.id})
+
+        async def stopped(number: int, *people: Person) -> bool:
+            """Whether the last of these can stop it; those before cannot."""
+            await it.there.until(lambda: len(it.there.held(GROUP)) > number and it.there.held(GROUP)[number].labels)
+            sent = it.there.held(GROUP)[number]
+            for person in people:
+                done = len(it.there.answered)
+                it.there.presses(person, sent, "■")
+                await it.there.until(lambda done=done: len(it.there.answered) > done)
+            await it.settled()
+            told = [text for _, text in it.there.answered[-len(people) :]]
+            assert told == [say(one.language[:2], "telegram.press_refused") for one in people[:-1]] + [""]
+            return sent.text.count("word") < 300
+
+        it.there.says(ANN, "@acme_bot tell me all", chat=chat)
+        assert await stopped(0, LI, ANN)
+        it.there.says(ANN, "@acme_bot tell me all", chat=chat)
+        assert await stopped(1, LI, OWNER)
+        it.there.presses(LI, it.there.held(GROUP)[1], "↻")
+        assert await stopped(2, ANN, LI)
+
+
 async def test_topics_are_answered_in_their_topic_and_general_without_an_id(tmp_path: Path) -> None:
     async with talk(tmp_path, lambda request: f"{len(request.messages)}", delay_s=0.3) as it:
         chat = group(it.there, forum=True, topics={17})
@@ -142,6 +167,24 @@ async def test_operator_commands_in_a_group_need_a_known_administrator(tmp_path:
         told = {"admin": "acme", "admin_but_no_operator": say("en", "error.not_allowed")}
         assert told.get(how, say("en", "telegram.operators_in_private")) in sent.text
         assert ("`" in sent.text or "acme" in sent.text) == (how == "admin")
+
+
+async def test_an_operator_command_needs_an_administrator_however_it_is_given(tmp_path: Path) -> None:
+    async with talk(tmp_path) as it:
+        chat = group(it.there)
+        private = say("en", "telegram.operators_in_private")
+        first = await it.ask(OWNER, "@acme_bot hi", chat=chat)
+        for text in ("@acme_bot /operator list", "@acme_bot:\n/operator list", "@acme_bot ／operator list"):
+            assert (await it.ask(OWNER, text, chat=chat)).text == private
+        reply = await it.ask(OWNER, "／operator list", chat=chat, reply_to_message=it.there.mine(first))
+        assert reply.text == private
+        told = len(it.there.held(GROUP))
+        for data in ("y:/operator list", "y: ／operator list", "c:/operator list"):
+            await it.press(OWNER, first, data=data)
+            assert it.there.answered[-1][1] == say("en", "telegram.press_refused")
+        assert len(it.there.held(GROUP)) == told
+        own = it.there.chat(-100600, "supergroup", admins={OWNER.id})
+        assert "terminal" in (await it.ask(OWNER, "@acme_bot /operator list", chat=own)).text
 
 
 async def test_a_group_where_it_may_not_write_is_given_up(tmp_path: Path) -> None:

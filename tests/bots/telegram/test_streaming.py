@@ -7,7 +7,9 @@ import time
 from pathlib import Path
 
 import pytest
+from aiogram.methods import SendMessage
 
+from bots.telegram.api import Api, Lost, end, make_bot
 from bots.telegram.pace import Bucket, Limits, Pace, Rate
 from core.engine.protocol import Request
 from core.errors import AppError, EngineError
@@ -15,6 +17,7 @@ from core.texts import say
 from tests.bots.telegram.talk import ANN, FAST, LI, talk
 from tests.fakes.telegram import FakeTelegram
 from tests.fakes.telegram.rules import Refused
+from tests.fakes.telegram.server import TOKEN
 
 LONG = "word " * 300
 
@@ -119,6 +122,33 @@ async def test_an_orphan_is_at_most_a_first_line(tmp_path: Path, monkeypatch: py
         await it.settled()
         assert [one.text for one in it.there.held(ANN.id)] == ["one …", "one\ntwo"]
         assert await it.here.count("ledger") == 1
+
+
+@pytest.mark.parametrize(("transport", "left"), [("draft", ["one …"] * 2), ("edit", ["…"] * 2)])
+async def test_a_first_message_whose_answers_are_lost_is_sent_once_more_and_then_given_up(
+    tmp_path: Path, transport: str, left: list[str]
+) -> None:
+    async with talk(tmp_path, lambda request: "one\ntwo", transport=transport) as it:
+        it.there.faults += [("sendMessage", "cut")] * 6
+        it.there.says(ANN, "hello")
+        await it.settled()
+        assert [one.text for one in it.there.held(ANN.id)] == left
+        assert await it.here.count("inbox", "outcome = 'unconfirmed'") == 1
+        assert await it.here.count("ledger") == 0
+
+
+async def test_what_never_went_out_is_repeated_and_what_may_have_been_taken_is_not() -> None:
+    async with FakeTelegram().open() as there:
+        there.chat(ANN.id)
+        there.faults.append(("sendMessage", "cut"))
+        bot = make_bot(TOKEN, there.url)
+        with pytest.raises(Lost):
+            await Api(bot, Pace()).send(ANN.id, SendMessage(chat_id=ANN.id, text="…"))
+        await end(bot)
+        bot = make_bot(TOKEN, there.url)
+    with pytest.raises(AppError, match="for too long"):  # nobody listens there any more
+        await Api(bot, Pace(), patience_s=0.1).send(ANN.id, SendMessage(chat_id=ANN.id, text="…"))
+    await end(bot)
 
 
 async def test_a_message_that_was_deleted_meanwhile_is_written_anew(tmp_path: Path) -> None:

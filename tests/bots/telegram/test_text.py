@@ -63,6 +63,59 @@ def test_what_it_looks_like() -> None:
     }  # fmt: skip
 
 
+@pytest.mark.parametrize(
+    ("markdown", "bold"),
+    [
+        ("申请需要三步：**第一步：**提交表格。**“第二步”**等待审核。", ["第一步：", "“第二步”"]),
+        ("这是**重点。**后面，**《办法》**第三条", ["重点。", "《办法》"]),
+        ("**API（v2）**is open", ["API（v2）"]),
+        ("これは**「許可」**です", ["「許可」"]),
+        ('2 ** 3, a**"b"**c, **Note:**x, 一 ** 二', []),
+        ("a **b:** c", ["b:"]),
+    ],
+)
+def test_stars_beside_chinese_need_no_spaces_and_elsewhere_are_commonmarks(markdown: str, bold: list[str]) -> None:
+    shown = texts.render(markdown)
+    assert [shown.text[mark.start : mark.end] for mark in shown.marks] == bold
+    assert ("*" in shown.text) == (not bold)
+
+
+@pytest.mark.parametrize(
+    "formula",
+    [
+        r"The roots are \( x_{1,2} = \frac{-b \pm \sqrt{b^2-4ac}}{2a} \) and",
+        "\\[\n\\begin{pmatrix} a & b \\\\ c & d \\end{pmatrix}\n\\]",
+        r"so $x^{*} + y^{*} = \{1, 2\}$ holds, and $a*b*c$ too",
+        "$$a_{i}*b_{j}*c$$",
+    ],
+)
+def test_a_formula_stands_as_it_is_written(formula: str) -> None:
+    assert texts.render(formula) == texts.Rendered(formula)
+
+
+@pytest.mark.parametrize(
+    ("markdown", "text"),
+    [
+        ("$5 and **both** for $10", "$5 and both for $10"),
+        ("US$5 **or** 4$", "US$5 or 4$"),
+        ("5$ *a* $", "5$ a $"),
+        ("$5, **or** $10", "$5, or $10"),
+        (r"\( **open**", "( open"),
+        (r"\\( **x** \\)", r"\( x \)"),
+    ],
+)
+def test_prices_and_what_is_never_closed_are_no_formulas(markdown: str, text: str) -> None:
+    shown = texts.render(markdown)
+    assert (shown.text, len(shown.marks)) == (text, 1)
+
+
+def test_a_table_keeps_the_addresses_of_its_links_and_pictures() -> None:
+    cells = "| [form](https://acme.example/f.pdf) | ![plan](https://acme.example/p.png) | <https://a.example> |"
+    shown = texts.render(f"| a | b | c |\n|---|---|---|\n{cells}").text
+    kept = ["form (https://acme.example/f.pdf)", "plan (https://acme.example/p.png)", "https://a.example"]
+    assert shown.splitlines()[-1].split(" │ ") == kept
+
+
 def test_html_and_commands_stay_as_they_were_written() -> None:
     assert texts.render("Use <div> & <b>x</b>, not a_b_c").text == "Use <div> & <b>x</b>, not a_b_c"
     assert texts.render("| a | b |\n|---|---|\n| 1 | 中文 |").text == "a │ b\n──┼─────\n1 │ 中文"

@@ -93,6 +93,7 @@ class FakeTelegram:
         self.accounts: dict[str, Account] = {}
         self.chats: dict[int, Chat] = {}
         self.messages: dict[tuple[int, int], Sent] = {}
+        self.said: dict[tuple[int, int], dict[str, Any]] = {}  # what people have
         self.drafts: dict[tuple[int, int], Draft] = {}
         self.drafted: list[str] = []
         self.calls: list[Call] = []
@@ -151,7 +152,8 @@ class FakeTelegram:
         chat = chat or self.chat(person.id)
         self._numbers[chat.id] += 1
         number = self._numbers[chat.id]
-        self.update(message=people.message(chat, person, number, text, **more))
+        self.said[chat.id, number] = people.message(chat, person, number, text, **more)
+        self.update(message=self.said[chat.id, number])
         return number
 
     def presses(self, person: Person, message: Sent, label: str = "", *, data: str = "") -> None:
@@ -164,6 +166,10 @@ class FakeTelegram:
             shown["reply_markup"] = message.markup.model_dump(exclude_none=True)
         if message.topic:
             shown |= {"message_thread_id": message.topic, "is_topic_message": True}
+        if message.reply_to:
+            answered = (message.chat, message.reply_to)
+            mine = self.messages.get(answered)
+            shown["reply_to_message"] = self.mine(mine) if mine else self.said[answered]
         press = {"id": f"q{bot.next_update}", "from": person.json(), "chat_instance": "1", "data": data}
         self.update(callback_query=press | {"message": shown})
 

@@ -19,10 +19,10 @@ from typing import Any
 from aiohttp import ClientError
 from slack_sdk.errors import SlackApiError
 
-from bots.outlet import Address, Attachment, Body, Handle, Receipt
+from bots.outlet import Address, Attachment, Body, Handle, Receipt, Unreachable
 from bots.render import split_text
 from bots.slack import blocks, text
-from bots.slack.api import Api, Trouble, trouble
+from bots.slack.api import Api, Trouble, Unsure, trouble
 from bots.slack.places import PLATFORM, goes_to, is_dm, thread_of
 from core.errors import AppError
 from core.texts import say
@@ -102,6 +102,7 @@ class SlackOutlet:
         self._askers: OrderedDict[Address, Asker] = OrderedDict()
         self._sights: OrderedDict[Handle, Sight] = OrderedDict()
         self._begun: OrderedDict[Address, None] = OrderedDict()
+        self._unsure: OrderedDict[Address, int] = OrderedDict()  # first messages of which nobody knows, in a row
         self._pressed: OrderedDict[str, tuple[str, Mapping[str, Any]]] = OrderedDict()  # ts -> channel, message
         self._errands: set[asyncio.Task[None]] = set()
 
@@ -236,21 +237,43 @@ class SlackOutlet:
             made = await self._api.once("chat.startStream", **given)
         except _ERRORS as error:
             log.info("slack.no_stream", extra={"error": _name(error)})
+            if trouble(error) is Trouble.AWAY:
+                self._doubt(to)
             return None
         return Where(str(made.get("channel", to.place)), str(made["ts"]), True, to.place, to.conversation, to.reply_to)
 
     async def _post(self, to: Address, asker: Asker | None) -> Where:
+        """A first message. Where nobody knows of one whether it is there, there is one more, and no third."""
         below = self._stop_row(Where(goes_to(to), "", False, to.place, to.conversation), asker) if to.reply_to else []
-        made = await self._api.write(
-            "chat.postMessage",
-            channel=goes_to(to),
-            thread_ts=thread_of(to),
-            text=WAITING,
-            blocks=[{"type": "markdown", "text": WAITING}, *below],
-            unfurl_links=False,
-            unfurl_media=False,
-        )
-        return Where(str(made["channel"]), str(made["ts"]), False, to.place, to.conversation, to.reply_to)
+        key = replace(to, account="")
+        if self._unsure.get(key, 0) > 1:
+            del self._unsure[key]
+            raise Unreachable(detail="whether a first message was posted is not known")
+        while True:
+            if key in self._unsure:
+                await self._api.write("auth.test")  # a Slack that is away is waited for with what may be repeated
+            try:
+                made = await self._api.post(
+                    channel=goes_to(to),
+                    thread_ts=thread_of(to),
+                    text=WAITING,
+                    blocks=[{"type": "markdown", "text": WAITING}, *below],
+                    unfurl_links=False,
+                    unfurl_media=False,
+                )
+            except Unsure:
+                if self._doubt(to) > 1:
+                    raise
+            else:
+                self._unsure.pop(key, None)
+                return Where(str(made["channel"]), str(made["ts"]), False, to.place, to.conversation, to.reply_to)
+
+    def _doubt(self, to: Address) -> int:
+        """Note a first message that may stand there, its handle lost; how many in a row."""
+        log.warning("slack.orphan")
+        count = self._unsure.get(replace(to, account=""), 0) + 1
+        _remember(self._unsure, replace(to, account=""), count)
+        return count
 
     def _stop_row(self, where: Where, asker: Asker | None) -> list[blocks.Block]:
         return blocks.stop_row(say((asker.language if asker else "") or "en", "slack.stop"), where.to)

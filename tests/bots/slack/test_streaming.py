@@ -3,15 +3,18 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
 from pathlib import Path
 
 import pytest
+from aiohttp.test_utils import unused_port
+from slack_sdk.web.async_client import AsyncWebClient
 
 from bots.slack import api, outlet
 from bots.slack.pace import RATES, Pace
 from bots.slack.text import LIMIT, growing, harmless
 from core.engine.protocol import Request
-from tests.bots.slack.talk import Talk, talk
+from tests.bots.slack.talk import Talk, fast, talk
 from tests.fakes.slack import FakeSlack, Held
 
 LONG = "one two three four five six seven eight nine ten"
@@ -75,6 +78,49 @@ async def test_a_start_whose_answer_is_lost_leaves_one_orphan_and_no_second_stre
         orphan, held = it.there.messages.values()
         assert (orphan.said, held.said) == ("", LONG)
         assert len(it.there.called("chat.startStream")) == 1
+
+
+@pytest.mark.parametrize("fault", ["lost", "500", "fatal_error"])
+async def test_a_first_message_of_which_nobody_knows_is_posted_once_more_and_not_again(
+    tmp_path: Path, fault: str
+) -> None:
+    async with talk(tmp_path, slowly, transport="edit") as it:
+        it.there.faults["chat.postMessage"].extend([fault] * 6)
+        await it.there.deliver(it.there.message("UANN", "tell me"))
+        await it.settled()
+        assert len(it.there.called("chat.postMessage")) == 2
+        assert await it.here.count("ledger") == 0
+        it.there.faults["chat.postMessage"].clear()
+        assert (await it.ask("UANN", "and now?")).said == LONG
+
+
+async def test_a_slack_that_is_away_is_waited_for_without_posting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "_PAUSES_S", (0.0,))
+    async with talk(tmp_path, slowly, transport="edit") as it:
+        it.there.faults["chat.postMessage"].append("500")
+        it.there.faults["auth.test"].extend(["500"] * 20)
+        assert (await it.ask("UANN", "tell me")).said == LONG
+        assert len(it.there.called("chat.postMessage")) == 2
+
+
+async def test_a_post_that_found_no_connection_goes_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "_PAUSES_S", (0.0,))
+    there, port, tries = FakeSlack(), unused_port(), 0
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def token() -> str:
+            nonlocal tries
+            tries += 1
+            if tries == 3:
+                await stack.enter_async_context(there.open(port))
+            return there.workspace("T1").token
+
+        client = AsyncWebClient(base_url=f"http://127.0.0.1:{port}/api/", retry_handlers=[])
+        given = {"channel": "C1", "text": "hello", "unfurl_links": False, "unfurl_media": False}
+        await api.Api(client, token, fast()).post(**given)
+        assert (tries, only(there).said) == (3, "hello")
 
 
 async def test_a_stream_that_expires_is_recovered(tmp_path: Path) -> None:

@@ -32,6 +32,7 @@ FEATURES: dict[str, str] = {
     "the simple token beside installations": "workspaces::test_a_workspace_of_its_own_token_and_those_that_installed_live_side_by_side",
     "nothing from a browser is an error of ours": "workspaces::test_whatever_a_browser_sends_it_is_never_an_error_of_ours",
     "Enterprise Grid": "workspaces::test_an_organisation_installs_for_all_its_workspaces",
+    "Enterprise Grid: people": "workspaces::test_in_a_workspace_of_an_organisation_people_are_the_same_whatever_slack_calls_their_team",
     "50 workspaces at once": "workspaces::test_50_workspaces_at_once_see_nothing_of_each_other",
     "streams in DMs and threads": "dialogue::test_a_question_in_a_dm_is_answered_once_in_its_thread",
     "post and update": "streaming::test_where_no_stream_is_to_be_had_the_answer_is_posted_and_edited",

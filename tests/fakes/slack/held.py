@@ -11,11 +11,14 @@ STREAM_S = 300.0
 
 @dataclass
 class Workspace:
+    """`enterprise`: the organisation that installed for all of its own; `belongs_to`: of one that did for itself."""
+
     team: str
     token: str
     bot: str
     name: str = ""
     enterprise: str = ""
+    belongs_to: str = ""
     alive: bool = True
     refresh: str = ""
     installer: str = ""

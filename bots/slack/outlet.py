@@ -19,7 +19,7 @@ from typing import Any
 from aiohttp import ClientError
 from slack_sdk.errors import SlackApiError
 
-from bots.outlet import Address, Attachment, Body, Handle, Receipt, Unreachable
+from bots.outlet import Address, Attachment, Body, Handle, Receipt, Reopen, Unreachable
 from bots.render import split_text
 from bots.slack import blocks, text
 from bots.slack.api import Api, Trouble, Unsure, trouble
@@ -103,6 +103,9 @@ class SlackOutlet:
         self._sights: OrderedDict[Handle, Sight] = OrderedDict()
         self._begun: OrderedDict[Address, None] = OrderedDict()
         self._unsure: OrderedDict[Address, int] = OrderedDict()  # first messages of which nobody knows, in a row
+        self._moved: OrderedDict[Handle, Handle | None] = (
+            OrderedDict()
+        )  # messages that are gone, and who stands for them
         self._pressed: OrderedDict[str, tuple[str, Mapping[str, Any]]] = OrderedDict()  # ts -> channel, message
         self._errands: set[asyncio.Task[None]] = set()
 
@@ -171,14 +174,19 @@ class SlackOutlet:
         else:
             done = False
         if not done:
-            await self._settle(where, body)
+            await self._settle(handle, body)
         self._over(where, sight, told=done)
         return Receipt(json.dumps({"channel": where.channel, "ts": where.ts}))
 
     async def recover(self, handle: Handle) -> Handle:
-        """What this run began is written on; a stream of an earlier run is stopped, and edited from then on."""
+        """What this run began is written on; a stream of an earlier run is stopped, and edited from then on.
+
+        For a message that is gone another one is posted.
+        """
         where = Where.read(handle)
         _remember(self._begun, where.to, None)
+        if handle in self._moved:
+            return self._moved[handle] or await self._post_anew(handle)
         if handle in self._sights:
             return handle
         if not where.stream:
@@ -193,7 +201,7 @@ class SlackOutlet:
         where, sight = Where.read(handle), self._sights.get(handle)
         if sight is not None:
             sight.broken = True
-        await self._settle(where, self.split(body)[0])
+        await self._settle(handle, self.split(body)[0])
         self._over(where, sight)
 
     async def choose(self, to: Address, label: str) -> None:
@@ -267,6 +275,13 @@ class SlackOutlet:
             else:
                 self._unsure.pop(key, None)
                 return Where(str(made["channel"]), str(made["ts"]), False, to.place, to.conversation, to.reply_to)
+
+    async def _post_anew(self, gone: Handle) -> Handle:
+        to, sight = Where.read(gone).to, self._sights.get(gone)
+        made = (await self._post(to, self._askers.get(to))).handle()
+        _remember(self._moved, gone, made)
+        _remember(self._sights, made, Sight(status=sight.status if sight else None))
+        return made
 
     def _doubt(self, to: Address) -> int:
         """Note a first message that may stand there, its handle lost; how many in a row."""
@@ -353,13 +368,38 @@ class SlackOutlet:
             return False
         return True
 
-    async def _settle(self, where: Where, body: Body) -> None:
-        """Write the whole final text over whatever is there; repeatable."""
+    async def _settle(self, handle: Handle, body: Body) -> None:
+        """Write the whole final text over whatever is there; repeatable. Raises Reopen where nothing is there."""
+        where = Where.read(handle)
         if where.stream:
             await self._stop(where)
+        try:
+            await self._update(where, body)
+        except SlackApiError as error:
+            if trouble(error) is not Trouble.GONE:
+                raise
+            log.info("slack.gone", extra={"error": _name(error)})
+            if handle not in self._moved:
+                _remember(self._moved, handle, None)
+            raise Reopen from error
+
+    async def _update(self, where: Where, body: Body) -> None:
+        """In its best form; then, where Slack does not take that, in plainer ones."""
         given = self._whole(where, body)
         if body.files:
             given |= {"file_ids": [await self._api.upload(path) for path in body.files], "text": body.files[0].name}
+        *better, last = blocks.forms(body, where.to)
+        for form in better:
+            try:
+                await self._put(where, given | {"blocks": form})
+                return
+            except SlackApiError as error:
+                if trouble(error) is not Trouble.OTHER:
+                    raise
+                log.warning("slack.plainer", extra={"error": _name(error)})
+        await self._put(where, given | {"blocks": last})
+
+    async def _put(self, where: Where, given: dict[str, Any]) -> None:
         try:
             await self._api.write("chat.update", **given)
         except SlackApiError as error:
@@ -369,11 +409,11 @@ class SlackOutlet:
             await self._api.write("chat.update", **given)
 
     async def _stop(self, where: Where) -> None:
-        """End a stream as it stands; one that has ended is as good."""
+        """End a stream as it stands; one that has ended, or is gone, is as good."""
         try:
             await self._api.write("chat.stopStream", channel=where.channel, ts=where.ts, session_status="active")
         except SlackApiError as error:
-            if trouble(error) is not Trouble.ENDED:
+            if trouble(error) not in (Trouble.ENDED, Trouble.GONE):
                 raise
 
     async def _stop_once(self, where: Where) -> None:

@@ -40,6 +40,8 @@ FEATURES: dict[str, str] = {
     "appends are never repeated": "streaming::test_an_append_with_unknown_outcome_is_never_repeated",
     "never a second stream": "streaming::test_a_start_whose_answer_is_lost_leaves_one_orphan_and_no_second_stream",
     "at most one more first message": "streaming::test_a_first_message_of_which_nobody_knows_is_posted_once_more_and_not_again",
+    "a final text that is refused": "streaming::test_what_slack_does_not_take_is_written_plainer",
+    "a message that was removed": "streaming::test_an_answer_whose_message_was_removed_is_posted_anew",
     "expired streams": "streaming::test_a_stream_that_expires_is_recovered",
     "crash table": "streaming::test_a_restart_in_the_middle_of_a_stream_ends_in_one_answer",
     "retry_after": "streaming::test_nothing_goes_out_before_retry_after",

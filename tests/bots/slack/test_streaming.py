@@ -14,6 +14,7 @@ from bots.slack import api, outlet
 from bots.slack.pace import RATES, Pace
 from bots.slack.text import LIMIT, growing, harmless
 from core.engine.protocol import Request
+from core.texts import say
 from tests.bots.slack.talk import Talk, fast, talk
 from tests.fakes.slack import FakeSlack, Held
 
@@ -247,6 +248,46 @@ async def _mishap(it: Talk, what: str) -> None:
     else:
         it.there.down = True
         asyncio.get_running_loop().call_later(1.5, lambda: setattr(it.there, "down", False))
+
+
+@pytest.mark.parametrize("refused", [{"markdown"}, {"markdown", "actions"}])
+async def test_what_slack_does_not_take_is_written_plainer(tmp_path: Path, refused: set[str]) -> None:
+    text = "**bold** <!channel> " + "antidisestablishmentarianism " * 300
+    async with talk(tmp_path, lambda _: text, transport="edit") as it:
+        it.there.refused = refused
+        held = await it.ask("UANN", "tell me")
+        assert held.said.replace("\u2060", "") == text.strip()
+        assert "<!" not in held.said
+        assert held.labels == ([] if "actions" in refused else [say("en", "service.again")])
+        assert await it.here.count("ledger") == 1
+
+
+@pytest.mark.parametrize("transport", ["stream", "edit"])
+async def test_an_answer_whose_message_was_removed_is_posted_anew(tmp_path: Path, transport: str) -> None:
+    async with talk(tmp_path, lambda _: "one " * 50, delay_s=0.01, transport=transport) as it:
+        held = await begun(it)
+        del it.there.messages[held.channel, held.ts]
+        await it.settled()
+        again = only(it.there)
+        assert (again.said, again.thread) == (("one " * 50).strip(), held.thread)
+        assert again.labels == [say("en", "service.again")]
+        await it.until_session("active")
+        assert await it.here.count("ledger") == 1
+
+
+async def test_an_answer_whose_message_was_removed_while_nothing_ran_is_posted_anew(tmp_path: Path) -> None:
+    async with FakeSlack().open() as there:
+        there.workspace("T1")
+        with pytest.raises(ExceptionGroup):  # noqa: PT012 - a kill is in the middle
+            async with talk(tmp_path, lambda _: "one " * 2000, there=there, delay_s=0.05) as it:
+                await begun(it)
+                raise RuntimeError("killed")
+        there.messages.clear()
+        there.sockets.clear()
+        async with talk(tmp_path, lambda _: "one two", there=there) as it:
+            await it.settled()
+            assert only(there).said == "one two"
+            assert await it.here.count("ledger") == 1
 
 
 @pytest.mark.parametrize("how", ["refresh", "cut"])

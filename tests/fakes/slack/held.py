@@ -44,7 +44,8 @@ class Held:
     def said(self) -> str:
         """What a person reads as the message itself."""
         marked = "".join(block["text"] for block in self.blocks if block["type"] == "markdown")
-        return marked or self.text
+        plain = "".join(block["text"]["text"] for block in self.blocks if block["type"] == "section")
+        return marked or plain or self.text
 
     @property
     def buttons(self) -> list[dict[str, Any]]:

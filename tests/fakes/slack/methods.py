@@ -22,6 +22,7 @@ class Methods(People):
         self.statuses: dict[tuple[str, str], str] = {}  # of the agent session of a thread
         self.locales: dict[str, str] = {}
         self.draws = True  # whether this Slack knows charts
+        self.refused: set[str] = set()  # blocks that it does not take when a message is updated
 
     def answer(self, method: str, token: str, body: dict[str, Any]) -> dict[str, Any]:
         if method not in rules.REQUIRED:
@@ -90,6 +91,8 @@ class Methods(People):
             return no("message_not_found")
         if held.streaming:
             return no("streaming_state_conflict")
+        if any(block["type"] in self.refused for block in body.get("blocks") or []):
+            return no("invalid_blocks")
         wrong = self._wrong(body)
         if wrong:
             return no(wrong)

@@ -28,6 +28,7 @@ MAX_FILE_BYTES = 200 * 10**6
 _PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0)
 # These refuse JSON (invalid_arguments): what reads, and what has to do with files.
 _BY_FORM = frozenset(("files.completeUploadExternal", "files.getUploadURLExternal", "files.info", "users.info"))
+ERRORS = (SlackApiError, ClientError, TimeoutError, OSError)
 Token = Callable[[], Awaitable[str]]
 
 
@@ -76,6 +77,13 @@ def trouble(error: Exception) -> Trouble:
         return Trouble.WAIT
     said = response.get("error") if hasattr(response, "get") else None
     return _BY_ERROR.get(str(said), Trouble.OTHER) if said else Trouble.AWAY
+
+
+def name_of(error: Exception) -> str:
+    """What Slack calls it; else what it is."""
+    if isinstance(error, SlackApiError) and hasattr(error.response, "get"):
+        return str(error.response.get("error"))
+    return type(error).__name__
 
 
 class Unsure(AppError):
@@ -138,7 +146,7 @@ class Api:
             await self.turn(method, channel)
             try:
                 return await self.once(method, **body)
-            except (SlackApiError, ClientError, TimeoutError, OSError) as error:
+            except ERRORS as error:
                 meaning = trouble(error)
                 if meaning is Trouble.CLOSED:
                     raise Unreachable(detail=type(error).__name__) from error

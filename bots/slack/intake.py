@@ -16,7 +16,7 @@ from slack_bolt.response import BoltResponse
 from bots.outlet import Address, Door, Kind
 from bots.slack import modals
 from bots.slack.courtesy import Courtesy
-from bots.slack.outlet import Asker
+from bots.slack.handles import Asker
 from bots.slack.places import PLATFORM
 from bots.slack.reader import Payload, Read, Unreadable, account_of, read, spoken_to, update_key
 from bots.slack.workspaces import Workspaces

@@ -7,23 +7,23 @@ and the message updated with the whole text, which may be repeated for ever. No 
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from aiohttp import ClientError
 from slack_sdk.errors import SlackApiError
 
 from bots.outlet import Address, Attachment, Body, Handle, Receipt, Reopen, Unreachable
 from bots.render import split_text
 from bots.slack import blocks, text
-from bots.slack.api import Api, Trouble, Unsure, trouble
-from bots.slack.places import PLATFORM, goes_to, is_dm, thread_of
+from bots.slack.api import ERRORS, Api, Trouble, Unsure, name_of, trouble
+from bots.slack.handles import Asker, Sight, Where, remember
+from bots.slack.places import goes_to, is_dm, thread_of
+from bots.slack.sessions import Sessions
 from core.errors import AppError
 from core.texts import say
 
@@ -31,57 +31,6 @@ log = logging.getLogger(__name__)
 WAITING = "…"
 _PAINT_S = 0.7  # between two appends
 _EDIT_S = 3.0  # between two edits of one message
-_REMEMBERED = 2_000
-_ERRORS = (SlackApiError, ClientError, TimeoutError, OSError)
-
-
-@dataclass(frozen=True, slots=True)
-class Where:
-    """A handle, read."""
-
-    channel: str
-    ts: str
-    stream: bool
-    place: str
-    conversation: str
-    reply_to: str = ""
-
-    @classmethod
-    def read(cls, handle: Handle) -> Where:
-        return cls(**json.loads(handle))
-
-    def handle(self) -> Handle:
-        return Handle(json.dumps(asdict(self)))
-
-    @property
-    def to(self) -> Address:
-        return Address(PLATFORM, "", self.place, self.conversation, self.reply_to)
-
-
-@dataclass(slots=True)
-class Sight:
-    """What is seen of a message that is being written in this run.
-
-    `broken`: the stream takes no more; `ended`: Slack knows that. `status` tells Slack meanwhile that an answer is on
-    its way: what takes that back must come after it.
-    """
-
-    sent: str = ""
-    broken: bool = False
-    ended: bool = False
-    painted: float = 0.0
-    below: list[blocks.Block] = field(default_factory=list)  # the stop button of a message that is edited
-    busy: asyncio.Lock = field(default_factory=asyncio.Lock)
-    status: asyncio.Task[None] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Asker:
-    """Who is answered: Slack wants to know before it streams into a channel."""
-
-    team: str
-    user: str
-    language: str = ""
 
 
 class SlackOutlet:
@@ -99,23 +48,21 @@ class SlackOutlet:
         told: Callable[[str], None] = lambda _user: None,
     ) -> None:
         self._api, self._transport, self._clock, self._told = api, transport, clock, told
+        self._sessions = Sessions(api)
         self._askers: OrderedDict[Address, Asker] = OrderedDict()
         self._sights: OrderedDict[Handle, Sight] = OrderedDict()
         self._begun: OrderedDict[Address, None] = OrderedDict()
         self._unsure: OrderedDict[Address, int] = OrderedDict()  # first messages of which nobody knows, in a row
-        self._moved: OrderedDict[Handle, Handle | None] = (
-            OrderedDict()
-        )  # messages that are gone, and who stands for them
+        self._moved: OrderedDict[Handle, Handle | None] = OrderedDict()  # a message that is gone -> one for it
         self._pressed: OrderedDict[str, tuple[str, Mapping[str, Any]]] = OrderedDict()  # ts -> channel, message
-        self._errands: set[asyncio.Task[None]] = set()
 
     def asked(self, to: Address, asker: Asker) -> None:
-        _remember(self._askers, replace(to, account=""), asker)
+        remember(self._askers, replace(to, account=""), asker)
 
     def pressed(self, channel: str, message: Mapping[str, Any]) -> None:
         """A button below this message was pressed: what it says is needed to take its buttons away."""
         if message.get("ts") and message.get("blocks"):
-            _remember(self._pressed, str(message["ts"]), (channel, message))
+            remember(self._pressed, str(message["ts"]), (channel, message))
 
     # --- the contract ---
 
@@ -136,15 +83,15 @@ class SlackOutlet:
         asker = self._askers.get(replace(to, account=""))
         where, status = None, None
         if to.reply_to and thread_of(to):
-            status = self._errand(self._status(to, asker))
+            status = self._sessions.begin(to, _language(asker))
         if self._may_stream(to, asker):
             where = await self._start(to, asker)
-        _remember(self._begun, replace(to, account=""), None)
+        remember(self._begun, replace(to, account=""), None)
         if where is None:
             where = await self._post(to, asker)
         handle = where.handle()
         below = self._stop_row(where, asker) if to.reply_to else []
-        _remember(self._sights, handle, Sight(below=below, status=status))
+        remember(self._sights, handle, Sight(below=below, status=status))
         return handle
 
     async def show(self, handle: Handle, text_so_far: str) -> None:
@@ -184,17 +131,17 @@ class SlackOutlet:
         For a message that is gone another one is posted.
         """
         where = Where.read(handle)
-        _remember(self._begun, where.to, None)
+        remember(self._begun, where.to, None)
         if handle in self._moved:
             return self._moved[handle] or await self._post_anew(handle)
         if handle in self._sights:
             return handle
         if not where.stream:
-            _remember(self._sights, handle, Sight())
+            remember(self._sights, handle, Sight())
             return handle
         await self._stop(where)
         made = replace(where, stream=False).handle()
-        _remember(self._sights, made, Sight())
+        remember(self._sights, made, Sight())
         return made
 
     async def fail(self, handle: Handle, body: Body) -> None:
@@ -212,16 +159,12 @@ class SlackOutlet:
         given = {"text": str(message.get("text") or WAITING)[:3000], "blocks": blocks.chosen(message["blocks"], label)}
         try:
             await self._api.write("chat.update", channel=channel, ts=to.reply_to, link_names=False, **given)
-        except (*_ERRORS, AppError) as error:
-            log.info("slack.not_chosen", extra={"error": _name(error)})
+        except (*ERRORS, AppError) as error:
+            log.info("slack.not_chosen", extra={"error": name_of(error)})
 
     def fetch(self, attachment: Attachment) -> AsyncIterator[bytes]:
         """The bytes of a file that a person shared. Raises BadInput."""
         return self._api.download(attachment.file_id, attachment.name, attachment.size_bytes)
-
-    async def rest(self) -> None:
-        """Wait for what is still being told on the side."""
-        await asyncio.gather(*self._errands, return_exceptions=True)
 
     # --- beginning ---
 
@@ -243,8 +186,8 @@ class SlackOutlet:
             given |= {"recipient_team_id": asker.team, "recipient_user_id": asker.user}
         try:
             made = await self._api.once("chat.startStream", **given)
-        except _ERRORS as error:
-            log.info("slack.no_stream", extra={"error": _name(error)})
+        except ERRORS as error:
+            log.info("slack.no_stream", extra={"error": name_of(error)})
             if trouble(error) is Trouble.AWAY:
                 self._doubt(to)
             return None
@@ -279,41 +222,27 @@ class SlackOutlet:
     async def _post_anew(self, gone: Handle) -> Handle:
         to, sight = Where.read(gone).to, self._sights.get(gone)
         made = (await self._post(to, self._askers.get(to))).handle()
-        _remember(self._moved, gone, made)
-        _remember(self._sights, made, Sight(status=sight.status if sight else None))
+        remember(self._moved, gone, made)
+        remember(self._sights, made, Sight(status=sight.status if sight else None))
         return made
 
     def _doubt(self, to: Address) -> int:
         """Note a first message that may stand there, its handle lost; how many in a row."""
         log.warning("slack.orphan")
         count = self._unsure.get(replace(to, account=""), 0) + 1
-        _remember(self._unsure, replace(to, account=""), count)
+        remember(self._unsure, replace(to, account=""), count)
         return count
 
     def _stop_row(self, where: Where, asker: Asker | None) -> list[blocks.Block]:
-        return blocks.stop_row(say((asker.language if asker else "") or "en", "slack.stop"), where.to)
-
-    async def _status(self, to: Address, asker: Asker | None) -> None:
-        """What Slack shows while nothing is written yet, and its own stop button."""
-        language = (asker.language if asker else "") or "en"
-        words = [say(language, f"slack.working_{number}") for number in (1, 2, 3)]
-        at = {"channel_id": to.place, "thread_ts": to.conversation}
-        await self._aside("agents.sessions.setStatus", **at, status="processing")
-        await self._aside("assistant.threads.setStatus", **at, status=words[0], loading_messages=words)
+        return blocks.stop_row(say(_language(asker), "slack.stop"), where.to)
 
     def _over(self, where: Where, sight: Sight | None, *, told: bool = False) -> None:
         """The session is no longer at work. `told`: the end of the stream said so, after all that was said before."""
         status = sight.status if sight else None
         if thread_of(where.to) and not (told and (status is None or status.done())):
-            self._errand(self._active(where, status))
+            self._sessions.end(where.channel, where.conversation, status)
         if where.conversation[:1] == "@":
             self._told(where.conversation[1:])
-
-    async def _active(self, where: Where, status: asyncio.Task[None] | None) -> None:
-        if status is not None:
-            await asyncio.wait({status})
-        at = {"channel_id": where.channel, "thread_ts": where.conversation}
-        await self._aside("agents.sessions.setStatus", **at, status="active")
 
     # --- growing ---
 
@@ -327,9 +256,9 @@ class SlackOutlet:
         sight.broken = True  # until Slack has said that it was taken
         try:
             await self._api.once("chat.appendStream", channel=where.channel, ts=where.ts, markdown_text=new)
-        except _ERRORS as error:
+        except ERRORS as error:
             sight.broken = trouble(error) is not Trouble.WAIT
-            log.info("slack.append_failed", extra={"error": _name(error)})
+            log.info("slack.append_failed", extra={"error": name_of(error)})
             return
         sight.broken, sight.sent = False, shown
 
@@ -342,8 +271,8 @@ class SlackOutlet:
                 sight.ended = True
             given = self._whole(where, Body(shown))
             await self._api.once("chat.update", **given | {"blocks": [*given["blocks"], *sight.below]})
-        except _ERRORS as error:
-            log.info("slack.edit_failed", extra={"error": _name(error)})
+        except ERRORS as error:
+            log.info("slack.edit_failed", extra={"error": name_of(error)})
 
     # --- final ---
 
@@ -363,8 +292,8 @@ class SlackOutlet:
                 blocks=blocks.below(body, where.to) or None,
                 session_status="active",
             )
-        except _ERRORS as error:
-            log.info("slack.stop_failed", extra={"error": _name(error)})
+        except ERRORS as error:
+            log.info("slack.stop_failed", extra={"error": name_of(error)})
             return False
         return True
 
@@ -378,9 +307,9 @@ class SlackOutlet:
         except SlackApiError as error:
             if trouble(error) is not Trouble.GONE:
                 raise
-            log.info("slack.gone", extra={"error": _name(error)})
+            log.info("slack.gone", extra={"error": name_of(error)})
             if handle not in self._moved:
-                _remember(self._moved, handle, None)
+                remember(self._moved, handle, None)
             raise Reopen from error
 
     async def _update(self, where: Where, body: Body) -> None:
@@ -396,7 +325,7 @@ class SlackOutlet:
             except SlackApiError as error:
                 if trouble(error) is not Trouble.OTHER:
                     raise
-                log.warning("slack.plainer", extra={"error": _name(error)})
+                log.warning("slack.plainer", extra={"error": name_of(error)})
         await self._put(where, given | {"blocks": last})
 
     async def _put(self, where: Where, given: dict[str, Any]) -> None:
@@ -433,36 +362,6 @@ class SlackOutlet:
             "link_names": False,
         }
 
-    # --- on the side ---
 
-    async def _aside(self, method: str, **given: Any) -> None:
-        """Best effort: nobody waits for it and nothing depends on it."""
-        if not self._api.free(method):
-            return
-        try:
-            await self._api.once(method, **given)
-        except _ERRORS as error:
-            log.debug("slack.aside_failed", extra={"method": method, "error": _name(error)})
-
-    def _errand(self, what: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
-        if len(self._errands) > _REMEMBERED:
-            what.close()
-            return None
-        task = asyncio.ensure_future(what)
-        self._errands.add(task)
-        task.add_done_callback(self._errands.discard)
-        return task
-
-
-def _name(error: Exception) -> str:
-    if isinstance(error, SlackApiError) and hasattr(error.response, "get"):
-        return str(error.response.get("error"))
-    return type(error).__name__
-
-
-def _remember(known: OrderedDict[Any, Any], key: Any, value: Any) -> None:
-    """Keep the newest: those before are of answers long settled."""
-    known[key] = value
-    known.move_to_end(key)
-    if len(known) > _REMEMBERED:
-        known.popitem(last=False)
+def _language(asker: Asker | None) -> str:
+    return (asker.language if asker else "") or "en"

@@ -34,6 +34,11 @@ class Where:
         return Handle(json.dumps(asdict(self)))
 
     @property
+    def elsewhere(self) -> bool:
+        """Whether Slack did not let us write where the answer belongs."""
+        return self.conversation[:1] != "@" and self.channel != self.place
+
+    @property
     def to(self) -> Address:
         return Address(PLATFORM, "", self.place, self.conversation, self.reply_to)
 

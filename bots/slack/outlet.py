@@ -90,7 +90,7 @@ class SlackOutlet:
         if where is None:
             where = await self._post(to, asker)
         handle = where.handle()
-        below = self._stop_row(where, asker) if to.reply_to else []
+        below = self._stop_row(to, asker) if to.reply_to else []
         remember(self._sights, handle, Sight(below=below, status=status))
         return handle
 
@@ -194,19 +194,32 @@ class SlackOutlet:
         return Where(str(made.get("channel", to.place)), str(made["ts"]), True, to.place, to.conversation, to.reply_to)
 
     async def _post(self, to: Address, asker: Asker | None) -> Where:
-        """A first message. Where nobody knows of one whether it is there, there is one more, and no third."""
-        below = self._stop_row(Where(goes_to(to), "", False, to.place, to.conversation), asker) if to.reply_to else []
+        """A first message: where it belongs; where Slack does not let us write there, to who asked by themselves."""
         key = replace(to, account="")
         if self._unsure.get(key, 0) > 1:
             del self._unsure[key]
             raise Unreachable(detail="whether a first message was posted is not known")
+        below = self._stop_row(to, asker) if to.reply_to else []
+        try:
+            made = await self._post_in(goes_to(to), thread_of(to), to, below)
+        except Unreachable:
+            if asker is None or asker.user in ("", goes_to(to)):
+                raise
+            made = await self._post_in(asker.user, None, to, below)
+        self._unsure.pop(key, None)
+        return Where(str(made["channel"]), str(made["ts"]), False, to.place, to.conversation, to.reply_to)
+
+    async def _post_in(
+        self, channel: str, thread: str | None, to: Address, below: list[blocks.Block]
+    ) -> dict[str, Any]:
+        """Where nobody knows whether it is there, there is one more, and no third."""
         while True:
-            if key in self._unsure:
+            if replace(to, account="") in self._unsure:
                 await self._api.write("auth.test")  # a Slack that is away is waited for with what may be repeated
             try:
-                made = await self._api.post(
-                    channel=goes_to(to),
-                    thread_ts=thread_of(to),
+                return await self._api.post(
+                    channel=channel,
+                    thread_ts=thread,
                     text=WAITING,
                     blocks=[{"type": "markdown", "text": WAITING}, *below],
                     unfurl_links=False,
@@ -215,9 +228,6 @@ class SlackOutlet:
             except Unsure:
                 if self._doubt(to) > 1:
                     raise
-            else:
-                self._unsure.pop(key, None)
-                return Where(str(made["channel"]), str(made["ts"]), False, to.place, to.conversation, to.reply_to)
 
     async def _post_anew(self, gone: Handle) -> Handle:
         to, sight = Where.read(gone).to, self._sights.get(gone)
@@ -233,8 +243,8 @@ class SlackOutlet:
         remember(self._unsure, replace(to, account=""), count)
         return count
 
-    def _stop_row(self, where: Where, asker: Asker | None) -> list[blocks.Block]:
-        return blocks.stop_row(say(_language(asker), "slack.stop"), where.to)
+    def _stop_row(self, to: Address, asker: Asker | None) -> list[blocks.Block]:
+        return blocks.stop_row(say(_language(asker), "slack.stop"), to)
 
     def _over(self, where: Where, sight: Sight | None, *, told: bool = False) -> None:
         """The session is no longer at work. `told`: the end of the stream said so, after all that was said before."""
@@ -314,6 +324,9 @@ class SlackOutlet:
 
     async def _update(self, where: Where, body: Body) -> None:
         """In its best form; then, where Slack does not take that, in plainer ones."""
+        if where.elsewhere:
+            told = say(_language(self._askers.get(where.to)), "slack.elsewhere")
+            body = replace(body, note=f"{body.note}\n{told}".lstrip())
         given = self._whole(where, body)
         if body.files:
             given |= {"file_ids": [await self._api.upload(path) for path in body.files], "text": body.files[0].name}

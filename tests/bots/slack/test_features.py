@@ -59,6 +59,7 @@ FEATURES: dict[str, str] = {
     "mentions, threads of others": "dialogue::test_in_a_channel_only_who_names_it_is_answered_in_the_thread",
     "message shortcut, modal": "dialogue::test_ask_about_this_message_opens_a_modal_and_answers_in_the_thread",
     "message shortcut where the app is no member": "dialogue::test_where_the_app_is_no_member_it_answers_about_a_message_in_a_dm",
+    "message shortcut for long messages": "dialogue::test_the_modal_opens_for_a_long_message_in_any_script",
     "slash command": "dialogue::test_the_slash_command_runs_commands_and_takes_questions_and_answers_in_a_dm",
     "the commands of everywhere": "dialogue::test_every_command_for_everyone_answers",
     "Slack Connect": "dialogue::test_a_guest_of_another_workspace_is_somebody_of_their_own",

@@ -8,7 +8,7 @@ from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bots.outlet import Address, Handle
+from bots.outlet import Address, Body, Handle
 from bots.slack.blocks import Block
 from bots.slack.places import PLATFORM
 
@@ -41,6 +41,13 @@ class Where:
     @property
     def to(self) -> Address:
         return Address(PLATFORM, "", self.place, self.conversation, self.reply_to)
+
+
+@dataclass(frozen=True, slots=True)
+class Part(Body):
+    """One message of a delivery. `shown`: its text as it is written, with the code block whole that is cut there."""
+
+    shown: str = ""
 
 
 @dataclass(slots=True)

@@ -21,7 +21,7 @@ from bots.outlet import Address, Attachment, Body, Handle, Receipt, Reopen, Unre
 from bots.render import split_text
 from bots.slack import blocks, text
 from bots.slack.api import ERRORS, Api, Trouble, Unsure, name_of, trouble
-from bots.slack.handles import Asker, Sight, Where, remember
+from bots.slack.handles import Asker, Part, Sight, Where, remember
 from bots.slack.places import goes_to, is_dm, thread_of
 from bots.slack.sessions import Sessions
 from core.errors import AppError
@@ -75,7 +75,7 @@ class SlackOutlet:
         models = any(button.action == "feedback" for button in body.buttons)
         whole = body.text if models else text.spelled(body.text)
         pieces = split_text(whole, text.LIMIT, lambda part: len(text.harmless(part)))
-        parts = [Body(piece) for piece in pieces]
+        parts = [Part(piece, shown=shown) for piece, shown in zip(pieces, text.whole_fences(pieces), strict=True)]
         parts[-1] = replace(parts[-1], buttons=body.buttons, note=body.note)
         return (*parts, *(Body("", files=(path,)) for path in body.files))
 
@@ -113,7 +113,7 @@ class SlackOutlet:
                 await self._edit(where, sight, shown)
 
     async def finish(self, handle: Handle, body: Body) -> Receipt:
-        where, sight = Where.read(handle), self._sights.get(handle)
+        where, sight, body = Where.read(handle), self._sights.get(handle), _written(body)
         if sight is not None:
             async with sight.busy:
                 done = where.stream and await self._stop_with(where, sight, body)
@@ -148,7 +148,7 @@ class SlackOutlet:
         where, sight = Where.read(handle), self._sights.get(handle)
         if sight is not None:
             sight.broken = True
-        await self._settle(handle, self.split(body)[0])
+        await self._settle(handle, _written(self.split(body)[0]))
         self._over(where, sight)
 
     async def choose(self, to: Address, label: str) -> None:
@@ -374,6 +374,10 @@ class SlackOutlet:
             "blocks": blocks.message(body, where.to),
             "link_names": False,
         }
+
+
+def _written(body: Body) -> Body:
+    return replace(body, text=body.shown) if isinstance(body, Part) else body
 
 
 def _language(asker: Asker | None) -> str:

@@ -47,6 +47,7 @@ FEATURES: dict[str, str] = {
     "retry_after": "streaming::test_nothing_goes_out_before_retry_after",
     "rate buckets": "streaming::test_slacks_own_rates_are_kept_under_load",
     "splitting": "streaming::test_long_answers_are_split_within_slacks_limits",
+    "code blocks that are cut": "streaming::test_a_code_block_that_is_cut_is_whole_in_each_message",
     "network cuts, refreshes, expiry at every phase": "streaming::test_what_is_cut_at_every_phase_ends_whole_and_once",
     "socket refresh and cut": "streaming::test_a_socket_that_is_refreshed_or_cut_in_mid_answer_loses_nothing",
     "revoked in mid answer": "streaming::test_a_workspace_that_cannot_be_reached_ends_the_reply_without_a_charge",

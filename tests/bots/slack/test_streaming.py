@@ -12,7 +12,7 @@ from slack_sdk.web.async_client import AsyncWebClient
 
 from bots.slack import api, outlet
 from bots.slack.pace import RATES, Pace
-from bots.slack.text import LIMIT, growing, harmless
+from bots.slack.text import LIMIT, growing, harmless, whole_fences
 from core.engine.protocol import Request
 from core.texts import say
 from tests.bots.slack.talk import Talk, fast, talk
@@ -192,6 +192,41 @@ async def test_long_answers_are_split_within_slacks_limits(tmp_path: Path, trans
         assert all(len(held.said) <= LIMIT for held in parts)
         assert sum(held.streamed for held in parts) <= 1
         assert {held.thread for held in parts} == {parts[0].thread}
+
+
+@pytest.mark.parametrize("transport", ["stream", "edit"])
+@pytest.mark.parametrize("fence", ["```", "~~~~"])
+async def test_a_code_block_that_is_cut_is_whole_in_each_message(tmp_path: Path, transport: str, fence: str) -> None:
+    code = "".join(f"def f{number}(x):\n    return x * {number}\n\n" for number in range(800))
+    text = f"Here:\n\n{fence}python\n{code}{fence}\n\nThat was **all**."
+    async with talk(tmp_path, lambda _: text, transport=transport) as it:
+        await it.here.database.write(lambda tx: tx.run("UPDATE channel SET tokens_out = 100000"))
+        await it.ask("UANN", "write it")
+        first, *between, last = [held.said for held in it.there.messages.values()]
+        assert between
+        assert first.startswith("Here:")
+        assert last.endswith("That was **all**.")
+        assert all(said.count(fence) == 2 for said in (first, *between, last))
+        assert all(said.startswith(f"{fence}python\ndef f") for said in (*between, last))
+        assert all(said.endswith(f"\n{fence}") for said in (first, *between))
+        written = "".join((first, *between, last)).replace(f"{fence}python", "").replace(fence, "")
+        assert written.split() == text.replace(f"{fence}python", "").replace(fence, "").split()
+        kept = "SELECT text FROM turn WHERE role = 'assistant'"
+        assert await it.here.database.read(lambda tx: tx.cipher.unseal(tx.value(kept))) == text
+
+
+@pytest.mark.parametrize(
+    ("pieces", "shown"),
+    [
+        (["a\n```py x\nb\n\n", "c\n```\nd"], ["a\n```py x\nb\n```", "```py\nc\n```\nd"]),
+        (["```\nb\n\n", "```\nd ``` e"], ["```\nb\n```", "d ``` e"]),
+        (["~~~\n```\n", "~~~~ \n"], ["~~~\n```\n~~~", "~~~\n~~~~ \n"]),
+        (["`a```\n", "```a`\n"], ["`a```\n", "```a`\n"]),
+        (["```\nnever closed"], ["```\nnever closed"]),
+    ],
+)
+def test_a_cut_fence_is_closed_and_opened_again(pieces: list[str], shown: list[str]) -> None:
+    assert whole_fences(pieces) == shown
 
 
 PHASES = [

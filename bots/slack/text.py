@@ -12,8 +12,11 @@ from core.commands import COMMANDS
 
 LIMIT = 11_000  # characters of Markdown blocks in one message: Slack refuses above some 13,200 for all blocks
 _JOINER = "\u2060"
-_ALARM = re.compile(r"<(?=[!@#])|@(?=(?:channel|here|everyone)\b)", re.IGNORECASE)
-_OPEN_END = re.compile(r"(?:<|@[a-zA-Z]{0,8})\Z")
+_ALARM = re.compile(  # not what is HTML, an address or a path
+    r"<(?=(?i:!(?!doctype)[a-z])|@[UW][A-Z0-9]|#[CDG][A-Z0-9])"
+    r"|(?i:(?<![a-z0-9])(?<![a-z0-9]/)@(?=(?:channel|here|everyone)(?![a-z0-9])))"
+)
+_OPEN_END = re.compile(r"(?:<(?:![a-zA-Z]{0,7}|@[UW]?|#[CDG]?)?|@[a-zA-Z]{0,8})\Z")
 _FENCE = re.compile(r" {0,3}(`{3,20}|~{3,20})[ \t]*([^\s`]{0,40})[^`]*")
 _NAME = "\0"  # where the bot was named
 _NAME_END = re.compile(f"{_NAME}[ ,:]*")

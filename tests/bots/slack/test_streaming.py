@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import contextlib
+import re
 from pathlib import Path
 
 import pytest
@@ -346,8 +347,62 @@ async def test_a_workspace_that_cannot_be_reached_ends_the_reply_without_a_charg
         assert await it.here.count("ledger") == 0
 
 
-@pytest.mark.parametrize("text", ["<!channel> x", "a @here b <@U1>", "< @ <", "mail@here.example @channels", "x@"])
+GROWING = [
+    *[
+        "<!channel> x",
+        "a @here b <@U1>",
+        "< @ <",
+        "mail@here.example @channels",
+        "x@",
+        "<!DOCTYPE html> <!doc",
+        "x/@here",
+    ],
+    *["<!-- <!d", "a<@NonNull T> <@UA <@W", "<#C1> <#if>", "@channel", "/@everyone.", "@everyonex <!everyone"],
+]
+
+
+@pytest.mark.parametrize("text", GROWING)
 def test_what_is_shown_while_it_grows_begins_what_is_shown_in_the_end(text: str) -> None:
     final = harmless(text.strip())
     for end in range(len(text) + 1):
         assert final.startswith(growing(text[:end]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<!DOCTYPE html>\n<!-- a comment -->\n<![CDATA[x]]>",
+        "support@here.com or https://medium.com/@channel",
+        "List<@NonNull String> x; <#if a> <#default> #include <stdio.h>",
+        "@channels @hereby @everyone1",
+    ],
+)
+def test_code_and_addresses_stay_as_they_are(text: str) -> None:
+    assert harmless(text) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *["<!channel>", "<!HERE|here>", "<!everyone>", "<!group>", "<!subteam^S1>", "<!date^1^{date}|x>", "x<!here>"],
+        *["<@U012AB>", "<@W1|ann>", "<#C1>", "<#D1|x>", "<<!channel>", "<!doctyp <!channel>"],
+        *[
+            "@here",
+            "**@channel**",
+            "_@everyone_",
+            "(@here)",
+            "大家@channel开会",
+            " /@here",
+            "@@channel",
+            "a.@Channel",
+            "\t@HERE!",
+        ],
+    ],
+)
+def test_what_rings_is_made_harmless(text: str) -> None:
+    made = harmless(text)
+    assert made != text
+    assert made.replace("\u2060", "") == text
+    assert not re.search(
+        r"<(?:!(?:channel|here|everyone|group|subteam|date)|@[UW]|#[CDG])|@(?:channel|here|every)", made, re.I
+    )

@@ -20,6 +20,7 @@ _OPEN_END = re.compile(r"(?:<(?:![a-zA-Z]{0,7}|@[UW]?|#[CDG]?)?|@[a-zA-Z]{0,8})\
 _FENCE = re.compile(r" {0,3}(`{3,20}|~{3,20})[ \t]*([^\s`]{0,40})[^`]*")
 _NAME = "\0"  # where the bot was named
 _NAME_END = re.compile(f"{_NAME}[ ,:]*")
+_SCHEME = re.compile(r"\A(?:https?://|tel:)")
 _ENTITY = re.compile(r"<([^<>\n]*)>")
 COMMAND = "/distributary"
 _COMMANDS = re.compile(rf"(?<![\w/.:@-])/({'|'.join(command.name for command in COMMANDS)})\b(?![/-])")
@@ -87,7 +88,10 @@ def read(text: str, bot_user: str = "") -> tuple[bool, str]:
             return f"#{label or target[1:]}"
         if target[:1] == "!":
             return f"@{label.lstrip('@') or target[1:].partition('^')[0]}"
-        return target.removeprefix("mailto:")
+        address = target.removeprefix("mailto:")
+        if _SCHEME.sub("", label).rstrip("/") in ("", _SCHEME.sub("", address).rstrip("/")):
+            return address
+        return f"[{label}]({target})"
 
     said = _NAME_END.sub("", _ENTITY.sub(plain, text.replace(_NAME, "")))
     said = said.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")

@@ -52,6 +52,8 @@ FEATURES: dict[str, str] = {
     "socket refresh and cut": "streaming::test_a_socket_that_is_refreshed_or_cut_in_mid_answer_loses_nothing",
     "revoked in mid answer": "streaming::test_a_workspace_that_cannot_be_reached_ends_the_reply_without_a_charge",
     "no pings, no unfurls": "dialogue::test_nothing_pings_anybody",
+    "code and addresses as they are": "streaming::test_code_and_addresses_stay_as_they_are",
+    "links that people name": "intake::test_the_words_of_a_link_reach_the_model",
     "status with loading messages, sessions": "dialogue::test_slack_is_told_what_is_going_on",
     "native stop, stop button, /stop": "dialogue::test_an_answer_can_be_stopped_and_what_was_seen_is_charged",
     "regenerate, thumbs": "dialogue::test_again_and_thumbs",

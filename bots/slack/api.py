@@ -13,7 +13,7 @@ from enum import Enum, auto
 from pathlib import Path
 from typing import Any
 
-from aiohttp import ClientError, ClientSession, ClientTimeout
+from aiohttp import ClientConnectorError, ClientError, ClientSession, ClientTimeout
 from slack_sdk.errors import SlackApiError
 from slack_sdk.web.async_client import AsyncWebClient
 
@@ -28,6 +28,7 @@ MAX_FILE_BYTES = 200 * 10**6
 _PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0)
 # These refuse JSON (invalid_arguments): what reads, and what has to do with files.
 _BY_FORM = frozenset(("files.completeUploadExternal", "files.getUploadURLExternal", "files.info", "users.info"))
+ERRORS = (SlackApiError, ClientError, TimeoutError, OSError)
 Token = Callable[[], Awaitable[str]]
 
 
@@ -78,6 +79,17 @@ def trouble(error: Exception) -> Trouble:
     return _BY_ERROR.get(str(said), Trouble.OTHER) if said else Trouble.AWAY
 
 
+def name_of(error: Exception) -> str:
+    """What Slack calls it; else what it is."""
+    if isinstance(error, SlackApiError) and hasattr(error.response, "get"):
+        return str(error.response.get("error"))
+    return type(error).__name__
+
+
+class Unsure(AppError):
+    """Whether it was done is not known, and it may not be repeated."""
+
+
 class Api:
     """Writes for one workspace. `token` gives the token of this moment: it may rotate."""
 
@@ -115,24 +127,33 @@ class Api:
 
         Only for what may be repeated. Raises what Slack says otherwise; Unreachable where nobody is.
         """
+        return await self._patiently(method, body, repeatable=True)
+
+    async def post(self, **body: Any) -> dict[str, Any]:
+        """chat.postMessage: goes out again only where it was not done for certain. Raises like `write`, and Unsure."""
+        return await self._patiently("chat.postMessage", body, repeatable=False)
+
+    async def _patiently(self, method: str, body: dict[str, Any], *, repeatable: bool) -> dict[str, Any]:
         try:
             async with asyncio.timeout(self._patience_s):
-                return await self._write(method, body)
+                return await self._write(method, body, repeatable=repeatable)
         except TimeoutError as error:
             raise AppError(detail=f"Slack did not take {method} for too long") from error
 
-    async def _write(self, method: str, body: dict[str, Any]) -> dict[str, Any]:
+    async def _write(self, method: str, body: dict[str, Any], *, repeatable: bool) -> dict[str, Any]:
         tries, channel = 0, str(body.get("channel", ""))
         while True:
             await self.turn(method, channel)
             try:
                 return await self.once(method, **body)
-            except (SlackApiError, ClientError, TimeoutError, OSError) as error:
+            except ERRORS as error:
                 meaning = trouble(error)
                 if meaning is Trouble.CLOSED:
                     raise Unreachable(detail=type(error).__name__) from error
                 if meaning is Trouble.AWAY:
                     log.warning("slack.away", extra={"method": method, "error": type(error).__name__})
+                    if not repeatable and not isinstance(error, ClientConnectorError):  # it had a connection
+                        raise Unsure(detail=type(error).__name__) from error
                     await asyncio.sleep(_PAUSES_S[min(tries, len(_PAUSES_S) - 1)])
                     tries += 1
                 elif meaning is not Trouble.WAIT:

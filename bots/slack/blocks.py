@@ -15,7 +15,7 @@ from core.types import Address, Body, Button
 
 log = logging.getLogger(__name__)
 Block = dict[str, Any]
-_MAX_LABEL, _MAX_VALUE, _MAX_ID, _ROW = 75, 2000, 255, 5
+_MAX_LABEL, _MAX_VALUE, _MAX_ID, _MAX_SECTION, _ROW = 75, 2000, 255, 3000, 5
 STOP = "stop"
 ACTIONS = ("command", "feedback", "say", STOP)
 
@@ -24,6 +24,16 @@ def message(body: Body, to: Address) -> list[Block]:
     """The blocks of a whole message: its Markdown, and what hangs below."""
     text = [{"type": "markdown", "text": harmless(body.text)}] if body.text.strip() else []
     return [*text, *below(body, to)]
+
+
+def forms(body: Body, to: Address) -> list[list[Block]]:
+    """The same message, best first: in Markdown; in plain text; in plain text with nothing below."""
+    said, whole = harmless(body.text), message(body, to)
+    if not said.strip():
+        return [whole]
+    pieces = [said[start : start + _MAX_SECTION] for start in range(0, len(said), _MAX_SECTION)]
+    plain = [{"type": "section", "text": {"type": "plain_text", "text": piece}} for piece in pieces]
+    return [whole, [*plain, *below(body, to)], plain]
 
 
 def below(body: Body, to: Address) -> list[Block]:

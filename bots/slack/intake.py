@@ -16,7 +16,7 @@ from slack_bolt.response import BoltResponse
 from bots.outlet import Address, Door, Kind
 from bots.slack import modals
 from bots.slack.courtesy import Courtesy
-from bots.slack.outlet import Asker
+from bots.slack.handles import Asker
 from bots.slack.places import PLATFORM
 from bots.slack.reader import Payload, Read, Unreadable, account_of, read, spoken_to, update_key
 from bots.slack.workspaces import Workspaces
@@ -72,7 +72,7 @@ class Intake:
             asked = spoken_to(found.incoming, locale)
             if found.below and not await self._door.lookups.heard(asked.address, found.below):
                 return None
-            team = found.person.team or found.account
+            team = found.person.team if found.person.team[:1] == "T" else found.account
             workspace.outlet.asked(asked.address, Asker(team, found.person.user, spoken))
             if asked.kind is Kind.PRESS:
                 workspace.outlet.pressed(str((body.get("channel") or {}).get("id") or ""), body.get("message") or {})

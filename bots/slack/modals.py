@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bots.outlet import Attachment, Choice, Overview
@@ -23,7 +23,7 @@ LIMIT_KEYS = ("per_minute", "per_hour", "tokens_in", "tokens_out")
 FILE_TYPES = ("jsonl", "json", "csv", "tsv", "txt", "gz")
 MAX_INSTRUCTIONS = 3_000  # what Slack's input holds; longer ones are for the command
 _MOST_DIGITS = 9
-_QUOTE = 1_000
+_QUOTE, _MAX_METADATA = 1_000, 3_000
 _QUOTES = (('"', '"'), ("「", "」"), ("«", "»"), ("“", "”"), ("＂", "＂"))
 
 
@@ -38,7 +38,13 @@ class About:
     quoted: str = ""
 
     def dump(self) -> str:
-        return json.dumps([self.place, self.conversation, self.language, self.reply_to, self.quoted])
+        """What is quoted is cut to what Slack keeps: a character may take up to six in JSON."""
+        given = [self.place, self.conversation, self.language, self.reply_to, self.quoted]
+        dumped = json.dumps(given, ensure_ascii=False)
+        over = len(dumped) - _MAX_METADATA
+        if over <= 0 or not self.quoted:
+            return dumped
+        return replace(self, quoted=self.quoted[: -max(over // 6, 1)]).dump()
 
     @classmethod
     def read(cls, view: Mapping[str, Any]) -> About:

@@ -7,23 +7,23 @@ and the message updated with the whole text, which may be repeated for ever. No 
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 import time
 from collections import OrderedDict
-from collections.abc import AsyncIterator, Callable, Coroutine, Mapping
-from dataclasses import asdict, dataclass, field, replace
+from collections.abc import AsyncIterator, Callable, Mapping
+from dataclasses import replace
 from typing import Any
 
-from aiohttp import ClientError
 from slack_sdk.errors import SlackApiError
 
-from bots.outlet import Address, Attachment, Body, Handle, Receipt
+from bots.outlet import Address, Attachment, Body, Handle, Receipt, Reopen, Unreachable
 from bots.render import split_text
 from bots.slack import blocks, text
-from bots.slack.api import Api, Trouble, trouble
-from bots.slack.places import PLATFORM, goes_to, is_dm, thread_of
+from bots.slack.api import ERRORS, Api, Trouble, Unsure, name_of, trouble
+from bots.slack.handles import Asker, Part, Sight, Where, remember
+from bots.slack.places import goes_to, is_dm, thread_of
+from bots.slack.sessions import Sessions
 from core.errors import AppError
 from core.texts import say
 
@@ -31,57 +31,6 @@ log = logging.getLogger(__name__)
 WAITING = "…"
 _PAINT_S = 0.7  # between two appends
 _EDIT_S = 3.0  # between two edits of one message
-_REMEMBERED = 2_000
-_ERRORS = (SlackApiError, ClientError, TimeoutError, OSError)
-
-
-@dataclass(frozen=True, slots=True)
-class Where:
-    """A handle, read."""
-
-    channel: str
-    ts: str
-    stream: bool
-    place: str
-    conversation: str
-    reply_to: str = ""
-
-    @classmethod
-    def read(cls, handle: Handle) -> Where:
-        return cls(**json.loads(handle))
-
-    def handle(self) -> Handle:
-        return Handle(json.dumps(asdict(self)))
-
-    @property
-    def to(self) -> Address:
-        return Address(PLATFORM, "", self.place, self.conversation, self.reply_to)
-
-
-@dataclass(slots=True)
-class Sight:
-    """What is seen of a message that is being written in this run.
-
-    `broken`: the stream takes no more; `ended`: Slack knows that. `status` tells Slack meanwhile that an answer is on
-    its way: what takes that back must come after it.
-    """
-
-    sent: str = ""
-    broken: bool = False
-    ended: bool = False
-    painted: float = 0.0
-    below: list[blocks.Block] = field(default_factory=list)  # the stop button of a message that is edited
-    busy: asyncio.Lock = field(default_factory=asyncio.Lock)
-    status: asyncio.Task[None] | None = None
-
-
-@dataclass(frozen=True, slots=True)
-class Asker:
-    """Who is answered: Slack wants to know before it streams into a channel."""
-
-    team: str
-    user: str
-    language: str = ""
 
 
 class SlackOutlet:
@@ -99,19 +48,21 @@ class SlackOutlet:
         told: Callable[[str], None] = lambda _user: None,
     ) -> None:
         self._api, self._transport, self._clock, self._told = api, transport, clock, told
+        self._sessions = Sessions(api)
         self._askers: OrderedDict[Address, Asker] = OrderedDict()
         self._sights: OrderedDict[Handle, Sight] = OrderedDict()
         self._begun: OrderedDict[Address, None] = OrderedDict()
+        self._unsure: OrderedDict[Address, int] = OrderedDict()  # first messages of which nobody knows, in a row
+        self._moved: OrderedDict[Handle, Handle | None] = OrderedDict()  # a message that is gone -> one for it
         self._pressed: OrderedDict[str, tuple[str, Mapping[str, Any]]] = OrderedDict()  # ts -> channel, message
-        self._errands: set[asyncio.Task[None]] = set()
 
     def asked(self, to: Address, asker: Asker) -> None:
-        _remember(self._askers, replace(to, account=""), asker)
+        remember(self._askers, replace(to, account=""), asker)
 
     def pressed(self, channel: str, message: Mapping[str, Any]) -> None:
         """A button below this message was pressed: what it says is needed to take its buttons away."""
         if message.get("ts") and message.get("blocks"):
-            _remember(self._pressed, str(message["ts"]), (channel, message))
+            remember(self._pressed, str(message["ts"]), (channel, message))
 
     # --- the contract ---
 
@@ -124,7 +75,7 @@ class SlackOutlet:
         models = any(button.action == "feedback" for button in body.buttons)
         whole = body.text if models else text.spelled(body.text)
         pieces = split_text(whole, text.LIMIT, lambda part: len(text.harmless(part)))
-        parts = [Body(piece) for piece in pieces]
+        parts = [Part(piece, shown=shown) for piece, shown in zip(pieces, text.whole_fences(pieces), strict=True)]
         parts[-1] = replace(parts[-1], buttons=body.buttons, note=body.note)
         return (*parts, *(Body("", files=(path,)) for path in body.files))
 
@@ -132,15 +83,15 @@ class SlackOutlet:
         asker = self._askers.get(replace(to, account=""))
         where, status = None, None
         if to.reply_to and thread_of(to):
-            status = self._errand(self._status(to, asker))
+            status = self._sessions.begin(to, _language(asker))
         if self._may_stream(to, asker):
             where = await self._start(to, asker)
-        _remember(self._begun, replace(to, account=""), None)
+        remember(self._begun, replace(to, account=""), None)
         if where is None:
             where = await self._post(to, asker)
         handle = where.handle()
-        below = self._stop_row(where, asker) if to.reply_to else []
-        _remember(self._sights, handle, Sight(below=below, status=status))
+        below = self._stop_row(to, asker) if to.reply_to else []
+        remember(self._sights, handle, Sight(below=below, status=status))
         return handle
 
     async def show(self, handle: Handle, text_so_far: str) -> None:
@@ -162,7 +113,7 @@ class SlackOutlet:
                 await self._edit(where, sight, shown)
 
     async def finish(self, handle: Handle, body: Body) -> Receipt:
-        where, sight = Where.read(handle), self._sights.get(handle)
+        where, sight, body = Where.read(handle), self._sights.get(handle), _written(body)
         if sight is not None:
             async with sight.busy:
                 done = where.stream and await self._stop_with(where, sight, body)
@@ -170,29 +121,34 @@ class SlackOutlet:
         else:
             done = False
         if not done:
-            await self._settle(where, body)
+            await self._settle(handle, body)
         self._over(where, sight, told=done)
         return Receipt(json.dumps({"channel": where.channel, "ts": where.ts}))
 
     async def recover(self, handle: Handle) -> Handle:
-        """What this run began is written on; a stream of an earlier run is stopped, and edited from then on."""
+        """What this run began is written on; a stream of an earlier run is stopped, and edited from then on.
+
+        For a message that is gone another one is posted.
+        """
         where = Where.read(handle)
-        _remember(self._begun, where.to, None)
+        remember(self._begun, where.to, None)
+        if handle in self._moved:
+            return self._moved[handle] or await self._post_anew(handle)
         if handle in self._sights:
             return handle
         if not where.stream:
-            _remember(self._sights, handle, Sight())
+            remember(self._sights, handle, Sight())
             return handle
         await self._stop(where)
         made = replace(where, stream=False).handle()
-        _remember(self._sights, made, Sight())
+        remember(self._sights, made, Sight())
         return made
 
     async def fail(self, handle: Handle, body: Body) -> None:
         where, sight = Where.read(handle), self._sights.get(handle)
         if sight is not None:
             sight.broken = True
-        await self._settle(where, self.split(body)[0])
+        await self._settle(handle, _written(self.split(body)[0]))
         self._over(where, sight)
 
     async def choose(self, to: Address, label: str) -> None:
@@ -203,16 +159,12 @@ class SlackOutlet:
         given = {"text": str(message.get("text") or WAITING)[:3000], "blocks": blocks.chosen(message["blocks"], label)}
         try:
             await self._api.write("chat.update", channel=channel, ts=to.reply_to, link_names=False, **given)
-        except (*_ERRORS, AppError) as error:
-            log.info("slack.not_chosen", extra={"error": _name(error)})
+        except (*ERRORS, AppError) as error:
+            log.info("slack.not_chosen", extra={"error": name_of(error)})
 
     def fetch(self, attachment: Attachment) -> AsyncIterator[bytes]:
         """The bytes of a file that a person shared. Raises BadInput."""
         return self._api.download(attachment.file_id, attachment.name, attachment.size_bytes)
-
-    async def rest(self) -> None:
-        """Wait for what is still being told on the side."""
-        await asyncio.gather(*self._errands, return_exceptions=True)
 
     # --- beginning ---
 
@@ -234,48 +186,73 @@ class SlackOutlet:
             given |= {"recipient_team_id": asker.team, "recipient_user_id": asker.user}
         try:
             made = await self._api.once("chat.startStream", **given)
-        except _ERRORS as error:
-            log.info("slack.no_stream", extra={"error": _name(error)})
+        except ERRORS as error:
+            log.info("slack.no_stream", extra={"error": name_of(error)})
+            if trouble(error) is Trouble.AWAY:
+                self._doubt(to)
             return None
         return Where(str(made.get("channel", to.place)), str(made["ts"]), True, to.place, to.conversation, to.reply_to)
 
     async def _post(self, to: Address, asker: Asker | None) -> Where:
-        below = self._stop_row(Where(goes_to(to), "", False, to.place, to.conversation), asker) if to.reply_to else []
-        made = await self._api.write(
-            "chat.postMessage",
-            channel=goes_to(to),
-            thread_ts=thread_of(to),
-            text=WAITING,
-            blocks=[{"type": "markdown", "text": WAITING}, *below],
-            unfurl_links=False,
-            unfurl_media=False,
-        )
+        """A first message: where it belongs; where Slack does not let us write there, to who asked by themselves."""
+        key = replace(to, account="")
+        if self._unsure.get(key, 0) > 1:
+            del self._unsure[key]
+            raise Unreachable(detail="whether a first message was posted is not known")
+        below = self._stop_row(to, asker) if to.reply_to else []
+        try:
+            made = await self._post_in(goes_to(to), thread_of(to), to, below)
+        except Unreachable:
+            if asker is None or asker.user in ("", goes_to(to)):
+                raise
+            made = await self._post_in(asker.user, None, to, below)
+        self._unsure.pop(key, None)
         return Where(str(made["channel"]), str(made["ts"]), False, to.place, to.conversation, to.reply_to)
 
-    def _stop_row(self, where: Where, asker: Asker | None) -> list[blocks.Block]:
-        return blocks.stop_row(say((asker.language if asker else "") or "en", "slack.stop"), where.to)
+    async def _post_in(
+        self, channel: str, thread: str | None, to: Address, below: list[blocks.Block]
+    ) -> dict[str, Any]:
+        """Where nobody knows whether it is there, there is one more, and no third."""
+        while True:
+            if replace(to, account="") in self._unsure:
+                await self._api.write("auth.test")  # a Slack that is away is waited for with what may be repeated
+            try:
+                return await self._api.post(
+                    channel=channel,
+                    thread_ts=thread,
+                    text=WAITING,
+                    blocks=[{"type": "markdown", "text": WAITING}, *below],
+                    unfurl_links=False,
+                    unfurl_media=False,
+                )
+            except Unsure:
+                if self._doubt(to) > 1:
+                    raise
 
-    async def _status(self, to: Address, asker: Asker | None) -> None:
-        """What Slack shows while nothing is written yet, and its own stop button."""
-        language = (asker.language if asker else "") or "en"
-        words = [say(language, f"slack.working_{number}") for number in (1, 2, 3)]
-        at = {"channel_id": to.place, "thread_ts": to.conversation}
-        await self._aside("agents.sessions.setStatus", **at, status="processing")
-        await self._aside("assistant.threads.setStatus", **at, status=words[0], loading_messages=words)
+    async def _post_anew(self, gone: Handle) -> Handle:
+        to, sight = Where.read(gone).to, self._sights.get(gone)
+        made = (await self._post(to, self._askers.get(to))).handle()
+        remember(self._moved, gone, made)
+        remember(self._sights, made, Sight(status=sight.status if sight else None))
+        return made
+
+    def _doubt(self, to: Address) -> int:
+        """Note a first message that may stand there, its handle lost; how many in a row."""
+        log.warning("slack.orphan")
+        count = self._unsure.get(replace(to, account=""), 0) + 1
+        remember(self._unsure, replace(to, account=""), count)
+        return count
+
+    def _stop_row(self, to: Address, asker: Asker | None) -> list[blocks.Block]:
+        return blocks.stop_row(say(_language(asker), "slack.stop"), to)
 
     def _over(self, where: Where, sight: Sight | None, *, told: bool = False) -> None:
         """The session is no longer at work. `told`: the end of the stream said so, after all that was said before."""
         status = sight.status if sight else None
         if thread_of(where.to) and not (told and (status is None or status.done())):
-            self._errand(self._active(where, status))
+            self._sessions.end(where.channel, where.conversation, status)
         if where.conversation[:1] == "@":
             self._told(where.conversation[1:])
-
-    async def _active(self, where: Where, status: asyncio.Task[None] | None) -> None:
-        if status is not None:
-            await asyncio.wait({status})
-        at = {"channel_id": where.channel, "thread_ts": where.conversation}
-        await self._aside("agents.sessions.setStatus", **at, status="active")
 
     # --- growing ---
 
@@ -289,9 +266,9 @@ class SlackOutlet:
         sight.broken = True  # until Slack has said that it was taken
         try:
             await self._api.once("chat.appendStream", channel=where.channel, ts=where.ts, markdown_text=new)
-        except _ERRORS as error:
+        except ERRORS as error:
             sight.broken = trouble(error) is not Trouble.WAIT
-            log.info("slack.append_failed", extra={"error": _name(error)})
+            log.info("slack.append_failed", extra={"error": name_of(error)})
             return
         sight.broken, sight.sent = False, shown
 
@@ -304,8 +281,8 @@ class SlackOutlet:
                 sight.ended = True
             given = self._whole(where, Body(shown))
             await self._api.once("chat.update", **given | {"blocks": [*given["blocks"], *sight.below]})
-        except _ERRORS as error:
-            log.info("slack.edit_failed", extra={"error": _name(error)})
+        except ERRORS as error:
+            log.info("slack.edit_failed", extra={"error": name_of(error)})
 
     # --- final ---
 
@@ -325,18 +302,46 @@ class SlackOutlet:
                 blocks=blocks.below(body, where.to) or None,
                 session_status="active",
             )
-        except _ERRORS as error:
-            log.info("slack.stop_failed", extra={"error": _name(error)})
+        except ERRORS as error:
+            log.info("slack.stop_failed", extra={"error": name_of(error)})
             return False
         return True
 
-    async def _settle(self, where: Where, body: Body) -> None:
-        """Write the whole final text over whatever is there; repeatable."""
+    async def _settle(self, handle: Handle, body: Body) -> None:
+        """Write the whole final text over whatever is there; repeatable. Raises Reopen where nothing is there."""
+        where = Where.read(handle)
         if where.stream:
             await self._stop(where)
+        try:
+            await self._update(where, body)
+        except SlackApiError as error:
+            if trouble(error) is not Trouble.GONE:
+                raise
+            log.info("slack.gone", extra={"error": name_of(error)})
+            if handle not in self._moved:
+                remember(self._moved, handle, None)
+            raise Reopen from error
+
+    async def _update(self, where: Where, body: Body) -> None:
+        """In its best form; then, where Slack does not take that, in plainer ones."""
+        if where.elsewhere:
+            told = say(_language(self._askers.get(where.to)), "slack.elsewhere")
+            body = replace(body, note=f"{body.note}\n{told}".lstrip())
         given = self._whole(where, body)
         if body.files:
             given |= {"file_ids": [await self._api.upload(path) for path in body.files], "text": body.files[0].name}
+        *better, last = blocks.forms(body, where.to)
+        for form in better:
+            try:
+                await self._put(where, given | {"blocks": form})
+                return
+            except SlackApiError as error:
+                if trouble(error) is not Trouble.OTHER:
+                    raise
+                log.warning("slack.plainer", extra={"error": name_of(error)})
+        await self._put(where, given | {"blocks": last})
+
+    async def _put(self, where: Where, given: dict[str, Any]) -> None:
         try:
             await self._api.write("chat.update", **given)
         except SlackApiError as error:
@@ -346,11 +351,11 @@ class SlackOutlet:
             await self._api.write("chat.update", **given)
 
     async def _stop(self, where: Where) -> None:
-        """End a stream as it stands; one that has ended is as good."""
+        """End a stream as it stands; one that has ended, or is gone, is as good."""
         try:
             await self._api.write("chat.stopStream", channel=where.channel, ts=where.ts, session_status="active")
         except SlackApiError as error:
-            if trouble(error) is not Trouble.ENDED:
+            if trouble(error) not in (Trouble.ENDED, Trouble.GONE):
                 raise
 
     async def _stop_once(self, where: Where) -> None:
@@ -370,36 +375,10 @@ class SlackOutlet:
             "link_names": False,
         }
 
-    # --- on the side ---
 
-    async def _aside(self, method: str, **given: Any) -> None:
-        """Best effort: nobody waits for it and nothing depends on it."""
-        if not self._api.free(method):
-            return
-        try:
-            await self._api.once(method, **given)
-        except _ERRORS as error:
-            log.debug("slack.aside_failed", extra={"method": method, "error": _name(error)})
-
-    def _errand(self, what: Coroutine[Any, Any, None]) -> asyncio.Task[None] | None:
-        if len(self._errands) > _REMEMBERED:
-            what.close()
-            return None
-        task = asyncio.ensure_future(what)
-        self._errands.add(task)
-        task.add_done_callback(self._errands.discard)
-        return task
+def _written(body: Body) -> Body:
+    return replace(body, text=body.shown) if isinstance(body, Part) else body
 
 
-def _name(error: Exception) -> str:
-    if isinstance(error, SlackApiError) and hasattr(error.response, "get"):
-        return str(error.response.get("error"))
-    return type(error).__name__
-
-
-def _remember(known: OrderedDict[Any, Any], key: Any, value: Any) -> None:
-    """Keep the newest: those before are of answers long settled."""
-    known[key] = value
-    known.move_to_end(key)
-    if len(known) > _REMEMBERED:
-        known.popitem(last=False)
+def _language(asker: Asker | None) -> str:
+    return (asker.language if asker else "") or "en"

@@ -35,7 +35,7 @@ class Unreadable(Exception):
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """Who did it, by Slack's ids; `team` is their own workspace."""
+    """Who did it, by Slack's ids; `team` is their own workspace, or their organisation where that is not ours."""
 
     user: str = ""
     team: str = ""
@@ -152,7 +152,7 @@ def _message(body: Payload, event: Payload, account: str) -> Read:
         below = "" if bot and event.get("parent_user_id") == bot else f"{place}:{thread}"
     if files and (asked := _WITH_FILE.fullmatch(text)):
         text = f"/{asked[1]}"
-    person = Person(str(user), str(event.get("user_team") or event.get("source_team") or ""))
+    person = Person(str(user), _team(body, event.get("user_team"), event.get("source_team"), event.get("team")))
     incoming = Incoming(
         lane=Lane.TURN,
         kind=Kind.MESSAGE,
@@ -278,7 +278,23 @@ def _submitted(body: Payload) -> Read:
 
 
 def _presser(body: Payload) -> Person:
-    return Person(str(body["user"]["id"]), str(body["user"].get("team_id") or ""))
+    return Person(str(body["user"]["id"]), _team(body, body["user"].get("team_id")))
+
+
+def _team(body: Payload, *named: object) -> str:
+    """The workspace of a person. For one of an organisation (Grid) Slack may name that: ours says nothing of them."""
+    given = [str(one) for one in named if one]
+    if given and given[0][:1] == "E" and given[0] != _organisation(body):
+        return given[0]
+    return next((one for one in given if one[:1] == "T"), "")
+
+
+def _organisation(body: Payload) -> str:
+    """The one that our workspace belongs to."""
+    first: Payload = next(iter(body.get("authorizations") or []), {})
+    return str(
+        first.get("enterprise_id") or (body.get("enterprise") or {}).get("id") or body.get("enterprise_id") or ""
+    )
 
 
 def _known_as(person: Person, body: Payload) -> str:
@@ -289,7 +305,8 @@ def _known_as(person: Person, body: Payload) -> str:
     first: Payload = next(iter(body.get("authorizations") or []), {})
     of_org = first.get("is_enterprise_install") or body.get("is_enterprise_install") in (True, "true")
     home = str(first.get("team_id") or (body.get("team") or {}).get("id") or account_of(body))
-    return person.user if of_org or person.team in ("", home) else f"{person.team}/{person.user}"
+    ours = person.team in ("", home) or (of_org and person.team[:1] != "E")
+    return person.user if ours else f"{person.team}/{person.user}"
 
 
 def _bot_user(body: Payload) -> str:

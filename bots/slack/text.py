@@ -6,15 +6,21 @@ Slack takes standard Markdown; what could ping somebody is made harmless by an i
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 
 from core.commands import COMMANDS
 
 LIMIT = 11_000  # characters of Markdown blocks in one message: Slack refuses above some 13,200 for all blocks
 _JOINER = "\u2060"
-_ALARM = re.compile(r"<(?=[!@#])|@(?=(?:channel|here|everyone)\b)", re.IGNORECASE)
-_OPEN_END = re.compile(r"(?:<|@[a-zA-Z]{0,8})\Z")
+_ALARM = re.compile(  # not what is HTML, an address or a path
+    r"<(?=(?i:!(?!doctype)[a-z])|@[UW][A-Z0-9]|#[CDG][A-Z0-9])"
+    r"|(?i:(?<![a-z0-9])(?<![a-z0-9]/)@(?=(?:channel|here|everyone)(?![a-z0-9])))"
+)
+_OPEN_END = re.compile(r"(?:<(?:![a-zA-Z]{0,7}|@[UW]?|#[CDG]?)?|@[a-zA-Z]{0,8})\Z")
+_FENCE = re.compile(r" {0,3}(`{3,20}|~{3,20})[ \t]*([^\s`]{0,40})[^`]*")
 _NAME = "\0"  # where the bot was named
 _NAME_END = re.compile(f"{_NAME}[ ,:]*")
+_SCHEME = re.compile(r"\A(?:https?://|tel:)")
 _ENTITY = re.compile(r"<([^<>\n]*)>")
 COMMAND = "/distributary"
 _COMMANDS = re.compile(rf"(?<![\w/.:@-])/({'|'.join(command.name for command in COMMANDS)})\b(?![/-])")
@@ -23,6 +29,31 @@ _COMMANDS = re.compile(rf"(?<![\w/.:@-])/({'|'.join(command.name for command in 
 def harmless(markdown: str) -> str:
     """The text without anything that Slack reads as a ping of people, groups or channels."""
     return _ALARM.sub(lambda found: found[0] + _JOINER, markdown)
+
+
+def whole_fences(pieces: Sequence[str]) -> list[str]:
+    """The pieces of a text as they are written: a code block that is cut ends there, and begins again in the next."""
+    shown: list[str] = []
+    fence = language = ""
+    for piece in pieces:
+        first, _, rest = piece.partition("\n")
+        if not fence:
+            written = piece
+        elif _closes(fence, first) and rest.strip():
+            written = rest
+        else:
+            written = f"{fence}{language}\n{piece}"
+        for line in piece.split("\n"):
+            if fence:
+                fence = "" if _closes(fence, line) else fence
+            elif found := _FENCE.fullmatch(line):
+                fence, language = found[1], found[2]
+        shown.append(f"{written.rstrip()}\n{fence}" if fence and len(shown) + 1 < len(pieces) else written)
+    return shown
+
+
+def _closes(fence: str, line: str) -> bool:
+    return line.strip().startswith(fence) and not line.strip().strip(fence[0])
 
 
 def spelled(text: str) -> str:
@@ -57,7 +88,10 @@ def read(text: str, bot_user: str = "") -> tuple[bool, str]:
             return f"#{label or target[1:]}"
         if target[:1] == "!":
             return f"@{label.lstrip('@') or target[1:].partition('^')[0]}"
-        return target.removeprefix("mailto:")
+        address = target.removeprefix("mailto:")
+        if _SCHEME.sub("", label).rstrip("/") in ("", _SCHEME.sub("", address).rstrip("/")):
+            return address
+        return f"[{label}]({target})"
 
     said = _NAME_END.sub("", _ENTITY.sub(plain, text.replace(_NAME, "")))
     said = said.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")

@@ -218,6 +218,41 @@ async def test_ask_about_this_message_opens_a_modal_and_answers_in_the_thread(tm
         assert (held.channel, held.thread) == ("C1", "1700000000.000100")
 
 
+LONG = {"zh": "许可" * 700, "ru": "дом " * 400, "quotes": '"\n' * 600, "emoji": "🏠" * 1200, "control": "\x01" * 1200}
+
+
+@pytest.mark.parametrize("written", LONG.values(), ids=LONG)
+async def test_the_modal_opens_for_a_long_message_in_any_script(tmp_path: Path, written: str) -> None:
+    async with talk(tmp_path) as it:
+        message = {"ts": "1700000000.000100", "text": written, "user": "UBEN"}
+        view = await it.modal(it.there.shortcut("UANN", message))
+        held = await it.answer(it.there.submit("UANN", view, {"question": {"value": "What is it?"}}))
+        quoted = held.said.removeprefix("you said ").removesuffix("\n\nWhat is it?")
+        assert len(quoted) > 480
+        assert written.startswith(quoted.replace("\n> ", "\n").removeprefix("> ").rstrip("\n"))
+
+
+@both_languages
+@pytest.mark.parametrize("error", ["not_in_channel", "channel_not_found"])
+async def test_where_the_app_is_no_member_it_answers_about_a_message_in_a_dm(
+    tmp_path: Path, error: str, language: str
+) -> None:
+    async with talk(tmp_path) as it:
+        it.there.locales["UANN"] = language
+        await it.there.deliver(it.there.opens_home("UANN", tab="messages"))
+        await it.until_known("UANN")
+        it.there.outside["C7"] = error
+        message = {"ts": "1700000000.000100", "text": "Section 4 applies.", "user": "UBEN"}
+        view = await it.modal(it.there.shortcut("UANN", message, channel="C7"))
+        held = await it.answer(it.there.submit("UANN", view, {"question": {"value": "What does it say?"}}))
+        assert held.said == "you said > Section 4 applies.\n\nWhat does it say?"
+        assert (held.channel, held.thread) == ("DUANN", "")
+        assert say(language, "slack.elsewhere") in json.dumps(held.blocks, ensure_ascii=False)
+        again = await it.answer(it.there.press("UANN", held, say(language, "service.again")))
+        assert (again.channel, again.said) == (held.channel, held.said)
+        assert await it.here.count("ledger") == 2
+
+
 @both_ways
 async def test_the_agents_dm_offers_the_channels_questions(tmp_path: Path, http: bool) -> None:
     def questions(tx: Tx) -> None:

@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 
 from bots.slack.settings import read_settings
+from bots.slack.text import read
 from core.errors import BadConfig, StorageError
 from core.service import Service
 from tests.bots.slack.talk import talk
@@ -78,6 +79,25 @@ async def test_a_mention_that_comes_as_two_events_is_answered_once(tmp_path: Pat
         await asyncio.gather(it.there.deliver(one), it.there.deliver(two))
         await it.settled()
         assert [held.said for held in it.there.held("C1")] == ["you said hello"]
+
+
+@pytest.mark.parametrize(
+    ("sent", "meant"),
+    [
+        ("see <https://acme.example/p|our leave policy>", "see [our leave policy](https://acme.example/p)"),
+        ("<https://a.example/?a=1&amp;b=2|R&amp;D>", "[R&D](https://a.example/?a=1&b=2)"),
+        ("<mailto:hr@acme.example|write to us>", "[write to us](mailto:hr@acme.example)"),
+        ("<https://acme.example/p>", "https://acme.example/p"),
+        ("<https://acme.example/p/|https://acme.example/p/>", "https://acme.example/p/"),
+        ("<http://acme.example|acme.example>", "http://acme.example"),
+        ("<https://acme.example/|acme.example>", "https://acme.example/"),
+        ("<mailto:hr@acme.example|hr@acme.example>", "hr@acme.example"),
+        ("<tel:+4681|+4681>", "tel:+4681"),
+        ("<#C1|general> <@U1|ann> <!here>", "#general @ann @here"),
+    ],
+)
+def test_the_words_of_a_link_reach_the_model(sent: str, meant: str) -> None:
+    assert read(sent) == (False, meant)
 
 
 @both_ways

@@ -3,15 +3,20 @@
 from __future__ import annotations
 
 import asyncio
+import contextlib
+import re
 from pathlib import Path
 
 import pytest
+from aiohttp.test_utils import unused_port
+from slack_sdk.web.async_client import AsyncWebClient
 
 from bots.slack import api, outlet
 from bots.slack.pace import RATES, Pace
-from bots.slack.text import LIMIT, growing, harmless
+from bots.slack.text import LIMIT, growing, harmless, whole_fences
 from core.engine.protocol import Request
-from tests.bots.slack.talk import Talk, talk
+from core.texts import say
+from tests.bots.slack.talk import Talk, fast, talk
 from tests.fakes.slack import FakeSlack, Held
 
 LONG = "one two three four five six seven eight nine ten"
@@ -75,6 +80,49 @@ async def test_a_start_whose_answer_is_lost_leaves_one_orphan_and_no_second_stre
         orphan, held = it.there.messages.values()
         assert (orphan.said, held.said) == ("", LONG)
         assert len(it.there.called("chat.startStream")) == 1
+
+
+@pytest.mark.parametrize("fault", ["lost", "500", "fatal_error"])
+async def test_a_first_message_of_which_nobody_knows_is_posted_once_more_and_not_again(
+    tmp_path: Path, fault: str
+) -> None:
+    async with talk(tmp_path, slowly, transport="edit") as it:
+        it.there.faults["chat.postMessage"].extend([fault] * 6)
+        await it.there.deliver(it.there.message("UANN", "tell me"))
+        await it.settled()
+        assert len(it.there.called("chat.postMessage")) == 2
+        assert await it.here.count("ledger") == 0
+        it.there.faults["chat.postMessage"].clear()
+        assert (await it.ask("UANN", "and now?")).said == LONG
+
+
+async def test_a_slack_that_is_away_is_waited_for_without_posting(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(api, "_PAUSES_S", (0.0,))
+    async with talk(tmp_path, slowly, transport="edit") as it:
+        it.there.faults["chat.postMessage"].append("500")
+        it.there.faults["auth.test"].extend(["500"] * 20)
+        assert (await it.ask("UANN", "tell me")).said == LONG
+        assert len(it.there.called("chat.postMessage")) == 2
+
+
+async def test_a_post_that_found_no_connection_goes_out_again(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(api, "_PAUSES_S", (0.0,))
+    there, port, tries = FakeSlack(), unused_port(), 0
+    async with contextlib.AsyncExitStack() as stack:
+
+        async def token() -> str:
+            nonlocal tries
+            tries += 1
+            if tries == 3:
+                await stack.enter_async_context(there.open(port))
+            return there.workspace("T1").token
+
+        client = AsyncWebClient(base_url=f"http://127.0.0.1:{port}/api/", retry_handlers=[])
+        given = {"channel": "C1", "text": "hello", "unfurl_links": False, "unfurl_media": False}
+        await api.Api(client, token, fast()).post(**given)
+        assert (tries, only(there).said) == (3, "hello")
 
 
 async def test_a_stream_that_expires_is_recovered(tmp_path: Path) -> None:
@@ -147,6 +195,41 @@ async def test_long_answers_are_split_within_slacks_limits(tmp_path: Path, trans
         assert {held.thread for held in parts} == {parts[0].thread}
 
 
+@pytest.mark.parametrize("transport", ["stream", "edit"])
+@pytest.mark.parametrize("fence", ["```", "~~~~"])
+async def test_a_code_block_that_is_cut_is_whole_in_each_message(tmp_path: Path, transport: str, fence: str) -> None:
+    code = "".join(f"def f{number}(x):\n    return x * {number}\n\n" for number in range(800))
+    text = f"Here:\n\n{fence}python\n{code}{fence}\n\nThat was **all**."
+    async with talk(tmp_path, lambda _: text, transport=transport) as it:
+        await it.here.database.write(lambda tx: tx.run("UPDATE channel SET tokens_out = 100000"))
+        await it.ask("UANN", "write it")
+        first, *between, last = [held.said for held in it.there.messages.values()]
+        assert between
+        assert first.startswith("Here:")
+        assert last.endswith("That was **all**.")
+        assert all(said.count(fence) == 2 for said in (first, *between, last))
+        assert all(said.startswith(f"{fence}python\ndef f") for said in (*between, last))
+        assert all(said.endswith(f"\n{fence}") for said in (first, *between))
+        written = "".join((first, *between, last)).replace(f"{fence}python", "").replace(fence, "")
+        assert written.split() == text.replace(f"{fence}python", "").replace(fence, "").split()
+        kept = "SELECT text FROM turn WHERE role = 'assistant'"
+        assert await it.here.database.read(lambda tx: tx.cipher.unseal(tx.value(kept))) == text
+
+
+@pytest.mark.parametrize(
+    ("pieces", "shown"),
+    [
+        (["a\n```py x\nb\n\n", "c\n```\nd"], ["a\n```py x\nb\n```", "```py\nc\n```\nd"]),
+        (["```\nb\n\n", "```\nd ``` e"], ["```\nb\n```", "d ``` e"]),
+        (["~~~\n```\n", "~~~~ \n"], ["~~~\n```\n~~~", "~~~\n~~~~ \n"]),
+        (["`a```\n", "```a`\n"], ["`a```\n", "```a`\n"]),
+        (["```\nnever closed"], ["```\nnever closed"]),
+    ],
+)
+def test_a_cut_fence_is_closed_and_opened_again(pieces: list[str], shown: list[str]) -> None:
+    assert whole_fences(pieces) == shown
+
+
 PHASES = [
     ("stream", "chat.startStream", 1),
     ("stream", "chat.appendStream", 1),
@@ -203,6 +286,46 @@ async def _mishap(it: Talk, what: str) -> None:
         asyncio.get_running_loop().call_later(1.5, lambda: setattr(it.there, "down", False))
 
 
+@pytest.mark.parametrize("refused", [{"markdown"}, {"markdown", "actions"}])
+async def test_what_slack_does_not_take_is_written_plainer(tmp_path: Path, refused: set[str]) -> None:
+    text = "**bold** <!channel> " + "antidisestablishmentarianism " * 300
+    async with talk(tmp_path, lambda _: text, transport="edit") as it:
+        it.there.refused = refused
+        held = await it.ask("UANN", "tell me")
+        assert held.said.replace("\u2060", "") == text.strip()
+        assert "<!" not in held.said
+        assert held.labels == ([] if "actions" in refused else [say("en", "service.again")])
+        assert await it.here.count("ledger") == 1
+
+
+@pytest.mark.parametrize("transport", ["stream", "edit"])
+async def test_an_answer_whose_message_was_removed_is_posted_anew(tmp_path: Path, transport: str) -> None:
+    async with talk(tmp_path, lambda _: "one " * 50, delay_s=0.01, transport=transport) as it:
+        held = await begun(it)
+        del it.there.messages[held.channel, held.ts]
+        await it.settled()
+        again = only(it.there)
+        assert (again.said, again.thread) == (("one " * 50).strip(), held.thread)
+        assert again.labels == [say("en", "service.again")]
+        await it.until_session("active")
+        assert await it.here.count("ledger") == 1
+
+
+async def test_an_answer_whose_message_was_removed_while_nothing_ran_is_posted_anew(tmp_path: Path) -> None:
+    async with FakeSlack().open() as there:
+        there.workspace("T1")
+        with pytest.raises(ExceptionGroup):  # noqa: PT012 - a kill is in the middle
+            async with talk(tmp_path, lambda _: "one " * 2000, there=there, delay_s=0.05) as it:
+                await begun(it)
+                raise RuntimeError("killed")
+        there.messages.clear()
+        there.sockets.clear()
+        async with talk(tmp_path, lambda _: "one two", there=there) as it:
+            await it.settled()
+            assert only(there).said == "one two"
+            assert await it.here.count("ledger") == 1
+
+
 @pytest.mark.parametrize("how", ["refresh", "cut"])
 async def test_a_socket_that_is_refreshed_or_cut_in_mid_answer_loses_nothing(tmp_path: Path, how: str) -> None:
     async with talk(tmp_path, lambda _: "one " * 100, delay_s=0.01) as it:
@@ -224,8 +347,62 @@ async def test_a_workspace_that_cannot_be_reached_ends_the_reply_without_a_charg
         assert await it.here.count("ledger") == 0
 
 
-@pytest.mark.parametrize("text", ["<!channel> x", "a @here b <@U1>", "< @ <", "mail@here.example @channels", "x@"])
+GROWING = [
+    *[
+        "<!channel> x",
+        "a @here b <@U1>",
+        "< @ <",
+        "mail@here.example @channels",
+        "x@",
+        "<!DOCTYPE html> <!doc",
+        "x/@here",
+    ],
+    *["<!-- <!d", "a<@NonNull T> <@UA <@W", "<#C1> <#if>", "@channel", "/@everyone.", "@everyonex <!everyone"],
+]
+
+
+@pytest.mark.parametrize("text", GROWING)
 def test_what_is_shown_while_it_grows_begins_what_is_shown_in_the_end(text: str) -> None:
     final = harmless(text.strip())
     for end in range(len(text) + 1):
         assert final.startswith(growing(text[:end]))
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        "<!DOCTYPE html>\n<!-- a comment -->\n<![CDATA[x]]>",
+        "support@here.com or https://medium.com/@channel",
+        "List<@NonNull String> x; <#if a> <#default> #include <stdio.h>",
+        "@channels @hereby @everyone1",
+    ],
+)
+def test_code_and_addresses_stay_as_they_are(text: str) -> None:
+    assert harmless(text) == text
+
+
+@pytest.mark.parametrize(
+    "text",
+    [
+        *["<!channel>", "<!HERE|here>", "<!everyone>", "<!group>", "<!subteam^S1>", "<!date^1^{date}|x>", "x<!here>"],
+        *["<@U012AB>", "<@W1|ann>", "<#C1>", "<#D1|x>", "<<!channel>", "<!doctyp <!channel>"],
+        *[
+            "@here",
+            "**@channel**",
+            "_@everyone_",
+            "(@here)",
+            "大家@channel开会",
+            " /@here",
+            "@@channel",
+            "a.@Channel",
+            "\t@HERE!",
+        ],
+    ],
+)
+def test_what_rings_is_made_harmless(text: str) -> None:
+    made = harmless(text)
+    assert made != text
+    assert made.replace("\u2060", "") == text
+    assert not re.search(
+        r"<(?:!(?:channel|here|everyone|group|subteam|date)|@[UW]|#[CDG])|@(?:channel|here|every)", made, re.I
+    )

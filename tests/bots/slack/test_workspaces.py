@@ -287,6 +287,26 @@ async def test_an_organisation_installs_for_all_its_workspaces(tmp_path: Path) -
         assert await it.here.count("inbox", "account = 'E1'") == 4
 
 
+@pytest.mark.parametrize("more", [{}, {"user_team": "E9"}, {"user_team": "E9", "source_team": "E9"}])
+async def test_in_a_workspace_of_an_organisation_people_are_the_same_whatever_slack_calls_their_team(
+    tmp_path: Path, more: dict[str, Any]
+) -> None:
+    async with talk(tmp_path) as it:
+        it.there.workspaces["T1"].belongs_to = "E9"
+        told = await it.ask("UOWNER", "/whoami")
+        assert (await it.ask("UOWNER", "<@BT1> /whoami", channel="C1", **more)).said == told.said
+        assert (await it.ask("UOWNER", " /operator list", **more)).said.startswith("Operators")
+        await it.ask("UOWNER", "<@BT1> hello", channel="C1", **more)
+        assert {
+            call.body["recipient_team_id"]
+            for call in it.there.called("chat.startStream")
+            if "C1" in call.body["channel"]
+        } == {"T1"}
+        # a guest of another organisation, with the id of an operator here
+        guest = await it.ask("UOWNER", "<@BT1> /operator list", channel="C1", user_team="E8")
+        assert guest.said == say("en", "error.not_allowed")
+
+
 async def test_50_workspaces_at_once_see_nothing_of_each_other(tmp_path: Path) -> None:
     def answer(request: Request) -> str:
         return f"{request.scope.channel} | {request.messages[-1].text}"

@@ -11,11 +11,14 @@ STREAM_S = 300.0
 
 @dataclass
 class Workspace:
+    """`enterprise`: the organisation that installed for all of its own; `belongs_to`: of one that did for itself."""
+
     team: str
     token: str
     bot: str
     name: str = ""
     enterprise: str = ""
+    belongs_to: str = ""
     alive: bool = True
     refresh: str = ""
     installer: str = ""
@@ -41,7 +44,8 @@ class Held:
     def said(self) -> str:
         """What a person reads as the message itself."""
         marked = "".join(block["text"] for block in self.blocks if block["type"] == "markdown")
-        return marked or self.text
+        plain = "".join(block["text"]["text"] for block in self.blocks if block["type"] == "section")
+        return marked or plain or self.text
 
     @property
     def buttons(self) -> list[dict[str, Any]]:

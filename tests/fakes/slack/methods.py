@@ -22,6 +22,8 @@ class Methods(People):
         self.statuses: dict[tuple[str, str], str] = {}  # of the agent session of a thread
         self.locales: dict[str, str] = {}
         self.draws = True  # whether this Slack knows charts
+        self.outside: dict[str, str] = {}  # channels in which the app is not, and what Slack says to it there
+        self.refused: set[str] = set()  # blocks that it does not take when a message is updated
 
     def answer(self, method: str, token: str, body: dict[str, Any]) -> dict[str, Any]:
         if method not in rules.REQUIRED:
@@ -78,6 +80,8 @@ class Methods(People):
             return no(wrong)
         if body.get("unfurl_links") is not False or body.get("unfurl_media") is not False:
             return no("would_unfurl")  # not Slack's: this app never wants it
+        if body["channel"] in self.outside:
+            return no(self.outside[body["channel"]])
         channel = f"D{body['channel']}" if body["channel"][0] == "U" else body["channel"]
         held = Held(space.team, channel, self.ts(), body.get("thread_ts") or "")
         self.messages[channel, held.ts] = held
@@ -90,6 +94,8 @@ class Methods(People):
             return no("message_not_found")
         if held.streaming:
             return no("streaming_state_conflict")
+        if any(block["type"] in self.refused for block in body.get("blocks") or []):
+            return no("invalid_blocks")
         wrong = self._wrong(body)
         if wrong:
             return no(wrong)
@@ -102,6 +108,8 @@ class Methods(People):
             return no("missing_recipient_user_id")
         if body["channel"][0] != "D" and not body.get("recipient_team_id"):
             return no("missing_recipient_team_id")
+        if body["channel"] in self.outside:
+            return no(self.outside[body["channel"]])
         held = Held(space.team, body["channel"], self.ts(), body["thread_ts"], streaming=True, streamed=True)
         held.started = self.now
         self.messages[held.channel, held.ts] = held

@@ -41,7 +41,7 @@ class People:
             "authorizations": [
                 {
                     "team_id": team,
-                    "enterprise_id": space.enterprise or None,
+                    "enterprise_id": space.enterprise or space.belongs_to or None,
                     "user_id": space.bot,
                     "is_bot": True,
                     "is_enterprise_install": bool(space.enterprise),
@@ -137,8 +137,8 @@ class People:
         return made
 
     def _interactive(self, kind: str, user: str, team: str) -> dict[str, Any]:
-        org = self.workspaces[team].enterprise if team in self.workspaces else ""
-        of_org = {"enterprise": {"id": org}, "is_enterprise_install": True} if org else {"enterprise": None}
+        org, of_all = self._organisation(team)
+        of_org = {"enterprise": {"id": org} if org else None, "is_enterprise_install": of_all}
         return {
             "type": kind,
             "team": {"id": team},
@@ -149,5 +149,10 @@ class People:
         }
 
     def _form_of_org(self, team: str) -> dict[str, str]:
-        org = self.workspaces[team].enterprise if team in self.workspaces else ""
-        return {"enterprise_id": org, "is_enterprise_install": "true"} if org else {"is_enterprise_install": "false"}
+        org, of_all = self._organisation(team)
+        return {**({"enterprise_id": org} if org else {}), "is_enterprise_install": str(of_all).lower()}
+
+    def _organisation(self, team: str) -> tuple[str, bool]:
+        """Whose the workspace is, and whether the app was installed for all of it."""
+        space = self.workspaces.get(team)
+        return (space.enterprise or space.belongs_to, bool(space.enterprise)) if space else ("", False)

@@ -16,7 +16,7 @@ from typing import Protocol
 
 from core import adapters
 from core.delivery import Deliveries, keep_body, new_delivery
-from core.engine.protocol import Delta, Engine, Finished, FinishReason, Request, Scope
+from core.engine.protocol import Delta, Engine, Finished, FinishReason, Generation, Request, Scope
 from core.errors import AdapterUnusable, AppError, EngineError, LimitReached, UserError
 from core.store import directory, inbox, ledger, turns
 from core.store.database import Database, Tx
@@ -47,8 +47,18 @@ class Stoppable(Protocol):
 
 
 @dataclass(slots=True)
+class _Beginning:
+    """A reply that the engine does not have yet: a stop is remembered."""
+
+    stopped: bool = False
+
+    def cancel(self) -> None:
+        self.stopped = True
+
+
+@dataclass(slots=True)
 class Replies:
-    """Runs replies. `running` holds the generation of each conversation that is being answered."""
+    """Runs replies. `running` holds what a stop reaches in each conversation that is being answered."""
 
     database: Database
     home: Home
@@ -63,14 +73,23 @@ class Replies:
 
         With `again` the conversation's last question is answered once more and `text` is ignored.
         """
-        pinned = await self.database.write(lambda tx: self._pin(tx, row, caller, text, again=again))
-        if row.attempts and await self.database.read(lambda tx: inbox.stopped_since(tx, row)):
-            raise UserError("service.stopped")
-        if pinned.adapter is not None:
-            await asyncio.to_thread(adapters.verify, pinned.adapter)
-        handle = await self.deliveries.open(pinned.delivery_id, caller.address)
-        began = time.monotonic()
-        answer, finished = await self._run(self._request(row, caller, pinned, again=again), handle, caller.address)
+        key = replace(caller.address, reply_to="")
+        self.running[key] = beginning = _Beginning()
+        try:
+            # a stop that was accepted before this is in the inbox; a later one finds `beginning`
+            if await self.database.read(lambda tx: inbox.stopped_since(tx, row)):
+                raise UserError("service.stopped")
+            pinned = await self.database.write(lambda tx: self._pin(tx, row, caller, text, again=again))
+            if pinned.adapter is not None:
+                await asyncio.to_thread(adapters.verify, pinned.adapter)
+            handle = await self.deliveries.open(pinned.delivery_id, caller.address)
+            if beginning.stopped:
+                raise UserError("service.stopped")
+            began = time.monotonic()
+            self.running[key] = generation = self.engine.submit(self._request(row, caller, pinned, again=again))
+            answer, finished = await self._read(generation, handle, caller.address)
+        finally:
+            del self.running[key]
         if not answer.strip():
             raise (
                 UserError("service.stopped")
@@ -168,15 +187,13 @@ class Replies:
             deadline_s=self.deadline_s,
         )
 
-    async def _run(self, request: Request, handle: Handle, to: Address) -> tuple[str, Finished]:
-        """Generate, showing the text as it grows; what was said, and why it ended."""
-        key = replace(to, reply_to="")
+    async def _read(self, generation: Generation, handle: Handle, to: Address) -> tuple[str, Finished]:
+        """Show the text as it grows; what was said, and why it ended."""
         screen = _Screen(lambda text: self.deliveries.show(handle, to, text))
         finished: Finished | None = None
         failure: AppError | None = None
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(screen.run())
-            self.running[key] = generation = self.engine.submit(request)
             try:
                 async for event in generation:
                     if isinstance(event, Delta):
@@ -187,7 +204,6 @@ class Replies:
                 failure = error
             finally:
                 generation.cancel()
-                del self.running[key]
                 screen.end()
         if failure is not None:
             raise failure

@@ -12,7 +12,7 @@ from core.errors import EngineError
 from core.store import inbox, ledger
 from core.store.database import Tx
 from core.texts import say
-from core.types import Attachment, Kind, Role
+from core.types import Address, Attachment, Handle, Kind, Role
 from tests.world import OWNER, world
 
 
@@ -61,6 +61,54 @@ async def test_stop_makes_the_visible_text_the_final_one_and_it_is_charged(tmp_p
         row = await it.database.read(lambda tx: tx.one("SELECT tokens_out FROM ledger"))
         assert row is not None
         assert row["tokens_out"] == len(said.split())
+
+
+@pytest.mark.parametrize(("text", "kind"), [("", Kind.STOP), ("/stop", Kind.MESSAGE)])
+async def test_a_stop_before_the_first_word_is_kept_to(tmp_path: Path, text: str, kind: Kind) -> None:
+    opening, opened = asyncio.Event(), asyncio.Event()
+    async with world(tmp_path) as it:
+        open_now = it.bot.open
+
+        async def open_slowly(to: Address) -> Handle:
+            if not opening.is_set():
+                opening.set()
+                await opened.wait()
+            return await open_now(to)
+
+        it.bot.open = open_slowly  # type: ignore[method-assign]
+        await it.send("talk")
+        await opening.wait()
+        await it.send(text, kind=kind)
+        while not await it.count("inbox", "lane = 'control' AND state = 'done'"):  # noqa: ASYNC110 - until the stop is told
+            await asyncio.sleep(0.01)
+        opened.set()
+        await it.settled()
+        assert it.bot.said()[-1] == say("en", "service.stopped")
+        assert it.engine.requests == []
+        assert await it.count("ledger") == 0
+
+
+@pytest.mark.parametrize(("text", "kind"), [("", Kind.STOP), ("/stop", Kind.MESSAGE)])
+async def test_a_question_and_its_stop_may_wait_together(tmp_path: Path, text: str, kind: Kind) -> None:
+    async with world(tmp_path, running=False) as it:
+        await it.send("talk")
+        await it.send(text, kind=kind)
+    async with world(tmp_path) as it:
+        await it.settled()
+        assert say("en", "service.stopped") in it.bot.said()
+        assert it.engine.requests == []
+
+
+async def test_a_stop_is_for_what_is_being_answered_and_not_for_what_waits(tmp_path: Path) -> None:
+    async with world(tmp_path, lambda request: f"{request.messages[-1].text} " * 200, delay_s=0.005) as it:
+        await it.send("one")
+        await it.send("two")
+        await it.bot.showing.wait()
+        await it.send("", kind=Kind.STOP)
+        await it.settled()
+        one, two = it.bot.said()
+        assert len(one.split()) < 200
+        assert two.split() == ["two"] * 200
 
 
 async def test_an_engine_error_is_seen_and_not_charged(tmp_path: Path) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
@@ -13,6 +14,7 @@ from core.types import Address, Attachment, Incoming, Kind, Lane
 MAX_OPEN = 10_000
 MAX_TEXT = 100_000  # characters; a longer text is not kept, and refused with its length
 MAX_ATTEMPTS = 5
+_STOP = re.compile(r"\s*[/／]stop\b", re.IGNORECASE)
 
 
 @dataclass(frozen=True, slots=True)
@@ -128,15 +130,19 @@ def close(tx: Tx, inbox_id: int, outcome: str, *, dead: bool = False) -> None:
 
 
 def stopped_since(tx: Tx, row: Taken) -> bool:
-    """Whether the person stopped this reply before a crash cut it."""
+    """Whether the person stopped this turn: a stop came after it, when the turn before it had ended."""
     to = row.address
-    return bool(
-        tx.value(
-            "SELECT 1 FROM inbox WHERE platform = ? AND account = ? AND place = ? AND conversation = ?"
-            " AND id > ? AND outcome = 'stop'",
-            [to.platform, to.account, to.place, to.conversation, row.id],
-        )
+    here = "platform = ? AND account = ? AND place = ? AND conversation = ?"
+    place = [to.platform, to.account, to.place, to.conversation]
+    later = tx.all(f"SELECT * FROM inbox NOT INDEXED WHERE id > ? AND lane = 'control' AND {here}", [row.id, *place])
+    stops = [one["received_ms"] for one in later if _is_stop(_taken(tx, one))]
+    if not stops:
+        return False
+    before = tx.value(
+        f"SELECT closed_ms FROM inbox NOT INDEXED WHERE id < ? AND lane = 'turn' AND {here} ORDER BY id DESC LIMIT 1",
+        [row.id, *place],
     )
+    return before is None or max(stops) >= before
 
 
 def open_rows(tx: Tx, platform: str, account: str) -> int:
@@ -156,6 +162,11 @@ def open_rows(tx: Tx, platform: str, account: str) -> int:
 def clean(text: str) -> str:
     """Text that SQLite, JSON and every platform can hold: no NUL, no lone surrogate."""
     return text.replace("\x00", "\ufffd").encode("utf-8", "replace").decode("utf-8") if text else text
+
+
+def _is_stop(row: Taken) -> bool:
+    """Pressed or typed."""
+    return row.kind is Kind.STOP or bool(_STOP.match(row.value if row.action == "command" else row.text))
 
 
 def _taken(tx: Tx, row: Row) -> Taken:

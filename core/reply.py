@@ -282,9 +282,9 @@ def _check_limits(tx: Tx, caller: Caller) -> None:
         if not limit:
             continue
         recent = tx.all(
-            "SELECT started_ms FROM generation WHERE user_hash = ? AND channel_id = ? AND started_ms > ?"
-            " ORDER BY started_ms DESC LIMIT ?",
-            [caller.user, caller.channel.id, tx.now_ms - window_ms, limit],
+            "SELECT started_ms FROM generation WHERE user_hash = ? AND channel_id = ?"
+            " AND started_ms > ? AND started_ms <= ? ORDER BY started_ms DESC LIMIT ?",
+            [caller.user, caller.channel.id, tx.now_ms - window_ms, tx.now_ms, limit],
         )
         if len(recent) == limit:
             wait_s = (recent[-1]["started_ms"] + window_ms - tx.now_ms) / 1000

@@ -10,7 +10,7 @@ import pytest
 from core.engine.protocol import Request
 from core.errors import EngineError
 from core.store import inbox, ledger
-from core.store.database import Tx
+from core.store.database import Tx, now_ms
 from core.texts import say
 from core.types import Address, Attachment, Handle, Kind, Role
 from tests.world import OWNER, world
@@ -138,6 +138,16 @@ async def test_the_limit_is_said_once_with_when_it_ends(tmp_path: Path) -> None:
         assert "6" in said[-1]
         assert await it.count("ledger") == 6
         assert await it.count("inbox", "outcome = 'refused_quietly'") == 2
+
+
+async def test_a_clock_that_was_ahead_locks_nobody_out(tmp_path: Path) -> None:
+    ahead_ms = 30 * 86_400_000
+    async with world(tmp_path, clock=lambda: now_ms() + ahead_ms) as it:
+        await it.database.write(lambda tx: tx.run("UPDATE channel SET per_minute = 2"))
+        await it.ask("one")
+        await it.ask("two")
+        ahead_ms = 0
+        assert await it.ask("three") == "you said three"
 
 
 @pytest.mark.parametrize(

@@ -10,13 +10,15 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from core import adapters
 from core.delivery import Deliveries, keep_body, new_delivery
 from core.engine.protocol import Delta, Engine, Finished, FinishReason, Generation, Request, Scope
+from core.engine.scheduler import Scheduler
 from core.errors import AdapterUnusable, AppError, EngineError, LimitReached, UserError
 from core.store import directory, inbox, ledger, turns
 from core.store.database import Database, Tx
@@ -56,6 +58,36 @@ class _Beginning:
         self.stopped = True
 
 
+class Places:
+    """Room for so many replies at the engine. Where more want it they take turns as they do there."""
+
+    def __init__(self, free: int) -> None:
+        self._free = free
+        self._waiting: Scheduler[tuple[asyncio.Future[None], Scope]] = Scheduler(inbox.MAX_OPEN)
+
+    @asynccontextmanager
+    async def one(self, scope: Scope) -> AsyncIterator[None]:
+        came = asyncio.get_running_loop().create_future(), scope
+        self._waiting.add(came, scope)
+        self._fill()
+        try:
+            await came[0]
+            yield
+        finally:
+            if not self._waiting.remove(came):
+                self._waiting.done(scope)
+                self._free += 1
+                self._fill()
+
+    def _fill(self) -> None:
+        while self._free and (next_one := self._waiting.take()):
+            self._free -= 1
+            turn, scope = next_one
+            self._waiting.charge(scope, 1)
+            if not turn.done():  # cancelled: its place comes back at once
+                turn.set_result(None)
+
+
 @dataclass(slots=True)
 class Replies:
     """Runs replies. `running` holds what a stop reaches in each conversation that is being answered."""
@@ -64,6 +96,7 @@ class Replies:
     home: Home
     engine: Engine
     deliveries: Deliveries
+    places: Places
     sampling: Sampling = field(default_factory=Sampling)  # what a channel does not set for itself
     deadline_s: float = 120.0
     running: dict[Address, Stoppable] = field(default_factory=dict)
@@ -83,11 +116,13 @@ class Replies:
             if pinned.adapter is not None:
                 await asyncio.to_thread(adapters.verify, pinned.adapter)
             handle = await self.deliveries.open(pinned.delivery_id, caller.address)
-            if beginning.stopped:
-                raise UserError("service.stopped")
-            began = time.monotonic()
-            self.running[key] = generation = self.engine.submit(self._request(row, caller, pinned, again=again))
-            answer, finished = await self._read(generation, handle, caller.address)
+            request = self._request(row, caller, pinned, again=again)
+            async with self.places.one(request.scope):
+                if beginning.stopped:
+                    raise UserError("service.stopped")
+                began = time.monotonic()
+                self.running[key] = generation = self.engine.submit(request)
+                answer, finished = await self._read(generation, handle, caller.address)
         finally:
             del self.running[key]
         if not answer.strip():

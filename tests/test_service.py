@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from core.engine.protocol import Request
+from core.engine.protocol import Request, Scope
 from core.errors import EngineError
-from core.store import inbox, ledger
+from core.reply import Places
+from core.store import directory, inbox, ledger
 from core.store.database import Tx, now_ms
 from core.texts import say
-from core.types import Address, Attachment, Handle, Kind, Role
-from tests.world import OWNER, world
+from core.types import Address, Attachment, Handle, Incoming, Kind, Lane, Role
+from tests.world import OWNER, FakeBot, world
 
 
 async def test_a_question_is_answered_and_charged_once(tmp_path: Path) -> None:
@@ -298,3 +299,70 @@ async def test_the_engine_hears_of_the_partners_weight(tmp_path):
         await here.database.write(lambda tx: tx.run("UPDATE partner SET weight = 2.5"))
         await here.ask("hello")
         assert here.engine.requests[-1].scope.weight == 2.5
+
+
+# --- who goes first ---
+
+
+def bind_beta(tx: Tx, platform: str, account: str, place: str) -> None:
+    directory.bind(tx, platform, account, place, directory.create_channel(tx, "beta").id)
+
+
+@pytest.mark.parametrize("step", ["open", "finish"])
+async def test_a_platform_that_is_away_holds_up_no_other(tmp_path: Path, step: str) -> None:
+    back = asyncio.Event()
+    async with world(tmp_path, max_replies=2) as it:
+        here = FakeBot()
+        await it.database.write(lambda tx: bind_beta(tx, "other", "bot", ""))
+        it.service.register("other", "bot", here)
+        usual = getattr(it.bot, step)
+
+        async def when_back(*given: object) -> object:
+            await back.wait()
+            return await usual(*given)
+
+        setattr(it.bot, step, when_back)
+        for n in range(4):
+            await it.send("hello", conversation=f"c{n}", user=f"u{n}")
+        at = Address("other", "bot", "p", "c")
+        await it.service.accept(Incoming(Lane.TURN, Kind.MESSAGE, at, "u", "k", "k", "hello"))
+        async with asyncio.timeout(10):
+            await it.service.settled("other", "bot")
+        assert here.said() == ["you said hello"]
+        assert it.bot.said() == []
+        back.set()
+        await it.settled()
+        assert it.bot.said() == ["you said hello"] * 4
+
+
+async def test_of_one_account_the_channel_that_has_least_goes_first(tmp_path: Path) -> None:
+    async with world(tmp_path, running=False) as it:
+        await it.database.write(lambda tx: bind_beta(tx, "fake", "bot", "q"))
+        for place, count in (("p", 5), ("q", 3)):
+            for n in range(count):
+                await it.send(f"{place}{n}", place=place, conversation=f"{place}{n}")
+        active: set[int] = set()
+
+        async def begun(room: int) -> list[str]:
+            taken = await it.database.write(lambda tx: inbox.take(tx, room, {("fake", "bot")}, active))
+            active.update(row.id for row in taken)
+            return [row.text for row in taken]
+
+        assert [await begun(room) for room in (3, 5, 5, 6)] == [["p0", "q0", "p1"], ["q1", "p2"], [], ["q2"]]
+
+
+async def test_at_the_engine_the_parties_take_turns_and_who_leaves_takes_no_place() -> None:
+    places, came, go = Places(1), list[str](), asyncio.Event()
+
+    async def want(partner: str, name: str) -> None:
+        async with places.one(Scope(partner)):
+            came.append(name)
+            await go.wait()
+
+    async with asyncio.TaskGroup() as tasks:
+        wanted = [tasks.create_task(want(name[0], name)) for name in ("a1", "a2", "a3", "a4", "b1")]
+        await asyncio.sleep(0.01)
+        assert came == ["a1"]
+        wanted[1].cancel()
+        go.set()
+    assert came == ["a1", "a3", "b1", "a4"]

@@ -15,6 +15,30 @@ MAX_OPEN = 10_000
 MAX_TEXT = 100_000  # characters; a longer text is not kept, and refused with its length
 MAX_ATTEMPTS = 5
 _STOP = re.compile(r"\s*[/／]stop\b", re.IGNORECASE)
+# What has begun stands before what is new, and counts: in its channel (found as core.store.directory does) and account.
+_DUE = """
+    WITH head AS (
+        SELECT id, lane, state, platform, account, coalesce(
+            (SELECT channel_id FROM binding WHERE platform = this.platform AND account = this.account
+                AND place = this.place),
+            (SELECT channel_id FROM person WHERE user_hash = this.user_hash),
+            (SELECT channel_id FROM binding WHERE platform = this.platform AND account = this.account AND place = '')
+        ) AS channel FROM inbox AS this
+        WHERE state IN ('new', 'running', 'generated') AND (lane = 'control' OR NOT EXISTS (
+            SELECT 1 FROM inbox AS other WHERE other.platform = this.platform AND other.account = this.account
+            AND other.place = this.place AND other.conversation = this.conversation AND other.id < this.id
+            AND other.lane = 'turn' AND other.state IN ('new', 'running', 'generated')))
+    ), ranked AS (
+        SELECT *, row_number() OVER (PARTITION BY lane, platform, account, channel ORDER BY state = 'new', id) AS rank
+        FROM head
+    ), placed AS (
+        SELECT *, row_number() OVER (PARTITION BY lane, platform, account ORDER BY state = 'new', rank, id) AS number
+        FROM ranked
+    )
+    SELECT inbox.* FROM placed JOIN inbox ON inbox.id = placed.id
+    WHERE placed.state IN ('new', 'generated') AND (placed.lane = 'control' OR number <= ?)
+    ORDER BY placed.lane, rank, placed.id
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -93,23 +117,18 @@ def recover(tx: Tx) -> None:
 
 
 def take(tx: Tx, room: int, accounts: Collection[tuple[str, str]], active: Collection[int]) -> list[Taken]:
-    """The rows to begin now: every control row, and at most `room` turns, each its conversation's oldest open one.
+    """The rows to begin now: every control row, and turns, each its conversation's oldest open one.
 
-    `accounts` are the (platform, account) pairs whose bot is running; `active` are the rows being handled already.
+    Of one account at most `room` turns are handled at once, so that a platform that is away holds up no other; what is
+    free there goes to the channel that has the least of it. `accounts` are the (platform, account) pairs whose bot is
+    running; `active` are the rows being handled already.
     """
-    rows = tx.all(
-        "SELECT * FROM inbox AS this WHERE state IN ('new', 'generated') AND (lane = 'control' OR NOT EXISTS ("
-        " SELECT 1 FROM inbox AS other WHERE other.platform = this.platform AND other.account = this.account"
-        " AND other.place = this.place AND other.conversation = this.conversation AND other.id < this.id"
-        " AND other.lane = 'turn' AND other.state IN ('new', 'running', 'generated'))) ORDER BY id"
-    )
+    rows = tx.all(_DUE, [room])
     due = [row for row in rows if row["id"] not in active and (row["platform"], row["account"]) in accounts]
-    control = [row for row in due if row["lane"] == Lane.CONTROL]
-    turns = [row for row in due if row["lane"] == Lane.TURN][: max(room, 0)]
-    for row in control + turns:
+    for row in due:
         if row["state"] == "new":
             tx.run("UPDATE inbox SET state = 'running' WHERE id = ?", [row["id"]])
-    return [_taken(tx, row) for row in control + turns]
+    return [_taken(tx, row) for row in due]
 
 
 def mark_generated(tx: Tx, inbox_id: int) -> None:

@@ -9,7 +9,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from core.engine.protocol import EngineInfo
-from core.errors import BadInput, UnknownThing
+from core.errors import BadConfig, BadInput, UnknownThing
 from core.settings import ChannelSeed, Config, PartnerSeed
 from core.store import directory, turns
 from core.store.database import Tx, Value
@@ -34,8 +34,12 @@ def seed(tx: Tx, config: Config) -> None:
 
 
 def apply(tx: Tx, config: Config) -> str:
-    """Change what exists to what the configuration says; each change is audited. What was changed, line by line."""
+    """Change what exists to what the configuration says; each change is audited. What was changed, line by line.
+
+    Raises BadConfig for what cannot be changed.
+    """
     seed(tx, config)
+    _check_partners(tx, config)
     changes = []
     for name, partner in config.partners.items():
         changes += _audited(tx, "partner", name, _partner_values(name, partner))
@@ -75,6 +79,21 @@ def _partners(config: Config) -> Mapping[str, PartnerSeed]:
     """The partners that are described, and those that channels only name."""
     named = {channel.partner: PartnerSeed() for channel in config.channels.values()}
     return {**named, **config.partners}
+
+
+def _check_partners(tx: Tx, config: Config) -> None:
+    """Books and adapters find their partner by the channel: it stays theirs."""
+    problems = []
+    for name, given in config.channels.items():
+        channel = directory.channel_by_name(tx, name)
+        if channel is not None and channel.partner != given.partner:
+            problems.append(
+                f"channels.{name}.partner = {given.partner!r}: {name} belongs to {channel.partner!r}, and so do its"
+                " charges and its adapter; make another channel and bind the places there"
+            )
+    if problems:
+        told = "\n".join(f"  {problem}" for problem in problems)
+        raise BadConfig(detail=f"the configuration:\n{told}", file="the configuration", problems="\n".join(problems))
 
 
 def _partner_values(name: str, given: PartnerSeed) -> dict[str, Value]:

@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from core.errors import AdapterUnusable
+from core.store import directory
 from core.store.database import Row, Tx
 from core.store.home import Home
 from core.types import AdapterRef
@@ -236,7 +237,7 @@ def put_into_service(tx: Tx, sha256: str) -> Row | None:
 def undo(tx: Tx, name: str) -> tuple[str | None, str | None] | None:
     """Undo the newest promotion that stands: (before, after) as sha256; None where there is none.
 
-    Versions that were unpublished meanwhile are skipped, down to base.
+    Versions that were unpublished meanwhile, or made for another base model, are skipped, down to base.
     """
     now, _ = champion(tx, name)
     while last := tx.one(
@@ -244,10 +245,14 @@ def undo(tx: Tx, name: str) -> tuple[str | None, str | None] | None:
     ):
         tx.run("UPDATE promotion SET undone_ms = ? WHERE id = ?", [tx.now_ms, last["id"]])
         back = last["from_sha256"]
-        if back != now and (back is None or not by_sha(tx, back).unpublished):
+        if back != now and (back is None or _serves(tx, by_sha(tx, back))):
             tx.run("UPDATE adapter_name SET champion = ? WHERE name = ?", [back, name])
             return now, back
     return None
+
+
+def _serves(tx: Tx, version: Version) -> bool:
+    return not version.unpublished and directory.loaded_base(tx) in (None, version.base_fingerprint)
 
 
 def unpublish(tx: Tx, sha256: str, reason: str) -> list[str]:

@@ -35,7 +35,7 @@ def load_config(file: Path | None, environment: Mapping[str, str]) -> Config:
         given = tomllib.loads(file.read_text(encoding="utf-8"))
     except OSError as error:
         raise _bad(file, [f"cannot be read: {error.strerror}"]) from error
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except ValueError as error:
         raise _bad(file, [f"is not TOML: {error}"]) from error
     return read_config(given, environment, file)
 
@@ -65,6 +65,8 @@ class _Reader:
         if parts["engine"].kind == "remote" and not parts["engine"].url:
             self.problems.append("engine.url is empty; engine.kind = 'remote' needs the address of its server")
         limits: Limits = parts["limits"]
+        channels = {n: self.channel(n, t, limits) for n, t in self.tables(given, "channels")}
+        self.bound_once(channels)
         chosen, written = parts["finetune"], given.get("finetune", {})
         if isinstance(written, Mapping):
             own = {key: getattr(chosen, key) for key in written if key in KEYS["finetune"]}
@@ -73,7 +75,7 @@ class _Reader:
         return Config(
             **parts,
             partners={n: self.section(f"partners.{n}", "partners.NAME", t) for n, t in self.tables(given, "partners")},
-            channels={n: self.channel(n, t, limits) for n, t in self.tables(given, "channels")},
+            channels=channels,
             bots={n: self.bot(n, t) for n, t in self.tables(given, "bots") if t.get("enabled", True) is not False},
             file=file,
             secrets=frozenset(self.secrets - {""}),
@@ -103,6 +105,14 @@ class _Reader:
                 )
         return seed  # type: ignore[no-any-return]
 
+    def bound_once(self, channels: Mapping[str, ChannelSeed]) -> None:
+        holders: dict[str, str] = {}
+        for name, seed in channels.items():
+            for place in seed.bind:
+                holder = holders.setdefault(place, name)
+                if holder != name:
+                    self.problems.append(f"channels.{name}.bind: {place!r} is bound in channels.{holder} already")
+
     def bot(self, name: str, table: Mapping[str, Any]) -> BotTable:
         kind = table.get("kind", name)
         if not isinstance(kind, str):
@@ -128,7 +138,7 @@ class _Reader:
             try:
                 value = _typed(value, hints[name])
                 wrong = keys[name].refuse(value)
-            except ValueError as error:
+            except (ValueError, OverflowError) as error:
                 wrong = str(error)
             if keys[name].secret:
                 self.secrets.add(str(value))

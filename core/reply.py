@@ -10,13 +10,15 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Awaitable, Callable
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from core import adapters
 from core.delivery import Deliveries, keep_body, new_delivery
-from core.engine.protocol import Delta, Engine, Finished, FinishReason, Request, Scope
+from core.engine.protocol import Delta, Engine, Finished, FinishReason, Generation, Request, Scope
+from core.engine.scheduler import Scheduler
 from core.errors import AdapterUnusable, AppError, EngineError, LimitReached, UserError
 from core.store import directory, inbox, ledger, turns
 from core.store.database import Database, Tx
@@ -47,13 +49,54 @@ class Stoppable(Protocol):
 
 
 @dataclass(slots=True)
+class _Beginning:
+    """A reply that the engine does not have yet: a stop is remembered."""
+
+    stopped: bool = False
+
+    def cancel(self) -> None:
+        self.stopped = True
+
+
+class Places:
+    """Room for so many replies at the engine. Where more want it they take turns as they do there."""
+
+    def __init__(self, free: int) -> None:
+        self._free = free
+        self._waiting: Scheduler[tuple[asyncio.Future[None], Scope]] = Scheduler(inbox.MAX_OPEN)
+
+    @asynccontextmanager
+    async def one(self, scope: Scope) -> AsyncIterator[None]:
+        came = asyncio.get_running_loop().create_future(), scope
+        self._waiting.add(came, scope)
+        self._fill()
+        try:
+            await came[0]
+            yield
+        finally:
+            if not self._waiting.remove(came):
+                self._waiting.done(scope)
+                self._free += 1
+                self._fill()
+
+    def _fill(self) -> None:
+        while self._free and (next_one := self._waiting.take()):
+            self._free -= 1
+            turn, scope = next_one
+            self._waiting.charge(scope, 1)
+            if not turn.done():  # cancelled: its place comes back at once
+                turn.set_result(None)
+
+
+@dataclass(slots=True)
 class Replies:
-    """Runs replies. `running` holds the generation of each conversation that is being answered."""
+    """Runs replies. `running` holds what a stop reaches in each conversation that is being answered."""
 
     database: Database
     home: Home
     engine: Engine
     deliveries: Deliveries
+    places: Places
     sampling: Sampling = field(default_factory=Sampling)  # what a channel does not set for itself
     deadline_s: float = 120.0
     running: dict[Address, Stoppable] = field(default_factory=dict)
@@ -63,14 +106,25 @@ class Replies:
 
         With `again` the conversation's last question is answered once more and `text` is ignored.
         """
-        pinned = await self.database.write(lambda tx: self._pin(tx, row, caller, text, again=again))
-        if row.attempts and await self.database.read(lambda tx: inbox.stopped_since(tx, row)):
-            raise UserError("service.stopped")
-        if pinned.adapter is not None:
-            await asyncio.to_thread(adapters.verify, pinned.adapter)
-        handle = await self.deliveries.open(pinned.delivery_id, caller.address)
-        began = time.monotonic()
-        answer, finished = await self._run(self._request(row, caller, pinned, again=again), handle, caller.address)
+        key = replace(caller.address, reply_to="")
+        self.running[key] = beginning = _Beginning()
+        try:
+            # a stop that was accepted before this is in the inbox; a later one finds `beginning`
+            if await self.database.read(lambda tx: inbox.stopped_since(tx, row)):
+                raise UserError("service.stopped")
+            pinned = await self.database.write(lambda tx: self._pin(tx, row, caller, text, again=again))
+            if pinned.adapter is not None:
+                await asyncio.to_thread(adapters.verify, pinned.adapter)
+            handle = await self.deliveries.open(pinned.delivery_id, caller.address)
+            request = self._request(row, caller, pinned, again=again)
+            async with self.places.one(request.scope):
+                if beginning.stopped:
+                    raise UserError("service.stopped")
+                began = time.monotonic()
+                self.running[key] = generation = self.engine.submit(request)
+                answer, finished = await self._read(generation, handle, caller.address)
+        finally:
+            del self.running[key]
         if not answer.strip():
             raise (
                 UserError("service.stopped")
@@ -168,15 +222,13 @@ class Replies:
             deadline_s=self.deadline_s,
         )
 
-    async def _run(self, request: Request, handle: Handle, to: Address) -> tuple[str, Finished]:
-        """Generate, showing the text as it grows; what was said, and why it ended."""
-        key = replace(to, reply_to="")
+    async def _read(self, generation: Generation, handle: Handle, to: Address) -> tuple[str, Finished]:
+        """Show the text as it grows; what was said, and why it ended."""
         screen = _Screen(lambda text: self.deliveries.show(handle, to, text))
         finished: Finished | None = None
         failure: AppError | None = None
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(screen.run())
-            self.running[key] = generation = self.engine.submit(request)
             try:
                 async for event in generation:
                     if isinstance(event, Delta):
@@ -187,7 +239,6 @@ class Replies:
                 failure = error
             finally:
                 generation.cancel()
-                del self.running[key]
                 screen.end()
         if failure is not None:
             raise failure
@@ -216,11 +267,10 @@ class Replies:
 
 def settle(tx: Tx, row: Taken, body: Body) -> None:
     """In the transaction of the last receipt: the charge, the two turns, the closed row."""
+    if not inbox.is_generated(tx, row.id):  # erased by /forget meanwhile
+        return
     generation = tx.one("SELECT id, channel_id FROM generation WHERE inbox_id = ? AND state = 'generated'", [row.id])
     assert generation is not None, row.id
-    if tx.value("SELECT state FROM inbox WHERE id = ?", [row.id]) != "generated":  # erased by /forget meanwhile
-        fail(tx, row)
-        return
     tx.run(
         "UPDATE generation SET state = 'delivered', ended_ms = ? WHERE id = ?",
         [tx.now_ms, generation["id"]],
@@ -267,9 +317,9 @@ def _check_limits(tx: Tx, caller: Caller) -> None:
         if not limit:
             continue
         recent = tx.all(
-            "SELECT started_ms FROM generation WHERE user_hash = ? AND channel_id = ? AND started_ms > ?"
-            " ORDER BY started_ms DESC LIMIT ?",
-            [caller.user, caller.channel.id, tx.now_ms - window_ms, limit],
+            "SELECT started_ms FROM generation WHERE user_hash = ? AND channel_id = ?"
+            " AND started_ms > ? AND started_ms <= ? ORDER BY started_ms DESC LIMIT ?",
+            [caller.user, caller.channel.id, tx.now_ms - window_ms, tx.now_ms, limit],
         )
         if len(recent) == limit:
             wait_s = (recent[-1]["started_ms"] + window_ms - tx.now_ms) / 1000

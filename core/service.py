@@ -24,7 +24,7 @@ from core.engine.protocol import Engine
 from core.errors import Overloaded, StorageError
 from core.lookups import Lookups
 from core.outlet import Outlet
-from core.reply import Replies
+from core.reply import Places, Replies
 from core.rows import STORAGE_RETRY_S, Rows
 from core.settings import Retention
 from core.store import directory, inbox
@@ -33,7 +33,7 @@ from core.store.home import Home
 from core.store.inbox import Taken
 from core.store.installations import Installations
 from core.training import Training
-from core.types import Address, Incoming, Lane, Sampling
+from core.types import Address, Incoming, Sampling
 
 log = logging.getLogger(__name__)
 _LOOK_AGAIN_S = 30.0
@@ -41,7 +41,10 @@ _LOOK_AGAIN_S = 30.0
 
 @dataclass(frozen=True, slots=True)
 class ServiceSettings:
-    """`max_replies` bounds the turns that are handled at once; more wait in the inbox."""
+    """`max_replies` bounds the turns of one account that are handled at once; more wait in the inbox.
+
+    No more replies are with the engine at once, of all accounts together.
+    """
 
     retention: Retention
     sampling: Sampling = field(default_factory=Sampling)
@@ -70,13 +73,14 @@ class Service:
         self._deliveries = deliveries
         self._training = training
         self._settings = settings
-        self._replies = Replies(database, home, engine, deliveries, settings.sampling, settings.deadline_s)
+        places = Places(settings.max_replies)
+        self._replies = Replies(database, home, engine, deliveries, places, settings.sampling, settings.deadline_s)
         self._rows = Rows(
             database, home, engine, deliveries, training, self._replies, slack=settings.allow_slack_training
         )
         self.replies = self._rows.counts
         self._accounts: set[tuple[str, str]] = set()
-        self._active: dict[int, Lane] = {}
+        self._active: set[int] = set()
         self._work = asyncio.Event()
         self._ended = asyncio.Condition()
 
@@ -161,24 +165,22 @@ class Service:
     async def _take(self) -> list[Taken]:
         if self._rows.draining:
             return []
-        room = self._settings.max_replies - sum(lane is Lane.TURN for lane in self._active.values())
+        room, accounts, active = self._settings.max_replies, frozenset(self._accounts), frozenset(self._active)
         try:
-            taken = await self._database.write(
-                lambda tx: inbox.take(tx, room, frozenset(self._accounts), frozenset(self._active))
-            )
+            taken = await self._database.write(lambda tx: inbox.take(tx, room, accounts, active))
         except (StorageError, Overloaded) as error:
             log.error("inbox.take_failed", extra={"error": str(error)})
             await asyncio.sleep(STORAGE_RETRY_S)
             self._work.set()
             return []
-        self._active |= {row.id: row.lane for row in taken}
+        self._active |= {row.id for row in taken}
         return taken
 
     async def _handle(self, row: Taken) -> None:
         try:
             await self._rows.handle(row)
         finally:
-            self._active.pop(row.id, None)
+            self._active.discard(row.id)
             self._work.set()
             async with self._ended:
                 self._ended.notify_all()

@@ -16,6 +16,8 @@ from core.engine.protocol import MAX_DEADLINE_S, ModelSettings, RemoteSettings
 from core.job import PRESETS, HyperParameters
 from core.types import Limits
 
+_MOST = 1_000_000_000  # of what has no nearer bound
+_MOST_DAYS = 36_500
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 
 
@@ -159,11 +161,11 @@ class Key:
                 return f"must look like {self.pattern}"
         if isinstance(value, int | float):
             if self.low is not None and not value >= self.low:
-                return f"must be at least {self.low:g}"
+                return f"must be at least {self.low:.10g}"
             if self.above is not None and not value > self.above:
-                return f"must be above {self.above:g}"
+                return f"must be above {self.above:.10g}"
             if self.high is not None and not value <= self.high:
-                return f"must be at most {self.high:g}"
+                return f"must be at most {self.high:.10g}"
         return ""
 
 
@@ -182,12 +184,12 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         ),
         "script": Key("file of the scripted engine's answers"),
         "max_rows": Key("replies that are generated at once", low=1, high=1024),
-        "max_context": Key("tokens of one conversation, prompt and reply", low=64),
-        "max_waiting": Key("replies that may wait for a row; more are refused as busy", low=1),
+        "max_context": Key("tokens of one conversation, prompt and reply", low=64, high=_MOST),
+        "max_waiting": Key("replies that may wait for a row; more are refused as busy", low=1, high=_MOST),
         "adapters_at_once": Key("different adapters that run at once; 0 is as many as rows", low=0, high=1024),
-        "adapters_in_memory": Key("adapters kept ready for use", low=1),
+        "adapters_in_memory": Key("adapters kept ready for use", low=1, high=_MOST),
         "threads": Key("CPU threads of the model; 0 is all cores", low=0, high=1024),
-        "reuse_mib": Key("memory for conversations between their turns, in MiB; 0 keeps nothing", low=0),
+        "reuse_mib": Key("memory for conversations between their turns, in MiB; 0 keeps nothing", low=0, high=_MOST),
         "url": Key("of the server, for remote", pattern=r"(https?://[^/\s@]+(/\S*)?)?"),
         "api_key": Key("the server's key", secret=True),
         "model_there": Key("the base model's id at the server; empty is the only one it has"),
@@ -200,17 +202,17 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
     "generation": {
         "temperature": Key("0 always takes the likeliest token", low=0, high=2),
         "top_p": Key("share of the likeliest tokens to draw from", above=0, high=1),
-        "top_k": Key("number of the likeliest tokens to draw from; 0 is all", low=0),
+        "top_k": Key("number of the likeliest tokens to draw from; 0 is all", low=0, high=_MOST),
         "min_p": Key("least probability, relative to the likeliest token's", low=0, high=1),
         "repetition_penalty": Key("above 1 discourages repetition", low=0.01, high=10),
         "stop": Key("strings that end a reply"),
         "deadline_s": Key("seconds after which what exists is the answer", above=0, high=MAX_DEADLINE_S),
     },
     "limits": {
-        "per_minute": Key("messages of one person in a minute; 0 is no limit", low=0),
-        "per_hour": Key("messages of one person in an hour; 0 is no limit", low=0),
-        "tokens_in": Key("longest prompt in tokens; 0 is what the model can take", low=0),
-        "tokens_out": Key("longest reply in tokens", low=1),
+        "per_minute": Key("messages of one person in a minute; 0 is no limit", low=0, high=_MOST),
+        "per_hour": Key("messages of one person in an hour; 0 is no limit", low=0, high=_MOST),
+        "tokens_in": Key("longest prompt in tokens; 0 is what the model can take", low=0, high=_MOST),
+        "tokens_out": Key("longest reply in tokens", low=1, high=_MOST),
     },
     "finetune": {
         "preset": Key("what the other keys here are unless they are set", choices=("auto", "card", "thorough")),
@@ -222,12 +224,12 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "epochs": Key("rounds over the rows", low=1, high=1000),
         "patience": Key("evaluations without a gain until it stops; 0 never stops early", low=0, high=1000),
         "rows_per_step": Key("rows of one optimiser step", low=1, high=4096),
-        "clip_value": Key("each gradient value is cut to [-x, x]; 0 is off", low=0),
-        "clip_norm": Key("the gradient's joint norm is cut to x; 0 is off", low=0),
+        "clip_value": Key("each gradient value is cut to [-x, x]; 0 is off", low=0, high=_MOST),
+        "clip_norm": Key("the gradient's joint norm is cut to x; 0 is off", low=0, high=_MOST),
         "weight_decay": Key("of AdamW", low=0, high=10),
         "warmup": Key("share of the steps in which the learning rate rises", low=0, high=1),
         "schedule": Key("how the learning rate falls", choices=("cosine", "constant")),
-        "max_tokens": Key("longest conversation that is trained on", low=16),
+        "max_tokens": Key("longest conversation that is trained on", low=16, high=_MOST),
         "quantization": Key(
             "bits per weight of the base while it is trained on; 4bit is QLoRA", choices=("none", "4bit")
         ),
@@ -236,7 +238,7 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
             choices=("auto", "on", "off"),
         ),
         "rehearsal": Key("rows of what the base model can do, for each row of the data set; 0 is none", low=0, high=10),
-        "seed": Key("of order and dropout", low=0),
+        "seed": Key("of order and dropout", low=0, high=2**32 - 1),
         "threads": Key("CPU threads of the trainer", low=1, high=1024),
         "nice": Key("how far the trainer stands back for chat", low=0, high=19),
         "allow_slack_training": Key(
@@ -247,11 +249,11 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         ),
     },
     "privacy": {
-        "conversation_hours": Key("how long turns of a conversation are kept", above=0),
-        "payload_minutes": Key("how long a message is kept after its answer", above=0),
-        "dead_days": Key("how long an update that could not be read is kept", above=0),
-        "dataset_days": Key("how long a data set is kept after its last job", above=0),
-        "audit_days": Key("how long the audit log is kept", above=0),
+        "conversation_hours": Key("how long turns of a conversation are kept", above=0, high=_MOST_DAYS * 24),
+        "payload_minutes": Key("how long a message is kept after its answer", above=0, high=_MOST_DAYS * 1440),
+        "dead_days": Key("how long an update that could not be read is kept", above=0, high=_MOST_DAYS),
+        "dataset_days": Key("how long a data set is kept after its last job", above=0, high=_MOST_DAYS),
+        "audit_days": Key("how long the audit log is kept", above=0, high=_MOST_DAYS),
         "key_file": Key("the key of stored text; empty is secret.key in the home"),
     },
     "log": {"level": Key("what is written to standard error", choices=("debug", "info", "warning", "error"))},

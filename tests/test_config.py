@@ -7,6 +7,7 @@ import tomllib
 from contextlib import closing
 from dataclasses import fields
 from pathlib import Path
+from typing import get_args, get_type_hints
 
 import pytest
 
@@ -80,6 +81,14 @@ def test_every_default_is_allowed(section):
         assert key.refuse(getattr(SECTIONS[section](), name)) == "", name
 
 
+@pytest.mark.parametrize("section", KEYS)
+def test_every_number_has_both_its_bounds(section):
+    for name, hint in get_type_hints(SECTIONS[section]).items():
+        if {int, float} & {hint, *get_args(hint)}:
+            key = KEYS[section][name]
+            assert None not in (key.high, key.above if key.low is None else key.low), name
+
+
 ZOO = {
     "[modle]\n": ["[modle] is unknown", "did you mean model?"],
     "[model]\ndevise = 'cpu'": ["model.devise is unknown", "did you mean device?"],
@@ -101,11 +110,19 @@ ZOO = {
     "[finetune]\ndropout = 1.2": ["finetune.dropout = 1.2", "at most 0.9"],
     "[finetune]\nschedule = 'linear'": ["cosine, constant"],
     "[privacy]\nconversation_hours = -1": ["above 0"],
+    "[privacy]\nconversation_hours = inf": ["at most 876000"],
+    "[privacy]\naudit_days = 1e12": ["at most 36500"],
+    f"[privacy]\naudit_days = 1{'0' * 400}": ["privacy.audit_days", "too large"],
+    "[limits]\nper_minute = 99999999999999999999": ["at most 1000000000"],
     "[log]\nlevel = 'loud'": ["debug, info, warning, error"],
     "model = 3": ["model = 3", "[model]"],
     "channels = 3": ["[channels.NAME]"],
     "[channels.'A B']": ["[channels.A B]", "small letters"],
     "[channels.acme]\nbind = ['telegram']": ["channels.acme.bind", "platform:account"],
+    "[channels.a]\nbind = ['t:x', 't:y']\n[channels.b]\nbind = ['t:y']": [
+        "channels.b.bind: 't:y'",
+        "channels.a already",
+    ],
     "[channels.acme]\ntitel = 'x'": ["channels.acme.titel is unknown", "did you mean title?"],
     "[channels.acme.limits]\nper_minute = -1": ["channels.acme.limits.per_minute = -1", "at least 0"],
     "[partners.acme]\nshare = 30": ["partners.acme.share", "at most 1"],
@@ -133,6 +150,9 @@ def test_a_file_that_is_missing_or_no_toml_is_named(tmp_path):
     (tmp_path / "bad.toml").write_text("[model\n")
     with pytest.raises(BadConfig, match=r"bad\.toml"):
         load_config(tmp_path / "bad.toml", {})
+    (tmp_path / "long.toml").write_text(f"x = {'1' * 5000}")
+    with pytest.raises(BadConfig, match="is not TOML"):
+        load_config(tmp_path / "long.toml", {})
     (tmp_path / "bytes.toml").write_bytes(b"\xff\xfe")
     with pytest.raises(BadConfig, match="is not TOML"):
         load_config(tmp_path / "bytes.toml", {})
@@ -202,6 +222,16 @@ def test_a_start_makes_what_is_missing_and_only_apply_changes_what_exists(tmp_pa
     with closing(sqlite3.connect(program.home / "distributary.db")) as database:
         rows = database.execute("SELECT target, before, after FROM audit WHERE action = 'config apply'").fetchall()
     assert ("channel acme", '{"title": "One"}', '{"title": "Two"}') in rows
+
+
+def test_a_channel_stays_with_its_partner_and_nothing_else_is_applied(tmp_path):
+    program = Program(tmp_path, extra="[channels.acme]\ntitle = 'One'\n")
+    assert program.run("config", "apply").returncode == 0
+    program = Program(tmp_path, extra="[partners.kim]\nshare = 0.3\n[channels.acme]\ntitle = 'Two'\npartner = 'kim'\n")
+    refused = program.run("config", "apply")
+    assert refused.returncode != 0
+    assert "channels.acme.partner = 'kim': acme belongs to 'owner'" in refused.stdout + refused.stderr
+    assert titles(program) == {"acme": "One"}
 
 
 def titles(program: Program) -> dict[str, str]:

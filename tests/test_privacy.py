@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import base64
 import json
 import shutil
@@ -18,7 +19,7 @@ from core.settings import Retention
 from core.store import datasets, directory, jobs
 from core.store.database import Database, Tx
 from core.store.home import Cipher, Home
-from core.types import Address, Caller
+from core.types import Address, Body, Caller, Handle, Receipt
 from tests.world import OWNER, STRANGER, World, world
 
 DAY_MS = 86_400_000
@@ -198,6 +199,31 @@ async def test_a_reply_that_runs_while_its_person_is_forgotten_is_not_kept(tmp_p
         assert await it.count("ledger") == 0
         assert await it.count("delivery", "body IS NOT NULL") == 0
         assert await it.count("inbox", "state NOT IN ('done', 'dead')") == 0
+
+
+async def test_a_reply_whose_person_is_forgotten_while_it_is_written_is_written_once(tmp_path: Path) -> None:
+    writing, forgotten, written = asyncio.Event(), asyncio.Event(), []
+    async with world(tmp_path, lambda _: marker(0)) as it:
+        finish_now = it.bot.finish
+
+        async def finish_slowly(handle: Handle, body: Body) -> Receipt:
+            if body.text == marker(0):
+                written.append(handle)
+                writing.set()
+                await forgotten.wait()
+            return await finish_now(handle, body)
+
+        it.bot.finish = finish_slowly  # type: ignore[method-assign]
+        await it.send("talk", conversation="one")
+        await writing.wait()
+        await it.send("/forget yes", conversation="two")
+        while not await it.count("inbox", "outcome = 'command'"):  # noqa: ASYNC110 - until it is told
+            await asyncio.sleep(0.01)
+        forgotten.set()
+    assert len(written) == 1
+    async with world(tmp_path) as it:
+        assert await it.count("ledger") == 0
+        assert await it.count("inbox", "outcome = 'forgotten' AND state = 'done'") == 1
 
 
 async def test_a_database_from_a_copy_forgets_the_same_people_again(tmp_path: Path) -> None:

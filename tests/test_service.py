@@ -7,13 +7,14 @@ from pathlib import Path
 
 import pytest
 
-from core.engine.protocol import Request
+from core.engine.protocol import Request, Scope
 from core.errors import EngineError
+from core.reply import Places
 from core.store import directory, inbox, ledger
-from core.store.database import Tx
+from core.store.database import Tx, now_ms
 from core.texts import say
-from core.types import Attachment, Kind, Role
-from tests.world import OWNER, world
+from core.types import Address, Attachment, Handle, Incoming, Kind, Lane, Role
+from tests.world import OWNER, FakeBot, world
 
 
 async def test_a_question_is_answered_and_charged_once(tmp_path: Path) -> None:
@@ -63,6 +64,54 @@ async def test_stop_makes_the_visible_text_the_final_one_and_it_is_charged(tmp_p
         assert row["tokens_out"] == len(said.split())
 
 
+@pytest.mark.parametrize(("text", "kind"), [("", Kind.STOP), ("/stop", Kind.MESSAGE)])
+async def test_a_stop_before_the_first_word_is_kept_to(tmp_path: Path, text: str, kind: Kind) -> None:
+    opening, opened = asyncio.Event(), asyncio.Event()
+    async with world(tmp_path) as it:
+        open_now = it.bot.open
+
+        async def open_slowly(to: Address) -> Handle:
+            if not opening.is_set():
+                opening.set()
+                await opened.wait()
+            return await open_now(to)
+
+        it.bot.open = open_slowly  # type: ignore[method-assign]
+        await it.send("talk")
+        await opening.wait()
+        await it.send(text, kind=kind)
+        while not await it.count("inbox", "lane = 'control' AND state = 'done'"):  # noqa: ASYNC110 - until the stop is told
+            await asyncio.sleep(0.01)
+        opened.set()
+        await it.settled()
+        assert it.bot.said()[-1] == say("en", "service.stopped")
+        assert it.engine.requests == []
+        assert await it.count("ledger") == 0
+
+
+@pytest.mark.parametrize(("text", "kind"), [("", Kind.STOP), ("/stop", Kind.MESSAGE)])
+async def test_a_question_and_its_stop_may_wait_together(tmp_path: Path, text: str, kind: Kind) -> None:
+    async with world(tmp_path, running=False) as it:
+        await it.send("talk")
+        await it.send(text, kind=kind)
+    async with world(tmp_path) as it:
+        await it.settled()
+        assert say("en", "service.stopped") in it.bot.said()
+        assert it.engine.requests == []
+
+
+async def test_a_stop_is_for_what_is_being_answered_and_not_for_what_waits(tmp_path: Path) -> None:
+    async with world(tmp_path, lambda request: f"{request.messages[-1].text} " * 200, delay_s=0.005) as it:
+        await it.send("one")
+        await it.send("two")
+        await it.bot.showing.wait()
+        await it.send("", kind=Kind.STOP)
+        await it.settled()
+        one, two = it.bot.said()
+        assert len(one.split()) < 200
+        assert two.split() == ["two"] * 200
+
+
 async def test_an_engine_error_is_seen_and_not_charged(tmp_path: Path) -> None:
     async with world(tmp_path, lambda _: EngineError(detail="boom")) as it:
         said = await it.ask("hello")
@@ -106,6 +155,16 @@ async def test_a_limit_is_said_after_any_other_refusal_and_in_each_place(tmp_pat
         for place in ("p", "another"):
             assert "6 messages" in await it.ask("one too many", place=place, conversation=place)
         assert await it.count("inbox", "outcome = 'limited'") == 2
+
+
+async def test_a_clock_that_was_ahead_locks_nobody_out(tmp_path: Path) -> None:
+    ahead_ms = 30 * 86_400_000
+    async with world(tmp_path, clock=lambda: now_ms() + ahead_ms) as it:
+        await it.database.write(lambda tx: tx.run("UPDATE channel SET per_minute = 2"))
+        await it.ask("one")
+        await it.ask("two")
+        ahead_ms = 0
+        assert await it.ask("three") == "you said three"
 
 
 @pytest.mark.parametrize(
@@ -256,3 +315,70 @@ async def test_the_engine_hears_of_the_partners_weight(tmp_path):
         await here.database.write(lambda tx: tx.run("UPDATE partner SET weight = 2.5"))
         await here.ask("hello")
         assert here.engine.requests[-1].scope.weight == 2.5
+
+
+# --- who goes first ---
+
+
+def bind_beta(tx: Tx, platform: str, account: str, place: str) -> None:
+    directory.bind(tx, platform, account, place, directory.create_channel(tx, "beta").id)
+
+
+@pytest.mark.parametrize("step", ["open", "finish"])
+async def test_a_platform_that_is_away_holds_up_no_other(tmp_path: Path, step: str) -> None:
+    back = asyncio.Event()
+    async with world(tmp_path, max_replies=2) as it:
+        here = FakeBot()
+        await it.database.write(lambda tx: bind_beta(tx, "other", "bot", ""))
+        it.service.register("other", "bot", here)
+        usual = getattr(it.bot, step)
+
+        async def when_back(*given: object) -> object:
+            await back.wait()
+            return await usual(*given)
+
+        setattr(it.bot, step, when_back)
+        for n in range(4):
+            await it.send("hello", conversation=f"c{n}", user=f"u{n}")
+        at = Address("other", "bot", "p", "c")
+        await it.service.accept(Incoming(Lane.TURN, Kind.MESSAGE, at, "u", "k", "k", "hello"))
+        async with asyncio.timeout(10):
+            await it.service.settled("other", "bot")
+        assert here.said() == ["you said hello"]
+        assert it.bot.said() == []
+        back.set()
+        await it.settled()
+        assert it.bot.said() == ["you said hello"] * 4
+
+
+async def test_of_one_account_the_channel_that_has_least_goes_first(tmp_path: Path) -> None:
+    async with world(tmp_path, running=False) as it:
+        await it.database.write(lambda tx: bind_beta(tx, "fake", "bot", "q"))
+        for place, count in (("p", 5), ("q", 3)):
+            for n in range(count):
+                await it.send(f"{place}{n}", place=place, conversation=f"{place}{n}")
+        active: set[int] = set()
+
+        async def begun(room: int) -> list[str]:
+            taken = await it.database.write(lambda tx: inbox.take(tx, room, {("fake", "bot")}, active))
+            active.update(row.id for row in taken)
+            return [row.text for row in taken]
+
+        assert [await begun(room) for room in (3, 5, 5, 6)] == [["p0", "q0", "p1"], ["q1", "p2"], [], ["q2"]]
+
+
+async def test_at_the_engine_the_parties_take_turns_and_who_leaves_takes_no_place() -> None:
+    places, came, go = Places(1), list[str](), asyncio.Event()
+
+    async def want(partner: str, name: str) -> None:
+        async with places.one(Scope(partner)):
+            came.append(name)
+            await go.wait()
+
+    async with asyncio.TaskGroup() as tasks:
+        wanted = [tasks.create_task(want(name[0], name)) for name in ("a1", "a2", "a3", "a4", "b1")]
+        await asyncio.sleep(0.01)
+        assert came == ["a1"]
+        wanted[1].cancel()
+        go.set()
+    assert came == ["a1", "a3", "b1", "a4"]

@@ -63,6 +63,16 @@ def test_rollback_goes_down_to_base_and_then_says_so(it: Town) -> None:
     assert it.says("operator", "/adapter rollback") == say("en", "adapter.nothing_to_undo", label="base")
 
 
+def test_rollback_skips_a_version_for_another_base_model(it: Town) -> None:
+    def put(tx: Tx) -> None:
+        for n in (3, 1):  # acme@3 answered while another model was loaded
+            adapters.promote(tx, "acme", f"{n:064x}", "me", "")
+
+    it.database.write_now(put)
+    assert champion(it) == "acme@1"
+    assert "**base** answers" in it.says("operator", "/adapter rollback")
+
+
 def test_base_is_a_version_like_any_other(it: Town) -> None:
     it.says("operator", "/adapter promote 1")
     it.says("operator", "/adapter promote base")

@@ -150,6 +150,7 @@ async def world(
     clock: Callable[[], int] = now_ms,
     running: bool = True,
     trainer: tuple[str, ...] = (),
+    max_replies: int = 256,
 ) -> AsyncIterator[World]:
     """The core on `folder`; opening it twice one after another is a restart of the program."""
     home = Home(folder)
@@ -163,7 +164,8 @@ async def world(
         deliveries = Deliveries(database)
         command = {"command": trainer} if trainer else {}
         training = Training(database, home, deliveries, engine.info, TrainingSettings(), **command)
-        service = Service(database, home, engine, deliveries, training, ServiceSettings(Retention()))
+        settings = ServiceSettings(Retention(), max_replies=max_replies)
+        service = Service(database, home, engine, deliveries, training, settings)
         bot = FakeBot()
         service.register("fake", "bot", bot)
         async with asyncio.TaskGroup() as tasks:

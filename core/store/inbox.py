@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
@@ -13,6 +14,31 @@ from core.types import Address, Attachment, Incoming, Kind, Lane
 MAX_OPEN = 10_000
 MAX_TEXT = 100_000  # characters; a longer text is not kept, and refused with its length
 MAX_ATTEMPTS = 5
+_STOP = re.compile(r"\s*[/／]stop\b", re.IGNORECASE)
+# What has begun stands before what is new, and counts: in its channel (found as core.store.directory does) and account.
+_DUE = """
+    WITH head AS (
+        SELECT id, lane, state, platform, account, coalesce(
+            (SELECT channel_id FROM binding WHERE platform = this.platform AND account = this.account
+                AND place = this.place),
+            (SELECT channel_id FROM person WHERE user_hash = this.user_hash),
+            (SELECT channel_id FROM binding WHERE platform = this.platform AND account = this.account AND place = '')
+        ) AS channel FROM inbox AS this
+        WHERE state IN ('new', 'running', 'generated') AND (lane = 'control' OR NOT EXISTS (
+            SELECT 1 FROM inbox AS other WHERE other.platform = this.platform AND other.account = this.account
+            AND other.place = this.place AND other.conversation = this.conversation AND other.id < this.id
+            AND other.lane = 'turn' AND other.state IN ('new', 'running', 'generated')))
+    ), ranked AS (
+        SELECT *, row_number() OVER (PARTITION BY lane, platform, account, channel ORDER BY state = 'new', id) AS rank
+        FROM head
+    ), placed AS (
+        SELECT *, row_number() OVER (PARTITION BY lane, platform, account ORDER BY state = 'new', rank, id) AS number
+        FROM ranked
+    )
+    SELECT inbox.* FROM placed JOIN inbox ON inbox.id = placed.id
+    WHERE placed.state IN ('new', 'generated') AND (placed.lane = 'control' OR number <= ?)
+    ORDER BY placed.lane, rank, placed.id
+"""
 
 
 @dataclass(frozen=True, slots=True)
@@ -91,23 +117,18 @@ def recover(tx: Tx) -> None:
 
 
 def take(tx: Tx, room: int, accounts: Collection[tuple[str, str]], active: Collection[int]) -> list[Taken]:
-    """The rows to begin now: every control row, and at most `room` turns, each its conversation's oldest open one.
+    """The rows to begin now: every control row, and turns, each its conversation's oldest open one.
 
-    `accounts` are the (platform, account) pairs whose bot is running; `active` are the rows being handled already.
+    Of one account at most `room` turns are handled at once, so that a platform that is away holds up no other; what is
+    free there goes to the channel that has the least of it. `accounts` are the (platform, account) pairs whose bot is
+    running; `active` are the rows being handled already.
     """
-    rows = tx.all(
-        "SELECT * FROM inbox AS this WHERE state IN ('new', 'generated') AND (lane = 'control' OR NOT EXISTS ("
-        " SELECT 1 FROM inbox AS other WHERE other.platform = this.platform AND other.account = this.account"
-        " AND other.place = this.place AND other.conversation = this.conversation AND other.id < this.id"
-        " AND other.lane = 'turn' AND other.state IN ('new', 'running', 'generated'))) ORDER BY id"
-    )
+    rows = tx.all(_DUE, [room])
     due = [row for row in rows if row["id"] not in active and (row["platform"], row["account"]) in accounts]
-    control = [row for row in due if row["lane"] == Lane.CONTROL]
-    turns = [row for row in due if row["lane"] == Lane.TURN][: max(room, 0)]
-    for row in control + turns:
+    for row in due:
         if row["state"] == "new":
             tx.run("UPDATE inbox SET state = 'running' WHERE id = ?", [row["id"]])
-    return [_taken(tx, row) for row in control + turns]
+    return [_taken(tx, row) for row in due]
 
 
 def mark_generated(tx: Tx, inbox_id: int) -> None:
@@ -128,15 +149,19 @@ def close(tx: Tx, inbox_id: int, outcome: str, *, dead: bool = False) -> None:
 
 
 def stopped_since(tx: Tx, row: Taken) -> bool:
-    """Whether the person stopped this reply before a crash cut it."""
+    """Whether the person stopped this turn: a stop came after it, when the turn before it had ended."""
     to = row.address
-    return bool(
-        tx.value(
-            "SELECT 1 FROM inbox WHERE platform = ? AND account = ? AND place = ? AND conversation = ?"
-            " AND id > ? AND outcome = 'stop'",
-            [to.platform, to.account, to.place, to.conversation, row.id],
-        )
+    here = "platform = ? AND account = ? AND place = ? AND conversation = ?"
+    place = [to.platform, to.account, to.place, to.conversation]
+    later = tx.all(f"SELECT * FROM inbox NOT INDEXED WHERE id > ? AND lane = 'control' AND {here}", [row.id, *place])
+    stops = [one["received_ms"] for one in later if _is_stop(_taken(tx, one))]
+    if not stops:
+        return False
+    before = tx.value(
+        f"SELECT closed_ms FROM inbox NOT INDEXED WHERE id < ? AND lane = 'turn' AND {here} ORDER BY id DESC LIMIT 1",
+        [row.id, *place],
     )
+    return before is None or max(stops) >= before
 
 
 def open_rows(tx: Tx, platform: str, account: str) -> int:
@@ -156,6 +181,11 @@ def open_rows(tx: Tx, platform: str, account: str) -> int:
 def clean(text: str) -> str:
     """Text that SQLite, JSON and every platform can hold: no NUL, no lone surrogate."""
     return text.replace("\x00", "\ufffd").encode("utf-8", "replace").decode("utf-8") if text else text
+
+
+def _is_stop(row: Taken) -> bool:
+    """Pressed or typed."""
+    return row.kind is Kind.STOP or bool(_STOP.match(row.value if row.action == "command" else row.text))
 
 
 def _taken(tx: Tx, row: Row) -> Taken:

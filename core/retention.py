@@ -27,6 +27,7 @@ _BATCH = 1000
 _MINUTE_MS, _HOUR_MS, _DAY_MS = 60_000, 3_600_000, 86_400_000
 _LEFT_OVER_S = 3600.0  # a file without a row may be about to get one
 _LOG_S = 30 * 86_400.0
+_TOMBSTONES = "erasures"
 _CLOSED = "inbox.state IN ('done', 'dead')"
 
 
@@ -58,7 +59,10 @@ async def keep_clean(database: Database, home: Home, retention: Retention) -> No
 
 
 async def clean(database: Database, home: Home, retention: Retention) -> int:
-    """One pass by the database's clock: how many rows it changed. Small transactions, so that no one waits long."""
+    """One pass by the database's clock: how many rows it changed. Small transactions, so that no one waits long.
+
+    The files are swept each time: who was erased since may have been left to this pass.
+    """
     changed = 0
     for step in _steps(retention):
         while count := await database.write(step):
@@ -67,7 +71,7 @@ async def clean(database: Database, home: Home, retention: Retention) -> int:
                 break
     if changed:
         log.info("retention.cleaned", extra={"rows": changed})
-        await sweep(database, home)
+    await sweep(database, home)
     return changed
 
 
@@ -185,10 +189,19 @@ def _expire_datasets(tx: Tx, age_ms: int) -> int:
 
 
 async def sweep(database: Database, home: Home) -> None:
-    """Remove the files of what is erased, and fold the WAL, so that what is deleted is in no file any more."""
-    rows = await database.read(_rows)
+    """Tombstones to their file, then the files of what is erased go, then the WAL: deleted text is in no file then."""
+    found, rows = await database.read(lambda tx: (tombstones(tx), _rows(tx)))
+    await asyncio.to_thread(_keep_tombstones, home, found)
     await asyncio.to_thread(_sweep_files, home, rows)
     await database.checkpoint()
+
+
+async def try_sweep(database: Database, home: Home) -> None:
+    """The same, where what was erased stays erased whatever the disk says: trouble is logged, and left to `clean`."""
+    try:
+        await sweep(database, home)
+    except (AppError, OSError) as error:
+        log.error("retention.failed", extra={"error": str(error)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -253,3 +266,32 @@ def _age_s(path: Path) -> float:
         return time.time() - path.stat().st_ctime
     except OSError:
         return 0.0
+
+
+# --- tombstones in a file: "hash milliseconds" on a line ---
+
+
+def tombstones(tx: Tx) -> set[tuple[str, int]]:
+    return {(row["user_hash"], row["at_ms"]) for row in tx.all("SELECT user_hash, at_ms FROM erasure")}
+
+
+def kept_tombstones(home: Home) -> set[tuple[str, int]]:
+    path = home.path / _TOMBSTONES
+    if not path.exists():
+        return set()
+    parts = (line.split() for line in path.read_text("ascii", "replace").splitlines())
+    return {(part[0], int(part[1])) for part in parts if len(part) == 2 and part[1].isdecimal()}
+
+
+def _keep_tombstones(home: Home, found: set[tuple[str, int]]) -> None:
+    """Add those that are missing. A line that a crash has cut is not read, and written again."""
+    missing = sorted(found - kept_tombstones(home))
+    if not missing:
+        return
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+    descriptor = os.open(home.path / _TOMBSTONES, flags, 0o600)
+    try:
+        os.write(descriptor, "".join(f"\n{user_hash} {at_ms}" for user_hash, at_ms in missing).encode() + b"\n")
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -218,6 +218,31 @@ async def test_a_database_from_a_copy_forgets_the_same_people_again(tmp_path: Pa
         assert await it.count("turn", f"user_hash = '{it.database.cipher.hash_user('fake', 'bot', STRANGER)}'") == 0
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_files_that_a_full_disk_or_a_crash_has_left_go_later_and_the_answer_says_what_was_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarted: bool
+) -> None:
+    def full(home: Home, found: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    async with world(tmp_path) as it:
+        await it.ask("/consent on")
+        await it.ask(marker(0))
+        await bring(it)
+        monkeypatch.setattr(retention, "_keep_tombstones", full)
+        assert "is erased" in await it.ask("/forget yes")
+        assert await it.count("inbox", "outcome = 'failed'") == 0
+        assert found(tmp_path / "datasets", [marker(0)]) == [marker(0)]
+        monkeypatch.undo()
+        if not restarted:
+            await privacy.clean(it.database, it.home, Retention())
+    async with world(tmp_path, running=False) as it:
+        if restarted:
+            await privacy.reapply(it.database, it.home)
+        assert found(tmp_path / "datasets", [marker(0)]) == []
+        assert it.database.cipher.hash_user("fake", "bot", STRANGER) in (tmp_path / "erasures").read_text()
+
+
 async def test_the_limits_are_not_renewed_by_forgetting(tmp_path: Path) -> None:
     async with world(tmp_path) as it:
         for n in range(6):

@@ -11,6 +11,7 @@ from core.engine.protocol import Request
 from core.errors import EngineError
 from core.store import inbox, ledger
 from core.store.database import Tx
+from core.store.home import Cipher
 from core.texts import say
 from core.types import Attachment, Kind, Role
 from tests.world import OWNER, world
@@ -200,6 +201,17 @@ async def test_an_unreadable_update_is_kept_and_stops_nothing(tmp_path: Path) ->
         await it.service.accept_dead("fake", "bot", "bad", '{"update_id": 1, "new_field": {}}')
         assert await it.ask("hello") == "you said hello"
         assert await it.count("inbox", "state = 'dead' AND outcome = 'unreadable'") == 1
+
+
+async def test_a_row_of_another_key_is_given_up_and_stops_nothing(tmp_path: Path) -> None:
+    async with world(tmp_path, running=False) as it:
+        await it.send("lost", key="lost")
+        sealed = Cipher(b"x" * 32).seal("{}")
+        await it.database.write(lambda tx: tx.run("UPDATE inbox SET payload = ?", [sealed]))
+    async with world(tmp_path) as it:
+        assert await it.ask("hello", conversation="other") == "you said hello"
+        assert it.bot.said()[0] == say("en", "error.gave_up")
+        assert await it.count("inbox", "state = 'dead' AND update_key = 'lost'") == 1
 
 
 async def test_drain_cuts_at_the_deadline_and_the_text_so_far_is_the_answer(tmp_path: Path) -> None:

@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection
 from dataclasses import asdict, dataclass
 
-from core.errors import Overloaded
+from core.errors import Overloaded, StorageError
 from core.store.database import Row, Tx
 from core.types import Address, Attachment, Incoming, Kind, Lane
 
@@ -159,7 +159,11 @@ def clean(text: str) -> str:
 
 
 def _taken(tx: Tx, row: Row) -> Taken:
-    payload = json.loads(tx.cipher.unseal(row["payload"])) if row["payload"] else {}
+    attempts = row["attempts"]
+    try:
+        payload = json.loads(tx.cipher.unseal(row["payload"])) if row["payload"] else {}
+    except StorageError:  # it was written with another key: this one is given up, and stops no other
+        payload, attempts = {}, MAX_ATTEMPTS
     return Taken(
         id=row["id"],
         lane=Lane(row["lane"]),
@@ -173,7 +177,7 @@ def _taken(tx: Tx, row: Row) -> Taken:
         action=payload.get("action", ""),
         value=payload.get("value", ""),
         received_ms=row["received_ms"],
-        attempts=row["attempts"],
+        attempts=attempts,
         answers=payload.get("answers", ""),
         public=payload.get("public", False),
         oversize=payload.get("oversize", 0),

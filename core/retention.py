@@ -28,6 +28,7 @@ _MINUTE_MS, _HOUR_MS, _DAY_MS = 60_000, 3_600_000, 86_400_000
 _LEFT_OVER_S = 3600.0  # a file without a row may be about to get one
 _LOG_S = 30 * 86_400.0
 _TOMBSTONES = "erasures"
+_TOLD = "NOT EXISTS (SELECT 1 FROM delivery WHERE job_id = job.id AND state IN ('open', 'generated'))"
 _CLOSED = "inbox.state IN ('done', 'dead')"
 
 
@@ -137,6 +138,23 @@ def _steps(retention: Retention) -> list[Callable[[Tx], int]]:
             "delivery_id",
             "handle <> '' AND delivery_id IN (SELECT delivery.id FROM delivery JOIN inbox ON inbox.id = inbox_id"
             f" WHERE {_CLOSED} AND closed_ms <= ?)",
+            dead_ms,
+        ),
+        each(
+            "UPDATE job SET place = '', conversation = ''",
+            "job",
+            "id",
+            f"place <> '' AND ended_ms <= ? AND {_TOLD}"
+            f" AND NOT (state = 'cancelled' AND reason = '{jobs.ASKED}'"  # it may be resumed
+            " AND EXISTS (SELECT 1 FROM dataset WHERE sha256 = dataset_sha256 AND erased_ms IS NULL))",
+            dead_ms,
+        ),
+        each(
+            "UPDATE part SET handle = '', receipt = ''",
+            "part",
+            "delivery_id",
+            "handle <> '' AND delivery_id IN (SELECT delivery.id FROM delivery JOIN job ON job.id = job_id"
+            f" WHERE ended_ms <= ? AND {_TOLD})",
             dead_ms,
         ),
         _unlink,

@@ -18,7 +18,7 @@ from core.settings import Retention
 from core.store import datasets, directory, jobs
 from core.store.database import Database, Tx
 from core.store.home import Cipher, Home
-from core.types import Address, Caller
+from core.types import Address, Caller, Incoming, Kind, Lane
 from tests.world import OWNER, STRANGER, World, world
 
 DAY_MS = 86_400_000
@@ -262,6 +262,51 @@ async def test_an_hour_later_no_count_says_whose_it_was(tmp_path: Path) -> None:
         assert await it.count("inbox", "user_hash <> ''") == 0
 
 
+async def test_no_number_of_a_person_stays_anywhere_once_nothing_can_be_answered_any_more(tmp_path: Path) -> None:
+    clock = Clock()
+    async with world(tmp_path, clock=clock) as it:
+        for n, text in enumerate(("hello", "/forget yes")):  # a private chat, where its number is the person's
+            await it.service.accept(
+                Incoming(
+                    lane=Lane.TURN,
+                    kind=Kind.MESSAGE,
+                    address=Address("fake", "bot", "777000777", "777000777", "777000777"),
+                    user="777000777",
+                    update_key=f"{n}",
+                    message_key=f"777000777:{n}",
+                    text=text,
+                )
+            )
+            await it.settled()
+        at = Address("fake", "bot", "777000777", "777000777")
+        assert await it.service.lookups.heard(at, "777000777:0")
+        assert not await it.service.lookups.heard(at, "777000777:2")
+        clock.now_ms += 8 * DAY_MS
+        await privacy.clean(it.database, it.home, Retention())
+        assert found(tmp_path, ["777000777"]) == []
+
+
+async def test_a_job_keeps_its_address_while_it_may_be_resumed_or_has_something_to_say(tmp_path: Path) -> None:
+    clock = Clock()
+
+    def stopped(tx: Tx) -> None:
+        _job_of_a_file(tx)
+        tx.run("UPDATE job SET state = 'cancelled', reason = ?", [jobs.ASKED])
+
+    async with world(tmp_path, clock=clock, running=False) as it:
+        await it.database.write(stopped)
+        for age_days, change, kept in (
+            (8, "SELECT 1", 1),
+            (31, "UPDATE delivery SET state = 'open'", 1),
+            (31, "UPDATE delivery SET state = 'done'", 0),
+        ):
+            clock.now_ms = Clock().now_ms + age_days * DAY_MS
+            await it.database.write(lambda tx, change=change: tx.run(change))
+            await privacy.clean(it.database, it.home, Retention())
+            await privacy.clean(it.database, it.home, Retention())  # the data set went in the pass before
+            assert await it.count("job", "place <> ''") == kept
+
+
 # --- expiry ---
 
 
@@ -275,6 +320,7 @@ async def test_an_hour_later_no_count_says_whose_it_was(tmp_path: Path) -> None:
         ("inbox", "place <> ''", 7 * DAY_MS),
         ("part", "handle <> ''", 7 * DAY_MS),
         ("dataset", "erased_ms IS NULL", 30 * DAY_MS),
+        ("job", "place <> ''", 7 * DAY_MS),
         ("job_event", "1", 30 * DAY_MS),
         ("person", "user_hash NOT IN (SELECT user_hash FROM operator)", 30 * DAY_MS),
         ("audit", "1", 400 * DAY_MS),
@@ -304,6 +350,8 @@ def _job_of_a_file(tx: Tx) -> None:
     job = jobs.create(tx, owner(tx), "d" * 64, "faq.jsonl")
     tx.insert("job_event", job_id=job.id, seq=1, at_ms=tx.now_ms, kind="x", data="{}")
     jobs.end(tx, job.id, "failed", "ours: x")
+    told = tx.insert("delivery", job_id=job.id, state="done")
+    tx.insert("part", delivery_id=told, number=1, handle="h", receipt="r")
 
 
 def test_privacy_says_the_periods_that_are_in_force(tmp_path: Path) -> None:

@@ -233,6 +233,7 @@ class Database:
             "wal_autocheckpoint = 0",
         ):
             connection.execute(f"PRAGMA {pragma}").fetchall()
+        connection.create_function("hash_message", 1, self.cipher.hash_message)  # for m012
         MIGRATIONS.apply(sqlite_utils.Database(connection, execute_plugins=False))
         self.path.chmod(0o600)
         return connection

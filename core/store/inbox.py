@@ -67,7 +67,7 @@ def accept(tx: Tx, incoming: Incoming, lane: Lane) -> int | None:
             incoming.kind,
             incoming.language,
             incoming.update_key,
-            incoming.message_key,
+            tx.cipher.hash_message(incoming.message_key) if incoming.message_key else "",
             tx.cipher.seal(json.dumps(payload, ensure_ascii=False)),
             tx.now_ms,
         ],

@@ -507,3 +507,9 @@ def m010_price_of_training(db: sqlite_utils.Database) -> None:
 def m011_refused_replies(db: sqlite_utils.Database) -> None:
     """A no to one reply, which holds whatever else its person allows; it goes with the turn."""
     _run(db, "ALTER TABLE turn ADD COLUMN refused INTEGER NOT NULL DEFAULT 0 CHECK (refused IN (0, 1))")
+
+
+@MIGRATIONS()
+def m012_hashed_messages(db: sqlite_utils.Database) -> None:
+    """What a platform calls a message names the person in a private chat. The writer's connection has the function."""
+    _run(db, "UPDATE inbox SET message_key = hash_message(message_key) WHERE message_key <> ''")

@@ -111,6 +111,7 @@ def erase(tx: Tx, user_hash: str, until_ms: int, *, keep_row: int = 0) -> list[t
     tx.run("DELETE FROM feedback WHERE user_hash = ? AND at_ms <= ?", who)
     tx.run("DELETE FROM example WHERE user_hash = ? AND at_ms <= ?", who)
     tx.run("UPDATE example SET correction = NULL, corrected_by = NULL WHERE corrected_by = ? AND at_ms <= ?", who)
+    tx.run("UPDATE comparison SET question = NULL WHERE actor = ? AND at_ms <= ?", who)
     tx.run("DELETE FROM consent WHERE user_hash = ? AND granted_ms <= ?", who)
     tx.run("DELETE FROM person WHERE user_hash = ? AND first_ms <= ?", who)
     rows = "SELECT id FROM inbox WHERE user_hash = ? AND received_ms <= ? AND id <> ?"
@@ -184,10 +185,12 @@ def _erase_datasets(tx: Tx, datasets: list[str]) -> bool:
 
 
 def _unpublish(tx: Tx, datasets: list[str]) -> list[tuple[str, str]]:
+    """What learned from them is not used any more; the weights go with the next sweep, discarded before or not."""
     unpublished = []
     for sha256 in datasets:
         for row in tx.all("SELECT sha256 FROM adapter WHERE dataset_sha256 = ? AND unpublished_ms IS NULL", [sha256]):
             version = adapters.by_sha(tx, row["sha256"])
             adapters.unpublish(tx, version.sha256, ERASED)
             unpublished.append((version.label, adapters.champion(tx, version.name)[1]))
+        tx.run("UPDATE adapter SET unpublished_reason = ? WHERE dataset_sha256 = ?", [ERASED, sha256])
     return unpublished

@@ -167,6 +167,14 @@ def _steps(retention: Retention) -> list[Callable[[Tx], int]]:
             dataset_ms,
         ),
         each("DELETE FROM example", "example", "generation_id", "at_ms <= ?", dataset_ms),
+        # A question of a test row's goes with its data set; one that was typed is what somebody said.
+        each(
+            "UPDATE comparison SET question = NULL",
+            "comparison",
+            "id",
+            "question IS NOT NULL AND typed = 1 AND at_ms <= ?",
+            turn_ms,
+        ),
         each("DELETE FROM audit", "audit", "id", "at_ms <= ?", audit_ms),
         each("DELETE FROM invite", "invite", "code_hash", "expires_ms <= ?", audit_ms),
         each(
@@ -232,7 +240,7 @@ class _Rows:
     erased_adapters: frozenset[str]
     jobs: frozenset[str]
     ended_jobs: frozenset[str]
-    forgotten_ms: int  # when the terminal's person last asked to be forgotten
+    typed_ms: int  # what was typed at the terminal before that is not kept
 
 
 def _rows(tx: Tx) -> _Rows:
@@ -250,7 +258,10 @@ def _rows(tx: Tx) -> _Rows:
             "SELECT job.id AS value FROM job JOIN dataset ON sha256 = dataset_sha256 WHERE ended_ms IS NOT NULL"
             f" AND NOT (state = 'cancelled' AND reason = '{jobs.ASKED}' AND erased_ms IS NULL)"  # it may be resumed
         ),
-        forgotten_ms=int(tx.value("SELECT ifnull(max(at_ms), 0) FROM erasure WHERE user_hash = ?", [local])),
+        typed_ms=max(
+            tx.now_ms - round(retention_of(tx).conversation_hours * _HOUR_MS),
+            int(tx.value("SELECT ifnull(max(at_ms), 0) FROM erasure WHERE user_hash = ?", [local])) + 1000,
+        ),
     )
 
 
@@ -270,9 +281,24 @@ def _sweep_files(home: Home, rows: _Rows) -> None:
     for path in _entries(home.logs):
         if path.name.startswith("job-") and _age_s(path) > _LOG_S:
             path.unlink(missing_ok=True)
-    history = home.path / "history"  # what was typed at the terminal
-    if history.exists() and history.stat().st_mtime * 1000 <= rows.forgotten_ms + 1000:
-        history.unlink(missing_ok=True)
+    _prune_history(home.path / "history", rows.typed_ms)
+
+
+def _prune_history(path: Path, oldest_ms: int) -> None:
+    """Forget what was typed before that, to the second; an entry begins with a blank line and its local time."""
+    if not path.exists():
+        return
+    oldest = time.strftime("# %Y-%m-%d %H:%M:%S", time.localtime(oldest_ms // 1000))
+    text = path.read_text(encoding="utf-8", errors="replace")
+    entries = [entry.strip("\n") for entry in text.split("\n\n")]
+    kept = "".join(f"\n{entry}\n" for entry in entries if entry[: len(oldest)] >= oldest)
+    if kept == text:
+        return
+    aside = path.with_name(path.name + ".new")
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(kept)
+    aside.replace(path)
 
 
 def _entries(folder: Path) -> list[Path]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import base64
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -169,7 +170,10 @@ async def test_forget_asks_first_and_says_what_goes(tmp_path: Path) -> None:
         assert await it.count("turn") == 2
 
 
-async def test_forget_withdraws_the_versions_that_learned_from_the_person_and_audits_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("discarded", [False, True])
+async def test_forget_withdraws_the_versions_that_learned_from_the_person_and_audits_it(
+    tmp_path: Path, discarded: bool
+) -> None:
     async with world(tmp_path) as it:
         await it.ask("/consent on")
         await it.ask(marker(0))
@@ -179,13 +183,23 @@ async def test_forget_withdraws_the_versions_that_learned_from_the_person_and_au
             candidate = adapters.Candidate("a" * 64, tmp_path, "base", sha256, "{}")
             adapters.publish(tx, candidate, "acme", 1)
             adapters.promote(tx, "acme", "a" * 64, "owner", "")
+            if discarded:
+                adapters.unpublish(tx, "a" * 64, "discarded")
 
         await it.database.write(publish)
         (tmp_path / "adapters" / ("a" * 64)).mkdir()
         await it.ask("/forget yes")
         assert await it.database.read(lambda tx: adapters.champion(tx, "acme")) == (None, "base")
-        assert await it.count("audit", "action = 'adapter unpublish' AND target = 'acme@1'") == 1
+        told = await it.count("audit", "action = 'adapter unpublish' AND target = 'acme@1'")
+        assert told == (0 if discarded else 1)
         assert not (tmp_path / "adapters" / ("a" * 64)).exists()
+
+
+async def test_forget_erases_what_an_operator_asked_two_versions(tmp_path: Path) -> None:
+    async with world(tmp_path) as it:
+        await it.database.write(lambda tx: _compared(tx, typed=True))
+        await it.ask("/forget yes", user=OWNER)
+        assert await it.count("comparison", "question IS NULL") == 1
 
 
 async def test_a_reply_that_runs_while_its_person_is_forgotten_is_not_kept(tmp_path: Path) -> None:
@@ -321,6 +335,8 @@ async def test_a_job_keeps_its_address_while_it_may_be_resumed_or_has_something_
         ("part", "handle <> ''", 7 * DAY_MS),
         ("dataset", "erased_ms IS NULL", 30 * DAY_MS),
         ("job", "place <> ''", 7 * DAY_MS),
+        ("comparison", "question IS NOT NULL AND typed = 1", DAY_MS),
+        ("comparison", "question IS NOT NULL", 30 * DAY_MS),
         ("job_event", "1", 30 * DAY_MS),
         ("person", "user_hash NOT IN (SELECT user_hash FROM operator)", 30 * DAY_MS),
         ("audit", "1", 400 * DAY_MS),
@@ -336,6 +352,8 @@ async def test_what_is_kept_goes_when_its_time_is_over_and_not_before(
         await it.ask("/operator invite acme someone", user=OWNER, conversation="owner")
         await it.service.accept_dead("fake", "bot", "bad", "unreadable")
         await it.database.write(_job_of_a_file)
+        await it.database.write(lambda tx: _compared(tx, typed=True))
+        await it.database.write(lambda tx: _compared(tx, typed=False))
         clock.now_ms += age_ms - 1000
         await privacy.clean(it.database, it.home, Retention())
         assert await it.count(table, where) > 0
@@ -352,6 +370,42 @@ def _job_of_a_file(tx: Tx) -> None:
     jobs.end(tx, job.id, "failed", "ours: x")
     told = tx.insert("delivery", job_id=job.id, state="done")
     tx.insert("part", delivery_id=told, number=1, handle="h", receipt="r")
+
+
+def _compared(tx: Tx, *, typed: bool) -> None:
+    """A question to a version of that data set and to base, typed or one of its test rows."""
+    if adapters.versions(tx, "acme") == []:
+        adapters.publish(tx, adapters.Candidate("a" * 64, Path("."), "base", "d" * 64, "{}"), "acme", 1)
+        tx.run("UPDATE job SET result = ?", ["a" * 64])
+    tx.insert(
+        "comparison",
+        inbox_id=1000 + typed,
+        channel_id=owner(tx).channel.id,
+        candidate="a" * 64,
+        candidate_first=1,
+        question=tx.cipher.seal(marker(0)),
+        typed=typed,
+        actor=owner(tx).user,
+        at_ms=tx.now_ms,
+    )
+
+
+async def test_what_was_typed_at_the_terminal_goes_with_the_conversations_and_with_forget(tmp_path: Path) -> None:
+    clock = Clock()
+    history = tmp_path / "history"
+
+    def typed(*ages_h: float) -> str:
+        times = [time.localtime(clock.now_ms // 1000 - age_h * 3600) for age_h in ages_h]
+        return "".join(f"\n# {time.strftime('%Y-%m-%d %H:%M:%S', at)}.000000\n+line\n" for at in times)
+
+    async with world(tmp_path, clock=clock, running=False) as it:
+        history.write_text(typed(25, 23, 0))
+        await privacy.clean(it.database, it.home, Retention())
+        assert history.read_text() == typed(23, 0)
+        local = it.database.cipher.hash_user(directory.TERMINAL, "home", directory.LOCAL_USER)
+        await it.database.write(lambda tx: tx.insert("erasure", user_hash=local, at_ms=tx.now_ms - 3_600_000))
+        await privacy.clean(it.database, it.home, Retention())
+        assert history.read_text() == typed(0)
 
 
 def test_privacy_says_the_periods_that_are_in_force(tmp_path: Path) -> None:

@@ -57,6 +57,7 @@ AFTER = [
     "m010_price_of_training",
     "m011_refused_replies",
     "m012_hashed_messages",
+    "m013_typed_questions",
 ]
 
 
@@ -64,6 +65,7 @@ AFTER = [
 def opened(path: Path) -> Iterator[sqlite_utils.Database]:
     with closing(sqlite3.connect(path, isolation_level=None)) as connection:
         connection.execute("PRAGMA foreign_keys = ON")
+        connection.create_function("hash_message", 1, Cipher(b"k" * 32).hash_message)
         yield sqlite_utils.Database(connection, execute_plugins=False)
 
 
@@ -150,7 +152,7 @@ def test_what_was_there_works_as_before_and_what_is_new_works(earlier: Path) -> 
             db.query("SELECT replies, tokens_out, gross_nano, jobs, tokens_trained, jobs_nano FROM usage_daily")
         ) == [{"replies": 1, "tokens_out": 12, "gross_nano": 13270, "jobs": 1, "tokens_trained": 10, "jobs_nano": 70}]
         run("UPDATE job SET state = 'waiting', shown = x'05' WHERE id = 1")
-        run("INSERT INTO comparison VALUES (1, 7, 3, 'a1', NULL, 1, x'06', 'kim', 40, NULL, NULL)")
+        run("INSERT INTO comparison VALUES (1, 7, 3, 'a1', NULL, 1, x'06', 'kim', 40, NULL, NULL, 1)")
         run("UPDATE job SET shown = x'07' WHERE id = 2")
         run("UPDATE dataset SET erased_ms = 50 WHERE sha256 = 'd1'")
         assert [job["shown"] for job in db["job"].rows] == [None, None]

@@ -116,6 +116,13 @@ async def test_a_megabyte_is_refused_with_its_size_and_not_kept(tmp_path: Path) 
         assert it.home.database.stat().st_size < 700_000
 
 
+async def test_a_file_whose_name_no_text_can_hold_is_taken(tmp_path: Path) -> None:
+    async with world(tmp_path, running=False) as it:
+        await it.send("look", attachments=(Attachment("id", "\ud800.jsonl", media_type="text/\udfff"),))
+        (row,) = await it.database.write(lambda tx: inbox.take(tx, 1, {("fake", "bot")}, ()))
+        assert row.attachments == (Attachment("id", "?.jsonl", media_type="text/?"),)
+
+
 async def test_nul_and_lone_surrogates_are_answered(tmp_path: Path) -> None:
     async with world(tmp_path) as it:
         assert await it.ask("a\x00b\ud83d") == "you said a\ufffdb?"

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
 from core.errors import Overloaded, StorageError
 from core.store.database import Row, Tx
@@ -45,7 +45,7 @@ def accept(tx: Tx, incoming: Incoming, lane: Lane) -> int | None:
     payload = {
         "text": text if len(text) <= MAX_TEXT else "",
         "oversize": len(text) if len(text) > MAX_TEXT else 0,
-        "attachments": [asdict(attachment) for attachment in incoming.attachments],
+        "attachments": [asdict(_clean_attachment(attachment)) for attachment in incoming.attachments],
         "action": incoming.action,
         "value": clean(incoming.value),
         "answers": incoming.answers,
@@ -156,6 +156,10 @@ def open_rows(tx: Tx, platform: str, account: str) -> int:
 def clean(text: str) -> str:
     """Text that SQLite, JSON and every platform can hold: no NUL, no lone surrogate."""
     return text.replace("\x00", "\ufffd").encode("utf-8", "replace").decode("utf-8") if text else text
+
+
+def _clean_attachment(given: Attachment) -> Attachment:
+    return replace(given, name=clean(given.name), media_type=clean(given.media_type))
 
 
 def _taken(tx: Tx, row: Row) -> Taken:

@@ -79,12 +79,7 @@ def _chat(given: argparse.Namespace) -> int:
         lines = await parts.database.read(
             lambda tx: greeting(tx, parts.engine.info, settings.place, language, _version())
         )
-        history = home.path / "history"
-        if interactive:
-            from bots.screen import prune_history  # prompt_toolkit and rich are for people only
-
-            await asyncio.to_thread(prune_history, history, config.privacy.conversation_hours * 3600)
-        surroundings = Surroundings(language, lines, history, _commands(language))
+        surroundings = Surroundings(language, lines, home.path / "history", _commands(language))
         return {"terminal": TerminalBot(settings, surroundings, interactive=interactive)}
 
     return asyncio.run(run_program(config, home, terminal, drain_s=_CHAT_DRAIN_S, restart=False))

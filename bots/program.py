@@ -53,12 +53,14 @@ class Parts:
 async def open_store(config: Config, home: Home) -> AsyncIterator[Database]:
     """The home, locked and open for writing, with the channels that the configuration names.
 
-    Raises StorageError, HomeBusy naming the process that owns the home.
+    Raises StorageError, also for a key that is not the home's, HomeBusy naming the process that owns the home.
     """
     home.create()
     with Lock(home):
-        cipher = Cipher.open(key_file(config, home), create=True)
+        key = key_file(config, home)
+        cipher = Cipher.open(key, create=not home.database.exists())
         async with Database(home.database, cipher) as database:
+            await database.write(lambda tx: directory.check_key(tx, key))
             await database.write(lambda tx: seed(tx, config))
             yield database
 

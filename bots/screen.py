@@ -9,7 +9,6 @@ from __future__ import annotations
 
 import asyncio
 import os
-import time
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass
 from io import StringIO
@@ -296,20 +295,6 @@ def open_history(path: Path) -> History:
     os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
     path.chmod(0o600)
     return FileHistory(path)
-
-
-def prune_history(path: Path, keep_s: float) -> None:
-    """Forget what was typed longer ago than conversations are kept."""
-    if not path.exists():
-        return
-    oldest = time.strftime("# %Y-%m-%d %H:%M:%S", time.localtime(time.time() - keep_s))
-    entries = path.read_text(encoding="utf-8", errors="replace").split("\n\n")
-    kept = [entry.lstrip("\n") for entry in entries if entry.lstrip("\n")[: len(oldest)] >= oldest]
-    aside = path.with_name(path.name + ".new")
-    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write("".join(f"\n{entry.rstrip()}\n" for entry in kept))
-    aside.replace(path)
 
 
 def body_hints(body: Body) -> list[str]:

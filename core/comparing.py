@@ -53,7 +53,8 @@ def compare(tx: Tx, caller: Caller, call: Call) -> Outcome:
     else:
         raise BadInput("compare.itself", label=label)
     check_usable(tx, candidate)
-    question = call.arguments.get("question", "").strip() or _unseen_question(tx, caller, candidate)
+    typed = call.arguments.get("question", "").strip()
+    question = typed or _unseen_question(tx, caller, candidate)
     if len(question) > _MAX_QUESTION:
         raise BadInput("compare.question_too_long", limit=_MAX_QUESTION)
     if tx.value("SELECT 1 FROM comparison WHERE inbox_id = ?", [caller.inbox_id]) is None:
@@ -65,6 +66,7 @@ def compare(tx: Tx, caller: Caller, call: Call) -> Outcome:
             other=other,
             candidate_first=secrets.randbelow(2),
             question=tx.cipher.seal(question),
+            typed=bool(typed),
             actor=caller.user,
             at_ms=tx.now_ms,
         )

@@ -17,7 +17,7 @@ from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path, PurePosixPath
-from typing import IO, BinaryIO
+from typing import IO, BinaryIO, Self
 
 from core.commands import Call, Grant
 from core.datasets import Fetch, bring_named, check_room, fetched, typed_path
@@ -35,6 +35,14 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MOST_BYTES = {CONFIG: 2**20, WEIGHTS: 2 * 2**30}
 MOST_MEMBERS, MOST_UNPACKED = 1000, 32 * 2**30
 _CHUNK = 2**20
+_MOST_HEADER = 2**14  # bytes of a header that gives a longer name, or attributes; they may stand in a row
+_LONG_HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
 
 
 async def prepare_import(home: Home, database: Database, fetch: Fetch, caller: Caller, call: Call) -> Call:
@@ -179,11 +187,27 @@ def _zip_members(file: BinaryIO) -> Iterator[tuple[str, IO[bytes]]]:
                 yield member.filename, archive.open(member)
 
 
+class _TarHeader(tarfile.TarInfo):
+    """Refuses, before it is read, what tarfile reads whole into memory to tell of the next member."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        header = super().frombuf(buf, encoding, errors)
+        if header.type == tarfile.GNUTYPE_SPARSE or (header.type in _LONG_HEADERS and header.size > _MOST_HEADER):
+            raise tarfile.HeaderError("a long header")
+        return header
+
+    def _proc_gnusparse_10(self, *_: object) -> None:
+        """The map of a file with holes, of the newer form: tarfile calls this to read it."""
+        raise tarfile.HeaderError("a file with holes")
+
+
 def _tar_members(file: BinaryIO) -> Iterator[tuple[str, IO[bytes]]]:
     file.seek(0)
-    with tarfile.open(fileobj=file, mode="r:*") as archive:
+    with tarfile.open(fileobj=file, mode="r:*", tarinfo=_TarHeader) as archive:
         size = 0
         for number, member in enumerate(archive):
+            archive.members.clear()  # type: ignore[attr-defined]  # with all that their headers say
             size += member.size  # what is passed over is unpacked too, to find what comes next
             if number >= MOST_MEMBERS or size > MOST_UNPACKED:
                 raise BadInput("import.many", limit=MOST_MEMBERS, size=MOST_UNPACKED // 2**30)

@@ -72,7 +72,7 @@ class Lookups:
 
         def work(tx: Tx) -> bool:
             asked = "SELECT 1 FROM inbox WHERE platform = ? AND account = ? AND message_key = ?"
-            return bool(tx.value(asked, [at.platform, at.account, message_key]))
+            return bool(tx.value(asked, [at.platform, at.account, tx.cipher.hash_message(message_key)]))
 
         return await self._database.read(work)
 

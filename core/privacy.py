@@ -7,7 +7,6 @@ file beside the database, so that a database brought back from a copy forgets th
 from __future__ import annotations
 
 import asyncio
-import os
 from collections.abc import Mapping
 from dataclasses import replace
 
@@ -15,18 +14,16 @@ from core import adapters, feedback
 from core.commands import Call
 from core.errors import UnknownThing
 from core.operators import Handler
-from core.retention import clean, keep_clean, retention_of
-from core.retention import sweep as sweep_files
+from core.retention import clean, keep_clean, kept_tombstones, retention_of, sweep, tombstones, try_sweep
 from core.store import directory, jobs
 from core.store.database import Database, Tx, Value
 from core.store.home import Home
 from core.texts import Later, duration, say
 from core.types import After, Body, Button, Caller, Choose, EraseFiles, ForgetMemory, Outcome, StopReply, WakeTraining
 
-__all__ = ["HANDLERS", "clean", "erase", "keep_clean", "reapply", "sweep"]
+__all__ = ["HANDLERS", "clean", "erase", "keep_clean", "reapply", "sweep", "try_sweep"]
 
 ERASED = "erased"
-_TOMBSTONES = "erasures"
 
 
 # --- commands ---
@@ -114,6 +111,7 @@ def erase(tx: Tx, user_hash: str, until_ms: int, *, keep_row: int = 0) -> list[t
     tx.run("DELETE FROM feedback WHERE user_hash = ? AND at_ms <= ?", who)
     tx.run("DELETE FROM example WHERE user_hash = ? AND at_ms <= ?", who)
     tx.run("UPDATE example SET correction = NULL, corrected_by = NULL WHERE corrected_by = ? AND at_ms <= ?", who)
+    tx.run("UPDATE comparison SET question = NULL WHERE actor = ? AND at_ms <= ?", who)
     tx.run("DELETE FROM consent WHERE user_hash = ? AND granted_ms <= ?", who)
     tx.run("DELETE FROM person WHERE user_hash = ? AND first_ms <= ?", who)
     rows = "SELECT id FROM inbox WHERE user_hash = ? AND received_ms <= ? AND id <> ?"
@@ -136,26 +134,17 @@ def erase(tx: Tx, user_hash: str, until_ms: int, *, keep_row: int = 0) -> list[t
     return unpublished
 
 
-async def sweep(database: Database, home: Home) -> None:
-    """After an erasure: tombstones to their file, then the files of what is erased, then the WAL."""
-    found = await database.read(_tombstones)
-    await asyncio.to_thread(_keep_tombstones, home, found)
-    await sweep_files(database, home)
-
-
 async def reapply(database: Database, home: Home) -> None:
     """At start, before anything is answered: a database from a copy forgets again whom it should have forgotten."""
-    known = await asyncio.to_thread(_kept_tombstones, home)
+    known = await asyncio.to_thread(kept_tombstones, home)
 
-    def work(tx: Tx) -> bool:
-        missing = known - _tombstones(tx)
-        for user_hash, at_ms in sorted(missing):
+    def work(tx: Tx) -> None:
+        for user_hash, at_ms in sorted(known - tombstones(tx)):
             tx.insert("erasure", user_hash=user_hash, at_ms=at_ms)
             erase(tx, user_hash, at_ms)
-        return bool(missing)
 
-    if await database.write(work):
-        await sweep(database, home)
+    await database.write(work)
+    await try_sweep(database, home)
 
 
 def _consent_state(tx: Tx, caller: Caller) -> Later:
@@ -196,39 +185,12 @@ def _erase_datasets(tx: Tx, datasets: list[str]) -> bool:
 
 
 def _unpublish(tx: Tx, datasets: list[str]) -> list[tuple[str, str]]:
+    """What learned from them is not used any more; the weights go with the next sweep, discarded before or not."""
     unpublished = []
     for sha256 in datasets:
         for row in tx.all("SELECT sha256 FROM adapter WHERE dataset_sha256 = ? AND unpublished_ms IS NULL", [sha256]):
             version = adapters.by_sha(tx, row["sha256"])
             adapters.unpublish(tx, version.sha256, ERASED)
             unpublished.append((version.label, adapters.champion(tx, version.name)[1]))
+        tx.run("UPDATE adapter SET unpublished_reason = ? WHERE dataset_sha256 = ?", [ERASED, sha256])
     return unpublished
-
-
-# --- tombstones in a file: "hash milliseconds" on a line ---
-
-
-def _tombstones(tx: Tx) -> set[tuple[str, int]]:
-    return {(row["user_hash"], row["at_ms"]) for row in tx.all("SELECT user_hash, at_ms FROM erasure")}
-
-
-def _kept_tombstones(home: Home) -> set[tuple[str, int]]:
-    path = home.path / _TOMBSTONES
-    if not path.exists():
-        return set()
-    parts = (line.split() for line in path.read_text("ascii", "replace").splitlines())
-    return {(part[0], int(part[1])) for part in parts if len(part) == 2 and part[1].isdecimal()}
-
-
-def _keep_tombstones(home: Home, found: set[tuple[str, int]]) -> None:
-    """Add those that are missing. A line that a crash has cut is not read, and written again."""
-    missing = sorted(found - _kept_tombstones(home))
-    if not missing:
-        return
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-    descriptor = os.open(home.path / _TOMBSTONES, flags, 0o600)
-    try:
-        os.write(descriptor, "".join(f"\n{user_hash} {at_ms}" for user_hash, at_ms in missing).encode() + b"\n")
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)

@@ -27,6 +27,8 @@ _BATCH = 1000
 _MINUTE_MS, _HOUR_MS, _DAY_MS = 60_000, 3_600_000, 86_400_000
 _LEFT_OVER_S = 3600.0  # a file without a row may be about to get one
 _LOG_S = 30 * 86_400.0
+_TOMBSTONES = "erasures"
+_TOLD = "NOT EXISTS (SELECT 1 FROM delivery WHERE job_id = job.id AND state IN ('open', 'generated'))"
 _CLOSED = "inbox.state IN ('done', 'dead')"
 
 
@@ -58,7 +60,10 @@ async def keep_clean(database: Database, home: Home, retention: Retention) -> No
 
 
 async def clean(database: Database, home: Home, retention: Retention) -> int:
-    """One pass by the database's clock: how many rows it changed. Small transactions, so that no one waits long."""
+    """One pass by the database's clock: how many rows it changed. Small transactions, so that no one waits long.
+
+    The files are swept each time: who was erased since may have been left to this pass.
+    """
     changed = 0
     for step in _steps(retention):
         while count := await database.write(step):
@@ -67,7 +72,7 @@ async def clean(database: Database, home: Home, retention: Retention) -> int:
                 break
     if changed:
         log.info("retention.cleaned", extra={"rows": changed})
-        await sweep(database, home)
+    await sweep(database, home)
     return changed
 
 
@@ -135,6 +140,23 @@ def _steps(retention: Retention) -> list[Callable[[Tx], int]]:
             f" WHERE {_CLOSED} AND closed_ms <= ?)",
             dead_ms,
         ),
+        each(
+            "UPDATE job SET place = '', conversation = ''",
+            "job",
+            "id",
+            f"place <> '' AND ended_ms <= ? AND {_TOLD}"
+            f" AND NOT (state = 'cancelled' AND reason = '{jobs.ASKED}'"  # it may be resumed
+            " AND EXISTS (SELECT 1 FROM dataset WHERE sha256 = dataset_sha256 AND erased_ms IS NULL))",
+            dead_ms,
+        ),
+        each(
+            "UPDATE part SET handle = '', receipt = ''",
+            "part",
+            "delivery_id",
+            "handle <> '' AND delivery_id IN (SELECT delivery.id FROM delivery JOIN job ON job.id = job_id"
+            f" WHERE ended_ms <= ? AND {_TOLD})",
+            dead_ms,
+        ),
         _unlink,
         lambda tx: _expire_datasets(tx, dataset_ms),
         each(
@@ -145,6 +167,14 @@ def _steps(retention: Retention) -> list[Callable[[Tx], int]]:
             dataset_ms,
         ),
         each("DELETE FROM example", "example", "generation_id", "at_ms <= ?", dataset_ms),
+        # A question of a test row's goes with its data set; one that was typed is what somebody said.
+        each(
+            "UPDATE comparison SET question = NULL",
+            "comparison",
+            "id",
+            "question IS NOT NULL AND typed = 1 AND at_ms <= ?",
+            turn_ms,
+        ),
         each("DELETE FROM audit", "audit", "id", "at_ms <= ?", audit_ms),
         each("DELETE FROM invite", "invite", "code_hash", "expires_ms <= ?", audit_ms),
         each(
@@ -185,10 +215,19 @@ def _expire_datasets(tx: Tx, age_ms: int) -> int:
 
 
 async def sweep(database: Database, home: Home) -> None:
-    """Remove the files of what is erased, and fold the WAL, so that what is deleted is in no file any more."""
-    rows = await database.read(_rows)
+    """Tombstones to their file, then the files of what is erased go, then the WAL: deleted text is in no file then."""
+    found, rows = await database.read(lambda tx: (tombstones(tx), _rows(tx)))
+    await asyncio.to_thread(_keep_tombstones, home, found)
     await asyncio.to_thread(_sweep_files, home, rows)
     await database.checkpoint()
+
+
+async def try_sweep(database: Database, home: Home) -> None:
+    """The same, where what was erased stays erased whatever the disk says: trouble is logged, and left to `clean`."""
+    try:
+        await sweep(database, home)
+    except (AppError, OSError) as error:
+        log.error("retention.failed", extra={"error": str(error)})
 
 
 @dataclass(frozen=True, slots=True)
@@ -201,7 +240,7 @@ class _Rows:
     erased_adapters: frozenset[str]
     jobs: frozenset[str]
     ended_jobs: frozenset[str]
-    forgotten_ms: int  # when the terminal's person last asked to be forgotten
+    typed_ms: int  # what was typed at the terminal before that is not kept
 
 
 def _rows(tx: Tx) -> _Rows:
@@ -219,7 +258,10 @@ def _rows(tx: Tx) -> _Rows:
             "SELECT job.id AS value FROM job JOIN dataset ON sha256 = dataset_sha256 WHERE ended_ms IS NOT NULL"
             f" AND NOT (state = 'cancelled' AND reason = '{jobs.ASKED}' AND erased_ms IS NULL)"  # it may be resumed
         ),
-        forgotten_ms=int(tx.value("SELECT ifnull(max(at_ms), 0) FROM erasure WHERE user_hash = ?", [local])),
+        typed_ms=max(
+            tx.now_ms - round(retention_of(tx).conversation_hours * _HOUR_MS),
+            int(tx.value("SELECT ifnull(max(at_ms), 0) FROM erasure WHERE user_hash = ?", [local])) + 1000,
+        ),
     )
 
 
@@ -239,9 +281,24 @@ def _sweep_files(home: Home, rows: _Rows) -> None:
     for path in _entries(home.logs):
         if path.name.startswith("job-") and _age_s(path) > _LOG_S:
             path.unlink(missing_ok=True)
-    history = home.path / "history"  # what was typed at the terminal
-    if history.exists() and history.stat().st_mtime * 1000 <= rows.forgotten_ms + 1000:
-        history.unlink(missing_ok=True)
+    _prune_history(home.path / "history", rows.typed_ms)
+
+
+def _prune_history(path: Path, oldest_ms: int) -> None:
+    """Forget what was typed before that, to the second; an entry begins with a blank line and its local time."""
+    if not path.exists():
+        return
+    oldest = time.strftime("# %Y-%m-%d %H:%M:%S", time.localtime(oldest_ms // 1000))
+    text = path.read_text(encoding="utf-8", errors="replace")
+    entries = [entry.strip("\n") for entry in text.split("\n\n")]
+    kept = "".join(f"\n{entry}\n" for entry in entries if entry[: len(oldest)] >= oldest)
+    if kept == text:
+        return
+    aside = path.with_name(path.name + ".new")
+    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
+    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
+        file.write(kept)
+    aside.replace(path)
 
 
 def _entries(folder: Path) -> list[Path]:
@@ -253,3 +310,32 @@ def _age_s(path: Path) -> float:
         return time.time() - path.stat().st_ctime
     except OSError:
         return 0.0
+
+
+# --- tombstones in a file: "hash milliseconds" on a line ---
+
+
+def tombstones(tx: Tx) -> set[tuple[str, int]]:
+    return {(row["user_hash"], row["at_ms"]) for row in tx.all("SELECT user_hash, at_ms FROM erasure")}
+
+
+def kept_tombstones(home: Home) -> set[tuple[str, int]]:
+    path = home.path / _TOMBSTONES
+    if not path.exists():
+        return set()
+    parts = (line.split() for line in path.read_text("ascii", "replace").splitlines())
+    return {(part[0], int(part[1])) for part in parts if len(part) == 2 and part[1].isdecimal()}
+
+
+def _keep_tombstones(home: Home, found: set[tuple[str, int]]) -> None:
+    """Add those that are missing. A line that a crash has cut is not read, and written again."""
+    missing = sorted(found - kept_tombstones(home))
+    if not missing:
+        return
+    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
+    descriptor = os.open(home.path / _TOMBSTONES, flags, 0o600)
+    try:
+        os.write(descriptor, "".join(f"\n{user_hash} {at_ms}" for user_hash, at_ms in missing).encode() + b"\n")
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -197,7 +197,7 @@ class Rows:
             case WakeTraining():
                 self._training.wake()
             case EraseFiles():
-                await privacy.sweep(self._database, self._home)
+                await privacy.try_sweep(self._database, self._home)
             case AnswerAgain():
                 await self._replies.generate(row, caller, "", again=True)
             case CompareBlind():

@@ -115,6 +115,8 @@ async def test_without_a_question_it_takes_unseen_ones_one_after_another(tmp_pat
         await publish(w, unseen=(("First unseen?", "Yes."), ("Second unseen?", "No.")))
         assert "First unseen?" in await w.ask("/adapter compare acme@1", user=OWNER)
         assert "Second unseen?" in await w.ask("/adapter compare acme@1", user=OWNER)
+        await w.ask("/adapter compare acme@1 What?", user=OWNER)
+        assert (await w.count("comparison", "typed = 0"), await w.count("comparison", "typed = 1")) == (2, 1)
         told = await w.ask("/adapter choose 2 a", user=OWNER)
         assert "So far" in told
         assert "First unseen?" in await press(w, 0)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import io
 import json
 import tarfile
@@ -90,6 +91,34 @@ def test_links_in_a_tar_are_not_followed(tmp_path: Path) -> None:
     with pytest.raises(BadInput) as refused:
         unpack(tmp_path, out.getvalue())
     assert refused.value.key == "import.missing"
+
+
+@pytest.mark.parametrize(
+    ("kind", "size", "told"),
+    [
+        (tarfile.XHDTYPE, 2**15, ""),
+        (tarfile.XGLTYPE, 2**15, ""),
+        (tarfile.GNUTYPE_LONGNAME, 2**15, ""),
+        (tarfile.GNUTYPE_LONGLINK, 2**15, ""),
+        (tarfile.GNUTYPE_SPARSE, 0, ""),
+        (tarfile.XHDTYPE, 0, "22 GNU.sparse.major=1\n22 GNU.sparse.minor=0\n"),
+    ],
+)
+def test_a_header_that_would_be_read_whole_is_refused_before(tmp_path: Path, kind: bytes, size: int, told: str) -> None:
+    header = tarfile.TarInfo("long")
+    header.type, header.size = kind, size or len(told)
+    after = io.BytesIO(tarred(GOOD))
+    with gzip.open(after) as members:
+        content = header.tobuf() + told.encode().ljust(max(size, 512 if told else 0), b"\0") + members.read()
+    with pytest.raises(BadInput) as refused:
+        unpack(tmp_path, gzip.compress(content))
+    assert refused.value.key == "import.unreadable"
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_long_name_is_no_long_header(tmp_path: Path) -> None:
+    aside = unpack(tmp_path, tarred({f"{'folder/' * 100}{name}": content for name, content in GOOD.items()}))
+    assert {path.name: path.read_bytes() for path in aside.iterdir()} == GOOD
 
 
 @pytest.mark.parametrize(

@@ -6,6 +6,7 @@ import asyncio
 import base64
 import json
 import shutil
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -19,7 +20,7 @@ from core.settings import Retention
 from core.store import datasets, directory, jobs
 from core.store.database import Database, Tx
 from core.store.home import Cipher, Home
-from core.types import Address, Body, Caller, Handle, Receipt
+from core.types import Address, Body, Caller, Handle, Incoming, Kind, Lane, Receipt
 from tests.world import OWNER, STRANGER, World, world
 
 DAY_MS = 86_400_000
@@ -170,7 +171,10 @@ async def test_forget_asks_first_and_says_what_goes(tmp_path: Path) -> None:
         assert await it.count("turn") == 2
 
 
-async def test_forget_withdraws_the_versions_that_learned_from_the_person_and_audits_it(tmp_path: Path) -> None:
+@pytest.mark.parametrize("discarded", [False, True])
+async def test_forget_withdraws_the_versions_that_learned_from_the_person_and_audits_it(
+    tmp_path: Path, discarded: bool
+) -> None:
     async with world(tmp_path) as it:
         await it.ask("/consent on")
         await it.ask(marker(0))
@@ -180,13 +184,23 @@ async def test_forget_withdraws_the_versions_that_learned_from_the_person_and_au
             candidate = adapters.Candidate("a" * 64, tmp_path, "base", sha256, "{}")
             adapters.publish(tx, candidate, "acme", 1)
             adapters.promote(tx, "acme", "a" * 64, "owner", "")
+            if discarded:
+                adapters.unpublish(tx, "a" * 64, "discarded")
 
         await it.database.write(publish)
         (tmp_path / "adapters" / ("a" * 64)).mkdir()
         await it.ask("/forget yes")
         assert await it.database.read(lambda tx: adapters.champion(tx, "acme")) == (None, "base")
-        assert await it.count("audit", "action = 'adapter unpublish' AND target = 'acme@1'") == 1
+        told = await it.count("audit", "action = 'adapter unpublish' AND target = 'acme@1'")
+        assert told == (0 if discarded else 1)
         assert not (tmp_path / "adapters" / ("a" * 64)).exists()
+
+
+async def test_forget_erases_what_an_operator_asked_two_versions(tmp_path: Path) -> None:
+    async with world(tmp_path) as it:
+        await it.database.write(lambda tx: _compared(tx, typed=True))
+        await it.ask("/forget yes", user=OWNER)
+        assert await it.count("comparison", "question IS NULL") == 1
 
 
 async def test_a_reply_that_runs_while_its_person_is_forgotten_is_not_kept(tmp_path: Path) -> None:
@@ -244,6 +258,31 @@ async def test_a_database_from_a_copy_forgets_the_same_people_again(tmp_path: Pa
         assert await it.count("turn", f"user_hash = '{it.database.cipher.hash_user('fake', 'bot', STRANGER)}'") == 0
 
 
+@pytest.mark.parametrize("restarted", [False, True])
+async def test_files_that_a_full_disk_or_a_crash_has_left_go_later_and_the_answer_says_what_was_done(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, restarted: bool
+) -> None:
+    def full(home: Home, found: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    async with world(tmp_path) as it:
+        await it.ask("/consent on")
+        await it.ask(marker(0))
+        await bring(it)
+        monkeypatch.setattr(retention, "_keep_tombstones", full)
+        assert "is erased" in await it.ask("/forget yes")
+        assert await it.count("inbox", "outcome = 'failed'") == 0
+        assert found(tmp_path / "datasets", [marker(0)]) == [marker(0)]
+        monkeypatch.undo()
+        if not restarted:
+            await privacy.clean(it.database, it.home, Retention())
+    async with world(tmp_path, running=False) as it:
+        if restarted:
+            await privacy.reapply(it.database, it.home)
+        assert found(tmp_path / "datasets", [marker(0)]) == []
+        assert it.database.cipher.hash_user("fake", "bot", STRANGER) in (tmp_path / "erasures").read_text()
+
+
 async def test_the_limits_are_not_renewed_by_forgetting(tmp_path: Path) -> None:
     async with world(tmp_path) as it:
         for n in range(6):
@@ -263,6 +302,51 @@ async def test_an_hour_later_no_count_says_whose_it_was(tmp_path: Path) -> None:
         assert await it.count("inbox", "user_hash <> ''") == 0
 
 
+async def test_no_number_of_a_person_stays_anywhere_once_nothing_can_be_answered_any_more(tmp_path: Path) -> None:
+    clock = Clock()
+    async with world(tmp_path, clock=clock) as it:
+        for n, text in enumerate(("hello", "/forget yes")):  # a private chat, where its number is the person's
+            await it.service.accept(
+                Incoming(
+                    lane=Lane.TURN,
+                    kind=Kind.MESSAGE,
+                    address=Address("fake", "bot", "777000777", "777000777", "777000777"),
+                    user="777000777",
+                    update_key=f"{n}",
+                    message_key=f"777000777:{n}",
+                    text=text,
+                )
+            )
+            await it.settled()
+        at = Address("fake", "bot", "777000777", "777000777")
+        assert await it.service.lookups.heard(at, "777000777:0")
+        assert not await it.service.lookups.heard(at, "777000777:2")
+        clock.now_ms += 8 * DAY_MS
+        await privacy.clean(it.database, it.home, Retention())
+        assert found(tmp_path, ["777000777"]) == []
+
+
+async def test_a_job_keeps_its_address_while_it_may_be_resumed_or_has_something_to_say(tmp_path: Path) -> None:
+    clock = Clock()
+
+    def stopped(tx: Tx) -> None:
+        _job_of_a_file(tx)
+        tx.run("UPDATE job SET state = 'cancelled', reason = ?", [jobs.ASKED])
+
+    async with world(tmp_path, clock=clock, running=False) as it:
+        await it.database.write(stopped)
+        for age_days, change, kept in (
+            (8, "SELECT 1", 1),
+            (31, "UPDATE delivery SET state = 'open'", 1),
+            (31, "UPDATE delivery SET state = 'done'", 0),
+        ):
+            clock.now_ms = Clock().now_ms + age_days * DAY_MS
+            await it.database.write(lambda tx, change=change: tx.run(change))
+            await privacy.clean(it.database, it.home, Retention())
+            await privacy.clean(it.database, it.home, Retention())  # the data set went in the pass before
+            assert await it.count("job", "place <> ''") == kept
+
+
 # --- expiry ---
 
 
@@ -276,6 +360,9 @@ async def test_an_hour_later_no_count_says_whose_it_was(tmp_path: Path) -> None:
         ("inbox", "place <> ''", 7 * DAY_MS),
         ("part", "handle <> ''", 7 * DAY_MS),
         ("dataset", "erased_ms IS NULL", 30 * DAY_MS),
+        ("job", "place <> ''", 7 * DAY_MS),
+        ("comparison", "question IS NOT NULL AND typed = 1", DAY_MS),
+        ("comparison", "question IS NOT NULL", 30 * DAY_MS),
         ("job_event", "1", 30 * DAY_MS),
         ("person", "user_hash NOT IN (SELECT user_hash FROM operator)", 30 * DAY_MS),
         ("audit", "1", 400 * DAY_MS),
@@ -291,6 +378,8 @@ async def test_what_is_kept_goes_when_its_time_is_over_and_not_before(
         await it.ask("/operator invite acme someone", user=OWNER, conversation="owner")
         await it.service.accept_dead("fake", "bot", "bad", "unreadable")
         await it.database.write(_job_of_a_file)
+        await it.database.write(lambda tx: _compared(tx, typed=True))
+        await it.database.write(lambda tx: _compared(tx, typed=False))
         clock.now_ms += age_ms - 1000
         await privacy.clean(it.database, it.home, Retention())
         assert await it.count(table, where) > 0
@@ -305,6 +394,44 @@ def _job_of_a_file(tx: Tx) -> None:
     job = jobs.create(tx, owner(tx), "d" * 64, "faq.jsonl")
     tx.insert("job_event", job_id=job.id, seq=1, at_ms=tx.now_ms, kind="x", data="{}")
     jobs.end(tx, job.id, "failed", "ours: x")
+    told = tx.insert("delivery", job_id=job.id, state="done")
+    tx.insert("part", delivery_id=told, number=1, handle="h", receipt="r")
+
+
+def _compared(tx: Tx, *, typed: bool) -> None:
+    """A question to a version of that data set and to base, typed or one of its test rows."""
+    if adapters.versions(tx, "acme") == []:
+        adapters.publish(tx, adapters.Candidate("a" * 64, Path("."), "base", "d" * 64, "{}"), "acme", 1)
+        tx.run("UPDATE job SET result = ?", ["a" * 64])
+    tx.insert(
+        "comparison",
+        inbox_id=1000 + typed,
+        channel_id=owner(tx).channel.id,
+        candidate="a" * 64,
+        candidate_first=1,
+        question=tx.cipher.seal(marker(0)),
+        typed=typed,
+        actor=owner(tx).user,
+        at_ms=tx.now_ms,
+    )
+
+
+async def test_what_was_typed_at_the_terminal_goes_with_the_conversations_and_with_forget(tmp_path: Path) -> None:
+    clock = Clock()
+    history = tmp_path / "history"
+
+    def typed(*ages_h: float) -> str:
+        times = [time.localtime(clock.now_ms // 1000 - age_h * 3600) for age_h in ages_h]
+        return "".join(f"\n# {time.strftime('%Y-%m-%d %H:%M:%S', at)}.000000\n+line\n" for at in times)
+
+    async with world(tmp_path, clock=clock, running=False) as it:
+        history.write_text(typed(25, 23, 0))
+        await privacy.clean(it.database, it.home, Retention())
+        assert history.read_text() == typed(23, 0)
+        local = it.database.cipher.hash_user(directory.TERMINAL, "home", directory.LOCAL_USER)
+        await it.database.write(lambda tx: tx.insert("erasure", user_hash=local, at_ms=tx.now_ms - 3_600_000))
+        await privacy.clean(it.database, it.home, Retention())
+        assert history.read_text() == typed(0)
 
 
 def test_privacy_says_the_periods_that_are_in_force(tmp_path: Path) -> None:

@@ -12,6 +12,7 @@ from core.errors import EngineError
 from core.reply import Places
 from core.store import directory, inbox, ledger
 from core.store.database import Tx, now_ms
+from core.store.home import Cipher
 from core.texts import say
 from core.types import Address, Attachment, Handle, Incoming, Kind, Lane, Role
 from tests.world import OWNER, FakeBot, world
@@ -190,6 +191,13 @@ async def test_a_megabyte_is_refused_with_its_size_and_not_kept(tmp_path: Path) 
         assert it.home.database.stat().st_size < 700_000
 
 
+async def test_a_file_whose_name_no_text_can_hold_is_taken(tmp_path: Path) -> None:
+    async with world(tmp_path, running=False) as it:
+        await it.send("look", attachments=(Attachment("id", "\ud800.jsonl", media_type="text/\udfff"),))
+        (row,) = await it.database.write(lambda tx: inbox.take(tx, 1, {("fake", "bot")}, ()))
+        assert row.attachments == (Attachment("id", "?.jsonl", media_type="text/?"),)
+
+
 async def test_nul_and_lone_surrogates_are_answered(tmp_path: Path) -> None:
     async with world(tmp_path) as it:
         assert await it.ask("a\x00b\ud83d") == "you said a\ufffdb?"
@@ -275,6 +283,17 @@ async def test_an_unreadable_update_is_kept_and_stops_nothing(tmp_path: Path) ->
         await it.service.accept_dead("fake", "bot", "bad", '{"update_id": 1, "new_field": {}}')
         assert await it.ask("hello") == "you said hello"
         assert await it.count("inbox", "state = 'dead' AND outcome = 'unreadable'") == 1
+
+
+async def test_a_row_of_another_key_is_given_up_and_stops_nothing(tmp_path: Path) -> None:
+    async with world(tmp_path, running=False) as it:
+        await it.send("lost", key="lost")
+        sealed = Cipher(b"x" * 32).seal("{}")
+        await it.database.write(lambda tx: tx.run("UPDATE inbox SET payload = ?", [sealed]))
+    async with world(tmp_path) as it:
+        assert await it.ask("hello", conversation="other") == "you said hello"
+        assert it.bot.said()[0] == say("en", "error.gave_up")
+        assert await it.count("inbox", "state = 'dead' AND update_key = 'lost'") == 1
 
 
 async def test_drain_cuts_at_the_deadline_and_the_text_so_far_is_the_answer(tmp_path: Path) -> None:

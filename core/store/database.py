@@ -91,6 +91,7 @@ class Database:
         self._readers = ThreadPoolExecutor(2, thread_name_prefix="sqlite-reader")
         self._local = threading.local()
         self._read_connections: list[sqlite3.Connection] = []
+        self._fold_owed = False
         self._closed = False
 
     @property
@@ -119,7 +120,10 @@ class Database:
         return self._readers.submit(self._read, work).result()
 
     async def checkpoint(self) -> None:
-        """Fold the WAL into the file and truncate it: deleted text is then in neither."""
+        """Fold the WAL into the file and truncate it: deleted text is then in neither.
+
+        Where a reader is in the way this returns all the same, and every commit from then on tries again.
+        """
         await self.write(_checkpoint_marker)
 
     # --- life ---
@@ -233,6 +237,7 @@ class Database:
             "wal_autocheckpoint = 0",
         ):
             connection.execute(f"PRAGMA {pragma}").fetchall()
+        connection.create_function("hash_message", 1, self.cipher.hash_message)  # for m012
         MIGRATIONS.apply(sqlite_utils.Database(connection, execute_plugins=False))
         self.path.chmod(0o600)
         return connection
@@ -240,8 +245,10 @@ class Database:
     def _fold(self, connection: sqlite3.Connection, *, asked: bool) -> sqlite3.Error | None:
         """Empty the WAL where that was asked for, or it has grown large; what went wrong. Commits stay commits."""
         try:
-            if asked or self.path.with_name(f"{self.path.name}-wal").stat().st_size > _MAX_WAL_BYTES:
-                _truncate_wal(connection, patience_ms=_BUSY_MS if asked else 0)
+            wal = self.path.with_name(f"{self.path.name}-wal")
+            self._fold_owed = self._fold_owed or asked or wal.stat().st_size > _MAX_WAL_BYTES
+            if self._fold_owed:
+                self._fold_owed = not _truncate_wal(connection, patience_ms=0)
         except sqlite3.Error as error:
             log.warning("store.checkpoint_failed", extra={"error": str(error)})
             return error
@@ -275,15 +282,16 @@ def open_read_only(path: Path) -> sqlite3.Connection:
     return connection
 
 
-def _truncate_wal(connection: sqlite3.Connection, *, patience_ms: int) -> None:
-    """Fold the WAL into the file and empty it, in one go.
+def _truncate_wal(connection: sqlite3.Connection, *, patience_ms: int) -> bool:
+    """Fold the WAL into the file and empty it, in one go; whether no reader was in the way.
 
     SQLite's own checkpoints leave the folded frames in place until the log wraps. A WAL that is damaged in there takes
-    the file with it; an empty one cannot be damaged. A reader in the way is waited for, or left to the next commit.
+    the file with it; an empty one cannot be damaged.
     """
     connection.execute(f"PRAGMA busy_timeout = {patience_ms}")
-    connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchall()
+    busy, _, _ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
     connection.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
+    return not busy
 
 
 def _checkpoint_marker(_: Tx) -> None:

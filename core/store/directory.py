@@ -5,9 +5,10 @@ from __future__ import annotations
 import json
 import secrets
 from dataclasses import dataclass
+from pathlib import Path
 
 from core.commands import Grant
-from core.errors import BadInput, UnknownThing
+from core.errors import BadInput, StorageError, UnknownThing
 from core.settings import NAME
 from core.store.database import Row, Tx, Value
 from core.types import Caller, Channel, Json, Limits, Price, Sampling
@@ -22,6 +23,19 @@ _CHANNEL = "SELECT channel.*, partner.name AS partner, weight FROM channel JOIN 
 
 
 # --- channels ---
+
+
+def check_key(tx: Tx, key_file: Path) -> None:
+    """Raises StorageError where the key is not the one that this database is written with."""
+    sealed = tx.value("SELECT value FROM setting WHERE key = 'sealed'") or tx.value(
+        "SELECT hex(payload) FROM inbox WHERE payload IS NOT NULL ORDER BY id DESC LIMIT 1"  # of an earlier release
+    )
+    try:
+        if sealed:
+            tx.cipher.unseal(bytes.fromhex(sealed))
+    except StorageError as error:
+        raise StorageError("error.key_other", f"{key_file} is not this home's key", path=str(key_file)) from error
+    tx.run("INSERT OR IGNORE INTO setting VALUES ('sealed', ?)", [tx.cipher.seal("").hex()])
 
 
 def ensure_terminal(tx: Tx, account: str) -> None:

@@ -107,7 +107,7 @@ class Lock:
 
 
 class Cipher:
-    """Encrypts people's text and hashes people's ids with a key that is not in the database.
+    """Encrypts people's text and hashes people's ids, and those of messages, with a key that is not in the database.
 
     AES-256-GCM with a random nonce in front; HMAC-SHA256 for ids. Two keys are derived from the one secret (HKDF).
     """
@@ -152,6 +152,12 @@ class Cipher:
         """A person as the database knows them: the same id on the same account is always the same hash."""
         digest = hmac.HMAC(self._id_key, hashes.SHA256())
         digest.update("\x1f".join((platform, account, user)).encode("utf-8"))
+        return digest.finalize().hex()[:32]
+
+    def hash_message(self, key: str) -> str:
+        """A message as the database knows it: what a platform calls it may name the person who wrote it."""
+        digest = hmac.HMAC(self._id_key, hashes.SHA256())
+        digest.update(b"message\x1f" + key.encode("utf-8"))
         return digest.finalize().hex()[:32]
 
     def hash_code(self, code: str) -> str:

@@ -5,9 +5,9 @@ from __future__ import annotations
 import json
 import re
 from collections.abc import Collection
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 
-from core.errors import Overloaded
+from core.errors import Overloaded, StorageError
 from core.store.database import Row, Tx
 from core.types import Address, Attachment, Incoming, Kind, Lane
 
@@ -71,7 +71,7 @@ def accept(tx: Tx, incoming: Incoming, lane: Lane) -> int | None:
     payload = {
         "text": text if len(text) <= MAX_TEXT else "",
         "oversize": len(text) if len(text) > MAX_TEXT else 0,
-        "attachments": [asdict(attachment) for attachment in incoming.attachments],
+        "attachments": [asdict(_clean_attachment(attachment)) for attachment in incoming.attachments],
         "action": incoming.action,
         "value": clean(incoming.value),
         "answers": incoming.answers,
@@ -93,7 +93,7 @@ def accept(tx: Tx, incoming: Incoming, lane: Lane) -> int | None:
             incoming.kind,
             incoming.language,
             incoming.update_key,
-            incoming.message_key,
+            tx.cipher.hash_message(incoming.message_key) if incoming.message_key else "",
             tx.cipher.seal(json.dumps(payload, ensure_ascii=False)),
             tx.now_ms,
         ],
@@ -188,8 +188,16 @@ def _is_stop(row: Taken) -> bool:
     return row.kind is Kind.STOP or bool(_STOP.match(row.value if row.action == "command" else row.text))
 
 
+def _clean_attachment(given: Attachment) -> Attachment:
+    return replace(given, name=clean(given.name), media_type=clean(given.media_type))
+
+
 def _taken(tx: Tx, row: Row) -> Taken:
-    payload = json.loads(tx.cipher.unseal(row["payload"])) if row["payload"] else {}
+    attempts = row["attempts"]
+    try:
+        payload = json.loads(tx.cipher.unseal(row["payload"])) if row["payload"] else {}
+    except StorageError:  # it was written with another key: this one is given up, and stops no other
+        payload, attempts = {}, MAX_ATTEMPTS
     return Taken(
         id=row["id"],
         lane=Lane(row["lane"]),
@@ -203,7 +211,7 @@ def _taken(tx: Tx, row: Row) -> Taken:
         action=payload.get("action", ""),
         value=payload.get("value", ""),
         received_ms=row["received_ms"],
-        attempts=row["attempts"],
+        attempts=attempts,
         answers=payload.get("answers", ""),
         public=payload.get("public", False),
         oversize=payload.get("oversize", 0),

@@ -1,8 +1,8 @@
 """The schema, as numbered steps that are never changed once released. Knows nothing of who reads or writes it.
 
-People's text is in `inbox.payload`, `delivery.body`, `turn.text`, `example` and `channel.instructions` alone; all but
-the instructions are encrypted (core.store.home.Cipher) and short-lived. Users are keyed hashes. Times are milliseconds
-since 1970. Money is integer nano-units.
+People's text is in `inbox.payload`, `delivery.body`, `turn.text`, `example`, `comparison.question`, `job.shown` and
+`channel.instructions` alone; all but the instructions are encrypted (core.store.home.Cipher) and short-lived. Users
+and messages are keyed hashes. Times are milliseconds since 1970. Money is integer nano-units.
 """
 
 from __future__ import annotations
@@ -507,3 +507,15 @@ def m010_price_of_training(db: sqlite_utils.Database) -> None:
 def m011_refused_replies(db: sqlite_utils.Database) -> None:
     """A no to one reply, which holds whatever else its person allows; it goes with the turn."""
     _run(db, "ALTER TABLE turn ADD COLUMN refused INTEGER NOT NULL DEFAULT 0 CHECK (refused IN (0, 1))")
+
+
+@MIGRATIONS()
+def m012_hashed_messages(db: sqlite_utils.Database) -> None:
+    """What a platform calls a message names the person in a private chat. The writer's connection has the function."""
+    _run(db, "UPDATE inbox SET message_key = hash_message(message_key) WHERE message_key <> ''")
+
+
+@MIGRATIONS()
+def m013_typed_questions(db: sqlite_utils.Database) -> None:
+    """Whether the question of a comparison is what somebody said, and no test row's; of the earlier ones any may be."""
+    _run(db, "ALTER TABLE comparison ADD COLUMN typed INTEGER NOT NULL DEFAULT 1 CHECK (typed IN (0, 1))")

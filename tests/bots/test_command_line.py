@@ -12,10 +12,13 @@ from pathlib import Path
 import pytest
 
 from bots import control
+from bots.program import open_store
 from bots.seeds import DESK, owner, seed
 from core.commands import parse
 from core.config import read_config
-from core.errors import BadInput, UnknownThing
+from core.errors import BadInput, StorageError, UnknownThing
+from core.settings import Config
+from core.store import inbox
 from core.store.database import Database
 from core.store.home import Cipher, Home
 from core.texts import say
@@ -131,3 +134,24 @@ def test_the_command_line_speaks_for_the_channel_that_was_named(tmp_path: Path) 
         with pytest.raises(BadInput):
             database.write_now(lambda tx: owner(tx, "acme"))
     assert parse("/adapter compare acme@1 why?").key in control._NEEDS_A_CHAT
+
+
+@pytest.mark.parametrize("earlier", [False, True])
+async def test_a_home_is_not_opened_without_its_own_key(tmp_path: Path, earlier: bool) -> None:
+    home = Home(tmp_path)
+    async with open_store(Config(), home) as database:
+        if earlier:  # a release that kept nothing to test a key with
+            await database.write(lambda tx: inbox.accept_dead(tx, "telegram", "bot", "u", "raw"))
+            await database.write(lambda tx: tx.run("DELETE FROM setting WHERE key = 'sealed'"))
+    key = home.key_file.read_text()
+    home.key_file.unlink()
+    for written, expected in (("", "error.key_unreadable"), ("ab" * 32, "error.key_other")):
+        if written:
+            home.key_file.write_text(written)
+        with pytest.raises(StorageError) as refused:
+            async with open_store(Config(), home):
+                pass
+        assert (refused.value.key, refused.value.fields["path"]) == (expected, str(home.key_file))
+    home.key_file.write_text(key)
+    async with open_store(Config(), home):
+        pass

@@ -19,8 +19,8 @@ import pytest
 from prompt_toolkit.history import FileHistory
 
 from bots.outlet import Address, BadConfig, Body, Handle
-from bots.screen import prune_history
 from bots.terminal import TerminalBot, TerminalOutlet, read_settings
+from core.retention import _prune_history
 
 ANSWERS = {
     "hello": "Hello there.",
@@ -421,11 +421,12 @@ def test_what_was_typed_long_ago_is_forgotten(tmp_path):
     for at, text in (("2020-01-01 00:00:00", "old"), (time.strftime("%Y-%m-%d %H:%M:%S"), "new\n\nlines")):
         with path.open("a") as file:
             file.write(f"\n# {at}.000000\n" + "".join(f"+{line}\n" for line in text.split("\n")))
-    prune_history(path, 3600)
+    now_ms = time.time_ns() // 1_000_000
+    _prune_history(path, now_ms - 3_600_000)
     assert list(FileHistory(path).load_history_strings()) == ["new\n\nlines"]
-    prune_history(path, -3600)
+    _prune_history(path, now_ms + 3_600_000)
     assert path.read_text() == ""
-    prune_history(tmp_path / "none", 1)
+    _prune_history(tmp_path / "none", 1)
 
 
 def test_the_history_is_for_this_user_only(person, tmp_path):

@@ -87,6 +87,22 @@ def test_text_is_in_no_file_in_the_clear(tmp_path: Path) -> None:
         assert database.read_now(lambda tx: tx.cipher.unseal(tx.value("SELECT x FROM t"))) == "marker-7f3a"
 
 
+async def test_a_wal_that_a_reader_holds_is_emptied_by_the_first_commit_without_it(tmp_path: Path) -> None:
+    wal = tmp_path / "a.db-wal"
+    async with Database(tmp_path / "a.db", Cipher(b"k" * 32)) as database:
+        await database.write(put("k", "marker-7f3a"))  # type: ignore[arg-type]
+        reader = open_read_only(tmp_path / "a.db")
+        reader.execute("BEGIN")
+        reader.execute("SELECT * FROM setting").fetchall()
+        await database.write(lambda tx: tx.run("DELETE FROM setting"))
+        await database.checkpoint()
+        assert b"marker-7f3a" in wal.read_bytes()
+        reader.close()
+        await database.write(put("later"))  # type: ignore[arg-type]
+        assert wal.stat().st_size == 0
+        assert b"marker-7f3a" not in (tmp_path / "a.db").read_bytes()
+
+
 def test_another_key_reads_nothing() -> None:
     sealed = Cipher(b"a" * 32).seal("text")
     with pytest.raises(StorageError):

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from core.errors import AppError, BadInput
-from core.outlet import Chooses, Fetches, Outlet, Reopen
+from core.outlet import Chooses, Doubts, Fetches, Outlet, Reopen
 from core.store.database import Database, Tx
 from core.types import Address, Attachment, Body, Button, Handle, Receipt
 
@@ -28,8 +28,13 @@ class Deliveries:
     """Writes deliveries through the outlets that bots have registered, one outlet per platform and account."""
 
     database: Database
-    orphans: int = 0  # first messages that a crash may have left: posted, perhaps, but their handle never committed
+    _left: int = 0  # first messages that a crash may have left: posted, perhaps, but their handle never committed
     _outlets: dict[tuple[str, str], Outlet] = field(default_factory=dict)
+
+    @property
+    def orphans(self) -> int:
+        """First messages that may stand somewhere without an answer: left by a crash, or by an answer that was lost."""
+        return self._left + sum(one.orphans for one in self._outlets.values() if isinstance(one, Doubts))
 
     def register(self, platform: str, account: str, outlet: Outlet) -> None:
         self._outlets[platform, account] = outlet
@@ -71,7 +76,7 @@ class Deliveries:
             if handle == left:
                 return handle
         else:
-            self.orphans += await self.database.read(lambda tx: _begun_before(tx, delivery_id))
+            self._left += await self.database.read(lambda tx: _begun_before(tx, delivery_id))
             handle = await outlet.open(to)
         await self.database.write(lambda tx: _keep_handle(tx, delivery_id, 1, handle))
         return handle

@@ -31,7 +31,7 @@ class Outlet(Protocol):
         ...
 
     async def open(self, to: Address) -> Handle:
-        """Post the first small message, or open a stream."""
+        """Post the first small message, or open a stream. Where a lost answer leaves it unknown, once more at most."""
         ...
 
     async def show(self, handle: Handle, text: str) -> None:
@@ -70,3 +70,10 @@ class Fetches(Protocol):
     def fetch(self, attachment: Attachment) -> AsyncIterator[bytes]:
         """The bytes of a file. Raises BadInput for one that is too large, or not there any more."""
         ...
+
+
+@runtime_checkable
+class Doubts(Protocol):
+    """An outlet that counts the first messages of which it does not know whether they are there."""
+
+    orphans: int

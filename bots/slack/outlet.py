@@ -49,6 +49,7 @@ class SlackOutlet:
     ) -> None:
         self._api, self._transport, self._clock, self._told = api, transport, clock, told
         self._sessions = Sessions(api)
+        self.orphans = 0
         self._askers: OrderedDict[Address, Asker] = OrderedDict()
         self._sights: OrderedDict[Handle, Sight] = OrderedDict()
         self._begun: OrderedDict[Address, None] = OrderedDict()
@@ -239,6 +240,7 @@ class SlackOutlet:
     def _doubt(self, to: Address) -> int:
         """Note a first message that may stand there, its handle lost; how many in a row."""
         log.warning("slack.orphan")
+        self.orphans += 1
         count = self._unsure.get(replace(to, account=""), 0) + 1
         remember(self._unsure, replace(to, account=""), count)
         return count

@@ -71,6 +71,7 @@ class TelegramOutlet:
         self._transport = transport
         self._rich = rich
         self.sights = Sights(api)
+        self.orphans = 0
         self._owed: OrderedDict[Handle, str] = OrderedDict()  # the text that a draft must become
         self._moved: OrderedDict[Handle, Where] = OrderedDict()  # where a handle's message is now
         self._lost: OrderedDict[tuple[int, int | None, int | None], bool] = OrderedDict()  # places, twice in a row
@@ -222,10 +223,12 @@ class TelegramOutlet:
         try:
             return await self._api.send(where.chat, method)
         except Lost:
+            self.orphans += 1
             await self._api.write(where.chat, GetMe())
         try:
             return await self._api.send(where.chat, method)
         except Lost:
+            self.orphans += 1
             _remember(self._lost, place, True)
             raise
 

@@ -56,6 +56,7 @@ async def test_where_no_stream_is_to_be_had_the_answer_is_posted_and_edited(tmp_
         held = await it.ask("UANN", "tell me")
         assert (held.said, held.streamed) == (LONG, False)
         assert len(it.there.called("chat.startStream")) == 1
+        assert it.here.deliveries.orphans == 1
 
 
 @pytest.mark.parametrize("fault", ["lost", "cut", "500", "fatal_error"])

@@ -135,6 +135,7 @@ async def test_a_first_message_whose_answers_are_lost_is_sent_once_more_and_then
         assert [one.text for one in it.there.held(ANN.id)] == left
         assert await it.here.count("inbox", "outcome = 'unconfirmed'") == 1
         assert await it.here.count("ledger") == 0
+        assert it.here.deliveries.orphans == 2
 
 
 async def test_what_never_went_out_is_repeated_and_what_may_have_been_taken_is_not() -> None:

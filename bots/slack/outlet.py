@@ -306,13 +306,14 @@ class SlackOutlet:
             )
         except ERRORS as error:
             log.info("slack.stop_failed", extra={"error": name_of(error)})
+            sight.ended = trouble(error) is Trouble.ENDED
             return False
         return True
 
     async def _settle(self, handle: Handle, body: Body) -> None:
         """Write the whole final text over whatever is there; repeatable. Raises Reopen where nothing is there."""
-        where = Where.read(handle)
-        if where.stream:
+        where, sight = Where.read(handle), self._sights.get(handle)
+        if where.stream and not (sight and sight.ended):
             await self._stop(where)
         try:
             await self._update(where, body)

@@ -161,7 +161,8 @@ def _apply(given: argparse.Namespace) -> int:
     import tomllib
 
     table = tomllib.loads(config.file.read_text(encoding="utf-8"))
-    return _ask(given, {"apply": {name: table[name] for name in ("limits", "partners", "channels") if name in table}})
+    sections = ("generation", "limits", "partners", "channels")
+    return _ask(given, {"apply": {name: table[name] for name in sections if name in table}})
 
 
 def _show(given: argparse.Namespace) -> int:

@@ -224,6 +224,12 @@ def test_a_start_makes_what_is_missing_and_only_apply_changes_what_exists(tmp_pa
     assert ("channel acme", '{"title": "One"}', '{"title": "Two"}') in rows
 
 
+def test_what_is_drawn_from_stays_what_the_file_says_when_it_is_applied(tmp_path):
+    program = Program(tmp_path, extra="[channels.acme]\ntitle = 'One'\n[generation]\ntemperature = 0.7\n")
+    program.run("chat")
+    assert program.run("config", "apply").stdout == "Nothing to change.\n"
+
+
 def test_a_channel_stays_with_its_partner_and_nothing_else_is_applied(tmp_path):
     program = Program(tmp_path, extra="[channels.acme]\ntitle = 'One'\n")
     assert program.run("config", "apply").returncode == 0

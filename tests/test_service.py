@@ -401,3 +401,11 @@ async def test_at_the_engine_the_parties_take_turns_and_who_leaves_takes_no_plac
         wanted[1].cancel()
         go.set()
     assert came == ["a1", "a3", "b1", "a4"]
+
+
+async def test_a_row_that_has_ended_stays_as_it_ended(tmp_path: Path) -> None:
+    async with world(tmp_path) as it:
+        await it.ask("hello")
+        row_id = await it.database.read(lambda tx: tx.value("SELECT id FROM inbox WHERE state = 'done'"))
+        await it.database.write(lambda tx: inbox.close(tx, row_id, "unconfirmed", dead=True))
+        assert await it.count("inbox", "outcome = 'unconfirmed' OR state = 'dead'") == 0

@@ -141,9 +141,9 @@ def is_generated(tx: Tx, inbox_id: int) -> bool:
 
 
 def close(tx: Tx, inbox_id: int, outcome: str, *, dead: bool = False) -> None:
-    """End a row: `done` is answered or refused in sight of the person, `dead` is given up."""
+    """End a row: `done` is answered or refused in sight of the person, `dead` is given up. One that ended stays so."""
     tx.run(
-        "UPDATE inbox SET state = ?, outcome = ?, closed_ms = ? WHERE id = ?",
+        "UPDATE inbox SET state = ?, outcome = ?, closed_ms = ? WHERE id = ? AND state NOT IN ('done', 'dead')",
         ["dead" if dead else "done", outcome, tx.now_ms, inbox_id],
     )
 

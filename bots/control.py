@@ -86,7 +86,7 @@ class Desk:
             case WakeTraining() if self.training is not None:
                 self.training.wake()
             case EraseFiles():
-                await privacy.sweep(self.database, self.home)
+                await privacy.try_sweep(self.database, self.home)
 
 
 def _no_file(to: Address, attachment: Attachment) -> AsyncIterator[bytes]:

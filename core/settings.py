@@ -251,7 +251,11 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
     "privacy": {
         "conversation_hours": Key("how long turns of a conversation are kept", above=0, high=_MOST_DAYS * 24),
         "payload_minutes": Key("how long a message is kept after its answer", above=0, high=_MOST_DAYS * 1440),
-        "dead_days": Key("how long an update that could not be read is kept", above=0, high=_MOST_DAYS),
+        "dead_days": Key(
+            "how long an update that could not be read, and the address of an ended job, are kept",
+            above=0,
+            high=_MOST_DAYS,
+        ),
         "dataset_days": Key("how long a data set is kept after its last job", above=0, high=_MOST_DAYS),
         "audit_days": Key("how long the audit log is kept", above=0, high=_MOST_DAYS),
         "key_file": Key("the key of stored text; empty is secret.key in the home"),

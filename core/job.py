@@ -224,6 +224,8 @@ class Redacted:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
+    """`loss` and `first_loss` are means over the last and the first few steps: one step's rows say little."""
+
     kind: ClassVar[str] = "progress"
     step: int
     steps: int
@@ -234,6 +236,7 @@ class Progress:
     seconds_left: float
     grad_norm: float = 0.0
     clipped: float = 0.0  # the fraction of gradient values that clipping by value touched
+    first_loss: float = 0.0  # 0 where it is not known
 
 
 @dataclass(frozen=True, slots=True)

@@ -56,7 +56,7 @@ def progress_text(job: Job, events: Sequence[JobEvent]) -> str:
         say(
             job.language,
             "training.loss",
-            loss=_losses(events, progress),
+            loss=_losses(progress),
             unseen=_unseen(job.language, events),
             pace=round(progress.tokens_per_s),
         ),
@@ -170,10 +170,10 @@ def cancelled_key(job: Job) -> str:
     return "training.cancelled" if job.lasting else "training.cancelled_for_good"
 
 
-def _losses(events: Sequence[JobEvent], now: Progress) -> str:
-    """Of the first step that was told, and of the newest."""
-    first = next((event for event in events if isinstance(event, Progress)), now)
-    return f"{now.loss:.2f}" if first is now else f"{first.loss:.2f} → {now.loss:.2f}"
+def _losses(now: Progress) -> str:
+    """In the beginning, and now."""
+    first, last = f"{now.first_loss:.2f}", f"{now.loss:.2f}"
+    return last if not now.first_loss or first == last else f"{first} → {last}"
 
 
 def _unseen(language: str, events: Sequence[JobEvent]) -> str:

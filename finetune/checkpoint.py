@@ -50,6 +50,11 @@ class Position:
         """How many measurements came after the best one."""
         return sum(step > self.best for step in self.validated) if self.best else 0
 
+    def ends(self) -> tuple[float, float]:
+        """Mean losses of the first few steps and of the last few: rows of like length go together, so steps differ."""
+        few = max(1, min(10, len(self.losses) // 4))
+        return sum(self.losses[:few]) / few, sum(self.losses[-few:]) / few
+
 
 def save_checkpoint(
     folder: Path,

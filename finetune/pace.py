@@ -57,12 +57,14 @@ class Pace:
             return
         self._told = now
         pace = self._tokens / max(self._seconds, 1e-9)
+        first, last = position.ends()
         self._last = Progress(
             step=position.step,
             steps=self._course.steps,
             epoch=self._course.epoch_of(position.step),
             epochs=self._spec.hyper.epochs,
-            loss=taken.loss,
+            loss=last,
+            first_loss=first,
             tokens_per_s=round(pace, 1),
             seconds_left=round(self.tokens_left(position) / pace, 1),
             grad_norm=taken.grad_norm,

@@ -107,9 +107,8 @@ def manifest_of(
 
 def losses_of(position: Position, evaluated: Mapping[str, float]) -> dict[str, float]:
     """Of training in the beginning and at the end, of the validation rows over time, and what the gate measured."""
-    losses = position.losses
-    few = max(1, min(10, len(losses) // 4))
-    ends = {"train_first": sum(losses[:few]) / few, "train_last": sum(losses[-few:]) / few}
+    first, last = position.ends()
+    ends = {"train_first": first, "train_last": last}
     validated = {f"validation_{step}": loss for step, loss in sorted(position.validated.items())}
     return {**ends, **validated, **evaluated}
 

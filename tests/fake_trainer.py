@@ -134,7 +134,7 @@ def steps(word: str, folder: Path, spec: Spec, told: threading.Event) -> int:
         say(Warned(f"goes on from step {done}"))
     for step in range(done + 1, STEPS + 1):
         keep(folder, step)
-        say(Progress(step, STEPS, 1, 1, 3.0 / step, 100.0, 60.0 * (STEPS - step)))
+        say(Progress(step, STEPS, 1, 1, 3.0 / step, 100.0, 60.0 * (STEPS - step), first_loss=3.0))
         if step == 2 and not done and not pause(word, told):
             return EXIT_INTERRUPTED
         if told.is_set():

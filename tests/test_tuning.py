@@ -213,7 +213,10 @@ def test_status_shows_how_far_it_is(it: Town) -> None:
     assert say("en", "training.planned", name="faq.jsonl", steps=60, tokens=51_000, rows=80, rehearsed=24) in says(
         it, "/finetune status 1"
     )
-    early, late = Progress(1, 60, 1, 3, 3.5, 200.0, 590.0), Progress(15, 60, 1, 3, 2.25, 210.0, 450.0)
+    early, late = (
+        Progress(1, 60, 1, 3, 3.5, 200.0, 590.0),
+        Progress(15, 60, 1, 3, 2.25, 210.0, 450.0, first_loss=3.5),
+    )
     hear(it, early, late, Evaluated(15, "validation", 2.4, 5))
     text = says(it, "/finetune status")
     for fact in ("▓" * 5 + "░" * 15, "25 %", "8 min", "3.50 → 2.25", "2.40", "210", "1 of 3"):

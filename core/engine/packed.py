@@ -1,26 +1,24 @@
 """Linear layers with float32 weights packed for the CPU, by oneDNN or MKL. Knows no families, rows or requests.
 
 torch's own float32 product packs its weights anew at each call. Two libraries that come with torch keep them packed,
-and which of them is quicker is the processor's matter, so it is measured once. On two cores, over the products of a
-layer of SmolLM2-135M for 8, 32 and 256 rows: a Zen 5 with AVX-512 leaves MKL far behind oneDNN; an Intel with AVX-512
-takes with MKL 0.6, 0.8 and 0.9 of oneDNN's time. A single row may be quicker unpacked than with oneDNN, which is
-measured as well. The packed weights are a copy: the plain ones are mapped from their file, so the system takes their
-pages back when memory is short.
+and which of them is quicker is the processor's matter. On two cores, over the products of a layer of SmolLM2-135M for
+8, 32 and 256 rows: a Zen 5 with AVX-512 leaves MKL far behind oneDNN; an Intel with AVX-512 takes with MKL 0.6, 0.8 and
+0.9 of oneDNN's time. A single row goes unpacked where oneDNN has the rest: it is read from memory once either way. All
+of it follows from the processor alone and nothing is measured, so that the same question has the same answer, to the
+last bit, also after a restart on a busy machine. The packed weights are a copy: the plain ones are mapped from their
+file, so the system takes their pages back when memory is short.
 """
 
 from __future__ import annotations
 
-import time
-from collections.abc import Callable, Sequence
-from functools import cache, partial
+from collections.abc import Sequence
+from functools import cache
 
 import torch
 from torch import Tensor, nn
 
 PACKED_FOR = 256  # rows, told to MKL; what it packs for fewer suits long prompts badly, and this suits both
-_TRIED_ROWS = (8, 32)  # a step of some rows
-_TRIES = 9
-_CLEARLY = 0.9  # of the other's time
+_COMPARED = (8, 32, 1, 3, PACKED_FOR)  # rows
 
 
 class PackedLinear(nn.Module):
@@ -31,9 +29,9 @@ class PackedLinear(nn.Module):
         super().__init__()
         whole = weights[0] if len(weights) == 1 else torch.cat(tuple(weights))
         self.out_features, self.in_features = whole.shape
-        self.by_mkl = mkl_is_quicker()
+        self.by_mkl = mkl_packs()
         self._packed = _packed(whole.contiguous(), self.by_mkl)
-        self._plain = () if self.by_mkl or not one_row_is_plain() else tuple(weights)
+        self._plain = () if self.by_mkl else tuple(weights)
         self.bias = bias
 
     def forward(self, x: Tensor) -> Tensor:
@@ -64,7 +62,7 @@ def _product(x: Tensor, packed: Tensor, outputs: int, bias: Tensor | None, by_mk
     y: Tensor
     if by_mkl:
         # torch asks for the plain weight's shape alone, and for as many rows as were packed for: another number would
-        # go the plain way, though MKL packs the same for any. `mkl_is_quicker` has seen that it does.
+        # go the plain way, though MKL packs the same for any. `mkl_packs` has seen that it does.
         shape = x.new_empty(1, 1).expand(outputs, x.shape[-1])
         y = torch.ops.mkl._mkl_linear(x, packed, shape, bias, x.numel() // x.shape[-1])
     else:
@@ -73,43 +71,22 @@ def _product(x: Tensor, packed: Tensor, outputs: int, bias: Tensor | None, by_mk
 
 
 @cache
-def mkl_is_quicker() -> bool:
-    """Whether MKL's packed product is there, right, and clearly quicker than oneDNN's; measured over 16 MiB."""
+def mkl_packs() -> bool:
+    """Whether this is an Intel's processor and MKL's packed product is there and right."""
     if not (torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")):  # type: ignore[no-untyped-call]  # torch does not type it
         return False
+    told = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    if "Intel" not in str(told.get("cpu_name", "")):
+        return False
     dice = torch.Generator().manual_seed(0)
-    weight = torch.randn(4096, 1024, generator=dice)
+    weight = torch.randn(256, 64, generator=dice)
     packed = [_packed(weight, by_mkl) for by_mkl in (False, True)]
-    took = [0.0, 0.0]
-    for rows in (*_TRIED_ROWS, 1, 3, PACKED_FOR):
-        x = torch.randn(rows, 1024, generator=dice)
-        ways = [partial(_product, x, packed[i], 4096, None, bool(i)) for i in (0, 1)]
-        by_onednn, by_mkl = ways[0](), ways[1]()
+    for rows in _COMPARED:
+        x = torch.randn(rows, 64, generator=dice)
+        by_onednn, by_mkl = (_product(x, packed[i], 256, None, bool(i)) for i in (0, 1))
         if not torch.allclose(by_mkl, by_onednn, rtol=0, atol=1e-5 * float(by_onednn.abs().max())):
             return False
-        if rows in _TRIED_ROWS:
-            took = [sum(pair) for pair in zip(took, _times(ways), strict=True)]
-    return took[1] < _CLEARLY * took[0]
-
-
-@cache
-def one_row_is_plain() -> bool:
-    """Whether a single row is clearly quicker by torch's own product than by oneDNN's; over 16 MiB of weights."""
-    weight, row = torch.ones(4096, 1024), torch.ones(1, 1024)
-    packed = _packed(weight, False)
-    plain, other = _times((lambda: torch.mv(weight, row[0]), lambda: _product(row, packed, 4096, None, False)))
-    return plain < _CLEARLY * other
-
-
-def _times(ways: Sequence[Callable[[], object]]) -> list[float]:
-    """The best of some tries of each, in turn: seconds."""
-    best = [float("inf")] * len(ways)
-    for _ in range(_TRIES):
-        for i, way in enumerate(ways):
-            began = time.perf_counter()
-            way()
-            best[i] = min(best[i], time.perf_counter() - began)
-    return best
+    return True
 
 
 def packable(linear: nn.Module) -> bool:

@@ -14,8 +14,8 @@ no_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch
 
 @pytest.fixture(params=["oneDNN", pytest.param("MKL", marks=no_mkl)])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
-    """Each of the two, whichever is the quicker one here."""
-    monkeypatch.setattr("core.engine.packed.mkl_is_quicker", lambda: request.param == "MKL")
+    """Each of the two, whichever is taken here."""
+    monkeypatch.setattr("core.engine.packed.mkl_packs", lambda: request.param == "MKL")
     return str(request.param)
 
 
@@ -55,12 +55,8 @@ def test_other_weights_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None
 @needs_onednn
 @pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("bias", [True, False])
-@pytest.mark.parametrize("plain", [True, False])
 @torch.inference_mode()
-def test_a_single_row_is_the_same_product_whichever_way_it_goes(
-    monkeypatch: pytest.MonkeyPatch, plain: bool, bias: bool
-) -> None:
-    monkeypatch.setattr("core.engine.packed.one_row_is_plain", lambda: plain)
+def test_a_single_row_is_the_same_product_whichever_way_it_goes(bias: bool) -> None:
     parts = [nn.Linear(40, width, bias=bias) for width in (24, 8)]
     layer = PackedLinear(
         [part.weight.detach() for part in parts], torch.cat([p.bias.detach() for p in parts]) if bias else None

@@ -56,7 +56,7 @@ def test_other_weights_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None
 @pytest.mark.usefixtures("library")
 @pytest.mark.parametrize("bias", [True, False])
 @torch.inference_mode()
-def test_a_single_row_is_the_same_product_whichever_way_it_goes(bias: bool) -> None:
+def test_parts_laid_under_one_another_are_one_product(bias: bool) -> None:
     parts = [nn.Linear(40, width, bias=bias) for width in (24, 8)]
     layer = PackedLinear(
         [part.weight.detach() for part in parts], torch.cat([p.bias.detach() for p in parts]) if bias else None

@@ -3,10 +3,10 @@
 torch's own float32 product packs its weights anew at each call. Two libraries that come with torch keep them packed,
 and which of them is quicker is the processor's matter. On two cores, over the products of a layer of SmolLM2-135M for
 8, 32 and 256 rows: a Zen 5 with AVX-512 leaves MKL far behind oneDNN; an Intel with AVX-512 takes with MKL 0.6, 0.8 and
-0.9 of oneDNN's time; a single row takes with oneDNN 0.6 of torch's own product on a Zen 4. It follows from the processor
-alone and nothing is measured, so that the same question has the same answer, to the last bit, also after a restart on a
-busy machine. The packed weights are a copy: the plain ones are mapped from their file, so the system takes their pages
-back when memory is short.
+0.9 of oneDNN's time. On a Zen 4 a single row takes with oneDNN 0.6 of the time of torch's own product. The choice
+follows from the processor alone and nothing is measured, so that the same question has the same answer, to the last
+bit, also after a restart on a busy machine. The packed weights are a copy: the plain ones are mapped from their file,
+so the system takes their pages back when memory is short.
 """
 
 from __future__ import annotations

@@ -55,7 +55,9 @@ def masked(monkeypatch):
     return seen
 
 
-@pytest.mark.parametrize(("prefix", "own"), [(1, (4,)), (5, (3, 3, 9)), (17, (1, 20, 2)), (2, (30, 1))])
+@pytest.mark.parametrize(
+    ("prefix", "own"), [(1, (4,)), (5, (3, 3, 9)), (17, (1, 20, 2)), (2, (30, 1)), (3, (8, 9, 10, 2))]
+)
 @pytest.mark.parametrize("scaling", [0.3, None])
 def test_result_and_gradients_are_those_under_the_dense_mask(masked, prefix, own, scaling):
     mask = batch_of(prefix, own).attention
@@ -75,10 +77,10 @@ def test_what_it_does_not_know_goes_by_the_mask(masked, monkeypatch):
     assert len(masked) == 4
 
 
-def test_a_layout_counts_the_pairs_that_are_looked_at():
-    layout = packed.Layout(4, (3, 5))
-    assert list(layout.pieces()) == [(0, 0, 4), (4, 4, 7), (4, 7, 12)]
-    assert layout.scores() == 4 * 4 + 3 * 7 + 5 * 9
+def test_a_layout_puts_rows_of_like_length_together_and_counts_the_pairs_that_are_looked_at():
+    layout = packed.Layout(4, (3, 5, 4))
+    assert [(one.seen, one.own) for one in layout.pieces] == [(0, (4,)), (4, (3,)), (4, (5, 4))]
+    assert layout.scores() == 4 * 4 + 3 * 7 + 2 * 5 * 9
 
 
 @pytest.mark.parametrize("recomputed", [False, True])

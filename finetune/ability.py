@@ -31,7 +31,7 @@ PROMPTS = Path(__file__).parent / "prompts.toml"
 FILE, BEGUN = "own-answers.json", "own-answers.begun.json"
 REHEARSED_TOKENS, MEASURED_TOKENS = 80, 120
 FEWEST_REHEARSED = 16
-_AT_ONCE = 24  # prompts that are answered side by side
+_AT_ONCE = 48  # prompts that are answered side by side
 Answer = tuple[tuple[int, ...], int]  # (ids of prompt and answer, how many of them are the prompt)
 
 
@@ -142,30 +142,35 @@ def end_tokens(model: Any, tokenizer: Any) -> list[int]:
 def _answer_batch(
     model: Any, prompts: Sequence[Sequence[int]], most: int, ends: Sequence[int], listen: Listen
 ) -> list[tuple[int, ...]]:
-    """One batch, padded on the left; padding is masked by length, never recognised by its id."""
+    """One batch, padded on the left; padding is masked by length, never recognised by its id. Who has ended leaves."""
     device, width = model.device, max(len(ids) for ids in prompts)
     ids = torch.tensor([[0] * (width - len(one)) + list(one) for one in prompts], device=device)  # (B, T)
     seen = torch.tensor([[0] * (width - len(one)) + [1] * len(one) for one in prompts], device=device)
+    last = torch.tensor([-1], device=device)  # as a number it would be a view, for whose product weights are copied
     cache: Any = None
     said: list[list[int]] = [[] for _ in prompts]
-    open_rows = set(range(len(prompts)))
+    running = list(said)  # in the batch's order
     for _ in range(most):
         listen()
         positions = (seen.cumsum(1) - 1).clamp(min=0)[:, -ids.shape[1] :]
         out = model(
             input_ids=ids, attention_mask=seen, position_ids=positions, past_key_values=cache, use_cache=True,
-            logits_to_keep=1,
+            logits_to_keep=last,
         )  # fmt: skip
         cache = out.past_key_values
         chosen = out.logits[:, -1].argmax(-1)  # (B,)
-        for row in list(open_rows):
-            said[row].append(int(chosen[row]))
-            if said[row][-1] in ends:
-                open_rows.discard(row)
-        if not open_rows:
+        for one, token in zip(running, chosen.tolist(), strict=True):
+            if not one or one[-1] not in ends:
+                one.append(token)
+        going_on = [at for at, one in enumerate(running) if one[-1] not in ends]
+        if not going_on:
             break
         ids = chosen[:, None]
         seen = torch.cat([seen, torch.ones_like(ids)], dim=1)
+        if len(going_on) < len(running) and all(hasattr(layer, "batch_select_indices") for layer in cache.layers):
+            index = torch.tensor(going_on, device=device)
+            cache.batch_select_indices(index)
+            ids, seen, running = ids[index], seen[index], [running[at] for at in going_on]
     return [tuple(one) for one in said]
 
 

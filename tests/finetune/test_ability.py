@@ -12,6 +12,7 @@ import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
+from transformers.cache_utils import DynamicLayer
 
 from core.job import Judged, Spec
 from finetune import ability, sanity
@@ -59,18 +60,28 @@ def test_there_are_64_prompts_in_8_skills_and_none_is_rehearsed() -> None:
     assert len(set(given["rehearsed"])) == len(given["rehearsed"]) >= 100
 
 
-def test_an_answer_is_what_transformers_would_have_said(make_job: MakeJob) -> None:
+@pytest.mark.parametrize("leaves", [True, False])
+def test_answers_are_what_transformers_would_have_said_wherever_each_of_them_ends(
+    make_job: MakeJob, monkeypatch: pytest.MonkeyPatch, leaves: bool
+) -> None:
+    if not leaves:  # some caches cannot let go of a row
+        monkeypatch.delattr(DynamicLayer, "batch_select_indices")
     folder = make_job()
     spec = Spec.read(folder)
     base = find_base(spec, folder)
     model = load_module(base, spec)
     prompts = [base.tokenizer.encode(text) for text in ("a", "a longer prompt than the first", "你好", "x" * 40)]
-    ours = answer(model, prompts, most=20, ends=[2], listen=nothing)
+    endless = answer(model, prompts, most=20, ends=(), listen=nothing)
+    assert [len(said) for said in endless] == [20] * 4
+    ends = [endless[0][3], endless[2][11]]
+    ours = answer(model, prompts, most=20, ends=ends, listen=nothing)
+    assert len({len(said) for said in ours}) > 1
     for prompt, said in zip(prompts, ours, strict=True):
         ids = torch.tensor([prompt])
         theirs = model.generate(
-            ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, eos_token_id=2, pad_token_id=0
-        )
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=20, do_sample=False, eos_token_id=ends,
+            pad_token_id=0,
+        )  # fmt: skip
         assert list(said) == theirs[0, len(prompt) :].tolist()
 
 

@@ -112,11 +112,11 @@ def test_what_made_room_can_still_be_cancelled(endless: BaseModel) -> None:
         steps.submit(f"30:f{i}", Scope("flood"), max_tokens=400)
     for _ in range(5):
         steps.step()
-    victim = steps.thread.rows[-1]
+    victim = steps.thread.rows.jobs[-1]
     steps.submit("5:calm", Scope("calm"), max_tokens=20)
     for _ in range(3):
         steps.step()
-    assert victim not in steps.thread.rows
+    assert victim not in steps.thread.rows.jobs
     steps.thread.cancel(victim)
     steps.step()
     over = steps.over[victim.request.id]

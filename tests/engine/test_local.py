@@ -285,7 +285,7 @@ async def test_a_pass_that_fails_for_one_row_ends_that_row_alone(endless: BaseMo
         forward = engine.thread.runner.run
 
         def poisoned(first: int, parts: Any, slots: Any) -> Any:
-            rows = engine.thread.rows[first : first + len(parts)]
+            rows = engine.thread.rows.jobs[first : first + len(parts)]
             if any(job.request.id == "bad" and len(job.answer) > 5 for job in rows):
                 raise ValueError("poisoned")
             return forward(first, parts, slots)
@@ -428,14 +428,14 @@ async def test_what_is_kept_for_later_turns_makes_room_first(endless: BaseModel,
         plain = getattr(owner, what)
 
         def no_memory(*args: Any) -> Any:
-            if len(thread.prefixes):
+            if len(thread.rows.prefixes):
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return plain(*args)
 
         setattr(owner, what, no_memory)
-        assert len(thread.prefixes) == 1
+        assert len(thread.rows.prefixes) == 1
         assert (await hear(engine.submit(ask("x", scope=Scope("q"))))).text == alone.text
-        assert len(thread.prefixes) == 0
+        assert len(thread.rows.prefixes) == 0
 
 
 async def test_forget_ends_and_wipes_a_conversation_and_leaves_the_others(endless: BaseModel) -> None:

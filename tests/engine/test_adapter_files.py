@@ -17,8 +17,9 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from core.engine.adapter_files import AdapterStore, Base, _by_pattern, load_adapter
-from core.engine.lora import LoraStacks, Stack, shapes
+from core.engine.lora import LoraStacks, shapes
 from core.engine.runner import Runner
+from core.engine.stack import Stack
 from core.errors import AdapterUnusable
 from core.model import BaseModel
 from core.types import AdapterRef

@@ -259,9 +259,12 @@ class ModelThread:
             self.tally.token(now - job.submitted, None if job.last_token is None else now - job.last_token)
             job.last_token = now
             self.lobby.charge(job, COMPLETION_COST)
-            reason = self._show(job, token)
-            if reason is not None:
-                self._end(job, reason)
+            try:
+                outcome: FinishReason | AppError | None = self._show(job, token)
+            except Exception as error:
+                outcome = _untold(error)
+            if outcome is not None:
+                self._end(job, outcome)
 
     def _show(self, job: Job, token: int) -> FinishReason | None:
         """Emit what became certain; the reason to end, if there is one."""
@@ -283,10 +286,11 @@ class ModelThread:
         if job.state is State.ENDED:
             return
         if isinstance(outcome, FinishReason):
-            outcome = self._last_text(job, outcome)
-            self._outputs.append((job, Finished(outcome, job.usage)))
-        else:
-            self._outputs.append((job, outcome))
+            try:
+                outcome = self._last_text(job, outcome)
+            except Exception as error:
+                outcome = _untold(error)
+        self._outputs.append((job, Finished(outcome, job.usage) if isinstance(outcome, FinishReason) else outcome))
         if job.state is State.RUNNING:
             self.rows.leave(job, keep=outcome in KEPT_AFTER)
         self.lobby.leave(job)
@@ -329,6 +333,12 @@ class ModelThread:
         outputs, self._outputs = self._outputs, []
         if outputs:
             self._emit(outputs)
+
+
+def _untold(error: Exception) -> AppError:
+    """A tokenizer's own error over one answer is of no matter to the others."""
+    log.error("engine.text_failed", exc_info=error)
+    return translate(error)
 
 
 def _concerns(job: Job, channel: str, conversation: str) -> bool:

@@ -17,7 +17,17 @@ from core.engine import adapter_files
 from core.engine.adapter_files import AdapterWeights, Base
 from core.engine.kv import IDLE_BYTES, SlotCache
 from core.engine.local import LocalEngine
-from core.engine.protocol import Delta, EngineSettings, Finished, FinishReason, ModelSettings, Scope, Started
+from core.engine.protocol import (
+    Delta,
+    EngineSettings,
+    Finished,
+    FinishReason,
+    ModelSettings,
+    Request,
+    Scope,
+    Started,
+)
+from core.engine.ticket import Job
 from core.errors import EngineError, OutOfMemory, Overloaded, PromptTooLong
 from core.model import BaseModel
 from core.types import AdapterRef
@@ -296,6 +306,31 @@ async def test_a_pass_that_fails_for_one_row_ends_that_row_alone(endless: BaseMo
             await hear(bad)
         assert (await hear(good)).text == alone.text
         assert engine.thread.runner.cache.is_blank()
+
+
+def nameless(*_: object) -> str:
+    """What a tokenizer may have to say to a token that the model has and it has not."""
+    raise TypeError("sequence item 0: expected str instance, NoneType found")
+
+
+@pytest.mark.parametrize("method", ["push", "flush"])
+async def test_a_token_without_a_text_is_an_error_of_its_row_alone(endless: BaseModel, method: str) -> None:
+    """Whether it shows at the token or only with what is held back to the end."""
+    async with running(endless) as engine:
+        alone, job_of = await hear(engine.submit(ask("good", max_tokens=40))), engine._job
+
+        def made(request: Request) -> Job:
+            job = job_of(request)
+            if request.id == "bad":
+                setattr(job.detokenizer, method, nameless)
+            return job
+
+        engine._job = made  # type: ignore[method-assign]
+        good = engine.submit(ask("good", max_tokens=40))
+        await anext(good)
+        with pytest.raises(EngineError, match="NoneType"):
+            await hear(engine.submit(ask("bad", max_tokens=5)))
+        assert (await hear(good)).text == alone.text
 
 
 async def test_a_crash_of_the_model_thread_fails_what_runs_and_the_thread_goes_on(endless: BaseModel) -> None:

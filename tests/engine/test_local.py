@@ -245,6 +245,25 @@ async def test_an_adapter_for_which_there_is_no_thread_can_be_read_later(
         assert (await hear(engine.submit(ask("x", adapter=adapters[0])))).finished is not None
 
 
+async def test_a_prompt_for_which_there_is_no_thread_fails_alone(
+    endless: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(work: Callable[[], None]) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async with running(endless) as engine:
+        alone = await hear(engine.submit(ask("good", **LONG)))
+        good = engine.submit(ask("good", **LONG))
+        await anext(good)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.thread.lobby, "_spawn", none_left)
+            with pytest.raises(EngineError, match="can't start new thread"):
+                await hear(engine.submit(ask("x")))
+        assert (await hear(good)).text == alone.text
+        assert (await hear(engine.submit(ask("x")))).finished is not None
+        assert engine.stats().waiting == 0
+
+
 async def test_a_full_queue_refuses_with_an_estimate_but_lets_another_partner_in(endless: BaseModel) -> None:
     async with running(endless, max_rows=1, max_waiting=4) as engine:
         gate = Gate(engine)

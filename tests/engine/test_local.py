@@ -30,8 +30,9 @@ from core.engine.protocol import (
 from core.engine.ticket import Job
 from core.errors import EngineError, OutOfMemory, Overloaded, PromptTooLong
 from core.model import BaseModel
-from core.types import AdapterRef
+from core.types import AdapterRef, Usage
 from tests.engine.dialogue import ask, hear, running
+from tests.engine.steps import Steps
 
 LONG = {"max_tokens": 300}
 
@@ -126,21 +127,19 @@ async def test_cancel_in_decode_frees_the_row_and_gives_usage(endless: BaseModel
         assert engine.thread.runner.cache.is_blank()
 
 
-async def test_cancel_in_prefill_frees_the_row_within_a_step(endless: BaseModel) -> None:
-    async with running(endless) as engine:
-        gate = Gate(engine)
-        engine.thread.chunk = 16
-        generation = engine.submit(ask("word " * 40, **LONG))
-        gate.open.clear()
-        assert isinstance(await anext(generation), Started) if gate.passes else True
-        generation.cancel()
-        gate.open.set()
-        heard = await hear(generation)
-        assert heard.finished is not None
-        assert heard.finished.reason is FinishReason.CANCELLED
-        assert heard.finished.usage.completion_tokens == 0
-        assert gate.passes <= 2
-        assert engine.thread.runner.cache.is_blank()
+def test_cancel_in_prefill_frees_the_row_within_a_step(endless: BaseModel) -> None:
+    steps = Steps(endless)
+    steps.thread.chunk = 16
+    steps.submit("200:long", Scope("p"))
+    for _ in range(3):
+        steps.step()
+    (job,) = steps.thread.rows.jobs
+    assert job.filled == 3 * 16
+    steps.thread.cancel(job)
+    steps.step()
+    assert steps.over["200:long"] == Finished(FinishReason.CANCELLED, Usage(200, 0, 0))
+    assert not steps.thread.rows.jobs
+    assert steps.thread.runner.cache.is_blank()
 
 
 async def test_cancel_while_waiting(endless: BaseModel) -> None:

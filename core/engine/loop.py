@@ -41,7 +41,7 @@ class ModelThread:
     """Owns the rows. `start`, `submit`, `cancel`, `forget`, `stop` and the counters may be used from any thread.
 
     `emit` gets the outputs of one step at once, on the model thread; after Finished or an error nothing more comes.
-    `spawn` runs a call on a thread of its own, so that adapter files are never read between two steps.
+    `spawn` runs a call on a thread of its own, so that no prompt is rendered between two steps.
     """
 
     def __init__(
@@ -229,7 +229,7 @@ class ModelThread:
 
     def _not_admitted(self, job: Job, error: Exception) -> None:
         """It waits, if all that it lacks is memory, and others' ends or what is kept of them may give some."""
-        if is_shortage(error) and self.rows.may_find_memory():
+        if is_shortage(error) and self.rows.seek_memory():
             log.warning("engine.admit_no_memory", extra={"rows": self.running, "reason": str(error)[:200]})
             self.lobby.put_back(job)
         else:

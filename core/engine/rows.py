@@ -62,7 +62,7 @@ class Rows:
         job.state = State.RUNNING
         self.jobs.append(job)
 
-    def may_find_memory(self) -> bool:
+    def seek_memory(self) -> bool:
         """Memory was short for a row more: what is kept for later turns goes. Whether there may be enough now, or when
         another row has ended."""
         dropped = self._drop_kept()

@@ -244,12 +244,7 @@ class ModelThread:
 
     def _accept(self, jobs: Sequence[Job], logits: Tensor) -> None:
         """Draw one token per row from (B, V), and show or end."""
-        ids = sample(
-            logits,
-            [job.request.sampling for job in jobs],
-            [len(job.answer) for job in jobs],
-            [(*job.prompt, *job.answer) if job.request.sampling.repetition_penalty != 1 else () for job in jobs],
-        )
+        ids = self._draw(jobs, logits)
         now = time.monotonic()
         for job, token in zip(jobs, ids, strict=True):
             if token == NOT_FINITE:
@@ -265,6 +260,22 @@ class ModelThread:
                 outcome = _untold(error)
             if outcome is not None:
                 self._end(job, outcome)
+
+    def _draw(self, jobs: Sequence[Job], logits: Tensor) -> list[int]:
+        """One token per row of (B, V); where memory is short for all at once, by halves, which draw the same."""
+        try:
+            return sample(
+                logits,
+                [job.request.sampling for job in jobs],
+                [len(job.answer) for job in jobs],
+                [(*job.prompt, *job.answer) if job.request.sampling.repetition_penalty != 1 else () for job in jobs],
+            )
+        except Exception as error:
+            if len(jobs) == 1 or not is_shortage(error):
+                raise
+            self.rows.drop_kept()
+        half = len(jobs) // 2
+        return self._draw(jobs[:half], logits[:half]) + self._draw(jobs[half:], logits[half:])
 
     def _show(self, job: Job, token: int) -> FinishReason | None:
         """Emit what became certain; the reason to end, if there is one."""

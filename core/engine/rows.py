@@ -65,7 +65,7 @@ class Rows:
     def seek_memory(self) -> bool:
         """Memory was short for a row more: what is kept for later turns goes. Whether there may be enough now, or when
         another row has ended."""
-        dropped = self._drop_kept()
+        dropped = self.drop_kept()
         self._short = bool(self.jobs) and not dropped
         return dropped or self._short
 
@@ -81,13 +81,19 @@ class Rows:
             return [(parts, self.runner.run(first, [part for _, part in parts], slots))]
         except Exception as error:
             log.exception("engine.pass_failed", extra={"rows": len(parts)})
-            again = is_shortage(error) and self._drop_kept()
+            again = is_shortage(error) and self.drop_kept()
             if len(parts) == 1 and not again:
                 return [(parts, error)]
         if again:
             return self._by_halves(first, parts)
         half = len(parts) // 2
         return self._by_halves(first, parts[:half]) + self._by_halves(first + half, parts[half:])
+
+    def drop_kept(self) -> bool:
+        """Memory is short: give up what is kept for later turns. Whether there was anything."""
+        found = len(self.prefixes) > 0
+        self.prefixes.clear()
+        return found
 
     def least_bytes(self) -> int:
         """What a pass of one token for each row must read: weights, adapters, keys and values."""
@@ -160,9 +166,3 @@ class Rows:
         except (torch.OutOfMemoryError, MemoryError, RuntimeError):
             log.warning("engine.reuse_no_memory", extra={"kept": len(self.prefixes)})
             self.prefixes.clear()
-
-    def _drop_kept(self) -> bool:
-        """Memory is short: whether there was something kept for later turns, which is gone now."""
-        found = len(self.prefixes) > 0
-        self.prefixes.clear()
-        return found

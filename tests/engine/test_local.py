@@ -16,6 +16,7 @@ import torch
 from core.engine import adapter_files
 from core.engine.adapter_files import AdapterWeights, Base
 from core.engine.kv import IDLE_BYTES, SlotCache
+from core.engine.lobby import LOOKAHEAD
 from core.engine.local import LocalEngine
 from core.engine.protocol import (
     Delta,
@@ -211,8 +212,10 @@ async def test_files_that_are_slow_to_read_hold_up_no_others(
         return load(ref, base)
 
     monkeypatch.setattr(adapter_files, "load_adapter", slow)
-    async with running(endless, max_rows=2) as engine:
-        waiting = [engine.submit(ask(f"{i}", adapter=adapters[i], scope=Scope("slow"))) for i in range(2)]
+    rows = 4
+    async with running(endless, max_rows=rows) as engine:
+        slow_ones = range(rows + LOOKAHEAD)  # as many as are prepared while nobody waits for a file
+        waiting = [engine.submit(ask(f"{i}", adapter=adapters[i % 2], scope=Scope("slow"))) for i in slow_ones]
         late = engine.submit(ask("late", adapter=adapters[0], scope=Scope("slow"), deadline_s=0.2))
         assert (await hear(late)).finished.reason is FinishReason.DEADLINE  # type: ignore[union-attr]
         for adapter in (None, adapters[2]):
@@ -222,7 +225,8 @@ async def test_files_that_are_slow_to_read_hold_up_no_others(
         waiting[0].cancel()
         assert (await hear(waiting[0])).finished.reason is FinishReason.CANCELLED  # type: ignore[union-attr]
         stalled.set()
-        assert (await hear(waiting[1])).finished.reason is FinishReason.LENGTH  # type: ignore[union-attr]
+        for one in waiting[1:]:
+            assert (await hear(one)).finished.reason is FinishReason.LENGTH  # type: ignore[union-attr]
         assert engine.stats().waiting == 0
 
 
@@ -489,6 +493,26 @@ async def test_what_is_kept_for_later_turns_makes_room_first(endless: BaseModel,
         assert len(thread.rows.prefixes) == 1
         assert (await hear(engine.submit(ask("x", scope=Scope("q"))))).text == alone.text
         assert len(thread.rows.prefixes) == 0
+
+
+def test_what_is_kept_makes_room_beside_a_row_that_runs(endless: BaseModel) -> None:
+    steps = Steps(endless)
+    steps.submit("5:before", Scope("p", "c", "u", "v"), max_tokens=2)
+    steps.until_over("5:before", within=5)
+    steps.submit("5:long", Scope("p"), max_tokens=300)
+    steps.step()
+    rows, add_row = steps.thread.rows, steps.thread.runner.cache.add_row
+
+    def no_memory(length: int) -> int:
+        if len(rows.prefixes):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return add_row(length)
+
+    steps.thread.runner.cache.add_row = no_memory  # type: ignore[method-assign, assignment]
+    assert len(rows.prefixes) == 1
+    steps.submit("5:x", Scope("q"), max_tokens=2)
+    steps.until_over("5:x", within=steps.now + 5)
+    assert len(rows.jobs) == 1
 
 
 async def test_forget_ends_and_wipes_a_conversation_and_leaves_the_others(endless: BaseModel) -> None:

@@ -106,6 +106,22 @@ def test_an_answer_that_made_room_goes_on_as_if_nothing_had_been(
         assert beside.over[name] == alone.over[name]
 
 
+def test_what_made_room_is_the_next_to_go_on(endless: BaseModel) -> None:
+    steps = Steps(endless, max_rows=2)
+    for i in range(4):
+        steps.submit(f"30:f{i}", Scope("flood"), max_tokens=100)
+    for _ in range(5):
+        steps.step()
+    victim = steps.thread.rows.jobs[-1]
+    steps.submit("5:calm", Scope("calm"), max_tokens=3)
+    steps.step()
+    assert victim not in steps.thread.rows.jobs
+    steps.until_over("5:calm", within=15)
+    steps.step()
+    assert victim in steps.thread.rows.jobs
+    assert steps.begun.keys() == {"30:f0", "30:f1", "5:calm"}
+
+
 def test_what_made_room_can_still_be_cancelled(endless: BaseModel) -> None:
     steps = Steps(endless, max_rows=2)
     for i in range(2):

@@ -397,6 +397,16 @@ async def test_the_end_of_the_model_thread_is_an_error_of_all_that_is_open_and_o
             await engine.forget("c")
 
 
+def test_whoever_had_to_go_hears_of_it_also_at_the_end_of_the_thread(endless: BaseModel) -> None:
+    steps = Steps(endless, max_waiting=4)
+    for i in range(4):
+        steps.submit(f"5:{i}", Scope("flood"))
+    steps.submit("5:calm", Scope("calm"))
+    steps.thread._end_all(FinishReason.CANCELLED)
+    assert steps.over.keys() == {"5:0", "5:1", "5:2", "5:3", "5:calm"}
+    assert isinstance(steps.over["5:3"], Overloaded)
+
+
 async def test_a_far_deadline_does_not_end_the_model_thread(endless: BaseModel) -> None:
     async with running(endless) as engine:
         stuck, job_of = threading.Event(), engine._job

@@ -20,8 +20,8 @@ from torch.nn import functional
 from core.engine.attention import look_up
 from core.engine.int8 import Int8Linear, merge_int8, part_of
 from core.engine.kv import Segment, SlotCache
-from core.engine.lora import Order
 from core.engine.packed import PackedLinear, packable
+from core.engine.pieces import Order
 
 FAMILY = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # model_type -> class prefix
 

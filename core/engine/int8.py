@@ -68,10 +68,10 @@ class Int8Linear(nn.Module):
         return weight
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out). A row's result depends on that row alone; a row that is not finite gives NaN."""
+        """(..., in) -> (..., out). A row's result depends on it alone; if it is not finite, nothing of that is."""
         flat = x.reshape(-1, self.in_features)
         largest = flat.abs().amax(dim=1, keepdim=True)  # 10 times as quick as vector_norm
-        # What a row of zeros becomes is multiplied by zero, and what is not finite comes back as NaN with its largest.
+        # What a row of zeros becomes is multiplied by zero, and what is not finite by its largest, which is not either.
         y = self._by_tiles(flat, largest) if self.tiles else self._by_bytes(flat, largest)
         y.mul_(largest)
         if self.bias is not None:

@@ -162,7 +162,10 @@ class Lobby:
         assert job is not None
         job.state = State.PREPARING
         self._preparing.add(job)
-        self._spawn(lambda: self._prepare_job(job))
+        try:
+            self._spawn(lambda: self._prepare_job(job))
+        except RuntimeError as error:  # no more threads
+            self._fail(job, error)
         return job
 
     def _prepare_job(self, job: Job) -> None:

@@ -2,8 +2,7 @@
 
 One step is: end what is cancelled or late, let prepared jobs in, then one pass: a token for every row that is past its
 prompt, beside at most one chunk of prompts. Requests join and leave between steps, and a row of who has many makes room
-for who has none. Rows past their prompt come first, then the one that is still taking it in; when one ends, later rows
-move up.
+for who has none.
 """
 
 from __future__ import annotations
@@ -17,10 +16,9 @@ from concurrent.futures import Future
 import torch
 from torch import Tensor
 
-from core.engine.floor import weight_bytes
 from core.engine.lobby import Lobby, Prepare, Spawn
-from core.engine.prefix import Kept, PrefixStore
 from core.engine.protocol import Delta, EngineSettings, Event, Finished, FinishReason, Started
+from core.engine.rows import Rows
 from core.engine.runner import Runner, translate
 from core.engine.sampling import NOT_FINITE, sample
 from core.engine.scheduler import COMPLETION_COST
@@ -36,16 +34,14 @@ CHUNK_CPU, CHUNK_CUDA = 256, 1024  # prompt tokens between two decode steps
 LONGEST_SLEEP_S = 3600.0  # what a lock can wait for has an end
 KEPT_AFTER = (FinishReason.END, FinishReason.STOP, FinishReason.LENGTH)
 
-
 Output = tuple[Job, Event | AppError]
-Taken = tuple[Job, Sequence[int]]  # the ids that a pass takes in for a job
 
 
 class ModelThread:
-    """Owns the runner. `start`, `submit`, `cancel`, `forget`, `stop` and the counters may be used from any thread.
+    """Owns the rows. `start`, `submit`, `cancel`, `forget`, `stop` and the counters may be used from any thread.
 
     `emit` gets the outputs of one step at once, on the model thread; after Finished or an error nothing more comes.
-    `spawn` runs a call on a thread of its own, so that adapter files are never read between two steps.
+    `spawn` runs a call on a thread of its own, so that no prompt is rendered between two steps.
     """
 
     def __init__(
@@ -61,12 +57,9 @@ class ModelThread:
     ) -> None:
         self.model, self.settings, self.context = model, settings, context
         self.runner = Runner(model, max_rows=settings.max_rows, context=context, adapters=settings.adapters_at_once)
-        self.prefixes = PrefixStore(settings.reuse_mib * 2**20)
+        self.rows = Rows(self.runner, most=settings.max_rows, reuse_bytes=settings.reuse_mib * 2**20)
         self.chunk = CHUNK_CUDA if model.device.type == "cuda" else CHUNK_CPU
         self.tally = tally
-        self._weight_bytes = weight_bytes(model.module)
-        self.rows: list[Job] = []  # index is the row; past their prompt but perhaps the last
-        self._short = False  # of memory, for a row more
         self._emit = emit
         self._outputs: list[Output] = []
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
@@ -80,7 +73,7 @@ class ModelThread:
 
     @property
     def running(self) -> int:
-        return len(self.rows)
+        return len(self.rows.jobs)
 
     @property
     def waiting(self) -> int:
@@ -147,7 +140,7 @@ class ModelThread:
         with self._wake:
             while not self._stopping:
                 jobs = self.lobby.jobs()
-                if self.rows or self._forgets or self.lobby.has_work(self.rows):
+                if self.rows.jobs or self._forgets or self.lobby.has_work(self.rows.jobs):
                     break
                 if any(job.cancelled for job in jobs):
                     break
@@ -159,10 +152,10 @@ class ModelThread:
 
     def _step(self) -> None:
         self._end_unwanted()
-        self.lobby.prepare_next(self.rows, self._has_room)
-        row = self.lobby.yielding(self.rows, self._has_room)
+        self.lobby.prepare_next(self.rows.jobs, self.rows.has_room)
+        row = self.lobby.yielding(self.rows.jobs, self.rows.has_room)
         if row is not None:
-            self._pause(row)
+            self._pause(self.rows.jobs[row])
         self._pass()
 
     def _end_unwanted(self) -> None:
@@ -171,7 +164,7 @@ class ModelThread:
             self._end(*self.lobby.failed.pop(0))
         with self._wake:
             forgets = list(self._forgets)
-            jobs = [*self.lobby.jobs(), *self.rows]
+            jobs = [*self.lobby.jobs(), *self.rows.jobs]
         now = time.monotonic()
         for job in jobs:
             forgotten = any(_concerns(job, channel, conversation) for channel, conversation, _ in forgets)
@@ -180,26 +173,27 @@ class ModelThread:
             elif now >= job.deadline:
                 self._end(job, FinishReason.DEADLINE)
         for channel, conversation, done in forgets:
-            self.prefixes.forget(channel, conversation)
+            self.rows.prefixes.forget(channel, conversation)
             done.set_result(None)
             del self._forgets[0]
 
     def _pass(self) -> None:
         """One token for every row past its prompt, beside a chunk of prompts: of the row that is taking its own in,
         then of jobs that are ready."""
-        parts: list[Sequence[int]] = [job.next_ids(1) for job in self.rows if job.behind == 1]
+        rows = self.rows.jobs
+        parts: list[Sequence[int]] = [job.next_ids(1) for job in rows if job.behind == 1]
         budget = self.chunk
         while budget > 0:
-            if len(parts) == len(self.rows):
+            if len(parts) == len(rows):
                 room = self.runner.cache.room
                 if self._admit() is None or (parts and self.runner.cache.room != room):
                     break  # making room took its time: the others step before the new row begins
-            job = self.rows[len(parts)]
+            job = rows[len(parts)]
             parts.append(job.next_ids(budget))
             budget -= len(parts[-1])
         began = time.monotonic()
-        results = self._by_halves(0, list(zip(self.rows[: len(parts)], parts, strict=True)))
-        least_bytes = self._least_bytes() if parts and all(len(part) == 1 for part in parts) else 0
+        results = self.rows.run(list(zip(rows[: len(parts)], parts, strict=True)))
+        least_bytes = self.rows.least_bytes() if parts and all(len(part) == 1 for part in parts) else 0
         for taken, result in results:
             for job, part in taken if isinstance(result, Tensor) else ():
                 self.tally.prompt_tokens += job.take_in(len(part))
@@ -214,33 +208,20 @@ class ModelThread:
             self.tally.decode_s += time.monotonic() - began  # until the ids are read: a GPU works behind our back
             self.tally.decode_bytes += least_bytes
 
-    def _least_bytes(self) -> int:
-        """What a pass of one token for each row must read: weights, adapters, keys and values."""
-        adapters = {job.slot: job.adapter_bytes for job in self.rows}
-        return self._weight_bytes + sum(adapters.values()) + self.runner.cache.used_bytes
-
-    def _has_room(self, job: Job) -> bool:
-        return job.adapter is None or self.runner.lora.has_room(job.adapter.sha256)
-
     def _admit(self) -> Job | None:
         """Give the next ready job a row. One for which memory is short waits until another row has ended."""
-        full = len(self.rows) == self.settings.max_rows or self._short
-        job = None if full else self.lobby.next_ready(self.rows, self._has_room)
+        job = None if self.rows.full else self.lobby.next_ready(self.rows.jobs, self.rows.has_room)
         if job is None:
             return None
-        job.admitted = time.monotonic()
+        waited_s = time.monotonic() - job.submitted
         try:
-            job.slot = None if job.adapter is None else self.runner.lora.acquire(job.adapter)
-            row = self.runner.cache.add_row(len(job.prompt) + len(job.answer))
-            self._reuse(job, row)
+            self.rows.enter(job)
         except Exception as error:
             self._not_admitted(job, error)
         else:
-            job.state = State.RUNNING
-            self.rows.append(job)
             if not job.started:
                 job.started, job.reused = True, job.filled
-                self.tally.waited.add(job.admitted - job.submitted)
+                self.tally.waited.add(waited_s)
                 self.tally.reused_tokens += job.reused
                 self._outputs.append((job, Started(len(job.prompt), job.reused, job.dropped)))
             return job
@@ -248,94 +229,22 @@ class ModelThread:
 
     def _not_admitted(self, job: Job, error: Exception) -> None:
         """It waits, if all that it lacks is memory, and others' ends or what is kept of them may give some."""
-        if self.runner.cache.rows > len(self.rows):  # a row that nobody will own
-            self.runner.cache.wipe(len(self.rows))
-            self.runner.cache.drop_last()
-        if is_shortage(error) and (self.rows or len(self.prefixes)):
-            log.warning("engine.admit_no_memory", extra={"rows": len(self.rows), "reason": str(error)[:200]})
-            self._short = not self._drop_kept()
-            self._release(job)
+        if is_shortage(error) and self.rows.seek_memory():
+            log.warning("engine.admit_no_memory", extra={"rows": self.running, "reason": str(error)[:200]})
             self.lobby.put_back(job)
         else:
             log.error("engine.admit_failed", exc_info=error)
             self._end(job, translate(error))
 
-    def _pause(self, row: int) -> None:
+    def _pause(self, job: Job) -> None:
         """Take a job out of its row for another's sake. It goes on later where it was: from what is kept, or anew."""
-        job = self.rows[row]
-        self._keep(job, row)
-        self._leave_row(row)
-        self._release(job)
-        job.filled = 0
+        self.rows.leave(job, keep=True)
         self.lobby.put_back(job)
         log.debug("engine.paused", extra={"answered": len(job.answer)})
 
-    def _release(self, job: Job) -> None:
-        """The row's adapter and time."""
-        if job.slot is not None and job.adapter is not None:
-            self.runner.lora.release(job.adapter.sha256)
-        if job.admitted is not None:
-            job.row_s += time.monotonic() - job.admitted
-        job.slot = job.admitted = None
-
-    def _reuse(self, job: Job, row: int) -> None:
-        """Begin with what is kept of the conversation."""
-        found = self.prefixes.find(job.request.scope, job.adapter_sha256, (*job.prompt, *job.answer))
-        if found is None:
-            return
-        kept, count = found
-        try:
-            self.runner.cache.put_in(row, kept.tensors, count)
-            job.filled = count
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError):
-            log.warning("engine.reuse_no_memory", extra={"kept": len(self.prefixes)})
-            self.runner.cache.wipe(row)
-            self.prefixes.clear()
-
-    def _keep(self, job: Job, row: int) -> None:
-        """Keep what an answer leaves in its row, for the next turn or its own rest."""
-        cache, scope = self.runner.cache, job.request.scope
-        if not self.prefixes.wants(scope, cache.row_bytes(row)):
-            return
-        ids = (*job.prompt, *job.answer)[: cache.used[row]]
-        try:
-            self.prefixes.put(scope, Kept(job.adapter_sha256, ids, cache.take_out(row)))
-        except (torch.OutOfMemoryError, MemoryError, RuntimeError):
-            log.warning("engine.reuse_no_memory", extra={"kept": len(self.prefixes)})
-            self.prefixes.clear()
-
-    def _drop_kept(self) -> bool:
-        """Memory is short: whether there was something kept for later turns, which is gone now."""
-        found = len(self.prefixes) > 0
-        self.prefixes.clear()
-        return found
-
-    def _by_halves(self, first: int, parts: list[Taken]) -> list[tuple[list[Taken], Tensor | Exception]]:
-        """Logits of rows [first, first + len(parts)). A pass that fails, for memory or for one row's sake, is run again
-        in halves, so that only those end that cannot go on alone."""
-        if not parts:
-            return []
-        try:
-            slots = [job.slot for job, _ in parts]
-            return [(parts, self.runner.run(first, [part for _, part in parts], slots))]
-        except Exception as error:
-            log.exception("engine.pass_failed", extra={"rows": len(parts)})
-            again = is_shortage(error) and self._drop_kept()
-            if len(parts) == 1 and not again:
-                return [(parts, error)]
-        if again:
-            return self._by_halves(first, parts)
-        half = len(parts) // 2
-        return self._by_halves(first, parts[:half]) + self._by_halves(first + half, parts[half:])
-
     def _accept(self, jobs: Sequence[Job], logits: Tensor) -> None:
         """Draw one token per row from (B, V), and show or end."""
-        ids = sample(
-            logits,
-            [job.request.sampling for job in jobs],
-            [len(job.answer) for job in jobs],
-            [(*job.prompt, *job.answer) if job.request.sampling.repetition_penalty != 1 else () for job in jobs],
-        )
+        ids = self._draw(jobs, logits)
         now = time.monotonic()
         for job, token in zip(jobs, ids, strict=True):
             if token == NOT_FINITE:
@@ -345,9 +254,28 @@ class ModelThread:
             self.tally.token(now - job.submitted, None if job.last_token is None else now - job.last_token)
             job.last_token = now
             self.lobby.charge(job, COMPLETION_COST)
-            reason = self._show(job, token)
-            if reason is not None:
-                self._end(job, reason)
+            try:
+                outcome: FinishReason | AppError | None = self._show(job, token)
+            except Exception as error:
+                outcome = _untold(error)
+            if outcome is not None:
+                self._end(job, outcome)
+
+    def _draw(self, jobs: Sequence[Job], logits: Tensor) -> list[int]:
+        """One token per row of (B, V); where memory is short for all at once, by halves, which draw the same."""
+        try:
+            return sample(
+                logits,
+                [job.request.sampling for job in jobs],
+                [len(job.answer) for job in jobs],
+                [(*job.prompt, *job.answer) if job.request.sampling.repetition_penalty != 1 else () for job in jobs],
+            )
+        except Exception as error:
+            if len(jobs) == 1 or not is_shortage(error):
+                raise
+            self.rows.drop_kept()
+        half = len(jobs) // 2
+        return self._draw(jobs[:half], logits[:half]) + self._draw(jobs[half:], logits[half:])
 
     def _show(self, job: Job, token: int) -> FinishReason | None:
         """Emit what became certain; the reason to end, if there is one."""
@@ -369,16 +297,13 @@ class ModelThread:
         if job.state is State.ENDED:
             return
         if isinstance(outcome, FinishReason):
-            outcome = self._last_text(job, outcome)
-            self._outputs.append((job, Finished(outcome, job.usage)))
-        else:
-            self._outputs.append((job, outcome))
+            try:
+                outcome = self._last_text(job, outcome)
+            except Exception as error:
+                outcome = _untold(error)
+        self._outputs.append((job, Finished(outcome, job.usage) if isinstance(outcome, FinishReason) else outcome))
         if job.state is State.RUNNING:
-            row = self.rows.index(job)
-            if outcome in KEPT_AFTER:
-                self._keep(job, row)
-            self._leave_row(row)
-        self._release(job)
+            self.rows.leave(job, keep=outcome in KEPT_AFTER)
         self.lobby.leave(job)
         job.prompt, job.answer, job.adapter = (), [], None
 
@@ -392,35 +317,16 @@ class ModelThread:
         self._emit_text(job, job.scanner.flush())
         return reason
 
-    def _leave_row(self, row: int) -> None:
-        """Wipe a row and close the gap: the last row past its prompt moves up, then the one that is still filling."""
-        cache = self.runner.cache
-        cache.wipe(row)
-        last = len(self.rows) - 1
-        last_past_prompt = max((i for i, job in enumerate(self.rows) if job.behind <= 1), default=0)
-        for source in (last_past_prompt, last):
-            if source > row:
-                cache.move(source, row)
-                self.rows[row] = self.rows[source]
-                row = source
-        self.rows.pop()
-        cache.drop_last()
-        self._short = False
-
     def _fail_running(self, error: AppError) -> None:
         """A step broke: nothing is known of the rows any more."""
-        jobs, self.rows = self.rows, []
-        self._short = False
-        self.runner.cache.clear()
-        for job in jobs:
-            job.state = State.READY  # it has no row to leave
+        for job in self.rows.clear():
             self._end(job, error)
 
     def _end_all(self, outcome: FinishReason | AppError) -> None:
         with self._wake:  # whoever comes meanwhile finds the thread over
             self._over = True
             self._outputs += self.lobby.failed
-            for job in [*self.lobby.jobs(), *self.rows]:
+            for job in [*self.lobby.jobs(), *self.rows.jobs]:
                 try:
                     self._end(job, outcome)
                 except Exception as error:  # the others must end too
@@ -429,7 +335,7 @@ class ModelThread:
             self._flush()
             try:
                 self.runner.cache.clear()
-                self.prefixes.clear()
+                self.rows.prefixes.clear()
             finally:
                 for _, _, done in self._forgets:
                     done.set_result(None)
@@ -438,6 +344,12 @@ class ModelThread:
         outputs, self._outputs = self._outputs, []
         if outputs:
             self._emit(outputs)
+
+
+def _untold(error: Exception) -> AppError:
+    """A tokenizer's own error over one answer is of no matter to the others."""
+    log.error("engine.text_failed", exc_info=error)
+    return translate(error)
 
 
 def _concerns(job: Job, channel: str, conversation: str) -> bool:

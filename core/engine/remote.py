@@ -53,6 +53,7 @@ class _Job:
     request: Request
     scanner: StopScanner
     submitted: float = field(default_factory=time.monotonic)
+    begun: float = 0.0  # when the server got it
     task: asyncio.Task[FinishReason | AppError] | None = None
     timer: asyncio.TimerHandle | None = None
     prompt_tokens: int = 0
@@ -177,7 +178,8 @@ class RemoteEngine:
         """Hand over to the server what fits."""
         while self._running < self.settings.max_rows and (job := self._scheduler.take()) is not None:
             self._running += 1
-            self._tally.waited.add(time.monotonic() - job.submitted)
+            job.begun = time.monotonic()
+            self._tally.waited.add(job.begun - job.submitted)
             job.task = self._tasks.create_task(self._run(job), name="completion")
             job.task.add_done_callback(partial(self._left, job))
 
@@ -189,7 +191,7 @@ class RemoteEngine:
     def _left(self, job: _Job, task: asyncio.Task[FinishReason | AppError]) -> None:
         """The task is over, however that came; cancelled before its first step it has not run at all."""
         self._running -= 1
-        self._mean_s += 0.1 * (time.monotonic() - job.submitted - self._mean_s)
+        self._mean_s += 0.1 * (time.monotonic() - job.begun - self._mean_s)
         self._end(job, FinishReason.CANCELLED if task.cancelled() else task.result())
         self._scheduler.done(job.request.scope)
         self._fill()

@@ -89,7 +89,7 @@ class Runner:
         """One token of each row, all of it on the device: what graphs capture."""
         ids, positions, row_index, own = inputs
         segment = self.cache.static(positions, row_index, shape.length)
-        with self.lora.masked(own, shape.slots) as plan:
+        with self.lora.plans.masked(own, shape.slots) as plan:
             if self.fused is not None:
                 add = self.lora.add if plan else None
                 return self.fused.logits(self.fused.states(ids, [segment], self.cache, add), add)
@@ -97,16 +97,16 @@ class Runner:
 
     def _fused(self, ids: Tensor, segments: Sequence[Segment], runs: Sequence[tuple[int | None, int]]) -> Tensor:
         assert self.fused is not None
-        order = self.lora.order([slot for slot, _ in runs]) if len(ids) == len(runs) else None
-        with self.lora.tokens(runs if order is None else [runs[row] for row in order.rows]) as plan:
+        order = self.lora.plans.order([slot for slot, _ in runs]) if len(ids) == len(runs) else None
+        with self.lora.plans.tokens(runs if order is None else [runs[row] for row in order.rows]) as plan:
             states = self.fused.states(ids, segments, self.cache, self.lora.add if plan else None, order)
-        with self.lora.tokens([(slot, 1) for slot, _ in runs]) as plan:
+        with self.lora.plans.tokens([(slot, 1) for slot, _ in runs]) as plan:
             return self.fused.logits(states, self.lora.add if plan else None)
 
     def _plain(self, ids: Tensor, segments: Sequence[Segment], runs: Sequence[tuple[int | None, int]]) -> Tensor:
         logits, begin = [], 0
         for segment in segments:
-            with self.lora.tokens(runs[begin : begin + segment.rows]):
+            with self.lora.plans.tokens(runs[begin : begin + segment.rows]):
                 logits.append(self._own(ids[segment.tokens], segment))
             begin += segment.rows
         return torch.cat(logits)

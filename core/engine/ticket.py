@@ -24,7 +24,8 @@ class State(Enum):
 
 @dataclass(eq=False, slots=True)
 class Job:
-    """One request on its way through the engine. Only the model thread writes it, but for `cancelled`."""
+    """One request on its way through the engine. The lobby writes it under its lock until it is ready, then the model
+    thread; `cancelled` any thread."""
 
     request: Request
     deadline: float  # time.monotonic()

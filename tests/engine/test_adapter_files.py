@@ -16,9 +16,10 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from core.engine.adapter_files import AdapterStore, Base, _by_pattern, load_adapter
-from core.engine.lora import LoraStacks, Stack, shapes
+from core.engine.adapter_files import READ_AT_ONCE, AdapterStore, AdapterWeights, Base, _by_pattern, load_adapter
+from core.engine.lora import LoraStacks, shapes
 from core.engine.runner import Runner
+from core.engine.stack import Stack
 from core.errors import AdapterUnusable
 from core.model import BaseModel
 from core.types import AdapterRef
@@ -339,6 +340,30 @@ def test_the_store_loads_once_keeps_few_and_forgets_failures(copy: AdapterRef, f
         store.get(AdapterRef(name * 64, copy.folder)).result()
         assert len(store) <= 2
     assert store.get(copy).result() is not found[0]  # dropped, while who holds it keeps it
+
+
+def test_few_files_are_read_at_once_and_each_of_them_once(
+    copy: AdapterRef, fits: Base, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """Also where more are wanted than the store holds."""
+    stalled, begun = threading.Event(), threading.Semaphore(0)
+    reads: list[str] = []
+
+    def slow(ref: AdapterRef, base: Base) -> AdapterWeights:
+        reads.append(ref.sha256)
+        begun.release()
+        assert stalled.wait(60)
+        return load_adapter(ref, base)
+
+    monkeypatch.setattr("core.engine.adapter_files.load_adapter", slow)
+    store = AdapterStore(fits, limit=1)
+    names = "abcdef"
+    futures = [store.get(AdapterRef(name * 64, copy.folder)) for name in names * 2]
+    assert all(begun.acquire(timeout=60) for _ in range(READ_AT_ONCE))
+    assert not begun.acquire(timeout=0.3)
+    stalled.set()
+    assert [future.result().sha256[0] for future in futures] == [*names * 2]
+    assert len(reads) == len(names)
 
 
 def test_without_memory_for_twice_the_slots_an_idle_one_or_one_more_will_do(

@@ -14,7 +14,7 @@ from hypothesis import strategies as st
 from core.engine.adapter_files import AdapterWeights, Base, load_adapter
 from core.engine.lora import shapes
 from core.engine.protocol import Finished, FinishReason, Scope
-from core.errors import Overloaded
+from core.errors import EngineError, Overloaded
 from core.model import BaseModel
 from core.types import AdapterRef
 from tests.engine.steps import Steps
@@ -106,17 +106,33 @@ def test_an_answer_that_made_room_goes_on_as_if_nothing_had_been(
         assert beside.over[name] == alone.over[name]
 
 
+def test_what_made_room_is_the_next_to_go_on(endless: BaseModel) -> None:
+    steps = Steps(endless, max_rows=2)
+    for i in range(4):
+        steps.submit(f"30:f{i}", Scope("flood"), max_tokens=100)
+    for _ in range(5):
+        steps.step()
+    victim = steps.thread.rows.jobs[-1]
+    steps.submit("5:calm", Scope("calm"), max_tokens=3)
+    steps.step()
+    assert victim not in steps.thread.rows.jobs
+    steps.until_over("5:calm", within=15)
+    steps.step()
+    assert victim in steps.thread.rows.jobs
+    assert steps.begun.keys() == {"30:f0", "30:f1", "5:calm"}
+
+
 def test_what_made_room_can_still_be_cancelled(endless: BaseModel) -> None:
     steps = Steps(endless, max_rows=2)
     for i in range(2):
         steps.submit(f"30:f{i}", Scope("flood"), max_tokens=400)
     for _ in range(5):
         steps.step()
-    victim = steps.thread.rows[-1]
+    victim = steps.thread.rows.jobs[-1]
     steps.submit("5:calm", Scope("calm"), max_tokens=20)
     for _ in range(3):
         steps.step()
-    assert victim not in steps.thread.rows
+    assert victim not in steps.thread.rows.jobs
     steps.thread.cancel(victim)
     steps.step()
     over = steps.over[victim.request.id]
@@ -124,6 +140,28 @@ def test_what_made_room_can_still_be_cancelled(endless: BaseModel) -> None:
     assert over.reason is FinishReason.CANCELLED
     assert over.usage.completion_tokens >= 3
     steps.until_over("5:calm", within=40)
+
+
+def test_what_made_room_and_cannot_be_told_to_its_end_holds_up_nobody(endless: BaseModel) -> None:
+    steps = Steps(endless, max_rows=2)
+    for i in range(2):
+        steps.submit(f"30:f{i}", Scope("flood"), max_tokens=400)
+    for _ in range(5):
+        steps.step()
+    victim = steps.thread.rows.jobs[-1]
+    steps.submit("5:calm", Scope("calm"), max_tokens=20)
+    for _ in range(3):
+        steps.step()
+    assert victim not in steps.thread.rows.jobs
+
+    def nameless() -> str:
+        raise TypeError("a token without a text")
+
+    victim.detokenizer.flush = nameless  # type: ignore[method-assign]
+    steps.thread.cancel(victim)
+    steps.until_over("5:calm", within=40)
+    assert isinstance(steps.over[victim.request.id], EngineError)
+    assert isinstance(steps.over["5:calm"], Finished)
 
 
 def test_an_adapter_that_finds_no_room_is_not_passed_for_ever(

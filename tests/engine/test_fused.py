@@ -106,7 +106,7 @@ def test_fused_and_plain_agree_with_adapters(kind: str, tmp_path: Path, monkeypa
                 patch.setattr("core.engine.runner.fuse", lambda module: None)
             for mix in ("mixed", "in turn", "far apart", "single", "bare"):
                 runner = Runner(model, max_rows=9, context=256)
-                runner.lora.grouped = "masked" not in way
+                runner.lora.plans.grouped = "masked" not in way
                 held = [adapter(model, "a", 8), adapter(model, "b", 3, only="v_proj"), adapter(model, "c", 1)]
                 held += [adapter(model, f"unused {i}", 1) for i in range(5)] + [adapter(model, "d", 5)]
                 a, b, c, *_, d = (runner.lora.acquire(one) for one in held)
@@ -140,11 +140,11 @@ def test_tokens_are_ordered_where_none_need_be_gathered_then(base: BaseModel) ->
         (0, 0, 1, 1): None,  # they lie so
         (None, None): None,
     }.items():
-        found = lora.order(slots)
+        found = lora.plans.order(slots)
         assert (found and found.rows) == rows, slots
         if found is not None:
             assert found.there[found.back].tolist() == list(range(len(slots)))
-            with lora.tokens([(slots[row], 1) for row in found.rows]) as pieces:
+            with lora.plans.tokens([(slots[row], 1) for row in found.rows]) as pieces:
                 assert not any(piece.groups and piece.groups.moves for piece in pieces)
 
 

@@ -16,12 +16,24 @@ import torch
 from core.engine import adapter_files
 from core.engine.adapter_files import AdapterWeights, Base
 from core.engine.kv import IDLE_BYTES, SlotCache
+from core.engine.lobby import LOOKAHEAD
 from core.engine.local import LocalEngine
-from core.engine.protocol import Delta, EngineSettings, Finished, FinishReason, ModelSettings, Scope, Started
+from core.engine.protocol import (
+    Delta,
+    EngineSettings,
+    Finished,
+    FinishReason,
+    ModelSettings,
+    Request,
+    Scope,
+    Started,
+)
+from core.engine.ticket import Job
 from core.errors import EngineError, OutOfMemory, Overloaded, PromptTooLong
 from core.model import BaseModel
-from core.types import AdapterRef
+from core.types import AdapterRef, Usage
 from tests.engine.dialogue import ask, hear, running
+from tests.engine.steps import Steps
 
 LONG = {"max_tokens": 300}
 
@@ -116,21 +128,19 @@ async def test_cancel_in_decode_frees_the_row_and_gives_usage(endless: BaseModel
         assert engine.thread.runner.cache.is_blank()
 
 
-async def test_cancel_in_prefill_frees_the_row_within_a_step(endless: BaseModel) -> None:
-    async with running(endless) as engine:
-        gate = Gate(engine)
-        engine.thread.chunk = 16
-        generation = engine.submit(ask("word " * 40, **LONG))
-        gate.open.clear()
-        assert isinstance(await anext(generation), Started) if gate.passes else True
-        generation.cancel()
-        gate.open.set()
-        heard = await hear(generation)
-        assert heard.finished is not None
-        assert heard.finished.reason is FinishReason.CANCELLED
-        assert heard.finished.usage.completion_tokens == 0
-        assert gate.passes <= 2
-        assert engine.thread.runner.cache.is_blank()
+def test_cancel_in_prefill_frees_the_row_within_a_step(endless: BaseModel) -> None:
+    steps = Steps(endless)
+    steps.thread.chunk = 16
+    steps.submit("200:long", Scope("p"))
+    for _ in range(3):
+        steps.step()
+    (job,) = steps.thread.rows.jobs
+    assert job.filled == 3 * 16
+    steps.thread.cancel(job)
+    steps.step()
+    assert steps.over["200:long"] == Finished(FinishReason.CANCELLED, Usage(200, 0, 0))
+    assert not steps.thread.rows.jobs
+    assert steps.thread.runner.cache.is_blank()
 
 
 async def test_cancel_while_waiting(endless: BaseModel) -> None:
@@ -202,8 +212,10 @@ async def test_files_that_are_slow_to_read_hold_up_no_others(
         return load(ref, base)
 
     monkeypatch.setattr(adapter_files, "load_adapter", slow)
-    async with running(endless, max_rows=2) as engine:
-        waiting = [engine.submit(ask(f"{i}", adapter=adapters[i], scope=Scope("slow"))) for i in range(2)]
+    rows = 4
+    async with running(endless, max_rows=rows) as engine:
+        slow_ones = range(rows + LOOKAHEAD)  # as many as are prepared while nobody waits for a file
+        waiting = [engine.submit(ask(f"{i}", adapter=adapters[i % 2], scope=Scope("slow"))) for i in slow_ones]
         late = engine.submit(ask("late", adapter=adapters[0], scope=Scope("slow"), deadline_s=0.2))
         assert (await hear(late)).finished.reason is FinishReason.DEADLINE  # type: ignore[union-attr]
         for adapter in (None, adapters[2]):
@@ -213,7 +225,8 @@ async def test_files_that_are_slow_to_read_hold_up_no_others(
         waiting[0].cancel()
         assert (await hear(waiting[0])).finished.reason is FinishReason.CANCELLED  # type: ignore[union-attr]
         stalled.set()
-        assert (await hear(waiting[1])).finished.reason is FinishReason.LENGTH  # type: ignore[union-attr]
+        for one in waiting[1:]:
+            assert (await hear(one)).finished.reason is FinishReason.LENGTH  # type: ignore[union-attr]
         assert engine.stats().waiting == 0
 
 
@@ -233,6 +246,25 @@ async def test_an_adapter_for_which_there_is_no_thread_can_be_read_later(
             with pytest.raises(EngineError, match="can't start new thread"):
                 await hear(engine.submit(ask("x", adapter=adapters[0])))
         assert (await hear(engine.submit(ask("x", adapter=adapters[0])))).finished is not None
+
+
+async def test_a_prompt_for_which_there_is_no_thread_fails_alone(
+    endless: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def none_left(work: Callable[[], None]) -> None:
+        raise RuntimeError("can't start new thread")
+
+    async with running(endless) as engine:
+        alone = await hear(engine.submit(ask("good", **LONG)))
+        good = engine.submit(ask("good", **LONG))
+        await anext(good)
+        with monkeypatch.context() as patch:
+            patch.setattr(engine.thread.lobby, "_spawn", none_left)
+            with pytest.raises(EngineError, match="can't start new thread"):
+                await hear(engine.submit(ask("x")))
+        assert (await hear(good)).text == alone.text
+        assert (await hear(engine.submit(ask("x")))).finished is not None
+        assert engine.stats().waiting == 0
 
 
 async def test_a_full_queue_refuses_with_an_estimate_but_lets_another_partner_in(endless: BaseModel) -> None:
@@ -285,7 +317,7 @@ async def test_a_pass_that_fails_for_one_row_ends_that_row_alone(endless: BaseMo
         forward = engine.thread.runner.run
 
         def poisoned(first: int, parts: Any, slots: Any) -> Any:
-            rows = engine.thread.rows[first : first + len(parts)]
+            rows = engine.thread.rows.jobs[first : first + len(parts)]
             if any(job.request.id == "bad" and len(job.answer) > 5 for job in rows):
                 raise ValueError("poisoned")
             return forward(first, parts, slots)
@@ -296,6 +328,31 @@ async def test_a_pass_that_fails_for_one_row_ends_that_row_alone(endless: BaseMo
             await hear(bad)
         assert (await hear(good)).text == alone.text
         assert engine.thread.runner.cache.is_blank()
+
+
+def nameless(*_: object) -> str:
+    """What a tokenizer may have to say to a token that the model has and it has not."""
+    raise TypeError("sequence item 0: expected str instance, NoneType found")
+
+
+@pytest.mark.parametrize("method", ["push", "flush"])
+async def test_a_token_without_a_text_is_an_error_of_its_row_alone(endless: BaseModel, method: str) -> None:
+    """Whether it shows at the token or only with what is held back to the end."""
+    async with running(endless) as engine:
+        alone, job_of = await hear(engine.submit(ask("good", max_tokens=40))), engine._job
+
+        def made(request: Request) -> Job:
+            job = job_of(request)
+            if request.id == "bad":
+                setattr(job.detokenizer, method, nameless)
+            return job
+
+        engine._job = made  # type: ignore[method-assign]
+        good = engine.submit(ask("good", max_tokens=40))
+        await anext(good)
+        with pytest.raises(EngineError, match="NoneType"):
+            await hear(engine.submit(ask("bad", max_tokens=5)))
+        assert (await hear(good)).text == alone.text
 
 
 async def test_a_crash_of_the_model_thread_fails_what_runs_and_the_thread_goes_on(endless: BaseModel) -> None:
@@ -338,6 +395,16 @@ async def test_the_end_of_the_model_thread_is_an_error_of_all_that_is_open_and_o
             with pytest.raises(EngineError, match="has ended"):
                 await hear(engine.submit(ask("x")))
             await engine.forget("c")
+
+
+def test_whoever_had_to_go_hears_of_it_also_at_the_end_of_the_thread(endless: BaseModel) -> None:
+    steps = Steps(endless, max_waiting=4)
+    for i in range(4):
+        steps.submit(f"5:{i}", Scope("flood"))
+    steps.submit("5:calm", Scope("calm"))
+    steps.thread._end_all(FinishReason.CANCELLED)
+    assert steps.over.keys() == {"5:0", "5:1", "5:2", "5:3", "5:calm"}
+    assert isinstance(steps.over["5:3"], Overloaded)
 
 
 async def test_a_far_deadline_does_not_end_the_model_thread(endless: BaseModel) -> None:
@@ -428,14 +495,34 @@ async def test_what_is_kept_for_later_turns_makes_room_first(endless: BaseModel,
         plain = getattr(owner, what)
 
         def no_memory(*args: Any) -> Any:
-            if len(thread.prefixes):
+            if len(thread.rows.prefixes):
                 raise torch.OutOfMemoryError("CUDA out of memory")
             return plain(*args)
 
         setattr(owner, what, no_memory)
-        assert len(thread.prefixes) == 1
+        assert len(thread.rows.prefixes) == 1
         assert (await hear(engine.submit(ask("x", scope=Scope("q"))))).text == alone.text
-        assert len(thread.prefixes) == 0
+        assert len(thread.rows.prefixes) == 0
+
+
+def test_what_is_kept_makes_room_beside_a_row_that_runs(endless: BaseModel) -> None:
+    steps = Steps(endless)
+    steps.submit("5:before", Scope("p", "c", "u", "v"), max_tokens=2)
+    steps.until_over("5:before", within=5)
+    steps.submit("5:long", Scope("p"), max_tokens=300)
+    steps.step()
+    rows, add_row = steps.thread.rows, steps.thread.runner.cache.add_row
+
+    def no_memory(length: int) -> int:
+        if len(rows.prefixes):
+            raise torch.OutOfMemoryError("CUDA out of memory")
+        return add_row(length)
+
+    steps.thread.runner.cache.add_row = no_memory  # type: ignore[method-assign, assignment]
+    assert len(rows.prefixes) == 1
+    steps.submit("5:x", Scope("q"), max_tokens=2)
+    steps.until_over("5:x", within=steps.now + 5)
+    assert len(rows.jobs) == 1
 
 
 async def test_forget_ends_and_wipes_a_conversation_and_leaves_the_others(endless: BaseModel) -> None:

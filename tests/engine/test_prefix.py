@@ -102,7 +102,7 @@ async def test_a_stopped_answer_leaves_nothing_of_a_forgotten_conversation(base:
         await anext(running_one)
         await engine.forget("c", "v")
         await hear(running_one)
-        assert len(engine.thread.prefixes) == 0
+        assert len(engine.thread.rows.prefixes) == 0
 
 
 def kept(size: int, adapter: str = "") -> Kept:
@@ -144,9 +144,9 @@ async def test_an_error_between_a_row_and_its_job_moves_no_other_row(
 ) -> None:
     async with running(base) as engine:
         good = await hear(engine.submit(ask("one", max_tokens=8)))
-        find = engine.thread.prefixes.find
+        find = engine.thread.rows.prefixes.find
         with monkeypatch.context() as patch:
-            patch.setattr(engine.thread.prefixes, "find", lambda *args: find(*args[:1]))  # type: ignore[call-arg]
+            patch.setattr(engine.thread.rows.prefixes, "find", lambda *args: find(*args[:1]))  # type: ignore[call-arg]
             with pytest.raises(EngineError):
                 await hear(engine.submit(ask("two", max_tokens=8)))
         assert engine.thread.runner.cache.rows == 0

@@ -204,6 +204,13 @@ async def test_asking_again_has_an_end(fake: FakeOpenAI, base: BaseModel) -> Non
         assert len(fake.asked) == 3
 
 
+async def test_how_long_a_request_takes_is_counted_without_its_wait(fake: FakeOpenAI, base: BaseModel) -> None:
+    async with engine_over(fake, base, max_rows=1) as engine:
+        engine._mean_s, began = 0.0, time.monotonic()
+        await asyncio.gather(*(hear(engine.submit(ask(f"{i}", max_tokens=4))) for i in range(30)))
+        assert 0 < engine._mean_s < 0.3 * (time.monotonic() - began)
+
+
 @pytest.mark.parametrize(("given", "seconds"), [("30", 30.0), ("99999", 3600.0), ("date", 60.0), ("0", 1.0)])
 async def test_a_busy_servers_wait_is_passed_on(fake: FakeOpenAI, base: BaseModel, given: str, seconds: float) -> None:
     async with engine_over(fake, base) as engine:

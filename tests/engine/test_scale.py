@@ -12,8 +12,10 @@ from typing import Any
 import pytest
 import torch
 from safetensors.torch import save_file
+from torch import Tensor
 
 from core.engine.protocol import Request, Scope
+from core.engine.sampling import sample
 from core.errors import OutOfMemory
 from core.model import BaseModel
 from core.types import AdapterRef
@@ -137,3 +139,23 @@ async def test_a_lack_of_memory_halves_the_batch_and_nobody_loses_an_answer(endl
             await hear(engine.submit(ask("x")))
         engine.thread.runner.run = forward  # type: ignore[method-assign]
         assert (await hear(engine.submit(ask("3")))).text == expected[3]
+
+
+async def test_a_lack_of_memory_to_draw_by_halves_the_batch_as_well(
+    endless: BaseModel, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sizes = []
+
+    def small(logits: Tensor, *others: Any) -> list[int]:
+        sizes.append(len(logits))
+        if len(logits) > 3:
+            raise torch.OutOfMemoryError("no room for so many rows")
+        return sample(logits, *others)
+
+    async with running(endless, max_rows=8) as engine:
+        asked = [ask(f"{i}", temperature=0.5 * i, repetition_penalty=1 + i / 10) for i in range(8)]
+        expected = [(await hear(engine.submit(one))).text for one in asked]
+        monkeypatch.setattr("core.engine.loop.sample", small)
+        heard = await asyncio.gather(*(hear(engine.submit(one)) for one in asked))
+        assert [one.text for one in heard] == expected
+        assert {8, 4, 2} <= set(sizes)

@@ -92,8 +92,9 @@ def promote(tx: Tx, caller: Caller, call: Call) -> Outcome:
         return Outcome(Body(say(caller.language, "adapter.already", label=label)))
     adapters.promote(tx, name, sha256, caller.user, reason)
     directory.audit(tx, caller, "adapter promote", name, label_before, {"version": label, "reason": reason})
-    text = say(caller.language, "adapter.promoted", channels=followers, label=label, before=label_before)
-    return Outcome(Body(text))
+    before_it = adapters.undo_label(tx, name)
+    key = "adapter.promoted" if before_it else "adapter.promoted_for_good"
+    return Outcome(Body(say(caller.language, key, channels=followers, label=label, before=before_it)))
 
 
 def discard(tx: Tx, caller: Caller, call: Call) -> Outcome:

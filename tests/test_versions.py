@@ -73,6 +73,18 @@ def test_rollback_skips_a_version_for_another_base_model(it: Town) -> None:
     assert "**base** answers" in it.says("operator", "/adapter rollback")
 
 
+@pytest.mark.parametrize(("typed", "back"), [("1", "base"), ("base", "")])
+def test_promote_names_what_a_rollback_will_bring_back(it: Town, typed: str, back: str) -> None:
+    it.database.write_now(lambda tx: adapters.promote(tx, "acme", f"{3:064x}", "me", ""))  # of another base model
+    said = it.says("operator", f"/adapter promote {typed}")
+    assert "acme@3" not in said
+    assert ("rollback" in said) == bool(back)
+    if back:
+        assert f"returns to {back}" in said
+    told = it.says("operator", "/adapter rollback")
+    assert (f"**{back}** answers" in told) if back else told == say("en", "adapter.nothing_to_undo", label="base")
+
+
 def test_base_is_a_version_like_any_other(it: Town) -> None:
     it.says("operator", "/adapter promote 1")
     it.says("operator", "/adapter promote base")

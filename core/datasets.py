@@ -25,6 +25,7 @@ from core.store import datasets, directory, jobs
 from core.store.database import Database, Tx
 from core.store.datasets import CONVERSATIONS, FEEDBACK
 from core.store.home import Home
+from core.texts import Later
 from core.types import Address, Attachment, Caller
 
 MAX_BYTES = 200 * 10**6
@@ -133,7 +134,7 @@ async def fetched(home: Home, chunks: AsyncIterator[bytes], name: str, limit: in
         await asyncio.to_thread(file.seek, 0)
     except TimeoutError as error:
         file.close()
-        raise BadInput("training.dataset_unreadable", name=name, reason="it took too long") from error
+        raise BadInput("training.dataset_unreadable", name=name, reason=Later("training.read_too_slow")) from error
     except BaseException:
         file.close()
         raise
@@ -163,7 +164,7 @@ def _open(path: Path) -> BinaryIO | None:
     os.close(descriptor)
     if stat.S_ISDIR(mode):
         raise BadInput("training.dataset_is_folder", name=path.name)
-    raise BadInput("training.dataset_unreadable", name=path.name, reason="not a plain file")
+    raise BadInput("training.dataset_unreadable", name=path.name, reason=Later("training.read_no_file"))
 
 
 async def _bring_file(

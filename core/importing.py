@@ -27,7 +27,7 @@ from core.operators import Handler
 from core.store import directory, jobs
 from core.store.database import Database, Tx
 from core.store.home import Home
-from core.texts import say
+from core.texts import Later, say
 from core.types import Body, Caller, Outcome, WakeTraining
 from core.weights import tensor_entries
 
@@ -137,7 +137,7 @@ def _open_plain(path: Path) -> BinaryIO:
     descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not be waited for
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise BadInput("import.unreadable", name=path.name, reason="not a plain file")
+        raise BadInput("import.unreadable", name=path.name, reason=Later("training.read_no_file"))
     return os.fdopen(descriptor, "rb")
 
 
@@ -164,7 +164,7 @@ def _unpack_archive(file: BinaryIO, name: str, aside: Path) -> None:
         except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, RuntimeError, NotImplementedError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            raise BadInput("import.unreadable", name=name, reason="neither zip nor tar, or damaged") from error
+            raise BadInput("import.unreadable", name=name, reason=Later("import.no_archive")) from error
         outermost = min((len(path.parts) for path in found.values()), default=0)
         for what in MOST_BYTES:
             if what not in found or len(found[what].parts) > outermost:

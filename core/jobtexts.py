@@ -154,7 +154,8 @@ def failed_text(job: Job) -> str:
     fault, _, reason = job.reason.partition(": ")
     yours = "training.failed_sayings" if job.source in OF_PEOPLE else "training.failed_yours"
     settings = "training.failed_adapter" if job.imported else "training.failed_settings"
-    key = {"yours": yours, "settings": settings}.get(fault, "training.failed_ours")
+    ours = "training.failed_ours_adapter" if job.imported else "training.failed_ours"
+    key = {"yours": yours, "settings": settings}.get(fault, ours)
     return say(job.language, key, **_named(job), reason=short(reason))
 
 

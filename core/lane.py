@@ -185,8 +185,7 @@ class Lane(ABC):
             return
         try:
             if await self._is_open(job) and not await self._database.read(lambda tx: jobs.is_asking(tx, job.id)):
-                reason = Later(error.key, **error.fields) if isinstance(error, JobError) else type(error).__name__
-                await self._fail(job, "ours", reason)
+                await self._fail(job, "ours", _reason(error))
                 self._troubles[job.id] = _Trouble(0, 0)
             else:
                 await self._database.write(lambda tx: jobs.give_up_message(tx, job.id))
@@ -347,6 +346,13 @@ def with_line(failed: Failed, language: str) -> str:
     before = say(language, "data.line", line=failed.line, reason="").strip()
     known = not failed.line or before in failed.reason
     return failed.reason if known else say(language, "data.line", line=failed.line, reason=failed.reason)
+
+
+def _reason(error: Exception) -> Later:
+    """What is told of it: its own sentence, or its name."""
+    if isinstance(error, JobError):
+        return Later(error.key, **error.fields)
+    return Later("training.why_unexpected", error=type(error).__name__)
 
 
 def _cause(error: Exception) -> Exception:

@@ -153,7 +153,7 @@ class Trains(Lane):
                 return
             await asyncio.to_thread(adapters.place, self._home, candidate)
         except AdapterUnusable as error:
-            await self._fail(job, "ours", Later("training.why_result", error=error.detail))
+            await self._refuse(job, error)
             return
         await self._write_down(job, candidate)
 
@@ -166,13 +166,17 @@ class Trains(Lane):
         try:
             candidate = await asyncio.to_thread(adapters.inspect, folder)
         except AdapterUnusable as error:
-            await self._fail(job, "ours", Later("training.why_result", error=error.detail))
+            await self._refuse(job, error)
             return True
         if candidate.sha256 != sha256:
             await self._fail(job, "ours", Later("training.why_damaged"))
             return True
         await self._write_down(job, candidate)
         return True
+
+    async def _refuse(self, job: Job, error: AdapterUnusable) -> None:
+        log.error("job.result_unusable", extra={"job": job.id, "error": error.detail})
+        await self._fail(job, "ours", Later("training.why_result"))
 
     async def _write_down(self, job: Job, candidate: Candidate) -> None:
         """The version, the job's end, its charge and what is said of it, in one transaction."""

@@ -365,7 +365,7 @@ async def test_what_is_wrong_with_us_is_said_with_the_number_of_the_job(tmp_path
 
 @pytest.mark.parametrize(
     ("word", "reason"),
-    [("other-base", "another base model"), ("other-data", "another data set"), ("no-weights", "is missing")],
+    [("other-base", "another base model"), ("other-data", "another data set"), ("no-weights", "incomplete or damaged")],
 )
 async def test_a_result_that_does_not_fit_is_never_published(tmp_path: Path, word: str, reason: str) -> None:
     async with works(tmp_path) as it:
@@ -390,6 +390,14 @@ async def test_a_reason_of_ours_is_in_the_language_of_who_asked(tmp_path: Path) 
     async with works(tmp_path, command=("/nowhere/python",)) as it:
         await it.order(language="zh")
         assert "训练程序无法启动：" in await it.ended()
+
+
+async def test_a_result_that_cannot_be_used_is_told_in_the_language_of_who_asked(tmp_path: Path) -> None:
+    async with works(tmp_path) as it:
+        job_id = await it.order("no-weights", language="zh")
+        reason = say("zh", "training.why_result")
+        said = say("zh", "training.failed_ours", title="Acme", id=job_id, typed="faq.jsonl", reason=reason)
+        assert await it.ended() == said
 
 
 # --- cancelling, stopping, restarting ---

@@ -294,13 +294,18 @@ def test_a_failure_is_told_by_whose_fault_it_is_with_a_command_that_works(
         assert name in parse(typed).arguments.values()
 
 
+@pytest.mark.parametrize(
+    ("fault", "key"), [("settings", "training.failed_adapter"), ("ours", "training.failed_ours_adapter")]
+)
 @pytest.mark.parametrize("language", languages())
-def test_an_imported_adapter_that_failed_is_sent_again_by_its_own_command(it: Town, language: str) -> None:
+def test_an_imported_adapter_that_failed_is_sent_again_by_its_own_command(
+    it: Town, fault: str, key: str, language: str
+) -> None:
     run(it, "/finetune faq.jsonl yes")
     it.database.write_now(lambda tx: tx.run("UPDATE job SET imported = 'upload'"))
-    it.database.write_now(lambda tx: jobs.end(tx, 1, "failed", "settings: a reason"))
+    it.database.write_now(lambda tx: jobs.end(tx, 1, "failed", f"{fault}: a reason"))
     said = says(it, "/finetune status", language=language)
-    assert said.endswith(say(language, "training.failed_adapter", title="Acme", id=1, reason="a reason"))
+    assert said.endswith(say(language, key, title="Acme", id=1, reason="a reason"))
 
 
 @pytest.mark.parametrize("language", languages())

@@ -31,7 +31,7 @@ from core.trainer import COMMAND
 from core.types import AdapterRef
 
 log = logging.getLogger(__name__)
-CANDIDATE = "candidate"
+CANDIDATE, OUT = "candidate", "out"
 
 __all__ = ["Training", "TrainingSettings"]
 
@@ -106,7 +106,7 @@ class Trains(Lane):
             if failed is not None:
                 await self._fail(job, failed.fault, with_line(failed, job.language))
             elif status == EXIT_FINISHED:
-                await self._publish(job, folder / "out")
+                await self._publish(job, folder / OUT)
             else:
                 await self._again(job, status)
 
@@ -120,14 +120,13 @@ class Trains(Lane):
         return AdapterRef(sha256, self._home.adapters / sha256, label)
 
     def _prepare(self, job: Job, folder: Path, champion: AdapterRef | None) -> None:
-        """jobs/<id>/. What an earlier life laid out stays; the check has had its turn.
+        """jobs/<id>/. What an earlier life laid out stays, but for where things lie; the check has had its turn.
 
-        What was cancelled goes on as it was begun, whatever the channel and the configuration say by now.
+        What was cancelled goes on as it was begun, whatever the channel and the configuration say by now. On another
+        base model nothing of it is of use.
         """
         shutil.rmtree(check_folder(self._home, job.id), ignore_errors=True)
         begun = begun_with(folder)
-        if begun is not None and (folder / begun.data).exists():
-            return
         if job.imported and not (folder / CANDIDATE).exists():
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             (self._home.jobs / job.imported).rename(folder / CANDIDATE)
@@ -137,7 +136,14 @@ class Trains(Lane):
             champion_label=champion.label if champion else adapters.BASE,
             candidate=CANDIDATE if job.imported else "",
         )
-        if begun is not None and begun.fingerprint == spec.fingerprint:
+        if begun is None or begun.fingerprint != spec.fingerprint:
+            shutil.rmtree(folder / OUT, ignore_errors=True)
+        elif (folder / begun.data).exists():
+            before = str(self._home.adapters / Path(begun.champion).name) if begun.champion else ""
+            here = {name: getattr(spec, name) for name in ("model", "cache", "device", "threads", "nice")}
+            replace(begun, champion=before, **here).write(folder)
+            return
+        else:
             spec = replace(spec, instructions=begun.instructions, hyper=begun.hyper)
         self._lay_out(job, folder, spec)
 

@@ -455,6 +455,48 @@ async def test_at_the_programs_end_the_trainer_stops_and_the_next_start_goes_on(
         assert len(await it.versions()) == len(bot.opened) == 1
 
 
+@pytest.mark.parametrize("trained", [False, True], ids=["in the middle", "before it was published"])
+async def test_a_start_with_another_base_model_begins_a_running_job_anew(
+    tmp_path: Path, trained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bot = WatchedBot()
+    with monkeypatch.context() as patch:
+        if trained:
+            patch.setattr(jobs, "publishing", lambda *_: 1 / 0)
+        async with works(tmp_path, bot=bot, settings=TrainingSettings(retry_s=60)) as it:
+            job_id = await it.order("" if trained else "pause")
+            await bot.until(lambda: trained or PAUSED in bot.newest)
+            while trained and not (it.folder(job_id) / "out").exists():  # noqa: ASYNC110 - another process makes it
+                await asyncio.sleep(0.02)
+            await it.stop()
+    other = replace(INFO, fingerprint="e" * 64, folder=tmp_path / "other", device="cuda:1")
+    async with works(tmp_path, bot=bot, info=other) as it:
+        await it.ended()
+        assert (await it.job(job_id))["state"] == "published"
+        base = await it.database.read(lambda tx: tx.value("SELECT base_fingerprint FROM adapter"))
+        assert base == other.fingerprint
+
+
+async def test_a_job_finds_its_base_model_where_it_lies_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bot = WatchedBot()
+    async with works(tmp_path, bot=bot) as it:
+        job_id = await it.order("pause")
+        await bot.until(lambda: PAUSED in bot.newest)
+        await it.stop()
+        begun = Spec.read(it.folder(job_id))
+    started: list[Spec] = []
+    spawn = Trainer._spawn
+
+    async def noted(trainer: Trainer) -> object:
+        started.append(Spec.read(trainer._folder))
+        return await spawn(trainer)
+
+    monkeypatch.setattr(Trainer, "_spawn", noted)
+    async with works(tmp_path, bot=bot, info=replace(INFO, folder=tmp_path / "moved")) as it:
+        await it.ended()
+    assert started == [replace(begun, model=str(tmp_path / "moved"))]
+
+
 async def test_when_the_program_is_killed_the_next_start_goes_on(tmp_path: Path) -> None:
     bot = WatchedBot()
     async with works(tmp_path, bot=bot) as it:

@@ -249,7 +249,9 @@ class Lane(ABC):
     def _lay_out(self, job: Job, folder: Path, spec: Spec) -> None:
         """A job folder with spec.json and the data. Raises OSError; FileNotFoundError where the data set is gone."""
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        shutil.copyfile(stored(self._home, job.dataset_sha256), folder / spec.data)
+        aside = folder / f"{spec.data}.new"  # what has the right name is whole, also after a cut
+        shutil.copyfile(stored(self._home, job.dataset_sha256), aside)
+        aside.replace(folder / spec.data)
         spec.write(folder)
 
     def _spec(self, job: Job) -> Spec:

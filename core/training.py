@@ -7,6 +7,7 @@ leads back to a trainer that resumes its checkpoint, or to a folder that only ha
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import shutil
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from core.adapters import Candidate
 from core.checking import Checks, check_folder
 from core.delivery import Deliveries, keep_body, new_delivery
 from core.engine.protocol import EngineInfo
-from core.errors import AdapterUnusable
+from core.errors import AdapterUnusable, StorageFull
 from core.job import EXIT_FINISHED, SHOWN
 from core.jobboard import Board
 from core.lane import Lane, Shop, TrainingSettings, begun_with, with_line
@@ -95,6 +96,8 @@ class Trains(Lane):
             await self._fail(job, "ours", Later("training.why_no_data"))
             return
         except OSError as error:
+            if error.errno in (errno.ENOSPC, errno.EDQUOT):  # waited out: what it has learned is not lost for it
+                raise StorageFull(detail=f"no room for job {job.id}: {error}") from error
             await self._fail(job, "ours", Later("training.why_folder", error=error.strerror))
             return
         board = Board(self._database, self._deliveries, job)

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 from dataclasses import replace
@@ -453,6 +455,56 @@ async def test_at_the_programs_end_the_trainer_stops_and_the_next_start_goes_on(
         await it.ended()
         assert await it.warned(job_id) == ["goes on from step 2"]
         assert len(await it.versions()) == len(bot.opened) == 1
+
+
+async def test_a_resumed_job_survives_a_cut_while_its_data_is_laid_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bot, cut, copy = WatchedBot(), asyncio.Event(), shutil.copyfile
+    loop = asyncio.get_running_loop()
+
+    def half(source: Path, target: Path) -> None:
+        Path(target).write_bytes(Path(source).read_bytes()[:5])
+        loop.call_soon_threadsafe(cut.set)
+        raise ZeroDivisionError
+
+    async with works(tmp_path, bot=bot, settings=TrainingSettings(retry_s=60)) as it:
+        job_id = await it.order("pause")
+        await bot.until(lambda: PAUSED in bot.newest)
+        await it.say(f"/finetune cancel {job_id}")
+        await it.ended()
+        monkeypatch.setattr(shutil, "copyfile", half)
+        await it.say(f"/finetune resume {job_id}")
+        async with asyncio.timeout(10):
+            await cut.wait()
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    async with works(tmp_path, bot=bot) as it:
+        spec = Spec.read(it.folder(job_id))
+        assert not (it.folder(job_id) / spec.data).exists()
+        await it.ended(2)
+        assert await it.warned(job_id) == ["goes on from step 2"]
+
+
+async def test_a_full_disk_costs_a_resumed_job_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bot, full, copy = WatchedBot(), asyncio.Event(), shutil.copyfile
+    loop = asyncio.get_running_loop()
+
+    def no_room(*_: object) -> None:
+        loop.call_soon_threadsafe(full.set)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async with works(tmp_path, bot=bot) as it:
+        job_id = await it.order("pause")
+        await bot.until(lambda: PAUSED in bot.newest)
+        await it.say(f"/finetune cancel {job_id}")
+        await it.ended()
+        monkeypatch.setattr(shutil, "copyfile", no_room)
+        await it.say(f"/finetune resume {job_id}")
+        async with asyncio.timeout(10):
+            await full.wait()
+        monkeypatch.setattr(shutil, "copyfile", copy)
+        await it.ended(2)
+        assert await it.warned(job_id) == ["goes on from step 2"]
 
 
 @pytest.mark.parametrize("trained", [False, True], ids=["in the middle", "before it was published"])

@@ -14,7 +14,7 @@ from core import adapters, jobtexts, tuning
 from core.commands import parse
 from core.datasets import MAX_OPEN
 from core.errors import BadInput, UnknownThing
-from core.job import Checked, Done, Evaluated, Failed, JobEvent, Judged, Planned, Progress, Verdict
+from core.job import Checked, Done, Evaluated, Failed, JobEvent, Judged, Planned, Progress, Verdict, Warned
 from core.lane import with_line
 from core.operators import run_command
 from core.store import datasets, directory, jobs, trail
@@ -224,6 +224,18 @@ def test_status_shows_how_far_it_is(it: Town) -> None:
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
+def test_what_holds_a_job_up_is_told_while_it_does(it: Town) -> None:
+    run(it, "/finetune faq.jsonl yes")
+    went_on, waits = Warned("step 9: going on from step 5"), Warned("step 10: the disk is full")
+    step = Progress(10, 20, 1, 2, 1.5, 100.0, 30.0)
+    hear(it, Checked(12, 10, 1, 500, 8, 1, 1), went_on, step)
+    assert went_on.text not in says(it, "/finetune status")
+    hear(it, waits)
+    assert waits.text in says(it, "/finetune status")
+    hear(it, replace(step, step=11))
+    assert waits.text not in says(it, "/finetune status")
+
+
 def test_status_of_a_published_job_is_its_report(it: Town, language: str) -> None:
     run(it, "/finetune faq.jsonl yes")
     judged = Judged("passed", 40, 38, "acme@3", 2.5, 1.5, -1.25, -0.75, 0.25, 0.5)

@@ -223,7 +223,6 @@ def test_status_shows_how_far_it_is(it: Town) -> None:
         assert fact in text
 
 
-@pytest.mark.parametrize("language", ["en", "zh"])
 def test_what_holds_a_job_up_is_told_while_it_does(it: Town) -> None:
     run(it, "/finetune faq.jsonl yes")
     went_on, waits = Warned("step 9: going on from step 5"), Warned("step 10: the disk is full")
@@ -236,6 +235,7 @@ def test_what_holds_a_job_up_is_told_while_it_does(it: Town) -> None:
     assert waits.text not in says(it, "/finetune status")
 
 
+@pytest.mark.parametrize("language", ["en", "zh"])
 def test_status_of_a_published_job_is_its_report(it: Town, language: str) -> None:
     run(it, "/finetune faq.jsonl yes")
     judged = Judged("passed", 40, 38, "acme@3", 2.5, 1.5, -1.25, -0.75, 0.25, 0.5)

@@ -17,7 +17,7 @@ from core.adapters import BASE, Version
 from core.commands import Call
 from core.delivery import keep_body, new_delivery
 from core.engine.protocol import Delta, Finished, FinishReason, Generation, Request, Scope
-from core.errors import BadInput, EngineError, UnknownThing, UserError
+from core.errors import AdapterUnusable, BadInput, EngineError, UnknownThing, UserError
 from core.operators import Handler
 from core.reply import Replies
 from core.store import directory, inbox, jobs
@@ -195,6 +195,9 @@ class Comparisons:
             handle = await replies.deliveries.open(delivery_id, caller.address)
             await self._announce(handle, caller)
             answers = await self._answers([self._request(caller, pair, *one) for one in enumerate(refs)], both)
+        except AdapterUnusable as error:  # the channel may answer from another one
+            log.error("compare.unusable", extra={"error": str(error)})
+            raise BadInput("compare.unusable", label=error.fields.get("label", "?")) from error
         finally:
             both.cancel()
             del replies.running[key]

@@ -12,12 +12,12 @@ from core import adapters
 from core.adapters import Candidate
 from core.comparing import _pair
 from core.engine.protocol import Request
-from core.errors import AppError, UserError
+from core.errors import AdapterUnusable, AppError, UserError
 from core.job import Shown
 from core.store import datasets, directory, jobs
 from core.store.database import Tx
 from core.texts import say
-from core.types import Address, Caller, Handle, Kind
+from core.types import AdapterRef, Address, Caller, Handle, Kind
 from tests.world import OWNER, World, world
 
 SHA = "ab" * 32
@@ -215,6 +215,24 @@ async def test_a_platform_that_shows_nothing_meanwhile_costs_no_answer(tmp_path:
 
         w.bot.show = away  # type: ignore[method-assign]
         assert "acme@1 says What?" in await w.ask("/adapter compare acme@1 What?", user=OWNER)
+
+
+@pytest.mark.parametrize("where", ["verified", "loaded"])
+async def test_a_version_that_is_damaged_is_not_said_to_be_the_channels(
+    tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(ref: AdapterRef) -> None:
+        raise AdapterUnusable(detail="a bit has changed", label=ref.label)
+
+    def answers(request: Request) -> str | AppError:
+        return AdapterUnusable(detail="a bit has changed", label="acme@1") if request.adapter else "well"
+
+    async with world(tmp_path, answers) as w:
+        await publish(w)
+        if where == "verified":
+            monkeypatch.setattr(adapters, "verify", damaged)
+        told = await w.ask("/adapter compare acme@1 What?", user=OWNER)
+        assert told == say("en", "compare.unusable", label="acme@1")
 
 
 async def test_a_comparison_that_runs_while_its_person_is_forgotten_is_not_kept(tmp_path: Path) -> None:

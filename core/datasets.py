@@ -66,8 +66,7 @@ async def prepare_finetune(
             licence = given.get("licence", "")
             sha256, name = await bring_named(home, database, fetch, caller, typed, licence=licence)
     except OSError as error:  # of the home: what is wrong with the file itself is told as such
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise AppError("error.storage_full" if full else "error.storage", f"no data set: {error}") from error
+        raise no_storage(error) from error
     return replace(call, arguments={**given, "dataset": sha256, "name": name})
 
 
@@ -83,6 +82,12 @@ def check_room(tx: Tx, caller: Caller) -> int:
     if len(at_work) >= MAX_OPEN:
         raise BadInput("training.too_many", n=len(at_work))
     return sum(job.state in jobs.AT_WORK for job in at_work)
+
+
+def no_storage(error: OSError) -> AppError:
+    """What to raise where a person's file cannot be kept."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return AppError("error.storage_full" if full else "error.storage", f"it cannot be kept: {error}")
 
 
 def _check_settings(given: Mapping[str, str]) -> None:

@@ -89,6 +89,15 @@ async def test_a_check_that_dies_is_begun_again_but_not_for_ever(tmp_path: Path,
         assert (job["state"], job["attempts"]) == ("failed", 3)
 
 
+async def test_deaths_of_the_check_do_not_count_against_the_training(tmp_path: Path) -> None:
+    async with works(tmp_path) as it:
+        job_id = await it.order(agreed=False)
+        await it.ended()
+        await it.database.write(lambda tx: tx.run("UPDATE job SET attempts = 2"))
+        await it.say(f"/finetune start {job_id}")
+        assert (await it.job(job_id))["attempts"] == 0
+
+
 async def test_a_check_that_is_cancelled_stops(tmp_path: Path) -> None:
     async with works(tmp_path) as it:
         job_id = await it.order("slow-check", agreed=False)

@@ -96,8 +96,7 @@ class Trains(Lane):
             await self._fail(job, "ours", Later("training.why_no_data"))
             return
         except OSError as error:
-            if error.errno in (errno.ENOSPC, errno.EDQUOT):  # waited out: what it has learned is not lost for it
-                raise StorageFull(detail=f"no room for job {job.id}: {error}") from error
+            _wait_out(error)
             await self._fail(job, "ours", Later("training.why_folder", error=error.strerror))
             return
         board = Board(self._database, self._deliveries, job)
@@ -164,6 +163,9 @@ class Trains(Lane):
         except AdapterUnusable as error:
             await self._refuse(job, error)
             return
+        except OSError as error:
+            _wait_out(error)
+            raise
         await self._write_down(job, candidate)
 
     async def _publish_placed(self, job: Job) -> bool:
@@ -184,6 +186,10 @@ class Trains(Lane):
         return True
 
     async def _refuse(self, job: Job, error: AdapterUnusable) -> None:
+        """Its result is no good; but a disk that cannot be read just now may be tried again. Raises AdapterUnusable."""
+        cause = error.__cause__
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError | NotADirectoryError):
+            raise error
         log.error("job.result_unusable", extra={"job": job.id, "error": error.detail})
         await self._fail(job, "ours", Later("training.why_result"))
 
@@ -221,3 +227,9 @@ class Trains(Lane):
         if candidate.base_fingerprint != self.shop.info.fingerprint:
             return "training.why_other_base"
         return "" if candidate.dataset_sha256 == job.dataset_sha256 else "training.why_other_data"
+
+
+def _wait_out(error: OSError) -> None:
+    """Raises StorageFull for a full disk: until there is room, nothing that was learned is lost for it."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise StorageFull(detail=str(error)) from error

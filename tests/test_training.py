@@ -17,7 +17,7 @@ import pytest
 
 from core import adapters
 from core.adapters import Candidate
-from core.errors import BadInput
+from core.errors import AdapterUnusable, BadInput
 from core.job import Alive, HyperParameters, JobEvent, Spec, Warned, dump_event
 from core.retention import sweep
 from core.store import datasets, jobs
@@ -376,6 +376,29 @@ async def test_a_result_that_does_not_fit_is_never_published(tmp_path: Path, wor
         assert reason in (await it.job(job_id))["reason"]
         assert not await it.versions()
         assert not os.listdir(it.home.adapters)
+
+
+@pytest.mark.parametrize("step", ["inspect", "place"])
+async def test_trouble_with_the_disk_costs_no_result(
+    tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, left = getattr(adapters, step), [10 if step == "place" else 2]
+
+    def troubled(*given: object) -> object:
+        left[0] -= 1
+        if left[0] < 0:
+            return usual(*given)
+        error = OSError(errno.ENOSPC if step == "place" else errno.EMFILE, "trouble")
+        if step == "place":
+            raise error
+        raise AdapterUnusable(detail="out: trouble", label="out") from error
+
+    monkeypatch.setattr(adapters, step, troubled)
+    monkeypatch.setattr("core.lane._LONGEST_WAIT_S", 0.02)
+    async with works(tmp_path) as it:
+        job_id = await it.order()
+        await it.ended()
+        assert (await it.job(job_id))["state"] == "published"
 
 
 async def test_a_data_set_that_is_gone_fails_its_job(tmp_path: Path) -> None:

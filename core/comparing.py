@@ -106,13 +106,16 @@ def score(tx: Tx, candidate: str, other: str | None) -> tuple[int, int, int]:
 
 
 def _unseen_question(tx: Tx, caller: Caller, version: Version) -> str:
-    """One of the test rows' that was not asked yet in this comparison, else the first again. Raises BadInput."""
+    """One of the test rows' that was not asked yet in this comparison, else the first again; whole ones before those
+    that were kept cut. Raises BadInput.
+    """
     asked = {
         tx.cipher.unseal(row["question"])
         for row in tx.all("SELECT question FROM comparison WHERE candidate = ?", [version.sha256])
         if row["question"]
     }
-    unseen = [question for question, _ in jobs.shown(tx, version.sha256).unseen] or list(caller.channel.questions)
+    kept = [question for question, _ in jobs.shown(tx, version.sha256).unseen]
+    unseen = sorted(kept, key=lambda question: question.endswith("…")) or list(caller.channel.questions)
     if not unseen:
         raise BadInput("compare.no_question", label=version.label)
     return next((question for question in unseen if question not in asked), unseen[0])

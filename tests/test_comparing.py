@@ -125,6 +125,13 @@ async def test_without_a_question_it_takes_unseen_ones_one_after_another(tmp_pat
         assert "First unseen?" in await press(w, 0)
 
 
+async def test_a_question_that_was_kept_cut_is_asked_last(tmp_path: Path) -> None:
+    async with world(tmp_path, by_version) as w:
+        await publish(w, unseen=(("Long and cut…", "Yes."), ("Whole?", "No.")))
+        assert "Whole?" in await w.ask("/adapter compare acme@1", user=OWNER)
+        assert "Long and cut…" in await w.ask("/adapter compare acme@1", user=OWNER)
+
+
 async def test_the_same_answer_from_both_is_a_tie_without_a_question(tmp_path: Path) -> None:
     async with world(tmp_path, lambda request: "One word.") as w:
         await publish(w)

@@ -91,7 +91,8 @@ class Trains(Lane):
         folder = self._home.jobs / str(job.id)
         try:
             champion = await self._database.read(lambda tx: self._champion(tx, job))
-            await asyncio.to_thread(self._prepare, job, folder, champion)
+            if await asyncio.to_thread(self._prepare, job, folder, champion):
+                await self._database.write(lambda tx: trail.begin_anew(tx, job.id))
         except FileNotFoundError:
             await self._fail(job, "ours", Later("training.why_no_data"))
             return
@@ -121,11 +122,11 @@ class Trains(Lane):
             return None
         return AdapterRef(sha256, self._home.adapters / sha256, label)
 
-    def _prepare(self, job: Job, folder: Path, champion: AdapterRef | None) -> None:
+    def _prepare(self, job: Job, folder: Path, champion: AdapterRef | None) -> bool:
         """jobs/<id>/. What an earlier life laid out stays, but for where things lie; the check has had its turn.
 
         What was cancelled goes on as it was begun, whatever the channel and the configuration say by now. On another
-        base model nothing of it is of use.
+        base model nothing of it is of use: whether it is that.
         """
         shutil.rmtree(check_folder(self._home, job.id), ignore_errors=True)
         begun = begun_with(folder)
@@ -144,10 +145,11 @@ class Trains(Lane):
             before = str(self._home.adapters / Path(begun.champion).name) if begun.champion else ""
             here = {name: getattr(spec, name) for name in ("model", "cache", "device", "threads", "nice")}
             replace(begun, champion=before, **here).write(folder)
-            return
+            return False
         else:
             spec = replace(spec, instructions=begun.instructions, hyper=begun.hyper)
         self._lay_out(job, folder, spec)
+        return begun is not None and begun.fingerprint != spec.fingerprint
 
     # --- publishing ---
 

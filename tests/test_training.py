@@ -18,9 +18,9 @@ import pytest
 from core import adapters
 from core.adapters import Candidate
 from core.errors import AdapterUnusable, BadInput
-from core.job import Alive, HyperParameters, JobEvent, Spec, Warned, dump_event
+from core.job import Alive, HyperParameters, JobEvent, Progress, Spec, Warned, dump_event
 from core.retention import sweep
-from core.store import datasets, jobs
+from core.store import datasets, jobs, trail
 from core.store.database import Tx
 from core.store.home import Home
 from core.texts import say
@@ -177,7 +177,10 @@ async def test_a_job_goes_on_as_it_was_begun_unless_another_base_model_is_loaded
     async with works(tmp_path, bot=bot, settings=settings, info=replace(INFO, fingerprint=base)) as it:
         await it.say(f"/finetune resume {job_id}")
         await it.ended(2)
+        told = await it.database.read(lambda tx: trail.events(tx, job_id))
     begun, resumed = written
+    first = next(event.step for event in told if isinstance(event, Progress))
+    assert first == (1 if base == begun.fingerprint else 3)  # of the life before only where it goes on
     if base == begun.fingerprint:
         assert resumed == begun
     else:

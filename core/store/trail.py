@@ -65,6 +65,11 @@ def newest_progress(tx: Tx, job_id: int) -> Progress | None:
     return event if isinstance(event, Progress) else None
 
 
+def begin_anew(tx: Tx, job_id: int) -> None:
+    """What it did is of no use, and not to be told as if it were."""
+    tx.run("DELETE FROM job_event WHERE job_id = ? AND kind <> 'publishing'", [job_id])
+
+
 def note(tx: Tx, job_id: int, kind: str, data: str) -> None:
     """Append to it, whatever it is."""
     seq = int(tx.value("SELECT ifnull(max(seq), 0) + 1 FROM job_event WHERE job_id = ?", [job_id]))

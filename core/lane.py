@@ -313,16 +313,19 @@ class Lane(ABC):
                 return None
             kept = kept_body(tx, delivery_id)
             if kept is None:
-                ended = jobs.find(tx, job.id)
-                assert ended is not None
-                kept = jobtexts.ended_body(ended, trail.events(tx, job.id))
+                kept = end(tx)
                 keep_body(tx, delivery_id, kept)
             return kept
 
-        said = await self._database.write(body)
-        if said is None:
+        def end(tx: Tx) -> Body:
+            ended = jobs.find(tx, job.id)
+            assert ended is not None
+            return jobtexts.ended_body(ended, trail.events(tx, job.id))
+
+        if await self._database.write(body) is None:
             return
         await self._deliveries.open(delivery_id, job.address)
+        said = await self._database.write(lambda tx: body(tx) or end(tx))  # cancelled meanwhile, it asks no more
         await self._deliveries.finish(delivery_id, job.address, said, lambda tx: None)
 
     async def _delivery(self, job: Job) -> int:

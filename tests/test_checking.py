@@ -13,6 +13,7 @@ from core.errors import BadInput
 from core.store import datasets, jobs
 from core.texts import Later, say
 from core.training import TrainingSettings
+from core.types import Address, Handle
 from tests.fake_trainer import COMMAND as FAKE_TRAINER
 from tests.test_training import PAUSED
 from tests.works import WatchedBot, works
@@ -87,6 +88,24 @@ async def test_a_check_that_dies_is_begun_again_but_not_for_ever(tmp_path: Path,
         await it.ended()
         job = await it.job(job_id)
         assert (job["state"], job["attempts"]) == ("failed", 3)
+
+
+async def test_a_question_is_not_asked_any_more_once_its_job_is_cancelled(tmp_path: Path) -> None:
+    async with works(tmp_path) as it:
+        opening, opened, open_now = asyncio.Event(), asyncio.Event(), it.bot.open
+
+        async def open_slowly(to: Address) -> Handle:
+            opening.set()
+            await opened.wait()
+            return await open_now(to)
+
+        it.bot.open = open_slowly  # type: ignore[method-assign]
+        job_id = await it.order(agreed=False)
+        async with asyncio.timeout(20):
+            await opening.wait()
+        await it.say(f"/finetune cancel {job_id}")
+        opened.set()
+        assert await it.ended() == say("en", "training.cancelled_for_good", id=job_id, title="Acme")
 
 
 async def test_deaths_of_the_check_do_not_count_against_the_training(tmp_path: Path) -> None:

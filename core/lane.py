@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -29,7 +28,7 @@ from core.store.database import Database, Tx
 from core.store.home import Home
 from core.store.jobs import Job
 from core.texts import Later, say
-from core.trainer import COMMAND, Trainer
+from core.trainer import COMMAND, Trainer, usher
 from core.types import Body
 
 log = logging.getLogger(__name__)
@@ -40,8 +39,6 @@ _ATTEMPTS = 3  # trainers that end without progress
 _TRIES = 8  # at all else, a platform that is away included: about ten minutes
 _DATA = "data"
 LEARNED = ("spec.json", "checkpoint", "own-answers.json")  # what a job that is cancelled may go on from
-_USHER_S, _QUIET_S = 0.02, 0.5
-_LONGEST_HALT_S, _TURN_S = 4.5, 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -379,31 +376,3 @@ def _empty(folder: Path, kept: Sequence[str]) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-
-
-async def usher(trainer: Trainer, asked: Callable[[], int]) -> None:
-    """While people are answered the trainer stands still, and a moment longer: they ask again. Until cancelled.
-
-    `asked` counts who is answered or waits. Running more slowly is not enough: each of chat's matrix products waits for
-    the slowest of its threads, so that one thread beside them makes a first token 38 times later, however nice it is
-    (tests/bench/room.py). A chat that never rests leaves a job a turn now and then, which ends when somebody asks.
-    """
-    asked_at = halted_at = -math.inf
-    halted, before = False, 0
-    try:
-        while True:
-            now, count = time.monotonic(), asked()
-            if count:
-                asked_at = now
-            room = now - asked_at >= _QUIET_S
-            turn = _LONGEST_HALT_S <= now - halted_at < _LONGEST_HALT_S + _TURN_S and count <= before
-            if halted and (room or turn):
-                trainer.go_on()
-                halted = False
-            elif not (halted or room or turn):
-                trainer.halt()
-                halted, halted_at = True, now
-            before = count
-            await asyncio.sleep(_USHER_S)
-    finally:
-        trainer.go_on()

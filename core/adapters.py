@@ -240,15 +240,34 @@ def undo(tx: Tx, name: str) -> tuple[str | None, str | None] | None:
     Versions that were unpublished meanwhile, or made for another base model, are skipped, down to base.
     """
     now, _ = champion(tx, name)
-    while last := tx.one(
-        "SELECT id, from_sha256 FROM promotion WHERE name = ? AND undone_ms IS NULL ORDER BY id DESC LIMIT 1", [name]
-    ):
-        tx.run("UPDATE promotion SET undone_ms = ? WHERE id = ?", [tx.now_ms, last["id"]])
-        back = last["from_sha256"]
+    undone, back = _way_back(tx, name)
+    for promotion in undone:
+        tx.run("UPDATE promotion SET undone_ms = ? WHERE id = ?", [tx.now_ms, promotion])
+    if back == now:
+        return None
+    tx.run("UPDATE adapter_name SET champion = ? WHERE name = ?", [back, name])
+    return now, back
+
+
+def undo_label(tx: Tx, name: str) -> str:
+    """What `undo` would bring back, as people call it; "" where there is nothing to undo."""
+    _, back = _way_back(tx, name)
+    if back == champion(tx, name)[0]:
+        return ""
+    return by_sha(tx, back).label if back else BASE
+
+
+def _way_back(tx: Tx, name: str) -> tuple[list[int], str | None]:
+    """The promotions that are undone to come to what answered before, newest first, and what that is: else as now."""
+    now, _ = champion(tx, name)
+    standing = "SELECT id, from_sha256 FROM promotion WHERE name = ? AND undone_ms IS NULL ORDER BY id DESC"
+    undone = []
+    for row in tx.all(standing, [name]):
+        undone.append(int(row["id"]))
+        back: str | None = row["from_sha256"]
         if back != now and (back is None or _serves(tx, by_sha(tx, back))):
-            tx.run("UPDATE adapter_name SET champion = ? WHERE name = ?", [back, name])
-            return now, back
-    return None
+            return undone, back
+    return undone, now
 
 
 def _serves(tx: Tx, version: Version) -> bool:

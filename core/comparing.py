@@ -7,26 +7,29 @@ part of the conversation. Rows and commands first, then how both answers are mad
 from __future__ import annotations
 
 import asyncio
+import logging
 import secrets
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 
 from core import adapters
 from core.adapters import BASE, Version
 from core.commands import Call
 from core.delivery import keep_body, new_delivery
 from core.engine.protocol import Delta, Finished, FinishReason, Generation, Request, Scope
-from core.errors import BadInput, EngineError, UnknownThing, UserError
+from core.errors import AdapterUnusable, BadInput, EngineError, UnknownThing, UserError
 from core.operators import Handler
 from core.reply import Replies
 from core.store import directory, inbox, jobs
 from core.store.database import Row, Tx
 from core.store.inbox import Taken
 from core.texts import say
-from core.types import AdapterRef, Body, Button, Caller, CompareBlind, Message, Outcome, Role
+from core.types import AdapterRef, Body, Button, Caller, CompareBlind, Handle, Message, Outcome, Role
 from core.versions import check_usable, find_version, promote_button
 
+log = logging.getLogger(__name__)
 _MAX_QUESTION = 2000
+_SHOW_S = 10.0
 CHOICES = ("a", "b", "same")
 
 
@@ -103,13 +106,16 @@ def score(tx: Tx, candidate: str, other: str | None) -> tuple[int, int, int]:
 
 
 def _unseen_question(tx: Tx, caller: Caller, version: Version) -> str:
-    """One of the test rows' that was not asked yet in this comparison, else the first again. Raises BadInput."""
+    """One of the test rows' that was not asked yet in this comparison, else the first again; whole ones before those
+    that were kept cut. Raises BadInput.
+    """
     asked = {
         tx.cipher.unseal(row["question"])
         for row in tx.all("SELECT question FROM comparison WHERE candidate = ?", [version.sha256])
         if row["question"]
     }
-    unseen = [question for question, _ in jobs.shown(tx, version.sha256).unseen] or list(caller.channel.questions)
+    kept = [question for question, _ in jobs.shown(tx, version.sha256).unseen]
+    unseen = sorted(kept, key=lambda question: question.endswith("…")) or list(caller.channel.questions)
     if not unseen:
         raise BadInput("compare.no_question", label=version.label)
     return next((question for question in unseen if question not in asked), unseen[0])
@@ -158,11 +164,13 @@ def _label(tx: Tx, sha256: str | None) -> str:
 
 @dataclass(slots=True)
 class Both:
-    """Two generations that are stopped as one."""
+    """Two generations that are stopped as one, whether they have begun or not."""
 
-    generations: Sequence[Generation]
+    generations: list[Generation] = field(default_factory=list)
+    stopped: bool = False
 
     def cancel(self) -> None:
+        self.stopped = True
         for generation in self.generations:
             generation.cancel()
 
@@ -176,39 +184,63 @@ class Comparisons:
     async def answer(self, row: Taken, caller: Caller) -> None:
         """Answer the row's question twice, up to the stored text. Raises an AppError that the person is to see."""
         replies, database = self.replies, self.replies.database
-        pair = await database.read(lambda tx: _pair(tx, row))
-        refs = await database.read(lambda tx: tuple(replies.adapter_ref(tx, sha256) for sha256 in pair.answerers))
-        for ref in refs:
-            if ref is not None:
-                await asyncio.to_thread(adapters.verify, ref)
-        delivery_id = await database.write(lambda tx: new_delivery(tx, inbox_id=row.id))
-        handle = await replies.deliveries.open(delivery_id, caller.address)
-        await replies.deliveries.show(handle, caller.address, say(caller.language, "compare.answering"))
-        requests = [self._request(caller, pair, ref, number) for number, ref in enumerate(refs)]
-        answers = await self._answers(requests, caller)
+        key = replace(caller.address, reply_to="")
+        replies.running[key] = both = Both()
+        try:
+            if await database.read(lambda tx: inbox.stopped_since(tx, row)):  # a later stop finds `both`
+                raise UserError("service.stopped")
+            pair = await database.read(lambda tx: _pair(tx, row.id))
+            refs = await database.read(lambda tx: tuple(replies.adapter_ref(tx, sha256) for sha256 in pair.answerers))
+            for ref in refs:
+                if ref is not None:
+                    await asyncio.to_thread(adapters.verify, ref)
+            delivery_id = await database.write(lambda tx: new_delivery(tx, inbox_id=row.id))
+            handle = await replies.deliveries.open(delivery_id, caller.address)
+            await self._announce(handle, caller)
+            answers = await self._answers([self._request(caller, pair, *one) for one in enumerate(refs)], both)
+        except AdapterUnusable as error:  # the channel may answer from another one
+            log.error("compare.unusable", extra={"error": str(error)})
+            raise BadInput("compare.unusable", label=error.fields.get("label", "?")) from error
+        finally:
+            both.cancel()
+            del replies.running[key]
 
         def keep(tx: Tx) -> None:
+            """Raises UserError where the person was forgotten meanwhile: then nothing of it is stored."""
+            if tx.value("SELECT outcome FROM inbox WHERE id = ?", [row.id]) == "forgotten":
+                raise UserError("service.stopped")
             keep_body(tx, delivery_id, _body(tx, caller, pair, answers))
             inbox.mark_generated(tx, row.id)
 
         await database.write(keep)
 
-    async def _answers(self, requests: Sequence[Request], caller: Caller) -> list[str]:
-        """Side by side; a stop in the conversation ends both. Raises AppError."""
-        key = replace(caller.address, reply_to="")
-        both = Both([self.replies.engine.submit(request) for request in requests])
-        self.replies.running[key] = both
+    async def _announce(self, handle: Handle, caller: Caller) -> None:
+        """Best effort, like all that is shown before the end."""
         try:
-            heard = await asyncio.gather(*map(_read, both.generations), return_exceptions=True)
-        finally:
-            both.cancel()
-            del self.replies.running[key]
+            async with asyncio.timeout(_SHOW_S):
+                text = say(caller.language, "compare.answering")
+                await self.replies.deliveries.show(handle, caller.address, text)
+        except Exception as error:
+            log.warning("compare.show_failed", extra={"error": type(error).__name__})
+
+    async def _answers(self, requests: Sequence[Request], both: Both) -> list[str]:
+        """Side by side, where there is room; a stop in the conversation ends both. Raises AppError."""
+        heard = await asyncio.gather(*(self._one(request, both) for request in requests), return_exceptions=True)
         for one in heard:
             if isinstance(one, BaseException):
                 raise one
         return [one for one in heard if isinstance(one, str)]
 
-    def _request(self, caller: Caller, pair: Pair, ref: AdapterRef | None, number: int) -> Request:
+    async def _one(self, request: Request, both: Both) -> str:
+        """One answer, in its turn among all that want a place at the engine. Raises AppError."""
+        async with self.replies.places.one(request.scope):
+            if both.stopped:
+                raise UserError("service.stopped")
+            generation = self.replies.engine.submit(request)
+            both.generations.append(generation)
+            return await _read(generation)
+
+    def _request(self, caller: Caller, pair: Pair, number: int, ref: AdapterRef | None) -> Request:
         channel = caller.channel
         system = (Message(Role.SYSTEM, channel.instructions),) if channel.instructions else ()
         return Request(
@@ -241,9 +273,12 @@ async def _read(generation: Generation) -> str:
     return text.strip()
 
 
-def _pair(tx: Tx, row: Taken) -> Pair:
-    found = tx.one("SELECT * FROM comparison WHERE inbox_id = ?", [row.id])
-    assert found is not None, row.id
+def _pair(tx: Tx, inbox_id: int) -> Pair:
+    """Raises UserError where whoever asked was forgotten meanwhile, and the question with them."""
+    found = tx.one("SELECT * FROM comparison WHERE inbox_id = ?", [inbox_id])
+    assert found is not None, inbox_id
+    if found["question"] is None:
+        raise UserError("service.stopped")
     order = (found["candidate"], found["other"])
     return Pair(
         found["id"], tx.cipher.unseal(found["question"]), order if found["candidate_first"] else (order[1], order[0])

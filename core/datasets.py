@@ -25,6 +25,7 @@ from core.store import datasets, directory, jobs
 from core.store.database import Database, Tx
 from core.store.datasets import CONVERSATIONS, FEEDBACK
 from core.store.home import Home
+from core.texts import Later
 from core.types import Address, Attachment, Caller
 
 MAX_BYTES = 200 * 10**6
@@ -65,8 +66,7 @@ async def prepare_finetune(
             licence = given.get("licence", "")
             sha256, name = await bring_named(home, database, fetch, caller, typed, licence=licence)
     except OSError as error:  # of the home: what is wrong with the file itself is told as such
-        full = error.errno in (errno.ENOSPC, errno.EDQUOT)
-        raise AppError("error.storage_full" if full else "error.storage", f"no data set: {error}") from error
+        raise no_storage(error) from error
     return replace(call, arguments={**given, "dataset": sha256, "name": name})
 
 
@@ -82,6 +82,12 @@ def check_room(tx: Tx, caller: Caller) -> int:
     if len(at_work) >= MAX_OPEN:
         raise BadInput("training.too_many", n=len(at_work))
     return sum(job.state in jobs.AT_WORK for job in at_work)
+
+
+def no_storage(error: OSError) -> AppError:
+    """What to raise where a person's file cannot be kept."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return AppError("error.storage_full" if full else "error.storage", f"it cannot be kept: {error}")
 
 
 def _check_settings(given: Mapping[str, str]) -> None:
@@ -133,7 +139,7 @@ async def fetched(home: Home, chunks: AsyncIterator[bytes], name: str, limit: in
         await asyncio.to_thread(file.seek, 0)
     except TimeoutError as error:
         file.close()
-        raise BadInput("training.dataset_unreadable", name=name, reason="it took too long") from error
+        raise BadInput("training.dataset_unreadable", name=name, reason=Later("training.read_too_slow")) from error
     except BaseException:
         file.close()
         raise
@@ -163,7 +169,7 @@ def _open(path: Path) -> BinaryIO | None:
     os.close(descriptor)
     if stat.S_ISDIR(mode):
         raise BadInput("training.dataset_is_folder", name=path.name)
-    raise BadInput("training.dataset_unreadable", name=path.name, reason="not a plain file")
+    raise BadInput("training.dataset_unreadable", name=path.name, reason=Later("training.read_no_file"))
 
 
 async def _bring_file(

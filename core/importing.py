@@ -7,6 +7,7 @@ and headers. The trainer reads it, under its limits, by the code that reads adap
 from __future__ import annotations
 
 import asyncio
+import errno
 import json
 import os
 import shutil
@@ -20,14 +21,14 @@ from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO, Self
 
 from core.commands import Call, Grant
-from core.datasets import Fetch, bring_named, check_room, fetched, typed_path
+from core.datasets import Fetch, bring_named, check_room, fetched, no_storage, typed_path
 from core.delivery import new_delivery
 from core.errors import BadInput
 from core.operators import Handler
 from core.store import directory, jobs
 from core.store.database import Database, Tx
 from core.store.home import Home
-from core.texts import say
+from core.texts import Later, say
 from core.types import Body, Caller, Outcome, WakeTraining
 from core.weights import tensor_entries
 
@@ -56,11 +57,14 @@ async def prepare_import(home: Home, database: Database, fetch: Fetch, caller: C
         return call  # refused and audited where all commands are
     await database.read(lambda tx: check_room(tx, caller))
     source, typed = _named(caller, call)
-    if typed:
-        sha256, name = await bring_named(home, database, fetch, replace(caller, attachments=()), typed)
-    else:
-        sha256, name = await database.read(lambda tx: _last_dataset(tx, caller))
-    unpacked, title = await _unpacked(home, fetch, caller, source)
+    try:
+        if typed:
+            sha256, name = await bring_named(home, database, fetch, replace(caller, attachments=()), typed)
+        else:
+            sha256, name = await database.read(lambda tx: _last_dataset(tx, caller))
+        unpacked, title = await _unpacked(home, fetch, caller, source)
+    except OSError as error:  # of the home: what is wrong with the file itself is told as such
+        raise no_storage(error) from error
     return replace(call, arguments={"unpacked": unpacked.name, "title": title, "dataset": sha256, "name": name})
 
 
@@ -117,7 +121,7 @@ async def _unpacked(home: Home, fetch: Fetch, caller: Caller, typed: str) -> tup
 
 
 def _unpack_path(path: Path, aside: Path) -> None:
-    if path.is_dir():
+    if _is_folder(path):
         with _making(aside):
             for name in MOST_BYTES:
                 try:
@@ -133,11 +137,26 @@ def _unpack_path(path: Path, aside: Path) -> None:
     _unpack_archive(file, path.name, aside)
 
 
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that is too long
+        return False
+
+
 def _open_plain(path: Path) -> BinaryIO:
-    descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not be waited for
+    """Raises FileNotFoundError, NotADirectoryError, and BadInput for what cannot be read."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not be waited for
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise FileNotFoundError from error
+        raise BadInput("import.unreadable", name=path.name, reason=error.strerror or "?") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise BadInput("import.unreadable", name=path.name, reason="not a plain file")
+        raise BadInput("import.unreadable", name=path.name, reason=Later("training.read_no_file"))
     return os.fdopen(descriptor, "rb")
 
 
@@ -164,7 +183,7 @@ def _unpack_archive(file: BinaryIO, name: str, aside: Path) -> None:
         except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, RuntimeError, NotImplementedError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            raise BadInput("import.unreadable", name=name, reason="neither zip nor tar, or damaged") from error
+            raise BadInput("import.unreadable", name=name, reason=Later("import.no_archive")) from error
         outermost = min((len(path.parts) for path in found.values()), default=0)
         for what in MOST_BYTES:
             if what not in found or len(found[what].parts) > outermost:

@@ -41,6 +41,7 @@ def progress_text(job: Job, events: Sequence[JobEvent]) -> str:
         fields = asdict(planned) if planned else {}
         first = f"{head}\n{say(job.language, doing, **{'name': job.dataset, **fields})}"
         notes = [f"- {line}" for line in data_text(job.language, checked)] if checked else []
+        notes += _held_up(events)
         return "\n".join([first, "", *notes]) if notes else first
     share = progress.step / max(progress.steps, 1)
     full = round(share * _BAR_CELLS)
@@ -63,7 +64,8 @@ def progress_text(job: Job, events: Sequence[JobEvent]) -> str:
         *([say(job.language, "training.comparing")] if progress.step == progress.steps else []),
         say(job.language, "training.stop_hint", id=job.id),
     ]
-    return "\n".join([f"{head} · {lines[0]}", "", *(f"{line}  " for line in lines[1:-1]), "", lines[-1]])
+    shown = [f"{line}  " for line in lines[1:-1]]
+    return "\n".join([f"{head} · {lines[0]}", "", *shown, *_held_up(events), "", lines[-1]])
 
 
 def ended_body(job: Job, events: Sequence[JobEvent]) -> Body:
@@ -154,7 +156,8 @@ def failed_text(job: Job) -> str:
     fault, _, reason = job.reason.partition(": ")
     yours = "training.failed_sayings" if job.source in OF_PEOPLE else "training.failed_yours"
     settings = "training.failed_adapter" if job.imported else "training.failed_settings"
-    key = {"yours": yours, "settings": settings}.get(fault, "training.failed_ours")
+    ours = "training.failed_ours_adapter" if job.imported else "training.failed_ours"
+    key = {"yours": yours, "settings": settings}.get(fault, ours)
     return say(job.language, key, **_named(job), reason=short(reason))
 
 
@@ -168,6 +171,12 @@ def cancelled_key(job: Job) -> str:
     if job.reason in known:
         return known[job.reason]
     return "training.cancelled" if job.lasting else "training.cancelled_for_good"
+
+
+def _held_up(events: Sequence[JobEvent]) -> list[str]:
+    """What it has warned of since it last came further: it may be waiting for that to end."""
+    further = max((at for at, event in enumerate(events) if isinstance(event, Progress)), default=-1)
+    return [f"- {short(event.text)}" for event in events[further + 1 :] if isinstance(event, Warned)]
 
 
 def _losses(now: Progress) -> str:

@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import math
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -29,7 +28,7 @@ from core.store.database import Database, Tx
 from core.store.home import Home
 from core.store.jobs import Job
 from core.texts import Later, say
-from core.trainer import COMMAND, Trainer
+from core.trainer import COMMAND, Trainer, usher
 from core.types import Body
 
 log = logging.getLogger(__name__)
@@ -40,8 +39,6 @@ _ATTEMPTS = 3  # trainers that end without progress
 _TRIES = 8  # at all else, a platform that is away included: about ten minutes
 _DATA = "data"
 LEARNED = ("spec.json", "checkpoint", "own-answers.json")  # what a job that is cancelled may go on from
-_USHER_S, _QUIET_S = 0.02, 0.5
-_LONGEST_HALT_S, _TURN_S = 4.5, 0.5
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,8 +182,7 @@ class Lane(ABC):
             return
         try:
             if await self._is_open(job) and not await self._database.read(lambda tx: jobs.is_asking(tx, job.id)):
-                reason = Later(error.key, **error.fields) if isinstance(error, JobError) else type(error).__name__
-                await self._fail(job, "ours", reason)
+                await self._fail(job, "ours", _reason(error))
                 self._troubles[job.id] = _Trouble(0, 0)
             else:
                 await self._database.write(lambda tx: jobs.give_up_message(tx, job.id))
@@ -250,7 +246,9 @@ class Lane(ABC):
     def _lay_out(self, job: Job, folder: Path, spec: Spec) -> None:
         """A job folder with spec.json and the data. Raises OSError; FileNotFoundError where the data set is gone."""
         folder.mkdir(mode=0o700, parents=True, exist_ok=True)
-        shutil.copyfile(stored(self._home, job.dataset_sha256), folder / spec.data)
+        aside = folder / f"{spec.data}.new"  # what has the right name is whole, also after a cut
+        shutil.copyfile(stored(self._home, job.dataset_sha256), aside)
+        aside.replace(folder / spec.data)
         spec.write(folder)
 
     def _spec(self, job: Job) -> Spec:
@@ -312,16 +310,19 @@ class Lane(ABC):
                 return None
             kept = kept_body(tx, delivery_id)
             if kept is None:
-                ended = jobs.find(tx, job.id)
-                assert ended is not None
-                kept = jobtexts.ended_body(ended, trail.events(tx, job.id))
+                kept = end(tx)
                 keep_body(tx, delivery_id, kept)
             return kept
 
-        said = await self._database.write(body)
-        if said is None:
+        def end(tx: Tx) -> Body:
+            ended = jobs.find(tx, job.id)
+            assert ended is not None
+            return jobtexts.ended_body(ended, trail.events(tx, job.id))
+
+        if await self._database.write(body) is None:
             return
         await self._deliveries.open(delivery_id, job.address)
+        said = await self._database.write(lambda tx: body(tx) or end(tx))  # cancelled meanwhile, it asks no more
         await self._deliveries.finish(delivery_id, job.address, said, lambda tx: None)
 
     async def _delivery(self, job: Job) -> int:
@@ -349,6 +350,13 @@ def with_line(failed: Failed, language: str) -> str:
     return failed.reason if known else say(language, "data.line", line=failed.line, reason=failed.reason)
 
 
+def _reason(error: Exception) -> Later:
+    """What is told of it: its own sentence, or its name."""
+    if isinstance(error, JobError):
+        return Later(error.key, **error.fields)
+    return Later("training.why_unexpected", error=type(error).__name__)
+
+
 def _cause(error: Exception) -> Exception:
     """What really went wrong, where a task group has wrapped it."""
     while isinstance(error, ExceptionGroup):
@@ -368,31 +376,3 @@ def _empty(folder: Path, kept: Sequence[str]) -> None:
             shutil.rmtree(path, ignore_errors=True)
         else:
             path.unlink(missing_ok=True)
-
-
-async def usher(trainer: Trainer, asked: Callable[[], int]) -> None:
-    """While people are answered the trainer stands still, and a moment longer: they ask again. Until cancelled.
-
-    `asked` counts who is answered or waits. Running more slowly is not enough: each of chat's matrix products waits for
-    the slowest of its threads, so that one thread beside them makes a first token 38 times later, however nice it is
-    (tests/bench/room.py). A chat that never rests leaves a job a turn now and then, which ends when somebody asks.
-    """
-    asked_at = halted_at = -math.inf
-    halted, before = False, 0
-    try:
-        while True:
-            now, count = time.monotonic(), asked()
-            if count:
-                asked_at = now
-            room = now - asked_at >= _QUIET_S
-            turn = _LONGEST_HALT_S <= now - halted_at < _LONGEST_HALT_S + _TURN_S and count <= before
-            if halted and (room or turn):
-                trainer.go_on()
-                halted = False
-            elif not (halted or room or turn):
-                trainer.halt()
-                halted, halted_at = True, now
-            before = count
-            await asyncio.sleep(_USHER_S)
-    finally:
-        trainer.go_on()

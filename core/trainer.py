@@ -9,6 +9,7 @@ from __future__ import annotations
 import asyncio
 import fcntl
 import logging
+import math
 import os
 import signal
 import sys
@@ -30,6 +31,8 @@ _MAX_LOG_BYTES = 2**20
 _TERMINATE_S = 5.0
 _LEAVE_S = 30.0
 _LOCK_S, _LOOK_S = 60.0, 0.2
+_USHER_S, _QUIET_S = 0.02, 0.5
+_LONGEST_HALT_S, _TURN_S = 4.5, 0.5
 # What a trainer needs to find its libraries and its device. Tokens and passwords are not among it.
 _PASSED = frozenset(
     "PATH HOME USER LANG LANGUAGE TZ TMPDIR TEMP TMP VIRTUAL_ENV LD_LIBRARY_PATH DYLD_LIBRARY_PATH SYSTEMROOT".split()
@@ -191,6 +194,34 @@ class Trainer:
         if self._process is not None and self._process.returncode is None:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, number)
+
+
+async def usher(trainer: Trainer, asked: Callable[[], int]) -> None:
+    """While people are answered the trainer stands still, and a moment longer: they ask again. Until cancelled.
+
+    `asked` counts who is answered or waits. Running more slowly is not enough: each of chat's matrix products waits for
+    the slowest of its threads, so that one thread beside them makes a first token 38 times later, however nice it is
+    (tests/bench/room.py). A chat that never rests leaves a job a turn now and then, which ends when somebody asks.
+    """
+    asked_at = halted_at = -math.inf
+    halted, before = False, 0
+    try:
+        while True:
+            now, count = time.monotonic(), asked()
+            if count:
+                asked_at = now
+            room = now - asked_at >= _QUIET_S
+            turn = _LONGEST_HALT_S <= now - halted_at < _LONGEST_HALT_S + _TURN_S and count <= before
+            if halted and (room or turn):
+                trainer.go_on()
+                halted = False
+            elif not (halted or room or turn):
+                trainer.halt()
+                halted, halted_at = True, now
+            before = count
+            await asyncio.sleep(_USHER_S)
+    finally:
+        trainer.go_on()
 
 
 def environment(given: Mapping[str, str]) -> dict[str, str]:

@@ -7,6 +7,7 @@ leads back to a trainer that resumes its checkpoint, or to a folder that only ha
 from __future__ import annotations
 
 import asyncio
+import errno
 import logging
 import shutil
 from collections.abc import Callable, Sequence
@@ -18,7 +19,7 @@ from core.adapters import Candidate
 from core.checking import Checks, check_folder
 from core.delivery import Deliveries, keep_body, new_delivery
 from core.engine.protocol import EngineInfo
-from core.errors import AdapterUnusable
+from core.errors import AdapterUnusable, StorageFull
 from core.job import EXIT_FINISHED, SHOWN
 from core.jobboard import Board
 from core.lane import Lane, Shop, TrainingSettings, begun_with, with_line
@@ -31,7 +32,7 @@ from core.trainer import COMMAND
 from core.types import AdapterRef
 
 log = logging.getLogger(__name__)
-CANDIDATE = "candidate"
+CANDIDATE, OUT = "candidate", "out"
 
 __all__ = ["Training", "TrainingSettings"]
 
@@ -90,11 +91,13 @@ class Trains(Lane):
         folder = self._home.jobs / str(job.id)
         try:
             champion = await self._database.read(lambda tx: self._champion(tx, job))
-            await asyncio.to_thread(self._prepare, job, folder, champion)
+            if await asyncio.to_thread(self._prepare, job, folder, champion):
+                await self._database.write(lambda tx: trail.begin_anew(tx, job.id))
         except FileNotFoundError:
             await self._fail(job, "ours", Later("training.why_no_data"))
             return
         except OSError as error:
+            _wait_out(error)
             await self._fail(job, "ours", Later("training.why_folder", error=error.strerror))
             return
         board = Board(self._database, self._deliveries, job)
@@ -106,7 +109,7 @@ class Trains(Lane):
             if failed is not None:
                 await self._fail(job, failed.fault, with_line(failed, job.language))
             elif status == EXIT_FINISHED:
-                await self._publish(job, folder / "out")
+                await self._publish(job, folder / OUT)
             else:
                 await self._again(job, status)
 
@@ -119,15 +122,14 @@ class Trains(Lane):
             return None
         return AdapterRef(sha256, self._home.adapters / sha256, label)
 
-    def _prepare(self, job: Job, folder: Path, champion: AdapterRef | None) -> None:
-        """jobs/<id>/. What an earlier life laid out stays; the check has had its turn.
+    def _prepare(self, job: Job, folder: Path, champion: AdapterRef | None) -> bool:
+        """jobs/<id>/. What an earlier life laid out stays, but for where things lie; the check has had its turn.
 
-        What was cancelled goes on as it was begun, whatever the channel and the configuration say by now.
+        What was cancelled goes on as it was begun, whatever the channel and the configuration say by now. On another
+        base model nothing of it is of use: whether it is that.
         """
         shutil.rmtree(check_folder(self._home, job.id), ignore_errors=True)
         begun = begun_with(folder)
-        if begun is not None and (folder / begun.data).exists():
-            return
         if job.imported and not (folder / CANDIDATE).exists():
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             (self._home.jobs / job.imported).rename(folder / CANDIDATE)
@@ -137,9 +139,17 @@ class Trains(Lane):
             champion_label=champion.label if champion else adapters.BASE,
             candidate=CANDIDATE if job.imported else "",
         )
-        if begun is not None and begun.fingerprint == spec.fingerprint:
+        if begun is None or begun.fingerprint != spec.fingerprint:
+            shutil.rmtree(folder / OUT, ignore_errors=True)
+        elif (folder / begun.data).exists():
+            before = str(self._home.adapters / Path(begun.champion).name) if begun.champion else ""
+            here = {name: getattr(spec, name) for name in ("model", "cache", "device", "threads", "nice")}
+            replace(begun, champion=before, **here).write(folder)
+            return False
+        else:
             spec = replace(spec, instructions=begun.instructions, hyper=begun.hyper)
         self._lay_out(job, folder, spec)
+        return begun is not None and begun.fingerprint != spec.fingerprint
 
     # --- publishing ---
 
@@ -153,8 +163,11 @@ class Trains(Lane):
                 return
             await asyncio.to_thread(adapters.place, self._home, candidate)
         except AdapterUnusable as error:
-            await self._fail(job, "ours", Later("training.why_result", error=error.detail))
+            await self._refuse(job, error)
             return
+        except OSError as error:
+            _wait_out(error)
+            raise
         await self._write_down(job, candidate)
 
     async def _publish_placed(self, job: Job) -> bool:
@@ -166,13 +179,21 @@ class Trains(Lane):
         try:
             candidate = await asyncio.to_thread(adapters.inspect, folder)
         except AdapterUnusable as error:
-            await self._fail(job, "ours", Later("training.why_result", error=error.detail))
+            await self._refuse(job, error)
             return True
         if candidate.sha256 != sha256:
             await self._fail(job, "ours", Later("training.why_damaged"))
             return True
         await self._write_down(job, candidate)
         return True
+
+    async def _refuse(self, job: Job, error: AdapterUnusable) -> None:
+        """Its result is no good; but a disk that cannot be read just now may be tried again. Raises AdapterUnusable."""
+        cause = error.__cause__
+        if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError | NotADirectoryError):
+            raise error
+        log.error("job.result_unusable", extra={"job": job.id, "error": error.detail})
+        await self._fail(job, "ours", Later("training.why_result"))
 
     async def _write_down(self, job: Job, candidate: Candidate) -> None:
         """The version, the job's end, its charge and what is said of it, in one transaction."""
@@ -208,3 +229,9 @@ class Trains(Lane):
         if candidate.base_fingerprint != self.shop.info.fingerprint:
             return "training.why_other_base"
         return "" if candidate.dataset_sha256 == job.dataset_sha256 else "training.why_other_data"
+
+
+def _wait_out(error: OSError) -> None:
+    """Raises StorageFull for a full disk: until there is room, nothing that was learned is lost for it."""
+    if error.errno in (errno.ENOSPC, errno.EDQUOT):
+        raise StorageFull(detail=str(error)) from error

@@ -186,10 +186,11 @@ HANDLERS: Mapping[tuple[str, str], Handler] = {
 def answer_to_question(tx: Tx, caller: Caller, text: str) -> Call | None:
     """The command that a plain "yes" or "no" stands for, where a job's question is the last thing that was said here.
 
-    Anything else, and a word from somebody who may not, is a message like any other.
+    Anything else is a message like any other: a word from somebody who may not, and where others read along any word,
+    since it may be meant for them, and a bot may want more of who gives a command there (Telegram: an administrator).
     """
     word = text.strip().strip(".!。！").lower()
-    if len(word) > 12 or directory.grant_of(tx, caller.user, caller.channel.id) < Grant.OPERATOR:
+    if caller.public or len(word) > 12 or directory.grant_of(tx, caller.user, caller.channel.id) < Grant.OPERATOR:
         return None
     job = next(
         (job for job in jobs.open_jobs(tx) if job.channel_id == caller.channel.id and job.state == "waiting"), None

@@ -77,7 +77,7 @@ def show(tx: Tx, caller: Caller, call: Call) -> Outcome:
 def promote(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """Raises UnknownThing, BadInput for a version that cannot be used, NotAllowed where a follower is not theirs."""
     version = find_version(tx, caller, call.arguments["version"])
-    reason = call.arguments.get("reason", "")
+    reason = call.arguments.get("reason", "").strip()
     if len(reason) > _MAX_REASON:
         raise BadInput("adapter.reason_too_long", limit=_MAX_REASON)
     followers = _followers(tx, caller)
@@ -90,10 +90,16 @@ def promote(tx: Tx, caller: Caller, call: Call) -> Outcome:
     label = version.label if version else BASE
     if sha256 == before:
         return Outcome(Body(say(caller.language, "adapter.already", label=label)))
+    measured_against = _measured_against(tx, version)
     adapters.promote(tx, name, sha256, caller.user, reason)
     directory.audit(tx, caller, "adapter promote", name, label_before, {"version": label, "reason": reason})
-    text = say(caller.language, "adapter.promoted", channels=followers, label=label, before=label_before)
-    return Outcome(Body(text))
+    before_it = adapters.undo_label(tx, name)
+    key = "adapter.promoted" if before_it else "adapter.promoted_for_good"
+    lines = [say(caller.language, key, channels=followers, label=label, before=before_it)]
+    if measured_against not in ("", label_before) and before_it == label_before:
+        told = {"champion": measured_against, "before": label_before}
+        lines += ["", say(caller.language, "adapter.measured_otherwise", **told)]
+    return Outcome(Body("\n".join(lines)))
 
 
 def discard(tx: Tx, caller: Caller, call: Call) -> Outcome:
@@ -198,6 +204,13 @@ def check_usable(tx: Tx, version: Version) -> None:
         raise BadInput("adapter.is_unpublished", label=version.label, reason=_reason(version))
     if _other_base(tx, version):
         raise BadInput("adapter.is_of_another_base", label=version.label)
+
+
+def _measured_against(tx: Tx, version: Version | None) -> str:
+    """The version that a new one was found to be better than; "" for base, and for one that has answered before."""
+    if version is None or adapters.put_into_service(tx, version.sha256):
+        return ""
+    return str((version.manifest.get("judged") or {}).get("champion", ""))
 
 
 def _check_verdict(version: Version, reason: str) -> None:

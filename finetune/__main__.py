@@ -24,7 +24,7 @@ from typing import IO
 
 from core.errors import AppError, BadDataset, JobError
 from core.job import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, Alive, Failed, Fault, JobEvent, Spec, dump_event
-from core.texts import Later
+from core.texts import Later, say
 from finetune import new
 from finetune.limits import keep_no_core
 
@@ -33,6 +33,7 @@ ALIVE_S = 20.0  # silence after which it tells that it is at work
 LOCK_S = 10.0  # a trainer whose starter was killed has noticed that by then, and is gone
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 PR_SET_PDEATHSIG = 1  # sys/prctl.h
+UNEXPECTED, MOST_TOLD = "training.why_unexpected", 300
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -129,11 +130,12 @@ def run(action: str, folder: Path, emit: Events, stop: threading.Event) -> int:
         emit(Failed("yours", told, line=int(error.fields.get("line", 0))))
         return EXIT_FAILED
     except AppError as error:
-        emit(Failed(_fault_of(error), error.detail or str(error)))
+        log.error("train.refused %s", error.detail or error)
+        emit(Failed(_fault_of(error), _told(error, language)))
         return EXIT_FAILED
     except Exception as error:
         log.exception("train.failed")
-        emit(Failed("ours", f"{type(error).__name__}: {error}"[:500]))
+        emit(Failed("ours", say(language, UNEXPECTED, error=f"{type(error).__name__}: {error}"[:MOST_TOLD])))
         return EXIT_FAILED
     return EXIT_FINISHED
 
@@ -141,6 +143,15 @@ def run(action: str, folder: Path, emit: Events, stop: threading.Event) -> int:
 def _fault_of(error: AppError) -> Fault:
     said = error.fields.get("fault") if isinstance(error, JobError) else ""
     return "yours" if said == "yours" else "settings" if said == "settings" else "ours"
+
+
+def _told(error: AppError, language: str) -> str:
+    """Why, for people: its own sentence; else what the log says, within one that says that it is no more than that."""
+    if _fault_of(error) != "ours":
+        return error.detail  # said in their language already: finetune.settings
+    if error.key != type(error).key:
+        return say(language, error.key, **error.fields)
+    return say(language, UNEXPECTED, error=(error.detail or str(error))[:MOST_TOLD])
 
 
 @contextmanager
@@ -160,7 +171,8 @@ def _locked(folder: Path, stop: threading.Event) -> Iterator[None]:
         until = time.monotonic() + LOCK_S
         while not _lock(handle):
             if time.monotonic() > until:
-                raise JobError(detail=f"another trainer is at work on {folder}")
+                detail = f"another trainer is at work on {folder}"
+                raise JobError("training.why_locked", detail, seconds=round(LOCK_S))
             stop.wait(0.1)
         yield
     finally:

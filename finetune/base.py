@@ -49,10 +49,10 @@ def find_base(spec: Spec, job_folder: Path, fresh: Path | None = None) -> Base:
     try:
         found = fingerprint(folder)
     except (OSError, ValueError) as error:
-        raise JobError(detail=f"the base model in {folder} cannot be read: {error}") from error
+        raise JobError("training.why_base", f"the base model in {folder} cannot be read: {error}") from error
     if not fresh and spec.fingerprint and found != spec.fingerprint:
         detail = f"the base model in {folder} is {found[:12]}, but the job is for {spec.fingerprint[:12]}"
-        raise JobError(detail=detail)
+        raise JobError("training.why_base_changed", detail)
     tokenizer = load_tokenizer(folder)
     template = hashlib.sha256(str(tokenizer.get_chat_template()).encode()).hexdigest()
     name = "a fresh configuration" if fresh else spec.model_name or folder.name
@@ -65,7 +65,7 @@ def _context(folder: Path) -> int:
     try:
         config = AutoConfig.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError) as error:
-        raise JobError(detail=f"the configuration in {folder} cannot be read: {error}") from error
+        raise JobError("training.why_base", f"the configuration in {folder} cannot be read: {error}") from error
     return getattr(config.get_text_config(), "max_position_embeddings", None) or sys.maxsize
 
 
@@ -77,7 +77,7 @@ def load_tokenizer(folder: Path) -> Any:
     try:
         tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, KeyError, ImportError) as error:
-        raise JobError(detail=f"the tokenizer in {folder} cannot be loaded: {error}") from error
+        raise JobError("training.why_base", f"the tokenizer in {folder} cannot be loaded: {error}") from error
     if not tokenizer.chat_template:
         raise JobError(detail=f"the tokenizer in {folder} has no chat template")
     return tokenizer
@@ -113,13 +113,14 @@ def load_module(base: Base, spec: Spec, device: torch.device | None = None) -> A
             make_plain(module)
         return module.requires_grad_(False).to(device or torch.device(spec.device))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
-        raise JobError(detail=f"the base model in {base.folder} cannot be loaded: {error}") from error
+        raise JobError("training.why_base", f"the base model in {base.folder} cannot be loaded: {error}") from error
 
 
 def load_again(base: Base, spec: Spec, device: torch.device) -> Any:
     """The same once more. Raises JobError also where its files are others by now."""
     if fingerprint(base.folder) != base.fingerprint:
-        raise JobError(detail=f"the base model in {base.folder} was changed while it was trained from")
+        detail = f"the base model in {base.folder} was changed while it was trained from"
+        raise JobError("training.why_base_changed", detail)
     return load_module(base, spec, device)
 
 

@@ -8,6 +8,7 @@ the model carries, or an adapter folder that somebody else trained.
 from __future__ import annotations
 
 import json
+import logging
 import math
 from collections.abc import Callable, Sequence
 from contextlib import AbstractContextManager
@@ -27,6 +28,7 @@ from finetune.meter import Meter, supervised
 from finetune.methods import Trained
 from finetune.prepare import Prepared
 
+log = logging.getLogger(__name__)
 SCORES = "scores.json"
 MOST_SHOWN, MOST_CHARACTERS = 20, 300
 Carrying = Callable[[], AbstractContextManager[object]]  # within it the model answers as the candidate does
@@ -98,7 +100,8 @@ class Exam:
                 with self.trained.version(self.folder / self.spec.champion, self.prepared.base.fingerprint):
                     return self._scores(self.prepared.split.test), self.spec.champion_label
             except AppError as error:
-                self.warn("champion", champion=self.spec.champion_label, error=error)
+                log.warning("gate.champion_unreadable %s", error.detail or error)
+                self.warn("champion", champion=self.spec.champion_label)
         return base, "base"
 
     def _scores(self, numbers: Sequence[int]) -> Scores:
@@ -150,4 +153,4 @@ def shorten(text: str) -> str:
 
 def _check_finite(name: str, loss: float) -> None:
     if not math.isfinite(loss):
-        raise JobError(detail=f"the loss of {name} is not finite")
+        raise JobError("training.why_not_finite", f"the loss of {name} is not finite")

@@ -103,7 +103,9 @@ class Keeper:
                 return write()
             except (OSError, SafetensorError) as error:
                 if not is_disk_full(error) or time.monotonic() > until:
-                    raise JobError(detail=f"the job folder cannot be written: {error}") from error
+                    why = getattr(error, "strerror", None) or str(error)
+                    detail = f"the job folder cannot be written: {error}"
+                    raise JobError("training.why_folder", detail, error=why) from error
             if time.monotonic() - told > TELL_WAIT_S:
                 told = time.monotonic()
                 self._warn("disk_full", step=step)

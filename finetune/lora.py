@@ -32,7 +32,8 @@ def target_names(model: Any) -> list[str]:
     other = {name.rpartition(".")[2] for name, m in model.named_modules() if not is_linear(m) or m is head} & linear
     if not linear or other:
         reason = f"names with two meanings: {sorted(other)}" if other else "no linear layers"
-        raise JobError(detail=f"LoRA cannot be put on {type(model).__name__}: it has {reason}")
+        kind = type(model).__name__
+        raise JobError("training.why_untrainable", f"LoRA cannot be put on {kind}: it has {reason}", model=kind)
     return sorted(linear)
 
 

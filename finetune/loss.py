@@ -29,7 +29,8 @@ class Scorer(nn.Module):
         self.in_bfloat16 = in_bfloat16
         head = model.get_output_embeddings()
         if type(head) is not nn.Linear:
-            raise JobError(detail=f"{type(model).__name__} has no linear output layer")
+            kind = type(model).__name__
+            raise JobError("training.why_untrainable", f"{kind} has no linear output layer", model=kind)
         self._check_head()
 
     def forward(self, batch: Batch) -> Tensor:
@@ -82,7 +83,9 @@ class Scorer(nn.Module):
         theirs = self.model(input_ids=ids, use_cache=False).logits
         self.model.train(was_training)
         if not torch.allclose(ours.float(), theirs.float(), rtol=1e-3, atol=1e-3):
-            raise JobError(detail=f"{type(self.model).__name__} scales or caps its logits, which cannot be trained yet")
+            kind = type(self.model).__name__
+            detail = f"{kind} scales or caps its logits, which cannot be trained yet"
+            raise JobError("training.why_untrainable", detail, model=kind)
 
 
 class _HeadLoss(torch.autograd.Function):

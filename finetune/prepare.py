@@ -143,8 +143,9 @@ def _check_data(path: Path, sha256: str) -> None:
         with path.open("rb") as file:
             found = hashlib.file_digest(file, "sha256").hexdigest()
     except OSError as error:
-        raise JobError(detail=f"the data set {path} cannot be read: {error}") from error
+        raise JobError("training.why_no_data", f"the data set {path} cannot be read: {error}") from error
     if path.stat().st_size == 0:
         raise bad(0, "empty")
     if sha256 and found != sha256:
-        raise JobError(detail=f"the data set {path} is {found[:12]}, but the job is for {sha256[:12]}")
+        detail = f"the data set {path} is {found[:12]}, but the job is for {sha256[:12]}"
+        raise JobError("training.why_data_damaged", detail)

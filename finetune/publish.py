@@ -64,7 +64,7 @@ def published(folder: Path) -> list[JobEvent]:
         judged = load_event(json.dumps({"kind": Judged.kind, **manifest["judged"]}))
         return [judged, done(manifest["steps"], manifest["seconds"], losses)]
     except (ValueError, KeyError, TypeError) as error:
-        raise JobError(detail=f"{path} is damaged: {error}") from error
+        raise JobError("training.why_damaged", f"{path} is damaged: {error}") from error
 
 
 def done(steps: int, seconds: float, losses: dict[str, float]) -> Done:

@@ -194,7 +194,8 @@ class Trainer:
             self._warn("stopped_early", step=self.position.step, steps=self.course.steps, best=self.position.best)
             self.pace.tell_end(self.position)
         if self.position.best < self.position.step and self.keeper.load(BEST) is None:
-            raise JobError(detail=f"the checkpoint of step {self.position.best} cannot be read any more")
+            detail = f"the checkpoint of step {self.position.best} cannot be read any more"
+            raise JobError("training.why_damaged", detail)
 
     def _advance(self) -> None:
         began = time.monotonic()
@@ -303,7 +304,7 @@ class Trainer:
         loss = self.meter.mean_loss(rows)
         if not math.isfinite(loss):
             if not position.step:
-                raise JobError(detail="the loss is not finite before the first step")
+                raise JobError("training.why_not_finite", "the loss is not finite before the first step")
             raise Unstable("non_finite", at=position.step)
         untrained = position.validated.get(0, math.inf)
         if untrained <= best_before and loss > untrained + LOST_VALIDATION:

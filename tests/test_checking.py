@@ -13,6 +13,7 @@ from core.errors import BadInput
 from core.store import datasets, jobs
 from core.texts import Later, say
 from core.training import TrainingSettings
+from core.types import Address, Handle
 from tests.fake_trainer import COMMAND as FAKE_TRAINER
 from tests.test_training import PAUSED
 from tests.works import WatchedBot, works
@@ -87,6 +88,33 @@ async def test_a_check_that_dies_is_begun_again_but_not_for_ever(tmp_path: Path,
         await it.ended()
         job = await it.job(job_id)
         assert (job["state"], job["attempts"]) == ("failed", 3)
+
+
+async def test_a_question_is_not_asked_any_more_once_its_job_is_cancelled(tmp_path: Path) -> None:
+    async with works(tmp_path) as it:
+        opening, opened, open_now = asyncio.Event(), asyncio.Event(), it.bot.open
+
+        async def open_slowly(to: Address) -> Handle:
+            opening.set()
+            await opened.wait()
+            return await open_now(to)
+
+        it.bot.open = open_slowly  # type: ignore[method-assign]
+        job_id = await it.order(agreed=False)
+        async with asyncio.timeout(20):
+            await opening.wait()
+        await it.say(f"/finetune cancel {job_id}")
+        opened.set()
+        assert await it.ended() == say("en", "training.cancelled_for_good", id=job_id, title="Acme")
+
+
+async def test_deaths_of_the_check_do_not_count_against_the_training(tmp_path: Path) -> None:
+    async with works(tmp_path) as it:
+        job_id = await it.order(agreed=False)
+        await it.ended()
+        await it.database.write(lambda tx: tx.run("UPDATE job SET attempts = 2"))
+        await it.say(f"/finetune start {job_id}")
+        assert (await it.job(job_id))["attempts"] == 0
 
 
 async def test_a_check_that_is_cancelled_stops(tmp_path: Path) -> None:
@@ -215,7 +243,7 @@ async def test_whose_words_are_in_a_data_set_is_known_of_what_is_made_of_it(tmp_
 # --- through the door ---
 
 
-async def answered(tmp_path: Path, *words: str, user: str = OWNER) -> list[str]:
+async def answered(tmp_path: Path, *words: str, user: str = OWNER, public: bool = False) -> list[str]:
     """Bring a file, wait for its question, then say these words; all that was said."""
     data = b'{"word": "", "q": "a", "a": "b"}\n'
     sha256 = hashlib.sha256(data).hexdigest()
@@ -230,7 +258,7 @@ async def answered(tmp_path: Path, *words: str, user: str = OWNER) -> list[str]:
         await it.send("/finetune faq.jsonl", user=OWNER)
         await it.settled()
         for word in words:
-            await it.send(word, user=user)
+            await it.send(word, user=user, public=public)
             await it.settled()
         return it.bot.said()
 
@@ -251,6 +279,13 @@ async def test_a_plain_no_ends_it(tmp_path: Path, word: str) -> None:
 
 async def test_a_yes_of_who_may_not_is_a_message_like_any_other(tmp_path: Path) -> None:
     assert (await answered(tmp_path, "yes", user=STRANGER))[-1] == "you said yes"
+
+
+@pytest.mark.parametrize("word", ["yes", "no"])
+async def test_where_others_talk_a_plain_word_is_no_command(tmp_path: Path, word: str) -> None:
+    """In a group the bot lets only administrators give operators' commands, and "yes" may be meant for somebody."""
+    assert (await answered(tmp_path, word, public=True))[-1] == f"you said {word}"
+    assert "acme@1" in (await answered(tmp_path / "again", "/finetune start", public=True))[2]
 
 
 async def test_a_yes_after_talk_of_something_else_is_not_taken_for_the_answer(tmp_path: Path) -> None:

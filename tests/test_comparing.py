@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import asyncio
 import json
 from pathlib import Path
 
@@ -9,12 +10,14 @@ import pytest
 
 from core import adapters
 from core.adapters import Candidate
+from core.comparing import _pair
 from core.engine.protocol import Request
-from core.errors import AppError
+from core.errors import AdapterUnusable, AppError, UserError
 from core.job import Shown
 from core.store import datasets, directory, jobs
 from core.store.database import Tx
-from core.types import Address, Caller, Kind
+from core.texts import say
+from core.types import AdapterRef, Address, Caller, Handle, Kind
 from tests.world import OWNER, World, world
 
 SHA = "ab" * 32
@@ -122,6 +125,13 @@ async def test_without_a_question_it_takes_unseen_ones_one_after_another(tmp_pat
         assert "First unseen?" in await press(w, 0)
 
 
+async def test_a_question_that_was_kept_cut_is_asked_last(tmp_path: Path) -> None:
+    async with world(tmp_path, by_version) as w:
+        await publish(w, unseen=(("Long and cut…", "Yes."), ("Whole?", "No.")))
+        assert "Whole?" in await w.ask("/adapter compare acme@1", user=OWNER)
+        assert "Long and cut…" in await w.ask("/adapter compare acme@1", user=OWNER)
+
+
 async def test_the_same_answer_from_both_is_a_tie_without_a_question(tmp_path: Path) -> None:
     async with world(tmp_path, lambda request: "One word.") as w:
         await publish(w)
@@ -164,6 +174,97 @@ async def test_a_restart_in_the_middle_answers_the_same_comparison(tmp_path: Pat
         await w.settled()
         assert "acme@1 says What?" in w.bot.said()[-1]
         assert await w.count("comparison") == 1
+
+
+async def test_both_answers_take_places_like_any_other_request(tmp_path: Path) -> None:
+    at_the_engine: list[int] = []
+
+    def counted(request: Request) -> str | AppError:
+        stats = w.engine.stats()
+        at_the_engine.append(stats.running + stats.waiting)
+        return by_version(request)
+
+    async with world(tmp_path, counted, delay_s=0.01, max_replies=1) as w:
+        await publish(w)
+        assert "base says What?" in await w.ask("/adapter compare acme@1 What?", user=OWNER)
+        assert at_the_engine == [1, 1]
+
+
+async def test_a_stop_that_comes_before_the_answers_are_begun_is_heard(tmp_path: Path) -> None:
+    async with world(tmp_path, by_version, running=False) as w:
+        await publish(w)
+        await w.send("/adapter compare acme@1 What?", user=OWNER)
+        await w.send("", user=OWNER, kind=Kind.STOP)
+    async with world(tmp_path, by_version) as w:
+        await w.settled()
+        assert w.bot.said() == [say("en", "service.stopped")]
+        assert w.engine.requests == []
+
+
+async def test_a_stop_ends_both_also_where_one_waits_for_its_place(tmp_path: Path) -> None:
+    async with world(tmp_path, lambda _: "word " * 400, delay_s=0.005, max_replies=1) as w:
+        await publish(w)
+        await w.send("/adapter compare acme@1 What?", user=OWNER)
+        while not w.engine.requests:  # noqa: ASYNC110 - until the first is written
+            await asyncio.sleep(0.01)
+        await w.send("", user=OWNER, kind=Kind.STOP)
+        await w.settled()
+        assert w.bot.said() == [say("en", "service.stopped")]
+        assert len(w.engine.requests) == 1
+
+
+async def test_a_platform_that_shows_nothing_meanwhile_costs_no_answer(tmp_path: Path) -> None:
+    async with world(tmp_path, by_version) as w:
+        await publish(w)
+
+        async def away(handle: Handle, text: str) -> None:
+            raise ConnectionError("the platform is away")
+
+        w.bot.show = away  # type: ignore[method-assign]
+        assert "acme@1 says What?" in await w.ask("/adapter compare acme@1 What?", user=OWNER)
+
+
+@pytest.mark.parametrize("where", ["verified", "loaded"])
+async def test_a_version_that_is_damaged_is_not_said_to_be_the_channels(
+    tmp_path: Path, where: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def damaged(ref: AdapterRef) -> None:
+        raise AdapterUnusable(detail="a bit has changed", label=ref.label)
+
+    def answers(request: Request) -> str | AppError:
+        return AdapterUnusable(detail="a bit has changed", label="acme@1") if request.adapter else "well"
+
+    async with world(tmp_path, answers) as w:
+        await publish(w)
+        if where == "verified":
+            monkeypatch.setattr(adapters, "verify", damaged)
+        told = await w.ask("/adapter compare acme@1 What?", user=OWNER)
+        assert told == say("en", "compare.unusable", label="acme@1")
+
+
+async def test_a_comparison_that_runs_while_its_person_is_forgotten_is_not_kept(tmp_path: Path) -> None:
+    async with world(tmp_path, lambda _: "word " * 100, delay_s=0.005) as w:
+        await publish(w)
+        await w.send("/adapter compare acme@1 What?", user=OWNER, conversation="one")
+        while len(w.engine.requests) < 2:  # noqa: ASYNC110 - until both are written
+            await asyncio.sleep(0.01)
+        await w.send("/forget yes", user=OWNER, conversation="two")
+        await w.settled()
+        async with asyncio.timeout(10):
+            while len(w.bot.said()) < 2:  # noqa: ASYNC110 - its row is closed already
+                await asyncio.sleep(0.01)
+        assert w.bot.said() == [say("en", "service.stopped"), say("en", "privacy.forgotten")]
+        assert await w.count("inbox", "outcome = 'forgotten'") == 1
+
+
+async def test_a_comparison_whose_person_is_forgotten_before_it_begins_is_stopped(tmp_path: Path) -> None:
+    async with world(tmp_path, by_version) as w:
+        await publish(w)
+        await w.ask("/adapter compare acme@1 What?", user=OWNER)
+        row_id = await w.database.read(lambda tx: tx.value("SELECT inbox_id FROM comparison"))
+        await w.database.write(lambda tx: tx.run("UPDATE comparison SET question = NULL"))
+        with pytest.raises(UserError, match=r"service\.stopped"):
+            await w.database.read(lambda tx: _pair(tx, row_id))
 
 
 async def test_the_worst_rows_are_shown_and_go_with_their_data_set(tmp_path: Path) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import errno
 import gzip
 import io
 import json
@@ -17,6 +18,7 @@ from core.errors import BadInput
 from core.importing import CONFIG, WEIGHTS
 from core.job import Spec
 from core.store import datasets
+from core.texts import say
 from core.types import Attachment
 from tests.fake_trainer import COMMAND
 from tests.world import OWNER, World, world
@@ -226,3 +228,35 @@ async def test_strangers_bring_nothing(tmp_path: Path) -> None:
         await bring(w, zipped(GOOD), "/adapter import faq.jsonl", user="stranger")
         assert await w.count("job") == 0
         assert await w.count("audit", "allowed = 0") == 1
+
+
+@pytest.mark.parametrize("error", [errno.ENOSPC, errno.EACCES])
+async def test_a_home_that_takes_in_no_adapter_says_so(
+    tmp_path: Path, error: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refuse(*_: object) -> None:
+        raise OSError(error, "no")
+
+    async with world(tmp_path) as w:
+        await with_dataset(w)
+        monkeypatch.setattr(importing, "_copy", refuse)
+        key = "error.storage_full" if error == errno.ENOSPC else "error.storage"
+        assert await bring(w, zipped(GOOD), "/adapter import faq.jsonl") == say("en", key)
+        assert not [path.name for path in w.home.jobs.iterdir()]
+
+
+@pytest.mark.parametrize("folder", [False, True])
+def test_a_path_that_may_not_be_read_is_named(tmp_path: Path, folder: bool, monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(path: Path, flags: int) -> int:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    monkeypatch.setattr(Path, "is_dir", lambda _: folder)
+    monkeypatch.setattr(importing.os, "open", refuse)
+    with pytest.raises(BadInput, match="Permission denied") as refused:
+        importing._unpack_path(tmp_path / "mine.zip", tmp_path / "aside")
+    assert refused.value.key == "import.unreadable"
+
+
+def test_a_path_that_no_file_can_have_is_not_found(tmp_path: Path) -> None:
+    with pytest.raises(BadInput, match="not_found"):
+        importing._unpack_path(tmp_path / ("a" * 300), tmp_path / "aside")

@@ -13,10 +13,9 @@ from pathlib import Path
 
 import pytest
 
-from core import lane
+from core import trainer
 from core.job import HyperParameters, JobEvent, Progress, Spec
-from core.lane import usher
-from core.trainer import Trainer
+from core.trainer import Trainer, usher
 from tests.fake_trainer import COMMAND
 
 
@@ -42,8 +41,8 @@ async def ushered(asked: Callable[[], int], seconds: float) -> list[str]:
 
 @pytest.fixture(autouse=True)
 def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lane, "_USHER_S", 0.001)
-    monkeypatch.setattr(lane, "_QUIET_S", 0.05)
+    monkeypatch.setattr(trainer, "_USHER_S", 0.001)
+    monkeypatch.setattr(trainer, "_QUIET_S", 0.05)
 
 
 async def test_it_halts_while_somebody_is_answered_and_goes_on_afterwards() -> None:
@@ -53,15 +52,15 @@ async def test_it_halts_while_somebody_is_answered_and_goes_on_afterwards() -> N
 
 
 async def test_a_chat_that_never_rests_leaves_it_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lane, "_LONGEST_HALT_S", 0.05)
-    monkeypatch.setattr(lane, "_TURN_S", 0.02)
+    monkeypatch.setattr(trainer, "_LONGEST_HALT_S", 0.05)
+    monkeypatch.setattr(trainer, "_TURN_S", 0.02)
     orders = await ushered(lambda: 1, 0.6)
     assert orders[:4] == ["halt", "go on", "halt", "go on"]
 
 
 async def test_a_turn_ends_when_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(lane, "_LONGEST_HALT_S", 0.05)
-    monkeypatch.setattr(lane, "_TURN_S", 60.0)
+    monkeypatch.setattr(trainer, "_LONGEST_HALT_S", 0.05)
+    monkeypatch.setattr(trainer, "_TURN_S", 60.0)
     began = time.monotonic()
     orders = await ushered(lambda: 1 + (time.monotonic() - began > 0.2), 0.4)
     assert orders == ["halt", "go on", "halt", "go on", "go on"]

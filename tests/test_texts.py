@@ -77,7 +77,7 @@ def test_the_tone(language: str) -> None:
         assert not any(0x1F300 <= ord(c) <= 0x1FAFF for c in text), key
 
 
-FILES = [path for package in ("core", "bots") for path in sorted((ROOT / package).rglob("*.py"))]
+FILES = [path for package in ("core", "bots", "finetune") for path in sorted((ROOT / package).rglob("*.py"))]
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import asyncio
+import errno
 import hashlib
 import json
 import os
+import shutil
 import signal
 import sys
 from dataclasses import replace
@@ -15,10 +17,10 @@ import pytest
 
 from core import adapters
 from core.adapters import Candidate
-from core.errors import BadInput
-from core.job import Alive, HyperParameters, JobEvent, Spec, Warned, dump_event
+from core.errors import AdapterUnusable, BadInput
+from core.job import Alive, HyperParameters, JobEvent, Progress, Spec, Warned, dump_event
 from core.retention import sweep
-from core.store import datasets, jobs
+from core.store import datasets, jobs, trail
 from core.store.database import Tx
 from core.store.home import Home
 from core.texts import say
@@ -175,7 +177,10 @@ async def test_a_job_goes_on_as_it_was_begun_unless_another_base_model_is_loaded
     async with works(tmp_path, bot=bot, settings=settings, info=replace(INFO, fingerprint=base)) as it:
         await it.say(f"/finetune resume {job_id}")
         await it.ended(2)
+        told = await it.database.read(lambda tx: trail.events(tx, job_id))
     begun, resumed = written
+    first = next(event.step for event in told if isinstance(event, Progress))
+    assert first == (1 if base == begun.fingerprint else 3)  # of the life before only where it goes on
     if base == begun.fingerprint:
         assert resumed == begun
     else:
@@ -365,7 +370,7 @@ async def test_what_is_wrong_with_us_is_said_with_the_number_of_the_job(tmp_path
 
 @pytest.mark.parametrize(
     ("word", "reason"),
-    [("other-base", "another base model"), ("other-data", "another data set"), ("no-weights", "is missing")],
+    [("other-base", "another base model"), ("other-data", "another data set"), ("no-weights", "incomplete or damaged")],
 )
 async def test_a_result_that_does_not_fit_is_never_published(tmp_path: Path, word: str, reason: str) -> None:
     async with works(tmp_path) as it:
@@ -374,6 +379,29 @@ async def test_a_result_that_does_not_fit_is_never_published(tmp_path: Path, wor
         assert reason in (await it.job(job_id))["reason"]
         assert not await it.versions()
         assert not os.listdir(it.home.adapters)
+
+
+@pytest.mark.parametrize("step", ["inspect", "place"])
+async def test_trouble_with_the_disk_costs_no_result(
+    tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    usual, left = getattr(adapters, step), [10 if step == "place" else 2]
+
+    def troubled(*given: object) -> object:
+        left[0] -= 1
+        if left[0] < 0:
+            return usual(*given)
+        error = OSError(errno.ENOSPC if step == "place" else errno.EMFILE, "trouble")
+        if step == "place":
+            raise error
+        raise AdapterUnusable(detail="out: trouble", label="out") from error
+
+    monkeypatch.setattr(adapters, step, troubled)
+    monkeypatch.setattr("core.lane._LONGEST_WAIT_S", 0.02)
+    async with works(tmp_path) as it:
+        job_id = await it.order()
+        await it.ended()
+        assert (await it.job(job_id))["state"] == "published"
 
 
 async def test_a_data_set_that_is_gone_fails_its_job(tmp_path: Path) -> None:
@@ -390,6 +418,14 @@ async def test_a_reason_of_ours_is_in_the_language_of_who_asked(tmp_path: Path) 
     async with works(tmp_path, command=("/nowhere/python",)) as it:
         await it.order(language="zh")
         assert "训练程序无法启动：" in await it.ended()
+
+
+async def test_a_result_that_cannot_be_used_is_told_in_the_language_of_who_asked(tmp_path: Path) -> None:
+    async with works(tmp_path) as it:
+        job_id = await it.order("no-weights", language="zh")
+        reason = say("zh", "training.why_result")
+        said = say("zh", "training.failed_ours", title="Acme", id=job_id, typed="faq.jsonl", reason=reason)
+        assert await it.ended() == said
 
 
 # --- cancelling, stopping, restarting ---
@@ -445,6 +481,98 @@ async def test_at_the_programs_end_the_trainer_stops_and_the_next_start_goes_on(
         await it.ended()
         assert await it.warned(job_id) == ["goes on from step 2"]
         assert len(await it.versions()) == len(bot.opened) == 1
+
+
+async def test_a_resumed_job_survives_a_cut_while_its_data_is_laid_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bot, cut, copy = WatchedBot(), asyncio.Event(), shutil.copyfile
+    loop = asyncio.get_running_loop()
+
+    def half(source: Path, target: Path) -> None:
+        Path(target).write_bytes(Path(source).read_bytes()[:5])
+        loop.call_soon_threadsafe(cut.set)
+        raise ZeroDivisionError
+
+    async with works(tmp_path, bot=bot, settings=TrainingSettings(retry_s=60)) as it:
+        job_id = await it.order("pause")
+        await bot.until(lambda: PAUSED in bot.newest)
+        await it.say(f"/finetune cancel {job_id}")
+        await it.ended()
+        monkeypatch.setattr(shutil, "copyfile", half)
+        await it.say(f"/finetune resume {job_id}")
+        async with asyncio.timeout(10):
+            await cut.wait()
+    monkeypatch.setattr(shutil, "copyfile", copy)
+    async with works(tmp_path, bot=bot) as it:
+        spec = Spec.read(it.folder(job_id))
+        assert not (it.folder(job_id) / spec.data).exists()
+        await it.ended(2)
+        assert await it.warned(job_id) == ["goes on from step 2"]
+
+
+async def test_a_full_disk_costs_a_resumed_job_nothing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bot, full, copy = WatchedBot(), asyncio.Event(), shutil.copyfile
+    loop = asyncio.get_running_loop()
+
+    def no_room(*_: object) -> None:
+        loop.call_soon_threadsafe(full.set)
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    async with works(tmp_path, bot=bot) as it:
+        job_id = await it.order("pause")
+        await bot.until(lambda: PAUSED in bot.newest)
+        await it.say(f"/finetune cancel {job_id}")
+        await it.ended()
+        monkeypatch.setattr(shutil, "copyfile", no_room)
+        await it.say(f"/finetune resume {job_id}")
+        async with asyncio.timeout(10):
+            await full.wait()
+        monkeypatch.setattr(shutil, "copyfile", copy)
+        await it.ended(2)
+        assert await it.warned(job_id) == ["goes on from step 2"]
+
+
+@pytest.mark.parametrize("trained", [False, True], ids=["in the middle", "before it was published"])
+async def test_a_start_with_another_base_model_begins_a_running_job_anew(
+    tmp_path: Path, trained: bool, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    bot = WatchedBot()
+    with monkeypatch.context() as patch:
+        if trained:
+            patch.setattr(jobs, "publishing", lambda *_: 1 / 0)
+        async with works(tmp_path, bot=bot, settings=TrainingSettings(retry_s=60)) as it:
+            job_id = await it.order("" if trained else "pause")
+            await bot.until(lambda: trained or PAUSED in bot.newest)
+            while trained and not (it.folder(job_id) / "out").exists():  # noqa: ASYNC110 - another process makes it
+                await asyncio.sleep(0.02)
+            await it.stop()
+    other = replace(INFO, fingerprint="e" * 64, folder=tmp_path / "other", device="cuda:1")
+    async with works(tmp_path, bot=bot, info=other) as it:
+        await it.ended()
+        assert (await it.job(job_id))["state"] == "published"
+        base = await it.database.read(lambda tx: tx.value("SELECT base_fingerprint FROM adapter"))
+        assert base == other.fingerprint
+
+
+async def test_a_job_finds_its_base_model_where_it_lies_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    bot = WatchedBot()
+    async with works(tmp_path, bot=bot) as it:
+        job_id = await it.order("pause")
+        await bot.until(lambda: PAUSED in bot.newest)
+        await it.stop()
+        begun = Spec.read(it.folder(job_id))
+    started: list[Spec] = []
+    spawn = Trainer._spawn
+
+    async def noted(trainer: Trainer) -> object:
+        started.append(Spec.read(trainer._folder))
+        return await spawn(trainer)
+
+    monkeypatch.setattr(Trainer, "_spawn", noted)
+    async with works(tmp_path, bot=bot, info=replace(INFO, folder=tmp_path / "moved")) as it:
+        await it.ended()
+    assert started == [replace(begun, model=str(tmp_path / "moved"))]
 
 
 async def test_when_the_program_is_killed_the_next_start_goes_on(tmp_path: Path) -> None:

@@ -14,7 +14,7 @@ from core import adapters, jobtexts, tuning
 from core.commands import parse
 from core.datasets import MAX_OPEN
 from core.errors import BadInput, UnknownThing
-from core.job import Checked, Done, Evaluated, Failed, JobEvent, Judged, Planned, Progress, Verdict
+from core.job import Checked, Done, Evaluated, Failed, JobEvent, Judged, Planned, Progress, Verdict, Warned
 from core.lane import with_line
 from core.operators import run_command
 from core.store import datasets, directory, jobs, trail
@@ -223,6 +223,18 @@ def test_status_shows_how_far_it_is(it: Town) -> None:
         assert fact in text
 
 
+def test_what_holds_a_job_up_is_told_while_it_does(it: Town) -> None:
+    run(it, "/finetune faq.jsonl yes")
+    went_on, waits = Warned("step 9: going on from step 5"), Warned("step 10: the disk is full")
+    step = Progress(10, 20, 1, 2, 1.5, 100.0, 30.0)
+    hear(it, Checked(12, 10, 1, 500, 8, 1, 1), went_on, step)
+    assert went_on.text not in says(it, "/finetune status")
+    hear(it, waits)
+    assert waits.text in says(it, "/finetune status")
+    hear(it, replace(step, step=11))
+    assert waits.text not in says(it, "/finetune status")
+
+
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_status_of_a_published_job_is_its_report(it: Town, language: str) -> None:
     run(it, "/finetune faq.jsonl yes")
@@ -294,13 +306,18 @@ def test_a_failure_is_told_by_whose_fault_it_is_with_a_command_that_works(
         assert name in parse(typed).arguments.values()
 
 
+@pytest.mark.parametrize(
+    ("fault", "key"), [("settings", "training.failed_adapter"), ("ours", "training.failed_ours_adapter")]
+)
 @pytest.mark.parametrize("language", languages())
-def test_an_imported_adapter_that_failed_is_sent_again_by_its_own_command(it: Town, language: str) -> None:
+def test_an_imported_adapter_that_failed_is_sent_again_by_its_own_command(
+    it: Town, fault: str, key: str, language: str
+) -> None:
     run(it, "/finetune faq.jsonl yes")
     it.database.write_now(lambda tx: tx.run("UPDATE job SET imported = 'upload'"))
-    it.database.write_now(lambda tx: jobs.end(tx, 1, "failed", "settings: a reason"))
+    it.database.write_now(lambda tx: jobs.end(tx, 1, "failed", f"{fault}: a reason"))
     said = says(it, "/finetune status", language=language)
-    assert said.endswith(say(language, "training.failed_adapter", title="Acme", id=1, reason="a reason"))
+    assert said.endswith(say(language, key, title="Acme", id=1, reason="a reason"))
 
 
 @pytest.mark.parametrize("language", languages())

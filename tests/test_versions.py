@@ -39,6 +39,11 @@ def _publish(tx: Tx, it: Town) -> None:
         jobs.end(tx, job.id, "published", result=candidate.sha256)
 
 
+def judge(it: Town, number: int, verdict: str, against: str) -> None:
+    manifest = json.dumps({**MANIFEST, "judged": {"verdict": verdict, "champion": against}})
+    it.database.write_now(lambda tx: tx.run("UPDATE adapter SET manifest = ? WHERE version = ?", [manifest, number]))
+
+
 def champion(it: Town) -> str:
     return it.database.read_now(lambda tx: adapters.champion(tx, "acme")[1])
 
@@ -71,6 +76,18 @@ def test_rollback_skips_a_version_for_another_base_model(it: Town) -> None:
     it.database.write_now(put)
     assert champion(it) == "acme@1"
     assert "**base** answers" in it.says("operator", "/adapter rollback")
+
+
+@pytest.mark.parametrize(("typed", "back"), [("1", "base"), ("base", "")])
+def test_promote_names_what_a_rollback_will_bring_back(it: Town, typed: str, back: str) -> None:
+    it.database.write_now(lambda tx: adapters.promote(tx, "acme", f"{3:064x}", "me", ""))  # of another base model
+    said = it.says("operator", f"/adapter promote {typed}")
+    assert "acme@3" not in said
+    assert ("rollback" in said) == bool(back)
+    if back:
+        assert f"returns to {back}" in said
+    told = it.says("operator", "/adapter rollback")
+    assert (f"**{back}** answers" in told) if back else told == say("en", "adapter.nothing_to_undo", label="base")
 
 
 def test_base_is_a_version_like_any_other(it: Town) -> None:
@@ -183,3 +200,20 @@ def test_what_did_not_pass_goes_into_service_only_with_a_reason_that_is_kept(it:
     it.says("operator", "/adapter promote 4 the tone is what we want")
     assert champion(it) == "acme@4"
     assert json.loads(str(it.audit()[-1]["after"]))["reason"] == "the tone is what we want"
+
+
+@pytest.mark.parametrize("blank", ['" "', '"\u3000"'])
+def test_a_blank_is_no_reason(it: Town, blank: str) -> None:
+    judge(it, 2, "no_better", "base")
+    with pytest.raises(BadInput, match="needs_reason"):
+        it.says("operator", f"/adapter promote 2 {blank}")
+    assert champion(it) == "base"
+
+
+def test_promote_says_where_what_answered_is_not_what_it_was_measured_against(it: Town) -> None:
+    judge(it, 1, "passed", "base")
+    judge(it, 2, "passed", "base")
+    told = say("en", "adapter.measured_otherwise", champion="base", before="acme@1")
+    assert told not in it.says("operator", "/adapter promote 1")
+    assert told in it.says("operator", "/adapter promote 2")
+    assert "measured" not in it.says("operator", "/adapter promote 1")  # it has answered here before

@@ -92,6 +92,7 @@ class World:
         value: str = "",
         place: str = "p",
         attachments: tuple[Attachment, ...] = (),
+        public: bool = False,
     ) -> str:
         """Accept one update and go on."""
         self._count += 1
@@ -109,6 +110,7 @@ class World:
                 action=action,
                 value=value,
                 attachments=attachments,
+                public=public,
             )
         )
         return key

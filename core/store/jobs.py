@@ -201,7 +201,7 @@ def is_asking(tx: Tx, job_id: int) -> bool:
 
 def move(tx: Tx, job_id: int, state: str, *, redact: bool = False) -> None:
     """Out of waiting: to be trained, or to be checked again. What it says next is another message."""
-    tx.run("UPDATE job SET state = ?, redact = ?, asked_ms = NULL WHERE id = ?", [state, redact, job_id])
+    tx.run("UPDATE job SET state = ?, redact = ?, asked_ms = NULL, attempts = 0 WHERE id = ?", [state, redact, job_id])
     _renew_message(tx, job_id)
 
 

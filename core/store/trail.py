@@ -17,10 +17,11 @@ from core.job import (
 from core.store.database import Tx
 
 MAX_EVENTS = 200
+CURVE_POINTS = 100  # of progress, from the first step to the last: as many as a picture shows
 
 
 def add_event(tx: Tx, job_id: int, event: JobEvent) -> None:
-    """Keep what the trainer said: each thing once, of its progress the first and the newest, never more than a bound.
+    """Keep what the trainer said: each thing once, of its progress the newest and what a curve needs, within a bound.
 
     A step that it had not come to before means that it is alive and well.
     """
@@ -30,7 +31,7 @@ def add_event(tx: Tx, job_id: int, event: JobEvent) -> None:
         last = newest_progress(tx, job_id)
         if last is None or event.step > last.step:
             tx.run("UPDATE job SET attempts = 0 WHERE id = ?", [job_id])
-        tx.run(f"DELETE {of_kind} AND seq > (SELECT min(seq) {of_kind})", [job_id, event.kind, job_id, event.kind])
+        _make_room(tx, job_id, event.steps)
     elif isinstance(event, Checked | Estimated | Redacted | Planned | Done | Failed):
         tx.run(f"DELETE {of_kind}", [job_id, event.kind])
     elif tx.value(
@@ -38,6 +39,16 @@ def add_event(tx: Tx, job_id: int, event: JobEvent) -> None:
     ):
         return
     note(tx, job_id, event.kind, data)
+
+
+def _make_room(tx: Tx, job_id: int, steps: int) -> None:
+    """The newest progress goes where it is too near to the one before it, or where training went back behind that."""
+    rows = tx.all(
+        "SELECT seq, data FROM job_event WHERE job_id = ? AND kind = 'progress' ORDER BY seq DESC LIMIT 2", [job_id]
+    )
+    at = [event.step for row in rows if isinstance(event := load_event(row["data"]), Progress)]
+    if len(at) == 2 and at[0] - at[1] < max(1, steps / CURVE_POINTS):
+        tx.run("DELETE FROM job_event WHERE job_id = ? AND seq = ?", [job_id, rows[0]["seq"]])
 
 
 def events(tx: Tx, job_id: int) -> list[JobEvent]:
@@ -52,6 +63,11 @@ def newest_progress(tx: Tx, job_id: int) -> Progress | None:
     )
     event = load_event(data) if data else None
     return event if isinstance(event, Progress) else None
+
+
+def begin_anew(tx: Tx, job_id: int) -> None:
+    """What it did is of no use, and not to be told as if it were."""
+    tx.run("DELETE FROM job_event WHERE job_id = ? AND kind <> 'publishing'", [job_id])
 
 
 def note(tx: Tx, job_id: int, kind: str, data: str) -> None:

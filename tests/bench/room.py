@@ -30,8 +30,7 @@ from core.demo import demo_folder
 from core.engine.local import LocalEngine
 from core.engine.protocol import Delta, EngineSettings, ModelSettings, Request, Scope
 from core.job import JobEvent, Progress, Spec
-from core.lane import usher
-from core.trainer import Trainer
+from core.trainer import Trainer, usher
 from core.types import Message, Role, Sampling
 from tests.drill.gate import dump, faq
 

@@ -28,6 +28,7 @@ from core.job import (
     Progress,
     load_event,
 )
+from core.texts import say
 from finetune import __main__ as program
 from finetune.__main__ import Events
 
@@ -134,7 +135,7 @@ def test_a_second_trainer_is_refused_and_the_first_goes_on(make_job):
     assert status == EXIT_FAILED
     (failed,) = events
     assert failed.fault == "ours"
-    assert "another trainer is at work" in failed.reason
+    assert failed.reason == say("en", "training.why_locked", seconds=0)
     assert first.poll() is None
     first.terminate()
     assert end(first)[0] == EXIT_INTERRUPTED
@@ -172,6 +173,33 @@ def test_a_bad_setting_is_not_said_to_be_the_files_fault(make_job):
     status, (failed,) = end(start(make_job(rank=0)))
     assert (status, failed.fault) == (EXIT_FAILED, "settings")
     assert failed.reason == "finetune.rank=0 is not within 1 and 256"
+
+
+@pytest.mark.parametrize(
+    ("changed", "key"),
+    [
+        ({"data_sha256": "0" * 64}, "training.why_data_damaged"),
+        ({"model": "nowhere"}, "training.why_base"),
+        ({"fingerprint": "0" * 64}, "training.why_base_changed"),
+    ],
+)
+def test_what_is_ours_is_said_in_the_language_of_who_asked(make_job, changed, key):
+    folder = make_job()
+    spec = json.loads((folder / "spec.json").read_text())
+    (folder / "spec.json").write_text(json.dumps({**spec, **changed, "language": "zh"}))
+    status, events = end(start(folder))
+    assert status == EXIT_FAILED
+    assert events[-1] == Failed("ours", say("zh", key))
+
+
+def test_a_reason_that_has_no_sentence_is_told_in_one(make_job):
+    folder = make_job()
+    spec = json.loads((folder / "spec.json").read_text())
+    (folder / "spec.json").write_text(json.dumps({**spec, "dtype": "float16", "language": "zh"}))
+    _, events = end(start(folder))
+    before, after = say("zh", "training.why_unexpected", error="|").split("|")
+    assert events[-1].reason.startswith(f"{before}dtype=float16 is not")
+    assert events[-1].reason.endswith(after)
 
 
 def test_a_folder_that_is_no_job_fails_with_a_reason(tmp_path):

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import replace
+from itertools import pairwise
 from pathlib import Path
 
 import pytest
@@ -116,11 +118,24 @@ def test_publishing_needs_a_running_job_and_its_folder_is_known_afterwards(it: T
 # --- events ---
 
 
-def test_of_progress_the_first_and_the_newest_are_kept(it: Town) -> None:
+@pytest.mark.parametrize("steps", [30, 20_000])
+def test_of_progress_the_first_the_newest_and_a_curve_between_them_are_kept(it: Town, steps: int) -> None:
     bring(it, SHA)
     job = order(it)
-    hear(it, job, *(step(n) for n in range(1, 50)))
-    assert events(it, job) == [step(1), step(49)]
+    said = [replace(step(n), steps=steps) for n in range(1, steps + 1, max(1, steps // 500))]
+    hear(it, job, *said)
+    kept = events(it, job)
+    assert (kept[0], kept[-1]) == (said[0], said[-1])
+    assert min(len(said), trail.CURVE_POINTS) <= len(kept) <= trail.CURVE_POINTS + 2
+    apart = [after.step - before.step for before, after in pairwise(kept[:-1]) if isinstance(after, Progress)]
+    assert max(apart) <= 2 * max(1, steps // trail.CURVE_POINTS)
+
+
+def test_a_trainer_that_goes_back_begins_no_second_curve(it: Town) -> None:
+    bring(it, SHA)
+    job = order(it)
+    hear(it, job, step(1), step(30), step(60), step(31), step(32), step(61))
+    assert [event.step for event in events(it, job) if isinstance(event, Progress)] == [1, 30, 60, 61]
 
 
 def test_progress_forgives_the_trainers_that_died_before_it(it: Town) -> None:

@@ -5,6 +5,9 @@ from __future__ import annotations
 import asyncio
 import json
 import math
+import os
+import subprocess
+import sys
 from importlib import resources
 from pathlib import Path
 
@@ -21,6 +24,14 @@ from core.model import BaseModel, load_model
 from core.types import AdapterRef
 from tests.engine.dialogue import ask, hear, running
 from tests.tiny import save_tiny
+
+LARGEST_PRODUCTS = """
+import torch
+from core.engine.int8 import Int8Linear
+linear = torch.nn.Linear(64, 8, bias=False).requires_grad_(False)
+linear.weight.fill_(1.0)
+print(Int8Linear.of(linear, tiles=False)(torch.tensor([[1.0], [-1.0]]).expand(2, 64))[:, 0].tolist())
+"""
 
 
 @pytest.fixture(scope="module")
@@ -61,6 +72,16 @@ def test_it_computes_what_it_says(rows: int, tiles: bool) -> None:
         x.abs().amax(1, keepdim=True).double() / 127 * layer.weight.abs().max()
     )  # the largest value lies between two steps
     assert ((found - expected).abs() <= 1.01 * step + 1e-5 * expected.abs()).all()
+
+
+@pytest.mark.parametrize("instructions", ["", "AVX2", "AVX512"])
+def test_the_largest_products_overflow_on_no_processor(instructions: str) -> None:
+    """fbgemm lets itself be told to use no more than those."""
+    found = subprocess.run(
+        [sys.executable, "-c", LARGEST_PRODUCTS], capture_output=True, text=True, check=True, timeout=120,
+        env={**os.environ, "FBGEMM_ENABLE_INSTRUCTIONS": instructions},
+    ).stdout  # fmt: skip
+    assert json.loads(found) == pytest.approx([64.0, -64.0], rel=0.01)
 
 
 @each_kernel

@@ -18,7 +18,7 @@ from core.delivery import keep_body, new_delivery
 from core.engine.protocol import Delta, Finished, FinishReason, Generation, Request, Scope
 from core.errors import BadInput, EngineError, UnknownThing, UserError
 from core.operators import Handler
-from core.reply import Replies
+from core.reply import Replies, Running
 from core.store import directory, inbox, jobs
 from core.store.database import Row, Tx
 from core.store.inbox import Taken
@@ -197,7 +197,7 @@ class Comparisons:
         """Side by side; a stop in the conversation ends both. Raises AppError."""
         key = replace(caller.address, reply_to="")
         both = Both([self.replies.engine.submit(request) for request in requests])
-        self.replies.running[key] = both
+        self.replies.running[key] = Running(caller.user, both)
         try:
             heard = await asyncio.gather(*map(_read, both.generations), return_exceptions=True)
         finally:

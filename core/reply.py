@@ -20,6 +20,7 @@ from core.delivery import Deliveries, keep_body, new_delivery
 from core.engine.protocol import Delta, Engine, Finished, FinishReason, Generation, Request, Scope
 from core.engine.scheduler import Scheduler
 from core.errors import AdapterUnusable, AppError, EngineError, LimitReached, UserError
+from core.stops import stopped_since
 from core.store import directory, inbox, ledger, turns
 from core.store.database import Database, Tx
 from core.store.home import Home
@@ -46,6 +47,14 @@ class Pinned:
 
 class Stoppable(Protocol):
     def cancel(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """What a stop reaches: an answer that is being written, and whom it is for."""
+
+    user: str
+    answer: Stoppable
 
 
 @dataclass(slots=True)
@@ -99,7 +108,7 @@ class Replies:
     places: Places
     sampling: Sampling = field(default_factory=Sampling)  # what a channel does not set for itself
     deadline_s: float = 120.0
-    running: dict[Address, Stoppable] = field(default_factory=dict)
+    running: dict[Address, Running] = field(default_factory=dict)
 
     async def generate(self, row: Taken, caller: Caller, text: str, *, again: bool) -> None:
         """Answer `text`, up to the stored final text; raises an AppError that the person is to see.
@@ -107,10 +116,11 @@ class Replies:
         With `again` the conversation's last question is answered once more and `text` is ignored.
         """
         key = replace(caller.address, reply_to="")
-        self.running[key] = beginning = _Beginning()
+        beginning = _Beginning()
+        self.running[key] = Running(caller.user, beginning)
         try:
             # a stop that was accepted before this is in the inbox; a later one finds `beginning`
-            if await self.database.read(lambda tx: inbox.stopped_since(tx, row)):
+            if await self.database.read(lambda tx: stopped_since(tx, row, caller.channel.id)):
                 raise UserError("service.stopped")
             pinned = await self.database.write(lambda tx: self._pin(tx, row, caller, text, again=again))
             if pinned.adapter is not None:
@@ -121,7 +131,8 @@ class Replies:
                 if beginning.stopped:
                     raise UserError("service.stopped")
                 began = time.monotonic()
-                self.running[key] = generation = self.engine.submit(request)
+                generation = self.engine.submit(request)
+                self.running[key] = Running(caller.user, generation)
                 answer, finished = await self._read(generation, handle, caller.address)
         finally:
             del self.running[key]
@@ -134,16 +145,15 @@ class Replies:
         body = self._body(caller.language, pinned, answer, finished, time.monotonic() - began)
         await self.database.write(lambda tx: _keep(tx, row, pinned, body, finished))
 
-    def stop(self, at: Address) -> bool:
-        """Stop what is being answered there; whether anything was. The text so far becomes the answer."""
-        generation = self.running.get(replace(at, reply_to=""))
-        if generation is not None:
-            generation.cancel()
-        return generation is not None
+    def stop(self, at: Address, user: str) -> None:
+        """Stop what is being answered there, if it is for `user` ("": anybody). The text so far becomes the answer."""
+        running = self.running.get(replace(at, reply_to=""))
+        if running is not None and user in ("", running.user):
+            running.answer.cancel()
 
     def stop_all(self) -> None:
-        for generation in list(self.running.values()):
-            generation.cancel()
+        for running in list(self.running.values()):
+            running.answer.cancel()
 
     def _pin(self, tx: Tx, row: Taken, caller: Caller, text: str, *, again: bool) -> Pinned:
         channel = caller.channel

@@ -25,6 +25,7 @@ from core.outlet import Unreachable
 from core.reply import Replies
 from core.reply import fail as fail_reply
 from core.reply import settle as settle_reply
+from core.stops import stopped_since, stopped_user
 from core.store import inbox
 from core.store.database import Database, Tx
 from core.store.home import Home
@@ -121,8 +122,10 @@ class Rows:
         try:
             if row.attempts >= inbox.MAX_ATTEMPTS:
                 raise AppError("error.gave_up")
-            if row.kind is Kind.STOP or row.action == "blocked":
-                self._replies.stop(row.address)
+            if row.action == "blocked":
+                self._replies.stop(row.address, "")
+            elif row.kind is Kind.STOP:
+                self._replies.stop(row.address, await self._database.read(lambda tx: stopped_user(tx, row)))
             if not await self._database.read(lambda tx: inbox.is_generated(tx, row.id)):
                 if row.kind in gestures.QUIET or row.action == "feedback":
                     if not await self._database.write(lambda tx: gestures.close(tx, row, slack=self._slack)):
@@ -138,7 +141,7 @@ class Rows:
         except LimitReached as error:
             await self._refuse_limit(row, caller, error)
         except AppError as error:
-            if error.key == "service.stopped" and await self._cut_by_drain(row):
+            if error.key == "service.stopped" and caller and await self._cut_by_drain(row, caller):
                 return
             if not isinstance(error, UserError):
                 log.error("reply.failed", extra={"row": row.id, "error": str(error)})
@@ -147,12 +150,14 @@ class Rows:
             log.exception("reply.crashed", extra={"row": row.id})
             await self._refuse(row, caller, AppError(detail=type(error).__name__))
 
-    async def _cut_by_drain(self, row: Taken) -> bool:
+    async def _cut_by_drain(self, row: Taken, caller: Caller) -> bool:
         """Whether the end of this program, and not the person, stopped a reply before its first word.
 
         Such a row stays as it is: the next start answers it.
         """
-        return self.draining and not await self._database.read(lambda tx: inbox.stopped_since(tx, row))
+        if not self.draining:
+            return False
+        return not await self._database.read(lambda tx: stopped_since(tx, row, caller.channel.id))
 
     async def _act(self, row: Taken, caller: Caller) -> bool:
         """Do what the row asks, up to its stored text; whether it was a press that has answered a question."""
@@ -190,8 +195,8 @@ class Rows:
 
     async def _follow(self, row: Taken, caller: Caller, after: After) -> None:
         match after:
-            case StopReply():
-                self._replies.stop(caller.address)
+            case StopReply(user):
+                self._replies.stop(caller.address, user)
             case ForgetMemory(channel, conversation):
                 await self._engine.forget(channel, conversation)
             case WakeTraining():

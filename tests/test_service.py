@@ -113,6 +113,42 @@ async def test_a_stop_is_for_what_is_being_answered_and_not_for_what_waits(tmp_p
         assert two.split() == ["two"] * 200
 
 
+@pytest.mark.parametrize(("text", "kind"), [("", Kind.STOP), ("/stop", Kind.MESSAGE), ("/forget yes", Kind.MESSAGE)])
+async def test_nobody_stops_what_another_asked_for(tmp_path: Path, text: str, kind: Kind) -> None:
+    async with world(tmp_path, lambda _: "word " * 100, delay_s=0.005) as it:
+        await it.send("talk", user="ann")
+        await it.bot.showing.wait()
+        await it.send(text, kind=kind, user="bob")
+        await it.settled()
+        assert len(it.bot.said()[0].split()) == 100
+        if text == "/stop":
+            assert it.bot.said()[1] == say("en", "users.not_yours_to_stop")
+
+
+@pytest.mark.parametrize(("text", "kind"), [("", Kind.STOP), ("/stop", Kind.MESSAGE)])
+async def test_an_operator_stops_what_anybody_asked_for(tmp_path: Path, text: str, kind: Kind) -> None:
+    async with world(tmp_path, lambda _: "word " * 100, delay_s=0.005) as it:
+        await it.send("talk", user="ann")
+        await it.bot.showing.wait()
+        await it.send(text, kind=kind, user=OWNER)
+        await it.settled()
+        assert 0 < len(it.bot.said()[0].split()) < 100
+        assert it.bot.said()[1:] == [say("en", "users.stop")] * bool(text)
+
+
+@pytest.mark.parametrize(("user", "answered"), [("ann", False), ("bob", True), (OWNER, False)])
+async def test_a_stop_that_waits_beside_a_question_is_for_those_who_may(
+    tmp_path: Path, user: str, answered: bool
+) -> None:
+    async with world(tmp_path, running=False) as it:
+        await it.send("talk", user="ann")
+        await it.send("/stop", user=user)
+    async with world(tmp_path) as it:
+        await it.settled()
+        assert ("you said talk" in it.bot.said()) is answered
+        assert (say("en", "service.stopped") in it.bot.said()) is not answered
+
+
 async def test_an_engine_error_is_seen_and_not_charged(tmp_path: Path) -> None:
     async with world(tmp_path, lambda _: EngineError(detail="boom")) as it:
         said = await it.ask("hello")

@@ -17,6 +17,7 @@ AppError
 │   └── BadDataset           carries line and reason
 ├── StorageError         the home cannot be read or written
 │   ├── StorageFull
+│   ├── StoredUnreadable     a stored text is damaged or of another key: that does not pass
 │   └── HomeBusy             another program owns the home
 └── BadConfig            a configuration file, key or value
 """
@@ -106,6 +107,10 @@ class StorageError(AppError):
 
 class StorageFull(StorageError):
     key = "error.storage_full"
+
+
+class StoredUnreadable(StorageError):
+    key = "error.unreadable"
 
 
 class HomeBusy(StorageError):

@@ -18,7 +18,7 @@ from core.comparing import Comparisons
 from core.datasets import Fetch, prepare_finetune
 from core.delivery import Deliveries, keep_body, kept_body, new_delivery
 from core.engine.protocol import Engine
-from core.errors import AppError, EngineError, LimitReached, Overloaded, StorageError, UserError
+from core.errors import AppError, EngineError, LimitReached, Overloaded, StorageError, StoredUnreadable, UserError
 from core.importing import prepare_import
 from core.metrics import Counts
 from core.outlet import Unreachable
@@ -120,6 +120,8 @@ class Rows:
         caller: Caller | None = None
         chosen = False
         try:
+            if not row.readable:
+                raise StoredUnreadable("error.unreadable_message")
             if row.attempts >= inbox.MAX_ATTEMPTS:
                 raise AppError("error.gave_up")
             if row.action == "blocked":
@@ -136,6 +138,9 @@ class Rows:
             await self._deliver(row)
             if chosen:
                 await self._deliveries.choose(row.address, row.text)
+        except StoredUnreadable as error:
+            log.error("store.unreadable", extra={"row": row.id})
+            await self._refuse(row, caller, error)
         except StorageError:
             raise
         except LimitReached as error:
@@ -234,8 +239,8 @@ class Rows:
 
         def settle(tx: Tx) -> None:
             fail_reply(tx, row)
-            ended = "limited" if isinstance(error, LimitReached) else outcome
-            inbox.close(tx, row.id, ended, dead=error.key == "error.gave_up")
+            ended = {LimitReached: "limited", StoredUnreadable: "unreadable"}.get(type(error), outcome)
+            inbox.close(tx, row.id, ended, dead=error.key == "error.gave_up" or not row.readable)
 
         async def write() -> None:
             delivery_id = await self._database.write(lambda tx: new_delivery(tx, inbox_id=row.id))

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import asyncio
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -328,8 +329,43 @@ async def test_a_row_of_another_key_is_given_up_and_stops_nothing(tmp_path: Path
         await it.database.write(lambda tx: tx.run("UPDATE inbox SET payload = ?", [sealed]))
     async with world(tmp_path) as it:
         assert await it.ask("hello", conversation="other") == "you said hello"
-        assert it.bot.said()[0] == say("en", "error.gave_up")
-        assert await it.count("inbox", "state = 'dead' AND update_key = 'lost'") == 1
+        assert it.bot.said()[0] == say("en", "error.unreadable_message")
+        assert await it.count("inbox", "state = 'dead' AND outcome = 'unreadable' AND update_key = 'lost'") == 1
+
+
+@pytest.mark.parametrize("damaged", [Cipher(b"x" * 32).seal("hello"), b"", b"\x00" * 40])
+async def test_a_conversation_that_cannot_be_read_is_said_to_be_so(tmp_path: Path, damaged: bytes) -> None:
+    async with world(tmp_path) as it:
+        await it.ask("hello")
+        await it.database.write(lambda tx: tx.run("UPDATE turn SET text = ? WHERE role = 'user'", [damaged]))
+        for again in ("and then?", "/retry"):
+            assert await it.ask(again) == say("en", "error.unreadable")
+        assert await it.count("ledger") == 1 == await it.count("generation")
+        assert await it.count("inbox", "outcome = 'unreadable'") == 2
+        assert await it.ask("hello", conversation="other") == "you said hello"
+        await it.ask("/new")
+        assert await it.ask("hello") == "you said hello"
+        assert await it.database.read(ledger.check) == []
+
+
+async def test_an_answer_that_cannot_be_read_any_more_is_not_charged(tmp_path: Path) -> None:
+    with suppress(ExceptionGroup):
+        async with world(tmp_path) as it:
+            it.bot.faults = 1_000
+            await it.send("hello")
+            while not await it.count("inbox", "state = 'generated'"):  # noqa: ASYNC110 - until it is stored
+                await asyncio.sleep(0.01)
+            sealed = Cipher(b"x" * 32).seal("{}")
+            await it.database.write(lambda tx: tx.run("UPDATE delivery SET body = ?", [sealed]))
+            raise ConnectionError("the program is cut here")
+    async with world(tmp_path) as it:
+        await it.settled()
+        assert [body.text for body in it.bot.failed.values()] == [say("en", "error.unreadable")]
+        assert it.bot.final == {}
+        assert await it.count("ledger") == 0
+        assert await it.count("generation", "state = 'failed'") == 1
+        assert await it.database.read(ledger.check) == []
+        assert await it.ask("hello", key="again") == "you said hello"
 
 
 async def test_drain_cuts_at_the_deadline_and_the_text_so_far_is_the_answer(tmp_path: Path) -> None:

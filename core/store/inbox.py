@@ -6,7 +6,7 @@ import json
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 
-from core.errors import Overloaded, StorageError
+from core.errors import Overloaded, StoredUnreadable
 from core.store.database import Row, Tx, Value
 from core.types import Address, Attachment, Incoming, Kind, Lane
 
@@ -61,6 +61,7 @@ class Taken:
     public: bool = False
     moderates: bool = False
     oversize: int = 0  # characters of a text that was too long to keep
+    readable: bool = True  # whether what it says can be unsealed
 
 
 def accept(tx: Tx, incoming: Incoming, lane: Lane) -> int | None:
@@ -190,11 +191,11 @@ def _clean_attachment(given: Attachment) -> Attachment:
 
 
 def _taken(tx: Tx, row: Row) -> Taken:
-    attempts = row["attempts"]
+    readable = True
     try:
         payload = json.loads(tx.cipher.unseal(row["payload"])) if row["payload"] else {}
-    except StorageError:  # it was written with another key: this one is given up, and stops no other
-        payload, attempts = {}, MAX_ATTEMPTS
+    except StoredUnreadable:  # this one is given up, and stops no other
+        payload, readable = {}, False
     return Taken(
         id=row["id"],
         lane=Lane(row["lane"]),
@@ -208,9 +209,10 @@ def _taken(tx: Tx, row: Row) -> Taken:
         action=payload.get("action", ""),
         value=payload.get("value", ""),
         received_ms=row["received_ms"],
-        attempts=attempts,
+        attempts=row["attempts"],
         answers=payload.get("answers", ""),
         public=payload.get("public", False),
         moderates=payload.get("moderates", False),
         oversize=payload.get("oversize", 0),
+        readable=readable,
     )

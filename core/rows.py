@@ -102,16 +102,16 @@ class Rows:
         self._slack = slack  # whether consenting people's words in Slack may be learned from
 
     async def handle(self, row: Taken) -> None:
-        """A full disk is waited out; any other failure is told to the person."""
+        """A store that cannot write now is waited for; any other failure is told to the person."""
         await self._until_stored(lambda: self._answer(row))
 
     async def _until_stored(self, step: Callable[[], Awaitable[None]]) -> None:
-        """A full disk is waited out: what was accepted is answered when there is room again."""
+        """A disk that is full, or too slow, is waited out: what was accepted is answered when there is room again."""
         while True:
             try:
                 await step()
                 return
-            except StorageError as error:
+            except (StorageError, Overloaded) as error:
                 log.error("store.refused", extra={"error": str(error)})
                 await asyncio.sleep(STORAGE_RETRY_S)
 
@@ -120,7 +120,7 @@ class Rows:
         caller: Caller | None = None
         chosen = False
         try:
-            if not row.readable:
+            if not row.readable and row.kind not in gestures.QUIET:
                 raise StoredUnreadable("error.unreadable_message")
             if row.attempts >= inbox.MAX_ATTEMPTS:
                 raise AppError("error.gave_up")
@@ -287,7 +287,7 @@ class Rows:
             tx.run("UPDATE delivery SET state = 'failed', body = NULL WHERE inbox_id = ?", [row.id])
             inbox.close(tx, row.id, "unconfirmed", dead=True)
 
-        await self._database.write(give_up)
+        await self._until_stored(lambda: self._database.write(give_up))
         return False
 
 

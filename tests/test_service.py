@@ -3,19 +3,22 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
 from contextlib import suppress
 from pathlib import Path
 
 import pytest
 
+from core import rows
 from core.engine.protocol import Request, Scope
-from core.errors import EngineError
+from core.errors import EngineError, Overloaded
+from core.outlet import Unreachable
 from core.reply import Places
 from core.store import directory, inbox, ledger
 from core.store.database import Tx, now_ms
 from core.store.home import Cipher
 from core.texts import say
-from core.types import Address, Attachment, Handle, Incoming, Kind, Lane, Role
+from core.types import Address, Attachment, Body, Handle, Incoming, Kind, Lane, Receipt, Role
 from tests.world import OWNER, FakeBot, world
 
 
@@ -331,6 +334,45 @@ async def test_a_row_of_another_key_is_given_up_and_stops_nothing(tmp_path: Path
         assert await it.ask("hello", conversation="other") == "you said hello"
         assert it.bot.said()[0] == say("en", "error.unreadable_message")
         assert await it.count("inbox", "state = 'dead' AND outcome = 'unreadable' AND update_key = 'lost'") == 1
+
+
+async def test_a_stop_that_cannot_be_read_says_nothing(tmp_path: Path) -> None:
+    async with world(tmp_path, running=False) as it:
+        await it.send("", kind=Kind.EDIT)
+        await it.database.write(lambda tx: tx.run("UPDATE inbox SET payload = ?", [Cipher(b"x" * 32).seal("{}")]))
+    async with world(tmp_path) as it:
+        await it.settled()
+        assert it.bot.said() == []
+        assert await it.count("inbox", "state = 'done'") == 1
+
+
+async def test_a_store_that_has_no_time_delays_a_refusal_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "STORAGE_RETRY_S", 0.05)
+    async with world(tmp_path) as it:
+        submit, busy = it.database._submit, ["told", "give_up"]
+
+        def sometimes(work: Callable[[Tx], object]) -> object:
+            if work.__name__ in busy:
+                busy.remove(work.__name__)
+                raise Overloaded(retry_after_s=5)
+            return submit(work)
+
+        monkeypatch.setattr(it.database, "_submit", sometimes)
+        for n in range(8):
+            await it.send(f"m{n}", user="fast")
+        await it.settled()
+        assert sum("6" in text for text in it.bot.said()) == 1  # that of the seventh; the eighth is not told again
+        monkeypatch.setattr(it.bot, "finish", unreachable)
+        await it.send("lost", user="other", key="lost")
+        await it.settled()
+        assert busy == []
+        assert await it.count("inbox", "outcome = 'unconfirmed' AND update_key = 'lost'") == 1
+
+
+async def unreachable(handle: Handle, body: Body) -> Receipt:
+    raise Unreachable
 
 
 @pytest.mark.parametrize("damaged", [Cipher(b"x" * 32).seal("hello"), b"", b"\x00" * 40])

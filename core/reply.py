@@ -137,6 +137,7 @@ class Replies:
         finally:
             del self.running[key]
         if not answer.strip():
+            await self.database.write(lambda tx: _count(tx, pinned, finished))
             raise (
                 UserError("service.stopped")
                 if finished.reason is FinishReason.CANCELLED
@@ -307,14 +308,19 @@ def _keep(tx: Tx, row: Taken, pinned: Pinned, body: Body, finished: Finished) ->
     """Raises UserError where the person was forgotten while this was generated: then nothing of it is stored."""
     if tx.value("SELECT outcome FROM inbox WHERE id = ?", [row.id]) == "forgotten":
         raise UserError("service.stopped")
-    usage = finished.usage
-    tx.run(
-        "UPDATE generation SET state = 'generated', finish = ?, tokens_in = ?, tokens_reused = ?, tokens_out = ?"
-        " WHERE id = ?",
-        [finished.reason, usage.prompt_tokens, usage.reused_tokens, usage.completion_tokens, pinned.generation_id],
-    )
+    _count(tx, pinned, finished)
+    tx.run("UPDATE generation SET state = 'generated' WHERE id = ?", [pinned.generation_id])
     keep_body(tx, pinned.delivery_id, body)
     inbox.mark_generated(tx, row.id)
+
+
+def _count(tx: Tx, pinned: Pinned, finished: Finished) -> None:
+    """What it cost, delivered or not."""
+    usage = finished.usage
+    tx.run(
+        "UPDATE generation SET finish = ?, tokens_in = ?, tokens_reused = ?, tokens_out = ? WHERE id = ?",
+        [finished.reason, usage.prompt_tokens, usage.reused_tokens, usage.completion_tokens, pinned.generation_id],
+    )
 
 
 def _check_limits(tx: Tx, caller: Caller) -> None:

@@ -375,6 +375,18 @@ async def unreachable(handle: Handle, body: Body) -> Receipt:
     raise Unreachable
 
 
+@pytest.mark.parametrize("answer", ["", "  \n"])
+async def test_the_tokens_of_an_answer_that_says_nothing_are_kept_for_cost(tmp_path: Path, answer: str) -> None:
+    async with world(tmp_path, lambda _: answer) as it:
+        assert await it.ask("hello there") == say("en", "service.empty")
+        row = await it.database.read(lambda tx: tx.one("SELECT state, tokens_in FROM generation"))
+        assert row is not None
+        assert row["state"] == "failed"
+        assert row["tokens_in"] > 0
+        assert await it.count("ledger") == 0
+        assert await it.database.read(ledger.check) == []
+
+
 @pytest.mark.parametrize("damaged", [Cipher(b"x" * 32).seal("hello"), b"", b"\x00" * 40])
 async def test_a_conversation_that_cannot_be_read_is_said_to_be_so(tmp_path: Path, damaged: bytes) -> None:
     async with world(tmp_path) as it:

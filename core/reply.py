@@ -59,12 +59,15 @@ class Running:
 
 @dataclass(slots=True)
 class _Beginning:
-    """A reply that the engine does not have yet: a stop is remembered."""
+    """A reply that the engine does not have yet: a stop is remembered, and ends its wait for a place (`turn`)."""
 
+    turn: asyncio.Future[None]
     stopped: bool = False
 
     def cancel(self) -> None:
         self.stopped = True
+        if not self.turn.done():
+            self.turn.set_result(None)
 
 
 class Places:
@@ -75,12 +78,13 @@ class Places:
         self._waiting: Scheduler[tuple[asyncio.Future[None], Scope]] = Scheduler(inbox.MAX_OPEN)
 
     @asynccontextmanager
-    async def one(self, scope: Scope) -> AsyncIterator[None]:
-        came = asyncio.get_running_loop().create_future(), scope
+    async def one(self, scope: Scope, turn: asyncio.Future[None]) -> AsyncIterator[None]:
+        """Wait for `turn`. Who sets it earlier waits no longer, and has no place."""
+        came = turn, scope
         self._waiting.add(came, scope)
         self._fill()
         try:
-            await came[0]
+            await turn
             yield
         finally:
             if not self._waiting.remove(came):
@@ -93,7 +97,7 @@ class Places:
             self._free -= 1
             turn, scope = next_one
             self._waiting.charge(scope, 1)
-            if not turn.done():  # cancelled: its place comes back at once
+            if not turn.done():  # cancelled or stopped: its place comes back at once
                 turn.set_result(None)
 
 
@@ -116,7 +120,7 @@ class Replies:
         With `again` the conversation's last question is answered once more and `text` is ignored.
         """
         key = replace(caller.address, reply_to="")
-        beginning = _Beginning()
+        beginning = _Beginning(asyncio.get_running_loop().create_future())
         self.running[key] = Running(caller.user, beginning)
         try:
             # a stop that was accepted before this is in the inbox; a later one finds `beginning`
@@ -127,7 +131,7 @@ class Replies:
                 await asyncio.to_thread(adapters.verify, pinned.adapter)
             handle = await self.deliveries.open(pinned.delivery_id, caller.address)
             request = self._request(row, caller, pinned, again=again)
-            async with self.places.one(request.scope):
+            async with self.places.one(request.scope, beginning.turn):
                 if beginning.stopped:
                     raise UserError("service.stopped")
                 began = time.monotonic()

@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 from collections.abc import Callable
 from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -496,6 +497,27 @@ async def test_a_platform_that_is_away_holds_up_no_other(tmp_path: Path, step: s
         assert it.bot.said() == ["you said hello"] * 4
 
 
+async def test_who_stops_while_others_have_all_places_need_not_wait_for_one(tmp_path: Path) -> None:
+    async with world(tmp_path, lambda _: "word " * 100_000, delay_s=0.01, max_replies=1) as it:
+        here = FakeBot()
+        await it.database.write(lambda tx: bind_beta(tx, "other", "bot", ""))
+        it.service.register("other", "bot", here)
+        await it.send("talk")
+        await it.bot.showing.wait()
+        asked = Incoming(Lane.TURN, Kind.MESSAGE, Address("other", "bot", "p", "c"), "u", "k", "k", "hello")
+        await it.service.accept(asked)
+        while not here.opened:  # noqa: ASYNC110 - until it waits for a place
+            await asyncio.sleep(0.01)
+        await it.service.accept(replace(asked, lane=Lane.CONTROL, kind=Kind.STOP, update_key="s", message_key=""))
+        async with asyncio.timeout(10):
+            await it.service.settled("other", "bot")
+        assert here.said() == [say("en", "service.stopped")]
+        assert it.bot.said() == []
+        await it.send("", kind=Kind.STOP)
+        await it.settled()
+        assert len(it.engine.requests) == 1
+
+
 async def test_of_one_account_the_channel_that_has_least_goes_first(tmp_path: Path) -> None:
     async with world(tmp_path, running=False) as it:
         await it.database.write(lambda tx: bind_beta(tx, "fake", "bot", "q"))
@@ -516,7 +538,7 @@ async def test_at_the_engine_the_parties_take_turns_and_who_leaves_takes_no_plac
     places, came, go = Places(1), list[str](), asyncio.Event()
 
     async def want(partner: str, name: str) -> None:
-        async with places.one(Scope(partner)):
+        async with places.one(Scope(partner), asyncio.get_running_loop().create_future()):
             came.append(name)
             await go.wait()
 

@@ -127,6 +127,8 @@ ZOO = {
     '[channels.acme]\ntitle = "A\\u0000B"': ["channels.acme.title = 'A\\x00B'", "NUL"],
     '[channels.acme]\nquestions = ["How?", "\\u0000"]': ["channels.acme.questions", "NUL"],
     '[partners.acme]\ntitle = "\\u0000"': ["partners.acme.title", "NUL"],
+    "[bots.slack]\nenabled = 'no'": ["bots.slack.enabled = 'no'", "true or false"],
+    "[bots.slack]\nenabled = 0": ["bots.slack.enabled = 0", "true or false"],
     "[channels.acme.limits]\nper_minute = -1": ["channels.acme.limits.per_minute = -1", "at least 0"],
     "[partners.acme]\nshare = 30": ["partners.acme.share", "at most 1"],
     "[partners.acme]\nweight = 0": ["partners.acme.weight", "at least 0.01"],

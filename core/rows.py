@@ -18,7 +18,16 @@ from core.comparing import Comparisons
 from core.datasets import Fetch, prepare_finetune
 from core.delivery import Deliveries, keep_body, kept_body, new_delivery
 from core.engine.protocol import Engine
-from core.errors import AppError, EngineError, LimitReached, Overloaded, StorageError, StoredUnreadable, UserError
+from core.errors import (
+    AppError,
+    EngineError,
+    LimitReached,
+    Overloaded,
+    StorageError,
+    StorageRefused,
+    StoredUnreadable,
+    UserError,
+)
 from core.importing import prepare_import
 from core.metrics import Counts
 from core.outlet import Unreachable
@@ -111,6 +120,8 @@ class Rows:
             try:
                 await step()
                 return
+            except StorageRefused:
+                raise
             except (StorageError, Overloaded) as error:
                 log.error("store.refused", extra={"error": str(error)})
                 await asyncio.sleep(STORAGE_RETRY_S)
@@ -140,6 +151,9 @@ class Rows:
                 await self._deliveries.choose(row.address, row.text)
         except StoredUnreadable as error:
             log.error("store.unreadable", extra={"row": row.id})
+            await self._refuse(row, caller, error)
+        except StorageRefused as error:
+            log.exception("reply.crashed", extra={"row": row.id})
             await self._refuse(row, caller, error)
         except StorageError:
             raise

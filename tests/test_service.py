@@ -376,6 +376,31 @@ async def unreachable(handle: Handle, body: Body) -> Receipt:
     raise Unreachable
 
 
+@pytest.mark.parametrize("step", ["begun", "settled"])
+async def test_what_the_tables_forbid_is_no_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """A bug of ours costs one row, and holds up no conversation."""
+    monkeypatch.setattr(rows, "_DELIVERY_RETRIES_S", (0.01,))
+
+    def twice(tx: Tx, *_: object) -> None:
+        for _ in range(2):
+            tx.insert("setting", key="once", value="")
+
+    async with world(tmp_path) as it:
+        with monkeypatch.context() as patched:
+            patched.setattr(*((directory, "touch_person") if step == "begun" else (ledger, "charge")), twice)
+            await it.send("hello")
+            async with asyncio.timeout(10):
+                await it.settled()
+        if step == "begun":
+            assert it.bot.said() == [say("en", "error.internal")]
+        assert await it.count("inbox", f"outcome = '{'failed' if step == 'begun' else 'unconfirmed'}'") == 1
+        assert await it.count("ledger") == 0
+        assert await it.ask("again") == "you said again"
+        assert await it.database.read(ledger.check) == []
+
+
 @pytest.mark.parametrize("answer", ["", "  \n"])
 async def test_the_tokens_of_an_answer_that_says_nothing_are_kept_for_cost(tmp_path: Path, answer: str) -> None:
     async with world(tmp_path, lambda _: answer) as it:

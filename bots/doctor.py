@@ -125,7 +125,10 @@ def _torch(patient: Patient) -> Iterator[Finding]:
     gpus = torch.cuda.device_count() if torch.cuda.is_available() else 0
     index = int(wanted.partition(":")[2] or 0)  # of cuda:N
     device = torch.cuda.get_device_name(index) if index < gpus else f"CPU, {os.cpu_count()} cores"
-    if wanted.startswith("cuda") and index >= gpus:
+    if wanted.startswith("cuda") and gpus and index >= gpus:
+        there = ", ".join(f"cuda:{number}" for number in range(gpus))
+        yield patient.finding(Level.BAD, "torch", "no_such_gpu", device=wanted, there=there)
+    elif wanted.startswith("cuda") and not gpus:
         yield patient.finding(Level.BAD, "torch", "no_gpu", device=wanted)
     else:
         yield patient.finding(Level.GOOD, "torch", "torch_device", version=torch.__version__, device=device)

@@ -43,4 +43,5 @@ def caller_of(tx: Tx, row: Taken) -> Caller:
         attachments=row.attachments,
         answers=row.answers,
         public=row.public,
+        moderates=row.moderates,
     )

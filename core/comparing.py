@@ -19,7 +19,8 @@ from core.delivery import keep_body, new_delivery
 from core.engine.protocol import Delta, Finished, FinishReason, Generation, Request, Scope
 from core.errors import AdapterUnusable, BadInput, EngineError, UnknownThing, UserError
 from core.operators import Handler
-from core.reply import Replies
+from core.reply import Beginning, Replies, Running
+from core.stops import stopped_since
 from core.store import directory, inbox, jobs
 from core.store.database import Row, Tx
 from core.store.inbox import Taken
@@ -164,15 +165,15 @@ def _label(tx: Tx, sha256: str | None) -> str:
 
 @dataclass(slots=True)
 class Both:
-    """Two generations that are stopped as one, whether they have begun or not."""
+    """Two answers that are stopped as one, whether the engine has them or not."""
 
-    generations: list[Generation] = field(default_factory=list)
+    answers: list[Generation | Beginning] = field(default_factory=list)
     stopped: bool = False
 
     def cancel(self) -> None:
         self.stopped = True
-        for generation in self.generations:
-            generation.cancel()
+        for answer in self.answers:
+            answer.cancel()
 
 
 @dataclass(frozen=True, slots=True)
@@ -185,9 +186,10 @@ class Comparisons:
         """Answer the row's question twice, up to the stored text. Raises an AppError that the person is to see."""
         replies, database = self.replies, self.replies.database
         key = replace(caller.address, reply_to="")
-        replies.running[key] = both = Both()
+        both = Both()
+        replies.running[key] = Running(caller.user, both)
         try:
-            if await database.read(lambda tx: inbox.stopped_since(tx, row)):  # a later stop finds `both`
+            if await database.read(lambda tx: stopped_since(tx, row, caller.channel.id)):  # a later stop finds `both`
                 raise UserError("service.stopped")
             pair = await database.read(lambda tx: _pair(tx, row.id))
             refs = await database.read(lambda tx: tuple(replies.adapter_ref(tx, sha256) for sha256 in pair.answerers))
@@ -233,11 +235,15 @@ class Comparisons:
 
     async def _one(self, request: Request, both: Both) -> str:
         """One answer, in its turn among all that want a place at the engine. Raises AppError."""
-        async with self.replies.places.one(request.scope):
-            if both.stopped:
+        beginning = Beginning(asyncio.get_running_loop().create_future())
+        both.answers.append(beginning)
+        if both.stopped:
+            beginning.cancel()
+        async with self.replies.places.one(request.scope, beginning.turn):
+            if beginning.stopped:
                 raise UserError("service.stopped")
             generation = self.replies.engine.submit(request)
-            both.generations.append(generation)
+            both.answers.append(generation)
             return await _read(generation)
 
     def _request(self, caller: Caller, pair: Pair, number: int, ref: AdapterRef | None) -> Request:

@@ -117,6 +117,8 @@ class _Reader:
         kind = table.get("kind", name)
         if not isinstance(kind, str):
             self.problems.append(f"bots.{name}.kind = {kind!r} must be text")
+        if not isinstance(table.get("enabled", True), bool):
+            self.problems.append(f"bots.{name}.enabled = {table['enabled']!r} must be true or false")
         settings = {key: value for key, value in table.items() if key not in ("kind", "enabled")}
         self.secrets |= {str(value) for key, value in settings.items() if _SECRET_KEY.search(key)}
         return BotTable(str(kind), types.MappingProxyType(settings))

@@ -17,6 +17,8 @@ AppError
 │   └── BadDataset           carries line and reason
 ├── StorageError         the home cannot be read or written
 │   ├── StorageFull
+│   ├── StorageRefused       a rule of the tables forbids it: a bug of ours, which does not pass
+│   ├── StoredUnreadable     a stored text is damaged or of another key: that does not pass
 │   └── HomeBusy             another program owns the home
 └── BadConfig            a configuration file, key or value
 """
@@ -106,6 +108,14 @@ class StorageError(AppError):
 
 class StorageFull(StorageError):
     key = "error.storage_full"
+
+
+class StorageRefused(StorageError):
+    key = "error.internal"
+
+
+class StoredUnreadable(StorageError):
+    key = "error.unreadable"
 
 
 class HomeBusy(StorageError):

@@ -86,7 +86,7 @@ def forget(tx: Tx, caller: Caller, call: Call) -> Outcome:
     for label, now in unpublished:
         directory.audit(tx, replace(caller, user=ERASED), "adapter unpublish", label, label, now)
     text = say(caller.language, "privacy.forgotten")
-    return Outcome(Body(text), (StopReply(), *memories, EraseFiles(), WakeTraining(), Choose()))
+    return Outcome(Body(text), (StopReply(caller.user), *memories, EraseFiles(), WakeTraining(), Choose()))
 
 
 HANDLERS: Mapping[tuple[str, str], Handler] = {

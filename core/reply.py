@@ -20,6 +20,7 @@ from core.delivery import Deliveries, keep_body, new_delivery
 from core.engine.protocol import Delta, Engine, Finished, FinishReason, Generation, Request, Scope
 from core.engine.scheduler import Scheduler
 from core.errors import AdapterUnusable, AppError, EngineError, LimitReached, UserError
+from core.stops import stopped_since
 from core.store import directory, inbox, ledger, turns
 from core.store.database import Database, Tx
 from core.store.home import Home
@@ -48,14 +49,25 @@ class Stoppable(Protocol):
     def cancel(self) -> None: ...
 
 
-@dataclass(slots=True)
-class _Beginning:
-    """A reply that the engine does not have yet: a stop is remembered."""
+@dataclass(frozen=True, slots=True)
+class Running:
+    """What a stop reaches: an answer that is being written, and whom it is for."""
 
+    user: str
+    answer: Stoppable
+
+
+@dataclass(slots=True)
+class Beginning:
+    """A reply that the engine does not have yet: a stop is remembered, and ends its wait for a place (`turn`)."""
+
+    turn: asyncio.Future[None]
     stopped: bool = False
 
     def cancel(self) -> None:
         self.stopped = True
+        if not self.turn.done():
+            self.turn.set_result(None)
 
 
 class Places:
@@ -66,12 +78,13 @@ class Places:
         self._waiting: Scheduler[tuple[asyncio.Future[None], Scope]] = Scheduler(inbox.MAX_OPEN)
 
     @asynccontextmanager
-    async def one(self, scope: Scope) -> AsyncIterator[None]:
-        came = asyncio.get_running_loop().create_future(), scope
+    async def one(self, scope: Scope, turn: asyncio.Future[None]) -> AsyncIterator[None]:
+        """Wait for `turn`. Who sets it earlier waits no longer, and has no place."""
+        came = turn, scope
         self._waiting.add(came, scope)
         self._fill()
         try:
-            await came[0]
+            await turn
             yield
         finally:
             if not self._waiting.remove(came):
@@ -84,7 +97,7 @@ class Places:
             self._free -= 1
             turn, scope = next_one
             self._waiting.charge(scope, 1)
-            if not turn.done():  # cancelled: its place comes back at once
+            if not turn.done():  # cancelled or stopped: its place comes back at once
                 turn.set_result(None)
 
 
@@ -99,7 +112,7 @@ class Replies:
     places: Places
     sampling: Sampling = field(default_factory=Sampling)  # what a channel does not set for itself
     deadline_s: float = 120.0
-    running: dict[Address, Stoppable] = field(default_factory=dict)
+    running: dict[Address, Running] = field(default_factory=dict)
 
     async def generate(self, row: Taken, caller: Caller, text: str, *, again: bool) -> None:
         """Answer `text`, up to the stored final text; raises an AppError that the person is to see.
@@ -107,25 +120,28 @@ class Replies:
         With `again` the conversation's last question is answered once more and `text` is ignored.
         """
         key = replace(caller.address, reply_to="")
-        self.running[key] = beginning = _Beginning()
+        beginning = Beginning(asyncio.get_running_loop().create_future())
+        self.running[key] = Running(caller.user, beginning)
         try:
             # a stop that was accepted before this is in the inbox; a later one finds `beginning`
-            if await self.database.read(lambda tx: inbox.stopped_since(tx, row)):
+            if await self.database.read(lambda tx: stopped_since(tx, row, caller.channel.id)):
                 raise UserError("service.stopped")
             pinned = await self.database.write(lambda tx: self._pin(tx, row, caller, text, again=again))
             if pinned.adapter is not None:
                 await asyncio.to_thread(adapters.verify, pinned.adapter)
             handle = await self.deliveries.open(pinned.delivery_id, caller.address)
             request = self._request(row, caller, pinned, again=again)
-            async with self.places.one(request.scope):
+            async with self.places.one(request.scope, beginning.turn):
                 if beginning.stopped:
                     raise UserError("service.stopped")
                 began = time.monotonic()
-                self.running[key] = generation = self.engine.submit(request)
+                generation = self.engine.submit(request)
+                self.running[key] = Running(caller.user, generation)
                 answer, finished = await self._read(generation, handle, caller.address)
         finally:
             del self.running[key]
         if not answer.strip():
+            await self.database.write(lambda tx: _count(tx, pinned, finished))
             raise (
                 UserError("service.stopped")
                 if finished.reason is FinishReason.CANCELLED
@@ -134,16 +150,15 @@ class Replies:
         body = self._body(caller.language, pinned, answer, finished, time.monotonic() - began)
         await self.database.write(lambda tx: _keep(tx, row, pinned, body, finished))
 
-    def stop(self, at: Address) -> bool:
-        """Stop what is being answered there; whether anything was. The text so far becomes the answer."""
-        generation = self.running.get(replace(at, reply_to=""))
-        if generation is not None:
-            generation.cancel()
-        return generation is not None
+    def stop(self, at: Address, user: str) -> None:
+        """Stop what is being answered there, if it is for `user` ("": anybody). The text so far becomes the answer."""
+        running = self.running.get(replace(at, reply_to=""))
+        if running is not None and user in ("", running.user):
+            running.answer.cancel()
 
     def stop_all(self) -> None:
-        for generation in list(self.running.values()):
-            generation.cancel()
+        for running in list(self.running.values()):
+            running.answer.cancel()
 
     def _pin(self, tx: Tx, row: Taken, caller: Caller, text: str, *, again: bool) -> Pinned:
         channel = caller.channel
@@ -297,14 +312,19 @@ def _keep(tx: Tx, row: Taken, pinned: Pinned, body: Body, finished: Finished) ->
     """Raises UserError where the person was forgotten while this was generated: then nothing of it is stored."""
     if tx.value("SELECT outcome FROM inbox WHERE id = ?", [row.id]) == "forgotten":
         raise UserError("service.stopped")
-    usage = finished.usage
-    tx.run(
-        "UPDATE generation SET state = 'generated', finish = ?, tokens_in = ?, tokens_reused = ?, tokens_out = ?"
-        " WHERE id = ?",
-        [finished.reason, usage.prompt_tokens, usage.reused_tokens, usage.completion_tokens, pinned.generation_id],
-    )
+    _count(tx, pinned, finished)
+    tx.run("UPDATE generation SET state = 'generated' WHERE id = ?", [pinned.generation_id])
     keep_body(tx, pinned.delivery_id, body)
     inbox.mark_generated(tx, row.id)
+
+
+def _count(tx: Tx, pinned: Pinned, finished: Finished) -> None:
+    """What it cost, delivered or not."""
+    usage = finished.usage
+    tx.run(
+        "UPDATE generation SET finish = ?, tokens_in = ?, tokens_reused = ?, tokens_out = ? WHERE id = ?",
+        [finished.reason, usage.prompt_tokens, usage.reused_tokens, usage.completion_tokens, pinned.generation_id],
+    )
 
 
 def _check_limits(tx: Tx, caller: Caller) -> None:

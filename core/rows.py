@@ -18,13 +18,23 @@ from core.comparing import Comparisons
 from core.datasets import Fetch, prepare_finetune
 from core.delivery import Deliveries, keep_body, kept_body, new_delivery
 from core.engine.protocol import Engine
-from core.errors import AppError, EngineError, LimitReached, Overloaded, StorageError, UserError
+from core.errors import (
+    AppError,
+    EngineError,
+    LimitReached,
+    Overloaded,
+    StorageError,
+    StorageRefused,
+    StoredUnreadable,
+    UserError,
+)
 from core.importing import prepare_import
 from core.metrics import Counts
 from core.outlet import Unreachable
 from core.reply import Replies
 from core.reply import fail as fail_reply
 from core.reply import settle as settle_reply
+from core.stops import stopped_since, stopped_user
 from core.store import inbox
 from core.store.database import Database, Tx
 from core.store.home import Home
@@ -101,16 +111,18 @@ class Rows:
         self._slack = slack  # whether consenting people's words in Slack may be learned from
 
     async def handle(self, row: Taken) -> None:
-        """A full disk is waited out; any other failure is told to the person."""
+        """A store that cannot write now is waited for; any other failure is told to the person."""
         await self._until_stored(lambda: self._answer(row))
 
     async def _until_stored(self, step: Callable[[], Awaitable[None]]) -> None:
-        """A full disk is waited out: what was accepted is answered when there is room again."""
+        """A disk that is full, or too slow, is waited out: what was accepted is answered when there is room again."""
         while True:
             try:
                 await step()
                 return
-            except StorageError as error:
+            except StorageRefused:
+                raise
+            except (StorageError, Overloaded) as error:
                 log.error("store.refused", extra={"error": str(error)})
                 await asyncio.sleep(STORAGE_RETRY_S)
 
@@ -119,10 +131,14 @@ class Rows:
         caller: Caller | None = None
         chosen = False
         try:
+            if not row.readable and row.kind not in gestures.QUIET:
+                raise StoredUnreadable("error.unreadable_message")
             if row.attempts >= inbox.MAX_ATTEMPTS:
                 raise AppError("error.gave_up")
-            if row.kind is Kind.STOP or row.action == "blocked":
-                self._replies.stop(row.address)
+            if row.action == "blocked":
+                self._replies.stop(row.address, "")
+            elif row.kind is Kind.STOP:
+                self._replies.stop(row.address, await self._database.read(lambda tx: stopped_user(tx, row)))
             if not await self._database.read(lambda tx: inbox.is_generated(tx, row.id)):
                 if row.kind in gestures.QUIET or row.action == "feedback":
                     if not await self._database.write(lambda tx: gestures.close(tx, row, slack=self._slack)):
@@ -133,12 +149,18 @@ class Rows:
             await self._deliver(row)
             if chosen:
                 await self._deliveries.choose(row.address, row.text)
+        except StoredUnreadable as error:
+            log.error("store.unreadable", extra={"row": row.id})
+            await self._refuse(row, caller, error)
+        except StorageRefused as error:
+            log.exception("reply.crashed", extra={"row": row.id})
+            await self._refuse(row, caller, error)
         except StorageError:
             raise
         except LimitReached as error:
             await self._refuse_limit(row, caller, error)
         except AppError as error:
-            if error.key == "service.stopped" and await self._cut_by_drain(row):
+            if error.key == "service.stopped" and caller and await self._cut_by_drain(row, caller):
                 return
             if not isinstance(error, UserError):
                 log.error("reply.failed", extra={"row": row.id, "error": str(error)})
@@ -147,12 +169,14 @@ class Rows:
             log.exception("reply.crashed", extra={"row": row.id})
             await self._refuse(row, caller, AppError(detail=type(error).__name__))
 
-    async def _cut_by_drain(self, row: Taken) -> bool:
+    async def _cut_by_drain(self, row: Taken, caller: Caller) -> bool:
         """Whether the end of this program, and not the person, stopped a reply before its first word.
 
         Such a row stays as it is: the next start answers it.
         """
-        return self.draining and not await self._database.read(lambda tx: inbox.stopped_since(tx, row))
+        if not self.draining:
+            return False
+        return not await self._database.read(lambda tx: stopped_since(tx, row, caller.channel.id))
 
     async def _act(self, row: Taken, caller: Caller) -> bool:
         """Do what the row asks, up to its stored text; whether it was a press that has answered a question."""
@@ -190,8 +214,8 @@ class Rows:
 
     async def _follow(self, row: Taken, caller: Caller, after: After) -> None:
         match after:
-            case StopReply():
-                self._replies.stop(caller.address)
+            case StopReply(user):
+                self._replies.stop(caller.address, user)
             case ForgetMemory(channel, conversation):
                 await self._engine.forget(channel, conversation)
             case WakeTraining():
@@ -229,8 +253,8 @@ class Rows:
 
         def settle(tx: Tx) -> None:
             fail_reply(tx, row)
-            ended = "limited" if isinstance(error, LimitReached) else outcome
-            inbox.close(tx, row.id, ended, dead=error.key == "error.gave_up")
+            ended = {LimitReached: "limited", StoredUnreadable: "unreadable"}.get(type(error), outcome)
+            inbox.close(tx, row.id, ended, dead=error.key == "error.gave_up" or not row.readable)
 
         async def write() -> None:
             delivery_id = await self._database.write(lambda tx: new_delivery(tx, inbox_id=row.id))
@@ -277,7 +301,7 @@ class Rows:
             tx.run("UPDATE delivery SET state = 'failed', body = NULL WHERE inbox_id = ?", [row.id])
             inbox.close(tx, row.id, "unconfirmed", dead=True)
 
-        await self._database.write(give_up)
+        await self._until_stored(lambda: self._database.write(give_up))
         return False
 
 

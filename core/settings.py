@@ -154,6 +154,8 @@ class Key:
 
     def refuse(self, value: object) -> str:
         """What is allowed, if `value` is not; else nothing."""
+        if any(isinstance(one, str) and "\0" in one for one in (value if isinstance(value, tuple) else (value,))):
+            return "must have no NUL character, which no chat can show"
         if isinstance(value, str):
             if self.choices and value not in self.choices:
                 return f"must be one of {', '.join(self.choices)}{nearest(value, self.choices)}"

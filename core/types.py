@@ -83,6 +83,7 @@ class Incoming:
     value: str = ""
     answers: str = ""  # the receipt of our message that this one is a reply to
     public: bool = False  # others read what is answered
+    moderates: bool = False  # the bot knows that they may stop what others asked for here
     raw: str = ""
 
 
@@ -204,11 +205,14 @@ class Caller:
     attachments: tuple[Attachment, ...] = ()
     answers: str = ""  # the receipt of our message that they replied to
     public: bool = False  # others read what is answered
+    moderates: bool = False  # the bot knows that they may stop what others asked for here
 
 
 @dataclass(frozen=True, slots=True)
 class StopReply:
-    """After the commit: stop what is being answered in the caller's conversation."""
+    """After the commit: stop what is being answered in the caller's conversation, if it is for `user` ("": anybody)."""
+
+    user: str
 
 
 @dataclass(frozen=True, slots=True)

@@ -10,6 +10,7 @@ from core.errors import BadInput
 from core.help import help_text
 from core.operators import Handler
 from core.retention import retention_of
+from core.stops import reaches_all
 from core.store import directory
 from core.store.database import Row, Tx
 from core.store.ledger import day_of
@@ -47,13 +48,19 @@ def new(tx: Tx, caller: Caller, call: Call) -> Outcome:
 
 
 def stop(tx: Tx, caller: Caller, call: Call) -> Outcome:
+    """The answer that is being written here: the caller's own; for those who may, anybody's (core.stops)."""
     at = caller.address
-    running = tx.value(
-        "SELECT 1 FROM inbox WHERE platform = ? AND account = ? AND place = ? AND conversation = ?"
+    asked_by = tx.value(
+        "SELECT user_hash FROM inbox WHERE platform = ? AND account = ? AND place = ? AND conversation = ?"
         " AND lane = 'turn' AND state = 'running'",
         [at.platform, at.account, at.place, at.conversation],
     )
-    return Outcome(Body(say(caller.language, "users.stop" if running else "users.nothing_to_stop")), (StopReply(),))
+    everybody = reaches_all(tx, caller.user, caller.channel.id, moderates=caller.moderates)
+    if asked_by is None:
+        key = "users.nothing_to_stop"
+    else:
+        key = "users.stop" if everybody or asked_by == caller.user else "users.not_yours_to_stop"
+    return Outcome(Body(say(caller.language, key)), (StopReply("" if everybody else caller.user),))
 
 
 def retry(tx: Tx, caller: Caller, call: Call) -> Outcome:

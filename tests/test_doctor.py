@@ -216,6 +216,23 @@ def test_a_gpu_that_is_not_there_is_told(home, monkeypatch, wanted, there):
     assert ("GPU 0" if there else wanted) in found.text
 
 
+@pytest.mark.parametrize(
+    ("gpus", "language", "text", "action"),
+    [
+        (0, "en", "no GPU is found, but model.device is cuda:4", 'set model.device to "auto", or mend the driver'),
+        (2, "en", "model.device is cuda:4, but the GPUs found are cuda:0, cuda:1", 'one of these, or to "auto"'),
+        (2, "zh", "model.device 为 cuda:4，但找到的 GPU 只有 cuda:0, cuda:1", "把 model.device 设为其中之一"),
+    ],
+)
+def test_a_gpu_beyond_the_last_is_told_with_those_that_are_there(home, monkeypatch, gpus, language, text, action):
+    monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
+    monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
+    patient = Patient(home, read_config({"model": {"device": "cuda:4"}}, {}), language=language)
+    (found,) = doctor._torch(patient)
+    assert (found.level, found.text) == (Level.BAD, text)
+    assert action in found.action
+
+
 def load_gpt2(folder: Path) -> BaseModel:
     config = GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2)
     GPT2LMHeadModel(config).save_pretrained(folder)

@@ -29,7 +29,7 @@ LEVELS = (
     },
     {"engine.scripted"},
     {"model", "engine.*", "store.*", "delivery"},
-    {"adapters", "sayings", "datasets", "reply", "retention", "trainer", "usagefiles"},
+    {"adapters", "sayings", "datasets", "reply", "retention", "stops", "trainer", "usagefiles"},
     {"operators"},
     {
         "users",

@@ -3,18 +3,23 @@
 from __future__ import annotations
 
 import asyncio
+from collections.abc import Callable
+from contextlib import suppress
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
 
+from core import rows
 from core.engine.protocol import Request, Scope
-from core.errors import EngineError
+from core.errors import EngineError, Overloaded
+from core.outlet import Unreachable
 from core.reply import Places
 from core.store import directory, inbox, ledger
 from core.store.database import Tx, now_ms
 from core.store.home import Cipher
 from core.texts import say
-from core.types import Address, Attachment, Handle, Incoming, Kind, Lane, Role
+from core.types import Address, Attachment, Body, Handle, Incoming, Kind, Lane, Receipt, Role
 from tests.world import OWNER, FakeBot, world
 
 
@@ -111,6 +116,42 @@ async def test_a_stop_is_for_what_is_being_answered_and_not_for_what_waits(tmp_p
         one, two = it.bot.said()
         assert len(one.split()) < 200
         assert two.split() == ["two"] * 200
+
+
+@pytest.mark.parametrize(("text", "kind"), [("", Kind.STOP), ("/stop", Kind.MESSAGE), ("/forget yes", Kind.MESSAGE)])
+async def test_nobody_stops_what_another_asked_for(tmp_path: Path, text: str, kind: Kind) -> None:
+    async with world(tmp_path, lambda _: "word " * 100, delay_s=0.005) as it:
+        await it.send("talk", user="ann")
+        await it.bot.showing.wait()
+        await it.send(text, kind=kind, user="bob")
+        await it.settled()
+        assert len(it.bot.said()[0].split()) == 100
+        if text == "/stop":
+            assert it.bot.said()[1] == say("en", "users.not_yours_to_stop")
+
+
+@pytest.mark.parametrize(("text", "kind"), [("", Kind.STOP), ("/stop", Kind.MESSAGE)])
+async def test_an_operator_stops_what_anybody_asked_for(tmp_path: Path, text: str, kind: Kind) -> None:
+    async with world(tmp_path, lambda _: "word " * 100, delay_s=0.005) as it:
+        await it.send("talk", user="ann")
+        await it.bot.showing.wait()
+        await it.send(text, kind=kind, user=OWNER)
+        await it.settled()
+        assert 0 < len(it.bot.said()[0].split()) < 100
+        assert it.bot.said()[1:] == [say("en", "users.stop")] * bool(text)
+
+
+@pytest.mark.parametrize(("user", "answered"), [("ann", False), ("bob", True), (OWNER, False)])
+async def test_a_stop_that_waits_beside_a_question_is_for_those_who_may(
+    tmp_path: Path, user: str, answered: bool
+) -> None:
+    async with world(tmp_path, running=False) as it:
+        await it.send("talk", user="ann")
+        await it.send("/stop", user=user)
+    async with world(tmp_path) as it:
+        await it.settled()
+        assert ("you said talk" in it.bot.said()) is answered
+        assert (say("en", "service.stopped") in it.bot.said()) is not answered
 
 
 async def test_an_engine_error_is_seen_and_not_charged(tmp_path: Path) -> None:
@@ -292,8 +333,119 @@ async def test_a_row_of_another_key_is_given_up_and_stops_nothing(tmp_path: Path
         await it.database.write(lambda tx: tx.run("UPDATE inbox SET payload = ?", [sealed]))
     async with world(tmp_path) as it:
         assert await it.ask("hello", conversation="other") == "you said hello"
-        assert it.bot.said()[0] == say("en", "error.gave_up")
-        assert await it.count("inbox", "state = 'dead' AND update_key = 'lost'") == 1
+        assert it.bot.said()[0] == say("en", "error.unreadable_message")
+        assert await it.count("inbox", "state = 'dead' AND outcome = 'unreadable' AND update_key = 'lost'") == 1
+
+
+async def test_a_stop_that_cannot_be_read_says_nothing(tmp_path: Path) -> None:
+    async with world(tmp_path, running=False) as it:
+        await it.send("", kind=Kind.EDIT)
+        await it.database.write(lambda tx: tx.run("UPDATE inbox SET payload = ?", [Cipher(b"x" * 32).seal("{}")]))
+    async with world(tmp_path) as it:
+        await it.settled()
+        assert it.bot.said() == []
+        assert await it.count("inbox", "state = 'done'") == 1
+
+
+async def test_a_store_that_has_no_time_delays_a_refusal_and_ends_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(rows, "STORAGE_RETRY_S", 0.05)
+    async with world(tmp_path) as it:
+        submit, busy = it.database._submit, ["told", "give_up"]
+
+        def sometimes(work: Callable[[Tx], object]) -> object:
+            if work.__name__ in busy:
+                busy.remove(work.__name__)
+                raise Overloaded(retry_after_s=5)
+            return submit(work)
+
+        monkeypatch.setattr(it.database, "_submit", sometimes)
+        for n in range(8):
+            await it.send(f"m{n}", user="fast")
+        await it.settled()
+        assert sum("6" in text for text in it.bot.said()) == 1  # that of the seventh; the eighth is not told again
+        monkeypatch.setattr(it.bot, "finish", unreachable)
+        await it.send("lost", user="other", key="lost")
+        await it.settled()
+        assert busy == []
+        assert await it.count("inbox", "outcome = 'unconfirmed' AND update_key = 'lost'") == 1
+
+
+async def unreachable(handle: Handle, body: Body) -> Receipt:
+    raise Unreachable
+
+
+@pytest.mark.parametrize("step", ["begun", "settled"])
+async def test_what_the_tables_forbid_is_no_full_disk(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
+) -> None:
+    """A bug of ours costs one row, and holds up no conversation."""
+    monkeypatch.setattr(rows, "_DELIVERY_RETRIES_S", (0.01,))
+
+    def twice(tx: Tx, *_: object) -> None:
+        for _ in range(2):
+            tx.insert("setting", key="once", value="")
+
+    async with world(tmp_path) as it:
+        with monkeypatch.context() as patched:
+            patched.setattr(*((directory, "touch_person") if step == "begun" else (ledger, "charge")), twice)
+            await it.send("hello")
+            async with asyncio.timeout(10):
+                await it.settled()
+        if step == "begun":
+            assert it.bot.said() == [say("en", "error.internal")]
+        assert await it.count("inbox", f"outcome = '{'failed' if step == 'begun' else 'unconfirmed'}'") == 1
+        assert await it.count("ledger") == 0
+        assert await it.ask("again") == "you said again"
+        assert await it.database.read(ledger.check) == []
+
+
+@pytest.mark.parametrize("answer", ["", "  \n"])
+async def test_the_tokens_of_an_answer_that_says_nothing_are_kept_for_cost(tmp_path: Path, answer: str) -> None:
+    async with world(tmp_path, lambda _: answer) as it:
+        assert await it.ask("hello there") == say("en", "service.empty")
+        row = await it.database.read(lambda tx: tx.one("SELECT state, tokens_in FROM generation"))
+        assert row is not None
+        assert row["state"] == "failed"
+        assert row["tokens_in"] > 0
+        assert await it.count("ledger") == 0
+        assert await it.database.read(ledger.check) == []
+
+
+@pytest.mark.parametrize("damaged", [Cipher(b"x" * 32).seal("hello"), b"", b"\x00" * 40])
+async def test_a_conversation_that_cannot_be_read_is_said_to_be_so(tmp_path: Path, damaged: bytes) -> None:
+    async with world(tmp_path) as it:
+        await it.ask("hello")
+        await it.database.write(lambda tx: tx.run("UPDATE turn SET text = ? WHERE role = 'user'", [damaged]))
+        for again in ("and then?", "/retry"):
+            assert await it.ask(again) == say("en", "error.unreadable")
+        assert await it.count("ledger") == 1 == await it.count("generation")
+        assert await it.count("inbox", "outcome = 'unreadable'") == 2
+        assert await it.ask("hello", conversation="other") == "you said hello"
+        await it.ask("/new")
+        assert await it.ask("hello") == "you said hello"
+        assert await it.database.read(ledger.check) == []
+
+
+async def test_an_answer_that_cannot_be_read_any_more_is_not_charged(tmp_path: Path) -> None:
+    with suppress(ExceptionGroup):
+        async with world(tmp_path) as it:
+            it.bot.faults = 1_000
+            await it.send("hello")
+            while not await it.count("inbox", "state = 'generated'"):  # noqa: ASYNC110 - until it is stored
+                await asyncio.sleep(0.01)
+            sealed = Cipher(b"x" * 32).seal("{}")
+            await it.database.write(lambda tx: tx.run("UPDATE delivery SET body = ?", [sealed]))
+            raise ConnectionError("the program is cut here")
+    async with world(tmp_path) as it:
+        await it.settled()
+        assert [body.text for body in it.bot.failed.values()] == [say("en", "error.unreadable")]
+        assert it.bot.final == {}
+        assert await it.count("ledger") == 0
+        assert await it.count("generation", "state = 'failed'") == 1
+        assert await it.database.read(ledger.check) == []
+        assert await it.ask("hello", key="again") == "you said hello"
 
 
 async def test_drain_cuts_at_the_deadline_and_the_text_so_far_is_the_answer(tmp_path: Path) -> None:
@@ -370,6 +522,27 @@ async def test_a_platform_that_is_away_holds_up_no_other(tmp_path: Path, step: s
         assert it.bot.said() == ["you said hello"] * 4
 
 
+async def test_who_stops_while_others_have_all_places_need_not_wait_for_one(tmp_path: Path) -> None:
+    async with world(tmp_path, lambda _: "word " * 100_000, delay_s=0.01, max_replies=1) as it:
+        here = FakeBot()
+        await it.database.write(lambda tx: bind_beta(tx, "other", "bot", ""))
+        it.service.register("other", "bot", here)
+        await it.send("talk")
+        await it.bot.showing.wait()
+        asked = Incoming(Lane.TURN, Kind.MESSAGE, Address("other", "bot", "p", "c"), "u", "k", "k", "hello")
+        await it.service.accept(asked)
+        while not here.opened:  # noqa: ASYNC110 - until it waits for a place
+            await asyncio.sleep(0.01)
+        await it.service.accept(replace(asked, lane=Lane.CONTROL, kind=Kind.STOP, update_key="s", message_key=""))
+        async with asyncio.timeout(10):
+            await it.service.settled("other", "bot")
+        assert here.said() == [say("en", "service.stopped")]
+        assert it.bot.said() == []
+        await it.send("", kind=Kind.STOP)
+        await it.settled()
+        assert len(it.engine.requests) == 1
+
+
 async def test_of_one_account_the_channel_that_has_least_goes_first(tmp_path: Path) -> None:
     async with world(tmp_path, running=False) as it:
         await it.database.write(lambda tx: bind_beta(tx, "fake", "bot", "q"))
@@ -390,7 +563,7 @@ async def test_at_the_engine_the_parties_take_turns_and_who_leaves_takes_no_plac
     places, came, go = Places(1), list[str](), asyncio.Event()
 
     async def want(partner: str, name: str) -> None:
-        async with places.one(Scope(partner)):
+        async with places.one(Scope(partner), asyncio.get_running_loop().create_future()):
             came.append(name)
             await go.wait()
 

@@ -15,7 +15,7 @@ from core.store import datasets, directory, jobs
 from core.store.database import Tx
 from core.store.ledger import amounts, charge_job, day_of
 from core.texts import say
-from core.types import AnswerAgain, ForgetMemory, Outcome, StopReply
+from core.types import AnswerAgain, Body, ForgetMemory, Outcome, StopReply
 from core.usagefiles import daily
 from tests.people import HANDLERS, Town, ask, town
 
@@ -139,11 +139,13 @@ def test_retry_asks_for_another_answer_where_there_was_a_question(it: Town) -> N
 
 def test_stop_says_whether_there_was_anything_to_stop(it: Town) -> None:
     outcome = it.run("user", "/stop")
-    assert outcome == Outcome(outcome.body, (StopReply(),))
+    assert outcome == Outcome(outcome.body, (StopReply(it.hash("user")),))
     assert outcome.body.text == say("en", "users.nothing_to_stop")
     it.database.write_now(lambda tx: tx.run("UPDATE inbox SET state = 'running' WHERE place = 'acme'"))
     assert it.says("user", "/stop") == say("en", "users.stop")
     assert it.says("user", "/stop", place="delta") == say("en", "users.nothing_to_stop")
+    assert it.says("stranger", "/stop") == say("en", "users.not_yours_to_stop")
+    assert it.run("operator", "/stop") == Outcome(Body(say("en", "users.stop")), (StopReply(""),))
 
 
 @pytest.mark.parametrize(

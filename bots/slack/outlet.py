@@ -18,7 +18,6 @@ from typing import Any
 from slack_sdk.errors import SlackApiError
 
 from bots.outlet import Address, Attachment, Body, Handle, Receipt, Reopen, Unreachable
-from bots.render import split_text
 from bots.slack import blocks, text
 from bots.slack.api import ERRORS, Api, Trouble, Unsure, name_of, trouble
 from bots.slack.handles import Asker, Part, Sight, Where, remember
@@ -75,8 +74,8 @@ class SlackOutlet:
         """
         models = any(button.action == "feedback" for button in body.buttons)
         whole = body.text if models else text.spelled(body.text)
-        pieces = split_text(whole, text.LIMIT, lambda part: len(text.harmless(part)))
-        parts = [Part(piece, shown=shown) for piece, shown in zip(pieces, text.whole_fences(pieces), strict=True)]
+        pieces = text.split(whole)
+        parts = [Part(piece, shown=shown) for piece, shown in zip(pieces, text.whole(pieces), strict=True)]
         parts[-1] = replace(parts[-1], buttons=body.buttons, note=body.note)
         return (*parts, *(Body("", files=(path,)) for path in body.files))
 

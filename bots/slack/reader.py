@@ -121,7 +121,8 @@ def _event(body: Payload, event: Payload) -> Read:
         return Read(account, gone=kind == "app_uninstalled" or bool((event.get("tokens") or {}).get("bot")))
     if kind == "agent_session_stopped":
         at = Address(PLATFORM, account, event["channel"], event["thread_ts"])
-        return Read(account, _control(body, at, event["user"], Kind.STOP))
+        stop = _control(body, at, event["user"], Kind.STOP)
+        return Read(account, replace(stop, moderates=True))  # Slack's own button, and it has stopped the stream itself
     if kind in ("message", "app_mention"):
         return _message(body, event, account)
     if kind == "member_joined_channel" and event["user"] == _bot_user(body):

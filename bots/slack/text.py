@@ -7,10 +7,16 @@ from __future__ import annotations
 
 import re
 from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import lru_cache
 
+from markdown_it import MarkdownIt
+
+from bots.render import split_text
 from core.commands import COMMANDS
 
 LIMIT = 11_000  # characters of Markdown blocks in one message: Slack refuses above some 13,200 for all blocks
+_HEAD = 900  # characters of a table's head that is repeated; a longer one is not
 _JOINER = "\u2060"
 _ALARM = re.compile(  # not what is HTML, an address or a path
     r"<(?=(?i:!(?!doctype)[a-z])|@[UW][A-Z0-9]|#[CDG][A-Z0-9])"
@@ -20,6 +26,7 @@ _OPEN_END = re.compile(r"(?:<(?:![a-zA-Z]{0,7}|@[UW]?|#[CDG]?)?|@[a-zA-Z]{0,8})\
 _FENCE = re.compile(r" {0,3}(`{3,20}|~{3,20})[ \t]*([^\s`]{0,40})[^`]*")
 _NAME = "\0"  # where the bot was named
 _NAME_END = re.compile(f"{_NAME}[ ,:]*")
+_LINE_END = re.compile(r"\r\n?|\n")  # as the parser counts lines
 _SCHEME = re.compile(r"\A(?:https?://|tel:)")
 _ENTITY = re.compile(r"<([^<>\n]*)>")
 COMMAND = "/distributary"
@@ -31,8 +38,64 @@ def harmless(markdown: str) -> str:
     return _ALARM.sub(lambda found: found[0] + _JOINER, markdown)
 
 
-def whole_fences(pieces: Sequence[str]) -> list[str]:
-    """The pieces of a text as they are written: a code block that is cut ends there, and begins again in the next."""
+def split(markdown: str) -> list[str]:
+    """The pieces that one message holds each; joined, they are the text. A table is cut between its rows."""
+    pieces, start, tables = [], 0, _tables(markdown) if len(harmless(markdown)) > LIMIT else []
+    while len(harmless(markdown[start:])) > LIMIT:
+        end = start + len(split_text(markdown[start:], LIMIT, lambda part: len(harmless(part)))[0])
+        for table in tables:
+            if table.start < end < table.end and (row := table.cut(markdown, end)) > start:
+                end = row
+        pieces.append(markdown[start:end])
+        start = end
+    return [*pieces, markdown[start:]]
+
+
+def whole(pieces: Sequence[str]) -> list[str]:
+    """The pieces of a text as they are written: a code block that is cut ends there, and begins again in the next.
+
+    What is left of a table begins with its head.
+    """
+    markdown = "".join(pieces)
+    tables = _tables(markdown) if len(pieces) > 1 else []
+    shown, start = [], 0
+    for piece, written in zip(pieces, _whole_fences(pieces), strict=True):
+        heads = [markdown[one.start : one.body] for one in tables if one.begins_row(markdown, start)]
+        shown.append("".join(head for head in heads if len(harmless(head)) <= _HEAD) + written)
+        start += len(piece)
+    return shown
+
+
+@dataclass(frozen=True, slots=True)
+class _Table:
+    """Offsets in a text: of the head, of the first row, and behind the last one."""
+
+    start: int
+    body: int
+    end: int
+
+    def cut(self, markdown: str, at: int) -> int:
+        """Where to cut instead: before the row that stands there, and before the head where no row would go with it."""
+        row = max((found.end() for found in _LINE_END.finditer(markdown, self.start, at)), default=0)
+        return row if row > self.body else self.start
+
+    def begins_row(self, markdown: str, at: int) -> bool:
+        return self.body <= at < self.end and markdown[at - 1] in "\r\n"
+
+
+def _tables(markdown: str) -> list[_Table]:
+    """Those that stand by themselves, in no list and no quote."""
+    lines = [0, *(found.end() for found in _LINE_END.finditer(markdown)), len(markdown)]
+    found = [token.map for token in _parser().parse(markdown) if token.type == "table_open" and token.level == 0]
+    return [_Table(lines[at[0]], lines[at[0] + 2], lines[at[1]]) for at in found if at]
+
+
+@lru_cache(maxsize=1)
+def _parser() -> MarkdownIt:
+    return MarkdownIt("commonmark").enable("table").disable("inline")
+
+
+def _whole_fences(pieces: Sequence[str]) -> list[str]:
     shown: list[str] = []
     fence = language = ""
     for piece in pieces:

@@ -10,7 +10,7 @@ import re
 import time
 from collections import OrderedDict
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
 from aiogram import Bot, Dispatcher, F, Router
@@ -121,7 +121,8 @@ class Reader:
                 return None
         if _needs_grant(text) and not await self._is_admin(message):
             return self._incoming(message, key, "", notice="telegram.operators_in_private")
-        return self._incoming(message, key, text)
+        moderates = _is_stop(text) and await self._is_admin(message)
+        return replace(self._incoming(message, key, text), moderates=moderates)
 
     async def _edited(self, message: Message, key: str) -> Incoming | None:
         """An edit never runs anything: not a command, not a second answer."""
@@ -141,8 +142,11 @@ class Reader:
         group = message.chat.type != ChatType.PRIVATE
         if group and _needs_grant(value) and not await self._admin(message, press.from_user.id):
             return None
-        if group and action == "stop" and not await self._may_stop(message, press.from_user.id):
-            return None
+        moderates = False
+        if group and action == "stop" and (asker := self._asker(message)) != press.from_user.id:
+            moderates = await self._admin(message, press.from_user.id)
+            if asker is not None and not moderates:
+                return None
         if group and action in ("say", "command"):
             _remember(self._pressers, (message.chat.id, message.message_id), press.from_user.id)
         return Incoming(
@@ -156,6 +160,7 @@ class Reader:
             language=press.from_user.language_code or "",
             action=action if action in ("command", "feedback") else "",
             value=value if action in ("command", "feedback") else "",
+            moderates=moderates,
         )
 
     async def _membership(self, change: ChatMemberUpdated, key: str) -> Incoming | None:
@@ -269,15 +274,14 @@ class Reader:
             return False
         return await self._admin(message, message.from_user.id)
 
-    async def _may_stop(self, message: Message | InaccessibleMessage, user: int) -> bool:
-        """Who asked, which is seen by what the answer replies to, and who administers the group; else anybody."""
+    def _asker(self, message: Message | InaccessibleMessage) -> int | None:
+        """Who asked for this answer, by what it replies to; None where that cannot be seen: then the core knows."""
         asked = None if isinstance(message, InaccessibleMessage) else message.reply_to_message
         if asked is None or asked.from_user is None:
-            return True
-        asker = asked.from_user.id
-        if asker == self._me.id:
-            asker = self._pressers.get((asked.chat.id, asked.message_id), user)
-        return asker == user or await self._admin(message, user)
+            return None
+        if asked.from_user.id == self._me.id:
+            return self._pressers.get((asked.chat.id, asked.message_id))
+        return asked.from_user.id
 
     async def _admin(self, message: Message | InaccessibleMessage, user: int) -> bool:
         known = self._admins.get((message.chat.id, user))
@@ -331,6 +335,13 @@ def _user(message: Message) -> str:
 def _needs_grant(text: str) -> bool:
     try:
         return parse(text).form.who > Grant.ANYONE
+    except UserError:
+        return False
+
+
+def _is_stop(text: str) -> bool:
+    try:
+        return parse(text).command.name == "stop"
     except UserError:
         return False
 

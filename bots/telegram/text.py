@@ -6,19 +6,15 @@ entity that must be cut, because it is longer than a message, becomes two.
 
 from __future__ import annotations
 
-import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import lru_cache
 
 from aiogram.types import MessageEntity
-from markdown_it import MarkdownIt
-from markdown_it.common.utils import isMdAsciiPunct, isPunctChar, isWhiteSpace
-from markdown_it.rules_inline import StateInline, emphasis
 from markdown_it.tree import SyntaxTreeNode
 
 from bots.render import split_text
+from bots.telegram.markdown import parser
 
 LIMIT = 4096  # UTF-16 units of one message
 MAX_ENTITIES = 100  # Telegram ignores those beyond
@@ -26,9 +22,6 @@ _MAX_MARKUP = 60_000  # characters; longer texts are shown as they are
 _NOTHING = "–"
 _WHOLE = ("pre", "code", "text_link")
 _INLINE = {"strong": "bold", "em": "italic", "s": "strikethrough"}
-_FORMULAS = {"\\(": "\\)", "\\[": "\\]", "$$": "$$"}
-# Between single dollars only one word, or what has a formula's signs: prices are none.
-_IN_DOLLARS = re.compile(r"(?<![\w$])\$(?=[^\s$])(?:[^\s$`]+|(?=[^$\n`]*[\\^_])[^$\n`]*[^\s$`])\$(?![\w$])")
 _LINKS = ("http://", "https://", "tg://", "mailto:", "tel:")
 
 
@@ -71,7 +64,7 @@ def render(markdown: str) -> Rendered:
         return Rendered(source)
     try:
         page = _Page()
-        page.blocks(SyntaxTreeNode(_parser().parse(source)).children)
+        page.blocks(SyntaxTreeNode(parser().parse(source)).children)
         made = page.done()
     except Exception:  # a text that breaks the parser costs its markup, not the answer
         made = Rendered("")
@@ -158,65 +151,6 @@ def _printable(text: str) -> str:
 # --- rendering ---
 
 
-@lru_cache(maxsize=1)
-def _parser() -> MarkdownIt:
-    made = MarkdownIt("commonmark", {"html": False}).enable(["strikethrough", "table"])
-    made.inline.ruler.at("emphasis", _emphasis)
-    made.inline.ruler.before("escape", "formula", _formula)
-    return made
-
-
-def _formula(state: StateInline, silent: bool) -> bool:
-    """A formula stands as it is written: its backslashes, stars and underscores are no Markdown."""
-    source, start = state.src, state.pos
-    close = _FORMULAS.get(source[start : start + 2])
-    if close is not None:
-        at = source.find(close, start + 2, min(start + LIMIT, state.posMax))
-        end = at + 2 if at >= 0 else start
-    else:
-        found = _IN_DOLLARS.match(source, start, state.posMax)
-        end = found.end() if found else start
-    if end == start:
-        return False
-    if not silent:
-        state.push("text", "", 0).content = source[start:end]
-    state.pos = end
-    return True
-
-
-def _emphasis(state: StateInline, silent: bool) -> bool:
-    """CommonMark's, but stars need no spaces where Chinese, Japanese or Korean stands, which has none.
-
-    There a punctuation mark beside stars counts as a letter, and a character beyond them as a space would.
-    Source: https://github.com/tats-u/markdown-cjk-friendly
-    """
-    start, before = state.pos, len(state.delimiters)
-    if not emphasis.tokenize(state, silent):
-        return False
-    if state.src[start] == "*":
-        last = state.src[start - 1] if start else " "
-        following = state.src[state.pos] if state.pos < state.posMax else " "
-        for one in state.delimiters[before:]:
-            one.open, one.close = _flanks(following, last), _flanks(last, following)
-    return True
-
-
-def _flanks(inner: str, outer: str) -> bool:
-    """Whether stars between these can begin what `inner` begins, or end what it ends."""
-    if isWhiteSpace(ord(inner)):
-        return False
-    return not _is_mark(inner) or isWhiteSpace(ord(outer)) or _is_mark(outer) or _is_cjk(outer)
-
-
-def _is_mark(character: str) -> bool:
-    return (isMdAsciiPunct(ord(character)) or isPunctChar(character)) and not _is_cjk(character)
-
-
-def _is_cjk(character: str) -> bool:
-    """A wide or half-wide letter or punctuation mark; pictures are wide too, and are none."""
-    return unicodedata.east_asian_width(character) in "WFH" and unicodedata.category(character) != "So"
-
-
 class _Page:
     """Text and marks, grown block by block."""
 
@@ -260,6 +194,8 @@ class _Page:
                 self.mark("pre", start, language=(node.info.split() or [""])[0][:32])
             case "blockquote":
                 self._quote(node, indent)
+            case "formula":
+                self.add(node.content.replace("\n", f"\n{indent}"))
             case "hr":
                 self.add("———")
             case "table":

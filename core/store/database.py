@@ -23,7 +23,7 @@ from typing import Any, Self, TypeVar
 
 import sqlite_utils
 
-from core.errors import Overloaded, StorageError, StorageFull
+from core.errors import Overloaded, StorageError, StorageFull, StorageRefused
 from core.store.home import Cipher
 from core.store.migrations import MIGRATIONS
 
@@ -313,6 +313,8 @@ def _translate(error: BaseException) -> BaseException:
     code = getattr(error, "sqlite_errorname", "")
     if code.startswith("SQLITE_FULL") or "disk is full" in str(error):
         ours: StorageError = StorageFull(detail=f"the disk is full: {error}")
+    elif isinstance(error, sqlite3.IntegrityError):
+        ours = StorageRefused(detail=f"{code}: {error}")
     else:
         ours = StorageError(detail=f"{code or 'SQLite'}: {error}")
     ours.__cause__ = error

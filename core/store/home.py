@@ -14,7 +14,7 @@ from cryptography.hazmat.primitives import hashes, hmac
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
-from core.errors import HomeBusy, StorageError
+from core.errors import HomeBusy, StorageError, StoredUnreadable
 
 _NONCE_BYTES = 12
 
@@ -142,11 +142,11 @@ class Cipher:
         return nonce + self._box.encrypt(nonce, text.encode("utf-8"), None)
 
     def unseal(self, sealed: bytes) -> str:
-        """Raises StorageError where the key is another or the bytes are damaged."""
+        """Raises StoredUnreadable where the key is another or the bytes are damaged."""
         try:
             return self._box.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], None).decode("utf-8")
         except (InvalidTag, ValueError) as error:
-            raise StorageError("error.key_wrong", "a stored text does not fit the key of this home") from error
+            raise StoredUnreadable(detail="a stored text is damaged, or of another key") from error
 
     def hash_user(self, platform: str, account: str, user: str) -> str:
         """A person as the database knows them: the same id on the same account is always the same hash."""

@@ -3,18 +3,17 @@
 from __future__ import annotations
 
 import json
-import re
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 
-from core.errors import Overloaded, StorageError
-from core.store.database import Row, Tx
+from core.errors import Overloaded, StoredUnreadable
+from core.store.database import Row, Tx, Value
 from core.types import Address, Attachment, Incoming, Kind, Lane
 
 MAX_OPEN = 10_000
 MAX_TEXT = 100_000  # characters; a longer text is not kept, and refused with its length
 MAX_ATTEMPTS = 5
-_STOP = re.compile(r"\s*[/／]stop\b", re.IGNORECASE)
+_HERE = "platform = ? AND account = ? AND place = ? AND conversation = ?"
 # What has begun stands before what is new, and counts: in its channel (found as core.store.directory does) and account.
 _DUE = """
     WITH head AS (
@@ -60,7 +59,9 @@ class Taken:
     attempts: int
     answers: str = ""
     public: bool = False
+    moderates: bool = False
     oversize: int = 0  # characters of a text that was too long to keep
+    readable: bool = True  # whether what it says can be unsealed
 
 
 def accept(tx: Tx, incoming: Incoming, lane: Lane) -> int | None:
@@ -76,6 +77,7 @@ def accept(tx: Tx, incoming: Incoming, lane: Lane) -> int | None:
         "value": clean(incoming.value),
         "answers": incoming.answers,
         "public": incoming.public,
+        "moderates": incoming.moderates,
     }
     to = incoming.address
     return tx.value(  # type: ignore[no-any-return]
@@ -148,20 +150,16 @@ def close(tx: Tx, inbox_id: int, outcome: str, *, dead: bool = False) -> None:
     )
 
 
-def stopped_since(tx: Tx, row: Taken) -> bool:
-    """Whether the person stopped this turn: a stop came after it, when the turn before it had ended."""
-    to = row.address
-    here = "platform = ? AND account = ? AND place = ? AND conversation = ?"
-    place = [to.platform, to.account, to.place, to.conversation]
-    later = tx.all(f"SELECT * FROM inbox NOT INDEXED WHERE id > ? AND lane = 'control' AND {here}", [row.id, *place])
-    stops = [one["received_ms"] for one in later if _is_stop(_taken(tx, one))]
-    if not stops:
-        return False
-    before = tx.value(
-        f"SELECT closed_ms FROM inbox NOT INDEXED WHERE id < ? AND lane = 'turn' AND {here} ORDER BY id DESC LIMIT 1",
-        [row.id, *place],
-    )
-    return before is None or max(stops) >= before
+def controls_after(tx: Tx, row: Taken) -> list[Taken]:
+    """What came to this turn's conversation after it and waits for no turn: stops, presses."""
+    sql = f"SELECT * FROM inbox NOT INDEXED WHERE id > ? AND lane = 'control' AND {_HERE}"
+    return [_taken(tx, one) for one in tx.all(sql, [row.id, *_here(row)])]
+
+
+def turn_before_closed_ms(tx: Tx, row: Taken) -> int | None:
+    """When the turn before this one ended; None where it has not, or is the first."""
+    sql = f"SELECT closed_ms FROM inbox NOT INDEXED WHERE id < ? AND lane = 'turn' AND {_HERE} ORDER BY id DESC LIMIT 1"
+    return tx.value(sql, [row.id, *_here(row)])  # type: ignore[no-any-return]
 
 
 def open_rows(tx: Tx, platform: str, account: str) -> int:
@@ -183,9 +181,9 @@ def clean(text: str) -> str:
     return text.replace("\x00", "\ufffd").encode("utf-8", "replace").decode("utf-8") if text else text
 
 
-def _is_stop(row: Taken) -> bool:
-    """Pressed or typed."""
-    return row.kind is Kind.STOP or bool(_STOP.match(row.value if row.action == "command" else row.text))
+def _here(row: Taken) -> list[Value]:
+    to = row.address
+    return [to.platform, to.account, to.place, to.conversation]
 
 
 def _clean_attachment(given: Attachment) -> Attachment:
@@ -193,11 +191,11 @@ def _clean_attachment(given: Attachment) -> Attachment:
 
 
 def _taken(tx: Tx, row: Row) -> Taken:
-    attempts = row["attempts"]
+    readable = True
     try:
         payload = json.loads(tx.cipher.unseal(row["payload"])) if row["payload"] else {}
-    except StorageError:  # it was written with another key: this one is given up, and stops no other
-        payload, attempts = {}, MAX_ATTEMPTS
+    except StoredUnreadable:  # this one is given up, and stops no other
+        payload, readable = {}, False
     return Taken(
         id=row["id"],
         lane=Lane(row["lane"]),
@@ -211,8 +209,10 @@ def _taken(tx: Tx, row: Row) -> Taken:
         action=payload.get("action", ""),
         value=payload.get("value", ""),
         received_ms=row["received_ms"],
-        attempts=attempts,
+        attempts=row["attempts"],
         answers=payload.get("answers", ""),
         public=payload.get("public", False),
+        moderates=payload.get("moderates", False),
         oversize=payload.get("oversize", 0),
+        readable=readable,
     )

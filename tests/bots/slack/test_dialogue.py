@@ -193,6 +193,19 @@ async def test_an_answer_can_be_stopped_and_what_was_seen_is_charged(tmp_path: P
 
 
 @both_ways
+async def test_an_answer_in_a_thread_is_stopped_by_who_asked_and_by_nobody_else(tmp_path: Path, http: bool) -> None:
+    async with talk(tmp_path, lambda _: "word " * 200, http=http, delay_s=0.01, transport="edit") as it:
+        for person, stops in (("UBEN", False), ("UANN", True)):
+            before = len(it.there.messages)
+            await it.there.deliver(it.there.message("UANN", "<@BT1> tell me all", channel="C1"))
+            await it.there.until(lambda n=before: "word" in "".join(m.said for m in [*it.there.messages.values()][n:]))
+            held = list(it.there.messages.values())[-1]
+            await it.there.deliver(it.there.press(person, held, say("en", "slack.stop")))
+            await it.settled()
+            assert (held.said.count("word") < 200) is stops
+
+
+@both_ways
 @both_languages
 async def test_a_file_without_text_is_answered_politely(tmp_path: Path, http: bool, language: str) -> None:
     async with talk(tmp_path, http=http) as it:

@@ -13,7 +13,7 @@ from slack_sdk.web.async_client import AsyncWebClient
 
 from bots.slack import api, outlet
 from bots.slack.pace import RATES, Pace
-from bots.slack.text import LIMIT, growing, harmless, whole_fences
+from bots.slack.text import LIMIT, growing, harmless, split, whole
 from core.engine.protocol import Request
 from core.texts import say
 from tests.bots.slack.talk import Talk, fast, talk
@@ -228,7 +228,46 @@ async def test_a_code_block_that_is_cut_is_whole_in_each_message(tmp_path: Path,
     ],
 )
 def test_a_cut_fence_is_closed_and_opened_again(pieces: list[str], shown: list[str]) -> None:
-    assert whole_fences(pieces) == shown
+    assert whole(pieces) == shown
+
+
+def table(rows: int, cell: str = "It is {n}. Really, it is. ") -> str:
+    return "| what | how much |\n|---|--:|\n" + "".join(f"| {cell.format(n=n)} | {n} |\n" for n in range(rows))
+
+
+@pytest.mark.parametrize("transport", ["stream", "edit"])
+async def test_a_table_that_is_cut_has_its_head_in_each_message(tmp_path: Path, transport: str) -> None:
+    text = f"Here:\n\n{table(700)}\nThat was **all**."
+    async with talk(tmp_path, lambda _: text, transport=transport) as it:
+        await it.here.database.write(lambda tx: tx.run("UPDATE channel SET tokens_out = 100000"))
+        await it.ask("UANN", "write it")
+        first, *between, last = [held.said for held in it.there.messages.values()]
+        assert between
+        assert first.startswith("Here:")
+        assert last.endswith("That was **all**.")
+        head, rows = table(0), table(700).splitlines()[2:]
+        assert all(said.startswith(head) for said in (*between, last))
+        seen = [line for said in (first, *between, last) for line in said.splitlines() if line[:1] == "|"]
+        assert [line for line in seen if line not in head.splitlines()] == rows
+
+
+@pytest.mark.parametrize(
+    "before", ["", "- a list\n\n", "x" * (LIMIT - 20) + "\n\n", "x" * (LIMIT - 44) + "\n\n", "| no table |\n\n"]
+)
+@pytest.mark.parametrize("cell", ["It is {n}. Really. ", "{n}" + "x" * 3000, "{n}" + " y" * 7000])
+@pytest.mark.parametrize("line", ["\n", "\r\n"])
+def test_a_table_is_cut_between_its_rows_where_a_message_holds_one(before: str, cell: str, line: str) -> None:
+    text = f"{before}{table(12, cell * (1 if len(cell) > 99 else 60))}\nEnd.".replace("\n", line)
+    pieces = split(text)
+    assert "".join(pieces) == text
+    assert all(len(piece) <= LIMIT for piece in pieces)
+    shown = whole(pieces)
+    assert all(len(one) <= LIMIT + 1_000 for one in shown)
+    if len(cell) < 9_000:
+        for one in shown:
+            assert not any(line.count("|") not in (0, 2, 3) for line in one.splitlines())
+            if "| It is" in one or "xxx |" in one:
+                assert table(0) in one.replace(line, "\n")
 
 
 PHASES = [

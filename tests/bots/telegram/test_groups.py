@@ -11,6 +11,7 @@ from tests.bots.telegram.talk import ANN, LI, OWNER, talk
 from tests.fakes.telegram import Chat, FakeTelegram, Person
 
 GROUP = -100500
+CAI = Person(14, "Cai")
 
 
 def group(there: FakeTelegram, **more: object) -> Chat:
@@ -86,6 +87,26 @@ async def test_an_answer_in_a_group_is_stopped_by_who_asked_or_an_administrator(
         assert await stopped(1, LI, OWNER)
         it.there.presses(LI, it.there.held(GROUP)[1], "↻")
         assert await stopped(2, ANN, LI)
+
+
+async def test_a_stop_that_is_typed_in_a_group_is_for_the_same_people(tmp_path: Path) -> None:
+    async with talk(tmp_path, lambda request: "word " * 300, delay_s=0.01) as it:
+        chat = group(it.there, admins={CAI.id})
+
+        async def told(person: Person) -> tuple[str, bool]:
+            """What is said to a person's stop, and whether Ann's answer ended by it."""
+            before = len(it.there.held(GROUP))
+            it.there.says(ANN, "@acme_bot tell me all", chat=chat)
+            await it.there.until(lambda: "word" in "".join(sent.text for sent in it.there.held(GROUP)[before:]))
+            it.there.says(person, "/stop", chat=chat)
+            await it.there.until(lambda: len(it.there.held(GROUP)) > before + 1)
+            await it.settled()
+            answer, said = it.there.held(GROUP)[before:]
+            return said.text, answer.text.count("word") < 300
+
+        assert await told(LI) == (say("zh", "users.not_yours_to_stop"), False)
+        for person in (ANN, CAI, OWNER):
+            assert await told(person) == (say("en", "users.stop"), True)
 
 
 async def test_topics_are_answered_in_their_topic_and_general_without_an_id(tmp_path: Path) -> None:

@@ -87,6 +87,9 @@ def test_stars_beside_chinese_need_no_spaces_and_elsewhere_are_commonmarks(markd
         "\\[\n\\begin{pmatrix} a & b \\\\ c & d \\end{pmatrix}\n\\]",
         r"so $x^{*} + y^{*} = \{1, 2\}$ holds, and $a*b*c$ too",
         "$$a_{i}*b_{j}*c$$",
+        "\\[\n- a + b\n+ c * d\n= 1. e\n\\]",
+        "It is\n\n$$\n# x \\\\\n> y_1\n---\n$$",
+        "\\[ f(x) =\n  1. x\n  - y \\].",
     ],
 )
 def test_a_formula_stands_as_it_is_written(formula: str) -> None:
@@ -107,6 +110,22 @@ def test_a_formula_stands_as_it_is_written(formula: str) -> None:
 def test_prices_and_what_is_never_closed_are_no_formulas(markdown: str, text: str) -> None:
     shown = texts.render(markdown)
     assert (shown.text, len(shown.marks)) == (text, 1)
+
+
+@pytest.mark.parametrize(
+    ("markdown", "text"),
+    [
+        ("- so\n  \\[\n  - x\n    - y\n  \\]\n- then", "• so\n  \\[\n  - x\n    - y\n  \\]\n• then"),
+        ("> $$\n> - a\n> $$", "$$\n- a\n$$"),
+        ("\\[\n- a\n\\]\n- b", "\\[\n- a\n\\]\n\n• b"),
+        ("\\[ *never* closed\n- a", "[ never closed\n\n• a"),
+        ("> \\[\n- a\n\\]", "[\n\n• a\n  ]"),
+        ("\\[\n\n- a\n\n\\]", "[\n\n• a\n\n]"),
+        ("```\n\\[\n```\n- a", "\\[\n\n• a"),
+    ],
+)
+def test_a_formula_of_several_lines_ends_with_what_it_stands_in(markdown: str, text: str) -> None:
+    assert texts.render(markdown).text == text
 
 
 def test_a_table_keeps_the_addresses_of_its_links_and_pictures() -> None:

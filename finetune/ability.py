@@ -31,7 +31,7 @@ PROMPTS = Path(__file__).parent / "prompts.toml"
 FILE, BEGUN = "own-answers.json", "own-answers.begun.json"
 REHEARSED_TOKENS, MEASURED_TOKENS = 80, 120
 FEWEST_REHEARSED = 16
-_AT_ONCE = 48  # prompts that are answered side by side
+AT_ONCE = 48  # prompts that are answered side by side
 Answer = tuple[tuple[int, ...], int]  # (ids of prompt and answer, how many of them are the prompt)
 
 
@@ -129,7 +129,7 @@ def answer(
 def _batches(prompts: Sequence[Sequence[int]]) -> list[list[int]]:
     """Which prompts are answered side by side: those of like length."""
     order = sorted(range(len(prompts)), key=lambda at: len(prompts[at]))
-    return [order[start : start + _AT_ONCE] for start in range(0, len(order), _AT_ONCE)]
+    return [order[start : start + AT_ONCE] for start in range(0, len(order), AT_ONCE)]
 
 
 def end_tokens(model: Any, tokenizer: Any) -> list[int]:

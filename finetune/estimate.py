@@ -21,7 +21,8 @@ from finetune.limits import held_bytes
 from finetune.prepare import Emit, Prepared
 from finetune.train import Trainer
 
-_ASKED, _SAID = 24, 4  # prompts that are answered to see how fast that goes, and tokens of each answer
+_ASKED = ability.AT_ONCE // 2  # prompts that are answered to see how fast that goes: the others of a batch have ended
+_SAID = 4  # tokens of each answer
 
 
 def estimate(folder: Path, spec: Spec, prepared: Prepared, emit: Emit, stop: threading.Event) -> Estimated:
@@ -59,8 +60,8 @@ def _seconds_of_answers(trainer: Trainer, prompts: ability.Asked) -> float:
         began = time.monotonic()
         ability.answer(trainer.model, prompts.measured[:_ASKED], most=most, ends=(), listen=lambda: None)
         took.append(time.monotonic() - began)
-    reading, saying = took[0], max(0.0, took[1] - took[0]) / _SAID  # seconds of a batch, and of a token of it
-    rehearsed, measured = (math.ceil(len(some) / _ASKED) for some in (prompts.rehearsed, prompts.measured))
+    reading, saying = 2 * took[0], max(0.0, took[1] - took[0]) / _SAID  # seconds of a batch, and of a token of it
+    rehearsed, measured = (math.ceil(len(some) / ability.AT_ONCE) for some in (prompts.rehearsed, prompts.measured))
     tokens = rehearsed * ability.REHEARSED_TOKENS + measured * ability.MEASURED_TOKENS
     return reading * (rehearsed + measured) + saying * tokens
 

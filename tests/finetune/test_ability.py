@@ -180,7 +180,7 @@ def test_what_is_unsound(answer: list[int], wrong: bool) -> None:
 def test_what_is_answered_is_not_asked_again_after_an_interruption(
     make_job: MakeJob, few: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(ability, "_AT_ONCE", 8)
+    monkeypatch.setattr(ability, "AT_ONCE", 8)
     base = find_base(Spec.read(folder := make_job()), folder)
     model = load_module(base, Spec.read(folder))
     whole = own_answers(make_job("whole"), None, base, "", model, nothing)

@@ -14,6 +14,7 @@ from hypothesis import strategies as st
 from core.engine.adapter_files import AdapterWeights, Base, load_adapter
 from core.engine.lora import shapes
 from core.engine.protocol import Finished, FinishReason, Scope
+from core.engine.ticket import Job
 from core.errors import EngineError, Overloaded
 from core.model import BaseModel
 from core.types import AdapterRef
@@ -122,8 +123,8 @@ def test_what_made_room_is_the_next_to_go_on(endless: BaseModel) -> None:
     assert steps.begun.keys() == {"30:f0", "30:f1", "5:calm"}
 
 
-def test_what_made_room_can_still_be_cancelled(endless: BaseModel) -> None:
-    steps = Steps(endless, max_rows=2)
+def who_made_room(steps: Steps) -> Job:
+    """Of two rows of a flood, the one that has just gone for a calm one's sake."""
     for i in range(2):
         steps.submit(f"30:f{i}", Scope("flood"), max_tokens=400)
     for _ in range(5):
@@ -133,6 +134,12 @@ def test_what_made_room_can_still_be_cancelled(endless: BaseModel) -> None:
     for _ in range(3):
         steps.step()
     assert victim not in steps.thread.rows.jobs
+    return victim
+
+
+def test_what_made_room_can_still_be_cancelled(endless: BaseModel) -> None:
+    steps = Steps(endless, max_rows=2)
+    victim = who_made_room(steps)
     steps.thread.cancel(victim)
     steps.step()
     over = steps.over[victim.request.id]
@@ -144,15 +151,7 @@ def test_what_made_room_can_still_be_cancelled(endless: BaseModel) -> None:
 
 def test_what_made_room_and_cannot_be_told_to_its_end_holds_up_nobody(endless: BaseModel) -> None:
     steps = Steps(endless, max_rows=2)
-    for i in range(2):
-        steps.submit(f"30:f{i}", Scope("flood"), max_tokens=400)
-    for _ in range(5):
-        steps.step()
-    victim = steps.thread.rows.jobs[-1]
-    steps.submit("5:calm", Scope("calm"), max_tokens=20)
-    for _ in range(3):
-        steps.step()
-    assert victim not in steps.thread.rows.jobs
+    victim = who_made_room(steps)
 
     def nameless() -> str:
         raise TypeError("a token without a text")

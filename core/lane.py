@@ -156,6 +156,7 @@ class Lane(ABC):
         except StorageError as error:
             log.error("job.look_failed", extra={"error": str(error)})
             return None
+        self._troubles = {job.id: self._troubles[job.id] for job in due if job.id in self._troubles}
         now = time.monotonic()
         ready = (job for job in due if job.id not in self._troubles or self._troubles[job.id].until <= now)
         return next((job for job in ready if self._deliveries.reaches(job.address)), None)

@@ -9,7 +9,9 @@ from pathlib import Path
 
 import pytest
 
+from core.checking import Checks
 from core.errors import BadInput
+from core.lane import LOOK_AGAIN_S
 from core.store import datasets, jobs
 from core.texts import Later, say
 from core.training import TrainingSettings
@@ -128,6 +130,28 @@ async def test_a_check_that_is_cancelled_stops(tmp_path: Path) -> None:
         await it.ended()
         assert (await it.job(job_id))["state"] == "cancelled"
         assert not it.folder(job_id).exists()
+
+
+async def test_trouble_with_a_job_that_is_cancelled_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    waited: asyncio.Queue[float] = asyncio.Queue()
+    wait = Checks._wait
+
+    async def noted(lane: Checks, seconds: float) -> None:
+        waited.put_nowait(seconds)
+        await wait(lane, seconds)
+
+    def trouble(*_: object) -> None:
+        raise ZeroDivisionError
+
+    monkeypatch.setattr(Checks, "_wait", noted)
+    monkeypatch.setattr(Checks, "_lay_out", trouble)
+    async with works(tmp_path, settings=TrainingSettings(retry_s=0.5)) as it, asyncio.timeout(20):
+        job_id = await it.order(agreed=False)
+        while await waited.get() != 0.5:
+            pass
+        await it.say(f"/finetune cancel {job_id}")
+        while await waited.get() != LOOK_AGAIN_S:
+            pass
 
 
 async def test_the_question_survives_a_restart_and_is_asked_once(tmp_path: Path) -> None:

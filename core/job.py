@@ -346,12 +346,16 @@ Fault = Literal["yours", "settings", "ours"]
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """`fault` is "yours" where the data is to blame, "settings" where a setting is, "ours" otherwise."""
+    """`fault` is "yours" where the data is to blame, "settings" where a setting is, "ours" otherwise.
+
+    `of_use`: whether what it had learned by then may be gone on from.
+    """
 
     kind: ClassVar[str] = "failed"
     fault: Fault
     reason: str
     line: int = 0
+    of_use: bool = True
 
 
 JobEvent = Checked | Estimated | Redacted | Planned | Progress | Evaluated | Judged | Warned | Alive | Done | Failed

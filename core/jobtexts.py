@@ -68,12 +68,12 @@ def progress_text(job: Job, events: Sequence[JobEvent]) -> str:
     return "\n".join([f"{head} · {lines[0]}", "", *shown, *_held_up(events), "", lines[-1]])
 
 
-def ended_body(job: Job, events: Sequence[JobEvent]) -> Body:
+def ended_body(job: Job, events: Sequence[JobEvent], *, resumable: bool) -> Body:
     """What the message becomes when the job has ended."""
     if job.state == "cancelled":
         return Body(say(job.language, cancelled_key(job), **_named(job)))
     if job.state == "failed":
-        return Body(failed_text(job))
+        return Body(failed_text(job, resumable=resumable))
     return report(job, events)
 
 
@@ -151,13 +151,13 @@ def _health_text(language: str, judged: Judged) -> list[str]:
     return [say(language, able, **change), *whole]
 
 
-def failed_text(job: Job) -> str:
+def failed_text(job: Job, *, resumable: bool) -> str:
     """Whose fault it is, what happened, and what to do."""
     fault, _, reason = job.reason.partition(": ")
     yours = "training.failed_sayings" if job.source in OF_PEOPLE else "training.failed_yours"
     settings = "training.failed_adapter" if job.imported else "training.failed_settings"
     ours = "training.failed_ours_adapter" if job.imported else "training.failed_ours"
-    key = {"yours": yours, "settings": settings}.get(fault, ours)
+    key = "training.failed_kept" if resumable else {"yours": yours, "settings": settings}.get(fault, ours)
     return say(job.language, key, **_named(job), reason=short(reason))
 
 

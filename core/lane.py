@@ -38,7 +38,8 @@ _CANCEL_S = 15.0
 _ATTEMPTS = 3  # trainers that end without progress
 _TRIES = 8  # at all else, a platform that is away included: about ten minutes
 _DATA = "data"
-LEARNED = ("spec.json", "checkpoint", "own-answers.json")  # what a job that is cancelled may go on from
+_CHECKPOINT = "checkpoint"
+LEARNED = ("spec.json", _CHECKPOINT, "own-answers.json")  # what a job that has ended may go on from
 
 
 @dataclass(frozen=True, slots=True)
@@ -276,13 +277,13 @@ class Lane(ABC):
     async def _clear(self, job: Job) -> None:
         """Nothing that holds people's text outlives its job: data, and a result that nobody will use.
 
-        What a cancelled one has learned stays, for as long as its data set does (core.retention).
+        What one that may go on has learned stays, for as long as its data set does (core.retention).
         """
-        resumable = await self._database.read(lambda tx: jobs.resumable(tx, job.id))
+        lasting = await self._database.read(lambda tx: jobs.resumable(tx, job.id) or _goes_on(tx, job))
         unused = await self._database.read(lambda tx: jobs.unpublished_folder(tx, job.id))
 
         def remove() -> None:
-            _empty(self._home.jobs / str(job.id), LEARNED if resumable else ())
+            _empty(self._home.jobs / str(job.id), LEARNED if lasting else ())
             if unused:
                 shutil.rmtree(self._home.adapters / unused, ignore_errors=True)
 
@@ -296,10 +297,14 @@ class Lane(ABC):
 
     # --- ends ---
 
-    async def _fail(self, job: Job, fault: str, reason: str) -> None:
-        """`reason` is a sentence of ours, or what the trainer has said in the job's language."""
+    async def _fail(self, job: Job, fault: str, reason: str, *, of_use: bool = True) -> None:
+        """`reason` is a sentence of ours, or what the trainer has said in the job's language.
+
+        `of_use`: whether it may go on from what it has learned, where it has.
+        """
         told = reason.said(job.language) if isinstance(reason, Later) else reason
-        await self._database.write(lambda tx: jobs.end(tx, job.id, "failed", f"{fault}: {told}"[:500]))
+        learned = of_use and await asyncio.to_thread(_is_there, self._home.jobs / str(job.id) / _CHECKPOINT)
+        await self._database.write(lambda tx: jobs.fail(tx, job.id, fault, told, learned=learned))
         log.warning("job.failed", extra={"job": job.id, "fault": fault})
 
     async def _tell(self, job: Job) -> None:
@@ -307,7 +312,7 @@ class Lane(ABC):
         delivery_id = await self._delivery(job)
 
         def body(tx: Tx) -> Body | None:
-            if jobs.is_told(tx, job.id):
+            if jobs.is_told(tx, job.id) or _goes_on(tx, job):
                 return None
             kept = kept_body(tx, delivery_id)
             if kept is None:
@@ -318,12 +323,15 @@ class Lane(ABC):
         def end(tx: Tx) -> Body:
             ended = jobs.find(tx, job.id)
             assert ended is not None
-            return jobtexts.ended_body(ended, trail.events(tx, job.id))
+            return jobtexts.ended_body(ended, trail.events(tx, job.id), resumable=jobs.resumable(tx, job.id))
 
         if await self._database.write(body) is None:
             return
         await self._deliveries.open(delivery_id, job.address)
-        said = await self._database.write(lambda tx: body(tx) or end(tx))  # cancelled meanwhile, it asks no more
+        # Cancelled meanwhile it asks no more; resumed meanwhile, its end is not told any more.
+        said = await self._database.write(lambda tx: None if _goes_on(tx, job) else body(tx) or end(tx))
+        if said is None:
+            return
         await self._deliveries.finish(delivery_id, job.address, said, lambda tx: None)
 
     async def _delivery(self, job: Job) -> int:
@@ -336,8 +344,13 @@ class Lane(ABC):
         return await self._database.read(lambda tx: jobs.state_of(tx, job.id)) == self.state
 
 
+def _goes_on(tx: Tx, job: Job) -> bool:
+    """Whether it has ended and was resumed since: what it says next is another message."""
+    return jobs.state_of(tx, job.id) in jobs.AT_WORK
+
+
 def begun_with(folder: Path) -> Spec | None:
-    """What a job was begun with, also where it was cancelled since; None where nothing of it is left."""
+    """What a job was begun with, also where it has ended since; None where nothing of it is left."""
     try:
         return Spec.read(folder)
     except JobError:
@@ -363,6 +376,17 @@ def _cause(error: Exception) -> Exception:
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
     return error
+
+
+def _is_there(path: Path) -> bool:
+    """Also where it cannot be looked at just now."""
+    try:
+        path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return False
+    except OSError:
+        return True
+    return True
 
 
 def _empty(folder: Path, kept: Sequence[str]) -> None:

@@ -144,9 +144,7 @@ def _steps(retention: Retention) -> list[Callable[[Tx], int]]:
             "UPDATE job SET place = '', conversation = ''",
             "job",
             "id",
-            f"place <> '' AND ended_ms <= ? AND {_TOLD}"
-            f" AND NOT (state = 'cancelled' AND reason = '{jobs.ASKED}'"  # it may be resumed
-            " AND EXISTS (SELECT 1 FROM dataset WHERE sha256 = dataset_sha256 AND erased_ms IS NULL))",
+            f"place <> '' AND ended_ms <= ? AND {_TOLD} AND NOT ({jobs.RESUMABLE})",
             dead_ms,
         ),
         each(
@@ -254,10 +252,7 @@ def _rows(tx: Tx) -> _Rows:
         adapters=column("SELECT sha256 AS value FROM adapter"),
         erased_adapters=column("SELECT sha256 AS value FROM adapter WHERE unpublished_reason = 'erased'"),
         jobs=column("SELECT id AS value FROM job UNION SELECT imported FROM job WHERE ended_ms IS NULL"),
-        ended_jobs=column(
-            "SELECT job.id AS value FROM job JOIN dataset ON sha256 = dataset_sha256 WHERE ended_ms IS NOT NULL"
-            f" AND NOT (state = 'cancelled' AND reason = '{jobs.ASKED}' AND erased_ms IS NULL)"  # it may be resumed
-        ),
+        ended_jobs=column(f"SELECT id AS value FROM job WHERE ended_ms IS NOT NULL AND NOT ({jobs.RESUMABLE})"),
         typed_ms=max(
             tx.now_ms - round(retention_of(tx).conversation_hours * _HOUR_MS),
             int(tx.value("SELECT ifnull(max(at_ms), 0) FROM erasure WHERE user_hash = ?", [local])) + 1000,

@@ -107,7 +107,7 @@ class Trains(Lane):
             if not await self._is_on(job):
                 return  # cancelled, or cancelled and to go on: in its turn, and with another message
             if failed is not None:
-                await self._fail(job, failed.fault, with_line(failed, job.language))
+                await self._fail(job, failed.fault, with_line(failed, job.language), of_use=failed.of_use)
             elif status == EXIT_FINISHED:
                 await self._publish(job, folder / OUT)
             else:
@@ -125,7 +125,7 @@ class Trains(Lane):
     def _prepare(self, job: Job, folder: Path, champion: AdapterRef | None) -> bool:
         """jobs/<id>/. What an earlier life laid out stays, but for where things lie; the check has had its turn.
 
-        What was cancelled goes on as it was begun, whatever the channel and the configuration say by now. On another
+        What had ended goes on as it was begun, whatever the channel and the configuration say by now. On another
         base model nothing of it is of use: whether it is that.
         """
         shutil.rmtree(check_folder(self._home, job.id), ignore_errors=True)
@@ -157,7 +157,7 @@ class Trains(Lane):
         try:
             candidate = await asyncio.to_thread(adapters.inspect, out)
             if unfit := self._unfit(job, candidate):
-                await self._fail(job, "ours", Later(unfit))
+                await self._fail(job, "ours", Later(unfit), of_use=False)
                 return
             if not await self._database.write(lambda tx: jobs.publishing(tx, job.id, candidate.sha256)):
                 return

@@ -106,7 +106,7 @@ def status(tx: Tx, caller: Caller, call: Call) -> Outcome:
         return Outcome(replace(asked, text=f"{line}\n\n{asked.text}"))
     lines = [line]
     if job.state == "failed":
-        lines.append(jobtexts.failed_text(job))
+        lines.append(jobtexts.failed_text(job, resumable=jobs.resumable(tx, job.id)))
     elif job.state in ("running", "publishing"):
         lines.append(jobtexts.progress_text(job, events))
     elif job.state == "published":
@@ -148,7 +148,7 @@ def cancel(tx: Tx, caller: Caller, call: Call) -> Outcome:
 
 
 def resume(tx: Tx, caller: Caller, call: Call) -> Outcome:
-    """Go on with a job that was cancelled, from its last checkpoint; on another base model it begins anew.
+    """Go on with a job that has ended, from its last checkpoint; on another base model it begins anew.
 
     Raises UnknownThing, BadInput.
     """

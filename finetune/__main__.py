@@ -34,6 +34,8 @@ LOCK_S = 10.0  # a trainer whose starter was killed has noticed that by then, an
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 PR_SET_PDEATHSIG = 1  # sys/prctl.h
 UNEXPECTED, MOST_TOLD = "training.why_unexpected", 300
+# After these what was learned is of no use: it is lost, for another base model, or nothing that is measured.
+_OF_NO_USE = ("training.why_damaged", "training.why_base_changed", "training.why_not_finite")
 
 
 def main(arguments: list[str] | None = None) -> int:
@@ -131,7 +133,7 @@ def run(action: str, folder: Path, emit: Events, stop: threading.Event) -> int:
         return EXIT_FAILED
     except AppError as error:
         log.error("train.refused %s", error.detail or error)
-        emit(Failed(_fault_of(error), _told(error, language)))
+        emit(Failed(_fault_of(error), _told(error, language), of_use=error.key not in _OF_NO_USE))
         return EXIT_FAILED
     except Exception as error:
         log.exception("train.failed")

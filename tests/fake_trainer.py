@@ -8,6 +8,7 @@ Its checkpoint is the number of steps done. Words that begin with a letter are l
     crash-once    the first life kills itself after the second step; crash-always every one, before its first step
     mute          exit status 1 without a word           gives-up   exit status 3 without being asked
     yours, ours   an event `failed`                      garbage    lines that are no events, and one of 2 MiB
+    ours-once     the first life says after the second step that it has failed; lost, that what it learned is of no use
     stubborn      hears neither the end of its input nor SIGTERM
     silent        the first life says nothing, for ever
     environment   tells the names in its environment
@@ -148,7 +149,9 @@ def pause(word: str, told: threading.Event) -> bool:
     """In the middle of the first life; False where it was told to go."""
     if word == "crash-once":
         os.kill(os.getpid(), signal.SIGKILL)
-    if word == "gives-up":
+    if word in ("ours-once", "lost"):
+        say(Failed("ours", "a reason", of_use=word == "ours-once"))
+    if word in ("gives-up", "ours-once", "lost"):
         return False
     if word in ("pause", "stubborn"):
         told.wait()

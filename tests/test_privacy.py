@@ -326,12 +326,15 @@ async def test_no_number_of_a_person_stays_anywhere_once_nothing_can_be_answered
         assert found(tmp_path, ["777000777"]) == []
 
 
-async def test_a_job_keeps_its_address_while_it_may_be_resumed_or_has_something_to_say(tmp_path: Path) -> None:
+@pytest.mark.parametrize(("state", "reason"), [("cancelled", jobs.ASKED), ("failed", f"{jobs.KEPT}: a reason")])
+async def test_a_job_keeps_its_address_while_it_may_be_resumed_or_has_something_to_say(
+    tmp_path: Path, state: str, reason: str
+) -> None:
     clock = Clock()
 
     def stopped(tx: Tx) -> None:
         _job_of_a_file(tx)
-        tx.run("UPDATE job SET state = 'cancelled', reason = ?", [jobs.ASKED])
+        tx.run("UPDATE job SET state = ?, reason = ?, started_ms = created_ms", [state, reason])
 
     async with world(tmp_path, clock=clock, running=False) as it:
         await it.database.write(stopped)

@@ -17,15 +17,16 @@ import pytest
 
 from core import adapters
 from core.adapters import Candidate
+from core.delivery import Deliveries
 from core.errors import AdapterUnusable, BadInput
 from core.job import Alive, HyperParameters, JobEvent, Progress, Spec, Warned, dump_event
 from core.retention import sweep
 from core.store import datasets, jobs, trail
 from core.store.database import Tx
 from core.store.home import Home
-from core.texts import say
+from core.texts import Later, say
 from core.trainer import COMMAND, Trainer, environment
-from core.training import TrainingSettings
+from core.training import TrainingSettings, Trains
 from core.types import Address, Handle
 from tests.fake_trainer import COMMAND as FAKE_TRAINER
 from tests.works import INFO, WatchedBot, works
@@ -204,17 +205,107 @@ async def test_a_job_that_is_to_go_on_before_its_trainer_is_gone_goes_on_in_anot
         assert len(it.bot.opened) == 2
 
 
-async def test_what_a_cancelled_job_has_learned_goes_with_its_data_set(tmp_path: Path) -> None:
+@pytest.mark.parametrize("word", ["pause", "ours-once"])
+async def test_what_a_job_has_learned_goes_with_its_data_set(tmp_path: Path, word: str) -> None:
     async with works(tmp_path) as it:
-        job_id = await it.order("pause")
-        await it.bot.until(lambda: PAUSED in it.bot.newest)
-        await it.say(f"/finetune cancel {job_id}")
+        job_id = await it.order(word)
+        if word == "pause":
+            await it.bot.until(lambda: PAUSED in it.bot.newest)
+            await it.say(f"/finetune cancel {job_id}")
         await it.ended()
+        assert it.folder(job_id).exists()
         await it.database.write(lambda tx: tx.run("UPDATE dataset SET erased_ms = 1"))
         await sweep(it.database, it.home)
         assert not it.folder(job_id).exists()
+        assert "/finetune resume" not in await it.say(f"/finetune status {job_id}")
         with pytest.raises(BadInput, match=r"not_resumable"):
             await it.say(f"/finetune resume {job_id}")
+
+
+@pytest.mark.parametrize(("word", "language"), [("crash-once", "en"), ("ours-once", "zh")])
+async def test_a_job_that_failed_on_our_side_goes_on_from_its_checkpoint(
+    tmp_path: Path, word: str, language: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("core.lane._ATTEMPTS", 1)
+    async with works(tmp_path) as it:
+        job_id = await it.order(word, language=language)
+        reason = "a reason"
+        if word == "crash-once":
+            how = Later("training.by_signal", n=9)
+            reason = say(language, "training.why_died", n=1, how=how)
+        assert await it.ended() == say(language, "training.failed_kept", title="Acme", id=job_id, reason=reason)
+        assert sorted(await asyncio.to_thread(os.listdir, it.folder(job_id))) == ["checkpoint", "spec.json"]
+        await sweep(it.database, it.home)
+        await it.say(f"/finetune resume {job_id}")
+        assert "acme@1" in await it.ended(2)
+        assert await it.warned(job_id) == ["goes on from step 2"]
+        assert len(await it.versions()) == 1
+        assert not it.folder(job_id).exists()
+
+
+@pytest.mark.parametrize("trouble", ["trainer", "base", "folder"])
+async def test_trouble_at_a_later_start_costs_nothing_that_was_learned(
+    tmp_path: Path, trouble: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def refused(*_: object) -> None:
+        raise PermissionError(errno.EACCES, "Permission denied")
+
+    bot = WatchedBot()
+    async with works(tmp_path, bot=bot) as it:
+        job_id = await it.order("pause")
+        await bot.until(lambda: PAUSED in bot.newest)
+        await it.stop()
+    with monkeypatch.context() as patch:
+        if trouble == "folder":
+            patch.setattr(Spec, "write", refused)
+        command = {"trainer": ("/nowhere/python",), "base": COMMAND}.get(trouble, FAKE_TRAINER)
+        async with works(tmp_path, bot=bot, command=command) as it:
+            assert f"/finetune resume {job_id}" in await it.ended()
+            assert (await it.job(job_id))["state"] == "failed"
+    async with works(tmp_path, bot=bot) as it:
+        await it.say(f"/finetune resume {job_id}")
+        await it.ended(2)
+        assert await it.warned(job_id) == ["goes on from step 2"]
+
+
+@pytest.mark.parametrize("word", ["ours", "lost", "other-base", "other-data"])
+async def test_a_job_that_learned_nothing_of_use_is_not_said_to_go_on(tmp_path: Path, word: str) -> None:
+    async with works(tmp_path) as it:
+        job_id = await it.order(word)
+        assert "/finetune resume" not in await it.ended()
+        assert not it.folder(job_id).exists()
+        with pytest.raises(BadInput, match=r"not_resumable"):
+            await it.say(f"/finetune resume {job_id}")
+
+
+async def test_nothing_is_kept_of_a_job_that_failed_to_learn_what_people_said(tmp_path: Path) -> None:
+    async with works(tmp_path, running=False) as it:
+        job_id = await it.order("ours-once")
+        await it.database.write(lambda tx: tx.run("UPDATE dataset SET source = 'feedback'"))
+        await it.run()
+        assert "/finetune resume" not in await it.ended()
+        assert not it.folder(job_id).exists()
+        assert not os.listdir(it.home.datasets)
+
+
+@pytest.mark.parametrize(("where", "at"), [(Trains, "_clear"), (Trains, "_tell"), (Deliveries, "open")])
+async def test_a_job_that_is_to_go_on_before_its_end_is_told_loses_nothing(
+    tmp_path: Path, where: type, at: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with works(tmp_path) as it:
+        usual, said = getattr(where, at), list[str]()
+
+        async def hurried(*given: object) -> object:
+            done = await usual(*given) if at == "open" else None
+            if not said and (await it.job(1))["state"] == "failed":
+                said.append(await it.say("/finetune resume 1"))
+            return done or await usual(*given)
+
+        monkeypatch.setattr(where, at, hurried)
+        job_id = await it.order("ours-once")
+        assert "acme@1 is ready" in (await it.ended()).replace("**", "")
+        assert await it.warned(job_id) == ["goes on from step 2"]
+        assert (await it.job(job_id))["state"] == "published"
 
 
 async def test_the_instructions_of_the_channel_are_in_the_spec(tmp_path: Path) -> None:
@@ -424,7 +515,7 @@ async def test_a_result_that_cannot_be_used_is_told_in_the_language_of_who_asked
     async with works(tmp_path) as it:
         job_id = await it.order("no-weights", language="zh")
         reason = say("zh", "training.why_result")
-        said = say("zh", "training.failed_ours", title="Acme", id=job_id, typed="faq.jsonl", reason=reason)
+        said = say("zh", "training.failed_kept", title="Acme", id=job_id, reason=reason)
         assert await it.ended() == said
 
 

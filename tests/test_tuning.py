@@ -321,6 +321,33 @@ def test_an_imported_adapter_that_failed_is_sent_again_by_its_own_command(
 
 
 @pytest.mark.parametrize("language", languages())
+def test_a_job_that_failed_on_our_side_is_said_to_go_on_while_what_it_learned_is_kept(it: Town, language: str) -> None:
+    run(it, "/finetune faq.jsonl yes")
+    hear(it)
+    it.database.write_now(lambda tx: jobs.fail(tx, 1, "ours", "a reason", learned=True))
+    fields = {"title": "Acme", "id": 1, "reason": "a reason"}
+    said = says(it, "/finetune status", language=language)
+    assert said.endswith(say(language, "training.failed_kept", **fields))
+    assert "`/finetune resume 1`" in said
+    it.database.write_now(lambda tx: tx.run("UPDATE dataset SET erased_ms = 1"))
+    said = says(it, "/finetune status", language=language)
+    assert said.endswith(say(language, "training.failed_ours", typed="faq.jsonl", **fields))
+    it.database.write_now(lambda tx: tx.run("UPDATE dataset SET erased_ms = NULL"))
+    assert run(it, "/finetune resume 1").after == (WakeTraining(),)
+    assert (job_row(it)["state"], job_row(it)["reason"]) == ("queued", "")
+
+
+@pytest.mark.parametrize(("fault", "learned"), [("yours", True), ("settings", True), ("ours", False)])
+def test_only_a_job_that_failed_on_our_side_with_something_learned_goes_on(it: Town, fault: str, learned: bool) -> None:
+    run(it, "/finetune faq.jsonl yes")
+    hear(it)
+    it.database.write_now(lambda tx: jobs.fail(tx, 1, fault, "a reason", learned=learned))
+    assert "/finetune resume" not in says(it, "/finetune status")
+    with pytest.raises(BadInput, match=r"not_resumable"):
+        run(it, "/finetune resume 1")
+
+
+@pytest.mark.parametrize("language", languages())
 def test_the_line_of_a_failure_is_said_once(language: str) -> None:
     first = say(language, "data.line", line=7, reason="x")
     rejected = say(language, "data.few_usable_rows", used=3, fewest=10, rejected=5, first=first)

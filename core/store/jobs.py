@@ -13,15 +13,22 @@ from dataclasses import dataclass
 from core.job import Shown
 from core.store import trail
 from core.store.database import Row, Tx
-from core.store.datasets import OF_PEOPLE
+from core.store.datasets import CONVERSATIONS, FEEDBACK, OF_PEOPLE
 from core.types import Address, Caller
 
 BEFORE = ("validating", "waiting")  # nobody has agreed to it yet
 AT_WORK = ("queued", "running", "publishing")
 OPEN = (*BEFORE, *AT_WORK)
 ASKED, EXPIRED, REPLACED = "asked", "expired", "replaced"  # why a job was cancelled
+KEPT = "kept"  # the fault of a job that failed on our side, where what it had learned is kept
 _OPEN = "('validating', 'waiting', 'queued', 'running', 'publishing')"
 _AT_WORK = "('queued', 'running', 'publishing')"
+# Ended, and may go on: what it has learned so far is kept as long as its data set.
+RESUMABLE = (
+    f"(job.state = 'cancelled' AND job.reason = '{ASKED}' OR job.state = 'failed' AND job.reason LIKE '{KEPT}: %')"
+    " AND job.imported = '' AND job.started_ms IS NOT NULL AND EXISTS (SELECT 1 FROM dataset"
+    f" WHERE sha256 = job.dataset_sha256 AND erased_ms IS NULL AND source NOT IN ('{CONVERSATIONS}', '{FEEDBACK}'))"
+)
 _JOB = (
     "SELECT job.*, dataset.source, channel.title, channel.instructions, train_nano, charge.tokens_trained, gross_nano"
     " FROM job JOIN dataset ON dataset.sha256 = dataset_sha256 JOIN channel ON channel.id = job.channel_id"
@@ -65,7 +72,7 @@ class Job:
 
     @property
     def lasting(self) -> bool:
-        """Whether it may go on after it was cancelled: its data set, and what was learned, outlive it."""
+        """Whether it may go on after it has ended: its data set, and what was learned, outlive it."""
         return self.started and self.source not in OF_PEOPLE and not self.imported
 
     @property
@@ -271,6 +278,11 @@ def end(tx: Tx, job_id: int, state: str, reason: str = "", result: str | None = 
     return bool(changed)
 
 
+def fail(tx: Tx, job_id: int, fault: str, reason: str, *, learned: bool) -> bool:
+    """End it as failed; whether it was open. `learned`: there is something that it may go on from."""
+    return end(tx, job_id, "failed", f"{KEPT if learned and fault == 'ours' else fault}: {reason}"[:500])
+
+
 def _erase_sayings(tx: Tx, sha256: str) -> None:
     """What people said is needed by its job alone: that data set is erased with it. Whose it was stays written down."""
     marks = ", ".join("?" * len(OF_PEOPLE))
@@ -298,14 +310,8 @@ def cancel(tx: Tx, job_id: int, reason: str) -> bool:
 
 
 def resumable(tx: Tx, job_id: int) -> bool:
-    """Whether it was cancelled by somebody and may go on: what it has learned so far is kept as long as its data."""
-    return bool(
-        tx.value(
-            "SELECT 1 FROM job JOIN dataset ON sha256 = dataset_sha256 WHERE job.id = ? AND state = 'cancelled'"
-            " AND reason = ? AND erased_ms IS NULL AND imported = '' AND started_ms IS NOT NULL",
-            [job_id, ASKED],
-        )
-    )
+    """Whether it was cancelled by somebody, or failed on our side with something learned, and may go on."""
+    return bool(tx.value(f"SELECT 1 FROM job WHERE id = ? AND {RESUMABLE}", [job_id]))
 
 
 def resume(tx: Tx, job_id: int) -> None:

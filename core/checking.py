@@ -20,7 +20,8 @@ from core.delivery import keep_body, new_delivery
 from core.errors import JobError
 from core.job import EXIT_FINISHED, PREVIEW, Checked, Estimated, JobEvent, Preview, Redacted
 from core.jobboard import Board
-from core.lane import Lane, Shop, begun_with, with_line
+from core.lane import Lane, Shop, with_line
+from core.learned import begun_with
 from core.store import datasets, directory, jobs, trail
 from core.store.database import Database, Tx
 from core.store.home import Home

@@ -23,6 +23,7 @@ from core.engine.protocol import EngineInfo
 from core.errors import AppError, JobError, StorageError
 from core.job import Failed, HyperParameters, JobEvent, Spec
 from core.jobboard import Board
+from core.learned import empty, has_learned
 from core.store import datasets, jobs, trail
 from core.store.database import Database, Tx
 from core.store.home import Home
@@ -38,8 +39,6 @@ _CANCEL_S = 15.0
 _ATTEMPTS = 3  # trainers that end without progress
 _TRIES = 8  # at all else, a platform that is away included: about ten minutes
 _DATA = "data"
-_CHECKPOINT = "checkpoint"
-LEARNED = ("spec.json", _CHECKPOINT, "own-answers.json")  # what a job that has ended may go on from
 
 
 @dataclass(frozen=True, slots=True)
@@ -283,7 +282,7 @@ class Lane(ABC):
         unused = await self._database.read(lambda tx: jobs.unpublished_folder(tx, job.id))
 
         def remove() -> None:
-            _empty(self._home.jobs / str(job.id), LEARNED if lasting else ())
+            empty(self._home.jobs / str(job.id), keep_learned=lasting)
             if unused:
                 shutil.rmtree(self._home.adapters / unused, ignore_errors=True)
 
@@ -303,7 +302,7 @@ class Lane(ABC):
         `of_use`: whether it may go on from what it has learned, where it has.
         """
         told = reason.said(job.language) if isinstance(reason, Later) else reason
-        learned = of_use and await asyncio.to_thread(_is_there, self._home.jobs / str(job.id) / _CHECKPOINT)
+        learned = of_use and await asyncio.to_thread(has_learned, self._home.jobs / str(job.id))
         await self._database.write(lambda tx: jobs.fail(tx, job.id, fault, told, learned=learned))
         log.warning("job.failed", extra={"job": job.id, "fault": fault})
 
@@ -349,14 +348,6 @@ def _goes_on(tx: Tx, job: Job) -> bool:
     return jobs.state_of(tx, job.id) in jobs.AT_WORK
 
 
-def begun_with(folder: Path) -> Spec | None:
-    """What a job was begun with, also where it has ended since; None where nothing of it is left."""
-    try:
-        return Spec.read(folder)
-    except JobError:
-        return None
-
-
 def with_line(failed: Failed, language: str) -> str:
     """What it said of its failure, after the line, unless the reason itself says which."""
     before = say(language, "data.line", line=failed.line, reason="").strip()
@@ -376,28 +367,3 @@ def _cause(error: Exception) -> Exception:
     while isinstance(error, ExceptionGroup):
         error = error.exceptions[0]
     return error
-
-
-def _is_there(path: Path) -> bool:
-    """Also where it cannot be looked at just now."""
-    try:
-        path.stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError:
-        return True
-    return True
-
-
-def _empty(folder: Path, kept: Sequence[str]) -> None:
-    """Remove what is in it but what is kept; the folder too where nothing is."""
-    if not any((folder / name).exists() for name in kept):
-        shutil.rmtree(folder, ignore_errors=True)
-        return
-    for path in folder.iterdir():
-        if path.name in kept:
-            continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)

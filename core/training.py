@@ -22,7 +22,8 @@ from core.engine.protocol import EngineInfo
 from core.errors import AdapterUnusable, StorageFull
 from core.job import EXIT_FINISHED, SHOWN
 from core.jobboard import Board
-from core.lane import Lane, Shop, TrainingSettings, begun_with, with_line
+from core.lane import Lane, Shop, TrainingSettings, with_line
+from core.learned import begun_with
 from core.store import jobs, ledger, trail
 from core.store.database import Database, Tx
 from core.store.home import Home

@@ -14,7 +14,7 @@ ROOT = Path(__file__).parents[1]
 LEVELS = (
     {"types", "errors", "expressions"},
     {"engine.protocol", "job", "outlet", "settings", "words", "logs"},
-    {"config", "texts", "metrics", "charts"},
+    {"config", "texts", "metrics", "charts", "learned"},
     {
         "commands",
         "help",

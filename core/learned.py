@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import os
 import shutil
+from contextlib import suppress
 from pathlib import Path
 
 from core.errors import JobError
@@ -32,15 +34,19 @@ def has_learned(folder: Path) -> bool:
 
 
 def empty(folder: Path, *, keep_learned: bool) -> None:
-    """Remove what is in it but what was learned, if that is kept; the folder too where nothing is."""
+    """Remove what is in it but what was learned, if that is kept; the folder too where nothing is.
+
+    What cannot be removed just now stays as long as its data set.
+    """
     kept = _LEARNED if keep_learned else ()
-    if not any((folder / name).exists() for name in kept):
+    try:
+        there = os.listdir(folder)
+    except OSError:
+        return
+    if not set(kept) & set(there):
         shutil.rmtree(folder, ignore_errors=True)
         return
-    for path in folder.iterdir():
-        if path.name in kept:
-            continue
-        if path.is_dir():
-            shutil.rmtree(path, ignore_errors=True)
-        else:
-            path.unlink(missing_ok=True)
+    for name in set(there) - set(kept):
+        shutil.rmtree(folder / name, ignore_errors=True)  # does nothing to a file
+        with suppress(OSError):
+            (folder / name).unlink()

@@ -247,7 +247,7 @@ async def test_a_job_that_failed_on_our_side_goes_on_from_its_checkpoint(
 async def test_trouble_at_a_later_start_costs_nothing_that_was_learned(
     tmp_path: Path, trouble: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    def refused(*_: object) -> None:
+    def refused(*_: object, **__: object) -> None:
         raise PermissionError(errno.EACCES, "Permission denied")
 
     bot = WatchedBot()
@@ -258,6 +258,7 @@ async def test_trouble_at_a_later_start_costs_nothing_that_was_learned(
     with monkeypatch.context() as patch:
         if trouble == "folder":
             patch.setattr(Spec, "write", refused)
+            patch.setattr(Path, "unlink", refused)
         command = {"trainer": ("/nowhere/python",), "base": COMMAND}.get(trouble, FAKE_TRAINER)
         async with works(tmp_path, bot=bot, command=command) as it:
             assert f"/finetune resume {job_id}" in await it.ended()

@@ -20,7 +20,7 @@ from typing import BinaryIO
 
 from core.commands import Call, Grant
 from core.errors import AppError, BadInput
-from core.sayings import Said, conversations_of, examples_of
+from core.sayings import MOST_TURNS, Said, conversations_of, examples_of
 from core.store import datasets, directory, jobs
 from core.store.database import Database, Tx
 from core.store.datasets import CONVERSATIONS, FEEDBACK
@@ -242,7 +242,8 @@ async def _bring_sayings(home: Home, database: Database, caller: Caller, source:
     sha256, size = await asyncio.to_thread(_keep, iter(lines), home)
 
     def keep(tx: Tx) -> None:
-        if not {_identity(one) for one in said} <= {_identity(one) for one in read(tx, channel, slack=slack)}:
+        now = read(tx, channel, slack=slack, most=2 * MOST_TURNS)  # more may have been said meanwhile
+        if not {_identity(one) for one in said} <= {_identity(one) for one in now}:
             raise AppError("training.consent_changed")  # taken back meanwhile
         datasets.keep_dataset(tx, sha256, source, source=source, size_bytes=size, brought_by=caller.user)
         for user in sorted(set().union(*(one.people for one in said))):

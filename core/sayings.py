@@ -14,7 +14,7 @@ from dataclasses import dataclass, field
 from core.store.database import Tx
 
 NOT_FOR_TRAINING = ("slack",)
-_MAX_TURNS = 40_000
+MOST_TURNS = 40_000  # the newest of them
 
 
 @dataclass(slots=True)
@@ -35,19 +35,21 @@ class Said:
         return {self.user, self.corrected_by} - {""}
 
 
-def conversations_of(tx: Tx, channel_id: int, *, slack: bool = False) -> list[Said]:
-    """What was asked since the person consented and not refused, each question with its answer; people stay apart."""
+def conversations_of(tx: Tx, channel_id: int, *, slack: bool = False, most: int | None = None) -> list[Said]:
+    """What was asked since the person consented and not refused, each question with its answer; people stay apart.
+
+    Of `most` turns, the newest; None is MOST_TURNS.
+    """
     forbidden = () if slack else NOT_FOR_TRAINING
     marks = ", ".join("?" * len(forbidden))
     rows = tx.all(
-        "SELECT conversation_id, turn.user_hash, role, text FROM turn"
+        "SELECT * FROM (SELECT conversation_id, turn.user_hash, role, text, turn.id FROM turn"
         " JOIN conversation ON conversation.id = conversation_id"
         " JOIN consent ON consent.user_hash = turn.user_hash AND consent.channel_id = conversation.channel_id"
         " WHERE conversation.channel_id = ? AND at_ms >= granted_ms AND NOT refused"
         f" AND conversation.platform NOT IN ({marks})"
-        " ORDER BY conversation_id, turn.user_hash, turn.id"
-        " LIMIT ?",
-        [channel_id, *forbidden, _MAX_TURNS],
+        " ORDER BY turn.id DESC LIMIT ?) ORDER BY conversation_id, user_hash, id",
+        [channel_id, *forbidden, MOST_TURNS if most is None else most],
     )
     said: dict[tuple[int, str], Said] = {}
     question: tuple[tuple[int, str], str] | None = None
@@ -63,11 +65,11 @@ def conversations_of(tx: Tx, channel_id: int, *, slack: bool = False) -> list[Sa
     return list(said.values())
 
 
-def examples_of(tx: Tx, channel_id: int, *, slack: bool = False) -> list[Said]:
+def examples_of(tx: Tx, channel_id: int, *, slack: bool = False, most: int | None = None) -> list[Said]:
     """Replies with a thumb up as they were given, and corrected ones with the correction in the place of the answer.
 
     Of people who consented, for all that they say here or for this one reply. What came before an answer is read by the
-    model and not learned.
+    model and not learned. Of `most` replies, the newest; None is MOST_TURNS.
     """
     forbidden = () if slack else NOT_FOR_TRAINING
     marks = ", ".join("?" * len(forbidden))
@@ -78,11 +80,11 @@ def examples_of(tx: Tx, channel_id: int, *, slack: bool = False) -> list[Said]:
         " WHERE example.channel_id = ? AND (correction IS NOT NULL OR vote = 1)"
         " AND (shared = 1 OR EXISTS (SELECT 1 FROM consent WHERE consent.user_hash = example.user_hash"
         f" AND consent.channel_id = example.channel_id)) AND platform NOT IN ({marks})"
-        " ORDER BY example.at_ms, example.generation_id LIMIT ?",
-        [channel_id, *forbidden, _MAX_TURNS],
+        " ORDER BY example.at_ms DESC, example.generation_id DESC LIMIT ?",
+        [channel_id, *forbidden, MOST_TURNS if most is None else most],
     )
     said = []
-    for row in rows:
+    for row in reversed(rows):
         *before, answer = json.loads(tx.cipher.unseal(row["said"]))
         if row["correction"]:
             answer = {"role": "assistant", "content": tx.cipher.unseal(row["correction"])}

@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from core import datasets
+from core import datasets, sayings
 from core.commands import Call, parse
 from core.datasets import prepare_finetune, stored
 from core.delivery import Deliveries
@@ -319,6 +319,29 @@ async def test_only_what_was_said_after_consent_and_was_answered_is_in_it(it: Ho
         }
     ]
     assert it.rows("dataset_person") == [{"dataset_sha256": sha256, "user_hash": asker.user}]
+
+
+async def test_of_more_than_can_be_learned_from_the_newest_is_taken_whatever_is_said_meanwhile(
+    it: House, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(sayings, "MOST_TURNS", 4)
+    monkeypatch.setattr(datasets, "MOST_TURNS", 4)
+    ann, bob = it.caller("ann", "acme"), it.caller("bob", "acme")
+    for who in (ann, bob):
+        it.consent(who)
+    it.say(ann, "oldest", "one", "older", "two")
+    it.say(bob, "newer", "three")
+    whole = datasets._keep
+
+    def keep(*given: Any) -> tuple[str, int]:
+        it.say(bob, "newest", "four", "after it was read", "five")
+        return whole(*given)
+
+    monkeypatch.setattr(datasets, "_keep", keep)
+    sha256, _ = brought(await it.prepare("/finetune conversations", it.caller("acme-op", "acme")))
+    lines = (await asyncio.to_thread(stored(it.home, sha256).read_text)).splitlines()
+    asked = [[one["content"] for one in json.loads(line)["messages"]] for line in lines]
+    assert sorted(asked) == [["newer", "three"], ["older", "two"]]
 
 
 async def test_what_was_said_in_slack_stays_out_with_consent_too(it: House) -> None:

@@ -6,6 +6,7 @@ from pathlib import Path
 
 import pytest
 
+from core import sayings
 from core.retention import clean
 from core.sayings import Said, examples_of
 from core.settings import Retention
@@ -49,6 +50,21 @@ async def test_a_liked_reply_is_learned_from_with_what_was_said_before_it(tmp_pa
             {"role": "user", "content": ASKED},
             {"role": "assistant", "content": f"you said {ASKED}"},
         ]
+
+
+async def test_of_more_than_can_be_learned_from_the_newest_replies_are_taken(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    async with world(tmp_path) as it:
+        await it.ask("/consent on", user=STRANGER)
+        liked = [await vote(it, "1") for _ in range(3)]
+        await it.database.write(
+            lambda tx: [
+                tx.run("UPDATE example SET at_ms = ? WHERE generation_id = ?", [n, one]) for n, one in enumerate(liked)
+            ]
+        )
+        monkeypatch.setattr(sayings, "MOST_TURNS", 2)
+        assert [said.id for said in await examples(it)] == liked[1:]
 
 
 async def test_without_consent_nothing_is_kept(tmp_path: Path) -> None:

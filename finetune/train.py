@@ -302,6 +302,7 @@ class Trainer:
         position, rows = self.position, self.prepared.part(self.prepared.split.validation)
         best_before = position.validated.get(position.best, math.inf)
         loss = self.meter.mean_loss(rows)
+        give_back()  # steps of other lengths leave holes behind, some MiB more with each
         if not math.isfinite(loss):
             if not position.step:
                 raise JobError("training.why_not_finite", "the loss is not finite before the first step")

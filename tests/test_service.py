@@ -413,7 +413,9 @@ async def test_the_tokens_of_an_answer_that_says_nothing_are_kept_for_cost(tmp_p
         assert await it.database.read(ledger.check) == []
 
 
-@pytest.mark.parametrize("damaged", [Cipher(b"x" * 32).seal("hello"), b"", b"\x00" * 40])
+@pytest.mark.parametrize(
+    "damaged", [Cipher(b"x" * 32).seal("hello"), b"", b"\x00" * 40], ids=["of another key", "nothing", "zeros"]
+)
 async def test_a_conversation_that_cannot_be_read_is_said_to_be_so(tmp_path: Path, damaged: bytes) -> None:
     async with world(tmp_path) as it:
         await it.ask("hello")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 ENGINE = "fbgemm"
 LARGEST = 127  # what a row's largest value becomes, as an integer
-ALL_BYTES, HALF_OF_THEM = (2 / 255, 128), (2 / 127, 64)  # (step, zero) of [-1, 1] as fbgemm's unsigned bytes
+STEP, ZERO = 2 / 255, 128  # [-1, 1] as fbgemm's unsigned bytes
 
 
 def _has_tiles() -> bool:
@@ -51,7 +51,7 @@ class Int8Linear(nn.Module):
     @classmethod
     def of(cls, linear: nn.Linear, *, tiles: bool = TILES) -> Int8Linear:
         weight = linear.weight.detach().float()
-        scales = (weight.abs().amax(dim=1) / 127).clamp_min(1e-12)
+        scales = (weight.abs().amax(dim=1) / (127 if tiles else _heaviest())).clamp_min(1e-12)
         zeros = torch.zeros(len(weight), dtype=torch.long)
         with _quantising():
             weight_q = torch.quantize_per_channel(weight, scales.double(), zeros, 0, torch.qint8)
@@ -88,25 +88,27 @@ class Int8Linear(nn.Module):
         return y
 
     def _by_bytes(self, x: Tensor, largest: Tensor) -> Tensor:
-        return _multiply(x / largest, self._packed, _bytes())
-
-
-def _multiply(x: Tensor, packed: torch.ScriptObject, of_one: tuple[float, int]) -> Tensor:
-    y: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, *of_one, packed)
-    return y
+        return _multiply(x / largest, self._packed)
 
 
 @cache
-def _bytes() -> tuple[float, int]:
-    """All bytes, where the largest products come out right with them.
+def _heaviest() -> int:
+    """What a weight may be at most, as an integer.
 
-    Without AVX512-VNNI fbgemm adds them two by two in 16 bits, which all bytes overflow and half of them do not.
+    Without AVX512-VNNI fbgemm adds products two by two in 16 bits, which bytes times bytes overflow. Weights of 7 bits
+    do not, and cost less than inputs of 7 bits would, which have outliers.
     """
     ones = torch.ones(1, 64)
     with _quantising():
         weight = torch.quantize_per_channel(ones, torch.tensor([1 / 127.0]), torch.tensor([0]), 0, torch.qint8)
-        packed = torch.ops.quantized.linear_prepack(weight, None)
-    return ALL_BYTES if abs(float(_multiply(ones, packed, ALL_BYTES)) - 64) < 1 else HALF_OF_THEM
+        found = _multiply(ones, torch.ops.quantized.linear_prepack(weight, None))
+    return 127 if abs(float(found) - 64) < 1 else 64
+
+
+def _multiply(x: Tensor, packed: torch.ScriptObject) -> Tensor:
+    """x in [-1, 1]."""
+    y: Tensor = torch.ops.quantized.linear_with_input_q_dq_qweight_dq_output_fp32(x, STEP, ZERO, packed)
+    return y
 
 
 class Part(nn.Module):

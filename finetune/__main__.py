@@ -52,9 +52,7 @@ def main(arguments: list[str] | None = None) -> int:
         parser.error(f"{words[0]} is not understood")
     logging.basicConfig(stream=sys.stderr, level=logging.INFO, format="%(asctime)s %(levelname)s %(name)s %(message)s")
     logging.captureWarnings(True)
-    # Threads that wait for each other spin by default: beside another busy program that is 20 times slower. Read when
-    # torch is loaded, so it is set before.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    set_up_libraries()
     events = Events(_own_stdout())
     _watch(events.stop)
     return run(given.action, given.job.absolute(), events, events.stop)
@@ -214,6 +212,18 @@ def _watch(stop: threading.Event) -> None:
         stop.set()
 
     threading.Thread(target=read_to_end, name="stdin", daemon=True).start()
+
+
+def set_up_libraries() -> None:
+    """To be called before torch is loaded, which reads this then. What the environment says already, stays.
+
+    Threads that wait for each other spin by default: beside another busy program that is 20 times slower. oneDNN keeps
+    a kernel for each shape that it was given, and a step of each length has twenty of its own: 0.5 MiB apiece, and the
+    holes between them. What one step uses is kept, so it costs no time.
+    """
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
+    os.environ.setdefault("LRU_CACHE_CAPACITY", "16")  # of the layer between torch and oneDNN
 
 
 def settle_in(spec: Spec) -> None:

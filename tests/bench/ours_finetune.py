@@ -12,7 +12,9 @@ from pathlib import Path
 
 def main() -> None:
     from core.job import Spec
-    from finetune.__main__ import settle_in
+    from finetune.__main__ import set_up_libraries, settle_in
+
+    set_up_libraries()
     from finetune.train import Trainer, prepare
 
     folder = Path(sys.argv[1])

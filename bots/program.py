@@ -23,6 +23,7 @@ from core import demo
 from core.delivery import Deliveries
 from core.engine.protocol import Engine, EngineSettings, RemoteSettings
 from core.errors import BadConfig
+from core.onednn import keep_few_kernels
 from core.service import Service, ServiceSettings
 from core.settings import BotTable, Config, Generation
 from core.store import directory
@@ -94,6 +95,7 @@ def make_engine(config: Config, home: Home, progress: Progress | None) -> Engine
 
         there = RemoteSettings(**{one.name: getattr(config.engine, one.name) for one in fields(RemoteSettings)})
         return RemoteEngine(config.model, there, home.models, progress=progress)
+    keep_few_kernels()
     from core.engine.local import LocalEngine
 
     settings = EngineSettings(**{one.name: getattr(config.engine, one.name) for one in fields(EngineSettings)})

@@ -24,6 +24,7 @@ from typing import IO
 
 from core.errors import AppError, BadDataset, JobError
 from core.job import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, Alive, Failed, Fault, JobEvent, Spec, dump_event
+from core.onednn import keep_few_kernels
 from core.texts import Later, say
 from finetune import new
 from finetune.limits import keep_no_core
@@ -215,15 +216,12 @@ def _watch(stop: threading.Event) -> None:
 
 
 def set_up_libraries() -> None:
-    """To be called before torch is loaded, which reads this then. What the environment says already, stays.
+    """To be called before torch is loaded, which reads this then.
 
-    Threads that wait for each other spin by default: beside another busy program that is 20 times slower. oneDNN keeps
-    a kernel for each shape that it was given, and a step of each length has twenty of its own: 0.5 MiB apiece, and the
-    holes between them. What one step uses is kept, so it costs no time.
+    Threads that wait for each other spin by default: beside another busy program that is 20 times slower.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("ONEDNN_PRIMITIVE_CACHE_CAPACITY", "32")
-    os.environ.setdefault("LRU_CACHE_CAPACITY", "16")  # of the layer between torch and oneDNN
+    keep_few_kernels()
 
 
 def settle_in(spec: Spec) -> None:

@@ -28,6 +28,7 @@ from platformdirs import user_cache_path
 from core.demo import demo_folder
 from core.engine.protocol import ModelSettings
 from core.model import load_model
+from core.onednn import KEPT
 from core.prompt import render
 from core.types import Message, Role
 from tests.bench import environments
@@ -136,8 +137,8 @@ def _text(tokenizer: Any, row: int) -> str:
 def start(spec: Path, wanted: set[str]) -> dict[str, Worker]:
     """All workers, loaded."""
     makers: dict[str, tuple[str, Callable[[], Path], dict[str, str]]] = {
-        "ours": ("ours", lambda: Path(sys.executable), {}),
-        "int8": ("ours", lambda: Path(sys.executable), {"QUANTIZATION": "int8"}),
+        "ours": ("ours", lambda: Path(sys.executable), KEPT),
+        "int8": ("ours", lambda: Path(sys.executable), {"QUANTIZATION": "int8", **KEPT}),
         "generate": ("peer_generate", lambda: Path(sys.executable), {}),
         "peft": ("peer_peft", lambda: Path(sys.executable), {}),
         "llamacpp": ("peer_llamacpp", environments.llama_cpp, {}),
@@ -212,7 +213,7 @@ def measure(rounds: int, threads: int, wanted: set[str], requests: int, named: S
 
 def scenarios(spec: Path, requests: int, named: Sequence[str]) -> dict[str, Any]:
     """One after the other, when no peer runs any more."""
-    worker = _start(spec, "ours_scenarios", lambda: Path(sys.executable), {})
+    worker = _start(spec, "ours_scenarios", lambda: Path(sys.executable), KEPT)
     told = {}
     try:
         for name in named:

@@ -1,6 +1,6 @@
 """What a job would take, told before it begins: steps and tokens are counted, seconds and memory are measured.
 
-Some real steps are taken on a model that is thrown away, the longest of all first: it decides how much memory there
+Some real steps are taken on a model that is thrown away, the largest first: it decides how much memory there
 must be. Evaluations, and the base's own answers where no earlier job has left them, count for what they cost.
 """
 

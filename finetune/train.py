@@ -236,11 +236,15 @@ class Trainer:
         return max(self.position.validated[0], *self.position.losses[:1])
 
     def warm_up(self) -> tuple[int, float]:
-        """(tokens, seconds) of some steps at a learning rate of 0, after the longest of all. Raises Interrupted."""
+        """(tokens, seconds) of some steps at a learning rate of 0, after the one that takes most memory of all.
+
+        Raises Interrupted.
+        """
         steps = [self.course.step(at) for at in range(self.course.steps_per_epoch)]
-        lengths = [sum(len(self.train_rows[row].ids) for micro in step for row in micro) for step in steps]
-        order = sorted(range(len(lengths)), key=lambda at: -lengths[at])
-        self.position.rate_factor, self.position.step = 0.0, order[0]
+        lengths = [[sum(len(self.train_rows[row].ids) for row in micro) for micro in step] for step in steps]
+        order = sorted(range(len(steps)), key=lambda at: -sum(lengths[at]))
+        self.position.rate_factor = 0.0
+        self.position.step = max(range(len(steps)), key=lambda at: max(lengths[at]))
         self._step()  # what is slow once: memory is asked for, kernels are chosen
         tokens, seconds = 0, 0.0
         for at in order[len(order) // 2 :][:WARM_UP_STEPS]:

@@ -16,7 +16,7 @@ import json
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
-from typing import Any, ClassVar, Literal
+from typing import Any, ClassVar, Literal, get_args
 
 from core.errors import JobError
 
@@ -181,6 +181,15 @@ class Checked:
     shortest_tokens: int = 0
     histogram: tuple[int, ...] = ()
     doubled: tuple[int, ...] = ()  # the lines of the first duplicates
+
+
+@dataclass(frozen=True, slots=True)
+class Answered:
+    """So many of our own prompts has the model answered as it is, before anything is trained."""
+
+    kind: ClassVar[str] = "answered"
+    done: int
+    of: int
 
 
 @dataclass(frozen=True, slots=True)
@@ -358,11 +367,10 @@ class Failed:
     of_use: bool = True
 
 
-JobEvent = Checked | Estimated | Redacted | Planned | Progress | Evaluated | Judged | Warned | Alive | Done | Failed
-_EVENTS: dict[str, Callable[..., JobEvent]] = {
-    event.kind: event
-    for event in (Checked, Estimated, Redacted, Planned, Progress, Evaluated, Judged, Warned, Alive, Done, Failed)
-}
+JobEvent = (
+    Checked | Estimated | Redacted | Answered | Planned | Progress | Evaluated | Judged | Warned | Alive | Done | Failed
+)
+_EVENTS: dict[str, Callable[..., JobEvent]] = {event.kind: event for event in get_args(JobEvent)}
 
 
 def dump_event(event: JobEvent) -> str:

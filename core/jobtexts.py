@@ -10,6 +10,7 @@ from core.job import (
     FEWEST_TEST_ROWS,
     MOST_FORGOTTEN,
     MOST_OF_A_SKILL,
+    Answered,
     Checked,
     Done,
     Evaluated,
@@ -36,10 +37,7 @@ def progress_text(job: Job, events: Sequence[JobEvent]) -> str:
     progress = last(events, Progress)
     if progress is None:
         checked = last(events, Checked)
-        planned = last(events, Planned)
-        doing = "training.planned" if planned else "training.loading" if checked else "training.checking"
-        fields = asdict(planned) if planned else {}
-        first = f"{head}\n{say(job.language, doing, **{'name': job.dataset, **fields})}"
+        first = f"{head}\n{_before_it_trains(job, events)}"
         notes = [f"- {line}" for line in data_text(job.language, checked)] if checked else []
         notes += _held_up(events)
         return "\n".join([first, "", *notes]) if notes else first
@@ -66,6 +64,16 @@ def progress_text(job: Job, events: Sequence[JobEvent]) -> str:
     ]
     shown = [f"{line}  " for line in lines[1:-1]]
     return "\n".join([f"{head} · {lines[0]}", "", *shown, *_held_up(events), "", lines[-1]])
+
+
+def _before_it_trains(job: Job, events: Sequence[JobEvent]) -> str:
+    planned, answered = last(events, Planned), last(events, Answered)
+    name = {"name": job.dataset}
+    if planned is not None:
+        return say(job.language, "training.planned", **name, **asdict(planned))
+    if answered is not None and answered.done < answered.of:
+        return say(job.language, "training.answering", **name, **asdict(answered))
+    return say(job.language, "training.loading" if last(events, Checked) else "training.checking", **name)
 
 
 def ended_body(job: Job, events: Sequence[JobEvent], *, resumable: bool) -> Body:

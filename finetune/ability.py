@@ -19,12 +19,13 @@ from typing import Any
 import torch
 
 from core.errors import AppError, JobError
-from core.job import Spec
+from core.job import Answered, Spec
 from core.prompt import TrainingRow, render
 from core.types import Message, Role
 from finetune.base import Base
 from finetune.checkpoint import write_durably
 from finetune.meter import Listen
+from finetune.prepare import Emit
 
 log = logging.getLogger(__name__)
 PROMPTS = Path(__file__).parent / "prompts.toml"
@@ -91,7 +92,7 @@ def is_kept(spec: Spec, base: Base) -> bool:
 
 
 def own_answers(
-    folder: Path, cache: Path | None, base: Base, instructions: str, model: Any, listen: Listen
+    folder: Path, cache: Path | None, base: Base, instructions: str, model: Any, listen: Listen, emit: Emit
 ) -> OwnAnswers:
     """The base's answers under these instructions: of this job, else of an earlier one, else made now.
 
@@ -101,7 +102,7 @@ def own_answers(
     places = [folder / FILE, *([cache / f"{key[:32]}.json"] if cache else [])]
     found = next((text for place in places if (text := _kept(place, key)) is not None), None)
     if found is None:
-        found = json.dumps({"key": key, **_make(folder / BEGUN, key, prompts, base, model, listen)})
+        found = json.dumps({"key": key, **_make(folder / BEGUN, key, prompts, base, model, listen, emit)})
     for place in places:
         if _kept(place, key) is None:
             place.parent.mkdir(parents=True, exist_ok=True)
@@ -175,7 +176,7 @@ def _answer_batch(
 
 
 def _make(
-    begun: Path, key: str, prompts: Asked, base: Base, model: Any, listen: Listen
+    begun: Path, key: str, prompts: Asked, base: Base, model: Any, listen: Listen, emit: Emit
 ) -> dict[str, list[Answer | None]]:
     """Batch by batch, written down after each."""
     ends = end_tokens(model, base.tokenizer)
@@ -186,14 +187,17 @@ def _make(
     made: dict[str, list[Answer | None]] = (
         json.loads(kept)["made"] if kept else {name: [None] * len(some) for name, some, _ in kinds}
     )
+    count = sum(len(some) for some in made.values())
     for name, some, most in kinds:
         for batch in _batches(some):
+            emit(Answered(sum(one is not None for some in made.values() for one in some), count))
             if all(made[name][at] for at in batch):
                 continue
             said = _answer_batch(model, [some[at] for at in batch], most, ends, listen)
             for at, ours in zip(batch, said, strict=True):
                 made[name][at] = ((*some[at], *ours), len(some[at]))
             write_durably(begun, json.dumps({"key": key, "made": made}).encode())
+    emit(Answered(count, count))
     begun.unlink(missing_ok=True)
     return made
 

@@ -64,7 +64,7 @@ def judge_imported(folder: Path, spec: Spec, emit: Emit, stop: threading.Event) 
 
     model = load_module(prepared.base, spec)
     cache = Path(spec.cache) if spec.cache else None
-    own = own_answers(folder, cache, prepared.base, spec.instructions, model, listen) if spec.ability else NOTHING
+    own = own_answers(folder, cache, prepared.base, spec.instructions, model, listen, emit) if spec.ability else NOTHING
     trained = LoraDelta(model, rank=1, alpha=1, dropout=0.0, rslora=False)  # places for the candidate's matrices
     micro = settings.resolve(spec, rows=len(prepared.encoded), device=spec.device).micro_tokens
     meter = Meter(Scorer(model), torch.device(spec.device), prefix=0, micro_tokens=micro, listen=listen)

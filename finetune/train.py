@@ -144,7 +144,9 @@ class Trainer:
         if spec.method == "scratch" or not (spec.ability or spec.hyper.rehearsal):
             return NOTHING  # what was never learned cannot be forgotten
         cache = Path(spec.cache) if spec.cache else None
-        return own_answers(self.folder, cache, self.prepared.base, spec.instructions, model, self._check_own_stop)
+        return own_answers(
+            self.folder, cache, self.prepared.base, spec.instructions, model, self._check_own_stop, self.emit
+        )
 
     def run(self) -> None:
         self.pace.tell_plan()

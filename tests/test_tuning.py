@@ -14,7 +14,7 @@ from core import adapters, jobtexts, tuning
 from core.commands import parse
 from core.datasets import MAX_OPEN
 from core.errors import BadInput, UnknownThing
-from core.job import Checked, Done, Evaluated, Failed, JobEvent, Judged, Planned, Progress, Verdict, Warned
+from core.job import Answered, Checked, Done, Evaluated, Failed, JobEvent, Judged, Planned, Progress, Verdict, Warned
 from core.lane import with_line
 from core.operators import run_command
 from core.store import datasets, directory, jobs, trail
@@ -208,6 +208,10 @@ def test_status_shows_how_far_it_is(it: Town) -> None:
     run(it, "/finetune faq.jsonl yes")
     assert say("en", "training.state_queued") in says(it, "/finetune status")
     hear(it, CHECKED)
+    assert say("en", "training.loading", name="faq.jsonl") in says(it, "/finetune status 1")
+    hear(it, Answered(0, 183), Answered(48, 183))
+    assert say("en", "training.answering", name="faq.jsonl", of=183, done=48) in says(it, "/finetune status 1")
+    hear(it, Answered(183, 183))
     assert say("en", "training.loading", name="faq.jsonl") in says(it, "/finetune status 1")
     hear(it, Planned(60, 51_000, 80, 24))
     assert say("en", "training.planned", name="faq.jsonl", steps=60, tokens=51_000, rows=80, rehearsed=24) in says(

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from core.job import (
+    Answered,
     Checked,
     Done,
     Estimated,
@@ -32,7 +33,7 @@ def add_event(tx: Tx, job_id: int, event: JobEvent) -> None:
         if last is None or event.step > last.step:
             tx.run("UPDATE job SET attempts = 0 WHERE id = ?", [job_id])
         _make_room(tx, job_id, event.steps)
-    elif isinstance(event, Checked | Estimated | Redacted | Planned | Done | Failed):
+    elif isinstance(event, Checked | Estimated | Redacted | Answered | Planned | Done | Failed):
         tx.run(f"DELETE {of_kind}", [job_id, event.kind])
     elif tx.value(
         f"SELECT count(*) >= ? OR ifnull(max(data = ?), 0) {of_kind}", [MAX_EVENTS, data, job_id, event.kind]

@@ -14,7 +14,7 @@ from hypothesis import given
 from hypothesis import strategies as st
 from transformers.cache_utils import DynamicLayer
 
-from core.job import Judged, Spec
+from core.job import Answered, JobEvent, Judged, Spec
 from finetune import ability, sanity
 from finetune.ability import FILE, PROMPTS, answer, own_answers
 from finetune.base import find_base, load_module
@@ -26,6 +26,10 @@ from tests.finetune.conftest import Heard, MakeJob
 
 def nothing() -> None:
     """A job that nobody stops."""
+
+
+def unheard(event: JobEvent) -> None:
+    pass
 
 
 @pytest.fixture
@@ -90,7 +94,7 @@ def test_what_the_base_said_is_taught_as_it_was_said_and_kept(make_job: MakeJob,
     spec = Spec.read(folder)
     base = find_base(spec, folder)
     model = load_module(base, spec)
-    own = own_answers(folder, tmp_path / "cache", base, "Be brief.", model, nothing)
+    own = own_answers(folder, tmp_path / "cache", base, "Be brief.", model, nothing, unheard)
     assert (len(own.rehearsed), len(own.measured)) == (30, 3)
     for row in (*own.rehearsed, *own.measured):
         start = row.supervised.index(True)
@@ -102,13 +106,13 @@ def test_what_the_base_said_is_taught_as_it_was_said_and_kept(make_job: MakeJob,
         raise AssertionError("made again")
 
     other = make_job("other")
-    again = own_answers(other, tmp_path / "cache", base, "Be brief.", None, forbidden)
+    again = own_answers(other, tmp_path / "cache", base, "Be brief.", None, forbidden, unheard)
     assert again == own
     assert (other / FILE).exists()
     (tmp_path / "cache" / next(path.name for path in (tmp_path / "cache").iterdir())).write_text("{")
-    assert own_answers(other, tmp_path / "cache", base, "Be brief.", None, forbidden) == own
+    assert own_answers(other, tmp_path / "cache", base, "Be brief.", None, forbidden, unheard) == own
     with pytest.raises(AssertionError, match="made again"):
-        own_answers(other, tmp_path / "cache", base, "Be verbose.", model, forbidden)
+        own_answers(other, tmp_path / "cache", base, "Be verbose.", model, forbidden, unheard)
 
 
 @given(st.integers(1, 5000), st.sampled_from([0.0, 0.1, 0.3, 2.0]))
@@ -183,7 +187,9 @@ def test_what_is_answered_is_not_asked_again_after_an_interruption(
     monkeypatch.setattr(ability, "AT_ONCE", 8)
     base = find_base(Spec.read(folder := make_job()), folder)
     model = load_module(base, Spec.read(folder))
-    whole = own_answers(make_job("whole"), None, base, "", model, nothing)
+    told: list[JobEvent] = []
+    whole = own_answers(make_job("whole"), None, base, "", model, nothing, told.append)
+    assert told == [Answered(done, 33) for done in (0, 8, 16, 24, 30, 33)]
     asked = 0
 
     def count(until: int) -> None:
@@ -193,12 +199,14 @@ def test_what_is_answered_is_not_asked_again_after_an_interruption(
             raise Interrupted
 
     with pytest.raises(Interrupted):
-        own_answers(folder, None, base, "", model, lambda: count(20))
+        own_answers(folder, None, base, "", model, lambda: count(20), unheard)
     assert (folder / ability.BEGUN).exists()
     assert not (folder / FILE).exists()
     first = asked
-    assert own_answers(folder, None, base, "", model, lambda: count(-1)) == whole
+    told.clear()
+    assert own_answers(folder, None, base, "", model, lambda: count(-1), told.append) == whole
+    assert told[0] == Answered(16, 33)
     second, asked = asked - first, 0
-    own_answers(make_job("all"), None, base, "", model, lambda: count(-1))
+    own_answers(make_job("all"), None, base, "", model, lambda: count(-1), unheard)
     assert second < asked  # a batch or more was kept
     assert not (folder / ability.BEGUN).exists()

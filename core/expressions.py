@@ -13,6 +13,8 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
+from core.texts import Later, Refused
+
 MOST_CHARACTERS, MOST_STATES = 10_000, 2_000
 _parser: Any = importlib.import_module("re._parser")  # what `re` itself reads them with
 _CATEGORIES = {"DIGIT": r"\d", "SPACE": r"\s", "WORD": r"\w", "NOT_DIGIT": r"\D", "NOT_SPACE": r"\S", "NOT_WORD": r"\W"}
@@ -22,7 +24,7 @@ Holds = Callable[[str, str], bool]  # whether one may pass between these two cha
 
 
 class Expression:
-    """Raises ValueError for what is no regular expression, is too large, or needs going back."""
+    """Raises Refused for what is no regular expression, is too large, or needs going back."""
 
     def __init__(self, text: str) -> None:
         self.text = text
@@ -31,17 +33,17 @@ class Expression:
         self._takes: list[tuple[Takes, int] | None] = []
         self._known: dict[tuple[frozenset[int], str, str], frozenset[int]] = {}
         if len(text) > MOST_CHARACTERS:
-            raise ValueError(f"{text[:40]!r}... is longer than {MOST_CHARACTERS} characters")
+            raise Refused("expression.long", text=repr(text[:40]), limit=MOST_CHARACTERS)
         self._start, self._end = self._state(), self._state()
         try:
             parsed = _parser.parse(text)
             if parsed.state.flags & ~re.UNICODE:
-                raise self._refused("it has flags")
+                raise self._refused(Later("expression.flags"))
             self._sequence(parsed, self._start, self._end)
         except (re.error, OverflowError) as error:
-            raise ValueError(f"{text!r} is not a regular expression: {error}") from error
+            raise Refused("expression.none", text=repr(text), error=error) from error
         except RecursionError:
-            raise self._refused("it is nested too deeply") from None
+            raise self._refused(Later("expression.deep")) from None
 
     def matches(self, whole: str) -> bool:
         """As `re.fullmatch` says, of a text of one line."""
@@ -75,7 +77,7 @@ class Expression:
 
     def _state(self) -> int:
         if len(self._free) >= MOST_STATES:
-            raise self._refused("it is too large")
+            raise self._refused(Later("expression.large"))
         self._free.append([])
         self._takes.append(None)
         return len(self._free) - 1
@@ -103,7 +105,7 @@ class Expression:
                 least, most, part = given
                 self._repeat(int(least), most, part, start, end)
             case _:
-                raise self._refused(f"{kind.lower().replace('_', ' ')} is not supported")
+                raise self._refused(Later("expression.unsupported", what=kind.lower().replace("_", " ")))
 
     def _repeat(self, least: int, most: Any, part: Any, start: int, end: int) -> None:
         for _ in range(least):
@@ -120,14 +122,14 @@ class Expression:
             start = behind
         self._free[start].append((end, None))
 
-    def _refused(self, why: str) -> ValueError:
+    def _refused(self, why: Later) -> Refused:
         shown = self.text if len(self.text) <= 200 else f"{self.text[:200]}..."
-        return ValueError(f"the regular expression {shown!r} cannot be matched in bounded time: {why}")
+        return Refused("expression.unbounded", text=repr(shown), why=why)
 
 
 @lru_cache(maxsize=256)
 def expression(text: str) -> Expression:
-    """The same object for the same text. Raises ValueError."""
+    """The same object for the same text. Raises Refused."""
     return Expression(text)
 
 

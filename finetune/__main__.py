@@ -126,9 +126,7 @@ def run(action: str, folder: Path, emit: Events, stop: threading.Event) -> int:
         log.info("train.interrupted")
         return EXIT_INTERRUPTED
     except BadDataset as error:
-        reason = error.fields["reason"]
-        told = reason.said(language) if isinstance(reason, Later) else str(reason)
-        emit(Failed("yours", told, line=int(error.fields.get("line", 0))))
+        emit(Failed("yours", _told(error, language), line=int(error.fields.get("line", 0))))
         return EXIT_FAILED
     except AppError as error:
         log.error("train.refused %s", error.detail or error)
@@ -148,8 +146,9 @@ def _fault_of(error: AppError) -> Fault:
 
 def _told(error: AppError, language: str) -> str:
     """Why, for people: its own sentence; else what the log says, within one that says that it is no more than that."""
-    if _fault_of(error) != "ours":
-        return error.detail  # said in their language already: finetune.settings
+    reason = error.fields.get("reason")
+    if isinstance(reason, Later):
+        return reason.said(language)
     if error.key != type(error).key:
         return say(language, error.key, **error.fields)
     return say(language, UNEXPECTED, error=(error.detail or str(error))[:MOST_TOLD])

@@ -37,7 +37,7 @@ def check_device(spec: Spec) -> None:
     """Raises JobError for a GPU that is not there."""
     device, there = torch.device(spec.device), torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= there:
-        raise refused(spec, "no_device", device=spec.device, n=there)
+        raise refused("no_device", device=spec.device, n=there)
 
 
 def find_base(spec: Spec, job_folder: Path, fresh: Path | None = None) -> Base:
@@ -130,11 +130,11 @@ def _four_bits(spec: Spec) -> Any:
     Raises JobError where that cannot be.
     """
     if spec.method != "lora":
-        raise refused(spec, "four_bits_lora")
+        raise refused("four_bits_lora")
     if torch.device(spec.device).type != "cuda":
-        raise refused(spec, "four_bits_cuda", device=spec.device)
+        raise refused("four_bits_cuda", device=spec.device)
     if find_spec("bitsandbytes") is None:
-        raise refused(spec, "four_bits_package")
+        raise refused("four_bits_package")
     from transformers import BitsAndBytesConfig
 
     return BitsAndBytesConfig(

@@ -72,8 +72,7 @@ def judge_imported(folder: Path, spec: Spec, emit: Emit, stop: threading.Event) 
     try:
         carrying = trained.version(candidate, prepared.base.fingerprint)
     except AdapterUnusable as error:
-        reason = error.detail.partition(": ")[2] or error.detail
-        raise settings.refused(spec, "unfit_adapter", reason=reason.replace(str(candidate), spec.label)) from error
+        raise settings.refused("unfit_adapter", reason=error.fields.get("reason", error.detail)) from error
     if named := _other_base(candidate, prepared.base.name):
         warn("other_base", named=named, base=prepared.base.name)
     examined = Exam(folder, spec, prepared, own, trained, meter, warn).take(lambda: carrying, tell)

@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from core.texts import Later
+from core.texts import Later, Refused
 from core.types import Message, Role
 
 MAX_TURNS = 400
@@ -52,12 +52,11 @@ ANSWER = frozenset(
 )
 
 
-class BadRecord(ValueError):
+class BadRecord(Refused):
     """The record cannot be used; `reason`, a sentence of the section [data], says why, without repeating its text."""
 
     def __init__(self, key: str, **fields: object) -> None:
-        self.reason = Later(f"data.{key}", **fields)
-        super().__init__(self.reason.said("en"))
+        super().__init__(f"data.{key}", **fields)
 
 
 class Turn(NamedTuple):

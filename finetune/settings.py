@@ -9,7 +9,7 @@ from typing import Literal, get_args, get_origin, get_type_hints
 
 from core.errors import JobError
 from core.job import HyperParameters, Method, Spec
-from core.texts import say
+from core.texts import Later
 
 HINTS = get_type_hints(HyperParameters)
 DEVICE = re.compile(r"cpu|cuda(:\d+)?")
@@ -20,9 +20,10 @@ LEAST_VOCABULARY = 256 + 3  # a token for each byte, and three of control
 LEAST_PREFIX = 8  # tokens; for fewer, packing saves too little to be worth its mask
 
 
-def refused(spec: Spec, key: str, **fields: object) -> JobError:
-    """What to raise where the rows are fine: a sentence of [data] says what is not, in the language of who asked."""
-    return JobError(detail=say(spec.language, f"data.{key}", **fields), fault="settings")
+def refused(key: str, **fields: object) -> JobError:
+    """What to raise where the rows are fine: `fields["reason"]`, a sentence of [data], says what is not."""
+    reason = Later(f"data.{key}", **fields)
+    return JobError(detail=reason.said("en"), fault="settings", reason=reason)
 
 
 def check(spec: Spec) -> None:
@@ -54,17 +55,17 @@ def check(spec: Spec) -> None:
     ]
     for name, value, least, most in [*ranges, *(sizes if spec.method == "scratch" else [])]:
         if value is not None and not (math.isfinite(value) and least <= value <= most):
-            raise refused(spec, "setting_range", name=name, value=str(value), least=f"{least:g}", most=f"{most:g}")
+            raise refused("setting_range", name=name, value=str(value), least=f"{least:g}", most=f"{most:g}")
     if spec.method == "scratch" and (fresh.hidden % fresh.heads or fresh.hidden // fresh.heads % 2):
-        raise refused(spec, "setting_heads", hidden=str(fresh.hidden), heads=str(fresh.heads))
+        raise refused("setting_heads", hidden=str(fresh.hidden), heads=str(fresh.heads))
     chosen = {
         f"finetune.{name}": (getattr(h, name), hint) for name, hint in HINTS.items() if get_origin(hint) is Literal
     }
     for name, (one, kind) in {"method": (spec.method, Method), **chosen}.items():
         if one not in get_args(kind):
-            raise refused(spec, "setting_choice", name=name, value=one, known=", ".join(get_args(kind)))
+            raise refused("setting_choice", name=name, value=one, known=", ".join(get_args(kind)))
     if not DEVICE.fullmatch(spec.device):
-        raise refused(spec, "setting_choice", name="device", value=spec.device, known="cpu, cuda, cuda:N")
+        raise refused("setting_choice", name="device", value=spec.device, known="cpu, cuda, cuda:N")
 
 
 @dataclass(frozen=True, slots=True)

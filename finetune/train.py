@@ -220,7 +220,7 @@ class Trainer:
         """Compute activations twice from now on. Raises JobError where that is done already, or others wait for us."""
         self.optimizer.zero_grad(set_to_none=True)
         if self.spares_memory or self.team.size > 1 or self.spec.hyper.checkpointing == "off":
-            raise refused(self.spec, "out_of_memory", device=self.device) from error
+            raise refused("out_of_memory", device=self.device) from error
         log.warning("train.out_of_memory step=%d: activations are computed twice", self.position.step)
         checkpoint_activations(self.model)
         self.spares_memory = True
@@ -297,7 +297,7 @@ class Trainer:
         position = self.keeper.load(BEST)
         if position is None or failed_factor < 1:
             fields = {**error.fields, "rate": f"{min(rate / 4, HyperParameters().learning_rate):g}"}
-            raise refused(self.spec, f"lost_{error.key}", **fields)
+            raise refused(f"lost_{error.key}", **fields)
         self.position = position
         self.position.rate_factor = failed_factor / 2
         self._save()

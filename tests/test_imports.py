@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 # Inside core, a module imports those of its own and of lower levels. engine.protocol, settings and job are values:
 # the configuration is made of them, so they stand below it.
 LEVELS = (
-    {"types", "errors", "expressions"},
+    {"types", "errors"},
     {"engine.protocol", "job", "outlet", "settings", "words", "logs"},
     {"config", "texts", "metrics", "charts", "learned"},
     {
@@ -24,6 +24,7 @@ LEVELS = (
         "engine.text",
         "engine.stream",
         "weights",
+        "expressions",
         "demo",
         "linear",
     },

@@ -24,6 +24,7 @@ from torch import Tensor
 
 from core.errors import AdapterUnusable
 from core.expressions import expression
+from core.texts import Later, Refused
 from core.types import AdapterRef
 
 log = logging.getLogger(__name__)
@@ -131,8 +132,7 @@ class AdapterStore:
 
 
 def load_adapter(ref: AdapterRef, base: Base) -> AdapterWeights:
-    """Read and check an adapter folder. Raises AdapterUnusable with the reason as detail."""
-    name = ref.label or ref.sha256[:12]
+    """Read and check an adapter folder. Raises AdapterUnusable with why as detail, and for people as `reason`."""
     try:
         _check_manifest(ref.folder, base)
         config = _read_config(ref.folder)
@@ -144,11 +144,19 @@ def load_adapter(ref: AdapterRef, base: Base) -> AdapterWeights:
             module: _fold(module, sides, ranks[module], alphas[module], root, base.dtype)
             for module, sides in found.items()
         }
+    except Refused as error:
+        raise _unusable(ref, str(error), error.reason) from error
     except RecursionError:
-        raise AdapterUnusable(detail=f"adapter {name} in {ref.folder}: {CONFIG} is nested too deeply") from None
+        raise _unusable(ref, f"{CONFIG} is nested too deeply") from None
     except (ValueError, OSError, SafetensorError) as error:
-        raise AdapterUnusable(detail=f"adapter {name} in {ref.folder}: {error}") from error
+        raise _unusable(ref, str(error)) from error
     return AdapterWeights(ref.sha256, max(len(a) for a, _ in pairs.values()), pairs)
+
+
+def _unusable(ref: AdapterRef, why: str, reason: Later | None = None) -> AdapterUnusable:
+    name = ref.label or ref.sha256[:12]
+    reason = reason or Later("unfit.unreadable", error=why.replace(f"{ref.folder}/", ""))
+    return AdapterUnusable(detail=f"adapter {name} in {ref.folder}: {why}", reason=reason)
 
 
 def _check_manifest(folder: Path, base: Base) -> None:
@@ -179,15 +187,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if config.get("peft_type") != "LORA":
         raise ValueError(f"peft_type={config.get('peft_type')} is not LORA; peft can convert it")
     if config.get("bias", "none") != "none":
-        raise ValueError(f"bias={config['bias']}: trained biases of the base model cannot be kept apart per row")
+        raise Refused("unfit.bias", bias=config["bias"])
     if str(config.get("init_lora_weights", True)).lower() not in PLAIN_INIT:
-        raise ValueError(
-            f"init_lora_weights={config['init_lora_weights']} changes the base model: save it with "
-            "path_initial_model_for_weight_conversion"
-        )
+        raise Refused("unfit.init", init=config["init_lora_weights"])
     for key, value in config.items():
         if key not in KNOWN_KEYS and value:
-            raise ValueError(f"{key}={value!r} is not supported: only plain LoRA on linear layers is")
+            raise Refused("unfit.option", name=key, value=repr(value))
     _check_numbers(config)
     _check_names(config)
     return config
@@ -199,24 +204,27 @@ def _check_names(config: Mapping[str, Any]) -> None:
         value = config.get(key)
         listed = isinstance(value, list) and all(isinstance(one, str) for one in value)
         if not (value is None or isinstance(value, str) or listed):
-            raise ValueError(f"{key}={value!r} is neither a text nor a list of texts")
+            raise Refused("unfit.no_texts", name=key, value=repr(value))
     targets, layers, patterns = (config.get(key) for key in ("target_modules", "layers_to_transform", "layers_pattern"))
     numbers = layers if isinstance(layers, list) else [layers]
     if layers is not None and not all(isinstance(one, int) and not isinstance(one, bool) for one in numbers):
-        raise ValueError(f"layers_to_transform={layers!r} is neither a number nor a list of numbers")
+        raise Refused("unfit.no_numbers", value=repr(layers))
     if isinstance(targets, str) and (layers is not None or patterns):
-        raise ValueError(f"layers_to_transform and layers_pattern cannot go with target_modules={targets!r}")
+        raise Refused("unfit.layers_of_expression", value=repr(targets))
     if patterns and layers is None:
-        raise ValueError(f"layers_pattern={patterns!r} needs layers_to_transform")
+        raise Refused("unfit.no_layers", value=repr(patterns))
     for one in [patterns] if isinstance(patterns, str) else patterns or []:
         if not PLAIN_NAME.fullmatch(one):
-            raise ValueError(f"layers_pattern={one!r} is more than the name of a module")
+            raise Refused("unfit.no_name", value=repr(one))
     keys = [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
     expressions = [one for one in keys if not PLAIN_KEY.fullmatch(one)]
     if len(keys) > MOST_KEYS or len(expressions) > MOST_EXPRESSIONS:
-        raise ValueError(
-            f"rank_pattern and alpha_pattern have {len(keys)} keys, {len(expressions)} of them regular expressions: "
-            f"more than {MOST_KEYS} and {MOST_EXPRESSIONS}"
+        raise Refused(
+            "unfit.many_keys",
+            n=len(keys),
+            expressions=len(expressions),
+            most=MOST_KEYS,
+            most_expressions=MOST_EXPRESSIONS,
         )
     for one in expressions:
         expression(one)
@@ -228,13 +236,13 @@ def _check_names(config: Mapping[str, Any]) -> None:
 def _check_numbers(config: Mapping[str, Any]) -> None:
     patterns = [config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}]
     if not all(isinstance(pattern, dict) for pattern in patterns):
-        raise ValueError("rank_pattern and alpha_pattern must be tables of module names and numbers")
+        raise Refused("unfit.no_tables")
     for rank in (config.get("r"), *patterns[0].values()):
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
-            raise ValueError(f"rank {rank!r} is not a whole number from 1 to {MAX_RANK}")
+            raise Refused("unfit.rank", rank=repr(rank), most=MAX_RANK)
     for alpha in (config.get("lora_alpha"), *patterns[1].values()):
         if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-            raise ValueError(f"lora_alpha {alpha!r} is not a number")
+            raise Refused("unfit.alpha", alpha=repr(alpha))
 
 
 def _read_tensors(
@@ -251,13 +259,13 @@ def _read_tensors(
         for key in file.keys():  # noqa: SIM118 - not a dictionary
             match = TENSOR_NAME.fullmatch(key)
             if match is None:
-                hint = "" if ".lora_" in key else "; without base weights it can be: save_embedding_layers=False"
-                raise ValueError(f"tensor {key} is not the A or B of a LoRA on a linear layer{hint}")
+                hint = "" if ".lora_" in key else Later("unfit.without_base")
+                raise Refused("unfit.tensor", name=key, hint=hint)
             module, side = match["module"], match["side"]
             _check_module(module, config, base)
             shape = tuple(file.get_slice(key).get_shape())
             if shape != (wanted := _shape(side, base.shapes[module], ranks[module])):  # seen before it is read
-                raise ValueError(f"tensor {key} has the shape {shape}, not {wanted}")
+                raise Refused("unfit.shape", name=key, shape=shape, wanted=wanted)
             tensor = file.get_tensor(key)
             _check_tensor(key, tensor)
             found.setdefault(module, {})[side] = tensor
@@ -267,9 +275,9 @@ def _read_tensors(
 
 def _check_module(module: str, config: Mapping[str, Any], base: Base) -> None:
     if module not in base.shapes:
-        raise ValueError(f"the base model has no linear layer {module} that adapters may change")
+        raise Refused("unfit.no_module", module=module)
     if not _is_target(module, config):
-        raise ValueError(f"tensors for {module}, which target_modules does not name")
+        raise Refused("unfit.not_named", module=module)
 
 
 def _shape(side: str, linear: tuple[int, int], rank: int) -> tuple[int, int]:
@@ -279,22 +287,22 @@ def _shape(side: str, linear: tuple[int, int], rank: int) -> tuple[int, int]:
 
 def _check_tensor(key: str, tensor: Tensor) -> None:
     if tensor.dtype not in FLOATS:
-        raise ValueError(f"tensor {key} is of type {tensor.dtype}")
+        raise Refused("unfit.dtype", name=key, dtype=tensor.dtype)
     if not bool(tensor.isfinite().all()):
-        raise ValueError(f"tensor {key} holds values that are not finite")
+        raise Refused("unfit.not_finite", name=key)
 
 
 def _check_complete(found: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any], base: Base) -> None:
     for module, sides in found.items():
         if missing := {"A", "B"} - sides.keys():
-            raise ValueError(f"lora_{missing.pop()} of {module} is missing")
+            raise Refused("unfit.half", side=missing.pop(), module=module)
     for module in base.shapes:
         if module not in found and _is_target(module, config) and not (_is_all(config) and module == base.head):
-            raise ValueError(f"the weights of {module} are missing, which target_modules names")
+            raise Refused("unfit.missing", module=module)
     if not found:
         raise ValueError("it changes no layer of this base model")
     if base.head in found and config.get("ensure_weight_tying"):
-        raise ValueError(f"ensure_weight_tying would change the embeddings together with {base.head}")
+        raise Refused("unfit.tied", head=base.head)
 
 
 def _is_all(config: Mapping[str, Any]) -> bool:
@@ -346,5 +354,5 @@ def _fold(
     scale = alpha / (math.sqrt(rank) if root else rank)
     a, b = sides["A"].to(dtype), (sides["B"].float() * scale).to(dtype)
     if not bool(a.isfinite().all() and b.isfinite().all()):
-        raise ValueError(f"the weights of {module}, scaled by {scale:g}, are too large for {dtype}")
+        raise Refused("unfit.too_large", module=module, scale=scale, dtype=dtype)
     return a, b.t().contiguous().t()  # as it lies in a slot, so that the model thread only copies

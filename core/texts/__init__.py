@@ -35,6 +35,14 @@ class Later(str):
         return say(language, str(self), **self.fields)
 
 
+class Refused(ValueError):
+    """`reason` is the sentence that says why, for whoever tells a person; the error's own text is it in English."""
+
+    def __init__(self, key: str, **fields: object) -> None:
+        self.reason = Later(key, **fields)
+        super().__init__(self.reason.said(FALLBACK))
+
+
 def say(language: str, key: str, /, **fields: object) -> str:
     """The sentence `key` ("section.name"), filled. In English where the language lacks it; a missing field is "…"."""
     spoken = resolve(language) or FALLBACK

@@ -22,6 +22,7 @@ from core.engine.runner import Runner
 from core.engine.stack import Stack
 from core.errors import AdapterUnusable
 from core.model import BaseModel
+from core.texts import Later
 from core.types import AdapterRef
 from tests.tiny import edit_config, quietly, save_adapter
 
@@ -119,6 +120,10 @@ def test_configurations_that_would_be_computed_otherwise_are_refused(
         load_adapter(copy, fits)
     assert reason.replace("\\", "") in caught.value.detail
     assert "copy@1" in caught.value.detail
+    told = caught.value.fields["reason"]
+    assert isinstance(told, Later)
+    assert reason.replace("\\", "") in told.said("en")
+    assert any("\u4e00" <= character <= "\u9fff" for character in told.said("zh"))
 
 
 @pytest.mark.parametrize(
@@ -178,8 +183,11 @@ def pickle_instead(folder: Path) -> None:
 )
 def test_damaged_folders_are_refused(copy: AdapterRef, fits: Base, damage: Callable[[Path], None], reason: str) -> None:
     damage(copy.folder)
-    with pytest.raises(AdapterUnusable, match=reason):
+    with pytest.raises(AdapterUnusable, match=reason) as caught:
         load_adapter(copy, fits)
+    told = caught.value.fields["reason"]
+    assert isinstance(told, Later)
+    assert str(copy.folder) not in told.said("en")
 
 
 def test_a_manifest_for_this_base_is_taken(copy: AdapterRef, fits: Base) -> None:

@@ -221,8 +221,8 @@ def test_a_step_without_memory_is_taken_again_with_activations_computed_twice(ma
         return forward(self, batch)
 
     monkeypatch.setattr(Scorer, "forward", never)
-    with pytest.raises(JobError, match=r"cpu 内存不足；请减小 finetune.max_tokens") as caught:
-        go(make_job("none"), language="zh")
+    with pytest.raises(JobError, match=r"not enough memory on cpu; lower finetune.max_tokens") as caught:
+        go(make_job("none"))
     assert caught.value.fields["fault"] == "settings"
 
 

@@ -31,6 +31,7 @@ from core.job import (
 from core.texts import say
 from finetune import __main__ as program
 from finetune.__main__ import Events
+from tests.tiny import edit_config, save_adapter
 
 ROOT = Path(__file__).parents[2]
 WAIT_S = 120
@@ -173,6 +174,22 @@ def test_a_bad_setting_is_not_said_to_be_the_files_fault(make_job):
     status, (failed,) = end(start(make_job(rank=0)))
     assert (status, failed.fault) == (EXIT_FAILED, "settings")
     assert failed.reason == "finetune.rank=0 is not within 1 and 256"
+
+
+def test_why_an_adapter_is_refused_is_told_in_the_language_of_who_brought_it_and_logged_in_english(
+    make_job, tiny_folder
+):
+    folder = make_job()
+    candidate = save_adapter(tiny_folder, folder / "candidate", seed=1, r=4)
+    edit_config(candidate, use_dora=True)
+    spec = json.loads((folder / "spec.json").read_text())
+    (folder / "spec.json").write_text(json.dumps({**spec, "candidate": "candidate", "language": "zh"}))
+    with start(folder, "gate") as process:
+        events = [load_event(line) for line in process.stdout]
+        (logged,) = (line for line in process.stderr if "train.refused" in line)
+    assert process.returncode == EXIT_FAILED
+    assert events[-1] == Failed("settings", "这个适配器不能使用：不支持 use_dora=True，只支持线性层上的普通 LoRA")
+    assert "the adapter cannot be used: use_dora=True is not supported: only plain LoRA" in logged
 
 
 @pytest.mark.parametrize(

@@ -42,7 +42,8 @@ Fetch = Callable[[Address, Attachment], AsyncIterator[bytes]]
 async def prepare_finetune(
     home: Home, database: Database, fetch: Fetch, caller: Caller, call: Call, *, slack: bool = False
 ) -> Call:
-    """For `/finetune FILE`: the same call with the data set's sha256 as `dataset` and its name as `name`.
+    """For `/finetune FILE`: the same call with the data set's sha256 as `dataset` and its name as `name`;
+    for one that is made of what people said, how many stored texts could not be read as `unreadable`.
 
     Any other call comes back as it is. With `slack`, what consenting people said in Slack may be among it. Raises
     BadInput for a data set that is not there, cannot be read or is too large, or where no job can be taken in; AppError
@@ -61,7 +62,8 @@ async def prepare_finetune(
     _check_settings(given)
     try:
         if typed in (CONVERSATIONS, FEEDBACK) and not caller.attachments:
-            sha256, name = await _bring_sayings(home, database, caller, typed, slack=slack), typed
+            (sha256, unreadable), name = await _bring_sayings(home, database, caller, typed, slack=slack), typed
+            given["unreadable"] = str(unreadable)
         else:
             licence = given.get("licence", "")
             sha256, name = await bring_named(home, database, fetch, caller, typed, licence=licence)
@@ -228,11 +230,19 @@ def _keep(chunks: Iterator[bytes], home: Home) -> tuple[str, int]:
 # --- what people said ---
 
 
-async def _bring_sayings(home: Home, database: Database, caller: Caller, source: str, *, slack: bool) -> str:
-    """What consenting people said in this channel, or what became of their answers' thumbs and corrections."""
+async def _bring_sayings(
+    home: Home, database: Database, caller: Caller, source: str, *, slack: bool
+) -> tuple[str, int]:
+    """What consenting people said in this channel, or what became of their answers' thumbs and corrections.
+
+    Its sha256, and how many stored texts could not be read. Raises BadInput, and AppError where none could.
+    """
     channel = caller.channel.id
     read = conversations_of if source == CONVERSATIONS else examples_of
-    said = await database.read(lambda tx: read(tx, channel, slack=slack))
+    sayings = await database.read(lambda tx: read(tx, channel, slack=slack))
+    said = sayings.said
+    if not said and sayings.unreadable:
+        raise BadInput("training.none_readable", n=sayings.unreadable)
     if not said:
         people = await database.read(
             lambda tx: tx.value("SELECT count(*) FROM consent WHERE channel_id = ?", [channel])
@@ -242,7 +252,7 @@ async def _bring_sayings(home: Home, database: Database, caller: Caller, source:
     sha256, size = await asyncio.to_thread(_keep, iter(lines), home)
 
     def keep(tx: Tx) -> None:
-        now = read(tx, channel, slack=slack, most=2 * MOST_TURNS)  # more may have been said meanwhile
+        now = read(tx, channel, slack=slack, most=2 * MOST_TURNS).said  # more may have been said meanwhile
         if not {_identity(one) for one in said} <= {_identity(one) for one in now}:
             raise AppError("training.consent_changed")  # taken back meanwhile
         datasets.keep_dataset(tx, sha256, source, source=source, size_bytes=size, brought_by=caller.user)
@@ -255,7 +265,7 @@ async def _bring_sayings(home: Home, database: Database, caller: Caller, source:
         if await database.read(lambda tx: datasets.is_erased(tx, sha256)):
             await asyncio.to_thread(stored(home, sha256).unlink, missing_ok=True)
         raise
-    return sha256
+    return sha256, sayings.unreadable
 
 
 def _identity(said: Said) -> tuple[str, str, str]:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-from core.job import Checked, Estimated, JobEvent, Preview, Redacted
+from core.job import Checked, Estimated, JobEvent, LeftOut, Preview, Redacted
 from core.store.jobs import Job
 from core.texts import Later, duration, money, say
 from core.types import Body, Button
@@ -26,6 +26,7 @@ def question(job: Job, events: Sequence[JobEvent], preview: Sequence[Preview]) -
     assert checked is not None
     assert estimated is not None
     lines = rows_text(language, job.dataset, checked, "training.usable")
+    lines += [f"- {line}" for line in left_out_text(language, events)]
     lines += [f"- {line}" for line in data_text(language, checked)]
     if (redacted := last(events, Redacted)) is not None and redacted.sha256 == job.dataset_sha256:
         told = {"n": redacted.replaced, "sha": redacted.sha256[:12]}
@@ -83,6 +84,12 @@ def rows_text(language: str, name: str, checked: Checked, key: str = "training.r
         if count > len(shown):
             lines.append(f"- {say(language, 'training.more_lines', n=count - len(shown))}")
     return lines
+
+
+def left_out_text(language: str, events: Sequence[JobEvent]) -> list[str]:
+    """What could not become a row, because it cannot be read where it is stored."""
+    left_out = last(events, LeftOut)
+    return [say(language, "training.left_out", n=left_out.unreadable)] if left_out else []
 
 
 def data_text(language: str, checked: Checked) -> list[str]:

@@ -232,6 +232,14 @@ class Redacted:
 
 
 @dataclass(frozen=True, slots=True)
+class LeftOut:
+    """Of what people said, so many stored texts could not be read. Not of the trainer: it never saw them."""
+
+    kind: ClassVar[str] = "left_out"
+    unreadable: int
+
+
+@dataclass(frozen=True, slots=True)
 class Progress:
     """`loss` and `first_loss` are means over the last and the first few steps: one step's rows say little."""
 
@@ -368,7 +376,19 @@ class Failed:
 
 
 JobEvent = (
-    Checked | Estimated | Redacted | Answered | Planned | Progress | Evaluated | Judged | Warned | Alive | Done | Failed
+    Checked
+    | Estimated
+    | Redacted
+    | LeftOut
+    | Answered
+    | Planned
+    | Progress
+    | Evaluated
+    | Judged
+    | Warned
+    | Alive
+    | Done
+    | Failed
 )
 _EVENTS: dict[str, Callable[..., JobEvent]] = {event.kind: event for event in get_args(JobEvent)}
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from core.datatexts import data_text, last, rows_text, short
+from core.datatexts import data_text, last, left_out_text, rows_text, short
 from core.job import (
     FEWEST_TEST_ROWS,
     MOST_FORGOTTEN,
@@ -102,6 +102,7 @@ def report(job: Job, events: Sequence[JobEvent], *, judged: Judged | None = None
         lines.append(say(language, "training.charged", tokens=tokens, price=money(nano)))
     if checked is not None:
         lines += rows_text(language, job.dataset, checked)
+        lines += [f"- {line}" for line in left_out_text(language, events)]
         lines += [f"- {line}" for line in data_text(language, checked)]
     lines += [f"- {short(event.text)}" for event in events if isinstance(event, Warned)]
     passed = judged is None or judged.verdict == "passed"

@@ -11,6 +11,7 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
+from core.errors import StoredUnreadable
 from core.store.database import Tx
 
 NOT_FOR_TRAINING = ("slack",)
@@ -35,10 +36,18 @@ class Said:
         return {self.user, self.corrected_by} - {""}
 
 
-def conversations_of(tx: Tx, channel_id: int, *, slack: bool = False, most: int | None = None) -> list[Said]:
+@dataclass(frozen=True, slots=True)
+class Sayings:
+    """`unreadable` turns or replies are damaged, or of another key: they are left out, with what belongs to them."""
+
+    said: list[Said]
+    unreadable: int
+
+
+def conversations_of(tx: Tx, channel_id: int, *, slack: bool = False, most: int | None = None) -> Sayings:
     """What was asked since the person consented and not refused, each question with its answer; people stay apart.
 
-    Of `most` turns, the newest; None is MOST_TURNS.
+    Of `most` turns, the newest; None is MOST_TURNS. Raises StoredUnreadable where not one of them can be read.
     """
     forbidden = () if slack else NOT_FOR_TRAINING
     marks = ", ".join("?" * len(forbidden))
@@ -53,23 +62,28 @@ def conversations_of(tx: Tx, channel_id: int, *, slack: bool = False, most: int 
     )
     said: dict[tuple[int, str], Said] = {}
     question: tuple[tuple[int, str], str] | None = None
+    unreadable = 0
     for row in rows:
         whose = (row["conversation_id"], row["user_hash"])
-        text = tx.cipher.unseal(row["text"])
-        if row["role"] == "user":
+        text = _unsealed(tx, row["text"])
+        if text is None:
+            question = None
+            unreadable += 1
+        elif row["role"] == "user":
             question = (whose, text)
         elif question is not None and question[0] == whose:
             one = said.setdefault(whose, Said(row["user_hash"], str(row["conversation_id"])))
             one.messages += [{"role": "user", "content": question[1]}, {"role": "assistant", "content": text}]
             question = None
-    return list(said.values())
+    return _counted(list(said.values()), unreadable, len(rows))
 
 
-def examples_of(tx: Tx, channel_id: int, *, slack: bool = False, most: int | None = None) -> list[Said]:
+def examples_of(tx: Tx, channel_id: int, *, slack: bool = False, most: int | None = None) -> Sayings:
     """Replies with a thumb up as they were given, and corrected ones with the correction in the place of the answer.
 
     Of people who consented, for all that they say here or for this one reply. What came before an answer is read by the
-    model and not learned. Of `most` replies, the newest; None is MOST_TURNS.
+    model and not learned. Of `most` replies, the newest; None is MOST_TURNS. Raises StoredUnreadable where not one of
+    them can be read.
     """
     forbidden = () if slack else NOT_FOR_TRAINING
     marks = ", ".join("?" * len(forbidden))
@@ -85,9 +99,27 @@ def examples_of(tx: Tx, channel_id: int, *, slack: bool = False, most: int | Non
     )
     said = []
     for row in reversed(rows):
-        *before, answer = json.loads(tx.cipher.unseal(row["said"]))
-        if row["correction"]:
-            answer = {"role": "assistant", "content": tx.cipher.unseal(row["correction"])}
+        text = _unsealed(tx, row["said"])
+        correction = "" if row["correction"] is None else _unsealed(tx, row["correction"])
+        if text is None or correction is None:
+            continue
+        *before, answer = json.loads(text)
+        if correction:
+            answer = {"role": "assistant", "content": correction}
         earlier = [{**one, "weight": 0} if one["role"] == "assistant" else one for one in before]
         said.append(Said(row["user_hash"], row["generation_id"], [*earlier, answer], row["corrected_by"] or ""))
-    return said
+    return _counted(said, len(rows) - len(said), len(rows))
+
+
+def _unsealed(tx: Tx, sealed: bytes) -> str | None:
+    try:
+        return tx.cipher.unseal(sealed)
+    except StoredUnreadable:
+        return None
+
+
+def _counted(said: list[Said], unreadable: int, of: int) -> Sayings:
+    """Raises StoredUnreadable where nothing was readable: then it is the key."""
+    if of and unreadable == of:
+        raise StoredUnreadable(detail=f"none of {of} stored texts can be read")
+    return Sayings(said, unreadable)

@@ -10,7 +10,7 @@ from core.commands import Call, Grant, parse
 from core.datasets import COLUMNS, check_room
 from core.delivery import new_delivery
 from core.errors import BadInput, UnknownThing
-from core.job import PRESETS, Checked, Preview, load_judged
+from core.job import PRESETS, Checked, LeftOut, Preview, load_judged
 from core.operators import Handler
 from core.store import datasets, directory, jobs, trail
 from core.store.database import Tx
@@ -50,10 +50,13 @@ def begin(tx: Tx, caller: Caller, call: Call) -> Outcome:
     if agreed:
         jobs.pin_price(tx, job.id)
     new_delivery(tx, job_id=job.id)
+    if unreadable := int(given.get("unreadable", "0")):
+        trail.add_event(tx, job.id, LeftOut(unreadable))
     made: Json = {"job": job.id, "dataset": job.dataset_sha256, "state": job.state}
     directory.audit(tx, caller, " ".join(call.key).strip(), job.label, None, made)
     text = _queued(tx, caller, job) if agreed else say(caller.language, "training.validating", name=job.dataset)
-    return Outcome(Body(text), (WakeTraining(),))
+    left_out = [f"- {line}" for line in datatexts.left_out_text(caller.language, trail.events(tx, job.id))]
+    return Outcome(Body("\n".join([text, *left_out])), (WakeTraining(),))
 
 
 def start(tx: Tx, caller: Caller, call: Call) -> Outcome:

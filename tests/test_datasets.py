@@ -18,7 +18,7 @@ from core import datasets, sayings
 from core.commands import Call, parse
 from core.datasets import prepare_finetune, stored
 from core.delivery import Deliveries
-from core.errors import AppError, BadInput
+from core.errors import AppError, BadInput, StoredUnreadable
 from core.store import directory, jobs, turns
 from core.store.database import Database, Tx
 from core.store.home import Cipher, Home
@@ -354,6 +354,57 @@ async def test_what_was_said_in_slack_stays_out_with_consent_too(it: House) -> N
     it.slack = True
     sha256, _ = brought(await it.prepare("/finetune conversations", it.caller("acme-op", "acme")))
     assert b"a question" in await asyncio.to_thread(stored(it.home, sha256).read_bytes)
+
+
+def damage(it: House, *numbers: int) -> None:
+    """These of the turns that were stored, the first is 1."""
+    for number in numbers:
+        sealed = Cipher(b"x" * 32).seal("of another key")
+        it.database.write_now(
+            lambda tx, sealed=sealed, n=number: tx.run("UPDATE turn SET text = ? WHERE id = ?", [sealed, n])
+        )
+
+
+@pytest.mark.parametrize(
+    ("damaged", "learned"),
+    [
+        ([3], ["one", "1", "three", "3"]),  # a question: its answer does not go to the one before it
+        ([4], ["one", "1", "three", "3"]),
+        ([3, 4], ["one", "1", "three", "3"]),
+        ([2, 3], ["three", "3"]),
+        ([1, 2, 3, 4], ["three", "3"]),
+    ],
+)
+async def test_a_turn_that_cannot_be_read_is_left_out_with_its_other_half_and_counted(
+    it: House, damaged: list[int], learned: list[str]
+) -> None:
+    ann = it.caller("ann", "acme")
+    it.consent(ann)
+    it.say(ann, "one", "1", "two", "2", "three", "3")
+    damage(it, *damaged)
+    call = await it.prepare("/finetune conversations", it.caller("acme-op", "acme"))
+    assert call.arguments["unreadable"] == str(len(damaged))
+    (line,) = (await asyncio.to_thread(stored(it.home, brought(call)[0]).read_text)).splitlines()
+    assert [one["content"] for one in json.loads(line)["messages"]] == learned
+
+
+async def test_where_no_turn_can_be_read_it_is_the_key_and_an_error(it: House) -> None:
+    ann = it.caller("ann", "acme")
+    it.consent(ann)
+    it.say(ann, "one", "1")
+    damage(it, 1, 2)
+    with pytest.raises(StoredUnreadable):
+        await it.prepare("/finetune conversations", it.caller("acme-op", "acme"))
+    assert os.listdir(it.home.datasets) == []
+
+
+async def test_where_what_can_be_read_makes_no_row_the_refusal_counts_what_cannot(it: House) -> None:
+    ann = it.caller("ann", "acme")
+    it.consent(ann)
+    it.say(ann, "one", "1")
+    damage(it, 1)
+    refusal = await it.refused("/finetune conversations", it.caller("acme-op", "acme"))
+    assert (refusal.key, refusal.fields) == ("training.none_readable", {"n": 1})
 
 
 async def test_the_licence_is_recorded_and_stays_when_it_is_not_said_again(it: House, tmp_path: Path) -> None:

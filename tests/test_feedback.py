@@ -10,6 +10,7 @@ from core import sayings
 from core.retention import clean
 from core.sayings import Said, examples_of
 from core.settings import Retention
+from core.store.home import Cipher
 from core.texts import say
 from core.types import Kind
 from tests.world import OWNER, STRANGER, World, world
@@ -33,7 +34,7 @@ async def press(it: World, value: str, *, user: str = STRANGER) -> str:
 
 async def examples(it: World) -> list[Said]:
     return await it.database.read(
-        lambda tx: examples_of(tx, tx.value("SELECT id FROM channel WHERE name = 'acme'"), slack=False)
+        lambda tx: examples_of(tx, tx.value("SELECT id FROM channel WHERE name = 'acme'"), slack=False).said
     )
 
 
@@ -65,6 +66,23 @@ async def test_of_more_than_can_be_learned_from_the_newest_replies_are_taken(
         )
         monkeypatch.setattr(sayings, "MOST_TURNS", 2)
         assert [said.id for said in await examples(it)] == liked[1:]
+
+
+@pytest.mark.parametrize("column", ["said", "correction"])
+async def test_a_reply_that_cannot_be_read_is_left_out_and_told(tmp_path: Path, column: str) -> None:
+    async with world(tmp_path) as it:
+        await it.ask("/consent on", user=STRANGER)
+        numbers = [await vote(it, "1") for _ in range(2)]
+        for number in numbers:
+            await it.ask(f"/correct #{number[:8]} 20 days", user=OWNER)
+        sealed = Cipher(b"x" * 32).seal("of another key")
+        damage = f"UPDATE example SET {column} = ? WHERE generation_id = ?"
+        await it.database.write(lambda tx: tx.run(damage, [sealed, numbers[0]]))
+        assert [said.id for said in await examples(it)] == numbers[1:]
+        await it.ask("/finetune from feedback", user=OWNER)
+        assert any(text.endswith(f"\n- {say('en', 'training.left_out', n=1)}") for text in it.bot.said())
+        await it.database.write(lambda tx: tx.run(damage, [sealed, numbers[1]]))
+        assert await it.ask("/finetune from feedback", user=OWNER) == say("en", "error.unreadable")
 
 
 async def test_without_consent_nothing_is_kept(tmp_path: Path) -> None:

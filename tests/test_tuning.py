@@ -14,7 +14,20 @@ from core import adapters, jobtexts, tuning
 from core.commands import parse
 from core.datasets import MAX_OPEN
 from core.errors import BadInput, UnknownThing
-from core.job import Answered, Checked, Done, Evaluated, Failed, JobEvent, Judged, Planned, Progress, Verdict, Warned
+from core.job import (
+    Answered,
+    Checked,
+    Done,
+    Estimated,
+    Evaluated,
+    Failed,
+    JobEvent,
+    Judged,
+    Planned,
+    Progress,
+    Verdict,
+    Warned,
+)
 from core.lane import with_line
 from core.operators import run_command
 from core.store import datasets, directory, jobs, trail
@@ -421,6 +434,30 @@ def test_the_report_names_what_is_to_be_known_of_the_rows():
     assert "311" in told[0]
     assert "70" in told[1]
     assert "phone numbers: 2" in told[2]
+
+
+@pytest.mark.parametrize("language", languages())
+def test_what_cannot_be_read_where_it_is_stored_is_told_at_once_in_the_question_and_in_the_report(
+    it: Town, language: str
+) -> None:
+    line = f"- {say(language, 'training.left_out', n=3)}"
+    run(it, "/finetune feedback", unreadable="3")
+
+    def work(tx: Tx) -> None:
+        for event in (CHECKED, Estimated(90, 0, 2, 60, 9000)):
+            trail.add_event(tx, 1, event)
+        jobs.ask(tx, 1)
+        tx.run("UPDATE delivery SET state = 'done'")
+
+    it.database.write_now(work)
+    assert line in says(it, "/finetune status", language=language).splitlines()
+    it.database.write_now(lambda tx: trail.begin_anew(tx, 1))
+    hear(it, CHECKED, DONE)
+    publish(it, Judged("passed", 5, 5, "base", 3, 2, -1, -0.5, 0.4, 0.5))
+    assert line in says(it, "/finetune status", language=language).splitlines()
+    assert says(it, "/finetune feedback yes", language=language).count("- ") == 0
+    run(it, "/finetune cancel")
+    assert run(it, "/finetune feedback yes", language=language, unreadable="3").body.text.splitlines()[-1] == line
 
 
 @pytest.mark.parametrize("verdict", ["too_few", "no_better", "style_only", "forgets"])

@@ -9,6 +9,7 @@ from core.job import (
     Estimated,
     Failed,
     JobEvent,
+    LeftOut,
     Planned,
     Progress,
     Redacted,
@@ -33,7 +34,7 @@ def add_event(tx: Tx, job_id: int, event: JobEvent) -> None:
         if last is None or event.step > last.step:
             tx.run("UPDATE job SET attempts = 0 WHERE id = ?", [job_id])
         _make_room(tx, job_id, event.steps)
-    elif isinstance(event, Checked | Estimated | Redacted | Answered | Planned | Done | Failed):
+    elif isinstance(event, Checked | Estimated | Redacted | LeftOut | Answered | Planned | Done | Failed):
         tx.run(f"DELETE {of_kind}", [job_id, event.kind])
     elif tx.value(
         f"SELECT count(*) >= ? OR ifnull(max(data = ?), 0) {of_kind}", [MAX_EVENTS, data, job_id, event.kind]
@@ -68,7 +69,7 @@ def newest_progress(tx: Tx, job_id: int) -> Progress | None:
 
 def begin_anew(tx: Tx, job_id: int) -> None:
     """What it did is of no use, and not to be told as if it were."""
-    tx.run("DELETE FROM job_event WHERE job_id = ? AND kind <> 'publishing'", [job_id])
+    tx.run("DELETE FROM job_event WHERE job_id = ? AND kind NOT IN ('publishing', 'left_out')", [job_id])
 
 
 def note(tx: Tx, job_id: int, kind: str, data: str) -> None:

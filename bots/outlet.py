@@ -78,6 +78,10 @@ class Door(Protocol):
         """What this person may do in the channel of that place: for menus, never for deciding."""
         ...
 
+    async def stops_all(self, at: Address, user: str) -> bool:
+        """Whether this person may stop what others asked for in that place, whatever a platform knows of them."""
+        ...
+
     async def settled(self, platform: str, account: str) -> None:
         """Returns when nothing that was accepted for this account is still open."""
         ...

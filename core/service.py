@@ -27,6 +27,7 @@ from core.outlet import Outlet
 from core.reply import Places, Replies
 from core.rows import STORAGE_RETRY_S, Rows
 from core.settings import Retention
+from core.stops import reaches_all_at
 from core.store import directory, inbox
 from core.store.database import Database, Tx
 from core.store.home import Home
@@ -113,6 +114,15 @@ class Service:
             who = tx.cipher.hash_user(at.platform, at.account, user)
             channel = directory.channel_of_person(tx, at.platform, at.account, at.place, who)
             return directory.grant_of(tx, who, channel.id) if channel else Grant.ANYONE
+
+        return await self._database.read(work)
+
+    async def stops_all(self, at: Address, user: str) -> bool:
+        """Whether this person may stop what others asked for in that place, whatever a platform knows of them."""
+
+        def work(tx: Tx) -> bool:
+            who = tx.cipher.hash_user(at.platform, at.account, user)
+            return reaches_all_at(tx, at, who, moderates=False)
 
         return await self._database.read(work)
 

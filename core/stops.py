@@ -11,7 +11,7 @@ from core.commands import Grant
 from core.store import directory, inbox
 from core.store.database import Tx
 from core.store.inbox import Taken
-from core.types import Kind
+from core.types import Address, Kind
 
 _STOP = re.compile(r"\s*[/／]stop\b", re.IGNORECASE)
 
@@ -21,12 +21,15 @@ def reaches_all(tx: Tx, user_hash: str, channel_id: int, *, moderates: bool) -> 
     return moderates or directory.grant_of(tx, user_hash, channel_id) >= Grant.OPERATOR
 
 
+def reaches_all_at(tx: Tx, at: Address, user_hash: str, *, moderates: bool) -> bool:
+    """The same, by the place."""
+    channel = directory.channel_of_person(tx, at.platform, at.account, at.place, user_hash)
+    return reaches_all(tx, user_hash, channel.id if channel else 0, moderates=moderates)
+
+
 def stopped_user(tx: Tx, row: Taken) -> str:
     """Whose answer this stop is for; "" is anybody's."""
-    at = row.address
-    channel = directory.channel_of_person(tx, at.platform, at.account, at.place, row.user_hash)
-    all_of_them = reaches_all(tx, row.user_hash, channel.id if channel else 0, moderates=row.moderates)
-    return "" if all_of_them else row.user_hash
+    return "" if reaches_all_at(tx, row.address, row.user_hash, moderates=row.moderates) else row.user_hash
 
 
 def stopped_since(tx: Tx, row: Taken, channel_id: int) -> bool:

@@ -69,7 +69,7 @@ class TelegramBot:
         settings, account = self._settings, (me.username or str(me.id)).lower()
         outlet = TelegramOutlet(api, transport=settings.transport, rich=settings.rich)
         courtesy = Courtesy(api, door)
-        intake = Intake(account, api, Reader(api.bot, me, account), courtesy, door)
+        intake = Intake(account, api, Reader(api.bot, me, account, door.stops_all), courtesy, door)
         door.register(PLATFORM, account, outlet)
         if not me.can_read_all_group_messages:
             log.info("telegram.group_privacy", extra={"account": account})

@@ -9,7 +9,7 @@ import logging
 import re
 import time
 from collections import OrderedDict
-from collections.abc import Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, TypeVar
 
@@ -33,7 +33,7 @@ from bots.telegram.api import RawMember
 from bots.telegram.buttons import pressed
 from bots.telegram.places import PLATFORM, conversation, receipt, topic_of
 from core.commands import COMMANDS, parse
-from core.errors import UserError
+from core.errors import AppError, UserError
 
 log = logging.getLogger(__name__)
 V = TypeVar("V")
@@ -61,10 +61,10 @@ class Read:
 
 
 class Reader:
-    """One account's. `me` is the bot itself, as getMe gives it."""
+    """One account's. `me` is the bot itself, as getMe gives it; `stops_all` is the door's."""
 
-    def __init__(self, bot: Bot, me: User, account: str) -> None:
-        self._bot, self._me, self._account = bot, me, account
+    def __init__(self, bot: Bot, me: User, account: str, stops_all: Callable[[Address, str], Awaitable[bool]]) -> None:
+        self._bot, self._me, self._account, self._stops_all = bot, me, account, stops_all
         self._admins: OrderedDict[tuple[int, int], tuple[float, bool]] = OrderedDict()
         self._pressers: OrderedDict[tuple[int, int], int] = OrderedDict()  # who last asked by a button of a message
         router = Router(name=account)
@@ -145,7 +145,7 @@ class Reader:
         moderates = False
         if group and action == "stop" and (asker := self._asker(message)) != press.from_user.id:
             moderates = await self._admin(message, press.from_user.id)
-            if asker is not None and not moderates:
+            if asker is not None and not moderates and not await self._operates(message, topic, press.from_user.id):
                 return None
         if group and action in ("say", "command"):
             _remember(self._pressers, (message.chat.id, message.message_id), press.from_user.id)
@@ -282,6 +282,12 @@ class Reader:
         if asked.from_user.id == self._me.id:
             return self._pressers.get((asked.chat.id, asked.message_id))
         return asked.from_user.id
+
+    async def _operates(self, message: Message | InaccessibleMessage, topic: int | None, user: int) -> bool:
+        try:
+            return await self._stops_all(self._address(message, topic, ""), str(user))
+        except AppError:
+            return False  # not verified: the press is refused, and may be repeated
 
     async def _admin(self, message: Message | InaccessibleMessage, user: int) -> bool:
         known = self._admins.get((message.chat.id, user))

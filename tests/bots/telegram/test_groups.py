@@ -89,6 +89,19 @@ async def test_an_answer_in_a_group_is_stopped_by_who_asked_or_an_administrator(
         assert await stopped(2, ANN, LI)
 
 
+async def test_an_operator_who_is_no_administrator_stops_any_answer_by_its_button_as_by_a_command(
+    tmp_path: Path,
+) -> None:
+    async with talk(tmp_path, lambda request: "word " * 300, delay_s=0.01) as it:
+        chat = group(it.there, admins={CAI.id})
+        it.there.says(ANN, "@acme_bot tell me all", chat=chat)
+        await it.there.until(lambda: it.there.held(GROUP) and it.there.held(GROUP)[0].labels)
+        sent = it.there.held(GROUP)[0]
+        await it.press(OWNER, sent, "■")
+        assert [text for _, text in it.there.answered] == [""]
+        assert sent.text.count("word") < 300
+
+
 async def test_a_stop_that_is_typed_in_a_group_is_for_the_same_people(tmp_path: Path) -> None:
     async with talk(tmp_path, lambda request: "word " * 300, delay_s=0.01) as it:
         chat = group(it.there, admins={CAI.id})

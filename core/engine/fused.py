@@ -18,8 +18,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from core.engine.attention import look_up
+from core.engine.compiled import Compiled, compiled
 from core.engine.int8 import Int8Linear, merge_int8, part_of
-from core.engine.kv import Segment, SlotCache
+from core.engine.kv import Segment, SlotCache, SlotLayer
 from core.engine.packed import PackedLinear, packable
 from core.engine.pieces import Order
 
@@ -33,18 +34,23 @@ AddLora = Callable[[str, Tensor, Tensor], None]  # (name of the group's first mo
 class Norm:
     """Root mean square normalisation (Zhang and Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight.
 
-    On a CPU a few small operators take half the time of torch's one, which is made of many: with n numbers in a row,
-    sqrt(mean(x^2) + eps) is hypot(|x|, sqrt(n eps)) / sqrt(n).
+    On a CPU without compiled operators a few small ones take half the time of torch's one, which is made of many: with
+    n numbers in a row, sqrt(mean(x^2) + eps) is hypot(|x|, sqrt(n eps)) / sqrt(n).
     """
 
-    def __init__(self, weight: Tensor, eps: float) -> None:
-        self.weight, self.eps = weight, eps
+    def __init__(self, weight: Tensor, eps: float, operators: Compiled | None) -> None:
+        self.weight, self.eps, self.operators = weight.detach(), eps, operators
         self.written_out = weight.device.type == "cpu" and weight.dtype is torch.float32
         size = len(weight)
-        self.scale = weight.detach() * size**0.5 if self.written_out else weight
+        self.scale = self.weight * size**0.5 if self.written_out else self.weight
         self.least = torch.tensor((size * eps) ** 0.5)
 
-    def __call__(self, x: Tensor) -> Tensor:
+    def __call__(self, x: Tensor, delta: Tensor | None = None) -> Tensor:
+        """Of x + delta, which is put in x's place."""
+        if self.operators is not None:
+            return self.operators.add_norm(x.contiguous(), delta, self.weight, self.eps)
+        if delta is not None:
+            x += delta
         if not self.written_out:
             return functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
@@ -72,10 +78,11 @@ class Fused:
     def __init__(self, module: Any) -> None:
         self.module, self.inner, self.head = module, module.model, _alone(module.lm_head)
         config = module.config
+        self.operators = compiled() if _is_plain_cpu(module) else None
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.groups: list[tuple[str, ...]] = []
         self.layers = [self._layer(f"model.layers.{i}", layer) for i, layer in enumerate(self.inner.layers)]
-        self.norm = _norm(self.inner.norm)
+        self.norm = self._norm(self.inner.norm)
         self.groups.append(("lm_head",))
         self.windows: list[int | None] = []
         first = self.inner.layers[0].self_attn
@@ -101,10 +108,10 @@ class Fused:
             gate_up=_merge(mlp, ("gate_proj", "up_proj")),
             down=_alone(mlp.down_proj),
             names=(groups[0][0], groups[1][0], groups[2][0], groups[3][0]),
-            norm=_norm(layer.input_layernorm),
-            mlp_norm=_norm(layer.post_attention_layernorm),
-            q_norm=None if q_norm is None else _norm(q_norm),
-            k_norm=None if k_norm is None else _norm(k_norm),
+            norm=self._norm(layer.input_layernorm),
+            mlp_norm=self._norm(layer.post_attention_layernorm),
+            q_norm=None if q_norm is None else self._norm(q_norm),
+            k_norm=None if k_norm is None else self._norm(k_norm),
         )
 
     def states(
@@ -123,12 +130,13 @@ class Fused:
         x = self.inner.embed_tokens(ids if order is None else ids[order.there])  # (N, hidden)
         positions = torch.cat([segment.positions.flatten() for segment in segments])
         cos, sin = self.inner.rotary_emb(x, positions[None])  # (1, N, head_dim)
-        turn = (cos[0, :, None], _signed(sin)[0, :, None])
+        turn = cos[0].contiguous(), _signed(sin[0])
+        delta: Tensor | None = None
         for i, layer in enumerate(self.layers):
-            x = x + self._attention(i, layer, layer.norm(x), turn, segments, cache, lora, order)
-            h = layer.mlp_norm(x)
-            gate, up = _product(layer.gate_up, layer.names[2], h, lora).chunk(2, dim=-1)
-            x = x + _product(layer.down, layer.names[3], functional.silu(gate).mul_(up), lora)
+            delta = self._attention(i, layer, layer.norm(x, delta), turn, segments, cache, lora, order)
+            gate_up = _product(layer.gate_up, layer.names[2], layer.mlp_norm(x, delta), lora)
+            delta = _product(layer.down, layer.names[3], self._activate(gate_up), lora)
+        x = x if delta is None else x + delta
         x = x if order is None else x.index_select(0, order.back)
         x = torch.cat([x[segment.tokens].view(segment.rows, -1, x.shape[-1])[:, -1] for segment in segments])
         return self.norm(x)
@@ -152,27 +160,54 @@ class Fused:
         qkv = _product(layer.qkv, layer.names[0], x, lora)
         qkv = qkv if order is None else qkv.index_select(0, order.back)
         qkv = qkv.view(len(x), heads + 2 * kv, self.head_dim)
-        qk, v = qkv[:, : heads + kv], qkv[:, heads + kv :]
         if layer.q_norm is not None and layer.k_norm is not None:
-            qk = torch.cat((layer.q_norm(qk[:, :heads]), layer.k_norm(qk[:, heads:])), dim=1)
-        cos, sin = turn
-        qk = torch.addcmul(qk * cos, qk.roll(self.head_dim // 2, -1), sin)
+            qkv[:, :heads] = layer.q_norm(qkv[:, :heads])
+            qkv[:, heads : heads + kv] = layer.k_norm(qkv[:, heads : heads + kv])
+        qk, v = self._turned(qkv, turn)
+        held, window = cache.layers[index], self.windows[index]
         outs = []
         for segment in segments:
-            shape = (segment.rows, -1, kv, self.head_dim)
-            keys, values = cache.layers[index].put(
-                segment,
-                qk[segment.tokens, heads:].view(shape).transpose(1, 2),
-                v[segment.tokens].view(shape).transpose(1, 2),
-            )
-            # Heads that share a key become further queries of it: (rows, kv, group * T, head_dim).
-            q = qk[segment.tokens, :heads].view(segment.rows, -1, kv, heads // kv, self.head_dim)
-            q = q.permute(0, 2, 3, 1, 4).flatten(2, 3)
-            out = look_up(q, keys, values, segment, self.windows[index], self.scale)
-            out = out.view(segment.rows, kv, heads // kv, -1, self.head_dim).permute(0, 3, 1, 2, 4)
-            outs.append(out.reshape(-1, heads * self.head_dim))
+            if self.operators is not None and segment.steps:
+                keys, values = held.whole(v)
+                own, positions = qkv[segment.tokens], segment.positions.view(-1)
+                out = self.operators.attend(own, keys, values, segment.first, positions, window, self.scale)
+            else:
+                out = self._look_up(qk[segment.tokens], v[segment.tokens], held, segment, window)
+            outs.append(out)
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return _product(layer.out, layer.names[1], out if order is None else out.index_select(0, order.there), lora)
+
+    def _look_up(self, qk: Tensor, v: Tensor, held: SlotLayer, segment: Segment, window: int | None) -> Tensor:
+        """qk (rows * T, heads + kv, head_dim), turned, v (rows * T, kv, head_dim) -> (rows * T, heads * head_dim)."""
+        heads, kv = self.heads, self.kv_heads
+        shape = (segment.rows, -1, kv, self.head_dim)
+        keys, values = held.put(segment, qk[:, heads:].view(shape).transpose(1, 2), v.view(shape).transpose(1, 2))
+        # Heads that share a key become further queries of it: (rows, kv, group * T, head_dim).
+        q = qk[:, :heads].view(segment.rows, -1, kv, heads // kv, self.head_dim)
+        q = q.permute(0, 2, 3, 1, 4).flatten(2, 3)
+        out = look_up(q, keys, values, segment, window, self.scale)
+        out = out.view(segment.rows, kv, heads // kv, -1, self.head_dim).permute(0, 3, 1, 2, 4)
+        return out.reshape(-1, heads * self.head_dim)
+
+    def _turned(self, qkv: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Queries and keys (N, heads + kv, head_dim) by their rotary positions, and values (N, kv, head_dim)."""
+        turned = self.heads + self.kv_heads
+        qk, v = qkv[:, :turned], qkv[:, turned:]
+        cos, sin = turn
+        if self.operators is None:
+            qk = torch.addcmul(qk * cos[:, None], qk.roll(self.head_dim // 2, -1), sin[:, None])
+        else:
+            self.operators.turn(qkv, cos, sin, turned)
+        return qk, v
+
+    def _activate(self, gate_up: Tensor) -> Tensor:
+        if self.operators is not None:
+            return self.operators.silu_mul(gate_up)
+        gate, up = gate_up.chunk(2, dim=-1)
+        return functional.silu(gate).mul_(up)
+
+    def _norm(self, module: Any) -> Norm:
+        return Norm(module.weight, module.variance_epsilon, self.operators)
 
 
 def fuse(module: nn.Module) -> Fused | None:
@@ -206,8 +241,9 @@ def _product(linear: nn.Module, name: str, x: Tensor, lora: AddLora | None) -> T
     return y
 
 
-def _norm(module: Any) -> Norm:
-    return Norm(module.weight, module.variance_epsilon)
+def _is_plain_cpu(module: nn.Module) -> bool:
+    """Whether all that is not quantised is float32 on the CPU."""
+    return all(one.device.type == "cpu" and one.dtype is torch.float32 for one in module.parameters())
 
 
 def _signed(sin: Tensor) -> Tensor:

@@ -40,6 +40,11 @@ class Segment:
     mask: Tensor  # bool (rows, 1, T, length): each token sees its own row up to and with itself
     biases: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)  # what `bias` has made
 
+    @property
+    def steps(self) -> bool:
+        """Whether it is one token of each row, as in decoding, at positions that the host knows."""
+        return self.start is not None and self.positions.shape[1] == 1
+
     def bias(self, window: int | None, keys: int, group: int, dtype: torch.dtype) -> Tensor:
         """The mask to add to scores of `group` heads packed as queries of one key: (rows, keys, group * T, length).
 
@@ -101,6 +106,12 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not t
         """As `put`, at the running segment."""
         assert running.segment is not None
         return self.put(running.segment, key_states, value_states)
+
+    def whole(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all slots, for what is to be written to them; like is (rows, kv_heads, head_dim)."""
+        if not self.is_initialized:
+            self.lazy_initialization(like[:, :, None], like[:, :, None])
+        return self.keys, self.values
 
     def put(self, segment: Segment, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Write (rows, kv_heads, T, head_dim) at a segment; return views (rows, kv_heads, length, head_dim)."""

@@ -13,6 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from core.engine.adapter_files import AdapterWeights
+from core.engine.compiled import compiled
 from core.engine.int8 import Int8Linear, Part
 from core.engine.pieces import Plans
 from core.engine.shortage import is_shortage
@@ -36,7 +37,7 @@ class LoraStacks:
         """`groups` are the modules whose products are merged, in order; they are given their part by `add`."""
         self.linears = dict(linear_modules(module))
         self.max_slots, self.device, self.dtype = max_slots, device, dtype
-        self.plans = Plans(device)
+        self.plans = Plans(device, compiled() if device.type == "cpu" and dtype is torch.float32 else None)
         self.merged = bool(groups)
         self.places = {name: (group, part) for group in groups for part, name in enumerate(group)}
         self.stacks: dict[str, Stack] = {}  # by the first module of the group

@@ -1,8 +1,9 @@
 """The tokens of a pass, parted by the adapters that they run with. Knows no weights and no requests.
 
-Long runs of one adapter are pieces of their own, short neighbours share one. What shares a piece is told apart in one
-of two ways. On a CPU by groups, one for each slot; a step may take its tokens in an `Order` in which they lie so
-already. On a GPU by a mask, of one shape whatever the mix: there a shape for every mix would be a graph for every mix.
+With compiled operators all tokens are one piece, in tiles: a few of one slot read its weights together. Otherwise long
+runs of one adapter are pieces of their own, short neighbours share one, and what shares a piece is told apart in one of
+two ways. On a CPU by groups, one for each slot; a step may take its tokens in an `Order` in which they lie so already.
+On a GPU by a mask, of one shape whatever the mix: there a shape for every mix would be a graph for every mix.
 """
 
 from __future__ import annotations
@@ -15,6 +16,8 @@ from itertools import groupby
 
 import torch
 from torch import Tensor
+
+from core.engine.compiled import Compiled, tiles_of
 
 Runs = tuple[tuple[int | None, int], ...]  # (slot, how many tokens) in turn; None is bare
 
@@ -52,7 +55,8 @@ class Order:
 class Piece:
     """Consecutive tokens of a pass, and the slots [start, stop) that they use.
 
-    Each has its own by `groups`, or by `foreign`, bool (T, stop - start, 1); neither, if all use the one slot.
+    Each has its own by `groups`, by `foreign`, bool (T, stop - start, 1), or by `tiles` (core.engine.compiled); by none
+    of them, if all use the one slot.
     """
 
     tokens: slice
@@ -60,13 +64,15 @@ class Piece:
     stop: int
     groups: Groups | None = None
     foreign: Tensor | None = None
+    tiles: Tensor | None = None
 
 
 class Plans:
     """The pieces of each pass. `current` are those of the running one: tokens that run bare are in none."""
 
-    def __init__(self, device: torch.device) -> None:
+    def __init__(self, device: torch.device, operators: Compiled | None) -> None:
         self.device = device
+        self.operators = operators
         self.grouped = device.type == "cpu"
         self.current: Sequence[Piece] = ()
         self._kept: dict[Runs, list[Piece]] = {}  # of the last passes: from step to step they are mostly the same
@@ -105,7 +111,7 @@ class Plans:
 
     def _find_order(self, slots: Sequence[int | None]) -> Order | None:
         order = sorted(range(len(slots)), key=lambda row: (slots[row] is None, slots[row] or 0))
-        if not self.grouped or order == list(range(len(slots))):
+        if not self.grouped or self.operators is not None or order == list(range(len(slots))):
             return None
         if any(piece.groups and piece.groups.moves for piece in self._plan(tuple((slots[row], 1) for row in order))):
             return None
@@ -113,7 +119,8 @@ class Plans:
         return Order(order, torch.tensor(order, device=self.device), torch.tensor(back, device=self.device))
 
     def _plan(self, runs: Runs) -> list[Piece]:
-        """Long runs of one adapter are pieces of their own; short neighbours share one."""
+        if self.operators is not None:
+            return self._tiled([slot for slot, tokens in runs for _ in range(tokens)])
         pieces, short, token = [], [], 0
         for slot, group in groupby(runs, key=lambda run: run[0]):
             count = sum(tokens for _, tokens in group)
@@ -126,6 +133,10 @@ class Plans:
             token += count
         pieces += [self._short(token - len(short), short)] if short else []
         return [piece for piece in pieces if piece is not None]
+
+    def _tiled(self, slots: Sequence[int | None]) -> list[Piece]:
+        used = {slot for slot in slots if slot is not None}
+        return [Piece(slice(0, len(slots)), min(used), max(used) + 1, tiles=tiles_of(slots))] if used else []
 
     def _short(self, first: int, slots: Sequence[int | None]) -> Piece | None:
         """One piece for tokens of any slots; bare ones at its ends are left out."""

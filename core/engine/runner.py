@@ -43,13 +43,17 @@ class Runner:
         self.fused = fuse(model.module)
         self.by_mask = by_mask(module.config)
         on_cpu = self.device.type == "cpu"
+        self.exact = (
+            self.fused is not None and self.fused.operators is not None
+        )  # steps read each row as far as it goes
         self.cache = SlotCache(
             layers,
             max_rows=max_rows,
             max_length=context,
             spare=static,
             untouched=on_cpu and not static and untouched_is_free(),
-            segment_cost=SEGMENT_COST if on_cpu and self.fused else None,  # else a segment is a forward pass of its own
+            # Of a model that runs its own forward, each segment is a forward pass.
+            segment_cost=SEGMENT_COST if on_cpu and self.fused and not self.exact else None,
         )
         self.lora = LoraStacks(
             model.module,
@@ -81,9 +85,20 @@ class Runner:
         runs = list(zip(slots, counts, strict=True))
         logits = self._plain(ids, segments, runs) if self.fused is None else self._fused(ids, segments, runs)
         self.cache.advance(first, counts)
-        self.positions_read += sum(one.rows * one.length for one in segments)
+        self.positions_read += sum(
+            sum(self.cache.used[one.first : one.first + one.rows])
+            if self.exact and one.steps
+            else one.rows * one.length
+            for one in segments
+        )
         self.positions_held += sum(self.cache.used[first : first + len(counts)])
         return logits
+
+    def _read(self, segment: Segment) -> int:
+        """How many keys a pass that is done has read of its rows."""
+        if self.exact and segment.steps:
+            return sum(self.cache.used[segment.first : segment.first + segment.rows])
+        return segment.rows * segment.length
 
     def _step(self, inputs: Tensor, shape: Shape) -> Tensor:
         """One token of each row, all of it on the device: what graphs capture."""

@@ -1,7 +1,8 @@
-"""The small operators of kernels.cpp, built by this machine's compiler for its processor. Knows no models or requests.
+"""The operators in kernels/, built by this machine's compiler for its processor. Knows no models or requests.
 
 A step on a CPU is some 2,000 of torch's operators, most of them shorter than the call that starts them; these do the
-work of some five each. They are built once, in a second or two, kept in the user's cache folder, and called through
+work of some five each, and their products read weights as fast as memory gives them, however few rows there are. They
+are built once, in a few seconds, kept in the user's cache folder, and called through
 ctypes on the tensors' own memory. Without a compiler `compiled` gives None, and its users run torch's operators
 instead: the same numbers, to rounding.
 
@@ -29,19 +30,19 @@ from torch import Tensor
 
 log = logging.getLogger(__name__)
 
-SOURCE = Path(__file__).with_name("kernels.cpp")
+SOURCES = Path(__file__).with_name("kernels")
 COMPILERS = ("g++", "clang++", "c++")
 # -march=native for the wide registers; errors of mathematics are no news to anybody here and would forbid them.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 DEADLINE_S = 60.0
-TILE = 4  # tokens that read an adapter's weights together; as in kernels.cpp
+TILE = 4  # tokens that read an adapter's weights together; as in lanes.h
 
 _P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 _ARGUMENTS = {
     "add_norm": (_P, _P, _P, _F, _P, _N, _N),
     "silu_mul": (_P, _P, _N, _N),
-    "scale_rows": (_P, _P, _P, _N, _N),
-    "unscale_rows": (_P, _P, _P, _N, _N),
+    "multiply_floats": (_P, _P, _P, _P, _N, _N, _N),
+    "multiply_bytes": (_P, _P, _P, _P, _P, _P, _N, _N, _N),
     "turn": (_P, _P, _P, _N, _N, _N, _N),
     "attend": (_P, _P, _P, _P, _P, _N, _N, _N, _N, _N, _N, _F),
     "add_lora": (_P, _N, _P, _N, _P, _P, _P, _N, _N, _N, _N, _P),
@@ -52,16 +53,18 @@ class Compiled:
     """The operators on tensors: float32, contiguous, on the CPU. What is said to be changed is changed in place."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        for name, arguments in _ARGUMENTS.items():
-            function = getattr(library, name)
-            function.argtypes, function.restype = arguments, None
         self._library = library
+        self.has_bytes = hasattr(library, "multiply_bytes")  # on processors with AVX512-VNNI
+        for name, arguments in _ARGUMENTS.items():
+            if name != "multiply_bytes" or self.has_bytes:
+                function = getattr(library, name)
+                function.argtypes, function.restype = arguments, None
+        self.block: int = library.block_size()  # outputs of a product that are computed together
 
     def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         """x (..., n) += delta, in place, if there is one; returns x / sqrt(mean(x^2) + eps) * weight."""
         out, size = torch.empty_like(x), x.shape[-1]
-        added = None if delta is None else _at(delta)
-        self._library.add_norm(_at(x), added, _at(weight), eps, _at(out), x.numel() // size, size)
+        self._library.add_norm(_at(x), _at_or_none(delta), _at(weight), eps, _at(out), x.numel() // size, size)
         return out
 
     def silu_mul(self, gate_up: Tensor) -> Tensor:
@@ -71,16 +74,35 @@ class Compiled:
         self._library.silu_mul(_at(gate_up), _at(out), rows, size)
         return out
 
-    def scale_rows(self, x: Tensor) -> tuple[Tensor, Tensor]:
-        """(N, n) -> each row in [-1, 1], and the largest value (N, 1) that it was divided by."""
-        rows, size = x.shape
-        out, largest = torch.empty_like(x), x.new_empty(rows, 1)
-        self._library.scale_rows(_at(x), _at(out), _at(largest), rows, size)
-        return out, largest
+    def in_blocks(self, weight: Tensor, some: int) -> Tensor:
+        """(out, in) -> (out / block, in / some, block, some), filled up with zeros: what products read one by one."""
+        outs, size = weight.shape
+        filled = weight.new_zeros(-(-outs // self.block) * self.block, -(-size // some) * some)
+        filled[:outs, :size] = weight
+        return filled.view(-1, self.block, filled.shape[1] // some, some).transpose(1, 2).contiguous()
 
-    def unscale_rows(self, y: Tensor, largest: Tensor, bias: Tensor | None) -> None:
-        """y (N, n) *= largest (N, 1), and += bias (n,), in place."""
-        self._library.unscale_rows(_at(y), _at(largest), None if bias is None else _at(bias), *y.shape)
+    def multiply_floats(self, x: Tensor, weights: Tensor, bias: Tensor | None, outs: int) -> Tensor:
+        """x (N, in), weights (out, in) `in_blocks` of 1, bias (out,) -> (N, out)."""
+        rows, size = x.shape
+        y = x.new_empty(rows, outs)
+        self._library.multiply_floats(_at(x), _at(weights), _at_or_none(bias), _at(y), rows, size, outs)
+        return y
+
+    def multiply_bytes(
+        self, x: Tensor, weights: Tensor, start: Tensor, scales: Tensor, bias: Tensor | None, outs: int
+    ) -> Tensor:
+        """x (N, in), weights int8 (out, in) `in_blocks` of 4, bias (out,) -> (N, out).
+
+        x goes as bytes around 128, the largest value of each row 127.5 away from it. start int32 is -128 times the sum
+        of each output's weights, and scales are the weights' steps divided by 127.5; both are filled up to whole
+        blocks.
+        """
+        rows, size = x.shape
+        y = x.new_empty(rows, outs)
+        self._library.multiply_bytes(
+            *(_at(x), _at(weights), _at(start), _at(scales), _at_or_none(bias), _at(y), rows, size, outs)
+        )
+        return y
 
     def turn(self, qkv: Tensor, cos: Tensor, sin: Tensor, turned: int) -> None:
         """Rotary positions cos, sin (N, n) for the first heads of qkv (N, heads, n), in place."""
@@ -140,6 +162,10 @@ def _at(tensor: Tensor) -> int:
     return tensor.data_ptr()
 
 
+def _at_or_none(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else _at(tensor)
+
+
 @cache
 def compiled() -> Compiled | None:
     """The operators, built if they are not there yet; None, and the log says why, where that fails."""
@@ -158,14 +184,19 @@ def _built() -> Path:
         raise FileNotFoundError(f"no C++ compiler ({', '.join(COMPILERS)}) is installed; the engine is slower without")
     told = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
     version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=DEADLINE_S).stdout
-    key = [SOURCE.read_bytes(), version, repr((FLAGS, platform.machine(), sorted(told.items()))).encode()]
+    sources = sorted(SOURCES.iterdir())
+    key = [
+        *(one.read_bytes() for one in sources),
+        version,
+        repr((FLAGS, platform.machine(), sorted(told.items()))).encode(),
+    ]
     folder = user_cache_path("distributary") / "kernels"
     library = folder / f"{hashlib.sha256(b''.join(key)).hexdigest()[:32]}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=folder) as own:
             made = Path(own) / "kernels.so"
-            command = [compiler, *FLAGS, str(SOURCE), "-o", str(made)]
+            command = [compiler, *FLAGS, *(str(one) for one in sources if one.suffix == ".cpp"), "-o", str(made)]
             subprocess.run(command, capture_output=True, check=True, text=True, timeout=DEADLINE_S)
             os.replace(made, library)  # whole or not at all, whoever else builds it
     return library

@@ -1,24 +1,21 @@
-"""Linear layers with float32 weights packed for the CPU, by oneDNN or MKL. Knows no families, rows or requests.
+"""Linear layers with float32 weights packed for the CPU. Knows no families, rows or requests.
 
-torch's own float32 product packs its weights anew at each call. Two libraries that come with torch keep them packed,
-and which of them is quicker is the processor's matter. On two cores, over the products of a layer of SmolLM2-135M for
-8, 32 and 256 rows: a Zen 5 with AVX-512 leaves MKL far behind oneDNN; an Intel with AVX-512 takes with MKL 0.6, 0.8 and
-0.9 of oneDNN's time. On a Zen 4 a single row takes with oneDNN 0.6 of the time of torch's own product. The choice
-follows from the processor alone and nothing is measured, so that the same question has the same answer, to the last
-bit, also after a restart on a busy machine. The packed weights are a copy: the plain ones are mapped from their file,
-so the system takes their pages back when memory is short.
+torch's own product packs its weights anew at each call. Compiled operators keep them in blocks of outputs: on two Zen 4
+cores the products of all layers of SmolLM2-135M take 0.63, 0.72, 0.82 and 0.98 of oneDNN's packed ones' time for 8, 16,
+32 and 256 rows. Without a compiler oneDNN packs them. Which of the two follows from the machine alone and nothing is
+measured, so that the same question has the same answer, to the last bit, also after a restart on a busy machine. The
+packed weights are a copy: the plain ones are mapped from their file, so the system takes their pages back when memory
+is short.
 """
 
 from __future__ import annotations
 
 from collections.abc import Sequence
-from functools import cache
 
 import torch
 from torch import Tensor, nn
 
-PACKED_FOR = 256  # rows, told to MKL; what it packs for fewer suits long prompts badly, and this suits both
-_COMPARED = (8, 32, 1, 3, PACKED_FOR)  # rows
+from core.engine.compiled import compiled
 
 
 class PackedLinear(nn.Module):
@@ -29,57 +26,27 @@ class PackedLinear(nn.Module):
         super().__init__()
         whole = weights[0] if len(weights) == 1 else torch.cat(tuple(weights))
         self.out_features, self.in_features = whole.shape
-        self.by_mkl = mkl_packs()
-        self._packed = _packed(whole.contiguous(), self.by_mkl)
-        self.bias = bias
+        self.operators = compiled()
+        self.bias = None if bias is None else bias.detach()
+        self._packed: Tensor
+        if self.operators is None:
+            self._packed = torch.ops.mkldnn._reorder_linear_weight(whole.contiguous(), None)
+        else:
+            self._packed = self.operators.in_blocks(whole.detach(), 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return _product(x, self._packed, self.out_features, self.bias, self.by_mkl)
-
-
-def _packed(weight: Tensor, by_mkl: bool) -> Tensor:
-    packed: Tensor
-    if by_mkl:
-        packed = torch.ops.mkl._mkl_reorder_linear_weight(weight, PACKED_FOR)
-    else:
-        packed = torch.ops.mkldnn._reorder_linear_weight(weight, None)
-    return packed
-
-
-def _product(x: Tensor, packed: Tensor, outputs: int, bias: Tensor | None, by_mkl: bool) -> Tensor:
-    y: Tensor
-    if by_mkl:
-        # torch asks for the plain weight's shape alone, and for as many rows as were packed for: another number would
-        # go the plain way, though MKL packs the same for any. `mkl_packs` has seen that it does.
-        shape = x.new_empty(1, 1).expand(outputs, x.shape[-1])
-        y = torch.ops.mkl._mkl_linear(x, packed, shape, bias, x.numel() // x.shape[-1])
-    else:
-        y = torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
-    return y
-
-
-@cache
-def mkl_packs() -> bool:
-    """Whether this is an Intel's processor and MKL's packed product is there and right."""
-    if not (torch.backends.mkl.is_available() and hasattr(torch.ops.mkl, "_mkl_linear")):  # type: ignore[no-untyped-call]  # torch does not type it
-        return False
-    told = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    if "Intel" not in str(told.get("cpu_name", "")):
-        return False
-    dice = torch.Generator().manual_seed(0)
-    weight = torch.randn(256, 64, generator=dice)
-    packed = [_packed(weight, by_mkl) for by_mkl in (False, True)]
-    for rows in _COMPARED:
-        x = torch.randn(rows, 64, generator=dice)
-        by_onednn, by_mkl = (_product(x, packed[i], 256, None, bool(i)) for i in (0, 1))
-        if not torch.allclose(by_mkl, by_onednn, rtol=0, atol=1e-5 * float(by_onednn.abs().max())):
-            return False
-    return True
+        if self.operators is None:
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+            return y
+        flat = x.reshape(-1, self.in_features).contiguous()
+        y = self.operators.multiply_floats(flat, self._packed, self.bias, self.out_features)
+        return y.view(*x.shape[:-1], self.out_features)
 
 
 def packable(linear: nn.Module) -> bool:
     """Whether the linear's weights are such that a packed copy of them runs here."""
     if type(linear) is not nn.Linear:
         return False
-    here: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch does not type it
-    return here and linear.weight.device.type == "cpu" and linear.weight.dtype is torch.float32
+    onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch does not type it
+    is_plain = linear.weight.device.type == "cpu" and linear.weight.dtype is torch.float32
+    return is_plain and (onednn or compiled() is not None)

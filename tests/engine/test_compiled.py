@@ -83,26 +83,34 @@ def test_silu_is_right_for_every_size_of_number(operators: Compiled) -> None:
 
 
 @pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("outs", [1, 32, 47, 200])
 @pytest.mark.parametrize("bias", [False, True])
-def test_rows_are_scaled_to_one_and_back(operators: Compiled, width: int, bias: bool, threads: int) -> None:
-    x = random(70, width) * torch.logspace(-6, 6, 70)[:, None]
-    scaled, largest = operators.scale_rows(x)
-    assert torch.equal(largest, x.abs().amax(dim=1, keepdim=True))
-    assert torch.equal(scaled, x / largest)
-    added = random(width, seed=1) if bias else None
-    operators.unscale_rows(scaled, largest, added)
-    assert_close(scaled / largest, (x.double() + (0 if added is None else added)) / largest)
+@pytest.mark.parametrize("rows", [1, 7, 8, 19])
+def test_multiply_floats(operators: Compiled, rows: int, bias: bool, outs: int, width: int, threads: int) -> None:
+    x, weight, added = random(rows, width), random(outs, width, seed=1), random(outs, seed=2) if bias else None
+    packed = operators.in_blocks(weight, 1)
+    y = operators.multiply_floats(x, packed, added, outs)
+    assert_close(y, functional.linear(x.double(), weight.double(), None if added is None else added.double()))
+    assert torch.equal(operators.multiply_floats(x[-1:], packed, added, outs), y[-1:])
+
+
+@pytest.mark.parametrize("some", [1, 4])
+def test_blocks_hold_all_weights_and_zeros(operators: Compiled, some: int) -> None:
+    weight = torch.arange(1, 1 + 37 * 10).view(37, 10)
+    blocks = operators.in_blocks(weight, some)
+    back = blocks.transpose(1, 2).flatten(0, 1).flatten(1)
+    assert torch.equal(back[:37, :10], weight)
+    assert int(back.sum()) == int(weight.sum())
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_is_a_rows_largest_and_stays_in_it(operators: Compiled, wrong: float) -> None:
+def test_what_is_not_finite_stays_in_its_row(operators: Compiled, wrong: float) -> None:
     x = random(3, 33)
     x[1, 7] = wrong
-    scaled, largest = operators.scale_rows(x)
-    assert largest[:, 0].isfinite().tolist() == [True, False, True]
-    assert scaled.isfinite().all(1).tolist() == [True, False, True]
     normed = operators.add_norm(x, None, torch.ones(33), 1e-5)
     assert normed.isfinite().all(1).tolist() == [True, False, True]
+    y = operators.multiply_floats(x, operators.in_blocks(random(40, 33), 1), None, 40)
+    assert y.isfinite().any(1).tolist() == [True, False, True]
 
 
 @pytest.mark.parametrize("size", [2, 16, 64, 80])
@@ -192,7 +200,7 @@ def test_tiles() -> None:
 def test_a_model_gives_the_same_numbers_without(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logits = []
     for built in (found, None):
-        for user in ("fused", "lora", "int8"):
+        for user in ("fused", "lora", "packed"):
             monkeypatch.setattr(f"core.engine.{user}.compiled", lambda built=built: built)
         model = made(kind, tmp_path / str(built is None), **FAMILY[kind])
         runner = Runner(model, max_rows=5, context=256)

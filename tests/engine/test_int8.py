@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from core.engine.int8 import TILES, Int8Linear, merge_int8, part_of
+from core.engine.int8 import KERNELS, ByTiles, Int8Linear, Kernel, merge_int8, part_of
 from core.engine.proof import check_exact
 from core.engine.protocol import ModelSettings
 from core.engine.runner import Runner
@@ -27,10 +27,10 @@ from tests.tiny import save_tiny
 
 LARGEST_PRODUCTS = """
 import torch
-from core.engine.int8 import Int8Linear
+from core.engine.int8 import ByBytes, Int8Linear
 linear = torch.nn.Linear(64, 8, bias=False).requires_grad_(False)
 linear.weight.fill_(1.0)
-print(Int8Linear.of(linear, tiles=False)(torch.tensor([[1.0], [-1.0]]).expand(2, 64))[:, 0].tolist())
+print(Int8Linear.of(linear, kernel=ByBytes)(torch.tensor([[1.0], [-1.0]]).expand(2, 64))[:, 0].tolist())
 """
 
 
@@ -46,7 +46,11 @@ def linear(out: int, size: int, *, bias: bool = True) -> nn.Linear:
 
 
 each_kernel = pytest.mark.parametrize(
-    "tiles", [False, pytest.param(True, marks=pytest.mark.skipif(not TILES, reason="no AMX here"))]
+    "kernel",
+    [
+        pytest.param(one, marks=pytest.mark.skipif(not one.works_here(), reason="not with this processor and compiler"))
+        for one in KERNELS
+    ],
 )
 
 
@@ -64,10 +68,13 @@ def by_hand(layer: nn.Linear, x: Tensor, steps: int) -> Tensor:
 
 @each_kernel
 @pytest.mark.parametrize("rows", [1, 2, 7, 33])
-def test_it_computes_what_it_says(rows: int, tiles: bool) -> None:
+def test_it_computes_what_it_says(rows: int, kernel: type[Kernel]) -> None:
     layer = linear(48, 64)
     x = torch.randn(rows, 64) * torch.logspace(-6, 6, rows)[:, None]
-    found, expected = Int8Linear.of(layer, tiles=tiles)(x).double(), by_hand(layer, x, 254 if tiles else 255)
+    found, expected = (
+        Int8Linear.of(layer, kernel=kernel)(x).double(),
+        by_hand(layer, x, 254 if kernel is ByTiles else 255),
+    )
     step = (
         x.abs().amax(1, keepdim=True).double() / 127 * layer.weight.abs().max()
     )  # the largest value lies between two steps
@@ -86,8 +93,8 @@ def test_the_largest_products_overflow_on_no_processor(instructions: str) -> Non
 
 @each_kernel
 @pytest.mark.parametrize("outlier", [1000.0, 1e30, 1e-44, float("inf"), float("nan"), 0.0])
-def test_an_outlier_in_one_row_moves_no_other(outlier: float, tiles: bool) -> None:
-    layer = Int8Linear.of(linear(48, 64), tiles=tiles)
+def test_an_outlier_in_one_row_moves_no_other(outlier: float, kernel: type[Kernel]) -> None:
+    layer = Int8Linear.of(linear(48, 64), kernel=kernel)
     x = torch.randn(5, 64)
     calm = layer(x)
     x[2] *= outlier
@@ -101,8 +108,8 @@ def test_an_outlier_in_one_row_moves_no_other(outlier: float, tiles: bool) -> No
 
 
 @each_kernel
-def test_merged_linears_are_the_parts_side_by_side(tiles: bool) -> None:
-    parts = [Int8Linear.of(linear(out, 32), tiles=tiles) for out in (16, 8, 8)]
+def test_merged_linears_are_the_parts_side_by_side(kernel: type[Kernel]) -> None:
+    parts = [Int8Linear.of(linear(out, 32), kernel=kernel) for out in (16, 8, 8)]
     x = torch.randn(3, 4, 32)
     whole = merge_int8(parts)
     wanted = torch.cat([part(x) for part in parts], dim=-1)

@@ -6,16 +6,18 @@ import pytest
 import torch
 from torch import nn
 
+from core.engine.compiled import compiled
 from core.engine.packed import PackedLinear, packable
 
 needs_onednn = pytest.mark.skipif(not torch.backends.mkldnn.is_available(), reason="torch was built without oneDNN")
-no_mkl = pytest.mark.skipif(not torch.backends.mkl.is_available(), reason="torch was built without MKL")
+no_compiler = pytest.mark.skipif(compiled() is None, reason="no compiler here")
 
 
-@pytest.fixture(params=["oneDNN", pytest.param("MKL", marks=no_mkl)])
+@pytest.fixture(params=["oneDNN", pytest.param("ours", marks=no_compiler)])
 def library(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> str:
     """Each of the two, whichever is taken here."""
-    monkeypatch.setattr("core.engine.packed.mkl_packs", lambda: request.param == "MKL")
+    if request.param == "oneDNN":
+        monkeypatch.setattr("core.engine.packed.compiled", lambda: None)
     return str(request.param)
 
 
@@ -48,6 +50,8 @@ def test_other_weights_stay_as_they_are(monkeypatch: pytest.MonkeyPatch) -> None
     assert not packable(nn.Linear(4, 4, dtype=torch.bfloat16))
     assert not packable(nn.Linear(4, 4, device="meta"))
     assert not packable(nn.Embedding(4, 4))
+    assert packable(nn.Linear(4, 4))
+    monkeypatch.setattr("core.engine.packed.compiled", lambda: None)
     monkeypatch.setattr(torch.backends.mkldnn, "is_available", lambda: False)
     assert not packable(nn.Linear(4, 4))
 

@@ -1,0 +1,58 @@
+// y = W x + b with float32 weights, laid out in blocks of outputs. Knows no adapters.
+
+#include <algorithm>
+
+#include "lanes.h"
+
+namespace {
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int ROWS = 8;  // that read a block of weights together: twice as many sums fit into the registers
+#else
+constexpr int ROWS = 6;
+#endif
+
+// COUNT rows by one block of weights (in, BLOCK).
+template <int COUNT>
+inline void multiply(const float *x, const float *weights, const float *bias, float *y, int64_t in, int64_t outs,
+                     int64_t first) {
+    Lanes sums[COUNT][2] = {};
+    for (int64_t i = 0; i < in; ++i, weights += BLOCK) {
+        const Lanes low = load(weights), high = load(weights + LANES);
+        for (int r = 0; r < COUNT; ++r) {
+            sums[r][0] += x[r * in + i] * low;
+            sums[r][1] += x[r * in + i] * high;
+        }
+    }
+    const int64_t left = std::min<int64_t>(outs - first, BLOCK);
+    for (int r = 0; r < COUNT; ++r) {
+        float *to = y + r * outs + first;
+        if (left == BLOCK && bias == nullptr) {
+            store(to, sums[r][0]);
+            store(to + LANES, sums[r][1]);
+            continue;
+        }
+        float whole[BLOCK];
+        store(whole, sums[r][0]);
+        store(whole + LANES, sums[r][1]);
+        for (int64_t i = 0; i < left; ++i) to[i] = whole[i] + (bias == nullptr ? 0 : bias[first + i]);
+    }
+}
+
+}  // namespace
+
+// y (rows, outs) = W x + bias, where there is one, for x (rows, in). Weights are (outs / BLOCK, in, BLOCK), filled up
+// with zeros.
+extern "C" void multiply_floats(const float *x, const float *weights, const float *bias, float *y, int64_t rows,
+                               int64_t in, int64_t outs) {
+#pragma omp parallel for if (rows * in * outs >= SHARED)
+    for (int64_t block = 0; block < (outs + BLOCK - 1) / BLOCK; ++block)
+        for (int64_t row = 0; row < rows; row += ROWS)
+            with_constant<ROWS>(rows - row, [&](auto count) {
+                multiply<decltype(count)::value>(x + row * in, weights + block * BLOCK * in, bias, y + row * outs, in, outs,
+                                                 block * BLOCK);
+            });
+}
+
+// How many outputs a block of weights has, here and in bytes.cpp.
+extern "C" int block_size() { return BLOCK; }

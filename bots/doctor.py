@@ -132,6 +132,17 @@ def _torch(patient: Patient) -> Iterator[Finding]:
         yield patient.finding(Level.BAD, "torch", "no_gpu", device=wanted)
     else:
         yield patient.finding(Level.GOOD, "torch", "torch_device", version=torch.__version__, device=device)
+        if index >= gpus or wanted == "cpu":
+            yield _operators(patient)
+
+
+def _operators(patient: Patient) -> Finding:
+    from core.engine.compiled import why_not
+
+    reason = why_not()
+    if reason:
+        return patient.finding(Level.WARNING, "operators", "not_compiled", reason=reason.splitlines()[0])
+    return patient.finding(Level.GOOD, "operators", "compiled")
 
 
 def _sqlite(patient: Patient, version: tuple[int, ...] = sqlite3.sqlite_version_info) -> Iterator[Finding]:

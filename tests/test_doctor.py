@@ -233,6 +233,18 @@ def test_a_gpu_beyond_the_last_is_told_with_those_that_are_there(home, monkeypat
     assert action in found.action
 
 
+@pytest.mark.parametrize(("language", "said"), [("en", "could not be built"), ("zh", "无法为本机处理器编译")])
+def test_without_a_compiler_it_says_what_to_install(home, monkeypatch, language, said):
+    monkeypatch.setattr("core.engine.compiled.why_not", lambda: "no C++ compiler is installed\nmore")
+    patient = Patient(home, read_config({"model": {"device": "cpu"}}, {}), language=language)
+    _, found = doctor._torch(patient)
+    assert found.level is Level.WARNING
+    assert said in found.text
+    assert "no C++ compiler is installed" in found.text
+    assert "more" not in found.text
+    assert "apt install g++" in found.action
+
+
 def load_gpt2(folder: Path) -> BaseModel:
     config = GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2)
     GPT2LMHeadModel(config).save_pretrained(folder)

@@ -1,10 +1,9 @@
-"""The operators in kernels/, built by this machine's compiler for its processor. Knows no models or requests.
+"""The operators in kernels/, on tensors. Knows no models, adapters' files or requests.
 
-A step on a CPU is some 2,000 of torch's operators, most of them shorter than the call that starts them; these do the
+A step on a CPU is some 2,000 of torch's operators, most of them shorter than the call that starts them. These do the
 work of some five each, and their products read weights as fast as memory gives them, however few rows there are. They
-are built once, in a few seconds, kept in the user's cache folder, and called through
-ctypes on the tensors' own memory. Without a compiler `compiled` gives None, and its users run torch's operators
-instead: the same numbers, to rounding.
+are called through ctypes, on the tensors' own memory. Without a compiler `compiled` gives None, and its users run
+torch's operators instead: the same numbers, to rounding.
 
 torch.compile would need the whole step as one graph for the same gain: it knows nothing of packed weights, and it would
 compile anew for each mix of adapters.
@@ -13,28 +12,18 @@ compile anew for each mix of adapters.
 from __future__ import annotations
 
 import ctypes
-import hashlib
 import logging
-import os
-import platform
-import shutil
 import subprocess
-import tempfile
 from collections.abc import Sequence
 from functools import cache
-from pathlib import Path
 
 import torch
-from platformdirs import user_cache_path
 from torch import Tensor
+
+from core.engine.building import built_library
 
 log = logging.getLogger(__name__)
 
-SOURCES = Path(__file__).with_name("kernels")
-COMPILERS = ("g++", "clang++", "c++")
-# -march=native for the wide registers; errors of mathematics are no news to anybody here and would forbid them.
-FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
-DEADLINE_S = 60.0
 TILE = 4  # tokens that read an adapter's weights together; as in lanes.h
 
 _P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -166,37 +155,23 @@ def _at_or_none(tensor: Tensor | None) -> int | None:
     return None if tensor is None else _at(tensor)
 
 
-@cache
 def compiled() -> Compiled | None:
     """The operators, built if they are not there yet; None, and the log says why, where that fails."""
+    found = _outcome()
+    return found if isinstance(found, Compiled) else None
+
+
+def why_not() -> str:
+    """Why there are none; empty if there are."""
+    found = _outcome()
+    return "" if isinstance(found, Compiled) else found
+
+
+@cache
+def _outcome() -> Compiled | str:
     try:
-        return Compiled(ctypes.CDLL(str(_built())))
+        return Compiled(ctypes.CDLL(str(built_library())))
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
-        said = getattr(error, "stderr", None) or error
-        log.warning("engine.not_compiled", extra={"reason": str(said)[:500]})
-        return None
-
-
-def _built() -> Path:
-    """The library for this source and processor. Raises OSError or CalledProcessError."""
-    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
-    if compiler is None:
-        raise FileNotFoundError(f"no C++ compiler ({', '.join(COMPILERS)}) is installed; the engine is slower without")
-    told = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=DEADLINE_S).stdout
-    sources = sorted(SOURCES.iterdir())
-    key = [
-        *(one.read_bytes() for one in sources),
-        version,
-        repr((FLAGS, platform.machine(), sorted(told.items()))).encode(),
-    ]
-    folder = user_cache_path("distributary") / "kernels"
-    library = folder / f"{hashlib.sha256(b''.join(key)).hexdigest()[:32]}.so"
-    if not library.exists():
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
-        with tempfile.TemporaryDirectory(dir=folder) as own:
-            made = Path(own) / "kernels.so"
-            command = [compiler, *FLAGS, *(str(one) for one in sources if one.suffix == ".cpp"), "-o", str(made)]
-            subprocess.run(command, capture_output=True, check=True, text=True, timeout=DEADLINE_S)
-            os.replace(made, library)  # whole or not at all, whoever else builds it
-    return library
+        reason = str(getattr(error, "stderr", None) or error)[:500]
+        log.warning("engine.not_compiled", extra={"reason": reason})
+        return reason

@@ -48,7 +48,7 @@ class Norm:
     def __call__(self, x: Tensor, delta: Tensor | None = None) -> Tensor:
         """Of x + delta, which is put in x's place."""
         if self.operators is not None:
-            return self.operators.add_norm(x.contiguous(), delta, self.weight, self.eps)
+            return self.operators.add_norm(x.contiguous() if delta is None else x, delta, self.weight, self.eps)
         if delta is not None:
             x += delta
         if not self.written_out:

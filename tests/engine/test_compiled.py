@@ -16,8 +16,9 @@ import torch
 from torch import Tensor
 from torch.nn import functional
 
+from core.engine import building
 from core.engine import compiled as module
-from core.engine.compiled import Compiled, compiled, tiles_of
+from core.engine.compiled import Compiled, compiled, tiles_of, why_not
 from core.engine.runner import Runner
 from tests.engine.test_fused import FAMILY, adapter, answers, made
 
@@ -213,18 +214,18 @@ def test_a_model_gives_the_same_numbers_without(kind: str, tmp_path: Path, monke
 @pytest.fixture
 def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """No library is built yet."""
-    monkeypatch.setattr(module, "user_cache_path", lambda name: tmp_path)
-    compiled.cache_clear()
+    monkeypatch.setattr(building, "user_cache_path", lambda name: tmp_path)
+    module._outcome.cache_clear()
     yield tmp_path / "kernels"
-    compiled.cache_clear()
+    module._outcome.cache_clear()
 
 
 def test_it_is_built_once_whoever_asks(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with ThreadPoolExecutor(2) as pool:
-        built = list(pool.map(lambda _: module._built(), range(2)))
+        built = list(pool.map(lambda _: building.built_library(), range(2)))
     assert built == [*fresh.iterdir()] * 2
     ctypes.CDLL(str(built[0]))
-    monkeypatch.setattr(module, "FLAGS", ("-no-such-flag",))  # so that to build again would fail
+    monkeypatch.setattr(building, "FLAGS", ("-no-such-flag",))  # so that to build again would fail
     assert compiled() is None
 
 
@@ -249,6 +250,7 @@ def test_without_a_compiler_the_log_says_so(
     (record,) = caplog.records
     assert record.msg == "engine.not_compiled"
     reason = str(record.reason)  # type: ignore[attr-defined]  # an extra
+    assert reason == why_not()
     assert {
         "none installed": "g++",
         "refuses the source": "no such thing",

@@ -1,0 +1,49 @@
+"""The library of kernels/: built by this machine's compiler for its processor, once, and kept. Knows no operators.
+
+It lies in the user's cache folder, by the hash of all that it was made of, so that another source, compiler or
+processor finds none and builds its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from pathlib import Path
+
+import torch
+from platformdirs import user_cache_path
+
+SOURCES = Path(__file__).with_name("kernels")
+COMPILERS = ("g++", "clang++", "c++")
+# -march=native for the wide registers. Errors of mathematics are no news to anybody, and to report them costs.
+FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
+DEADLINE_S = 60.0
+
+
+def built_library() -> Path:
+    """The library for these sources and this processor. Raises OSError or subprocess.SubprocessError."""
+    compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
+    if compiler is None:
+        raise FileNotFoundError(f"no C++ compiler is installed ({', '.join(COMPILERS)})")
+    told = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=DEADLINE_S).stdout
+    sources = sorted(SOURCES.iterdir())
+    key = [
+        *(one.read_bytes() for one in sources),
+        version,
+        repr((FLAGS, platform.machine(), sorted(told.items()))).encode(),
+    ]
+    folder = user_cache_path("distributary") / "kernels"
+    library = folder / f"{hashlib.sha256(b''.join(key)).hexdigest()[:32]}.so"
+    if not library.exists():
+        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        with tempfile.TemporaryDirectory(dir=folder) as own:
+            made = Path(own) / "kernels.so"
+            command = [compiler, *FLAGS, *(str(one) for one in sources if one.suffix == ".cpp"), "-o", str(made)]
+            subprocess.run(command, capture_output=True, check=True, text=True, timeout=DEADLINE_S)
+            os.replace(made, library)  # whole or not at all, whoever else builds it
+    return library

@@ -31,7 +31,7 @@ _ARGUMENTS = {
     "add_norm": (_P, _P, _P, _F, _P, _N, _N),
     "silu_mul": (_P, _P, _N, _N),
     "multiply_floats": (_P, _P, _P, _P, _N, _N, _N),
-    "multiply_bytes": (_P, _P, _P, _P, _P, _P, _N, _N, _N),
+    "multiply_bytes": (_P, _P, _P, _P, _P, _N, _N, _N),
     "turn": (_P, _P, _P, _N, _N, _N, _N),
     "attend": (_P, _P, _P, _P, _P, _N, _N, _N, _N, _N, _N, _F),
     "add_lora": (_P, _N, _P, _N, _P, _P, _P, _N, _N, _N, _N, _P),
@@ -49,6 +49,7 @@ class Compiled:
                 function = getattr(library, name)
                 function.argtypes, function.restype = arguments, None
         self.block: int = library.block_size()  # outputs of a product that are computed together
+        self.group: int = library.group_size() if self.has_bytes else 0  # inputs that go as int8 by one scale
 
     def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         """x (..., n) += delta, in place, if there is one; returns x / sqrt(mean(x^2) + eps) * weight."""
@@ -63,12 +64,16 @@ class Compiled:
         self._library.silu_mul(_at(gate_up), _at(out), rows, size)
         return out
 
-    def in_blocks(self, weight: Tensor, some: int) -> Tensor:
-        """(out, in) -> (out / block, in / some, block, some), filled up with zeros: what products read one by one."""
+    def in_blocks(self, weight: Tensor, some: int, *, multiple: int = 1, blank: int = 0) -> Tensor:
+        """(out, in) -> (out / block, in / some, block, some): what products read one by one.
+
+        Filled up with `blank` to whole blocks of outputs and a `multiple` of inputs, which is one of `some`.
+        """
         outs, size = weight.shape
-        filled = weight.new_zeros(-(-outs // self.block) * self.block, -(-size // some) * some)
+        shape = -(-outs // self.block) * self.block, -(-size // multiple) * multiple
+        filled = torch.full(shape, blank, dtype=weight.dtype)
         filled[:outs, :size] = weight
-        return filled.view(-1, self.block, filled.shape[1] // some, some).transpose(1, 2).contiguous()
+        return filled.view(-1, self.block, shape[1] // some, some).transpose(1, 2).contiguous()
 
     def multiply_floats(self, x: Tensor, weights: Tensor, bias: Tensor | None, outs: int) -> Tensor:
         """x (N, in), weights (out, in) `in_blocks` of 1, bias (out,) -> (N, out)."""
@@ -77,20 +82,15 @@ class Compiled:
         self._library.multiply_floats(_at(x), _at(weights), _at_or_none(bias), _at(y), rows, size, outs)
         return y
 
-    def multiply_bytes(
-        self, x: Tensor, weights: Tensor, start: Tensor, scales: Tensor, bias: Tensor | None, outs: int
-    ) -> Tensor:
-        """x (N, in), weights int8 (out, in) `in_blocks` of 4, bias (out,) -> (N, out).
+    def multiply_bytes(self, x: Tensor, weights: Tensor, scales: Tensor, bias: Tensor | None, outs: int) -> Tensor:
+        """x (N, in), weights uint8 (out, in), 128 more than they are, `in_blocks` of 4, bias (out,) -> (N, out).
 
-        x goes as bytes around 128, the largest value of each row 127.5 away from it. start int32 is -128 times the sum
-        of each output's weights, and scales are the weights' steps divided by 127.5; both are filled up to whole
-        blocks.
+        x goes as int8, each `group` of a row's inputs by its own largest value. The weights are blank with 128 to whole
+        groups, their scales float32 to whole blocks.
         """
         rows, size = x.shape
         y = x.new_empty(rows, outs)
-        self._library.multiply_bytes(
-            *(_at(x), _at(weights), _at(start), _at(scales), _at_or_none(bias), _at(y), rows, size, outs)
-        )
+        self._library.multiply_bytes(*(_at(x), _at(weights), _at(scales), _at_or_none(bias), _at(y), rows, size, outs))
         return y
 
     def turn(self, qkv: Tensor, cos: Tensor, sin: Tensor, turned: int) -> None:

@@ -95,13 +95,15 @@ def test_multiply_floats(operators: Compiled, rows: int, bias: bool, outs: int, 
     assert torch.equal(operators.multiply_floats(x[-1:], packed, added, outs), y[-1:])
 
 
-@pytest.mark.parametrize("some", [1, 4])
-def test_blocks_hold_all_weights_and_zeros(operators: Compiled, some: int) -> None:
+@pytest.mark.parametrize(("some", "multiple"), [(1, 1), (4, 16)])
+@pytest.mark.parametrize("blank", [0, 5])
+def test_blocks_hold_all_weights_and_blanks(operators: Compiled, some: int, multiple: int, blank: int) -> None:
     weight = torch.arange(1, 1 + 37 * 10).view(37, 10)
-    blocks = operators.in_blocks(weight, some)
+    blocks = operators.in_blocks(weight, some, multiple=multiple, blank=blank)
     back = blocks.transpose(1, 2).flatten(0, 1).flatten(1)
     assert torch.equal(back[:37, :10], weight)
-    assert int(back.sum()) == int(weight.sum())
+    assert back.shape[1] % multiple == 0
+    assert int(back.sum()) == int(weight.sum()) + blank * (back.numel() - weight.numel())
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])

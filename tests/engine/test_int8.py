@@ -16,7 +16,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from core.engine.int8 import KERNELS, ByTiles, Int8Linear, Kernel, merge_int8, part_of
+from core.engine.int8 import KERNELS, ByBlocks, ByBytes, Int8Linear, Kernel, merge_int8, part_of
 from core.engine.proof import check_exact
 from core.engine.protocol import ModelSettings
 from core.engine.runner import Runner
@@ -73,12 +73,30 @@ def test_it_computes_what_it_says(rows: int, kernel: type[Kernel]) -> None:
     x = torch.randn(rows, 64) * torch.logspace(-6, 6, rows)[:, None]
     found, expected = (
         Int8Linear.of(layer, kernel=kernel)(x).double(),
-        by_hand(layer, x, 254 if kernel is ByTiles else 255),
+        by_hand(layer, x, 255 if kernel is ByBytes else 254),
     )
     step = (
         x.abs().amax(1, keepdim=True).double() / 127 * layer.weight.abs().max()
     )  # the largest value lies between two steps
     assert ((found - expected).abs() <= 1.01 * step + 1e-5 * expected.abs()).all()
+
+
+@pytest.mark.skipif(not ByBlocks.works_here(), reason="not with this processor and compiler")
+@pytest.mark.parametrize("width", [1, 40, 64, 200])
+@pytest.mark.parametrize("outs", [1, 32, 45, 130])
+@pytest.mark.parametrize("rows", [1, 5, 6, 13])
+def test_each_group_of_inputs_has_its_own_steps(rows: int, outs: int, width: int) -> None:
+    layer = linear(outs, width)
+    x = torch.randn(rows, width) * torch.logspace(-3, 3, width)
+    groups = [slice(begin, begin + 64) for begin in range(0, width, 64)]
+    weight = Int8Linear.of(layer, kernel=ByBlocks).kernel.unpacked()
+    values = weight[0].double() * weight[1].double()[:, None]
+    expected = layer.bias.double().repeat(rows, 1)
+    for group in groups:
+        step = x[:, group].double().abs().amax(1, keepdim=True) / 127
+        expected += (x[:, group] / (step * 127).float() * 127).round().double() * step @ values[:, group].t()
+    found = Int8Linear.of(layer, kernel=ByBlocks)(x)
+    assert ((found - expected).abs() <= 1e-5 * float(expected.abs().max())).all()
 
 
 @pytest.mark.parametrize("instructions", ["", "AVX2", "AVX512"])

@@ -38,6 +38,7 @@ from core.types import Address, Incoming, Sampling
 
 log = logging.getLogger(__name__)
 _LOOK_AGAIN_S = 30.0
+_ASK_AGAIN_S = 0.1  # whether all is settled: the end of a job is told to nobody
 
 
 @dataclass(frozen=True, slots=True)
@@ -131,7 +132,7 @@ class Service:
         async with self._ended:
             while await self._database.read(lambda tx: inbox.open_rows(tx, platform, account)):
                 try:
-                    async with asyncio.timeout(1.0):
+                    async with asyncio.timeout(_ASK_AGAIN_S):
                         await self._ended.wait()
                 except TimeoutError:
                     continue

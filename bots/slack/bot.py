@@ -26,6 +26,7 @@ from bots.slack.workspaces import Workspaces, bad_token
 
 log = logging.getLogger(__name__)
 _PAUSES_S = (1.0, 2.0, 5.0, 10.0, 30.0)
+_PING_S = 5  # a socket that was cut is noticed at the next one
 
 
 class SlackBot:
@@ -87,7 +88,7 @@ async def _listen(app: AsyncApp, settings: SlackSettings, client: AsyncWebClient
     """Socket Mode. slack_sdk opens the connection anew when Slack refreshes or cuts it."""
     tries = 0
     while True:
-        handler = AsyncSocketModeHandler(app, settings.app_token, web_client=client, ping_interval=5)
+        handler = AsyncSocketModeHandler(app, settings.app_token, web_client=client, ping_interval=_PING_S)
         try:
             await handler.client.connect()  # type: ignore[no-untyped-call]
             log.info("slack.socket")

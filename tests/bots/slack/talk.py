@@ -22,7 +22,7 @@ from tests.fakes.slack.held import APP_TOKEN, SIGNING
 from tests.world import World, world
 
 FAST = Rate(1000.0, 1000.0)
-METHODS = ("chat.startStream", "chat.stopStream", "chat.appendStream", "chat.update", "chat.postMessage")
+METHODS = ("auth.test", "chat.startStream", "chat.stopStream", "chat.appendStream", "chat.update", "chat.postMessage")
 
 
 def fast() -> Pace:

@@ -11,7 +11,7 @@ import pytest
 from aiohttp.test_utils import unused_port
 from slack_sdk.web.async_client import AsyncWebClient
 
-from bots.slack import api, outlet
+from bots.slack import api, bot, outlet
 from bots.slack.pace import RATES, Pace
 from bots.slack.text import LIMIT, growing, harmless, split, whole
 from core.engine.protocol import Request
@@ -257,7 +257,8 @@ async def test_a_table_that_is_cut_has_its_head_in_each_message(tmp_path: Path, 
 @pytest.mark.parametrize("cell", ["It is {n}. Really. ", "{n}" + "x" * 3000, "{n}" + " y" * 7000])
 @pytest.mark.parametrize("line", ["\n", "\r\n"])
 def test_a_table_is_cut_between_its_rows_where_a_message_holds_one(before: str, cell: str, line: str) -> None:
-    text = f"{before}{table(12, cell * (1 if len(cell) > 99 else 60))}\nEnd.".replace("\n", line)
+    rows = 12 if len(cell) < 9_000 else 4  # each of which is cut itself
+    text = f"{before}{table(rows, cell * (1 if len(cell) > 99 else 60))}\nEnd.".replace("\n", line)
     pieces = split(text)
     assert "".join(pieces) == text
     assert all(len(piece) <= LIMIT for piece in pieces)
@@ -290,6 +291,7 @@ async def test_what_is_cut_at_every_phase_ends_whole_and_once(
     monkeypatch.setattr(outlet, "_PAINT_S", 0.02)
     monkeypatch.setattr(outlet, "_EDIT_S", 0.02)
     monkeypatch.setattr(api, "_PAUSES_S", (0.1, 0.2, 0.4))
+    monkeypatch.setattr(bot, "_PING_S", 1)
     if http and what.startswith("socket"):
         pytest.skip("there is no socket")
     async with talk(tmp_path, lambda _: LONG, delay_s=0.02, http=http) as it:
@@ -323,7 +325,7 @@ async def _mishap(it: Talk, what: str) -> None:
         it.there.later(301)
     else:
         it.there.down = True
-        asyncio.get_running_loop().call_later(1.5, lambda: setattr(it.there, "down", False))
+        asyncio.get_running_loop().call_later(0.5, lambda: setattr(it.there, "down", False))
 
 
 @pytest.mark.parametrize("refused", [{"markdown"}, {"markdown", "actions"}])
@@ -367,7 +369,10 @@ async def test_an_answer_whose_message_was_removed_while_nothing_ran_is_posted_a
 
 
 @pytest.mark.parametrize("how", ["refresh", "cut"])
-async def test_a_socket_that_is_refreshed_or_cut_in_mid_answer_loses_nothing(tmp_path: Path, how: str) -> None:
+async def test_a_socket_that_is_refreshed_or_cut_in_mid_answer_loses_nothing(
+    tmp_path: Path, how: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(bot, "_PING_S", 1)
     async with talk(tmp_path, lambda _: "one " * 100, delay_s=0.01) as it:
         held = await begun(it)
         before = len(it.there.sockets)

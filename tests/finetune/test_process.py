@@ -37,12 +37,9 @@ ROOT = Path(__file__).parents[2]
 WAIT_S = 120
 
 
-HURRIED = "import sys; from finetune import __main__ as it; it.LOCK_S = 0.5; sys.exit(it.main())"
-
-
-def start(folder, action="train", *, hurried=False):
+def start(*words, module="finetune"):
     return subprocess.Popen(
-        [sys.executable, *(("-c", HURRIED) if hurried else ("-m", "finetune")), action, str(folder)],
+        [sys.executable, "-m", module, *map(str, words)],
         cwd=ROOT,
         env={**os.environ, "PYTHONWARNINGS": "default"},
         stdin=subprocess.PIPE,
@@ -50,6 +47,22 @@ def start(folder, action="train", *, hurried=False):
         stderr=subprocess.PIPE,
         text=True,
     )
+
+
+@pytest.fixture(scope="module")
+def forked():
+    """For what ends before its first step: (exit status, events, log) of the program, torch being loaded once."""
+    with start(module="tests.finetune.forked") as server:
+
+        def run(folder, action="train"):
+            server.stdin.write(f"{action} {folder}\n")
+            server.stdin.flush()
+            status = int(server.stdout.readline())
+            out, log = (Path(f"{folder}.{name}").read_text(encoding="utf-8") for name in ("out", "err"))
+            return status, [load_event(line) for line in out.splitlines()], log
+
+        yield run
+        server.stdin.close()
 
 
 def test_whoever_asks_whether_to_stop_says_that_he_lives(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -89,7 +102,7 @@ def long_epochs():
 
 def test_a_kill_in_the_middle_leaves_nothing_half_published_and_the_job_goes_on(make_job, long_epochs):
     folder = make_job(epochs=long_epochs, patience=0)
-    process = start(folder)
+    process = start("train", folder)
     reached = read_until(process, Progress)
     while reached[-1].step < 12:
         reached += read_until(process, Progress)
@@ -98,7 +111,7 @@ def test_a_kill_in_the_middle_leaves_nothing_half_published_and_the_job_goes_on(
     assert status == -signal.SIGKILL
     assert not (folder / "out").exists()
 
-    status, events = end(start(folder))
+    status, events = end(start("train", folder))
     assert status == EXIT_FINISHED
     first = next(event for event in events if isinstance(event, Progress))
     assert first.step > 1
@@ -113,7 +126,7 @@ def test_a_kill_in_the_middle_leaves_nothing_half_published_and_the_job_goes_on(
 @pytest.mark.parametrize("how", ["end of input", "SIGTERM"])
 def test_told_to_stop_it_writes_a_checkpoint_and_goes(make_job, long_epochs, how):
     folder = make_job(epochs=long_epochs, patience=0)
-    process = start(folder)
+    process = start("train", folder)
     read_until(process, Progress)
     began = time.monotonic()
     if how == "SIGTERM":
@@ -128,11 +141,11 @@ def test_told_to_stop_it_writes_a_checkpoint_and_goes(make_job, long_epochs, how
     assert not (folder / "out").exists()
 
 
-def test_a_second_trainer_is_refused_and_the_first_goes_on(make_job):
+def test_a_second_trainer_is_refused_and_the_first_goes_on(make_job, forked):
     folder = make_job(epochs=1000, patience=0)
-    first = start(folder)
+    first = start("train", folder)
     read_until(first, Progress)
-    status, events = end(start(folder, hurried=True))
+    status, events = forked(folder)[:2]
     assert status == EXIT_FAILED
     (failed,) = events
     assert failed.fault == "ours"
@@ -144,13 +157,13 @@ def test_a_second_trainer_is_refused_and_the_first_goes_on(make_job):
 
 def test_check_tells_what_a_job_takes_and_leaves_what_a_job_has_done(make_job, long_epochs):
     folder = make_job(epochs=long_epochs, patience=0)
-    process = start(folder)
+    process = start("train", folder)
     planned = next(event for event in read_until(process, Progress) if isinstance(event, Planned))
     process.terminate()
     assert end(process)[0] == EXIT_INTERRUPTED
     before = {path.name: path.read_bytes() for path in (folder / "checkpoint").iterdir()}
 
-    status, events = end(start(folder, "check"))
+    status, events = end(start("check", folder))
     assert status == EXIT_FINISHED
     checked, estimated = events
     assert (type(checked), type(estimated)) == (Checked, Estimated)
@@ -163,31 +176,30 @@ def test_check_tells_what_a_job_takes_and_leaves_what_a_job_has_done(make_job, l
 
 
 def test_bad_data_is_yours_with_its_line(make_job):
-    status, events = end(start(make_job(data=b'{"q": NaN}\n' * 20)))
+    status, events = end(start("train", make_job(data=b'{"q": NaN}\n' * 20)))
     assert status == EXIT_FAILED
     (failed,) = events
     assert (failed.fault, failed.line) == ("yours", 1)
     assert "NaN is not JSON" in failed.reason
 
 
-def test_a_bad_setting_is_not_said_to_be_the_files_fault(make_job):
-    status, (failed,) = end(start(make_job(rank=0)))
+def test_a_bad_setting_is_not_said_to_be_the_files_fault(make_job, forked):
+    status, (failed,), _ = forked(make_job(rank=0))
     assert (status, failed.fault) == (EXIT_FAILED, "settings")
     assert failed.reason == "finetune.rank=0 is not within 1 and 256"
 
 
 def test_why_an_adapter_is_refused_is_told_in_the_language_of_who_brought_it_and_logged_in_english(
-    make_job, tiny_folder
+    make_job, tiny_folder, forked
 ):
     folder = make_job()
     candidate = save_adapter(tiny_folder, folder / "candidate", seed=1, r=4)
     edit_config(candidate, use_dora=True)
     spec = json.loads((folder / "spec.json").read_text())
     (folder / "spec.json").write_text(json.dumps({**spec, "candidate": "candidate", "language": "zh"}))
-    with start(folder, "gate") as process:
-        events = [load_event(line) for line in process.stdout]
-        (logged,) = (line for line in process.stderr if "train.refused" in line)
-    assert process.returncode == EXIT_FAILED
+    status, events, log = forked(folder, "gate")
+    (logged,) = (line for line in log.splitlines() if "train.refused" in line)
+    assert status == EXIT_FAILED
     assert events[-1] == Failed("settings", "这个适配器不能使用：不支持 use_dora=True，只支持线性层上的普通 LoRA")
     assert "the adapter cannot be used: use_dora=True is not supported: only plain LoRA" in logged
 
@@ -200,26 +212,26 @@ def test_why_an_adapter_is_refused_is_told_in_the_language_of_who_brought_it_and
         ({"fingerprint": "0" * 64}, "training.why_base_changed"),
     ],
 )
-def test_what_is_ours_is_said_in_the_language_of_who_asked(make_job, changed, key):
+def test_what_is_ours_is_said_in_the_language_of_who_asked(make_job, forked, changed, key):
     folder = make_job()
     spec = json.loads((folder / "spec.json").read_text())
     (folder / "spec.json").write_text(json.dumps({**spec, **changed, "language": "zh"}))
-    status, events = end(start(folder))
+    status, events, _ = forked(folder)
     assert status == EXIT_FAILED
     assert events[-1] == Failed("ours", say("zh", key), of_use=key != "training.why_base_changed")
 
 
-def test_a_reason_that_has_no_sentence_is_told_in_one(make_job):
+def test_a_reason_that_has_no_sentence_is_told_in_one(make_job, forked):
     folder = make_job()
     spec = json.loads((folder / "spec.json").read_text())
     (folder / "spec.json").write_text(json.dumps({**spec, "dtype": "float16", "language": "zh"}))
-    _, events = end(start(folder))
+    _, events, _ = forked(folder)
     before, after = say("zh", "training.why_unexpected", error="|").split("|")
     assert events[-1].reason.startswith(f"{before}dtype=float16 is not")
     assert events[-1].reason.endswith(after)
 
 
-def test_a_folder_that_is_no_job_fails_with_a_reason(tmp_path):
-    status, events = end(start(tmp_path))
+def test_a_folder_that_is_no_job_fails_with_a_reason(tmp_path, forked):
+    status, events, _ = forked(tmp_path)
     assert status == EXIT_FAILED
     assert "spec.json" in events[0].reason

@@ -7,7 +7,7 @@ and gives an `Outlet` for what is said to them. Knows no platform.
 from __future__ import annotations
 
 import logging
-from collections.abc import Mapping
+from collections.abc import Collection, Mapping
 from importlib.metadata import EntryPoint, entry_points
 from typing import Protocol, Self
 
@@ -102,10 +102,15 @@ class Bot(Protocol):
         ...
 
 
-def find_bots(broken: dict[str, str] | None = None) -> dict[str, type[Bot]]:
-    """The installed bots by name. One that cannot be used stops no other: its reason goes into `broken` by its name."""
+def find_bots(broken: dict[str, str] | None = None, *, wanted: Collection[str] | None = None) -> dict[str, type[Bot]]:
+    """The installed bots by name, or those of them that are wanted: to load one may take seconds.
+
+    One that cannot be used stops no other: its reason goes into `broken` by its name.
+    """
     found: dict[str, type[Bot]] = {}
     for entry in entry_points(group=GROUP):
+        if wanted is not None and entry.name not in wanted:
+            continue
         try:
             found[entry.name] = _load(entry)
         except Exception as error:  # foreign code: whatever it raises is about that plugin alone

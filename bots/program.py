@@ -133,14 +133,15 @@ def _sampling(given: Generation) -> Sampling:
 def enabled_bots(tables: Mapping[str, BotTable]) -> dict[str, Bot]:
     """The bots of the configuration, configured. Raises BadConfig with everything that is wrong with any of them."""
     broken: dict[str, str] = {}
-    found = find_bots(broken)
+    found = find_bots(broken, wanted={table.kind for table in tables.values()})
     bots: dict[str, Bot] = {}
     problems: list[str] = []
     for name, table in tables.items():
         if table.kind in broken:
             problems.append(f"[bots.{name}]: {broken[table.kind]}")
         elif table.kind not in found:
-            problems.append(f"[bots.{name}]: no bot {table.kind!r} is installed; there are {', '.join(sorted(found))}")
+            installed = ", ".join(sorted(find_bots()))
+            problems.append(f"[bots.{name}]: no bot {table.kind!r} is installed; there are {installed}")
         else:
             try:
                 bots[name] = found[table.kind].configure(table.settings)

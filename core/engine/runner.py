@@ -43,9 +43,7 @@ class Runner:
         self.fused = fuse(model.module)
         self.by_mask = by_mask(module.config)
         on_cpu = self.device.type == "cpu"
-        self.exact = (
-            self.fused is not None and self.fused.operators is not None
-        )  # steps read each row as far as it goes
+        self.exact = self.fused is not None and self.fused.operators is not None  # a step reads no row too far
         self.cache = SlotCache(
             layers,
             max_rows=max_rows,
@@ -85,12 +83,7 @@ class Runner:
         runs = list(zip(slots, counts, strict=True))
         logits = self._plain(ids, segments, runs) if self.fused is None else self._fused(ids, segments, runs)
         self.cache.advance(first, counts)
-        self.positions_read += sum(
-            sum(self.cache.used[one.first : one.first + one.rows])
-            if self.exact and one.steps
-            else one.rows * one.length
-            for one in segments
-        )
+        self.positions_read += sum(self._read(one) for one in segments)
         self.positions_held += sum(self.cache.used[first : first + len(counts)])
         return logits
 

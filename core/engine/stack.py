@@ -67,6 +67,7 @@ class Stack:
     def _add_tiles(self, piece: Piece, tiles: Tensor, x: Tensor, y: Tensor) -> None:
         assert self.plans.operators is not None
         if len(x) != piece.tokens.stop:  # a model's own head, which sees the last token of a row that runs alone
+            assert piece.stop == piece.start + 1
             tiles = tiles_of([piece.start] * len(x))
         self.plans.operators.add_lora(x, y, self.a, self.b[0], tiles, self.outs)
 

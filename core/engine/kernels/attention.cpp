@@ -43,10 +43,13 @@ void look_up(const Past &past, const float *queries, float *out, float *scores) 
 //
 // qkv (rows, heads + 2 * kv, size), turned; keys and values (slots, kv, capacity, size) from the first row's slot on;
 // out (rows, heads * size).
-extern "C" void attend(const float *qkv, float *keys, float *values, const int64_t *positions, float *out, int64_t rows,
-            int64_t heads, int64_t kv, int64_t size, int64_t capacity, int64_t window, float scale) {
+extern "C" void attend(const float *qkv, float *keys, float *values, const int64_t *positions, float *out,
+                       int64_t rows, int64_t heads, int64_t kv, int64_t size, int64_t capacity, int64_t window,
+                       float scale) {
     const int64_t group = heads / kv, all = heads + 2 * kv;
-#pragma omp parallel for collapse(2) schedule(dynamic) if (rows > 1)
+    int64_t read = 0;
+    for (int64_t row = 0; row < rows; ++row) read += positions[row] * kv * size;
+#pragma omp parallel for collapse(2) schedule(dynamic) if (read >= SHARED / 2)
     for (int64_t row = 0; row < rows; ++row)
         for (int64_t shared = 0; shared < kv; ++shared) {
             const float *own = qkv + row * all * size;

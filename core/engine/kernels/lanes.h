@@ -1,8 +1,8 @@
 // Registers full of float32, and the two products that operators are made of. Knows no operators.
 //
-// Everything here and beside it is float32, in rows: what one token has. What a row becomes depends on that row alone,
-// whichever others there are, and is the same to the last bit on any number of threads. core/engine/compiled.py builds
-// all of it into one library.
+// What is here and beside it goes by rows: a row is what one token has, in float32. What it becomes depends on that row
+// alone, whichever others there are, and is the same to the last bit on any number of threads. core/engine/building.py
+// makes one library of it, core/engine/compiled.py calls that.
 #pragma once
 
 #include <cstdint>
@@ -66,8 +66,8 @@ static inline void dots(const float *a, const float *const *x, int64_t width, fl
 
 // y[t][0, width) += h[t][0, rank) b, b of (rank, stride).
 template <int COUNT>
-static inline void add_products(float *const *y, const float *h, int64_t step, const float *b, int64_t rank, int64_t stride,
-                         int64_t width) {
+static inline void add_products(float *const *y, const float *h, int64_t step, const float *b, int64_t rank,
+                                int64_t stride, int64_t width) {
     int64_t j = 0;
     for (; j + 2 * LANES <= width; j += 2 * LANES) {
         Lanes low[COUNT], high[COUNT];

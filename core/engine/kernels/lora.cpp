@@ -36,7 +36,8 @@ void add_tile(const Stack &stack, int64_t slot, const float *const *x, float *co
 //
 // tiles (count, 2 + TILE) are a slot, how many tokens read it together, and which. outs holds the width of each part.
 extern "C" void add_lora(const float *x, int64_t x_stride, float *y, int64_t y_stride, const float *a, const float *b,
-              const int64_t *tiles, int64_t count, int64_t in, int64_t parts, int64_t rank, const int64_t *outs) {
+                         const int64_t *tiles, int64_t count, int64_t in, int64_t parts, int64_t rank,
+                         const int64_t *outs) {
     int64_t all = 0;
     for (int64_t part = 0; part < parts; ++part) all += outs[part];
     const Stack stack{a, b, in, parts, rank, all, outs};

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 import json
+import random
 from pathlib import Path
 
 import pytest
@@ -100,13 +101,19 @@ async def test_both_answer_blind_and_the_choice_is_told_and_counted_once(tmp_pat
         assert await w.count("audit", "action = 'adapter choose' AND after LIKE '%candidate%'") == 1
 
 
-async def test_the_order_is_drawn_by_chance_and_ties_and_losses_count(tmp_path: Path) -> None:
+async def test_the_order_is_drawn_anew_each_time_and_ties_and_losses_count(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    drawn = [random.Random(0).getrandbits(12) >> bit & 1 for bit in range(12)]  # both orders are among them
+    draws = iter(drawn)
+    monkeypatch.setattr("core.comparing.secrets.randbelow", lambda below: next(draws))
     async with world(tmp_path, by_version) as w:
         await publish(w)
         for number in range(1, 13):
             await w.ask(f"/adapter compare acme@1 question {number}", user=OWNER)
         order = [first for _, first in await chosen(w)]
-        assert 0 < sum(order) < 12  # the same for all would be a chance of one in two thousand
+        assert order == drawn
+        assert 0 < sum(order) < 12
         for number, first in enumerate(order, 1):
             choice = "same" if number == 12 else ("b" if first else "a")  # always base
             told = await w.ask(f"/adapter choose {number} {choice}", user=OWNER)

@@ -51,6 +51,10 @@ class Compiled:
         self.block: int = library.block_size()  # outputs of a product that are computed together
         self.group: int = library.group_size() if self.has_bytes else 0  # inputs that go as int8 by one scale
 
+    def __deepcopy__(self, memo: dict[int, object]) -> Compiled:
+        """What holds operators may be copied; they are the process's."""
+        return self
+
     def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
         """x (..., n) += delta, in place, if there is one; returns x / sqrt(mean(x^2) + eps) * weight."""
         out, size = torch.empty_like(x), x.shape[-1]

@@ -179,18 +179,19 @@ class ModelThread:
 
     def _pass(self) -> None:
         """One token for every row past its prompt, beside a chunk of prompts: of the row that is taking its own in,
-        then of jobs that are ready."""
+        then of jobs that are ready. A prompt that is cut leaves the steps' tokens room in the chunk."""
         rows = self.rows.jobs
         parts: list[Sequence[int]] = [job.next_ids(1) for job in rows if job.behind == 1]
-        budget = self.chunk
+        stepping, budget = len(parts), self.chunk
         while budget > 0:
             if len(parts) == len(rows):
                 room = self.runner.cache.room
                 if self._admit() is None or (parts and self.runner.cache.room != room):
                     break  # making room took its time: the others step before the new row begins
             job = rows[len(parts)]
-            parts.append(job.next_ids(budget))
-            budget -= len(parts[-1])
+            cut = job.behind > budget
+            parts.append(job.next_ids(max(budget - stepping, 1) if cut else budget))
+            budget = 0 if cut else budget - len(parts[-1])
         began = time.monotonic()
         results = self.rows.run(list(zip(rows[: len(parts)], parts, strict=True)))
         least_bytes = self.rows.least_bytes() if parts and all(len(part) == 1 for part in parts) else 0

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import ctypes
 import logging
 import math
@@ -190,6 +191,10 @@ def test_a_tokens_share_of_a_tile_changes_nothing(operators: Compiled) -> None:
         alone = torch.zeros(1, 60)
         operators.add_lora(x[count - 1 : count], alone, a, b, tiles_of([0]), (60,))
         assert torch.equal(y[-1:], alone)
+
+
+def test_what_holds_operators_can_be_copied(operators: Compiled) -> None:
+    assert copy.deepcopy({"held": operators})["held"] is operators
 
 
 def test_tiles() -> None:

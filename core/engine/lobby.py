@@ -101,7 +101,10 @@ class Lobby:
             held_up = len(self._ready) - len(self._may_go(rows, has_room))
             for _ in range(self._takeable(len(rows), held_up)):
                 self._begin_next()
-            if len(rows) == self.settings.max_rows and not any(job.urgent for job in (*self._preparing, *self._ready)):
+            begun = (*self._preparing, *self._ready)
+            for job in begun:  # the rows may be others than when room was to be made for it
+                job.urgent = job.urgent and self._yielding(job, rows) is not None
+            if len(rows) == self.settings.max_rows and not any(job.urgent for job in begun):
                 following = self._scheduler.peek()
                 if following is not None and self._yielding(following, rows) is not None:
                     self._begin_next().urgent = True

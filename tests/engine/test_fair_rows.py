@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import random
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 
 import pytest
@@ -135,6 +135,32 @@ def who_made_room(steps: Steps) -> Job:
         steps.step()
     assert victim not in steps.thread.rows.jobs
     return victim
+
+
+def test_one_that_nobody_owes_a_row_any_more_holds_up_nobody(endless: BaseModel) -> None:
+    """Room was to be made for it; while it was prepared a row fell free, and another took it."""
+    steps = Steps(endless, max_rows=3)
+    flood = [Scope("flood", f"c{i}", "u", "") for i in range(6)]
+    for name, scope, tokens in (("20:a", flood[1], 12), ("21:b", flood[1], 300), ("22:c", flood[2], 300)):
+        steps.submit(name, scope, max_tokens=tokens)
+    while len(steps.begun) < 3:
+        steps.step()
+    later: list[Callable[[], None]] = []
+    steps.thread.lobby._spawn = later.append
+    for i, name in ((3, "23:d"), (4, "24:e"), (5, "25:urgent")):
+        steps.submit(name, flood[i], max_tokens=300)
+    steps.step()
+    steps.until_over("20:a", within=40)
+    assert len(later) == 3
+    for work in later:
+        work()
+    steps.thread.lobby._spawn = lambda work: work()
+    steps.step()
+    assert "25:urgent" not in steps.begun  # three channels have a row each
+    steps.submit("26:calm", Scope("calm", "c", "u", ""), max_tokens=4)
+    for _ in range(3):
+        steps.step()
+    assert "26:calm" in steps.begun
 
 
 def test_what_made_room_can_still_be_cancelled(endless: BaseModel) -> None:

@@ -30,15 +30,12 @@ def built_library() -> Path:
     if compiler is None:
         raise FileNotFoundError(f"no C++ compiler is installed ({', '.join(COMPILERS)})")
     told = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, timeout=DEADLINE_S).stdout
+    asked = subprocess.run([compiler, "--version"], capture_output=True, check=True, text=True, timeout=DEADLINE_S)
     sources = sorted(SOURCES.iterdir())
-    key = [
-        *(one.read_bytes() for one in sources),
-        version,
-        repr((FLAGS, platform.machine(), sorted(told.items()))).encode(),
-    ]
+    made_of = repr((asked.stdout, FLAGS, platform.machine(), sorted(told.items()))).encode()
+    key = b"".join((*(one.read_bytes() for one in sources), made_of))
     folder = user_cache_path("distributary") / "kernels"
-    library = folder / f"{hashlib.sha256(b''.join(key)).hexdigest()[:32]}.so"
+    library = folder / f"{hashlib.sha256(key).hexdigest()[:32]}.so"
     if not library.exists():
         folder.mkdir(parents=True, exist_ok=True, mode=0o700)
         with tempfile.TemporaryDirectory(dir=folder) as own:

@@ -8,6 +8,7 @@ import logging
 import math
 import shutil
 import subprocess
+import tomllib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -236,14 +237,22 @@ def test_it_is_built_once_whoever_asks(fresh: Path, monkeypatch: pytest.MonkeyPa
     assert compiled() is None
 
 
+def test_the_sources_are_part_of_the_package() -> None:
+    said = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
+    packed = {path for pattern in said["core"] for path in Path("core").glob(pattern)}
+    sources = {path.relative_to(Path.cwd()) for path in building.SOURCES.iterdir()}
+    assert any(path.suffix == ".cpp" for path in sources)
+    assert sources <= packed
+
+
 @pytest.mark.parametrize("fault", ["none installed", "refuses the source", "no library", "cache not writable"])
 def test_without_a_compiler_the_log_says_so(
     fault: str, fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    def build(*args: object, **kwargs: object) -> subprocess.CompletedProcess[bytes]:
+    def build(*args: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
         if fault == "refuses the source" and "--version" not in args[0]:  # type: ignore[operator]
             raise subprocess.CalledProcessError(1, "g++", stderr="error: no such thing")
-        return subprocess.CompletedProcess((), 0, stdout=b"")
+        return subprocess.CompletedProcess((), 0, stdout="")
 
     if fault == "none installed":
         monkeypatch.setattr(shutil, "which", lambda name: None)

@@ -43,13 +43,12 @@ class Compiled:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self._library = library
-        self.has_bytes = hasattr(library, "multiply_bytes")  # on processors with AVX512-VNNI
         for name, arguments in _ARGUMENTS.items():
-            if name != "multiply_bytes" or self.has_bytes:
-                function = getattr(library, name)
-                function.argtypes, function.restype = arguments, None
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, None
         self.block: int = library.block_size()  # outputs of a product that are computed together
-        self.group: int = library.group_size() if self.has_bytes else 0  # inputs that go as int8 by one scale
+        self.group: int = library.group_size()  # inputs that go as int8 by one scale
+        self.together: int = library.together()  # int8 weights of an output that are multiplied at once
 
     def __deepcopy__(self, memo: dict[int, object]) -> Compiled:
         """What holds operators may be copied; they are the process's."""
@@ -87,7 +86,7 @@ class Compiled:
         return y
 
     def multiply_bytes(self, x: Tensor, weights: Tensor, scales: Tensor, bias: Tensor | None, outs: int) -> Tensor:
-        """x (N, in), weights uint8 (out, in), 128 more than they are, `in_blocks` of 4, bias (out,) -> (N, out).
+        """x (N, in), weights uint8 (out, in), 128 more than they are, `in_blocks` of `together`, bias (out,) -> (N, out).
 
         x goes as int8, each `group` of a row's inputs by its own largest value. The weights are blank with 128 to whole
         groups, their scales float32 to whole blocks.

@@ -2,13 +2,12 @@
 
 Weights have one scale per output, and each row of inputs has its own, from its largest values: torch's dynamic kernel
 takes one for the whole batch, so that one tenant's outlier would spoil another's numbers. What multiplies follows from
-the processor:
+the machine:
 
-- with AMX oneDNN's kernel, which takes rows that are integers already;
-- with AVX512-VNNI and a compiler our own (kernels/bytes.cpp): on two Zen 4 cores a fifth of fbgemm's time for 1 row,
-  half of it for 16, and 0.84 of it for 256, over the products of a layer of SmolLM2-135M. Each 64 inputs have their own
-  scale, as a row's few outliers cost the others most of what 8 bits lose: the mean loss of 200 answers is 0.3 % above
-  float32's, and around 1 % with one scale for a row;
+- with a compiler our own (kernels/bytes.cpp): on two Zen 4 cores a fifth of fbgemm's time for 1 row, half of it for 16,
+  and 0.84 of it for 256, over the products of a layer of SmolLM2-135M. Each 64 inputs have their own scale, as a row's
+  few outliers cost the others most of what 8 bits lose: the mean loss of 200 answers is 0.3 % above float32's, and
+  around 1 % with one scale for a row;
 - otherwise fbgemm's static kernel, whose scale is told to it and is that of [-1, 1] whatever the batch holds.
 """
 
@@ -25,42 +24,7 @@ from torch import Tensor, nn
 from core.engine.compiled import compiled
 
 ENGINE = "fbgemm"
-LARGEST = 127  # what a row's largest value becomes, as an integer
 STEP, ZERO = 2 / 255, 128  # [-1, 1] as unsigned bytes
-
-
-class ByTiles:
-    """oneDNN's product: on two cores 1.2 times fbgemm's time for 1 row, 0.37 to 0.6 for 32 and 0.2 to 0.37 for 128."""
-
-    def __init__(self, weight_q: Tensor) -> None:
-        self._packed = torch.ops.onednn.qlinear_prepack(weight_q.int_repr(), None)
-        self._scales = weight_q.q_per_channel_scales().float()
-        self._zeros = torch.zeros(len(weight_q), dtype=torch.int32)
-
-    @staticmethod
-    def works_here() -> bool:
-        """Whether this processor multiplies tiles of int8 (AMX), and torch may use it."""
-        onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch does not type it
-        return onednn and torch.cpu._is_amx_tile_supported()
-
-    @staticmethod
-    def heaviest() -> int:
-        """What a weight may be at most, as an integer."""
-        return 127
-
-    def unpacked(self) -> tuple[Tensor, Tensor]:
-        """The weights as integers (out, in), and their scales (out,)."""
-        return self._packed.to_dense().t().contiguous(), self._scales
-
-    def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        """(N, in) -> (N, out). A row's result depends on it alone; if it is not finite, nothing of that is."""
-        largest = _largest(x)
-        x_q = (x * (LARGEST / largest)).round_().to(torch.int8)
-        y: Tensor = torch.ops.onednn.qlinear_pointwise(
-            *(x_q, 1 / LARGEST, 0, self._packed, self._scales, self._zeros, None),
-            *(1.0, 0, torch.float32, "none", [], ""),
-        )
-        return _scaled(y, largest, bias)
 
 
 class ByBlocks:
@@ -72,14 +36,13 @@ class ByBlocks:
         self.operators = operators
         self.outs, self.size = weight_q.shape
         values = (weight_q.int_repr().short() + ZERO).to(torch.uint8)
-        self._weights = operators.in_blocks(values, 4, multiple=operators.group, blank=ZERO)
+        self._weights = operators.in_blocks(values, operators.together, multiple=operators.group, blank=ZERO)
         self._scales = torch.zeros(len(self._weights) * operators.block)
         self._scales[: self.outs] = weight_q.q_per_channel_scales()
 
     @staticmethod
     def works_here() -> bool:
-        operators = compiled()
-        return operators is not None and operators.has_bytes
+        return compiled() is not None
 
     @staticmethod
     def heaviest() -> int:
@@ -114,25 +77,14 @@ class ByBytes:
         return weight.int_repr(), weight.q_per_channel_scales()
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        largest = _largest(x)
-        return _scaled(_multiply(x / largest, self._packed), largest, bias)
+        largest = x.abs().amax(dim=1, keepdim=True)  # 10 times as quick as vector_norm
+        # What a row of zeros became is multiplied by zero, and what is not finite by its largest, which is not either.
+        y = _multiply(x / largest, self._packed).mul_(largest)
+        return y if bias is None else y.add_(bias)
 
 
-Kernel = ByTiles | ByBlocks | ByBytes
-KERNELS: tuple[type[Kernel], ...] = (ByTiles, ByBlocks, ByBytes)
-
-
-def _largest(x: Tensor) -> Tensor:
-    """(N, 1). 10 times as quick as vector_norm."""
-    return x.abs().amax(dim=1, keepdim=True)
-
-
-def _scaled(y: Tensor, largest: Tensor, bias: Tensor | None) -> Tensor:
-    """What a row of zeros became is multiplied by zero, and what is not finite by its largest, which is not either."""
-    y.mul_(largest)
-    if bias is not None:
-        y += bias
-    return y
+Kernel = ByBlocks | ByBytes
+KERNELS: tuple[type[Kernel], ...] = (ByBlocks, ByBytes)
 
 
 class Int8Linear(nn.Module):

@@ -54,11 +54,12 @@ each_kernel = pytest.mark.parametrize(
 )
 
 
-def by_hand(layer: nn.Linear, x: Tensor, steps: int) -> Tensor:
-    """The definition in float64: weights in 255 steps per output, inputs in steps of their own row."""
+def by_hand(layer: nn.Linear, x: Tensor, kernel: type[Kernel]) -> Tensor:
+    """The definition in float64: weights in steps of their own output, inputs in steps of their own row."""
     weight = layer.weight.double()
-    scale = weight.abs().amax(1, keepdim=True) / 127
-    weight = (weight / scale).round().clamp(-128, 127) * scale
+    scale = weight.abs().amax(1, keepdim=True) / kernel.heaviest()
+    weight = (weight / scale).round() * scale
+    steps = 255 if kernel is ByBytes else 254
     largest = x.double().abs().amax(1, keepdim=True)
     step = 2 / steps
     zero = round(1 / step)
@@ -71,13 +72,9 @@ def by_hand(layer: nn.Linear, x: Tensor, steps: int) -> Tensor:
 def test_it_computes_what_it_says(rows: int, kernel: type[Kernel]) -> None:
     layer = linear(48, 64)
     x = torch.randn(rows, 64) * torch.logspace(-6, 6, rows)[:, None]
-    found, expected = (
-        Int8Linear.of(layer, kernel=kernel)(x).double(),
-        by_hand(layer, x, 255 if kernel is ByBytes else 254),
-    )
-    step = (
-        x.abs().amax(1, keepdim=True).double() / 127 * layer.weight.abs().max()
-    )  # the largest value lies between two steps
+    found, expected = Int8Linear.of(layer, kernel=kernel)(x).double(), by_hand(layer, x, kernel)
+    # The largest value lies between two steps.
+    step = x.abs().amax(1, keepdim=True).double() / 127 * layer.weight.abs().max()
     assert ((found - expected).abs() <= 1.01 * step + 1e-5 * expected.abs()).all()
 
 

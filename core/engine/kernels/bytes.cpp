@@ -1,8 +1,10 @@
-// y = W x + b with int8 weights, on processors with AVX512-VNNI alone. Knows no adapters.
+// y = W x + b with int8 weights. Knows no adapters.
+//
+// Sums of integers are exact, so a row's numbers do not depend on what a processor multiplies at once.
 
-#if defined(__AVX512VNNI__)
-
+#if defined(__SSE2__)
 #include <immintrin.h>
+#endif
 
 #include <algorithm>
 #include <cmath>
@@ -12,25 +14,60 @@
 
 namespace {
 
-constexpr int ROWS = 8;     // that read a block of weights together
-constexpr int GROUP = 64;   // inputs with a scale of their own: an outlier costs its neighbours alone their precision
-constexpr int QUADS = GROUP / 4;
+typedef int32_t Ints __attribute__((vector_size(LANES * sizeof(int32_t))));
+
+// 32 bits of a row's inputs go to each output, which has its own weights for them: `widened` is these weights for LANES
+// outputs, and `added` what they make of the inputs, on top of sums.
+#if defined(__AVX512VNNI__)
+using Input = int8_t;
+inline __m512i widened(const uint8_t *weights) { return _mm512_loadu_si512(weights); }
+inline Ints added(Ints sums, __m512i weights, int32_t x) {
+    return (Ints)_mm512_dpbusd_epi32((__m512i)sums, weights, _mm512_set1_epi32(x));
+}
+#elif defined(__AVX512BW__)
+using Input = int16_t;
+inline __m512i widened(const uint8_t *weights) {
+    return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(weights)));
+}
+inline Ints added(Ints sums, __m512i weights, int32_t x) {
+    return sums + (Ints)_mm512_madd_epi16(weights, _mm512_set1_epi32(x));
+}
+#elif defined(__AVX2__)
+using Input = int16_t;
+inline __m256i widened(const uint8_t *weights) {
+    return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(weights)));
+}
+inline Ints added(Ints sums, __m256i weights, int32_t x) {
+    return sums + (Ints)_mm256_madd_epi16(weights, _mm256_set1_epi32(x));
+}
+#else
+using Input = int32_t;
+inline Ints widened(const uint8_t *weights) {
+    Ints wide;
+    for (int i = 0; i < LANES; ++i) wide[i] = weights[i];
+    return wide;
+}
+inline Ints added(Ints sums, Ints weights, int32_t x) { return sums + weights * x; }
+#endif
+
+constexpr int TOGETHER = sizeof(int32_t) / sizeof(Input);  // inputs that are multiplied at once
+constexpr int GROUP = 64;  // inputs with a scale of their own: an outlier costs its neighbours alone their precision
 
 struct Weights {
-    const uint8_t *bytes;  // (outs / BLOCK, in / 4, BLOCK, 4), 128 more than the weights, filled up with 128
+    const uint8_t *bytes;  // (outs / BLOCK, in / TOGETHER, BLOCK, TOGETHER), 128 more than the weights, filled with 128
     const float *scales;   // of each output, filled up to whole blocks
     const float *bias;     // or none
     int64_t groups;
 };
 
-// Rows as int8, each group of inputs by its own largest value.
+// Rows as integers of 8 bits, each group of inputs by its own largest value.
 struct Inputs {
-    std::vector<int8_t> bytes;   // (rows, groups, GROUP)
+    std::vector<Input> values;   // (rows, groups, GROUP)
     std::vector<float> scales;   // (rows, groups)
     std::vector<int32_t> start;  // (rows, groups): what the 128 more add to a sum, negated
 
     Inputs(int64_t rows, int64_t groups)
-        : bytes(rows * groups * GROUP), scales(rows * groups), start(rows * groups) {}
+        : values(rows * groups * GROUP), scales(rows * groups), start(rows * groups) {}
 };
 
 // The bits of |x|. In their order as integers what is no number is the largest of all.
@@ -40,9 +77,9 @@ inline int32_t magnitude(float x) {
     return bits & 0x7fffffff;
 }
 
-// Up to GROUP numbers as int8, the largest of them as 127; returns the size of a step. What is not finite makes that
+// Up to GROUP numbers as integers, the largest of them as 127; returns the size of a step. What is not finite makes that
 // not finite either, and so all that is multiplied by it.
-float to_bytes(const float *from, int64_t width, int8_t *to, int32_t *start) {
+float to_integers(const float *from, int64_t width, Input *to, int32_t *start) {
     int32_t bits = 0;
     for (int64_t i = 0; i < width; ++i) bits = std::max(bits, magnitude(from[i]));
     float largest;
@@ -63,40 +100,35 @@ float to_bytes(const float *from, int64_t width, int8_t *to, int32_t *start) {
 template <int COUNT>
 inline void multiply(const Inputs &x, int64_t row, const Weights &w, int64_t block, float *y, int64_t outs) {
     const uint8_t *weights = w.bytes + block * w.groups * GROUP * BLOCK;
-    __m512 whole[COUNT][2];
-    for (int r = 0; r < COUNT; ++r) whole[r][0] = whole[r][1] = _mm512_setzero_ps();
+    Lanes whole[COUNT][2] = {};
     for (int64_t group = 0; group < w.groups; ++group) {
-        const int8_t *own[COUNT];
-        __m512i sums[COUNT][2];
+        const Input *own[COUNT];
+        Ints sums[COUNT][2];
         for (int r = 0; r < COUNT; ++r) {
             const int64_t at = (row + r) * w.groups + group;
-            own[r] = x.bytes.data() + at * GROUP;
-            sums[r][0] = sums[r][1] = _mm512_set1_epi32(x.start[at]);
+            own[r] = x.values.data() + at * GROUP;
+            sums[r][0] = sums[r][1] = Ints{} + x.start[at];
         }
-        for (int quad = 0; quad < QUADS; ++quad, weights += 4 * BLOCK) {
-            const __m512i low = _mm512_loadu_si512(weights), high = _mm512_loadu_si512(weights + 4 * LANES);
+        for (int i = 0; i < GROUP; i += TOGETHER, weights += TOGETHER * BLOCK) {
+            const auto low = widened(weights), high = widened(weights + TOGETHER * LANES);
             for (int r = 0; r < COUNT; ++r) {
-                int32_t four;
-                std::memcpy(&four, own[r] + 4 * quad, sizeof four);
-                const __m512i seen = _mm512_set1_epi32(four);
-                sums[r][0] = _mm512_dpbusd_epi32(sums[r][0], low, seen);
-                sums[r][1] = _mm512_dpbusd_epi32(sums[r][1], high, seen);
+                int32_t seen;
+                std::memcpy(&seen, own[r] + i, sizeof seen);
+                sums[r][0] = added(sums[r][0], low, seen);
+                sums[r][1] = added(sums[r][1], high, seen);
             }
         }
         for (int r = 0; r < COUNT; ++r) {
-            const __m512 scale = _mm512_set1_ps(x.scales[(row + r) * w.groups + group]);
-            for (int half = 0; half < 2; ++half)
-                whole[r][half] = _mm512_fmadd_ps(_mm512_cvtepi32_ps(sums[r][half]), scale, whole[r][half]);
+            const float scale = x.scales[(row + r) * w.groups + group];
+            for (int half = 0; half < 2; ++half) whole[r][half] += __builtin_convertvector(sums[r][half], Lanes) * scale;
         }
     }
-    for (int half = 0; half < 2; ++half) {
-        const int64_t first = block * BLOCK + half * LANES, left = std::min<int64_t>(outs - first, LANES);
-        if (left <= 0) break;
-        const __mmask16 there = static_cast<__mmask16>((1u << left) - 1);
-        const __m512 scale = _mm512_loadu_ps(w.scales + first);
-        const __m512 bias = w.bias == nullptr ? _mm512_setzero_ps() : _mm512_maskz_loadu_ps(there, w.bias + first);
-        for (int r = 0; r < COUNT; ++r)
-            _mm512_mask_storeu_ps(y + (row + r) * outs + first, there, _mm512_fmadd_ps(whole[r][half], scale, bias));
+    const int64_t first = block * BLOCK, left = std::min<int64_t>(outs - first, BLOCK);
+    for (int r = 0; r < COUNT; ++r) {
+        float *to = y + (row + r) * outs + first, scaled[BLOCK];
+        for (int half = 0; half < 2; ++half)
+            store(scaled + half * LANES, whole[r][half] * load(w.scales + first + half * LANES));
+        for (int64_t i = 0; i < left; ++i) to[i] = scaled[i] + (w.bias == nullptr ? 0 : w.bias[first + i]);
     }
 }
 
@@ -114,8 +146,8 @@ extern "C" void multiply_bytes(const float *x, const uint8_t *bytes, const float
         for (int64_t row = 0; row < rows; ++row)
             for (int64_t group = 0; group < groups; ++group) {
                 const int64_t at = row * groups + group, begin = group * GROUP;
-                inputs.scales[at] = to_bytes(x + row * in + begin, std::min<int64_t>(in - begin, GROUP),
-                                             inputs.bytes.data() + at * GROUP, &inputs.start[at]);
+                inputs.scales[at] = to_integers(x + row * in + begin, std::min<int64_t>(in - begin, GROUP),
+                                                inputs.values.data() + at * GROUP, &inputs.start[at]);
             }
 #pragma omp for
         for (int64_t block = 0; block < (outs + BLOCK - 1) / BLOCK; ++block)
@@ -129,4 +161,5 @@ extern "C" void multiply_bytes(const float *x, const uint8_t *bytes, const float
 // How many inputs share a scale.
 extern "C" int group_size() { return GROUP; }
 
-#endif
+// How many inputs of an output lie together.
+extern "C" int together() { return TOGETHER; }

@@ -6,19 +6,14 @@
 
 namespace {
 
-#if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int ROWS = 8;  // that read a block of weights together: twice as many sums fit into the registers
-#else
-constexpr int ROWS = 6;
-#endif
-
-// COUNT rows by one block of weights (in, BLOCK).
-template <int COUNT>
+// COUNT rows by one block of weights (in, BLOCK). Meanwhile memory brings what comes next, `step` numbers an input.
+template <int COUNT, bool FETCHES>
 inline void multiply(const float *x, const float *weights, const float *bias, float *y, int64_t in, int64_t outs,
-                     int64_t first) {
+                     int64_t first, const float *next, int64_t step) {
     Lanes sums[COUNT][2] = {};
-    for (int64_t i = 0; i < in; ++i, weights += BLOCK) {
+    for (int64_t i = 0; i < in; ++i, weights += BLOCK, next += step) {
         const Lanes low = load(weights), high = load(weights + LANES);
+        if (FETCHES) __builtin_prefetch(next, 0, 2);
         for (int r = 0; r < COUNT; ++r) {
             sums[r][0] += x[r * in + i] * low;
             sums[r][1] += x[r * in + i] * high;
@@ -45,13 +40,17 @@ inline void multiply(const float *x, const float *weights, const float *bias, fl
 // with zeros.
 extern "C" void multiply_floats(const float *x, const float *weights, const float *bias, float *y, int64_t rows,
                                int64_t in, int64_t outs) {
+    const int64_t step = fetched(rows);
 #pragma omp parallel for if (rows * in * outs >= SHARED)
-    for (int64_t block = 0; block < (outs + BLOCK - 1) / BLOCK; ++block)
-        for (int64_t row = 0; row < rows; row += ROWS)
+    for (int64_t block = 0; block < (outs + BLOCK - 1) / BLOCK; ++block) {
+        const float *own = weights + block * BLOCK * in, *next = own + BLOCK * in;
+        for (int64_t row = 0; row < rows; row += ROWS, next += in * step)
             with_constant<ROWS>(rows - row, [&](auto count) {
-                multiply<decltype(count)::value>(x + row * in, weights + block * BLOCK * in, bias, y + row * outs, in, outs,
-                                                 block * BLOCK);
+                constexpr int COUNT = decltype(count)::value;
+                const auto product = step > 0 ? multiply<COUNT, true> : multiply<COUNT, false>;
+                product(x + row * in, own, bias, y + row * outs, in, outs, block * BLOCK, next, step);
             });
+    }
 }
 
 // How many outputs a block of weights has, here and in bytes.cpp.

@@ -17,6 +17,12 @@ constexpr int LANES = 8;
 constexpr int LANES = 4;
 #endif
 
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int ROWS = 8;  // that read a block of weights together: twice as many sums fit into the registers
+#else
+constexpr int ROWS = 6;
+#endif
+
 constexpr int BLOCK = 2 * LANES;   // outputs of a product that are computed together
 constexpr int TILE = 4;            // tokens, or heads, that read the same numbers together
 constexpr int64_t SHARED = 32768;  // numbers from which a second thread pays
@@ -34,6 +40,10 @@ static inline void with_constant(int64_t count, Call call) {
         if (count < MOST) return with_constant<MOST - 1>(count, call);
     call(std::integral_constant<int, MOST>());
 }
+
+// How much of the next block's BLOCK numbers per input each pass of ROWS rows over a block is to fetch. A few rows wait
+// for memory, which brings what comes next by itself; of many, one pass is as nothing.
+static inline int64_t fetched(int64_t rows) { return rows < TILE ? 0 : BLOCK / ((rows + ROWS - 1) / ROWS); }
 
 static inline float sum(Lanes lanes) {
     float parts[LANES];

@@ -26,15 +26,12 @@ log = logging.getLogger(__name__)
 
 TILE = 4  # tokens that read an adapter's weights together; as in lanes.h
 
-_P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+_P, _N = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS = {
-    "add_norm": (_P, _P, _P, _F, _P, _N, _N),
-    "silu_mul": (_P, _P, _N, _N),
     "multiply_floats": (_P, _P, _P, _P, _N, _N, _N),
     "multiply_bytes": (_P, _P, _P, _P, _P, _N, _N, _N),
-    "turn": (_P, _P, _P, _N, _N, _N, _N),
-    "attend": (_P, _P, _P, _P, _P, _N, _N, _N, _N, _N, _N, _F),
     "add_lora": (_P, _N, _P, _N, _P, _P, _P, _N, _N, _N, _N, _P),
+    "run_layers": (_P, _N, _P, _P, _P, _P),
 }
 
 
@@ -42,30 +39,18 @@ class Compiled:
     """The operators on tensors: float32, contiguous, on the CPU. What is said to be changed is changed in place."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
-        self._library = library
+        self.library = library
         for name, arguments in _ARGUMENTS.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
         self.block: int = library.block_size()  # outputs of a product that are computed together
         self.group: int = library.group_size()  # inputs that go as int8 by one scale
+        self.library.room_of.argtypes, self.library.room_of.restype = (_P,), _N
         self.together: int = library.together()  # int8 weights of an output that are multiplied at once
 
     def __deepcopy__(self, memo: dict[int, object]) -> Compiled:
         """What holds operators may be copied; they are the process's."""
         return self
-
-    def add_norm(self, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
-        """x (..., n) += delta, in place, if there is one; returns x / sqrt(mean(x^2) + eps) * weight."""
-        out, size = torch.empty_like(x), x.shape[-1]
-        self._library.add_norm(_at(x), _at_or_none(delta), _at(weight), eps, _at(out), x.numel() // size, size)
-        return out
-
-    def silu_mul(self, gate_up: Tensor) -> Tensor:
-        """(N, 2 n), gates before ups -> (N, n), silu(gate) * up."""
-        rows, size = len(gate_up), gate_up.shape[1] // 2
-        out = gate_up.new_empty(rows, size)
-        self._library.silu_mul(_at(gate_up), _at(out), rows, size)
-        return out
 
     def in_blocks(self, weight: Tensor, some: int, *, multiple: int = 1, blank: int = 0) -> Tensor:
         """(out, in) -> (out / block, in / some, block, some): what products read one by one.
@@ -82,44 +67,19 @@ class Compiled:
         """x (N, in), weights (out, in) `in_blocks` of 1, bias (out,) -> (N, out)."""
         rows, size = x.shape
         y = x.new_empty(rows, outs)
-        self._library.multiply_floats(_at(x), _at(weights), _at_or_none(bias), _at(y), rows, size, outs)
+        self.library.multiply_floats(_at(x), _at(weights), _at_or_none(bias), _at(y), rows, size, outs)
         return y
 
     def multiply_bytes(self, x: Tensor, weights: Tensor, scales: Tensor, bias: Tensor | None, outs: int) -> Tensor:
-        """x (N, in), weights uint8 (out, in), 128 more than they are, `in_blocks` of `together`, bias (out,) -> (N, out).
+        """x (N, in), weights uint8 (out, in), 128 more than they are, `in_blocks` of `together`; as above.
 
         x goes as int8, each `group` of a row's inputs by its own largest value. The weights are blank with 128 to whole
         groups, their scales float32 to whole blocks.
         """
         rows, size = x.shape
         y = x.new_empty(rows, outs)
-        self._library.multiply_bytes(*(_at(x), _at(weights), _at(scales), _at_or_none(bias), _at(y), rows, size, outs))
+        self.library.multiply_bytes(*(_at(x), _at(weights), _at(scales), _at_or_none(bias), _at(y), rows, size, outs))
         return y
-
-    def turn(self, qkv: Tensor, cos: Tensor, sin: Tensor, turned: int) -> None:
-        """Rotary positions cos, sin (N, n) for the first heads of qkv (N, heads, n), in place."""
-        rows, heads, size = qkv.shape
-        self._library.turn(_at(qkv), _at(cos), _at(sin), rows, turned, heads, size)
-
-    def attend(
-        self, qkv: Tensor, keys: Tensor, values: Tensor, first: int, positions: Tensor, window: int | None, scale: float
-    ) -> Tensor:
-        """One token of each row: qkv (B, heads + 2 kv, n), turned, at positions int64 (B,) -> (B, heads * n).
-
-        Writes to keys and values (slots, kv, length, n), of which row i has slot first + i, and reads them as far.
-        """
-        rows, all_heads, size = qkv.shape
-        kv, capacity = keys.shape[1], keys.shape[2]
-        heads = all_heads - 2 * kv
-        out = qkv.new_empty(rows, heads * size)
-        assert first + rows <= len(keys)
-        assert positions.is_contiguous()
-        begin = first * kv * capacity * size * keys.element_size()
-        self._library.attend(
-            *(_at(qkv), _at(keys) + begin, _at(values) + begin, positions.data_ptr(), _at(out)),
-            *(rows, heads, kv, size, capacity, window or 0, scale),
-        )
-        return out
 
     def add_lora(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, tiles: Tensor, outs: Sequence[int]) -> None:
         """y (N, sum of outs) += B (A x), in place, each token of x (N, in) with the slot that `tiles_of` gave it.
@@ -129,7 +89,7 @@ class Compiled:
         parts = len(outs)
         assert x.stride(1) == y.stride(1) == 1
         assert len(x) == len(y)
-        self._library.add_lora(
+        self.library.add_lora(
             *(x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), _at(a), _at(b), tiles.data_ptr(), len(tiles)),
             *(x.shape[1], parts, a.shape[1] // parts, (ctypes.c_int64 * parts)(*outs)),
         )

@@ -18,7 +18,6 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from core.engine.attention import look_up
-from core.engine.compiled import Compiled, compiled
 from core.engine.int8 import Int8Linear, merge_int8, part_of
 from core.engine.kv import Segment, SlotCache, SlotLayer
 from core.engine.packed import PackedLinear, packable
@@ -34,12 +33,12 @@ AddLora = Callable[[str, Tensor, Tensor], None]  # (name of the group's first mo
 class Norm:
     """Root mean square normalisation (Zhang and Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight.
 
-    On a CPU without compiled operators a few small ones take half the time of torch's one, which is made of many: with
-    n numbers in a row, sqrt(mean(x^2) + eps) is hypot(|x|, sqrt(n eps)) / sqrt(n).
+    On a CPU a few small operators take half the time of torch's one, which is made of many: with n numbers in a row,
+    sqrt(mean(x^2) + eps) is hypot(|x|, sqrt(n eps)) / sqrt(n).
     """
 
-    def __init__(self, weight: Tensor, eps: float, operators: Compiled | None) -> None:
-        self.weight, self.eps, self.operators = weight.detach(), eps, operators
+    def __init__(self, weight: Tensor, eps: float) -> None:
+        self.weight, self.eps = weight.detach(), eps
         self.written_out = weight.device.type == "cpu" and weight.dtype is torch.float32
         size = len(weight)
         self.scale = self.weight * size**0.5 if self.written_out else self.weight
@@ -47,8 +46,6 @@ class Norm:
 
     def __call__(self, x: Tensor, delta: Tensor | None = None) -> Tensor:
         """Of x + delta, which is put in x's place."""
-        if self.operators is not None:
-            return self.operators.add_norm(x.contiguous() if delta is None else x, delta, self.weight, self.eps)
         if delta is not None:
             x += delta
         if not self.written_out:
@@ -78,11 +75,10 @@ class Fused:
     def __init__(self, module: Any) -> None:
         self.module, self.inner, self.head = module, module.model, _alone(module.lm_head)
         config = module.config
-        self.operators = compiled() if _is_plain_cpu(module) else None
         self.heads, self.kv_heads = config.num_attention_heads, config.num_key_value_heads
         self.groups: list[tuple[str, ...]] = []
         self.layers = [self._layer(f"model.layers.{i}", layer) for i, layer in enumerate(self.inner.layers)]
-        self.norm = self._norm(self.inner.norm)
+        self.norm = _norm(self.inner.norm)
         self.groups.append(("lm_head",))
         self.windows: list[int | None] = []
         first = self.inner.layers[0].self_attn
@@ -108,11 +104,20 @@ class Fused:
             gate_up=_merge(mlp, ("gate_proj", "up_proj")),
             down=_alone(mlp.down_proj),
             names=(groups[0][0], groups[1][0], groups[2][0], groups[3][0]),
-            norm=self._norm(layer.input_layernorm),
-            mlp_norm=self._norm(layer.post_attention_layernorm),
-            q_norm=None if q_norm is None else self._norm(q_norm),
-            k_norm=None if k_norm is None else self._norm(k_norm),
+            norm=_norm(layer.input_layernorm),
+            mlp_norm=_norm(layer.post_attention_layernorm),
+            q_norm=None if q_norm is None else _norm(q_norm),
+            k_norm=None if k_norm is None else _norm(k_norm),
         )
+
+    def begin(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
+        """Of ids and positions (N,) the embeddings (N, hidden), and what turns heads: cos and sin (N, head_dim).
+
+        The first half of sin is negated, for x cos + roll(x) sin.
+        """
+        x = self.inner.embed_tokens(ids)
+        cos, sin = self.inner.rotary_emb(x, positions[None])  # (1, N, head_dim)
+        return x, (cos[0].contiguous(), _signed(sin[0]))
 
     def states(
         self,
@@ -127,15 +132,13 @@ class Fused:
         Products see all tokens at once, whatever rows they belong to, in that order or in `order`; attention goes by
         segment.
         """
-        x = self.inner.embed_tokens(ids if order is None else ids[order.there])  # (N, hidden)
         positions = torch.cat([segment.positions.flatten() for segment in segments])
-        cos, sin = self.inner.rotary_emb(x, positions[None])  # (1, N, head_dim)
-        turn = cos[0].contiguous(), _signed(sin[0])
+        x, turn = self.begin(ids if order is None else ids[order.there], positions)
         delta: Tensor | None = None
         for i, layer in enumerate(self.layers):
             delta = self._attention(i, layer, layer.norm(x, delta), turn, segments, cache, lora, order)
             gate_up = _product(layer.gate_up, layer.names[2], layer.mlp_norm(x, delta), lora)
-            delta = _product(layer.down, layer.names[3], self._activate(gate_up), lora)
+            delta = _product(layer.down, layer.names[3], _activate(gate_up), lora)
         x = x if delta is None else x + delta
         x = x if order is None else x.index_select(0, order.back)
         x = torch.cat([x[segment.tokens].view(segment.rows, -1, x.shape[-1])[:, -1] for segment in segments])
@@ -165,15 +168,7 @@ class Fused:
             qkv[:, heads : heads + kv] = layer.k_norm(qkv[:, heads : heads + kv])
         qk, v = self._turned(qkv, turn)
         held, window = cache.layers[index], self.windows[index]
-        outs = []
-        for segment in segments:
-            if self.operators is not None and segment.steps:
-                keys, values = held.whole(v)
-                own, positions = qkv[segment.tokens], segment.positions.view(-1)
-                out = self.operators.attend(own, keys, values, segment.first, positions, window, self.scale)
-            else:
-                out = self._look_up(qk[segment.tokens], v[segment.tokens], held, segment, window)
-            outs.append(out)
+        outs = [self._look_up(qk[one.tokens], v[one.tokens], held, one, window) for one in segments]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return _product(layer.out, layer.names[1], out if order is None else out.index_select(0, order.there), lora)
 
@@ -194,20 +189,7 @@ class Fused:
         turned = self.heads + self.kv_heads
         qk, v = qkv[:, :turned], qkv[:, turned:]
         cos, sin = turn
-        if self.operators is None:
-            qk = torch.addcmul(qk * cos[:, None], qk.roll(self.head_dim // 2, -1), sin[:, None])
-        else:
-            self.operators.turn(qkv, cos, sin, turned)
-        return qk, v
-
-    def _activate(self, gate_up: Tensor) -> Tensor:
-        if self.operators is not None:
-            return self.operators.silu_mul(gate_up)
-        gate, up = gate_up.chunk(2, dim=-1)
-        return functional.silu(gate).mul_(up)
-
-    def _norm(self, module: Any) -> Norm:
-        return Norm(module.weight, module.variance_epsilon, self.operators)
+        return torch.addcmul(qk * cos[:, None], qk.roll(self.head_dim // 2, -1), sin[:, None]), v
 
 
 def fuse(module: nn.Module) -> Fused | None:
@@ -241,13 +223,16 @@ def _product(linear: nn.Module, name: str, x: Tensor, lora: AddLora | None) -> T
     return y
 
 
-def _is_plain_cpu(module: nn.Module) -> bool:
-    """Whether all that is not quantised is float32 on the CPU."""
-    return all(one.device.type == "cpu" and one.dtype is torch.float32 for one in module.parameters())
+def _activate(gate_up: Tensor) -> Tensor:
+    gate, up = gate_up.chunk(2, dim=-1)
+    return functional.silu(gate).mul_(up)
+
+
+def _norm(module: Any) -> Norm:
+    return Norm(module.weight, module.variance_epsilon)
 
 
 def _signed(sin: Tensor) -> Tensor:
-    """sin with its first half negated, for x cos + roll(x) sin."""
     first, second = sin.chunk(2, dim=-1)
     return torch.cat((-first, second), dim=-1)
 

@@ -36,9 +36,9 @@ class ByBlocks:
         self.operators = operators
         self.outs, self.size = weight_q.shape
         values = (weight_q.int_repr().short() + ZERO).to(torch.uint8)
-        self._weights = operators.in_blocks(values, operators.together, multiple=operators.group, blank=ZERO)
-        self._scales = torch.zeros(len(self._weights) * operators.block)
-        self._scales[: self.outs] = weight_q.q_per_channel_scales()
+        self.packed = operators.in_blocks(values, operators.together, multiple=operators.group, blank=ZERO)
+        self.scales = torch.zeros(len(self.packed) * operators.block)
+        self.scales[: self.outs] = weight_q.q_per_channel_scales()
 
     @staticmethod
     def works_here() -> bool:
@@ -49,11 +49,11 @@ class ByBlocks:
         return 127
 
     def unpacked(self) -> tuple[Tensor, Tensor]:
-        values = (self._weights.transpose(1, 2).flatten(0, 1).flatten(1).short() - ZERO).to(torch.int8)
-        return values[: self.outs, : self.size].contiguous(), self._scales[: self.outs]
+        values = (self.packed.transpose(1, 2).flatten(0, 1).flatten(1).short() - ZERO).to(torch.int8)
+        return values[: self.outs, : self.size].contiguous(), self.scales[: self.outs]
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return self.operators.multiply_bytes(x.contiguous(), self._weights, self._scales, bias, self.outs)
+        return self.operators.multiply_bytes(x.contiguous(), self.packed, self.scales, bias, self.outs)
 
 
 class ByBytes:

@@ -40,11 +40,6 @@ class Segment:
     mask: Tensor  # bool (rows, 1, T, length): each token sees its own row up to and with itself
     biases: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)  # what `bias` has made
 
-    @property
-    def steps(self) -> bool:
-        """Whether it is one token of each row, as in decoding, at positions that the host knows."""
-        return self.start is not None and self.positions.shape[1] == 1
-
     def bias(self, window: int | None, keys: int, group: int, dtype: torch.dtype) -> Tensor:
         """The mask to add to scores of `group` heads packed as queries of one key: (rows, keys, group * T, length).
 
@@ -214,13 +209,21 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
                 raise
         self._resize(*needed)  # here, where the error no longer holds what was laid out already
 
+    def enter(self, first: int, counts: Sequence[int]) -> list[int]:
+        """Make room for the next counts[i] tokens of row first + i; returns how many tokens each row holds."""
+        used = self.used[first : first + len(counts)]
+        self.reserve(max(map(sum, zip(used, counts, strict=True))))
+        for row, (start, count) in enumerate(zip(used, counts, strict=True), first):
+            self.reach[row] = start + count
+        return used
+
     def begin(self, first: int, counts: Sequence[int], device: torch.device) -> list[Segment]:
         """What a pass over the next counts[i] tokens of row first + i reads and writes.
 
         Neighbours that take in one token each are one segment, as in decoding, unless one is so much longer that the
         others would read too far; every other row is one of its own.
         """
-        self.reserve(max(self.used[first + i] + count for i, count in enumerate(counts)))
+        self.enter(first, counts)
         segments, row, token = [], first, 0
         for count, same in groupby(counts):
             together = sum(1 for _ in same)
@@ -255,8 +258,6 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
 
     def _segment(self, tokens: slice, first: int, rows: int, count: int, device: torch.device) -> Segment:
         used = self.used[first : first + rows]
-        for row, start in enumerate(used, first):
-            self.reach[row] = start + count
         length = min(-(-(max(used) + count) // LENGTH_STEP) * LENGTH_STEP, self.length)
         positions = torch.tensor(used, device=device)[:, None] + torch.arange(count, device=device)
         row_index = torch.arange(first, first + rows, device=device)[:, None]

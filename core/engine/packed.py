@@ -28,18 +28,18 @@ class PackedLinear(nn.Module):
         self.out_features, self.in_features = whole.shape
         self.operators = compiled()
         self.bias = None if bias is None else bias.detach()
-        self._packed: Tensor
+        self.packed: Tensor
         if self.operators is None:
-            self._packed = torch.ops.mkldnn._reorder_linear_weight(whole.contiguous(), None)
+            self.packed = torch.ops.mkldnn._reorder_linear_weight(whole.contiguous(), None)
         else:
-            self._packed = self.operators.in_blocks(whole.detach(), 1)
+            self.packed = self.operators.in_blocks(whole.detach(), 1)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.operators is None:
-            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self._packed, self.bias, "none", [], "")
+            y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
             return y
         flat = x.reshape(-1, self.in_features).contiguous()
-        y = self.operators.multiply_floats(flat, self._packed, self.bias, self.out_features)
+        y = self.operators.multiply_floats(flat, self.packed, self.bias, self.out_features)
         return y.view(*x.shape[:-1], self.out_features)
 
 

@@ -16,6 +16,7 @@ from core.engine.attention import by_mask
 from core.engine.fused import fuse
 from core.engine.graphs import Shape, Steps
 from core.engine.kv import Segment, SlotCache, over
+from core.engine.layers import Layers, layers_of
 from core.engine.lora import LoraStacks
 from core.engine.shortage import is_shortage
 from core.engine.untouched import untouched_is_free
@@ -43,7 +44,6 @@ class Runner:
         self.fused = fuse(model.module)
         self.by_mask = by_mask(module.config)
         on_cpu = self.device.type == "cpu"
-        self.exact = self.fused is not None and self.fused.operators is not None  # a step reads no row too far
         self.cache = SlotCache(
             layers,
             max_rows=max_rows,
@@ -51,7 +51,7 @@ class Runner:
             spare=static,
             untouched=on_cpu and not static and untouched_is_free(),
             # Of a model that runs its own forward, each segment is a forward pass.
-            segment_cost=SEGMENT_COST if on_cpu and self.fused and not self.exact else None,
+            segment_cost=SEGMENT_COST if on_cpu and self.fused else None,
         )
         self.lora = LoraStacks(
             model.module,
@@ -60,6 +60,7 @@ class Runner:
             dtype=model.dtype,
             groups=self.fused.groups if self.fused else (),
         )
+        self.layers = None if self.fused is None or static else layers_of(self.fused, self.cache, self.lora)
         self.steps = Steps(self._step, self.cache, self.lora, device=self.device) if static else None
         self.positions_read = self.positions_held = 0  # as in EngineStats
 
@@ -78,20 +79,19 @@ class Runner:
                 self.positions_read += self.steps.shape.rows * self.steps.shape.length
                 self.positions_held += sum(self.cache.used[: len(counts)])
                 return found
-        segments = self.cache.begin(first, counts, self.device)
         ids = torch.tensor([one for part in parts for one in part], device=self.device)
         runs = list(zip(slots, counts, strict=True))
-        logits = self._plain(ids, segments, runs) if self.fused is None else self._fused(ids, segments, runs)
+        if self.layers is not None:
+            logits, read = self._in_one(self.layers, ids, first, runs), 0
+        else:
+            segments = self.cache.begin(first, counts, self.device)
+            logits = self._plain(ids, segments, runs) if self.fused is None else self._fused(ids, segments, runs)
+            read = sum(segment.rows * segment.length for segment in segments)
         self.cache.advance(first, counts)
-        self.positions_read += sum(self._read(one) for one in segments)
-        self.positions_held += sum(self.cache.used[first : first + len(counts)])
+        held = sum(self.cache.used[first : first + len(counts)])
+        self.positions_read += read or held  # no row is read too far in one call
+        self.positions_held += held
         return logits
-
-    def _read(self, segment: Segment) -> int:
-        """How many keys a pass that is done has read of its rows."""
-        if self.exact and segment.steps:
-            return sum(self.cache.used[segment.first : segment.first + segment.rows])
-        return segment.rows * segment.length
 
     def _step(self, inputs: Tensor, shape: Shape) -> Tensor:
         """One token of each row, all of it on the device: what graphs capture."""
@@ -102,6 +102,17 @@ class Runner:
                 add = self.lora.add if plan else None
                 return self.fused.logits(self.fused.states(ids, [segment], self.cache, add), add)
             return self._own(ids, segment)
+
+    def _in_one(self, layers: Layers, ids: Tensor, first: int, runs: Sequence[tuple[int | None, int]]) -> Tensor:
+        assert self.fused is not None
+        counts = [count for _, count in runs]
+        used = self.cache.enter(first, counts)
+        rows = [(first + i, start, count, 0, 0) for i, (start, count) in enumerate(zip(used, counts, strict=True))]
+        positions = torch.tensor([start + i for start, count in zip(used, counts, strict=True) for i in range(count)])
+        with self.lora.plans.tokens(runs) as plan:
+            states = layers(*self.fused.begin(ids, positions), torch.tensor(rows), plan[0].tiles if plan else None)
+        with self.lora.plans.tokens([(slot, 1) for slot, _ in runs]) as plan:
+            return self.fused.logits(states, self.lora.add if plan else None)
 
     def _fused(self, ids: Tensor, segments: Sequence[Segment], runs: Sequence[tuple[int | None, int]]) -> Tensor:
         assert self.fused is not None

@@ -22,6 +22,7 @@ from core.engine import building
 from core.engine import compiled as module
 from core.engine.compiled import Compiled, compiled, tiles_of, why_not
 from core.engine.runner import Runner
+from tests.engine.operators import add_norm, attend, silu_mul, turn
 from tests.engine.test_fused import FAMILY, adapter, answers, made
 
 CLOSE = 2e-6  # of the largest value
@@ -58,29 +59,29 @@ def test_add_norm(operators: Compiled, rows: int, width: int, threads: int) -> N
     x, delta, weight = random(rows, width), random(rows, width, seed=1), random(width, seed=2)
     truth = x.double() + delta
     own = x.clone()
-    normed = operators.add_norm(own, delta, weight, 1e-5)
+    normed = add_norm(operators, own, delta, weight, 1e-5)
     assert torch.equal(own, x + delta)
     assert_close(normed, functional.rms_norm(truth, (width,), weight.double(), 1e-5))
-    assert torch.equal(operators.add_norm(own[-1:].clone(), None, weight, 1e-5), normed[-1:])
+    assert torch.equal(add_norm(operators, own[-1:].clone(), None, weight, 1e-5), normed[-1:])
 
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("rows", [1, 70])
 def test_silu_mul(operators: Compiled, rows: int, width: int, threads: int) -> None:
     gate_up = random(rows, 2 * width) * 5
-    made = operators.silu_mul(gate_up)
+    made = silu_mul(operators, gate_up)
     gate, up = gate_up.double().chunk(2, dim=1)
     assert_close(made, functional.silu(gate) * up)
-    assert torch.equal(operators.silu_mul(gate_up[-1:]), made[-1:])
+    assert torch.equal(silu_mul(operators, gate_up[-1:]), made[-1:])
 
 
 def test_silu_is_right_for_every_size_of_number(operators: Compiled) -> None:
     gates = torch.cat([sign * torch.logspace(-38, 38, 4000) for sign in (1, -1)] + [torch.linspace(-104, 104, 4001)])
-    made = operators.silu_mul(torch.stack([gates, torch.ones_like(gates)], dim=1)).flatten()
+    made = silu_mul(operators, torch.stack([gates, torch.ones_like(gates)], dim=1)).flatten()
     truth = functional.silu(gates.double())
     assert ((made - truth).abs() <= 4e-7 * truth.abs() + 1e-30).all()
     special = torch.tensor([math.nan, math.inf])
-    heard = operators.silu_mul(torch.stack([special, torch.ones(2)], dim=1)).flatten()
+    heard = silu_mul(operators, torch.stack([special, torch.ones(2)], dim=1)).flatten()
     assert heard.isnan().tolist() == [True, False]
     assert heard[1] == math.inf
 
@@ -112,7 +113,7 @@ def test_blocks_hold_all_weights_and_blanks(operators: Compiled, some: int, mult
 def test_what_is_not_finite_stays_in_its_row(operators: Compiled, wrong: float) -> None:
     x = random(3, 33)
     x[1, 7] = wrong
-    normed = operators.add_norm(x, None, torch.ones(33), 1e-5)
+    normed = add_norm(operators, x, None, torch.ones(33), 1e-5)
     assert normed.isfinite().all(1).tolist() == [True, False, True]
     y = operators.multiply_floats(x, operators.in_blocks(random(40, 33), 1), None, 40)
     assert y.isfinite().any(1).tolist() == [True, False, True]
@@ -126,34 +127,53 @@ def test_turn(operators: Compiled, size: int, threads: int) -> None:
     first, second = qkv.double().chunk(2, dim=-1)
     truth = qkv * cos.double()[:, None] + torch.cat((-second, first), dim=-1) * sin.double()[:, None]
     own = qkv.clone()
-    operators.turn(own, cos, signed, 5)
+    turn(operators, own, cos, signed, 5)
     assert_close(own[:, :5], truth[:, :5])
     assert torch.equal(own[:, 5:], qkv[:, 5:])
 
 
 @pytest.mark.parametrize(("group", "kv", "size"), [(1, 1, 64), (2, 3, 16), (3, 3, 64), (5, 2, 33), (8, 1, 128)])
-@pytest.mark.parametrize("window", [None, 1, 4, 1000])
+@pytest.mark.parametrize("window", [None, 1, 4, 20, 1000])
 def test_attend(operators: Compiled, group: int, kv: int, size: int, window: int | None, threads: int) -> None:
-    slots, capacity, first = 5, 41, 1
+    """Single tokens and prompts' chunks, at a row's begin and within it, beside each other and alone."""
+    slots, capacity = 6, 91
     keys, values = random(slots, kv, capacity, size), random(slots, kv, capacity, size, seed=1)
-    positions = torch.tensor([0, 40, 17])
-    qkv = random(3, (group + 2) * kv, size, seed=2) * 2
+    rows = [(1, 0, 1), (2, 90, 1), (5, 0, 70), (0, 17, 1), (4, 40, 2), (3, 33, 19)]
+    qkv = random(sum(count for *_, count in rows), (group + 2) * kv, size, seed=2)
     own_keys, own_values = keys.clone(), values.clone()
-    out = operators.attend(qkv, own_keys, own_values, first, positions, window, 0.3)
-    for row, position in enumerate(positions.tolist()):
-        keys[first + row, :, position] = qkv[row, group * kv : (group + 1) * kv]
-        values[first + row, :, position] = qkv[row, (group + 1) * kv :]
+    out = attend(operators, qkv, own_keys, own_values, rows, window, 0.3)
+    first = 0
+    for slot, start, count in rows:
+        some = slice(first, first + count)
+        keys[slot, :, start : start + count] = qkv[some, group * kv : (group + 1) * kv].transpose(0, 1)
+        values[slot, :, start : start + count] = qkv[some, (group + 1) * kv :].transpose(0, 1)
+        first += count
     assert torch.equal(own_keys, keys)  # and nothing else was written
     assert torch.equal(own_values, values)
-    for row, position in enumerate(positions.tolist()):
-        seen = slice(max(0, position + 1 - (window or 1000)), position + 1)
-        past, said = (one[first + row, :, seen].double().repeat_interleave(group, dim=0) for one in (keys, values))
-        scores = torch.einsum("hd,hnd->hn", qkv[row, : group * kv].double(), past) * 0.3
-        assert_close(out[row].view(group * kv, size), torch.einsum("hn,hnd->hd", scores.softmax(-1), said))
-        alone = operators.attend(
-            qkv[row : row + 1], own_keys, own_values, first + row, positions[row : row + 1], window, 0.3
+    first = 0
+    for slot, start, count in rows:
+        for token in range(count):
+            stop = start + token + 1
+            seen = slice(max(0, stop - (window or 1000)), stop)
+            past, said = (one[slot, :, seen].double().repeat_interleave(group, dim=0) for one in (keys, values))
+            scores = torch.einsum("hd,hnd->hn", qkv[first + token, : group * kv].double(), past) * 0.3
+            truth = torch.einsum("hn,hnd->hd", scores.softmax(-1), said)
+            assert_close(out[first + token].view(group * kv, size), truth)
+        own = qkv[first : first + count]
+        assert torch.equal(
+            attend(operators, own, keys, values, [(slot, start, count)], window, 0.3), out[first : first + count]
         )
-        assert torch.equal(alone[0], out[row])
+        first += count
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_how_a_prompt_is_cut_changes_nothing(operators: Compiled, window: int | None) -> None:
+    keys, values, qkv = torch.zeros(1, 2, 64, 16), torch.zeros(1, 2, 64, 16), random(60, 3 * 2 + 2 * 2, 16)
+    whole = attend(operators, qkv, keys, values, [(0, 0, 60)], window, 0.3)
+    for cut in (2, 31, 33, 58):
+        parts = [attend(operators, qkv[:cut], keys, values, [(0, 0, cut)], window, 0.3)]
+        parts.append(attend(operators, qkv[cut:], keys, values, [(0, cut, 60 - cut)], window, 0.3))
+        assert torch.equal(torch.cat(parts), whole)
 
 
 @pytest.mark.parametrize(("rank", "outs"), [(1, (7,)), (8, (576, 192, 192)), (5, (33, 48)), (64, (40,))])
@@ -209,11 +229,11 @@ def test_tiles() -> None:
 def test_a_model_gives_the_same_numbers_without(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logits = []
     for built in (found, None):
-        for user in ("fused", "lora", "packed"):
+        for user in ("lora", "packed"):
             monkeypatch.setattr(f"core.engine.{user}.compiled", lambda built=built: built)
         model = made(kind, tmp_path / str(built is None), **FAMILY[kind])
         runner = Runner(model, max_rows=5, context=256)
-        assert runner.exact is (built is not None)
+        assert (runner.layers is not None) is (built is not None)
         a, b = (runner.lora.acquire(adapter(model, name, rank)) for name, rank in (("a", 8), ("b", 3)))
         logits.append(answers(runner, [a, None, b, b, a]))
     assert float((logits[0] - logits[1]).abs().max()) <= 2e-5 * float(logits[1].abs().max())

@@ -180,6 +180,7 @@ def test_a_window_that_got_lost_is_found_at_load_however_long_it_is(
     assert TOKENS < WINDOW
     bias = kv.Segment.bias
     monkeypatch.setattr(kv.Segment, "bias", lambda self, window, *rest: bias(self, None, *rest))
+    monkeypatch.setattr("core.engine.fused._window", lambda config, attention: None)
     with pytest.raises(ModelLoadFailed, match="exactly"):
         check_exact(base)
     text: Any = base.module.config

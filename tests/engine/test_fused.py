@@ -111,7 +111,7 @@ def test_fused_and_plain_agree_with_adapters(kind: str, tmp_path: Path, monkeypa
                 runner = Runner(model, max_rows=9, context=256)
                 runner.lora.plans.grouped = "masked" not in way
                 if "," in way:
-                    runner.lora.plans.operators = None
+                    runner.lora.plans.operators = runner.layers = None
                 held = [adapter(model, "a", 8), adapter(model, "b", 3, only="v_proj"), adapter(model, "c", 1)]
                 held += [adapter(model, f"unused {i}", 1) for i in range(5)] + [adapter(model, "d", 5)]
                 a, b, c, *_, d = (runner.lora.acquire(one) for one in held)

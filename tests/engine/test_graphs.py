@@ -156,6 +156,7 @@ def test_a_capture_that_fails_leaves_the_plain_way(
         raise error
 
     runner, fresh = Runner(base, max_rows=2, context=128, static=True), Runner(base, max_rows=2, context=128)
+    fresh.layers = None
     assert runner.steps is not None
     runner.steps.captures = True
     monkeypatch.setattr(Steps, "_capture", fail)

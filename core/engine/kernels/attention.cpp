@@ -1,71 +1,179 @@
-// Attention of one token of each row over its slot, as in decoding. Knows no prompts.
+// Attention of each token over its row, up to itself. Knows no weights.
+
+#include <omp.h>
 
 #include <algorithm>
-#include <vector>
 
 #include "lanes.h"
+#include "operators.h"
 #include "power.h"
 
 namespace {
 
 struct Past {
     const float *keys, *values;  // (length, size)
-    int64_t length, size;
+    int64_t size;
     float scale;
 };
 
-// What COUNT queries (COUNT, size) of one key find: out (COUNT, size). Scores are room for (COUNT, length).
+int64_t whole_blocks(int64_t length) { return (length + BLOCK - 1) / BLOCK * BLOCK; }
+
+// The length of scores that all rows' fit into.
+int64_t longest_of(const Row *rows, int64_t count) {
+    int64_t longest = 0;
+    for (const Row *row = rows; row < rows + count; ++row) longest = std::max(longest, row->start + row->tokens);
+    return whole_blocks(longest);
+}
+
+// Scores become shares of 1.
+void share(float *scores, int64_t length, float scale) {
+    float most = -INFINITY, whole = 0;
+#pragma omp simd reduction(max : most)
+    for (int64_t i = 0; i < length; ++i) most = scores[i] > most ? scores[i] : most;
+#pragma omp simd reduction(+ : whole)
+    for (int64_t i = 0; i < length; ++i) whole += scores[i] = power((scores[i] - most) * scale);
+    for (int64_t i = 0; i < length; ++i) scores[i] /= whole;
+}
+
+// One token of COUNT heads (COUNT, size) that share keys: out (COUNT, size). They are read once, as memory gives them.
 template <int COUNT>
-void look_up(const Past &past, const float *queries, float *out, float *scores) {
-    const int64_t length = past.length, size = past.size;
+void look_up(const Past &past, int64_t length, const float *queries, float *out, float *scores) {
+    const int64_t size = past.size;
     const float *query[COUNT];
     float *to[COUNT];
     for (int t = 0; t < COUNT; ++t) query[t] = queries + t * size, to[t] = out + t * size;
     int64_t at = 0;
-    for (; at + TILE <= length; at += TILE) dots<TILE, COUNT>(past.keys + at * size, query, size, scores + at, length);
-    for (; at < length; ++at) dots<1, COUNT>(past.keys + at * size, query, size, scores + at, length);
-    std::fill(out, out + COUNT * size, 0.0f);
-    for (int t = 0; t < COUNT; ++t) {
-        float *own = scores + t * length, most = -INFINITY, whole = 0;
-#pragma omp simd reduction(max : most)
-        for (int64_t i = 0; i < length; ++i) most = own[i] > most ? own[i] : most;
-#pragma omp simd reduction(+ : whole)
-        for (int64_t i = 0; i < length; ++i) whole += own[i] = power((own[i] - most) * past.scale);
-        for (int64_t i = 0; i < length; ++i) own[i] /= whole;
+    for (; at + TILE <= length; at += TILE) {
+        for (int64_t i = 0; i < TILE * size; i += LINE) __builtin_prefetch(past.values + at * size + i, 0, 2);
+        dots<TILE, COUNT>(past.keys + at * size, query, size, scores + at, length);
     }
+    for (; at < length; ++at) dots<1, COUNT>(past.keys + at * size, query, size, scores + at, length);
+    for (int t = 0; t < COUNT; ++t) share(scores + t * length, length, past.scale);
+    std::fill(out, out + COUNT * size, 0.0f);
     add_products<COUNT>(to, scores, length, past.values, length, size, size);
+}
+
+// Keys from the block of `from` on, each BLOCK of them as (size, BLOCK): what a product reads one by one.
+void pack(const float *keys, int64_t from, int64_t stop, int64_t size, float *to) {
+    for (int64_t first = from / BLOCK * BLOCK; first < stop; first += BLOCK)
+        for (int64_t key = first; key < first + BLOCK; ++key)
+            for (int64_t i = 0; i < size; ++i)
+                to[first * size + i * BLOCK + key - first] = key < stop ? keys[key * size + i] : 0;
+}
+
+struct Query {
+    const float *from;
+    float *to;
+    int64_t start, stop;  // what it sees of its row
+};
+
+// COUNT queries of a prompt, in the order of their tokens. Scores are (COUNT, stride).
+template <int COUNT>
+void look_back(const Past &past, const float *packed, const Query *queries, float *scores, int64_t stride) {
+    const int64_t size = past.size, start = queries[0].start, stop = queries[COUNT - 1].stop;
+    const float *from[COUNT];
+    float *to[COUNT];
+    for (int t = 0; t < COUNT; ++t) from[t] = queries[t].from, to[t] = queries[t].to;
+    for (int64_t block = start / BLOCK * BLOCK; block < stop; block += BLOCK) {
+        Lanes sums[COUNT][2] = {};
+        const float *keys = packed + block * size;
+        for (int64_t i = 0; i < size; ++i, keys += BLOCK) {
+            const Lanes low = load(keys), high = load(keys + LANES);
+            for (int t = 0; t < COUNT; ++t) {
+                sums[t][0] += from[t][i] * low;
+                sums[t][1] += from[t][i] * high;
+            }
+        }
+        for (int t = 0; t < COUNT; ++t) {
+            store(scores + t * stride + block, sums[t][0]);
+            store(scores + t * stride + block + LANES, sums[t][1]);
+        }
+    }
+    for (int t = 0; t < COUNT; ++t) {
+        float *own = scores + t * stride;
+        std::fill(own + start, own + queries[t].start, 0.0f);
+        share(own + queries[t].start, queries[t].stop - queries[t].start, past.scale);
+        std::fill(own + queries[t].stop, own + stop, 0.0f);
+        std::fill(to[t], to[t] + size, 0.0f);
+    }
+    add_products<COUNT>(to, scores + start, stride, past.values + start * size, stop - start, size, size);
 }
 
 }  // namespace
 
-// One token of each row: its key and value are written to the row's slot at its position, and its queries look at all
-// of that slot up to there, or at the last `window` of it, if that is not zero.
+// Says where rows lie, one after another. Returns how many numbers `attend` needs room for: each thread's scores, and
+// the packed keys of rows with more than one token.
+extern "C" int64_t lay_out(Row *rows, int64_t count, int64_t kv, int64_t size, int64_t threads) {
+    int64_t tokens = 0, room = threads * ROWS * longest_of(rows, count);
+    for (Row *row = rows; row < rows + count; ++row) {
+        row->first = tokens;
+        row->packed = room;
+        tokens += row->tokens;
+        if (row->tokens > 1) room += kv * size * whole_blocks(row->start + row->tokens);
+    }
+    return room;
+}
+
+// All tokens' keys and values are written to their rows' slots, and their queries look at those rows up to their own
+// token, or at the last `window` of that, if that is not zero.
 //
-// qkv (rows, heads + 2 * kv, size), turned; keys and values (slots, kv, capacity, size) from the first row's slot on;
-// out (rows, heads * size).
-extern "C" void attend(const float *qkv, float *keys, float *values, const int64_t *positions, float *out,
-                       int64_t rows, int64_t heads, int64_t kv, int64_t size, int64_t capacity, int64_t window,
-                       float scale) {
-    const int64_t group = heads / kv, all = heads + 2 * kv;
+// qkv (tokens, heads + 2 * kv, size), turned; keys and values (slots, kv, capacity, size); out (tokens, heads * size).
+extern "C" void attend(const float *qkv, float *keys, float *values, const Row *rows, int64_t count, float *out,
+                       int64_t heads, int64_t kv, int64_t size, int64_t capacity, int64_t window, float scale,
+                       float *room, int64_t threads) {
+    const int64_t group = heads / kv, all = heads + 2 * kv, stride = longest_of(rows, count);
     int64_t read = 0;
-    for (int64_t row = 0; row < rows; ++row) read += positions[row] * kv * size;
-#pragma omp parallel for collapse(2) schedule(dynamic) if (read >= SHARED / 2)
-    for (int64_t row = 0; row < rows; ++row)
-        for (int64_t shared = 0; shared < kv; ++shared) {
-            const float *own = qkv + row * all * size;
-            const int64_t stop = positions[row] + 1, start = window > 0 && window < stop ? stop - window : 0;
-            float *key = keys + (row * kv + shared) * capacity * size;
-            float *value = values + (row * kv + shared) * capacity * size;
-            std::memcpy(key + (stop - 1) * size, own + (heads + shared) * size, size * sizeof(float));
-            std::memcpy(value + (stop - 1) * size, own + (heads + kv + shared) * size, size * sizeof(float));
-            const Past past{key + start * size, value + start * size, stop - start, size, scale};
-            std::vector<float> scores(TILE * past.length);
-            for (int64_t head = shared * group; head < (shared + 1) * group; head += TILE) {
-                const float *queries = own + head * size;
-                float *to = out + (row * heads + head) * size;
-                with_constant<TILE>((shared + 1) * group - head, [&](auto count) {
-                    look_up<decltype(count)::value>(past, queries, to, scores.data());
-                });
+    for (const Row *row = rows; row < rows + count; ++row) read += row->tokens * (row->start + row->tokens) * kv * size;
+    const auto start_of = [&](int64_t stop) { return window > 0 && window < stop ? stop - window : 0; };
+#pragma omp parallel num_threads(threads) if (read >= SHARED / 2)
+    {
+        float *const scores = room + omp_get_thread_num() * ROWS * stride;
+        // A single token looks at once. The keys of more are packed first, since each of them is read by many.
+#pragma omp for collapse(2) schedule(dynamic)
+        for (int64_t one = 0; one < count; ++one)
+            for (int64_t shared = 0; shared < kv; ++shared) {
+                const Row &row = rows[one];
+                const int64_t at = (row.slot * kv + shared) * capacity * size, stop = row.start + row.tokens;
+                const float *own = qkv + row.first * all * size;
+                for (int64_t token = 0; token < row.tokens; ++token) {
+                    const float *from = own + (token * all + heads + shared) * size;
+                    std::memcpy(keys + at + (row.start + token) * size, from, size * sizeof(float));
+                    std::memcpy(values + at + (row.start + token) * size, from + kv * size, size * sizeof(float));
+                }
+                if (row.tokens > 1) {
+                    pack(keys + at, start_of(row.start + 1), stop, size,
+                         room + row.packed + shared * size * whole_blocks(stop));
+                    continue;
+                }
+                const int64_t start = start_of(stop);
+                const Past past{keys + at + start * size, values + at + start * size, size, scale};
+                for (int64_t head = shared * group; head < (shared + 1) * group; head += TILE)
+                    with_constant<TILE>((shared + 1) * group - head, [&](auto queries) {
+                        look_up<decltype(queries)::value>(past, stop - start, own + head * size,
+                                                          out + (row.first * heads + head) * size, scores);
+                    });
             }
+        for (const Row *row = rows; row < rows + count; ++row) {
+            if (row->tokens == 1) continue;
+            const int64_t queries = row->tokens * group;
+#pragma omp for collapse(2) schedule(dynamic) nowait
+            for (int64_t shared = 0; shared < kv; ++shared)
+                for (int64_t first = 0; first < queries; first += ROWS) {
+                    const int64_t at = (row->slot * kv + shared) * capacity * size;
+                    const Past past{keys + at, values + at, size, scale};
+                    Query some[ROWS];
+                    for (int64_t query = first; query < std::min(first + ROWS, queries); ++query) {
+                        const int64_t token = query / group, head = shared * group + query % group;
+                        const int64_t stop = row->start + token + 1;
+                        some[query - first] = {qkv + ((row->first + token) * all + head) * size,
+                                               out + ((row->first + token) * heads + head) * size, start_of(stop), stop};
+                    }
+                    with_constant<ROWS>(queries - first, [&](auto together) {
+                        look_back<decltype(together)::value>(
+                            past, room + row->packed + shared * size * whole_blocks(row->start + row->tokens), some,
+                            scores, stride);
+                    });
+                }
         }
+    }
 }

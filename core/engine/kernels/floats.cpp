@@ -3,6 +3,7 @@
 #include <algorithm>
 
 #include "lanes.h"
+#include "operators.h"
 
 namespace {
 

@@ -24,6 +24,7 @@ constexpr int ROWS = 6;
 #endif
 
 constexpr int BLOCK = 2 * LANES;   // outputs of a product that are computed together
+constexpr int LINE = 16;           // numbers that memory brings at once
 constexpr int TILE = 4;            // tokens, or heads, that read the same numbers together
 constexpr int64_t SHARED = 32768;  // numbers from which a second thread pays
 
@@ -56,7 +57,11 @@ static inline float sum(Lanes lanes) {
 // out[r][t] = a[r] . x[t] for ROWS rows of a and COUNT tokens of x; out lies `step` apart by token.
 template <int ROWS, int COUNT>
 static inline void dots(const float *a, const float *const *x, int64_t width, float *out, int64_t step) {
-    Lanes sums[ROWS][COUNT] = {};
+    Lanes sums[ROWS][COUNT];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int t = 0; t < COUNT; ++t) sums[r][t] = Lanes{};
     int64_t i = 0;
     for (; i + LANES <= width; i += LANES) {
         Lanes seen[COUNT];
@@ -66,12 +71,13 @@ static inline void dots(const float *a, const float *const *x, int64_t width, fl
             for (int t = 0; t < COUNT; ++t) sums[r][t] += weight * seen[t];
         }
     }
+#pragma GCC unroll 4
     for (int r = 0; r < ROWS; ++r)
-        for (int t = 0; t < COUNT; ++t) {
-            float whole = sum(sums[r][t]);
-            for (int64_t rest = i; rest < width; ++rest) whole += a[r * width + rest] * x[t][rest];
-            out[t * step + r] = whole;
-        }
+#pragma GCC unroll 4
+        for (int t = 0; t < COUNT; ++t) out[t * step + r] = sum(sums[r][t]);
+    for (; i < width; ++i)
+        for (int r = 0; r < ROWS; ++r)
+            for (int t = 0; t < COUNT; ++t) out[t * step + r] += a[r * width + i] * x[t][i];
 }
 
 // y[t][0, width) += h[t][0, rank) b, b of (rank, stride).

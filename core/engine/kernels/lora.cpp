@@ -4,6 +4,7 @@
 #include <vector>
 
 #include "lanes.h"
+#include "operators.h"
 
 namespace {
 

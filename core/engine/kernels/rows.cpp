@@ -1,6 +1,7 @@
 // What a row becomes by itself: its norm, its activation, its rotary positions. Knows no weights but the norm's.
 
 #include "lanes.h"
+#include "operators.h"
 #include "power.h"
 
 extern "C" {

@@ -43,7 +43,9 @@ class Compiled:
         for name, arguments in _ARGUMENTS.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
-        self.block: int = library.block_size()  # outputs of a product that are computed together
+        # Outputs of a product that are computed together.
+        self.float_block: int = library.float_block()
+        self.byte_block: int = library.byte_block()
         self.group: int = library.group_size()  # inputs that go as int8 by one scale
         self.library.room_of.argtypes, self.library.room_of.restype = (_P,), _N
         self.together: int = library.together()  # int8 weights of an output that are multiplied at once
@@ -52,26 +54,15 @@ class Compiled:
         """What holds operators may be copied; they are the process's."""
         return self
 
-    def in_blocks(self, weight: Tensor, some: int, *, multiple: int = 1, blank: int = 0) -> Tensor:
-        """(out, in) -> (out / block, in / some, block, some): what products read one by one.
-
-        Filled up with `blank` to whole blocks of outputs and a `multiple` of inputs, which is one of `some`.
-        """
-        outs, size = weight.shape
-        shape = -(-outs // self.block) * self.block, -(-size // multiple) * multiple
-        filled = torch.full(shape, blank, dtype=weight.dtype)
-        filled[:outs, :size] = weight
-        return filled.view(-1, self.block, shape[1] // some, some).transpose(1, 2).contiguous()
-
     def multiply_floats(self, x: Tensor, weights: Tensor, bias: Tensor | None, outs: int) -> Tensor:
-        """x (N, in), weights (out, in) `in_blocks` of 1, bias (out,) -> (N, out)."""
+        """x (N, in), weights (out, in) `in_blocks` of float_block, bias (out,) -> (N, out)."""
         rows, size = x.shape
         y = x.new_empty(rows, outs)
         self.library.multiply_floats(_at(x), _at(weights), _at_or_none(bias), _at(y), rows, size, outs)
         return y
 
     def multiply_bytes(self, x: Tensor, weights: Tensor, scales: Tensor, bias: Tensor | None, outs: int) -> Tensor:
-        """x (N, in), weights uint8 (out, in), 128 more than they are, `in_blocks` of `together`; as above.
+        """x (N, in), weights uint8 (out, in), 128 more than they are, `in_blocks` of byte_block, `together`; as above.
 
         x goes as int8, each `group` of a row's inputs by its own largest value. The weights are blank with 128 to whole
         groups, their scales float32 to whole blocks.
@@ -93,6 +84,18 @@ class Compiled:
             *(x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), _at(a), _at(b), tiles.data_ptr(), len(tiles)),
             *(x.shape[1], parts, a.shape[1] // parts, (ctypes.c_int64 * parts)(*outs)),
         )
+
+
+def in_blocks(weight: Tensor, block: int, some: int = 1, *, multiple: int = 1, blank: int = 0) -> Tensor:
+    """(out, in) -> (out / block, in / some, block, some): what products read one by one.
+
+    Filled up with `blank` to whole blocks of outputs and a `multiple` of inputs, which is one of `some`.
+    """
+    outs, size = weight.shape
+    shape = -(-outs // block) * block, -(-size // multiple) * multiple
+    filled = torch.full(shape, blank, dtype=weight.dtype)
+    filled[:outs, :size] = weight
+    return filled.view(-1, block, shape[1] // some, some).transpose(1, 2).contiguous()
 
 
 def tiles_of(slots: Sequence[int | None]) -> Tensor:

@@ -21,7 +21,7 @@ from functools import cache
 import torch
 from torch import Tensor, nn
 
-from core.engine.compiled import compiled
+from core.engine.compiled import compiled, in_blocks
 
 ENGINE = "fbgemm"
 STEP, ZERO = 2 / 255, 128  # [-1, 1] as unsigned bytes
@@ -36,8 +36,8 @@ class ByBlocks:
         self.operators = operators
         self.outs, self.size = weight_q.shape
         values = (weight_q.int_repr().short() + ZERO).to(torch.uint8)
-        self.packed = operators.in_blocks(values, operators.together, multiple=operators.group, blank=ZERO)
-        self.scales = torch.zeros(len(self.packed) * operators.block)
+        self.packed = in_blocks(values, operators.byte_block, operators.together, multiple=operators.group, blank=ZERO)
+        self.scales = torch.zeros(len(self.packed) * operators.byte_block)
         self.scales[: self.outs] = weight_q.q_per_channel_scales()
 
     @staticmethod

@@ -15,7 +15,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor, nn
 
-from core.engine.compiled import compiled
+from core.engine.compiled import compiled, in_blocks
 
 
 class PackedLinear(nn.Module):
@@ -32,7 +32,7 @@ class PackedLinear(nn.Module):
         if self.operators is None:
             self.packed = torch.ops.mkldnn._reorder_linear_weight(whole.contiguous(), None)
         else:
-            self.packed = self.operators.in_blocks(whole.detach(), 1)
+            self.packed = in_blocks(whole.detach(), self.operators.float_block)
 
     def forward(self, x: Tensor) -> Tensor:
         if self.operators is None:

@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from core.engine import building
 from core.engine import compiled as module
-from core.engine.compiled import Compiled, compiled, tiles_of, why_not
+from core.engine.compiled import Compiled, compiled, in_blocks, tiles_of, why_not
 from core.engine.runner import Runner
 from tests.engine.operators import add_norm, attend, silu_mul, turn
 from tests.engine.test_fused import FAMILY, adapter, answers, made
@@ -92,7 +92,7 @@ def test_silu_is_right_for_every_size_of_number(operators: Compiled) -> None:
 @pytest.mark.parametrize("rows", [1, 7, 8, 19])
 def test_multiply_floats(operators: Compiled, rows: int, bias: bool, outs: int, width: int, threads: int) -> None:
     x, weight, added = random(rows, width), random(outs, width, seed=1), random(outs, seed=2) if bias else None
-    packed = operators.in_blocks(weight, 1)
+    packed = in_blocks(weight, operators.float_block)
     y = operators.multiply_floats(x, packed, added, outs)
     assert_close(y, functional.linear(x.double(), weight.double(), None if added is None else added.double()))
     assert torch.equal(operators.multiply_floats(x[-1:], packed, added, outs), y[-1:])
@@ -100,9 +100,9 @@ def test_multiply_floats(operators: Compiled, rows: int, bias: bool, outs: int, 
 
 @pytest.mark.parametrize(("some", "multiple"), [(1, 1), (4, 16)])
 @pytest.mark.parametrize("blank", [0, 5])
-def test_blocks_hold_all_weights_and_blanks(operators: Compiled, some: int, multiple: int, blank: int) -> None:
+def test_blocks_hold_all_weights_and_blanks(some: int, multiple: int, blank: int) -> None:
     weight = torch.arange(1, 1 + 37 * 10).view(37, 10)
-    blocks = operators.in_blocks(weight, some, multiple=multiple, blank=blank)
+    blocks = in_blocks(weight, 16, some, multiple=multiple, blank=blank)
     back = blocks.transpose(1, 2).flatten(0, 1).flatten(1)
     assert torch.equal(back[:37, :10], weight)
     assert back.shape[1] % multiple == 0
@@ -115,7 +115,7 @@ def test_what_is_not_finite_stays_in_its_row(operators: Compiled, wrong: float) 
     x[1, 7] = wrong
     normed = add_norm(operators, x, None, torch.ones(33), 1e-5)
     assert normed.isfinite().all(1).tolist() == [True, False, True]
-    y = operators.multiply_floats(x, operators.in_blocks(random(40, 33), 1), None, 40)
+    y = operators.multiply_floats(x, in_blocks(random(40, 33), operators.float_block), None, 40)
     assert y.isfinite().any(1).tolist() == [True, False, True]
 
 

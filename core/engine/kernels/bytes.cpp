@@ -159,6 +159,9 @@ extern "C" void multiply_bytes(const float *x, const uint8_t *bytes, const float
     }
 }
 
+// How many outputs a block of int8 weights has.
+extern "C" int byte_block() { return BLOCK; }
+
 // How many inputs share a scale.
 extern "C" int group_size() { return GROUP; }
 

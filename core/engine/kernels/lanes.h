@@ -42,10 +42,6 @@ static inline void with_constant(int64_t count, Call call) {
     call(std::integral_constant<int, MOST>());
 }
 
-// How much of the next block's BLOCK numbers per input each pass of ROWS rows over a block is to fetch. A few rows wait
-// for memory, which brings what comes next by itself; of many, one pass is as nothing.
-static inline int64_t fetched(int64_t rows) { return rows < TILE ? 0 : BLOCK / ((rows + ROWS - 1) / ROWS); }
-
 static inline float sum(Lanes lanes) {
     float parts[LANES];
     std::memcpy(parts, &lanes, sizeof lanes);

@@ -1,9 +1,10 @@
 """The operators in kernels/, on tensors. Knows no models, adapters' files or requests.
 
 A step on a CPU is some 2,000 of torch's operators, most of them shorter than the call that starts them. These do the
-work of some five each, and their products read weights as fast as memory gives them, however few rows there are. They
-are called through ctypes, on the tensors' own memory. Without a compiler `compiled` gives None, and its users run
-torch's operators instead: the same numbers, to rounding.
+work of some five each, their products read weights as fast as memory gives them, however few rows there are, and a
+whole pass over a model's layers is one call (core.engine.layers). They are called through ctypes, on the tensors' own
+memory. Without a compiler `compiled` gives None, and its users run torch's operators instead: the same numbers, to
+rounding.
 
 torch.compile would need the whole step as one graph for the same gain: it knows nothing of packed weights, and it would
 compile anew for each mix of adapters.
@@ -47,6 +48,7 @@ class Compiled:
         self.float_block: int = library.float_block()
         self.byte_block: int = library.byte_block()
         self.group: int = library.group_size()  # inputs that go as int8 by one scale
+        self.largest: int = library.largest()  # what an int8 weight may be; it lies there as largest + 1 more
         self.library.room_of.argtypes, self.library.room_of.restype = (_P,), _N
         self.together: int = library.together()  # int8 weights of an output that are multiplied at once
 
@@ -62,10 +64,10 @@ class Compiled:
         return y
 
     def multiply_bytes(self, x: Tensor, weights: Tensor, scales: Tensor, bias: Tensor | None, outs: int) -> Tensor:
-        """x (N, in), weights uint8 (out, in), 128 more than they are, `in_blocks` of byte_block, `together`; as above.
+        """x (N, in), weights uint8 (out, in), largest + 1 more than they are, in_blocks of byte_block, together.
 
-        x goes as int8, each `group` of a row's inputs by its own largest value. The weights are blank with 128 to whole
-        groups, their scales float32 to whole blocks.
+        x goes as int8, each `group` of a row's inputs by its own largest value. The weights are blank with zeros to
+        whole groups, their scales float32 to whole blocks.
         """
         rows, size = x.shape
         y = x.new_empty(rows, outs)

@@ -54,12 +54,17 @@ each_kernel = pytest.mark.parametrize(
 )
 
 
+def steps_of(kernel: type[Kernel]) -> int:
+    """Of inputs, from the largest below zero to that above."""
+    return 255 if kernel is ByBytes else 2 * kernel.heaviest()
+
+
 def by_hand(layer: nn.Linear, x: Tensor, kernel: type[Kernel]) -> Tensor:
     """The definition in float64: weights in steps of their own output, inputs in steps of their own row."""
     weight = layer.weight.double()
     scale = weight.abs().amax(1, keepdim=True) / kernel.heaviest()
     weight = (weight / scale).round() * scale
-    steps = 255 if kernel is ByBytes else 254
+    steps = steps_of(kernel)
     largest = x.double().abs().amax(1, keepdim=True)
     step = 2 / steps
     zero = round(1 / step)
@@ -74,7 +79,7 @@ def test_it_computes_what_it_says(rows: int, kernel: type[Kernel]) -> None:
     x = torch.randn(rows, 64) * torch.logspace(-6, 6, rows)[:, None]
     found, expected = Int8Linear.of(layer, kernel=kernel)(x).double(), by_hand(layer, x, kernel)
     # The largest value lies between two steps.
-    step = x.abs().amax(1, keepdim=True).double() / 127 * layer.weight.abs().max()
+    step = x.abs().amax(1, keepdim=True).double() / (steps_of(kernel) // 2) * layer.weight.abs().max()
     assert ((found - expected).abs() <= 1.01 * step + 1e-5 * expected.abs()).all()
 
 
@@ -90,8 +95,9 @@ def test_each_group_of_inputs_has_its_own_steps(rows: int, outs: int, width: int
     values = weight[0].double() * weight[1].double()[:, None]
     expected = layer.bias.double().repeat(rows, 1)
     for group in groups:
-        step = x[:, group].double().abs().amax(1, keepdim=True) / 127
-        expected += (x[:, group] / (step * 127).float() * 127).round().double() * step @ values[:, group].t()
+        largest = ByBlocks.heaviest()
+        step = x[:, group].double().abs().amax(1, keepdim=True) / largest
+        expected += (x[:, group] / (step * largest).float() * largest).round().double() * step @ values[:, group].t()
     found = Int8Linear.of(layer, kernel=ByBlocks)(x)
     assert ((found - expected).abs() <= 1e-5 * float(expected.abs().max())).all()
 
@@ -104,6 +110,17 @@ def test_the_largest_products_overflow_on_no_processor(instructions: str) -> Non
         env={**os.environ, "FBGEMM_ENABLE_INSTRUCTIONS": instructions},
     ).stdout  # fmt: skip
     assert json.loads(found) == pytest.approx([64.0, -64.0], rel=0.01)
+
+
+def test_our_own_largest_products_do_not_overflow_either() -> None:
+    if not ByBlocks.works_here():
+        pytest.skip("no compiler here")
+    for sign in (1.0, -1.0):
+        layer = linear(8, 64, bias=False)
+        layer.weight.fill_(sign)
+        ours = Int8Linear.of(layer, kernel=ByBlocks)
+        found = ours(torch.tensor([[1.0], [-1.0]]).expand(2, 64))
+        assert found[:, 0].tolist() == pytest.approx([64 * sign, -64 * sign])
 
 
 @each_kernel

@@ -18,30 +18,34 @@ namespace {
 typedef int32_t Ints __attribute__((vector_size(LANES * sizeof(int32_t))));
 
 // 32 bits of a row's inputs go to each output, which has its own weights for them: `widened` is these weights for LANES
-// outputs, and `added` what they make of the inputs, on top of sums.
+// outputs, and `added` what they make of the inputs, on top of sums. Both lie within LARGEST of zero.
 #if defined(__AVX512VNNI__)
+constexpr int LARGEST = 127;
 using Input = int8_t;
 inline __m512i widened(const uint8_t *weights) { return _mm512_loadu_si512(weights); }
 inline Ints added(Ints sums, __m512i weights, int32_t x) {
     return (Ints)_mm512_dpbusd_epi32((__m512i)sums, weights, _mm512_set1_epi32(x));
 }
-#elif defined(__AVX512BW__)
-using Input = int16_t;
-inline __m512i widened(const uint8_t *weights) {
-    return _mm512_cvtepu8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i *>(weights)));
-}
-inline Ints added(Ints sums, __m512i weights, int32_t x) {
-    return sums + (Ints)_mm512_madd_epi16(weights, _mm512_set1_epi32(x));
-}
 #elif defined(__AVX2__)
-using Input = int16_t;
-inline __m256i widened(const uint8_t *weights) {
-    return _mm256_cvtepu8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i *>(weights)));
-}
-inline Ints added(Ints sums, __m256i weights, int32_t x) {
-    return sums + (Ints)_mm256_madd_epi16(weights, _mm256_set1_epi32(x));
+constexpr int LARGEST = 90;  // two products of (90 + 91) * 90 fit into the 16 bits that they are added in
+using Input = int8_t;
+#if defined(__AVX512BW__)
+inline __m512i widened(const uint8_t *weights) { return _mm512_loadu_si512(weights); }
+inline Ints added(Ints sums, __m512i weights, int32_t x) {
+    const __m512i pairs = _mm512_maddubs_epi16(weights, _mm512_set1_epi32(x));
+    return sums + (Ints)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
 }
 #else
+inline __m256i widened(const uint8_t *weights) {
+    return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(weights));
+}
+inline Ints added(Ints sums, __m256i weights, int32_t x) {
+    const __m256i pairs = _mm256_maddubs_epi16(weights, _mm256_set1_epi32(x));
+    return sums + (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
+}
+#endif
+#else
+constexpr int LARGEST = 127;
 using Input = int32_t;
 inline Ints widened(const uint8_t *weights) {
     Ints wide;
@@ -51,21 +55,22 @@ inline Ints widened(const uint8_t *weights) {
 inline Ints added(Ints sums, Ints weights, int32_t x) { return sums + weights * x; }
 #endif
 
+constexpr int ZERO = LARGEST + 1;  // a weight of zero, as its byte
 constexpr int TOGETHER = sizeof(int32_t) / sizeof(Input);  // inputs that are multiplied at once
 constexpr int GROUP = 64;  // inputs with a scale of their own: an outlier costs its neighbours alone their precision
 
 struct Weights {
-    const uint8_t *bytes;  // (outs / BLOCK, in / TOGETHER, BLOCK, TOGETHER), 128 more than the weights, filled with 128
+    const uint8_t *bytes;  // (outs / BLOCK, in / TOGETHER, BLOCK, TOGETHER), ZERO more than they are, filled with it
     const float *scales;   // of each output, filled up to whole blocks
     const float *bias;     // or none
     int64_t groups;
 };
 
-// Rows as integers of 8 bits, each group of inputs by its own largest value.
+// Rows as integers, each group of inputs by its own largest value.
 struct Inputs {
     std::vector<Input> values;   // (rows, groups, GROUP)
     std::vector<float> scales;   // (rows, groups)
-    std::vector<int32_t> start;  // (rows, groups): what the 128 more add to a sum, negated
+    std::vector<int32_t> start;  // (rows, groups): what the ZERO more adds to a sum, negated
 
     Inputs(int64_t rows, int64_t groups)
         : values(rows * groups * GROUP), scales(rows * groups), start(rows * groups) {}
@@ -78,7 +83,7 @@ inline int32_t magnitude(float x) {
     return bits & 0x7fffffff;
 }
 
-// Up to GROUP numbers as integers, the largest of them as 127; returns the size of a step. What is not finite makes that
+// Up to GROUP numbers as integers, the largest of them as LARGEST; returns the size of a step. What is not finite makes that
 // not finite either, and so all that is multiplied by it.
 float to_integers(const float *from, int64_t width, Input *to, int32_t *start) {
     int32_t bits = 0;
@@ -89,12 +94,12 @@ float to_integers(const float *from, int64_t width, Input *to, int32_t *start) {
     int32_t sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < width; ++i) {
-        const int32_t near = static_cast<int32_t>(std::nearbyint(from[i] / divisor * 127));
+        const int32_t near = static_cast<int32_t>(std::nearbyint(from[i] / divisor * LARGEST));
         to[i] = static_cast<int8_t>(near);
         sum += to[i];
     }
-    *start = -128 * sum;
-    return largest / 127;
+    *start = -ZERO * sum;
+    return largest / LARGEST;
 }
 
 // COUNT rows by one block of outputs.
@@ -161,6 +166,9 @@ extern "C" void multiply_bytes(const float *x, const uint8_t *bytes, const float
 
 // How many outputs a block of int8 weights has.
 extern "C" int byte_block() { return BLOCK; }
+
+// What a weight, as an integer, may be at most.
+extern "C" int largest() { return LARGEST; }
 
 // How many inputs share a scale.
 extern "C" int group_size() { return GROUP; }

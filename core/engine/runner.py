@@ -1,7 +1,8 @@
 """Forward passes over rows: single tokens of many beside chunks of prompts. Knows no requests, fairness or text.
 
-A model of a known family runs the forward pass of core.engine.fused; any other one runs its own, the plain way. That
-either gives the model's own numbers is proved at load (core.engine.proof).
+A model of a known family runs the forward pass of core.engine.fused, on a CPU with compiled operators in one call
+(core.engine.layers); any other one runs its own, the plain way. That each gives the model's own numbers is proved at
+load (core.engine.proof).
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ constexpr int LANES = 4;
 #endif
 
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int ROWS = 8;  // that read a block of weights together: twice as many sums fit into the registers
+constexpr int ROWS = 8;  // that read a block of bytes or keys together: twice as many sums fit into the registers
 #else
 constexpr int ROWS = 6;
 #endif

@@ -19,6 +19,7 @@ from transformers import GPT2Config, GPT2LMHeadModel
 from bots import doctor
 from bots.doctor import Finding, Level, Patient, examine, has_wal_reset_bug, report
 from core.config import read_config
+from core.engine.compiled import compiled
 from core.engine.local import LocalEngine
 from core.engine.protocol import EngineSettings, ModelSettings
 from core.engine.trial import measure, random_adapters
@@ -264,5 +265,6 @@ async def test_the_trial_runs_adapters_of_its_own(tmp_path, load):
     assert (trial.adapted.rows, trial.adapted.adapters) == (2, 3)
     assert trial.bandwidth > 1e8
     assert 0 < trial.many.floor_fraction < 1
-    assert 0 < trial.many.padding_waste < 1
+    assert 0 <= trial.many.padding_waste < 1
+    assert (trial.many.padding_waste > 0) is (load is load_gpt2 or compiled() is None)  # in one call nothing is padded
     assert 0 < trial.one.inter_token_p50_s <= trial.one.inter_token_p95_s

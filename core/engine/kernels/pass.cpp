@@ -3,8 +3,6 @@
 
 #include "operators.h"
 
-#include <algorithm>
-
 namespace {
 
 struct Norm {

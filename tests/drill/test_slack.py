@@ -46,13 +46,14 @@ def test_slack_survives_200_kills(tmp_path: Path) -> None:
     assert result["outcomes"]["replied"] > 7_000  # type: ignore[index]
 
 
-async def test_sigterm_under_load_ends_in_time_and_loses_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rounds", [1, pytest.param(3, marks=pytest.mark.drill)])
+async def test_sigterm_under_load_ends_in_time_and_loses_nothing(tmp_path: Path, rounds: int) -> None:
     home = Home(tmp_path / "home")
     home.create()
     prepare(home)
     async with FakeSlack().open() as there:
         there.workspace("T1")
-        for round_ in range(3):
+        for round_ in range(rounds):
             program = _spawn(home, there.url)
             sockets = len(there.sockets)
             await there.until(lambda sockets=sockets: len(there.sockets) > sockets, 60)  # type: ignore[misc]
@@ -68,7 +69,7 @@ async def test_sigterm_under_load_ends_in_time_and_loses_nothing(tmp_path: Path)
             assert time.monotonic() - began < 25
         last = _spawn(home, there.url, "--to-the-end")
         assert await asyncio.to_thread(last.wait, 90) == 0
-        assert sum(bool(one.labels) for one in there.messages.values()) == 120
+        assert sum(bool(one.labels) for one in there.messages.values()) == 40 * rounds
         assert not any(one.streaming for one in there.messages.values())
 
 

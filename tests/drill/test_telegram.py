@@ -47,12 +47,13 @@ def test_telegram_survives_200_kills(tmp_path: Path) -> None:
     assert result["outcomes"]["replied"] > 7_000  # type: ignore[index]
 
 
-async def test_sigterm_under_load_ends_in_time_and_loses_nothing(tmp_path: Path) -> None:
+@pytest.mark.parametrize("rounds", [1, pytest.param(3, marks=pytest.mark.drill)])
+async def test_sigterm_under_load_ends_in_time_and_loses_nothing(tmp_path: Path, rounds: int) -> None:
     home = Home(tmp_path / "home")
     home.create()
     prepare(home)
     async with FakeTelegram().open() as there:
-        for round_ in range(3):
+        for round_ in range(rounds):
             pid = _spawn(home, there.url)
             for number in range(40):
                 there.says(PEOPLE[number % 5], f"question {round_ * 100 + number} long")
@@ -66,7 +67,7 @@ async def test_sigterm_under_load_ends_in_time_and_loses_nothing(tmp_path: Path)
         last = _spawn(home, there.url, "--to-the-end")
         assert await asyncio.to_thread(last.wait, 60) == 0
         answered = [one for person in PEOPLE for one in there.held(person.id) if one.labels]
-        assert len(answered) == 120
+        assert len(answered) == 40 * rounds
         assert not there.account.pending
 
 

@@ -18,19 +18,19 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bots.seeds import apply, owner
-from core import privacy
-from core.commands import parse
-from core.config import read_config
+from bots.provisioning import apply, owner
+from core.channels.commands import run_command
+from core.channels.directory import TERMINAL
+from core.chat.handler import HANDLERS, prepare
+from core.commands.table import parse
+from core.config.loader import read_config
 from core.engine.protocol import Engine
 from core.errors import AppError, BadConfig, BadInput, StorageError
-from core.operators import run_command
-from core.rows import HANDLERS, prepare
-from core.store.database import Database
-from core.store.directory import TERMINAL
-from core.store.home import Home
-from core.texts import say
-from core.training import Training
+from core.i18n.messages import say
+from core.jobs.supervisor import Training
+from core.privacy import erasure
+from core.storage.database import Database
+from core.storage.home import Home
 from core.types import (
     Address,
     After,
@@ -86,7 +86,7 @@ class Desk:
             case WakeTraining() if self.training is not None:
                 self.training.wake()
             case EraseFiles():
-                await privacy.try_sweep(self.database, self.home)
+                await erasure.try_sweep(self.database, self.home)
 
 
 def _no_file(to: Address, attachment: Attachment) -> AsyncIterator[bytes]:

@@ -13,7 +13,7 @@ from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
-from core.job import Evaluated, JobEvent, Progress
+from core.jobs.protocol import Evaluated, JobEvent, Progress
 
 WIDTH, HEIGHT, _SCALE = 900, 420, 2
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 24, 44, 44

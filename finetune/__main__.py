@@ -23,9 +23,19 @@ from pathlib import Path
 from typing import IO
 
 from core.errors import AppError, BadDataset, JobError
-from core.job import EXIT_FAILED, EXIT_FINISHED, EXIT_INTERRUPTED, Alive, Failed, Fault, JobEvent, Spec, dump_event
-from core.onednn import keep_few_kernels
-from core.texts import Later, say
+from core.i18n.messages import Later, say
+from core.jobs.protocol import (
+    EXIT_FAILED,
+    EXIT_FINISHED,
+    EXIT_INTERRUPTED,
+    Alive,
+    Failed,
+    Fault,
+    JobEvent,
+    Spec,
+    dump_event,
+)
+from core.model.onednn import keep_few_kernels
 from finetune import new
 from finetune.limits import keep_no_core
 
@@ -40,7 +50,7 @@ _OF_NO_USE = ("training.why_damaged", "training.why_base_changed", "training.why
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status of core.job."""
+    """The exit status of core.jobs.protocol."""
     parser = argparse.ArgumentParser(prog="python -m finetune", description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
     for action in ("check", "train", "gate"):
@@ -101,8 +111,8 @@ class Stop(threading.Event):
 def run(action: str, folder: Path, emit: Events, stop: threading.Event) -> int:
     """Do it, and turn every way in which it can end into an event and an exit status."""
     language = "en"
-    from finetune.keeping import Interrupted  # torch takes seconds to load: signals are watched before
-    from finetune.train import train
+    from finetune.training.checkpoints import Interrupted  # torch takes seconds to load: signals are watched before
+    from finetune.training.train import train
 
     keep_no_core()
     try:

@@ -12,12 +12,12 @@ from pathlib import Path
 
 import torch
 
-from core.job import PREVIEW, Preview, Spec
+from core.jobs.protocol import PREVIEW, Preview, Spec
 from core.types import Role
-from finetune.base import Base
-from finetune.encode import Row
+from finetune.data.encode import Row
+from finetune.data.prepare import Emit, prepare
 from finetune.estimate import estimate
-from finetune.prepare import Emit, prepare
+from finetune.modeling.base import Base
 
 SHOWN = 3
 

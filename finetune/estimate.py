@@ -15,23 +15,25 @@ from pathlib import Path
 
 import torch
 
-from core.job import Estimated, Spec
-from finetune import ability
+from core.jobs.protocol import Estimated, Spec
+from finetune.data.prepare import Emit, Prepared
+from finetune.evaluation import retention_set
 from finetune.limits import held_bytes
-from finetune.prepare import Emit, Prepared
-from finetune.train import Trainer
+from finetune.training.train import Trainer
 
-_ASKED = ability.AT_ONCE // 2  # prompts that are answered to see how fast that goes: the others of a batch have ended
+_ASKED = (
+    retention_set.AT_ONCE // 2
+)  # prompts that are answered to see how fast that goes: the others of a batch have ended
 _SAID = 4  # tokens of each answer
 
 
 def estimate(folder: Path, spec: Spec, prepared: Prepared, emit: Emit, stop: threading.Event) -> Estimated:
     """Raises Interrupted, JobError."""
     hyper, train = spec.hyper, prepared.part(prepared.split.train)
-    prompts = ability.asked(prepared.base, spec.instructions)
+    prompts = retention_set.asked(prepared.base, spec.instructions)
     remembers = spec.method != "scratch"  # what was never learned is not rehearsed
-    rehearsed = ability.how_many(len(prompts.rehearsed), len(train), hyper.rehearsal) if remembers else 0
-    length = sum(map(len, prompts.rehearsed)) / max(1, len(prompts.rehearsed)) + ability.REHEARSED_TOKENS
+    rehearsed = retention_set.how_many(len(prompts.rehearsed), len(train), hyper.rehearsal) if remembers else 0
+    length = sum(map(len, prompts.rehearsed)) / max(1, len(prompts.rehearsed)) + retention_set.REHEARSED_TOKENS
     own = sum(len(row.ids) for row in train)
     counted = Estimated(
         rows=len(train),
@@ -48,21 +50,23 @@ def estimate(folder: Path, spec: Spec, prepared: Prepared, emit: Emit, stop: thr
         tokens, seconds = trainer.warm_up()
     work = trainer.pace.tokens_left(trainer.position) + rehearsed * length * hyper.epochs
     total = work * seconds / max(1, tokens)
-    if remembers and (spec.ability or rehearsed) and not ability.is_kept(spec, prepared.base):
+    if remembers and (spec.ability or rehearsed) and not retention_set.is_kept(spec, prepared.base):
         total += _seconds_of_answers(trainer, prompts)
     return replace(counted, seconds=round(total, 1), memory_mib=_memory_mib(trainer.device))
 
 
-def _seconds_of_answers(trainer: Trainer, prompts: ability.Asked) -> float:
+def _seconds_of_answers(trainer: Trainer, prompts: retention_set.Asked) -> float:
     """What the base's own answers to these prompts will take."""
     took = []
     for most in (1, 1 + _SAID):
         began = time.monotonic()
-        ability.answer(trainer.model, prompts.measured[:_ASKED], most=most, ends=(), listen=lambda: None)
+        retention_set.answer(trainer.model, prompts.measured[:_ASKED], most=most, ends=(), listen=lambda: None)
         took.append(time.monotonic() - began)
     reading, saying = 2 * took[0], max(0.0, took[1] - took[0]) / _SAID  # seconds of a batch, and of a token of it
-    rehearsed, measured = (math.ceil(len(some) / ability.AT_ONCE) for some in (prompts.rehearsed, prompts.measured))
-    tokens = rehearsed * ability.REHEARSED_TOKENS + measured * ability.MEASURED_TOKENS
+    rehearsed, measured = (
+        math.ceil(len(some) / retention_set.AT_ONCE) for some in (prompts.rehearsed, prompts.measured)
+    )
+    tokens = rehearsed * retention_set.REHEARSED_TOKENS + measured * retention_set.MEASURED_TOKENS
     return reading * (rehearsed + measured) + saying * tokens
 
 

@@ -19,22 +19,22 @@ from typing import Any
 
 import torch
 
-from core.engine.adapter_files import CONFIG, WEIGHTS
+from core.engine.lora.adapter_files import CONFIG, WEIGHTS
 from core.errors import AdapterUnusable, JobError
-from core.job import Evaluated, Spec, Warned
-from core.texts import say
+from core.i18n.messages import say
+from core.jobs.protocol import Evaluated, Spec, Warned
 from finetune import settings
-from finetune.ability import NOTHING, own_answers
-from finetune.base import load_module
-from finetune.checkpoint import sync_folder, write_durably
-from finetune.exam import Exam, Examined
-from finetune.keeping import Interrupted
-from finetune.loss import Scorer
-from finetune.meter import Meter
-from finetune.methods import LoraDelta
-from finetune.prepare import Emit, Prepared, prepare
-from finetune.publish import ASIDE, MANIFEST, OUT, done, published
-from finetune.report import versions
+from finetune.data.prepare import Emit, Prepared, prepare
+from finetune.evaluation.evaluator import Exam, Examined
+from finetune.evaluation.retention_set import NOTHING, own_answers
+from finetune.evaluation.row_losses import Meter
+from finetune.modeling.base import load_module
+from finetune.modeling.loss import Scorer
+from finetune.modeling.methods import LoraDelta
+from finetune.output.publish import ASIDE, MANIFEST, OUT, done, published
+from finetune.output.report import versions
+from finetune.training.checkpoint import sync_folder, write_durably
+from finetune.training.checkpoints import Interrupted
 
 _MOST_NAMED = 100
 _PACKED = re.compile(r"(-unsloth|-bnb|-[48]bit|-gptq|-awq|-bf16|-fp16|-int[48])+$")

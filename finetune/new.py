@@ -11,8 +11,8 @@ from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
 from core.errors import JobError
-from core.job import PRESETS, Fresh, HyperParameters, Method, Spec
-from core.weights import fingerprint
+from core.jobs.protocol import PRESETS, Fresh, HyperParameters, Method, Spec
+from core.model.weights import fingerprint
 from finetune import settings
 
 FRESH = {one.name for one in fields(Fresh)}

@@ -16,8 +16,8 @@ from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
-from core.job import Done, JobEvent, Progress, Spec, dump_event
-from finetune.train import train
+from core.jobs.protocol import Done, JobEvent, Progress, Spec, dump_event
+from finetune.training.train import train
 
 
 def train_func(config: Mapping[str, Any]) -> None:

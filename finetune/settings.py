@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
 from core.errors import JobError
-from core.job import HyperParameters, Method, Spec
-from core.texts import Later
+from core.i18n.messages import Later
+from core.jobs.protocol import HyperParameters, Method, Spec
 
 HINTS = get_type_hints(HyperParameters)
 DEVICE = re.compile(r"cpu|cuda(:\d+)?")

@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from core import logs
-from core.demo import demo_folder
+from core.model.demo import demo_folder
+from core.observability import logs
 
 
 @pytest.fixture

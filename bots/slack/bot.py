@@ -14,12 +14,12 @@ from slack_bolt.authorization import AuthorizeResult
 from slack_sdk.errors import SlackApiError
 from slack_sdk.web.async_client import AsyncWebClient
 
-from bots.outlet import Door
-from bots.slack.api import CALL_S, Trouble, trouble
-from bots.slack.courtesy import Courtesy
-from bots.slack.intake import Intake
-from bots.slack.pace import Pace
-from bots.slack.places import PLATFORM
+from bots.plugins import Door
+from bots.slack.addresses import PLATFORM
+from bots.slack.housekeeping import Courtesy
+from bots.slack.receiver import Intake
+from bots.slack.sending.api import CALL_S, Trouble, trouble
+from bots.slack.sending.rate_limits import Pace
 from bots.slack.settings import SlackSettings, read_settings
 from bots.slack.web import Web
 from bots.slack.workspaces import Workspaces, bad_token

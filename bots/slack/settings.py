@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 
+from core.config.schema import nearest
 from core.errors import BadConfig
-from core.settings import nearest
 
 TRANSPORTS = ("stream", "edit")
 _LISTEN = re.compile(r"(\[[0-9a-fA-F:]+\]|[^\s:]+):([0-9]{1,5})")

@@ -20,14 +20,14 @@ from slack_bolt.request.async_request import AsyncBoltRequest
 from slack_sdk.errors import SlackApiError
 from slack_sdk.signature import SignatureVerifier
 
-from bots.outlet import Address, BadConfig, Door
-from bots.slack.manifest import SCOPES
-from bots.slack.places import PLATFORM
-from bots.slack.reader import notice
+from bots.plugins import Address, BadConfig, Door
+from bots.slack.addresses import PLATFORM
+from bots.slack.events import notice
+from bots.slack.pages.manifest import SCOPES
 from bots.slack.settings import SlackSettings
 from bots.slack.workspaces import Workspaces
 from core.errors import AppError
-from core.texts import resolve, say
+from core.i18n.messages import resolve, say
 
 log = logging.getLogger(__name__)
 EVENTS, INSTALL, REDIRECT = "/slack/events", "/slack/install", "/slack/oauth_redirect"

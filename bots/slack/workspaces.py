@@ -13,14 +13,14 @@ from aiohttp import ClientError
 from slack_sdk.errors import SlackApiError
 from slack_sdk.web.async_client import AsyncWebClient
 
-from bots.outlet import BadConfig, Door
-from bots.slack.api import Api
-from bots.slack.outlet import SlackOutlet
-from bots.slack.pace import Pace
-from bots.slack.places import PLATFORM
+from bots.plugins import BadConfig, Door
+from bots.slack.addresses import PLATFORM
+from bots.slack.sending.api import Api
+from bots.slack.sending.rate_limits import Pace
+from bots.slack.sending.sink import SlackOutlet
 from bots.slack.settings import SlackSettings
 from core.errors import Overloaded, StorageError
-from core.logs import register_secret
+from core.observability.logs import register_secret
 
 log = logging.getLogger(__name__)
 _RENEW_S = 2 * 3600  # before a token ends; rotated ones live for twelve hours

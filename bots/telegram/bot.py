@@ -18,15 +18,15 @@ from aiogram.exceptions import (
 from aiogram.methods import DeleteWebhook, GetMe, SetWebhook, TelegramMethod
 from aiogram.types import User
 
-from bots.outlet import BadConfig, Door
-from bots.telegram.api import Api, T, end, make_bot
-from bots.telegram.courtesy import Courtesy
-from bots.telegram.intake import Intake
-from bots.telegram.outlet import TelegramOutlet
-from bots.telegram.pace import Pace
-from bots.telegram.places import PLATFORM
-from bots.telegram.reader import ALLOWED, Reader
+from bots.plugins import BadConfig, Door
+from bots.telegram.addresses import PLATFORM
+from bots.telegram.housekeeping import Courtesy
+from bots.telegram.receiver import Intake
+from bots.telegram.sending.api import Api, T, end, make_bot
+from bots.telegram.sending.rate_limits import Pace
+from bots.telegram.sending.sink import TelegramOutlet
 from bots.telegram.settings import TelegramSettings, read_settings
+from bots.telegram.updates import ALLOWED, Reader
 from bots.telegram.webhook import Webhooks, path_of
 from core.errors import AppError
 

@@ -6,8 +6,8 @@ import re
 from collections.abc import Mapping
 from dataclasses import MISSING, dataclass, field, fields
 
+from core.config.schema import nearest
 from core.errors import BadConfig
-from core.settings import nearest
 
 TRANSPORTS = ("draft", "edit", "draft_direct", "off")
 _TOKEN = re.compile(r"[0-9]{3,}:[A-Za-z0-9_-]{20,}")

@@ -25,9 +25,9 @@ from core.engine.protocol import (
     Started,
     check,
 )
-from core.engine.stream import EventStream
-from core.engine.tally import Tally
-from core.engine.text import StopScanner
+from core.engine.scheduling.detokenizer import StopScanner
+from core.engine.scheduling.stats import Tally
+from core.engine.scheduling.stream import EventStream
 from core.errors import BadConfig, BadInput, Overloaded, PromptTooLong
 from core.types import Role, Usage
 

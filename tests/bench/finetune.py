@@ -23,8 +23,8 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
-from core.demo import demo_folder
-from core.job import HyperParameters, Spec
+from core.jobs.protocol import HyperParameters, Spec
+from core.model.demo import demo_folder
 from tests.bench import environments
 from tests.bench.environments import Missing
 from tests.drill.gate import faq

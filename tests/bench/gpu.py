@@ -26,16 +26,16 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
-from core.engine import attention, loop
-from core.engine.local import LocalEngine
-from core.engine.lora import shapes
+from core.engine.lora.stacks import shapes
 from core.engine.protocol import Delta, EngineSettings, ModelSettings, Request, Scope
-from core.engine.runner import Runner
-from core.model import BaseModel
-from core.prompt import render
+from core.engine.runtime import attention, loop
+from core.engine.runtime.local import LocalEngine
+from core.engine.runtime.runner import Runner
+from core.model.base import BaseModel
+from core.model.chat_format import render
 from core.types import AdapterRef, Message, Role, Sampling
-from tests.engine.test_exact import spy_answers
-from tests.tiny import quietly, tiny_tokenizer
+from tests.core.engine.lora.test_exact import spy_answers
+from tests.support.tiny import quietly, tiny_tokenizer
 
 TOKENS, ROUNDS, RANK = 64, 3, 8
 SHAPES: dict[str, dict[str, Any]] = {

@@ -10,10 +10,10 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
-from core.engine.local import LocalEngine
+from core.engine.diagnostics.benchmark import spent
 from core.engine.protocol import Delta, EngineSettings, ModelSettings, Request, Scope, Started
-from core.engine.trial import spent
-from core.model import load_model
+from core.engine.runtime.local import LocalEngine
+from core.model.base import load_model
 from core.types import AdapterRef, Message, Role, Sampling
 from tests.bench.worker import Case, Spec, serve
 

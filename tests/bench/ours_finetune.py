@@ -11,11 +11,11 @@ from pathlib import Path
 
 
 def main() -> None:
-    from core.job import Spec
+    from core.jobs.protocol import Spec
     from finetune.__main__ import set_up_libraries, settle_in
 
     set_up_libraries()
-    from finetune.train import Trainer, prepare
+    from finetune.training.train import Trainer, prepare
 
     folder = Path(sys.argv[1])
     spec = Spec.read(folder)

@@ -21,12 +21,12 @@ from pathlib import Path
 from statistics import harmonic_mean, median
 from typing import Any
 
-from core.engine.local import LocalEngine
+from core.engine.diagnostics.benchmark import random_adapters
 from core.engine.protocol import Delta, EngineSettings, Finished, ModelSettings, Request, Scope, Started
-from core.engine.trial import random_adapters
+from core.engine.runtime.local import LocalEngine
 from core.errors import Overloaded
-from core.model import BaseModel, load_model
-from core.prompt import render
+from core.model.base import BaseModel, load_model
+from core.model.chat_format import render
 from core.types import AdapterRef, Message, Role, Sampling
 from tests.bench.worker import Case, Spec, serve
 

@@ -26,12 +26,12 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
-from bots.program import asked
-from core.demo import demo_folder
-from core.engine.local import LocalEngine
+from bots.app import asked
 from core.engine.protocol import Delta, EngineSettings, ModelSettings, Request, Scope
-from core.job import JobEvent, Progress, Spec
-from core.trainer import Trainer, usher
+from core.engine.runtime.local import LocalEngine
+from core.jobs.process import Trainer, usher
+from core.jobs.protocol import JobEvent, Progress, Spec
+from core.model.demo import demo_folder
 from core.types import Message, Role, Sampling
 from tests.drill.gate import dump, faq
 

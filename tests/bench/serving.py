@@ -25,16 +25,16 @@ from typing import Any
 import torch
 from platformdirs import user_cache_path
 
-from core.demo import demo_folder
 from core.engine.protocol import ModelSettings
-from core.model import load_model
-from core.onednn import KEPT
-from core.prompt import render
+from core.model.base import load_model
+from core.model.chat_format import render
+from core.model.demo import demo_folder
+from core.model.onednn import KEPT
 from core.types import Message, Role
 from tests.bench import environments
 from tests.bench.environments import Missing
 from tests.bench.worker import Spec
-from tests.tiny import save_adapter
+from tests.support.tiny import save_adapter
 
 TOKENS, ROWS, ADAPTERS = 64, 32, 8
 CASES = (

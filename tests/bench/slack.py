@@ -20,13 +20,13 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bots.program import open_parts
+from bots.app import open_parts
 from bots.slack.bot import SlackBot
 from bots.slack.web import EVENTS
-from core.config import load_config
-from core.store import directory
-from core.store.database import Tx
-from core.store.home import Home
+from core.channels import directory
+from core.config.loader import load_config
+from core.storage.database import Tx
+from core.storage.home import Home
 from tests.bench.telegram import CROWD, PER_S, QUANTILES, lag, quantile
 from tests.fakes.slack import FakeSlack
 from tests.fakes.slack.held import SIGNING

@@ -19,12 +19,12 @@ import time
 from pathlib import Path
 from typing import Any
 
-from bots.program import open_parts
+from bots.app import open_parts
 from bots.telegram.bot import TelegramBot
-from core.config import load_config
-from core.store import directory
-from core.store.database import Tx
-from core.store.home import Home
+from core.channels import directory
+from core.config.loader import load_config
+from core.storage.database import Tx
+from core.storage.home import Home
 from tests.fakes.telegram import FakeTelegram, Person
 from tests.fakes.telegram.server import TOKEN, Account
 

@@ -14,20 +14,20 @@ from typing import Any, Protocol
 
 import pytest
 
+from core.adapters.commands import promote_button
+from core.channels import directory
 from core.engine.protocol import Request
 from core.errors import AppError, EngineError
-from core.sayings import examples_of
-from core.store import directory
-from core.store.database import Tx
-from core.texts import say
-from core.versions import promote_button
+from core.i18n.messages import say
+from core.jobs.examples import examples_of
+from core.storage.database import Tx
 from tests.bots.slack import talk as slack
 from tests.bots.telegram import talk as telegram
-from tests.fake_trainer import COMMAND
 from tests.fakes.slack import Held
 from tests.fakes.telegram import Person, Sent
 from tests.fakes.telegram.people import document, photo
-from tests.world import World
+from tests.support.fake_trainer import COMMAND
+from tests.support.world import World
 
 Answers = Callable[[Request], str | AppError]
 WAYS = ("telegram-polling", "telegram-webhook", "slack-socket", "slack-http")

@@ -28,24 +28,27 @@ from pathlib import Path
 
 import torch
 
-from core import adapters
-from core.delivery import Deliveries, new_delivery
+from core.adapters import registry
+from core.channels import directory
+from core.chat import conversations
+from core.delivery.deliveries import Deliveries, new_delivery
 from core.engine.protocol import EngineInfo
 from core.errors import AppError
-from core.job import HyperParameters, Spec
-from core.store import directory, jobs, ledger, turns
-from core.store.database import Database, Tx
-from core.store.home import Cipher, Home, Lock
-from core.trainer import COMMAND
-from core.training import Training, TrainingSettings
+from core.jobs import jobs
+from core.jobs.process import COMMAND
+from core.jobs.protocol import HyperParameters, Spec
+from core.jobs.supervisor import Training, TrainingSettings
+from core.model.weights import fingerprint
+from core.storage.database import Database, Tx
+from core.storage.home import Cipher, Home, Lock
 from core.types import Address, Caller
-from core.weights import fingerprint
-from finetune import keeping
+from core.usage import ledger
 from finetune.__main__ import run
-from finetune.checkpoint import BEST, NEWEST
+from finetune.training import checkpoints
+from finetune.training.checkpoint import BEST, NEWEST
 from tests.drill.platform import Platform, PlatformOutlet
 from tests.finetune.conftest import faq
-from tests.tiny import save_tiny
+from tests.support.tiny import save_tiny
 
 HYPER = HyperParameters(rank=4, alpha=8, learning_rate=1e-2, epochs=4, rows_per_step=8, patience=3)
 WRITES = ("fsync", "replace", "rename")
@@ -82,7 +85,7 @@ def trainer(folder: Path, dies_at: tuple[int, bool] | None) -> int:
     try:
         os.setsid()
         torch.set_num_threads(1)
-        keeping.CHECKPOINT_S = 0.0
+        checkpoints.CHECKPOINT_S = 0.0
         if dies_at is not None:
             _die_at(*dies_at)
         status = run("train", folder, _Silent(), threading.Event())  # type: ignore[arg-type]
@@ -121,7 +124,7 @@ def look_at(folder: Path) -> list[str]:
     if out.exists():
         try:
             if Spec.read(folder).method == "lora":
-                adapters.inspect(out)
+                registry.inspect(out)
             json.loads((out / "manifest.json").read_text())
         except (AppError, OSError, ValueError) as error:
             problems.append(f"a result that is not whole: {error}")
@@ -221,7 +224,9 @@ def open_home(folder: Path, base: Path) -> tuple[Home, EngineInfo]:
         directory.set_price(tx, channel.id, 0, 0, 3000, PRICE)
         directory.bind(tx, "fake", "bot", "", channel.id)
         at = Address("fake", "bot", "place", "c")
-        caller = Caller(tx.cipher.hash_user("fake", "bot", "u"), at, channel, "en", 0, turns.conversation_id(tx, at, 1))
+        caller = Caller(
+            tx.cipher.hash_user("fake", "bot", "u"), at, channel, "en", 0, conversations.conversation_id(tx, at, 1)
+        )
         tx.insert(
             "dataset",
             sha256=sha256,
@@ -299,7 +304,7 @@ def _half_published(home: Home) -> list[str]:
     problems = []
     for folder in home.adapters.iterdir():
         try:
-            if not folder.name.endswith(".new") and adapters.inspect(folder).sha256 != folder.name:
+            if not folder.name.endswith(".new") and registry.inspect(folder).sha256 != folder.name:
                 problems.append(f"{folder.name[:12]} is not what its name says")
         except AppError as error:
             problems.append(f"{folder.name[:12]}: {error.detail}")

@@ -26,11 +26,11 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
-from core.demo import demo_folder
-from core.job import MOST_FORGOTTEN, HyperParameters, Judged, Spec
-from finetune.ability import PROMPTS
-from finetune.exam import SCORES
-from finetune.gate import Health, Scores, forgotten, judge
+from core.jobs.protocol import MOST_FORGOTTEN, HyperParameters, Judged, Spec
+from core.model.demo import demo_folder
+from finetune.evaluation.evaluator import SCORES
+from finetune.evaluation.gate import Health, Scores, forgotten, judge
+from finetune.evaluation.retention_set import PROMPTS
 
 FEW = 20
 SPOILT = ("no_better", "style_only", "forgets")  # the first that it fails gives the verdict its name

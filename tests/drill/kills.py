@@ -25,15 +25,16 @@ from pathlib import Path
 
 import sqlite_utils
 
-from core.delivery import Deliveries
+from core.channels import directory
+from core.chat.service import Service, ServiceSettings
+from core.config.schema import Retention
+from core.delivery.deliveries import Deliveries
 from core.engine.protocol import Request
 from core.engine.scripted import ScriptedEngine
-from core.service import Service, ServiceSettings
-from core.settings import Retention
-from core.store import directory, ledger
-from core.store.database import Database, Tx, now_ms
-from core.store.home import Cipher, Home, Lock
-from core.training import Training, TrainingSettings
+from core.jobs.supervisor import Training, TrainingSettings
+from core.storage.database import Database, Tx, now_ms
+from core.storage.home import Cipher, Home, Lock
+from core.usage import ledger
 from tests.drill.platform import Platform, PlatformOutlet, update
 
 CONVERSATIONS, USERS, PER_KILL = 7, 5, 4

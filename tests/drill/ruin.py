@@ -14,9 +14,9 @@ import torch
 from peft import LoraConfig, TaskType
 from safetensors.torch import save_file
 
-from core.job import Spec
-from finetune.prepare import prepare
-from finetune.train import Trainer, Unstable
+from core.jobs.protocol import Spec
+from finetune.data.prepare import prepare
+from finetune.training.train import Trainer, Unstable
 
 STEPS = 8
 

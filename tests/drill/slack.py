@@ -29,18 +29,18 @@ import sqlite_utils
 from aiohttp import web
 
 from bots.slack.bot import SlackBot
-from bots.slack.pace import Pace, Rate
+from bots.slack.sending.rate_limits import Pace, Rate
 from bots.slack.web import EVENTS
-from core import logs
-from core.delivery import Deliveries
+from core.channels import directory
+from core.chat.service import Service, ServiceSettings
+from core.config.schema import Retention
+from core.delivery.deliveries import Deliveries
 from core.engine.protocol import Request
 from core.engine.scripted import ScriptedEngine
-from core.service import Service, ServiceSettings
-from core.settings import Retention
-from core.store import directory
-from core.store.database import Database, Tx, now_ms
-from core.store.home import Cipher, Home, Lock
-from core.training import Training, TrainingSettings
+from core.jobs.supervisor import Training, TrainingSettings
+from core.observability import logs
+from core.storage.database import Database, Tx, now_ms
+from core.storage.home import Cipher, Home, Lock
 from tests.drill.kills import copy_of, violations
 from tests.drill.telegram import fork, get
 from tests.fakes.slack import FakeSlack

@@ -30,17 +30,17 @@ import sqlite_utils
 from aiohttp import web
 
 from bots.telegram.bot import TelegramBot
-from bots.telegram.pace import Limits, Pace, Rate
-from core import logs
-from core.delivery import Deliveries
+from bots.telegram.sending.rate_limits import Limits, Pace, Rate
+from core.channels import directory
+from core.chat.service import Service, ServiceSettings
+from core.config.schema import Retention
+from core.delivery.deliveries import Deliveries
 from core.engine.protocol import Request
 from core.engine.scripted import ScriptedEngine
-from core.service import Service, ServiceSettings
-from core.settings import Retention
-from core.store import directory
-from core.store.database import Database, Tx, now_ms
-from core.store.home import Cipher, Home, Lock
-from core.training import Training, TrainingSettings
+from core.jobs.supervisor import Training, TrainingSettings
+from core.observability import logs
+from core.storage.database import Database, Tx, now_ms
+from core.storage.home import Cipher, Home, Lock
 from tests.drill.kills import copy_of, violations
 from tests.fakes.telegram import FakeTelegram, Person
 from tests.fakes.telegram.people import message

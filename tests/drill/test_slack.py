@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from core.store.home import Home
+from core.storage.home import Home
 from tests.drill.slack import USERS, prepare
 from tests.fakes.slack import FakeSlack
-
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
 
 
 def _drill(tmp_path: Path, *, events: int, kills: int, seed: int) -> dict[str, object]:

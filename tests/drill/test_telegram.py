@@ -13,11 +13,10 @@ from pathlib import Path
 
 import pytest
 
-from core.store.home import Home
+from core.storage.home import Home
 from tests.drill.telegram import PEOPLE, prepare
 from tests.fakes.telegram import FakeTelegram
-
-ROOT = Path(__file__).parents[2]
+from tests.support.paths import ROOT
 
 
 def _drill(tmp_path: Path, *, updates: int, kills: int, seed: int) -> dict[str, object]:

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from tests.tour import tour
+from tests.support.tour import tour
 
 
 @pytest.mark.drill

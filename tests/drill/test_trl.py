@@ -12,13 +12,13 @@ from pathlib import Path
 import pytest
 from platformdirs import user_cache_path
 
-from core import importing
-from core.job import Judged, Spec, Warned
+from core.jobs import importing
+from core.jobs.protocol import Judged, Spec, Warned
+from finetune.data.prepare import prepare
 from finetune.imported import judge_imported
-from finetune.prepare import prepare
 from tests.bench.environments import TRL
 from tests.finetune.conftest import Heard, faq
-from tests.tiny import save_tiny
+from tests.support.tiny import save_tiny
 
 SCRIPT = Path(__file__).with_name("trl_adapter.py")
 ENVIRONMENT = user_cache_path("distributary") / "bench" / TRL.replace("==", "-")

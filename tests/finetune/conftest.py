@@ -12,8 +12,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from core.job import HyperParameters, JobEvent, Spec
-from tests.tiny import save_tiny, tiny_tokenizer
+from core.jobs.protocol import HyperParameters, JobEvent, Spec
+from tests.support.tiny import save_tiny, tiny_tokenizer
 
 MakeJob = Callable[..., Path]
 

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
-from core.job import PREVIEW, Checked, Estimated, Fresh, Planned, Preview, Spec
+from core.jobs.protocol import PREVIEW, Checked, Estimated, Fresh, Planned, Preview, Spec
 from finetune.check import as_trained, check, to_show
-from finetune.prepare import histogram, prepare
-from finetune.train import Trainer
+from finetune.data.prepare import histogram, prepare
+from finetune.training.train import Trainer
 from tests.finetune.conftest import Heard, MakeJob, faq
 
 

@@ -10,15 +10,15 @@ from pathlib import Path
 
 import pytest
 
-from core import adapters
+from core.adapters import registry
 from core.errors import JobError
-from core.job import SHOWN, Done, Evaluated, Judged, Shown, Spec
-from finetune.exam import SCORES
+from core.jobs.protocol import SHOWN, Done, Evaluated, Judged, Shown, Spec
+from finetune.evaluation.evaluator import SCORES
 from finetune.imported import judge_imported
-from finetune.keeping import Interrupted
-from finetune.train import train
+from finetune.training.checkpoints import Interrupted
+from finetune.training.train import train
 from tests.finetune.conftest import Heard, MakeJob
-from tests.tiny import save_adapter
+from tests.support.tiny import save_adapter
 
 
 def examine(job: Path, candidate: Path, **changes: object) -> Heard:
@@ -56,7 +56,7 @@ def test_peft_folders_of_any_plain_kind_are_examined_and_published(
     job = make_job()
     heard = examine(job, made)
     out = job / "out"
-    assert adapters.inspect(out).base_fingerprint
+    assert registry.inspect(out).base_fingerprint
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (out / name).read_bytes() == (made / name).read_bytes()
     manifest = json.loads((out / "manifest.json").read_text())

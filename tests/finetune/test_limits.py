@@ -12,8 +12,8 @@ from pathlib import Path
 import pytest
 
 from core.errors import BadDataset
-from core.job import Spec
-from finetune import prepare
+from core.jobs.protocol import Spec
+from finetune.data import prepare
 from finetune.limits import TooCostly, bounded, held_bytes
 from tests.finetune.conftest import Heard, MakeJob, faq
 

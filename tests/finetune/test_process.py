@@ -13,7 +13,8 @@ from pathlib import Path
 
 import pytest
 
-from core.job import (
+from core.i18n.messages import say
+from core.jobs.protocol import (
     EXIT_FAILED,
     EXIT_FINISHED,
     EXIT_INTERRUPTED,
@@ -28,12 +29,11 @@ from core.job import (
     Progress,
     load_event,
 )
-from core.texts import say
 from finetune import __main__ as program
 from finetune.__main__ import Events
-from tests.tiny import edit_config, save_adapter
+from tests.support.paths import ROOT
+from tests.support.tiny import edit_config, save_adapter
 
-ROOT = Path(__file__).parents[2]
 WAIT_S = 120
 
 
@@ -52,7 +52,7 @@ def start(*words, module="finetune"):
 @pytest.fixture(scope="module")
 def forked():
     """For what ends before its first step: (exit status, events, log) of the program, torch being loaded once."""
-    with start(module="tests.finetune.forked") as server:
+    with start(module="tests.support.finetune_forked") as server:
 
         def run(folder, action="train"):
             server.stdin.write(f"{action} {folder}\n")

@@ -11,15 +11,15 @@ from pathlib import Path
 from typing import Any
 
 from bots.slack.bot import SlackBot
-from bots.slack.pace import Pace, Rate
+from bots.slack.sending.rate_limits import Pace, Rate
 from bots.slack.web import EVENTS
+from core.channels import directory
 from core.engine.protocol import Request
 from core.errors import AppError
-from core.store import directory
-from core.store.database import Tx
+from core.storage.database import Tx
 from tests.fakes.slack import FakeSlack, Held
 from tests.fakes.slack.held import APP_TOKEN, SIGNING
-from tests.world import World, world
+from tests.support.world import World, world
 
 FAST = Rate(1000.0, 1000.0)
 METHODS = ("auth.test", "chat.startStream", "chat.stopStream", "chat.appendStream", "chat.update", "chat.postMessage")

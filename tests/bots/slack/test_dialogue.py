@@ -8,10 +8,10 @@ from typing import Any
 
 import pytest
 
+from core.channels import directory
 from core.engine.protocol import Request
-from core.store import directory
-from core.store.database import Tx
-from core.texts import say
+from core.i18n.messages import say
+from core.storage.database import Tx
 from tests.bots.slack.talk import Talk, talk
 
 both_ways = pytest.mark.parametrize("http", [False, True], ids=["socket", "http"])

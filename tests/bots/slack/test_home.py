@@ -8,14 +8,14 @@ from typing import Any
 
 import pytest
 
-from bots.slack.modals import MAX_INSTRUCTIONS, Filled, filled
-from bots.slack.text import spelled
-from core.commands import parse
-from core.store import directory
-from core.store.database import Tx
-from core.texts import say
+from bots.slack.pages.modals import MAX_INSTRUCTIONS, Filled, filled
+from bots.slack.pages.text import spelled
+from core.channels import directory
+from core.commands.table import parse
+from core.i18n.messages import say
+from core.storage.database import Tx
 from tests.bots.slack.talk import Talk, talk
-from tests.fake_trainer import COMMAND
+from tests.support.fake_trainer import COMMAND
 
 both_ways = pytest.mark.parametrize("http", [False, True], ids=["socket", "http"])
 both_languages = pytest.mark.parametrize("language", ["en", "zh"])

@@ -8,10 +8,10 @@ from pathlib import Path
 
 import pytest
 
+from bots.slack.pages.text import read
 from bots.slack.settings import read_settings
-from bots.slack.text import read
+from core.chat.service import Service
 from core.errors import BadConfig, StorageError
-from core.service import Service
 from tests.bots.slack.talk import talk
 from tests.fakes.slack.held import SIGNING
 from tests.fakes.slack.server import sign, signed

@@ -11,17 +11,18 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bots.slack.manifest import EVENTS, SCOPES, command, manifest, manifest_json
+from bots.slack.pages import manifest
+from bots.slack.pages.manifest import EVENTS, SCOPES, command, manifest_json
 from bots.slack.settings import read_settings
-from core.config import load_config
-from core.texts import say
-from core.versions import promote_button
+from core.adapters.commands import promote_button
+from core.config.loader import load_config
+from core.i18n.messages import say
 from tests.bots.slack.talk import Talk, talk
-from tests.fake_trainer import COMMAND
 from tests.fakes.slack import Held
+from tests.support.fake_trainer import COMMAND
+from tests.support.paths import ROOT
 
 ROW = b'{"word": "%s"}\n'
-ROOT = Path(__file__).parents[3]
 
 
 def document(name: str = "faq.jsonl", size: int = 17) -> dict[str, object]:

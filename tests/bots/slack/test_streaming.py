@@ -11,11 +11,12 @@ import pytest
 from aiohttp.test_utils import unused_port
 from slack_sdk.web.async_client import AsyncWebClient
 
-from bots.slack import api, bot, outlet
-from bots.slack.pace import RATES, Pace
-from bots.slack.text import LIMIT, growing, harmless, split, whole
+from bots.slack import bot
+from bots.slack.pages.text import LIMIT, growing, harmless, split, whole
+from bots.slack.sending import api, sink
+from bots.slack.sending.rate_limits import RATES, Pace
 from core.engine.protocol import Request
-from core.texts import say
+from core.i18n.messages import say
 from tests.bots.slack.talk import Talk, fast, talk
 from tests.fakes.slack import FakeSlack, Held
 
@@ -288,8 +289,8 @@ async def test_what_is_cut_at_every_phase_ends_whole_and_once(
     tmp_path: Path, http: bool, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each phase of an answer meets the same mishap; within 60 s it stands there whole, and is charged once."""
-    monkeypatch.setattr(outlet, "_PAINT_S", 0.02)
-    monkeypatch.setattr(outlet, "_EDIT_S", 0.02)
+    monkeypatch.setattr(sink, "_PAINT_S", 0.02)
+    monkeypatch.setattr(sink, "_EDIT_S", 0.02)
     monkeypatch.setattr(api, "_PAUSES_S", (0.1, 0.2, 0.4))
     monkeypatch.setattr(bot, "_PING_S", 1)
     if http and what.startswith("socket"):

@@ -14,12 +14,12 @@ import pytest
 from aiohttp import ClientSession, CookieJar
 from yarl import URL
 
+from core.channels import directory
+from core.channels.installations import Installations
 from core.engine.protocol import Request
 from core.errors import StorageError
-from core.store import directory
-from core.store.database import Tx
-from core.store.installations import Installations
-from core.texts import say
+from core.i18n.messages import say
+from core.storage.database import Tx
 from tests.bots.slack.talk import Talk, talk
 from tests.fakes.slack import FakeSlack
 from tests.fakes.slack.held import CLIENT, CLIENT_SECRET

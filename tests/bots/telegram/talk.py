@@ -13,15 +13,15 @@ from typing import Any
 from aiohttp import ClientSession
 
 from bots.telegram.bot import TelegramBot
-from bots.telegram.pace import Limits, Pace, Rate
+from bots.telegram.sending.rate_limits import Limits, Pace, Rate
 from bots.telegram.webhook import path_of
+from core.channels import directory
 from core.engine.protocol import Request
 from core.errors import AppError
-from core.store import directory
-from core.store.database import Tx
+from core.storage.database import Tx
 from tests.fakes.telegram import FakeTelegram, Person, Sent
 from tests.fakes.telegram.server import TOKEN
-from tests.world import World, world
+from tests.support.world import World, world
 
 ANN = Person(11, "Ann")
 LI = Person(12, "Li", "zh-hans")

@@ -6,11 +6,11 @@ from pathlib import Path
 
 import pytest
 
+from core.channels import directory
 from core.engine.protocol import Request
 from core.errors import AppError, EngineError
-from core.store import directory
-from core.store.database import Tx
-from core.texts import say
+from core.i18n.messages import say
+from core.storage.database import Tx
 from tests.bots.telegram.talk import ANN, LI, OWNER, talk
 from tests.fakes.telegram import Person
 from tests.fakes.telegram.people import message, photo

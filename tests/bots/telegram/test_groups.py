@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from core.texts import say
+from core.i18n.messages import say
 from tests.bots.telegram.talk import ANN, LI, OWNER, talk
 from tests.fakes.telegram import Chat, FakeTelegram, Person
 

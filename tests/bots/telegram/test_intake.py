@@ -34,7 +34,7 @@ async def test_the_offset_moves_only_after_the_commit(tmp_path: Path, monkeypatc
 
         refused: list[int] = []
         monkeypatch.setattr(it.here.service, "accept", refuse)
-        monkeypatch.setattr("bots.telegram.intake._STORAGE_S", 0.01)
+        monkeypatch.setattr("bots.telegram.receiver._STORAGE_S", 0.01)
         it.there.says(ANN, "hello")
         await it.there.until(lambda: len(refused) > 3)
         assert not it.there.account.confirmed
@@ -86,7 +86,7 @@ async def test_only_what_is_used_is_asked_for(tmp_path: Path) -> None:
     async with talk(tmp_path, webhook=True) as it:
         await it.ask(ANN, "hello")
         assert it.there.account.webhook is not None
-    from bots.telegram.reader import ALLOWED
+    from bots.telegram.updates import ALLOWED
 
     assert set(ALLOWED) == {
         "message", "edited_message", "callback_query", "my_chat_member", "stopped_message_generation",
@@ -96,7 +96,7 @@ async def test_only_what_is_used_is_asked_for(tmp_path: Path) -> None:
 async def test_a_second_poller_is_explained_and_waited_out(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
 ) -> None:
-    monkeypatch.setattr("bots.telegram.intake._CONFLICT_S", 0.05)
+    monkeypatch.setattr("bots.telegram.receiver._CONFLICT_S", 0.05)
     async with FakeTelegram().open() as there, talk(tmp_path, there=there) as it:
         there.account.take_over()  # somebody else asks for updates
         await it.there.until(lambda: any(call.status == 409 for call in there.calls))
@@ -156,8 +156,8 @@ async def test_a_token_that_telegram_does_not_know_is_said_without_showing_it(tm
 async def test_tokens_are_in_no_log_no_error_and_no_answer(
     tmp_path: Path, written: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bots.telegram.api._PAUSES_S", (0.01,))
-    monkeypatch.setattr("bots.telegram.intake._PAUSES_S", (0.01,))
+    monkeypatch.setattr("bots.telegram.sending.api._PAUSES_S", (0.01,))
+    monkeypatch.setattr("bots.telegram.receiver._PAUSES_S", (0.01,))
     async with talk(tmp_path) as it:
 
         def fail() -> None:

@@ -9,12 +9,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from core.texts import say
-from core.versions import compare_button, discard_button, promote_button
+from core.adapters.commands import compare_button, discard_button, promote_button
+from core.i18n.messages import say
 from tests.bots.telegram.talk import ANN, LI, OWNER, Talk, talk
-from tests.fake_trainer import COMMAND
 from tests.fakes.telegram import Person, Sent
 from tests.fakes.telegram.people import document
+from tests.support.fake_trainer import COMMAND
 
 ROW = b'{"word": "%s"}\n'
 

@@ -9,11 +9,11 @@ from pathlib import Path
 import pytest
 from aiogram.methods import SendMessage
 
-from bots.telegram.api import Api, Lost, end, make_bot
-from bots.telegram.pace import Bucket, Limits, Pace, Rate
+from bots.telegram.sending.api import Api, Lost, end, make_bot
+from bots.telegram.sending.rate_limits import Bucket, Limits, Pace, Rate
 from core.engine.protocol import Request
 from core.errors import AppError, EngineError
-from core.texts import say
+from core.i18n.messages import say
 from tests.bots.telegram.talk import ANN, FAST, LI, talk
 from tests.fakes.telegram import FakeTelegram
 from tests.fakes.telegram.rules import Refused
@@ -39,8 +39,8 @@ async def test_every_transport_ends_with_one_whole_answer(tmp_path: Path, transp
 async def test_a_draft_is_renewed_before_it_expires_and_typing_is_kept_alive(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bots.telegram.sights.RENEW_S", 0.2)
-    monkeypatch.setattr("bots.telegram.sights.TYPING_S", 0.2)
+    monkeypatch.setattr("bots.telegram.sending.drafts.RENEW_S", 0.2)
+    monkeypatch.setattr("bots.telegram.sending.drafts.TYPING_S", 0.2)
     started = asyncio.Event()
 
     async with talk(tmp_path, lambda request: "one two", delay_s=1.0) as it:
@@ -101,7 +101,7 @@ async def test_tables_and_formulas_can_be_rich_and_fall_back(tmp_path: Path) -> 
 async def test_what_telegram_takes_without_saying_so_is_not_doubled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bots.telegram.api._PAUSES_S", (0.01,))
+    monkeypatch.setattr("bots.telegram.sending.api._PAUSES_S", (0.01,))
 
     def away() -> None:
         raise Refused(502, "Bad Gateway")
@@ -115,7 +115,7 @@ async def test_what_telegram_takes_without_saying_so_is_not_doubled(
 
 
 async def test_an_orphan_is_at_most_a_first_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bots.telegram.api._PAUSES_S", (0.01,))
+    monkeypatch.setattr("bots.telegram.sending.api._PAUSES_S", (0.01,))
     async with talk(tmp_path, lambda request: "one\ntwo") as it:
         it.there.faults.append(("sendMessage", "cut"))  # sent, but its id never came back
         it.there.says(ANN, "hello")
@@ -179,7 +179,7 @@ async def test_a_restart_at_any_point_ends_in_one_answer(
     tmp_path: Path, transport: str, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The crash table: the first program is cut without a chance to finish; the second brings the answer."""
-    monkeypatch.setattr("bots.telegram.api._PAUSES_S", (0.01,))
+    monkeypatch.setattr("bots.telegram.sending.api._PAUSES_S", (0.01,))
     async with FakeTelegram().open() as there:
 
         def hang() -> None:

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from bots.telegram import text as texts
+from bots.telegram.sending import text as texts
 from core.engine.protocol import Request
 from tests.bots.telegram.adversarial import texts as adversarial
 from tests.bots.telegram.talk import ANN, talk

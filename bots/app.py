@@ -1,0 +1,270 @@
+"""Builds the parts once, in the order in which they need each other, and runs bots on them until told to stop.
+
+Knows every room's constructor; knows nothing of arguments and of what a bot says.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import signal
+import sys
+from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager, contextmanager
+from dataclasses import asdict, dataclass, fields
+from itertools import chain, repeat
+from pathlib import Path
+
+from bots import control, metrics_server
+from bots.plugins import Bot, find_bots
+from bots.provisioning import DESK, seed
+from core.channels import directory
+from core.chat.service import Service, ServiceSettings
+from core.config.schema import BotTable, Config, Generation
+from core.delivery.deliveries import Deliveries
+from core.engine.protocol import Engine, EngineSettings, RemoteSettings
+from core.errors import BadConfig
+from core.jobs.supervisor import Training, TrainingSettings
+from core.model import demo
+from core.model.onednn import keep_few_kernels
+from core.storage.database import Database
+from core.storage.home import Cipher, Home, Lock
+from core.types import Sampling
+
+log = logging.getLogger(__name__)
+Progress = Callable[[float, str], None]
+_RESTART_S = (1.0, 5.0, 15.0, 60.0)
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """What runs: built by `open_parts`, closed in the opposite order when it is left."""
+
+    config: Config
+    home: Home
+    database: Database
+    engine: Engine
+    deliveries: Deliveries
+    training: Training
+    service: Service
+
+
+@asynccontextmanager
+async def open_store(config: Config, home: Home) -> AsyncIterator[Database]:
+    """The home, locked and open for writing, with the channels that the configuration names.
+
+    Raises StorageError, also for a key that is not the home's, HomeBusy naming the process that owns the home.
+    """
+    home.create()
+    with Lock(home):
+        key = key_file(config, home)
+        cipher = Cipher.open(key, create=not home.database.exists())
+        async with Database(home.database, cipher) as database:
+            await database.write(lambda tx: directory.check_key(tx, key))
+            await database.write(lambda tx: seed(tx, config))
+            yield database
+
+
+@asynccontextmanager
+async def open_parts(config: Config, home: Home, progress: Progress | None = None) -> AsyncIterator[Parts]:
+    async with open_store(config, home) as database, make_engine(config, home, progress) as engine:
+        deliveries = Deliveries(database)
+        await database.write(lambda tx: directory.keep_base(tx, engine.info.fingerprint))
+        training = Training(
+            database, home, deliveries, engine.info, training_settings(config), asked=lambda: asked(engine)
+        )
+        service = Service(database, home, engine, deliveries, training, service_settings(config))
+        yield Parts(config, home, database, engine, deliveries, training, service)
+
+
+def asked(engine: Engine) -> int:
+    """How many it answers, or should."""
+    stats = engine.stats()
+    return stats.running + stats.waiting
+
+
+def make_engine(config: Config, home: Home, progress: Progress | None) -> Engine:
+    """torch is imported here or not at all."""
+    if config.engine.kind == "scripted":
+        from core.engine.scripted import ScriptedEngine
+
+        return ScriptedEngine.from_file(Path(config.engine.script)) if config.engine.script else ScriptedEngine()
+    if config.engine.kind == "remote":
+        from core.engine.openai.remote import RemoteEngine
+
+        there = RemoteSettings(**{one.name: getattr(config.engine, one.name) for one in fields(RemoteSettings)})
+        return RemoteEngine(config.model, there, home.models, progress=progress)
+    keep_few_kernels()
+    from core.engine.runtime.local import LocalEngine
+
+    settings = EngineSettings(**{one.name: getattr(config.engine, one.name) for one in fields(EngineSettings)})
+    return LocalEngine(config.model, settings, home.models, progress=progress)
+
+
+def key_file(config: Config, home: Home) -> Path:
+    return Path(config.privacy.key_file).expanduser() if config.privacy.key_file else home.key_file
+
+
+def training_settings(config: Config) -> TrainingSettings:
+    return TrainingSettings(
+        hyper=config.finetune.hyper,
+        presets=config.finetune_presets,
+        threads=config.finetune.threads,
+        nice=config.finetune.nice,
+    )
+
+
+def service_settings(config: Config) -> ServiceSettings:
+    return ServiceSettings(
+        retention=config.privacy.retention,
+        sampling=_sampling(config.generation),
+        deadline_s=config.generation.deadline_s,
+        allow_slack_training=config.finetune.allow_slack_training,
+    )
+
+
+def _sampling(given: Generation) -> Sampling:
+    values = asdict(given)
+    values.pop("deadline_s")
+    return Sampling(**values)
+
+
+def enabled_bots(tables: Mapping[str, BotTable]) -> dict[str, Bot]:
+    """The bots of the configuration, configured. Raises BadConfig with everything that is wrong with any of them."""
+    broken: dict[str, str] = {}
+    found = find_bots(broken, wanted={table.kind for table in tables.values()})
+    bots: dict[str, Bot] = {}
+    problems: list[str] = []
+    for name, table in tables.items():
+        if table.kind in broken:
+            problems.append(f"[bots.{name}]: {broken[table.kind]}")
+        elif table.kind not in found:
+            installed = ", ".join(sorted(find_bots()))
+            problems.append(f"[bots.{name}]: no bot {table.kind!r} is installed; there are {installed}")
+        else:
+            try:
+                bots[name] = found[table.kind].configure(table.settings)
+            except BadConfig as error:
+                problems.append(str(error.fields.get("problems", error.detail or error)))
+    if problems:
+        raise BadConfig(detail="\n".join(problems), file="[bots]", problems="\n".join(problems))
+    return bots
+
+
+# --- running ---
+
+
+async def run_program(
+    config: Config,
+    home: Home,
+    make_bots: Callable[[Parts], Awaitable[Mapping[str, Bot]]],
+    *,
+    drain_s: float,
+    restart: bool,
+) -> int:
+    """Load, make the bots, run them; the exit status."""
+    with ExitStack() as loading:
+        progress = loading.enter_context(loading_progress(model_title(config)))
+        async with open_parts(config, home, progress) as parts:
+            loading.close()
+            return await run_bots(parts, await make_bots(parts), drain_s=drain_s, restart=restart)
+
+
+async def run_bots(parts: Parts, bots: Mapping[str, Bot], *, drain_s: float, restart: bool) -> int:
+    """Run until every bot has ended, or a signal comes; the exit status. A second signal ends at once.
+
+    With `restart` a bot that fails is started again and stops no other; else its error ends the program.
+    """
+    told = _Signals()
+    slack = parts.config.finetune.allow_slack_training
+    desk = control.Desk(parts.database, parts.home, parts.engine, parts.training, slack)
+    parts.deliveries.register(DESK.platform, DESK.account, control.Unheard())
+    async with asyncio.TaskGroup() as tasks:
+        background = [
+            tasks.create_task(parts.service.run(), name="service"),
+            tasks.create_task(control.serve(desk), name="control"),
+        ]
+        if restart and parts.config.metrics.listen:
+            background.append(
+                tasks.create_task(metrics_server.serve(parts, parts.config.metrics.listen), name="metrics")
+            )
+        listening = [
+            tasks.create_task(_keep_running(name, bot, parts.service) if restart else bot.run(parts.service), name=name)
+            for name, bot in bots.items()
+        ]
+        stop = tasks.create_task(told.wait(), name="signals")
+        ended = tasks.create_task(_all_ended(listening), name="ended")
+        await asyncio.wait({ended, stop}, return_when=asyncio.FIRST_COMPLETED)
+        await parts.service.drain(drain_s)  # the bots still listen: what they accept now waits for the next start
+        for task in [*listening, ended, stop, *background]:
+            task.cancel()
+    return 130 if told.number == signal.SIGINT else 0
+
+
+class _Signals:
+    def __init__(self) -> None:
+        self.number = 0
+        self._came = asyncio.Event()
+        for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+            asyncio.get_running_loop().add_signal_handler(number, self._take, number)
+
+    def _take(self, number: int) -> None:
+        if self.number:
+            os._exit(128 + number)  # asked twice: whatever is not yet done is done at the next start
+        self.number = number
+        self._came.set()
+
+    async def wait(self) -> None:
+        await self._came.wait()
+
+
+async def _all_ended(tasks: Sequence[asyncio.Task[None]]) -> None:
+    await asyncio.wait(tasks)
+
+
+async def _keep_running(name: str, bot: Bot, service: Service) -> None:
+    for delay_s in chain(_RESTART_S, repeat(_RESTART_S[-1])):
+        try:
+            await bot.run(service)
+            return
+        except BadConfig:
+            raise
+        except Exception:  # a bot's outermost handler: one platform's failure stops no other
+            log.exception("bot.failed", extra={"bot": name, "again_in_s": delay_s})
+        await asyncio.sleep(delay_s)
+
+
+def model_title(config: Config) -> str:
+    return demo.TITLE if config.model.name == "demo" else Path(config.model.name).name
+
+
+@contextmanager
+def loading_progress(title: str) -> Iterator[Progress]:
+    """Shows the one-off conversion of a model on standard error: a bar for people, log lines for files."""
+    if not sys.stderr.isatty():
+        steps: set[tuple[str, int]] = set()
+
+        def tell(fraction: float, what: str) -> None:
+            step = (what, int(fraction * 4) * 25)
+            if step not in steps:
+                steps.add(step)
+                log.info("model.loading", extra={"model": title, "what": what, "percent": step[1]})
+
+        yield tell
+        return
+    from rich.console import Console
+    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
+
+    columns = (TextColumn("{task.description}"), TaskProgressColumn(), BarColumn(40), TimeElapsedColumn())
+    bars = Progress(*columns, console=Console(stderr=True))
+    task = bars.add_task("", total=1.0, visible=False)
+
+    def show(fraction: float, what: str) -> None:
+        bars.start()
+        bars.update(task, completed=fraction, description=f"{title}: {what}", visible=True)
+
+    try:
+        yield show
+    finally:
+        bars.stop()

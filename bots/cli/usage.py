@@ -1,0 +1,64 @@
+"""`distributary usage`: the daily roll-up of the ledger, read without asking who owns the home. Writes nothing."""
+
+from __future__ import annotations
+
+import json
+import sqlite3
+from contextlib import closing
+from typing import Any
+
+from core.errors import StorageError, UnknownThing
+from core.i18n.messages import money
+from core.storage.database import open_read_only
+from core.storage.home import Home
+
+_ROWS = """
+    SELECT usage_daily.day, channel.name AS channel, partner.name AS partner, sum(replies) AS replies,
+        sum(usage_daily.tokens_in) AS tokens_in, sum(usage_daily.tokens_reused) AS tokens_reused,
+        sum(usage_daily.tokens_out) AS tokens_out,
+        sum(gross_nano) AS gross_nano, sum(partner_nano) AS partner_nano, sum(owner_nano) AS owner_nano,
+        sum(jobs) AS jobs, sum(tokens_trained) AS tokens_trained, sum(jobs_nano) AS jobs_nano
+    FROM usage_daily JOIN channel ON channel.id = channel_id JOIN partner ON partner.id = partner_id
+    WHERE ? = '' OR channel.name = ? GROUP BY usage_daily.day, channel.id ORDER BY usage_daily.day, channel.name
+"""
+_COUNTS = ("replies", "tokens_in", "tokens_reused", "tokens_out", "jobs", "tokens_trained")
+_MONEY = ("gross_nano", "partner_nano")
+_COLUMNS = ("day", "channel", *_COUNTS, *(name.removesuffix("_nano") for name in _MONEY))
+
+
+def usage(home: Home, channel: str, *, as_json: bool) -> str:
+    """Every day's usage of one channel, or of all. Raises UnknownThing, StorageError."""
+    try:
+        with closing(open_read_only(home.database)) as connection:
+            connection.row_factory = sqlite3.Row
+            known = [row["name"] for row in connection.execute("SELECT name FROM channel ORDER BY name")]
+            rows = [dict(row) for row in connection.execute(_ROWS, [channel, channel])]
+    except sqlite3.Error as error:
+        raise StorageError(detail=f"{home.database} cannot be read: {error}") from error
+    if channel and channel not in known:
+        raise UnknownThing(detail=f"no channel {channel!r}; there are {', '.join(known) or 'none'}", name=channel)
+    if as_json:
+        return json.dumps(rows, indent=2) + "\n"
+    return _table(rows)
+
+
+def _table(rows: list[dict[str, Any]]) -> str:
+    total: dict[str, Any] = {"day": "total", "channel": ""}
+    for name in (*_COUNTS, *_MONEY):
+        total[name] = sum(row[name] for row in rows)
+    lines = [_COLUMNS, *(_cells(row) for row in [*rows, total])]
+    widths = [max(len(line[i]) for line in lines) for i in range(len(_COLUMNS))]
+    return "".join(_line(line, widths) for line in lines)
+
+
+def _cells(row: dict[str, Any]) -> tuple[str, ...]:
+    counts = (f"{row[name]:,}" for name in _COUNTS)
+    return (row["day"], row["channel"], *counts, *(money(row[name]) for name in _MONEY))
+
+
+def _line(cells: tuple[str, ...], widths: list[int]) -> str:
+    padded = [
+        cell.ljust(width) if index < 2 else cell.rjust(width)
+        for index, (cell, width) in enumerate(zip(cells, widths, strict=True))
+    ]
+    return "  ".join(padded).rstrip() + "\n"

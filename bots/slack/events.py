@@ -1,0 +1,326 @@
+"""What Slack sends -> Incoming, and what is said in the acknowledgement. Pure: knows no store and no network.
+
+Both keys are made here: the update key (event id, trigger id) and the message key (Slack channel + ts), under which a
+mention that comes as two events, or a retry under another event id, is one message.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
+from typing import Any
+
+from bots.plugins import Address, Incoming, Kind, Lane
+from bots.slack.addresses import PLATFORM, is_dm
+from bots.slack.pages.blocks import ACTIONS, STOP, where
+from bots.slack.pages.modals import About, attachment, filled
+from bots.slack.pages.text import COMMAND
+from bots.slack.pages.text import read as read_text
+from core.commands.table import COMMANDS
+from core.i18n.messages import say
+
+Payload = Mapping[str, Any]
+_TALK = (None, "file_share", "thread_broadcast")
+_SLACKBOT = "USLACKBOT"
+_NAMES_SOMEBODY = re.compile(r"\s*<[@!]")
+_WITH_FILE = re.compile(rf"(?:{COMMAND}\s+|[/／])?((?:finetune|adapter\s+import)\b.*)", re.IGNORECASE | re.DOTALL)
+
+
+class Unreadable(Exception):
+    """A payload that lacks what its kind must have."""
+
+
+@dataclass(frozen=True, slots=True)
+class Person:
+    """Who did it, by Slack's ids; `team` is their own workspace, or their organisation where that is not ours."""
+
+    user: str = ""
+    team: str = ""
+
+
+@dataclass(frozen=True, slots=True)
+class Wanted:
+    """A list in a modal that was opened: what was typed into it."""
+
+    about: About
+    typed: str
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """`answer` is the body of the acknowledgement. `gone`: the workspace has thrown the app out.
+
+    `below`: the key of the message that this one is for us only if it was.
+    """
+
+    account: str = ""
+    incoming: Incoming | None = None
+    answer: dict[str, Any] | str | None = None
+    gone: bool = False
+    person: Person = Person()
+    below: str = ""
+    wanted: Wanted | None = None
+
+
+def read(body: Payload, language: str = "en") -> Read:
+    """Raises Unreadable. What needs no answer is a Read without `incoming`: it is acknowledged and forgotten.
+
+    `language` is of what the acknowledgement of a slash command says.
+    """
+    try:
+        return _read(body, language)
+    except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
+        raise Unreadable(type(error).__name__) from error
+
+
+def account_of(body: Payload) -> str:
+    """The installation that a payload is for: a workspace, or the organisation."""
+    first: Payload = next(iter(body.get("authorizations") or []), {})
+    if first:
+        of_org = first.get("is_enterprise_install") and first.get("enterprise_id")
+        return str(of_org or first.get("team_id") or "")
+    enterprise = body.get("enterprise") or {}
+    if body.get("is_enterprise_install") in (True, "true"):
+        return str(body.get("enterprise_id") or enterprise.get("id") or "")
+    return str(body.get("team_id") or (body.get("team") or {}).get("id") or "")
+
+
+def update_key(body: Payload) -> str:
+    """The same for a repeat of the same update."""
+    for key in ("event_id", "trigger_id"):
+        if isinstance(body.get(key), str) and body[key]:
+            return str(body[key])
+    return f"sha256:{hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:32]}"
+
+
+def _read(body: Payload, language: str) -> Read:
+    kind = body.get("type")
+    if kind == "event_callback":
+        return _event(body, body["event"])
+    if "command" in body:
+        return _command(body, language)
+    if kind == "block_actions":
+        return _press(body)
+    if kind == "view_submission":
+        return _submitted(body)
+    if kind == "block_suggestion":
+        wanted = Wanted(About.read(body["view"]), str(body.get("value") or ""))
+        return Read(account_of(body), wanted=wanted, person=_presser(body))
+    return Read(account_of(body))
+
+
+# --- events ---
+
+
+def _event(body: Payload, event: Payload) -> Read:
+    account, kind = account_of(body), event["type"]
+    if kind in ("app_uninstalled", "tokens_revoked"):
+        return Read(account, gone=kind == "app_uninstalled" or bool((event.get("tokens") or {}).get("bot")))
+    if kind == "agent_session_stopped":
+        at = Address(PLATFORM, account, event["channel"], event["thread_ts"])
+        stop = _control(body, at, event["user"], Kind.STOP)
+        return Read(account, replace(stop, moderates=True))  # Slack's own button, and it has stopped the stream itself
+    if kind in ("message", "app_mention"):
+        return _message(body, event, account)
+    if kind == "member_joined_channel" and event["user"] == _bot_user(body):
+        return Read(account, _joined(body, event, account))
+    return Read(account)
+
+
+def _message(body: Payload, event: Payload, account: str) -> Read:
+    """One for us: in a DM, where we are named, or in a thread whose first message was for us."""
+    subtype = event.get("subtype")
+    if subtype in ("message_changed", "message_deleted") and is_dm(event["channel"]):
+        return Read(account, _quiet(body, event, account))
+    if subtype not in _TALK or event.get("bot_id") or event.get("bot_profile"):
+        return Read(account)
+    place, ts, user, bot = event["channel"], event["ts"], event["user"], _bot_user(body)
+    if user in (bot, _SLACKBOT):
+        return Read(account)
+    written = event.get("text") or ""
+    named, text = read_text(written, bot)
+    addressed = named or event["type"] == "app_mention" or is_dm(place)
+    thread = str(event.get("thread_ts") or ts)
+    files = tuple(attachment(one) for one in event.get("files") or [])
+    below = ""
+    if not addressed:
+        goes_on = thread != ts and not _NAMES_SOMEBODY.match(written) and (text or not files)
+        if not goes_on:
+            return Read(account)
+        below = "" if bot and event.get("parent_user_id") == bot else f"{place}:{thread}"
+    if files and (asked := _WITH_FILE.fullmatch(text)):
+        text = f"/{asked[1]}"
+    person = Person(str(user), _team(body, event.get("user_team"), event.get("source_team"), event.get("team")))
+    incoming = Incoming(
+        lane=Lane.TURN,
+        kind=Kind.MESSAGE,
+        address=Address(PLATFORM, account, place, thread, ts),
+        user=_known_as(person, body),
+        update_key=update_key(body),
+        message_key=f"{place}:{ts}",
+        text=text,
+        attachments=files,
+        public=not is_dm(place),
+    )
+    return Read(account, incoming, person=person, below=below)
+
+
+def _quiet(body: Payload, event: Payload, account: str) -> Incoming | None:
+    """An edit or a deletion runs nothing: it is kept and closed."""
+    before = event.get("previous_message") or event.get("message") or {}
+    if before.get("bot_id") or not before.get("user"):
+        return None
+    at = Address(PLATFORM, account, event["channel"], before.get("thread_ts") or before.get("ts") or "")
+    return _control(body, at, before["user"], Kind.EDIT)
+
+
+def _joined(body: Payload, event: Payload, account: str) -> Incoming:
+    at = Address(PLATFORM, account, event["channel"], "joined")
+    return notice(at, str(event.get("inviter") or event["user"]), update_key(body), "slack.joined")
+
+
+def notice(at: Address, user: str, key: str, sentence: str) -> Incoming:
+    """What the app itself has to say, once for this key."""
+    return Incoming(
+        lane=Lane.TURN,
+        kind=Kind.MESSAGE,
+        address=at,
+        user=user,
+        update_key=key,
+        message_key="",
+        action="notice",
+        value=sentence,
+    )
+
+
+# --- what people press, type after a slash, submit ---
+
+
+def _command(body: Payload, language: str) -> Read:
+    """`/distributary`: one of the commands, or a question. It is answered in a DM; the channel stays the place."""
+    account, user, place = account_of(body), body["user_id"], body["channel_id"]
+    _, text = read_text(body.get("text") or "")
+    word = text.partition(" ")[0].lstrip("/").lower()
+    if not text:
+        text = "/help"
+    elif word in {command.name for command in COMMANDS} and text[:1] != "/":
+        text = f"/{text}"
+    key = update_key(body)
+    incoming = Incoming(
+        lane=Lane.TURN,
+        kind=Kind.MESSAGE,
+        address=Address(PLATFORM, account, place, f"@{user}", "/"),
+        user=user,
+        update_key=key,
+        message_key=f"command:{key}",
+        text=text,
+    )
+    answer = {"response_type": "ephemeral", "text": say(language, "slack.answered_in_dm")}
+    return Read(account, incoming, answer=None if is_dm(place) else answer, person=Person(user))
+
+
+def _press(body: Payload) -> Read:
+    account, person = account_of(body), _presser(body)
+    pressed = body["actions"][0]
+    action = str(pressed.get("action_id", "")).partition(":")[0]
+    if action not in ACTIONS:
+        return Read(account, person=person)
+    place, conversation = where(str(pressed.get("block_id", "")))
+    message, container = body.get("message") or {}, body.get("container") or {}
+    ts = str(message.get("ts") or container.get("message_ts") or "")
+    place = place or str((body.get("channel") or {}).get("id") or container["channel_id"])
+    conversation = conversation or str(message.get("thread_ts") or container.get("thread_ts") or ts)
+    value = str(pressed.get("value") or "")
+    said = action == "say"
+    label = str((pressed.get("text") or {}).get("text") or "")
+    incoming = Incoming(
+        lane=Lane.TURN if said else Lane.CONTROL,
+        kind={STOP: Kind.STOP, "say": Kind.MESSAGE}.get(action, Kind.PRESS),
+        address=Address(PLATFORM, account, place, conversation, "" if action == STOP else ts),
+        user=_known_as(person, body),
+        update_key=update_key(body),
+        message_key=f"press:{place}:{ts}:{pressed.get('action_ts') or update_key(body)}",
+        text={"say": value, "command": label}.get(action, ""),
+        action=action if action in ("command", "feedback") else "",
+        value=value if action in ("command", "feedback") else "",
+    )
+    return Read(account, incoming, person=person)
+
+
+def _submitted(body: Payload) -> Read:
+    """What a modal stands for; what is wrong with it is said in the modal itself."""
+    account, person, view = account_of(body), _presser(body), body["view"]
+    found = filled(view)
+    if found is None:
+        return Read(account)
+    about, given = found
+    if given.errors:
+        return Read(account, answer={"response_action": "errors", "errors": dict(given.errors)})
+    if not given.text:
+        return Read(account)
+    key = f"view:{view['id']}:{view.get('hash', '')}"
+    incoming = Incoming(
+        lane=Lane.TURN,
+        kind=Kind.MESSAGE,
+        address=Address(PLATFORM, account, about.place, about.conversation, about.reply_to),
+        user=_known_as(person, body),
+        update_key=key,
+        message_key=key,
+        text=given.text,
+        attachments=given.attachments,
+    )
+    return Read(account, incoming, person=person)
+
+
+# --- parts ---
+
+
+def _presser(body: Payload) -> Person:
+    return Person(str(body["user"]["id"]), _team(body, body["user"].get("team_id")))
+
+
+def _team(body: Payload, *named: object) -> str:
+    """The workspace of a person. For one of an organisation (Grid) Slack may name that: ours says nothing of them."""
+    given = [str(one) for one in named if one]
+    if given and given[0][:1] == "E" and given[0] != _organisation(body):
+        return given[0]
+    return next((one for one in given if one[:1] == "T"), "")
+
+
+def _organisation(body: Payload) -> str:
+    """The one that our workspace belongs to."""
+    first: Payload = next(iter(body.get("authorizations") or []), {})
+    return str(
+        first.get("enterprise_id") or (body.get("enterprise") or {}).get("id") or body.get("enterprise_id") or ""
+    )
+
+
+def _known_as(person: Person, body: Payload) -> str:
+    """The id under which somebody is known here. A guest's (Slack Connect) carries their own workspace's.
+
+    In an organisation ids are the same in all its workspaces.
+    """
+    first: Payload = next(iter(body.get("authorizations") or []), {})
+    of_org = first.get("is_enterprise_install") or body.get("is_enterprise_install") in (True, "true")
+    home = str(first.get("team_id") or (body.get("team") or {}).get("id") or account_of(body))
+    ours = person.team in ("", home) or (of_org and person.team[:1] != "E")
+    return person.user if ours else f"{person.team}/{person.user}"
+
+
+def _bot_user(body: Payload) -> str:
+    first: Payload = next(iter(body.get("authorizations") or []), {})
+    return str(first.get("user_id") or "") if first.get("is_bot") else ""
+
+
+def _control(body: Payload, at: Address, user: str, kind: Kind) -> Incoming:
+    return Incoming(
+        lane=Lane.CONTROL, kind=kind, address=at, user=str(user), update_key=update_key(body), message_key=""
+    )
+
+
+def spoken_to(incoming: Incoming, language: str) -> Incoming:
+    """The same, from somebody whose Slack speaks this language."""
+    return replace(incoming, language=language) if language else incoming

@@ -1,0 +1,164 @@
+"""What Slack is told besides answers: prompts, App Homes, modals; and what it tells of people's languages. Best effort.
+
+Modals come first and by workers of their own: Slack takes one within three seconds of the press. Knows no answer. What
+does not fit into a queue is left out.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable
+from typing import Any
+
+from aiohttp import ClientError
+from slack_sdk.errors import SlackApiError
+
+from bots.plugins import Address, Door, Grant
+from bots.slack.addresses import PLATFORM
+from bots.slack.events import Payload, Person
+from bots.slack.pages import home, modals
+from bots.slack.pages.blocks import where
+from bots.slack.workspaces import Workspace
+from core.i18n.messages import resolve, say
+
+log = logging.getLogger(__name__)
+_MOST, _HOMES = 1_000, 5_000
+_WORKERS = 3
+_UNKNOWN_BLOCK = ("invalid_blocks", "invalid_arguments")
+_Errand = Callable[[], Awaitable[None]]
+
+
+class Courtesy:
+    """`run` must be running for anything to be said."""
+
+    def __init__(self, door: Door) -> None:
+        self._door = door
+        self._modals: asyncio.Queue[_Errand] = asyncio.Queue(_MOST)
+        self._rest: asyncio.Queue[_Errand] = asyncio.Queue(_MOST)
+        self._homes: OrderedDict[tuple[str, str], str] = OrderedDict()  # the DM of each home that was opened
+
+    def offer(self, workspace: Workspace, body: Payload, person: Person) -> None:
+        """Take what is acknowledged; never waits."""
+        event = body.get("event") or {}
+        if body.get("type") == "message_action" and body.get("callback_id") == modals.ASK:
+            _put(self._modals, lambda: self._ask(workspace, body))
+        elif (name := _modal_of(body)) is not None:
+            _put(self._modals, lambda: self._open(workspace, body, name))
+        elif event.get("type") == "app_home_opened":
+            self._learn(workspace, event["channel"], str(event["user"]))
+            if event.get("tab") == "messages":
+                _put(self._rest, lambda: self._greet(workspace, event))
+            elif event.get("tab") == "home":
+                self._homes[workspace.account, event["user"]] = event["channel"]
+                self._homes.move_to_end((workspace.account, event["user"]))
+                if len(self._homes) > _HOMES:
+                    self._homes.popitem(last=False)
+                self.refresh(workspace, event["user"])
+        elif person.user:
+            chosen = "language" in str(event.get("text") or body.get("text") or "")[:20]
+            self._learn(workspace, str(event.get("channel") or body.get("channel_id") or ""), person.user, anew=chosen)
+
+    def refresh(self, workspace: Workspace, user: str) -> None:
+        """Show a person's home anew, where it was opened before: what a command has changed stands there too."""
+        place = self._homes.get((workspace.account, user))
+        if place is not None:
+            _put(self._rest, lambda: self._publish(workspace, place, user))
+
+    async def run(self) -> None:
+        async with asyncio.TaskGroup() as tasks:
+            for queue in (self._modals, self._rest):
+                for _ in range(_WORKERS):
+                    tasks.create_task(_work(queue))
+
+    # --- modals ---
+
+    async def _ask(self, workspace: Workspace, body: Payload) -> None:
+        at = Address(PLATFORM, workspace.account, body["channel"]["id"], "")
+        language = await self._door.lookups.language(at, body["user"]["id"]) or "en"
+        shown = modals.ask_view(body["message"], at.place, language)
+        await workspace.api.once("views.open", trigger_id=body["trigger_id"], view=shown)
+
+    async def _open(self, workspace: Workspace, body: Payload, name: str) -> None:
+        """A modal of the home, for who operates the channel now; for others the home as it is now."""
+        (place, conversation), user = where(str(body["actions"][0].get("block_id", ""))), body["user"]["id"]
+        at = Address(PLATFORM, workspace.account, place, conversation)
+        found = await self._door.lookups.overview(at, user)
+        if found is None or found.grant < Grant.OPERATOR:
+            await self._publish(workspace, place, user)
+            return
+        shown = modals.VIEWS[name](modals.About(place, conversation, found.language), found)
+        if shown is None:
+            told = say(found.language, "slack.instructions_too_long")
+            shown = modals.notice_view(found.language, name, told)
+        await workspace.api.once("views.open", trigger_id=body["trigger_id"], view=shown)
+
+    # --- home, prompts ---
+
+    async def _publish(self, workspace: Workspace, place: str, user: str) -> None:
+        """With Slack's own chart; in letters where this workspace's Slack does not draw yet."""
+        found = await self._door.lookups.overview(Address(PLATFORM, workspace.account, place, ""), user)
+        try:
+            await workspace.api.once("views.publish", user_id=user, view=home.view(found, place, user))
+        except SlackApiError as error:
+            if error.response.get("error") not in _UNKNOWN_BLOCK:
+                raise
+            shown = home.view(found, place, user, charts=False)
+            await workspace.api.once("views.publish", user_id=user, view=shown)
+
+    async def _greet(self, workspace: Workspace, event: Payload) -> None:
+        """The channel's own questions, as prompts of an empty conversation."""
+        at = Address(PLATFORM, workspace.account, event["channel"], "")
+        found = await self._door.lookups.overview(at, event["user"])
+        if found is None or not found.channel.questions:
+            return
+        prompts: list[dict[str, Any]] = [{"title": one, "message": one} for one in found.channel.questions[:4]]
+        await workspace.api.once(
+            "assistant.threads.setSuggestedPrompts",
+            channel_id=event["channel"],
+            title=say(found.language, "slack.prompts"),
+            prompts=prompts,
+        )
+
+    # --- languages ---
+
+    def _learn(self, workspace: Workspace, place: str, user: str, *, anew: bool = False) -> None:
+        """Find out in which language somebody reads Slack; once, and again where they may have chosen another."""
+        if anew or user not in workspace.languages:
+            workspace.keep_language(user, workspace.languages.get(user, ("", "")))
+            _put(self._rest, lambda: self._ask_language(workspace, place, user))
+
+    async def _ask_language(self, workspace: Workspace, place: str, user: str) -> None:
+        locale = workspace.languages.get(user, ("", ""))[0]
+        if not locale and workspace.api.free("users.info"):
+            try:
+                told = await workspace.api.once("users.info", user=user, include_locale=True)
+                locale = resolve(str((told.get("user") or {}).get("locale") or ""))
+            except (SlackApiError, ClientError, TimeoutError, OSError):
+                log.debug("slack.no_locale")
+        at = Address(PLATFORM, workspace.account, place, "")
+        workspace.keep_language(user, (locale, await self._door.lookups.language(at, user) or locale))
+
+
+async def _work(queue: asyncio.Queue[_Errand]) -> None:
+    while True:
+        errand = await queue.get()
+        try:
+            await errand()
+        except Exception as error:  # the person can do it again; nothing was promised
+            log.warning("slack.courtesy_failed", extra={"error": type(error).__name__})
+
+
+def _put(queue: asyncio.Queue[_Errand], errand: _Errand) -> None:
+    try:
+        queue.put_nowait(errand)
+    except asyncio.QueueFull:
+        log.warning("slack.courtesy_left_out")
+
+
+def _modal_of(body: Payload) -> str | None:
+    """The modal that a pressed button opens."""
+    pressed = (body.get("actions") or [{}]) if body.get("type") == "block_actions" else [{}]
+    name = str(pressed[0].get("action_id", "")).partition(":")[0]
+    return name if name in modals.VIEWS else None

@@ -1,0 +1,163 @@
+"""The App Home of a person: their channel as it is now, and what they may do there. Pure.
+
+A button runs the command that it names, and its answer comes as a DM; some open a modal that stands for a command.
+Whoever does not operate the channel sees what they have left, and their own buttons.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+from bots.plugins import Address, Button, Grant, Overview
+from bots.slack.pages import blocks, modals
+from bots.slack.pages.blocks import Block
+from bots.slack.pages.text import escaped, spelled
+from core.i18n.messages import Later, duration, say
+
+_EVERYONE = ("/usage", "/privacy", "/help")
+_OPERATORS = ("/usage chart", "/usage csv", "/channel show", "/operator list", "/privacy", "/help")
+_BARS = "▁▂▃▄▅▆▇█"
+_SHOWN = 600
+_RUNNING = ("queued", "running")
+
+
+def view(shown: Overview | None, place: str, user: str, *, charts: bool = True) -> dict[str, Any]:
+    """The view for `views.publish`. `place` is what the commands are about. `charts`: whether Slack draws them."""
+    if shown is None:
+        return {"type": "home", "blocks": [_section(spelled(say("en", "service.no_channel")))]}
+    at = Address("slack", "", place, f"@{user}")
+    language = shown.language
+    head = [
+        {"type": "header", "text": {"type": "plain_text", "text": shown.channel.title[:150]}},
+        _section(say(language, "slack.home")),
+    ]
+    if shown.left_hour is not None:
+        head.append(_section(say(language, "slack.home_left", left=shown.left_hour)))
+    body = _operated(shown, at, charts=charts) if shown.grant >= Grant.OPERATOR else _row(shown, at, _EVERYONE, 0)
+    return {"type": "home", "blocks": [*head, *body]}
+
+
+def _operated(shown: Overview, at: Address, *, charts: bool) -> list[Block]:
+    return [
+        {"type": "divider"},
+        _chart(shown) if charts else _bars(shown),
+        {"type": "divider"},
+        *_version(shown, at),
+        {"type": "divider"},
+        *_jobs(shown, at),
+        {"type": "divider"},
+        *_settings(shown, at),
+        {"type": "divider"},
+        *_row(shown, at, _OPERATORS, 3),
+    ]
+
+
+def _chart(shown: Overview) -> Block:
+    """Drawn by Slack itself."""
+    days = [day[5:] for day, _ in shown.days]
+    replies = say(shown.language, "slack.home_replies")
+    data = [{"label": day, "value": count} for day, (_, count) in zip(days, shown.days, strict=True)]
+    return {
+        "type": "data_visualization",
+        "title": say(shown.language, "slack.home_chart", days=len(days)),
+        "chart": {
+            "type": "bar",
+            "series": [{"name": replies, "data": data}],
+            "axis_config": {"categories": days},
+        },
+    }
+
+
+def _bars(shown: Overview) -> Block:
+    """The same in letters, where Slack does not know the block."""
+    counts = [count for _, count in shown.days]
+    most = max([1, *counts])
+    bars = "".join(_BARS[round(count / most * (len(_BARS) - 1))] for count in counts)
+    title = say(shown.language, "slack.home_chart", days=len(counts))
+    told = say(shown.language, "slack.home_most", sum=sum(counts), most=max([0, *counts]))
+    return _section(f"*{title}*\n`{bars}`\n{told}")
+
+
+def _version(shown: Overview, at: Address) -> list[Block]:
+    language = shown.language
+    key = "slack.home_version" if shown.age_s is not None else "slack.home_version_always"
+    told = say(language, key, version=shown.version, age=duration(language, shown.age_s or 0))
+    buttons = [Button(say(language, "slack.version_title"), modals.VERSION)] if shown.choices else []
+    if shown.age_s is not None:
+        buttons.append(Button(say(language, "slack.home_rollback"), "command", "/adapter rollback"))
+    buttons.append(Button(say(language, "slack.home_adapter_list"), "command", "/adapter list"))
+    rows = blocks.rows(buttons, at, first=0)
+    _ask_first(rows, "/adapter rollback", language, "slack.home_rollback_sure")
+    return [_section(told), *rows]
+
+
+def _jobs(shown: Overview, at: Address) -> list[Block]:
+    """The newest jobs; the open one can be ended."""
+    language = shown.language
+    lines = [
+        say(
+            language,
+            "training.line",
+            id=job.id,
+            label=job.label,
+            name=job.dataset,
+            state=Later(f"training.state_{job.state}"),
+            age=duration(language, age_s),
+        )
+        for job, age_s in shown.jobs
+    ]
+    told = "\n".join(f"• {line}" for line in lines) if lines else say(language, "slack.home_no_jobs")
+    buttons = [Button(say(language, "slack.dataset_title"), modals.DATASET)]
+    open_ = next((job for job, _ in shown.jobs if job.state in _RUNNING), None)
+    if open_ is not None:
+        status = Button(say(language, "slack.home_job"), "command", f"/finetune status {open_.id}")
+        cancel = Button(say(language, "slack.home_cancel", id=open_.id), "command", f"/finetune cancel {open_.id}")
+        buttons += [status, cancel]
+    rows = blocks.rows(buttons, at, first=1)
+    if open_ is not None:
+        sure = "slack.home_cancel_sure" if open_.lasting else "slack.home_cancel_for_good"
+        _ask_first(rows, f"/finetune cancel {open_.id}", language, sure)
+    return [_section(f"*{say(language, 'slack.home_jobs')}*\n{escaped(told)}"), *rows]
+
+
+def _settings(shown: Overview, at: Address) -> list[Block]:
+    language, channel = shown.language, shown.channel
+    none = say(language, "slack.home_no_limit")
+    fields = [
+        f"*{say(language, f'slack.limits_{key}')}*\n{getattr(channel.limits, key) or none}" for key in modals.LIMIT_KEYS
+    ]
+    told = channel.instructions if len(channel.instructions) <= _SHOWN else f"{channel.instructions[:_SHOWN]}…"
+    buttons = [
+        Button(say(language, "slack.limits_title"), modals.LIMITS),
+        Button(say(language, "slack.instructions_title"), modals.INSTRUCTIONS),
+    ]
+    return [
+        {"type": "section", "fields": [{"type": "mrkdwn", "text": text} for text in fields]},
+        _section(f"*{say(language, 'slack.instructions_label')}*"),
+        {"type": "section", "text": {"type": "plain_text", "text": told or say(language, "operators.none")}},
+        *blocks.rows(buttons, at, first=2),
+    ]
+
+
+def _row(shown: Overview, at: Address, commands: tuple[str, ...], first: int) -> list[Block]:
+    buttons = [Button(say(shown.language, f"slack.home_{_key(command)}"), "command", command) for command in commands]
+    return blocks.rows(buttons, at, first=first)
+
+
+def _ask_first(rows: list[Block], command: str, language: str, sure: str) -> None:
+    """Slack asks before it sends this press."""
+    for element in (one for row in rows for one in row["elements"] if one.get("value") == command):
+        element["confirm"] = {
+            "title": {"type": "plain_text", "text": element["text"]["text"]},
+            "text": {"type": "plain_text", "text": say(language, sure)},
+            "confirm": {"type": "plain_text", "text": say(language, "slack.yes")},
+            "deny": {"type": "plain_text", "text": say(language, "slack.close")},
+        }
+
+
+def _section(mrkdwn: str) -> Block:
+    return {"type": "section", "text": {"type": "mrkdwn", "text": mrkdwn[:3000]}}
+
+
+def _key(command: str) -> str:
+    return command.strip("/").replace(" ", "_")

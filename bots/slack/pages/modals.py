@@ -1,0 +1,271 @@
+"""The modals: what they ask for, and the command or question that a filled-in one stands for. Pure.
+
+What a modal is about travels in its `private_metadata`, with the language in which it was opened. A submission becomes
+the same text that a person could have typed, and is checked where all commands are.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from bots.plugins import Attachment, Choice, Overview
+from bots.slack.pages.text import read as read_text
+from core.i18n.messages import say
+
+Values = Mapping[str, Mapping[str, Any]]
+View = dict[str, Any]
+ASK = "ask"  # also the callback id of the message shortcut
+LIMITS, INSTRUCTIONS, DATASET, VERSION = "limits", "instructions", "dataset", "version"
+LIMIT_KEYS = ("per_minute", "per_hour", "tokens_in", "tokens_out")
+FILE_TYPES = ("jsonl", "json", "csv", "tsv", "txt", "gz")
+MAX_INSTRUCTIONS = 3_000  # what Slack's input holds; longer ones are for the command
+_MOST_DIGITS = 9
+_QUOTE, _MAX_METADATA = 1_000, 3_000
+_QUOTES = (('"', '"'), ("「", "」"), ("«", "»"), ("“", "”"), ("＂", "＂"))
+
+
+@dataclass(frozen=True, slots=True)
+class About:
+    """What a modal is about. `quoted` is the message that somebody asks about."""
+
+    place: str
+    conversation: str
+    language: str = "en"
+    reply_to: str = ""
+    quoted: str = ""
+
+    def dump(self) -> str:
+        """What is quoted is cut to what Slack keeps: a character may take up to six in JSON."""
+        given = [self.place, self.conversation, self.language, self.reply_to, self.quoted]
+        dumped = json.dumps(given, ensure_ascii=False)
+        over = len(dumped) - _MAX_METADATA
+        if over <= 0 or not self.quoted:
+            return dumped
+        return replace(self, quoted=self.quoted[: -max(over // 6, 1)]).dump()
+
+    @classmethod
+    def read(cls, view: Mapping[str, Any]) -> About:
+        return cls(*json.loads(view["private_metadata"]))
+
+
+@dataclass(frozen=True, slots=True)
+class Filled:
+    """What a submission says: a text, or errors by block. Neither where nothing was changed."""
+
+    text: str = ""
+    attachments: tuple[Attachment, ...] = ()
+    errors: Mapping[str, str] = field(default_factory=dict)
+
+
+# --- what they ask for ---
+
+
+def ask_view(message: Mapping[str, Any], place: str, language: str) -> View:
+    """The modal that the message shortcut opens."""
+    _, text = read_text(str(message.get("text") or ""))
+    ts = str(message["ts"])
+    about = About(place, str(message.get("thread_ts") or ts), language, ts, text[:_QUOTE])
+    element = {"type": "plain_text_input", "action_id": "text", "multiline": True}
+    return _modal(ASK, about, [_input(about, "question", "ask_label", element, optional=True)])
+
+
+def limits_view(about: About, shown: Overview) -> View:
+    """What each person may use, as it is now."""
+    limits = shown.channel.limits
+    least = {"tokens_out": "1"}
+    return _modal(
+        LIMITS,
+        about,
+        [
+            _input(
+                about,
+                key,
+                f"limits_{key}",
+                {
+                    "type": "number_input",
+                    "action_id": "number",
+                    "is_decimal_allowed": False,
+                    "min_value": least.get(key, "0"),
+                    "initial_value": str(getattr(limits, key)),
+                },
+                hint="" if key in least else "limits_zero",
+            )
+            for key in LIMIT_KEYS
+        ],
+    )
+
+
+def instructions_view(about: About, shown: Overview) -> View | None:
+    """None where they are too long to be shown whole: nobody is to cut them by pressing a button."""
+    now = shown.channel.instructions
+    if len(now) > MAX_INSTRUCTIONS:
+        return None
+    element = {
+        "type": "plain_text_input",
+        "action_id": "text",
+        "multiline": True,
+        "max_length": MAX_INSTRUCTIONS,
+        **({"initial_value": now} if now else {}),
+    }
+    return _modal(INSTRUCTIONS, about, [_input(about, "text", "instructions_label", element, optional=True)])
+
+
+def dataset_view(about: About, shown: Overview) -> View:
+    element = {"type": "file_input", "action_id": "files", "filetypes": list(FILE_TYPES), "max_files": 1}
+    return _modal(DATASET, about, [_input(about, "file", "dataset_label", element, hint="dataset_hint")])
+
+
+def version_view(about: About, shown: Overview) -> View:
+    """The versions come when the list is opened: see `options`."""
+    choice = {"type": "external_select", "action_id": VERSION, "min_query_length": 0}
+    reason = {"type": "plain_text_input", "action_id": "text", "max_length": 200}
+    return _modal(
+        VERSION,
+        about,
+        [
+            _input(about, "version", "version_label", choice),
+            _input(about, "reason", "version_reason", reason, hint="version_reason_hint", optional=True),
+        ],
+    )
+
+
+def notice_view(language: str, name: str, told: str) -> View:
+    """Instead of a modal that cannot be shown: why, and the way out."""
+    return {
+        "type": "modal",
+        "title": _plain(say(language, f"slack.{name}_title")),
+        "close": _plain(say(language, "slack.close")),
+        "blocks": [{"type": "section", "text": {"type": "mrkdwn", "text": told}}],
+    }
+
+
+VIEWS: Mapping[str, Callable[[About, Overview], View | None]] = {
+    LIMITS: limits_view,
+    INSTRUCTIONS: instructions_view,
+    DATASET: dataset_view,
+    VERSION: version_view,
+}
+
+
+def options(choices: Sequence[Choice], typed: str, language: str) -> dict[str, Any]:
+    """The answer to a list that is opened: what fits what was typed. The sign says whether it has passed its test."""
+    fit = [one for one in choices if typed.lower() in one.label.lower()][:100]
+    return {
+        "options": [
+            {
+                "text": _plain(one.label if one.passed else say(language, "slack.version_failed", label=one.label)),
+                "value": f"{'+' if one.passed else '-'}{one.label}",
+            }
+            for one in fit
+        ]
+    }
+
+
+# --- what was filled in ---
+
+
+def filled(view: Mapping[str, Any]) -> tuple[About, Filled] | None:
+    """None for a modal that is not ours. Raises what dicts raise where something is missing."""
+    read = _FILLED.get(str(view.get("callback_id")))
+    if read is None:
+        return None
+    about = About.read(view)
+    return about, read(about, view["state"]["values"])
+
+
+def _asked(about: About, values: Values) -> Filled:
+    question = str(values["question"]["text"].get("value") or "").strip()
+    if not question:
+        return Filled(errors={"question": say(about.language, "slack.ask_empty")})
+    quoted = "\n".join(f"> {line}" for line in about.quoted.splitlines())
+    return Filled(f"{quoted}\n\n{question}" if quoted else question)
+
+
+def _limits(about: About, values: Values) -> Filled:
+    given = {key: str(values[key]["number"].get("value") or "").strip() for key in LIMIT_KEYS if key in values}
+    wrong = {key: value for key, value in given.items() if value and not _is_number(value)}
+    if wrong:
+        return Filled(errors=dict.fromkeys(wrong, say(about.language, "slack.limits_number")))
+    wanted = " ".join(f"{key}={value}" for key, value in given.items() if value)
+    return Filled(f"/channel set {wanted}" if wanted else "")
+
+
+def _instructions(about: About, values: Values) -> Filled:
+    text = str(values["text"]["text"].get("value") or "").strip()
+    opening, closing = next((pair for pair in _QUOTES if pair[1] not in text), _QUOTES[-1])
+    return Filled(f"/channel set instructions={opening}{text.replace(closing, '')}{closing}")
+
+
+def _dataset(about: About, values: Values) -> Filled:
+    files = values["file"]["files"].get("files") or []
+    if not files:
+        return Filled(errors={"file": say(about.language, "slack.dataset_missing")})
+    return Filled("/finetune", (attachment(files[0]),))
+
+
+def _version(about: About, values: Values) -> Filled:
+    chosen = str((values["version"][VERSION].get("selected_option") or {}).get("value") or "")
+    reason = " ".join(str(values["reason"]["text"].get("value") or "").split())
+    if not chosen:
+        return Filled(errors={"version": say(about.language, "slack.version_missing")})
+    if chosen[0] == "-" and not reason:
+        return Filled(errors={"reason": say(about.language, "slack.version_needs_reason", label=chosen[1:])})
+    return Filled(f"/adapter promote {chosen[1:]} {reason}".strip())
+
+
+_FILLED: Mapping[str, Callable[[About, Values], Filled]] = {
+    ASK: _asked,
+    LIMITS: _limits,
+    INSTRUCTIONS: _instructions,
+    DATASET: _dataset,
+    VERSION: _version,
+}
+
+
+def attachment(given: Mapping[str, Any]) -> Attachment:
+    """A file as Slack tells of it."""
+    return Attachment(
+        str(given["id"]),
+        str(given.get("name") or "file"),
+        int(given.get("size") or 0),
+        str(given.get("mimetype") or ""),
+    )
+
+
+def _is_number(text: str) -> bool:
+    return text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS
+
+
+# --- parts ---
+
+
+def _modal(name: str, about: About, blocks: list[dict[str, Any]]) -> View:
+    return {
+        "type": "modal",
+        "callback_id": name,
+        "private_metadata": about.dump(),
+        "title": _plain(say(about.language, f"slack.{name}_title")),
+        "submit": _plain(say(about.language, f"slack.{name}_submit")),
+        "close": _plain(say(about.language, "slack.close")),
+        "blocks": blocks,
+    }
+
+
+def _input(
+    about: About, block_id: str, label: str, element: dict[str, Any], *, hint: str = "", optional: bool = False
+) -> dict[str, Any]:
+    return {
+        "type": "input",
+        "block_id": block_id,
+        "label": _plain(say(about.language, f"slack.{label}")),
+        "optional": optional,
+        "element": element,
+        **({"hint": _plain(say(about.language, f"slack.{hint}"))} if hint else {}),
+    }
+
+
+def _plain(text: str) -> dict[str, str]:
+    return {"type": "plain_text", "text": text}

@@ -1,0 +1,99 @@
+"""Takes in what Slack sends: read, commit, and only then acknowledge. Knows no answer.
+
+It stands in Bolt's `before_authorize`: after the signature check, before any call to Slack. What it returns is the
+acknowledgement; a commit that fails returns 503, which Slack sends again, over HTTP and by Socket Mode alike.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Awaitable, Callable
+
+from slack_bolt.request.async_request import AsyncBoltRequest
+from slack_bolt.response import BoltResponse
+
+from bots.plugins import Address, Door, Kind
+from bots.slack.addresses import PLATFORM
+from bots.slack.events import Payload, Read, Unreadable, account_of, read, spoken_to, update_key
+from bots.slack.housekeeping import Courtesy
+from bots.slack.pages import modals
+from bots.slack.sending.handles import Asker
+from bots.slack.workspaces import Workspaces
+from core.errors import Overloaded, StorageError
+
+log = logging.getLogger(__name__)
+
+
+class Intake:
+    def __init__(self, workspaces: Workspaces, courtesy: Courtesy, door: Door) -> None:
+        self._workspaces, self._courtesy, self._door = workspaces, courtesy, door
+
+    async def before_authorize(
+        self, req: AsyncBoltRequest, resp: BoltResponse, next: Callable[[], Awaitable[BoltResponse]]
+    ) -> BoltResponse:
+        """Bolt's seam. Never calls `next`: everything is answered here, and tokens are had when a row runs."""
+        body = req.body
+        if body.get("type") == "url_verification":
+            return BoltResponse(status=200, body={"challenge": str(body.get("challenge", ""))})
+        if body.get("type") == "app_rate_limited":
+            log.error("slack.events_limited", extra={"account": str(body.get("team_id"))})
+            return BoltResponse(status=200, body="")
+        try:
+            answer = await self.take(body)
+        except (Overloaded, StorageError) as error:
+            log.error("slack.not_stored", extra={"error": str(error)})
+            return BoltResponse(status=503, body="", headers={"Retry-After": ["5"]})
+        return BoltResponse(status=200, body=answer if answer is not None else "")
+
+    async def take(self, body: Payload) -> dict[str, object] | str | None:
+        """Commit one payload; what the acknowledgement says. Raises Overloaded or StorageError: nothing was kept."""
+        try:
+            found = read(body, await self._language(body))
+        except Unreadable as error:
+            account = str(account_of(body)) if isinstance(body, dict) else ""
+            log.error("slack.unreadable", extra={"account": account, "error": str(error)})
+            await self._door.accept_dead(PLATFORM, account, update_key(body), json.dumps(body))
+            return None
+        return await self._commit(body, found)
+
+    async def _commit(self, body: Payload, found: Read) -> dict[str, object] | str | None:
+        if found.gone:
+            await self._workspaces.drop(found.account, float(body.get("event_time") or 0))
+            return None
+        workspace = self._workspaces.get(found.account)
+        if workspace is None:
+            log.warning("slack.not_installed", extra={"account": found.account})
+            return None
+        if found.wanted is not None:
+            return await self._options(found)
+        if found.incoming is not None:
+            locale, spoken = workspace.languages.get(found.person.user, ("", ""))
+            asked = spoken_to(found.incoming, locale)
+            if found.below and not await self._door.lookups.heard(asked.address, found.below):
+                return None
+            team = found.person.team if found.person.team[:1] == "T" else found.account
+            workspace.outlet.asked(asked.address, Asker(team, found.person.user, spoken))
+            if asked.kind is Kind.PRESS:
+                workspace.outlet.pressed(str((body.get("channel") or {}).get("id") or ""), body.get("message") or {})
+            await self._door.accept(asked)
+        self._courtesy.offer(workspace, body, found.person)
+        return found.answer
+
+    async def _options(self, found: Read) -> dict[str, object]:
+        """The versions that somebody may choose from, as they are now."""
+        assert found.wanted is not None
+        about = found.wanted.about
+        at = Address(PLATFORM, found.account, about.place, about.conversation)
+        shown = await self._door.lookups.overview(at, found.person.user)
+        return modals.options(shown.choices if shown else (), found.wanted.typed, about.language)
+
+    async def _language(self, body: Payload) -> str:
+        """Of who gave a slash command: what it is answered at once is in their language."""
+        if not (isinstance(body.get("command"), str) and isinstance(body.get("user_id"), str)):
+            return "en"
+        account, user = account_of(body), body["user_id"]
+        workspace = self._workspaces.get(account)
+        known = workspace.languages.get(user, ("", ""))[1] if workspace else ""
+        at = Address(PLATFORM, account, str(body.get("channel_id") or ""), "")
+        return known or await self._door.lookups.language(at, user) or "en"

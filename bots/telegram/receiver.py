@@ -1,0 +1,129 @@
+"""Takes in what Telegram sends to one account: read, commit, and only then tell Telegram. Knows no answer.
+
+aiogram's own polling moves the offset before the work is safe; here the offset moves when the inbox holds all of it.
+The offset confirms, and does nothing else: once a confirmation has been answered, the next request carries none, so
+that an id which begins anew after a quiet week is not taken for an old one.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import json
+import logging
+from collections import OrderedDict
+from collections.abc import Sequence
+from itertools import chain, repeat
+from typing import Any
+
+from aiogram.exceptions import (
+    TelegramConflictError,
+    TelegramNotFound,
+    TelegramRetryAfter,
+    TelegramUnauthorizedError,
+)
+
+from bots.plugins import Door
+from bots.telegram.addresses import PLATFORM
+from bots.telegram.housekeeping import Courtesy
+from bots.telegram.sending.api import Api
+from bots.telegram.updates import ALLOWED, Read, Reader, Unreadable
+from core.errors import Overloaded, StorageError
+
+log = logging.getLogger(__name__)
+POLL_S = 50
+_PAUSES_S = (1.0, 2.0, 5.0, 10.0, 15.0)
+_CONFLICT_S = 15.0
+_STORAGE_S = 2.0
+_ALBUMS = 200
+
+
+class Intake:
+    """One account's. `take` is for the webhook as well."""
+
+    def __init__(self, account: str, api: Api, reader: Reader, courtesy: Courtesy, door: Door) -> None:
+        self._account, self._api, self._reader, self._courtesy, self._door = account, api, reader, courtesy, door
+        self._albums: OrderedDict[str, None] = OrderedDict()  # those whose caption has been taken in
+
+    async def poll(self) -> None:
+        """Until cancelled. Raises TelegramUnauthorizedError where the token is not valid any more."""
+        confirm: int | None = None
+        pauses = chain(_PAUSES_S, repeat(_PAUSES_S[-1]))
+        while True:
+            try:
+                raws = await self._api.updates(confirm, POLL_S, ALLOWED)
+            except (TelegramUnauthorizedError, TelegramNotFound):
+                raise
+            except TelegramConflictError:
+                hint = "another program polls with this token: stop it, or use a webhook (deploy/telegram.md)"
+                log.error(
+                    "telegram.two_pollers", extra={"account": self._account, "again_in_s": _CONFLICT_S, "hint": hint}
+                )
+                await asyncio.sleep(_CONFLICT_S)
+                continue
+            except TelegramRetryAfter as error:
+                await asyncio.sleep(error.retry_after)
+                continue
+            except Exception as error:  # network, proxy, half an answer: what was not confirmed comes again
+                wait_s = next(pauses)
+                log.warning("telegram.no_updates", extra={"error": type(error).__name__, "again_in_s": wait_s})
+                await asyncio.sleep(wait_s)
+                continue
+            pauses = chain(_PAUSES_S, repeat(_PAUSES_S[-1]))
+            await self._take_at_last(raws)
+            confirm = max((id for raw in raws if (id := _id(raw)) is not None), default=-1) + 1 or None
+
+    async def take(self, raws: Sequence[Any]) -> None:
+        """Commit these updates; when this returns, Telegram may be told.
+
+        Raises Overloaded or StorageError: then nothing was kept, and Telegram has to send them again.
+        """
+        reads: list[Read] = []
+        for raw in raws:
+            try:
+                reads.append(await self._reader.read(raw))
+            except Unreadable as error:
+                key = _id(raw)
+                log.error("telegram.unreadable", extra={"account": self._account, "update": key, "error": str(error)})
+                await self._door.accept_dead(
+                    PLATFORM, self._account, f"{key}" if key is not None else _digest(raw), json.dumps(raw)
+                )
+        reads = self._albums_once(reads)
+        incoming = [read.incoming for read in reads if read.incoming is not None]
+        if incoming:
+            await self._door.accept(*incoming)
+        self._courtesy.offer(reads)
+
+    async def _take_at_last(self, raws: Sequence[Any]) -> None:
+        while True:
+            try:
+                return await self.take(raws)
+            except Overloaded as busy:
+                log.warning("telegram.waits", extra={"account": self._account, "again_in_s": busy.retry_after_s})
+                await asyncio.sleep(min(busy.retry_after_s, _CONFLICT_S))
+            except StorageError as error:
+                log.error("telegram.not_stored", extra={"account": self._account, "error": str(error)})
+                await asyncio.sleep(_STORAGE_S)
+
+    def _albums_once(self, reads: list[Read]) -> list[Read]:
+        """Of an album, the picture with the caption speaks for all; without any, one of them (by its message key)."""
+        for read in reads:
+            if read.album and read.incoming is not None and ":album:" not in read.incoming.message_key:
+                self._albums[read.album] = None
+        while len(self._albums) > _ALBUMS:
+            self._albums.popitem(last=False)
+        return [
+            read
+            for read in reads
+            if not (read.album in self._albums and read.incoming and ":album:" in read.incoming.message_key)
+        ]
+
+
+def _id(raw: object) -> int | None:
+    found = raw.get("update_id") if isinstance(raw, dict) else None
+    return found if isinstance(found, int) else None
+
+
+def _digest(raw: object) -> str:
+    """The key of an update that has none: the same for a repeat."""
+    return f"sha256:{hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()[:32]}"

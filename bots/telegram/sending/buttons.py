@@ -1,0 +1,68 @@
+"""Buttons below a message, and what a press on one says: 64 bytes there and back. Pure."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Iterable
+
+from aiogram.types import InlineKeyboardButton, InlineKeyboardMarkup
+
+from core.chat.feedback import REASONS
+from core.i18n.messages import say
+from core.types import Button
+
+log = logging.getLogger(__name__)
+STOP, DONE = "s", "d"
+_PREFIXES = {"command": "c:", "feedback": "f:", "say": "y:"}
+_MAX_BYTES = 64
+_ROW_UNITS = 30
+
+
+def keyboard(buttons: Iterable[Button]) -> InlineKeyboardMarkup | None:
+    """Short ones share a row. A sentence too long for Telegram's 64 bytes is read off the button when it is pressed.
+
+    Any other value that is too long is left out: its text is in the message.
+    """
+    rows: list[list[InlineKeyboardButton]] = []
+    width = 0
+    for number, button in enumerate(buttons):
+        data = _PREFIXES.get(button.action, "") + button.value
+        if button.action == "say" and len(data.encode()) > _MAX_BYTES and button.value == button.text:
+            data = f"y:#{number}"
+        if button.action not in _PREFIXES or len(data.encode()) > _MAX_BYTES:
+            log.warning("telegram.button_left_out", extra={"action": button.action, "bytes": len(data.encode())})
+            continue
+        made = InlineKeyboardButton(text=button.text, callback_data=data)
+        if rows and width + len(button.text) <= _ROW_UNITS:
+            rows[-1].append(made)
+            width += len(button.text)
+        else:
+            rows.append([made])
+            width = len(button.text)
+    return InlineKeyboardMarkup(inline_keyboard=rows) if rows else None
+
+
+def stop_keyboard(text: str) -> InlineKeyboardMarkup:
+    return InlineKeyboardMarkup(inline_keyboard=[[InlineKeyboardButton(text=text, callback_data=STOP)]])
+
+
+def reasons_keyboard(language: str, vote: str) -> InlineKeyboardMarkup:
+    """Below an answer with a thumb down: what was wrong. `vote` is the value of the press."""
+    return InlineKeyboardMarkup(
+        inline_keyboard=[
+            [InlineKeyboardButton(text=say(language, f"feedback.reason_{one}"), callback_data=f"f:{vote}:{one}")]
+            for one in REASONS
+        ]
+    )
+
+
+def chosen_keyboard(label: str) -> InlineKeyboardMarkup:
+    """What was chosen, in the place of the buttons that offered it."""
+    return InlineKeyboardMarkup(inline_keyboard=[[InlineKeyboardButton(text=f"✓ {label}", callback_data=DONE)]])
+
+
+def pressed(data: str) -> tuple[str, str] | None:
+    """(action, value) of a press; None for a button that is not ours."""
+    if data == STOP:
+        return "stop", ""
+    return next(((action, data[2:]) for action, prefix in _PREFIXES.items() if data.startswith(prefix)), None)

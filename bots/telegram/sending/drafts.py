@@ -1,0 +1,203 @@
+"""What people see of an answer while it grows: drafts, edits, "is typing". Knows nothing of what is final.
+
+`show` only notes the newest text; `keep` paints it at Telegram's pace, so what grows faster is coalesced. It renews
+drafts before they expire. All of it is best effort: nothing here raises, and nothing is painted after `end`.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+import time
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from aiogram.exceptions import TelegramAPIError, TelegramRetryAfter
+from aiogram.methods import EditMessageText, SendChatAction, SendMessageDraft, TelegramMethod
+
+from bots.plugins import Handle
+from bots.telegram.sending import text as texts
+from bots.telegram.sending.api import Api, Trouble, trouble
+from bots.telegram.sending.buttons import stop_keyboard
+
+log = logging.getLogger(__name__)
+STOP_SIGN = "■"
+TICK_S = 0.1
+RENEW_S = 20.0  # a draft is shown for 30
+TYPING_S = 4.5  # an action is shown for 5
+_GRACE_S = 0.15  # what ends sooner needs no draft
+_FORGET_S = 900.0
+
+
+@dataclass(frozen=True, slots=True)
+class Where:
+    """A handle, read. Without a message it is a draft, or (draft 0) nothing that anyone sees."""
+
+    chat: int
+    message: int = 0
+    draft: int = 0
+    topic: int | None = None
+    action_topic: int | None = None
+    reply_to: int | None = None
+    streamed: bool = False
+
+    @classmethod
+    def read(cls, handle: str) -> Where:
+        return cls(**json.loads(handle))
+
+    def handle(self) -> Handle:
+        return Handle(json.dumps({name: value for name, value in asdict(self).items() if value}))
+
+
+@dataclass(slots=True)
+class Sight:
+    """What people see of an answer that grows."""
+
+    where: Where
+    begun: float
+    text: str = ""
+    drawn: texts.Rendered | None = None
+    drawn_from: str = ""
+    drawn_at: float = 0.0
+    typed_at: float = 0.0
+    touched: float = 0.0
+    recovered: bool = False
+    ended: bool = False
+    lock: asyncio.Lock = field(default_factory=asyncio.Lock)
+
+
+class Sights:
+    """All that one account is writing at the moment."""
+
+    def __init__(self, api: Api) -> None:
+        self._api = api
+        self._sights: dict[Handle, Sight] = {}
+        self._seen = asyncio.Event()
+
+    def get(self, handle: Handle) -> Sight | None:
+        return self._sights.get(handle)
+
+    def show(self, handle: Handle, text: str) -> None:
+        sight = self.look(handle)
+        sight.text, sight.touched = text, time.monotonic()
+
+    async def keep(self) -> None:
+        """Until cancelled: paint what has grown, at the pace that there is."""
+        async with asyncio.TaskGroup() as tasks:
+            while True:
+                if not self._sights:
+                    self._seen.clear()
+                    await self._seen.wait()
+                now = time.monotonic()
+                for handle, sight in list(self._sights.items()):
+                    if now - sight.touched > _FORGET_S:
+                        del self._sights[handle]
+                    elif not sight.lock.locked():
+                        if self._due(sight, now):
+                            tasks.create_task(self._paint(sight))
+                        elif self._types(sight, now):
+                            tasks.create_task(self._type(sight))
+                await asyncio.sleep(TICK_S)
+
+    def look(self, handle: Handle, *, recovered: bool = False) -> Sight:
+        """From now on this is shown; what was there already stays as it is."""
+        if handle in self._sights:
+            return self._sights[handle]
+        now = time.monotonic()
+        made = self._sights[handle] = Sight(Where.read(handle), now, touched=now, recovered=recovered)
+        self._seen.set()
+        return made
+
+    async def end(self, handle: Handle) -> Sight | None:
+        """Nothing is painted from now on: a late edit must not stand above the final one."""
+        sight = self._sights.get(handle)
+        if sight is not None:
+            sight.ended = True
+            async with sight.lock:
+                self._sights.pop(handle, None)
+        return sight
+
+    def _due(self, sight: Sight, now: float) -> bool:
+        where = sight.where
+        if where.message:
+            new = bool(sight.text) and sight.text != sight.drawn_from
+        elif where.draft:
+            first = sight.drawn is None and now - sight.begun > _GRACE_S
+            new = first or sight.text != sight.drawn_from or now - sight.drawn_at > RENEW_S
+        else:
+            return False
+        return new and self._api.pace.wait_s(where.chat, draft=bool(where.draft), show=True) <= 0
+
+    async def _paint(self, sight: Sight) -> None:
+        async with sight.lock:
+            if sight.ended:
+                return
+            source = sight.text
+            shown = await _rendered(source) if source else texts.Rendered("")
+            method: TelegramMethod[Any]
+            if sight.where.message:
+                shown = texts.head(shown)
+                if sight.drawn is not None and shown.text == sight.drawn.text:
+                    sight.drawn_from = source
+                    return
+                method = _edit(sight.where, shown)
+            else:
+                shown = texts.tail(shown)
+                method = _draft(sight.where, shown)
+            if await self._shown(sight.where, method):
+                sight.drawn, sight.drawn_from, sight.drawn_at = shown, source, time.monotonic()
+
+    async def _shown(self, where: Where, method: TelegramMethod[Any]) -> bool:
+        """Best effort. What is refused for good is not tried again: as if it were shown."""
+        try:
+            return await self._api.show(where.chat, method, draft=bool(where.draft))
+        except Exception as error:  # a platform's failure costs a picture of the answer, never the answer
+            if isinstance(error, TelegramAPIError) and trouble(error) is Trouble.SAME:
+                return True
+            log.info("telegram.not_shown", extra={"method": method.__api_method__, "error": type(error).__name__})
+            return True
+
+    def _types(self, sight: Sight, now: float) -> bool:
+        where = sight.where
+        wanted = where.streamed and now - sight.begun > _GRACE_S and not (where.draft and sight.drawn)
+        return wanted and now - sight.typed_at > TYPING_S and not self._api.pace.blocked(where.chat)
+
+    async def _type(self, sight: Sight) -> None:
+        async with sight.lock:
+            sight.typed_at = time.monotonic()
+            where = sight.where
+            method = SendChatAction(chat_id=where.chat, message_thread_id=where.action_topic, action="typing")
+            try:
+                await self._api.call(method, timeout_s=5)
+            except TelegramRetryAfter as error:
+                self._api.pace.refused(where.chat, error.retry_after)
+            except Exception as error:
+                log.info("telegram.not_shown", extra={"method": method.__api_method__, "error": type(error).__name__})
+
+
+async def _rendered(source: str) -> texts.Rendered:
+    return texts.render(source) if len(source) < 2_000 else await asyncio.to_thread(texts.render, source)
+
+
+def _edit(where: Where, shown: texts.Rendered) -> TelegramMethod[Any]:
+    """While it grows; who asked in a group can stop it by a button."""
+    return EditMessageText(
+        chat_id=where.chat,
+        message_id=where.message,
+        text=shown.text,
+        entities=shown.entities() or None,
+        reply_markup=stop_keyboard(STOP_SIGN) if where.streamed else None,
+    )
+
+
+def _draft(where: Where, shown: texts.Rendered) -> TelegramMethod[Any]:
+    return SendMessageDraft(
+        chat_id=where.chat,
+        draft_id=where.draft,
+        message_thread_id=where.topic,
+        text=shown.text,
+        entities=shown.entities() or None,
+        can_stop=True,
+        keep_on_stop=True,
+    )

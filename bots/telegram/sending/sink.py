@@ -1,0 +1,286 @@
+"""Writes answers into Telegram: drafts or edits while they grow, then one final text for good. Knows no update.
+
+A handle is where one message is written: a chat with a message id, or with a draft id, which is no message yet. A
+draft becomes a message by `recover`: its first line is sent, its id committed, then edited to the full text. So a kill
+between any two calls leaves at most a first line with "…", never a second answer.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import secrets
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from aiogram.exceptions import (
+    TelegramAPIError,
+    TelegramBadRequest,
+    TelegramMigrateToChat,
+    TelegramNotFound,
+)
+from aiogram.methods import (
+    EditMessageMedia,
+    EditMessageReplyMarkup,
+    EditMessageText,
+    GetMe,
+    SendMessage,
+    TelegramMethod,
+)
+from aiogram.types import (
+    FSInputFile,
+    InputMediaDocument,
+    InputMediaPhoto,
+    InputRichMessage,
+    Message,
+    ReplyParameters,
+)
+
+from bots.plugins import Address, Attachment, Body, Handle, Receipt, Reopen
+from bots.telegram.addresses import receipt, spot
+from bots.telegram.sending import text as texts
+from bots.telegram.sending.api import Api, Lost, Trouble, trouble
+from bots.telegram.sending.buttons import chosen_keyboard, keyboard
+from bots.telegram.sending.drafts import Sight, Sights, Where
+from core.errors import AppError
+
+log = logging.getLogger(__name__)
+K = TypeVar("K")
+V = TypeVar("V")
+WAITING = "…"
+_REMEMBERED = 2_000
+_PICTURES = (".png", ".jpg", ".jpeg")
+_RICH = re.compile(r"^\s*\|?[ :]*-{3,}[-| :]*\|[-| :]*$|\$\$|\\\(|\\\[", re.MULTILINE)
+
+
+@dataclass(frozen=True, slots=True)
+class Part(Body):
+    """One message of a delivery, rendered. `rich` is its Markdown, where it is to be a rich message."""
+
+    marks: tuple[texts.Mark, ...] = ()
+    rich: str = ""
+
+
+class TelegramOutlet:
+    """One account's. `sights.keep` must run for anything to be shown before it is final."""
+
+    def __init__(self, api: Api, *, transport: str = "draft", rich: bool = False) -> None:
+        self._api = api
+        self._transport = transport
+        self._rich = rich
+        self.sights = Sights(api)
+        self.orphans = 0
+        self._owed: OrderedDict[Handle, str] = OrderedDict()  # the text that a draft must become
+        self._moved: OrderedDict[Handle, Where] = OrderedDict()  # where a handle's message is now
+        self._lost: OrderedDict[tuple[int, int | None, int | None], bool] = OrderedDict()  # places, twice in a row
+        self._tried: OrderedDict[Handle, bool] = OrderedDict()  # sent directly, outcome unknown
+
+    # --- the contract ---
+
+    def split(self, body: Body) -> tuple[Body, ...]:
+        """Rendered and cut; buttons below the last text, files as messages of their own."""
+        whole = texts.render(body.text)
+        pieces = texts.split(whole)
+        if self._rich and len(pieces) == 1 and _RICH.search(body.text):
+            parts = [Part(whole.text, marks=whole.marks, rich=body.text)]
+        else:
+            parts = [Part(piece.text, marks=piece.marks) for piece in pieces]
+        parts[-1] = replace(parts[-1], buttons=body.buttons)
+        return (*parts, *(Part("", files=(path,)) for path in body.files))
+
+    async def open(self, to: Address) -> Handle:
+        at = spot(to)
+        where = Where(at.chat, 0, 0, at.topic, at.action_topic, at.reply_to, bool(to.reply_to))
+        if where.streamed and self._transport == "off":
+            handle = where.handle()
+        elif where.streamed and at.private and self._transport != "edit":
+            handle = replace(where, draft=secrets.randbelow(2**31 - 1) + 1).handle()
+        else:
+            where = await self._post(where, texts.Rendered(WAITING))
+            handle = where.handle()
+        self.sights.look(handle)
+        return handle
+
+    async def show(self, handle: Handle, text: str) -> None:
+        self.sights.show(handle, text)
+
+    async def finish(self, handle: Handle, body: Body) -> Receipt:
+        part = body if isinstance(body, Part) else self.split(body)[0]
+        assert isinstance(part, Part)
+        sight = await self.sights.end(handle)
+        where = self._moved.get(handle) or Where.read(handle)
+        if not where.message and self._transport == "draft_direct":
+            where = await self._send_directly(handle, where, part, sight)
+        elif not where.message:
+            _remember(self._owed, handle, part.text)
+            raise Reopen
+        else:
+            where = await self._write(handle, where, part)
+        return receipt(where.chat, where.message)
+
+    async def recover(self, handle: Handle) -> Handle:
+        """A message is written on. A draft of this run becomes one; that of an earlier run is drawn again."""
+        where = Where.read(handle)
+        if where.message or self._transport == "draft_direct":
+            self.sights.look(handle, recovered=True)
+            return handle
+        if handle in self._moved:
+            return self._moved[handle].handle()
+        sight = self.sights.get(handle)
+        if sight is None and handle not in self._owed:
+            self.sights.look(handle, recovered=True)
+            return handle
+        first = texts.first_line(self._owed.get(handle) or (sight.text if sight else ""))
+        await self.sights.end(handle)
+        made = replace(await self._post(where, first), draft=0)
+        _remember(self._moved, handle, made)
+        self._owed.pop(handle, None)
+        self.sights.look(made.handle())
+        return made.handle()
+
+    async def fail(self, handle: Handle, body: Body) -> None:
+        await self.finish(handle, self.split(body)[0])
+
+    async def choose(self, to: Address, label: str) -> None:
+        """The message that was pressed is the one that a press is answered at."""
+        at = spot(to)
+        if at.reply_to is None:
+            return
+        markup = chosen_keyboard(label)
+        edit = EditMessageReplyMarkup(chat_id=at.chat, message_id=at.reply_to, reply_markup=markup)
+        try:
+            await self._api.write(at.chat, edit)
+        except (TelegramAPIError, AppError) as error:
+            log.info("telegram.not_chosen", extra={"error": type(error).__name__})
+
+    def fetch(self, attachment: Attachment) -> AsyncIterator[bytes]:
+        """The bytes of a file that a person sent. Raises BadInput."""
+        return self._api.download(attachment.file_id, attachment.name, attachment.size_bytes)
+
+    # --- final texts ---
+
+    async def _write(self, handle: Handle, where: Where, part: Part) -> Where:
+        """Edit the message to its final form; a message that is gone, or has moved with its group, is written anew."""
+        try:
+            await self._put(where, part)
+        except TelegramMigrateToChat as error:
+            where = replace(where, chat=error.migrate_to_chat_id, topic=None, reply_to=None)
+        except TelegramBadRequest as error:
+            if trouble(error) is not Trouble.GONE:
+                raise
+        else:
+            return where
+        where = await self._post(where, texts.first_line(part.text))
+        _remember(self._moved, handle, where)
+        await self._put(where, part)
+        return where
+
+    async def _put(self, where: Where, part: Part) -> None:
+        """In its best form; then, where Telegram does not take that, in plainer ones."""
+        forms = _forms(where, part)
+        for last, form in zip([*[False] * (len(forms) - 1), True], forms, strict=True):
+            try:
+                await self._api.write(where.chat, form)
+                return
+            except (TelegramBadRequest, TelegramNotFound) as error:
+                meaning = trouble(error)
+                if meaning is Trouble.SAME:
+                    return
+                if meaning is Trouble.GONE or last:
+                    raise
+                log.warning("telegram.plainer", extra={"method": form.__api_method__, "error": type(error).__name__})
+
+    async def _post(self, where: Where, first: texts.Rendered) -> Where:
+        """Send a first small message; where its topic is gone, to the chat itself."""
+        reply = ReplyParameters(message_id=where.reply_to, allow_sending_without_reply=True) if where.reply_to else None
+        method = SendMessage(
+            chat_id=where.chat,
+            message_thread_id=where.topic,
+            text=first.text or WAITING,
+            entities=first.entities() or None,
+            reply_parameters=None if where.chat > 0 else reply,
+        )
+        try:
+            sent = await self._send(where, method)
+        except TelegramMigrateToChat as error:
+            return await self._post(replace(where, chat=error.migrate_to_chat_id, topic=None, reply_to=None), first)
+        except TelegramBadRequest as error:
+            if trouble(error) is not Trouble.THREAD or where.topic is None:
+                raise
+            return await self._post(replace(where, topic=None, action_topic=None), first)
+        return replace(where, message=sent.message_id)
+
+    async def _send(self, where: Where, method: SendMessage) -> Message:
+        """One that may have been sent already is sent once more, when Telegram answers again, and never a third time.
+
+        Raises Lost. So a lost answer leaves one first message too many, as a crash at that point does.
+        """
+        place = (where.chat, where.topic, where.reply_to)
+        if self._lost.pop(place, False):
+            raise Lost(detail="lost twice: the refusal would be a third")
+        try:
+            return await self._api.send(where.chat, method)
+        except Lost:
+            self.orphans += 1
+            await self._api.write(where.chat, GetMe())
+        try:
+            return await self._api.send(where.chat, method)
+        except Lost:
+            self.orphans += 1
+            _remember(self._lost, place, True)
+            raise
+
+    async def _send_directly(self, handle: Handle, where: Where, part: Part, sight: Sight | None) -> Where:
+        """One send. Where it may have been done already, it is not repeated: the answer stays unconfirmed."""
+        if handle in self._tried or (sight is not None and sight.recovered and not sight.text):
+            raise AppError(detail="whether the answer was sent is not known")
+        buttons, shown = keyboard(part.buttons), texts.Rendered(part.text, part.marks)
+        for entities in (shown.entities() or None, None):
+            method = SendMessage(
+                chat_id=where.chat,
+                message_thread_id=where.topic,
+                text=part.text,
+                entities=entities,
+                reply_markup=buttons,
+            )
+            try:
+                _remember(self._tried, handle, True)
+                sent = await self._api.send(where.chat, method)
+                return replace(where, message=sent.message_id)
+            except TelegramBadRequest as error:
+                self._tried.pop(handle, None)
+                if trouble(error) is not Trouble.MARKUP or entities is None:
+                    raise
+        raise AppError(detail="unreachable")
+
+
+def _forms(where: Where, part: Part) -> list[TelegramMethod[Any]]:
+    """The final edit, best first: as a file, rich, with entities, as plain text."""
+    chat, message, buttons = where.chat, where.message, keyboard(part.buttons)
+    if part.files:
+        path = part.files[0]
+        kind = InputMediaPhoto if path.suffix.lower() in _PICTURES else InputMediaDocument
+        media = kind(media=FSInputFile(path))
+        return [EditMessageMedia(chat_id=chat, message_id=message, media=media, reply_markup=buttons)]
+    shown = texts.Rendered(part.text, part.marks)
+    forms: list[TelegramMethod[Any]] = []
+    if part.rich:
+        rich = InputRichMessage(markdown=part.rich)
+        forms.append(EditMessageText(chat_id=chat, message_id=message, rich_message=rich, reply_markup=buttons))
+    if part.marks:
+        entities = shown.entities()
+        forms.append(
+            EditMessageText(chat_id=chat, message_id=message, text=part.text, entities=entities, reply_markup=buttons)
+        )
+    forms.append(EditMessageText(chat_id=chat, message_id=message, text=part.text, reply_markup=buttons))
+    return forms
+
+
+def _remember(known: OrderedDict[K, V], key: K, value: V) -> None:
+    """Keep the newest: those before are of answers long settled."""
+    known[key] = value
+    known.move_to_end(key)
+    if len(known) > _REMEMBERED:
+        known.popitem(last=False)

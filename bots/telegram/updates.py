@@ -1,0 +1,375 @@
+"""An update of Telegram -> what the core takes in, by aiogram's dispatcher. Writes nothing, commits nothing.
+
+What is not for this bot comes out as nothing: group talk that does not address it, other bots, service messages.
+"""
+
+from __future__ import annotations
+
+import logging
+import re
+import time
+from collections import OrderedDict
+from collections.abc import Awaitable, Callable, Mapping
+from dataclasses import dataclass, replace
+from typing import Any, TypeVar
+
+from aiogram import Bot, Dispatcher, F, Router
+from aiogram.enums import ChatMemberStatus, ChatType
+from aiogram.exceptions import ClientDecodeError, TelegramAPIError
+from aiogram.types import (
+    CallbackQuery,
+    ChatMemberUpdated,
+    InaccessibleMessage,
+    InlineKeyboardMarkup,
+    Message,
+    MessageGenerationStopped,
+    Update,
+    User,
+)
+from pydantic import ValidationError
+
+from bots.plugins import Address, Attachment, Grant, Incoming, Kind, Lane
+from bots.telegram.addresses import PLATFORM, conversation, receipt, topic_of
+from bots.telegram.sending.api import RawMember
+from bots.telegram.sending.buttons import pressed
+from core.commands.table import COMMANDS, parse
+from core.errors import AppError, UserError
+
+log = logging.getLogger(__name__)
+V = TypeVar("V")
+ALLOWED = ["message", "edited_message", "callback_query", "my_chat_member", "stopped_message_generation"]
+_GROUPS = (ChatType.GROUP, ChatType.SUPERGROUP)
+_IN, _OUT = (ChatMemberStatus.MEMBER, ChatMemberStatus.ADMINISTRATOR), (ChatMemberStatus.LEFT, ChatMemberStatus.KICKED)
+_ADMINS = (ChatMemberStatus.CREATOR, ChatMemberStatus.ADMINISTRATOR)
+_ADMIN_KNOWN_S = 60.0
+_QUOTE = 1_000
+_MEDIA = "document photo video audio voice animation sticker video_note location contact poll dice story".split()
+_COMMAND = re.compile(r"/([A-Za-z0-9_]{1,32})(?:@([A-Za-z0-9_]+))?(?=\s|$)")
+
+
+class Unreadable(Exception):
+    """An update that cannot be read: it is kept as it came, and acknowledged."""
+
+
+@dataclass(frozen=True, slots=True)
+class Read:
+    """One update: what the core is told (None where nothing is), and the press that waits for an answer."""
+
+    incoming: Incoming | None
+    press: CallbackQuery | None = None
+    album: str = ""
+
+
+class Reader:
+    """One account's. `me` is the bot itself, as getMe gives it; `stops_all` is the door's."""
+
+    def __init__(self, bot: Bot, me: User, account: str, stops_all: Callable[[Address, str], Awaitable[bool]]) -> None:
+        self._bot, self._me, self._account, self._stops_all = bot, me, account, stops_all
+        self._admins: OrderedDict[tuple[int, int], tuple[float, bool]] = OrderedDict()
+        self._pressers: OrderedDict[tuple[int, int], int] = OrderedDict()  # who last asked by a button of a message
+        router = Router(name=account)
+        router.message.register(self._service, F.migrate_to_chat_id)
+        router.message.register(self._private, F.chat.type == ChatType.PRIVATE)
+        router.message.register(self._group, F.chat.type.in_(_GROUPS))
+        router.edited_message.register(self._edited)
+        router.callback_query.register(self._press)
+        router.my_chat_member.register(self._membership)
+        router.stopped_message_generation.register(self._stopped)
+        self._dispatcher = Dispatcher(disable_fsm=True)
+        self._dispatcher.include_router(router)
+
+    async def read(self, raw: Mapping[str, Any]) -> Read:
+        """Raises Unreadable, and nothing else."""
+        try:
+            update = Update.model_validate(raw, context={"bot": self._bot})
+            incoming = await self._dispatcher.feed_update(self._bot, update, key=str(update.update_id))
+        except ValidationError as error:
+            raise Unreadable(f"{error.error_count()} fields") from None
+        except Exception as error:
+            log.exception("telegram.update_failed", extra={"account": self._account})
+            raise Unreadable(type(error).__name__) from None
+        taken = incoming if isinstance(incoming, Incoming) else None
+        message = update.message
+        return Read(taken, update.callback_query, (message.media_group_id or "") if message else "")
+
+    # --- handlers ---
+
+    async def _service(self, message: Message, key: str) -> Incoming:
+        """A group has become a supergroup: its id is another one from now on."""
+        return self._quiet(message, key, Kind.MEMBERSHIP, "moved", str(message.migrate_to_chat_id))
+
+    async def _private(self, message: Message, key: str) -> Incoming | None:
+        if not _said(message) or _is_bot(message):
+            return None
+        return self._incoming(message, key, _text(message))
+
+    async def _group(self, message: Message, key: str) -> Incoming | None:
+        """What addresses the bot: its name, a reply to it, a command of its own."""
+        if not _said(message) or message.is_automatic_forward or _is_bot(message):
+            return None
+        text = _text(message)
+        command = _COMMAND.match(text)
+        if command is not None:
+            if command[2] and command[2].lower() != self._name:
+                return None
+            if not command[2] and command[1].lower() not in {one.name for one in COMMANDS}:
+                return None
+            text = f"/{command[1]}{'' if command[1].lower() == 'start' else text[command.end() :]}"
+        else:
+            named, text = self._unnamed(message, text)
+            if not named and not self._answers_me(message):
+                return None
+        if _needs_grant(text) and not await self._is_admin(message):
+            return self._incoming(message, key, "", notice="telegram.operators_in_private")
+        moderates = _is_stop(text) and await self._is_admin(message)
+        return replace(self._incoming(message, key, text), moderates=moderates)
+
+    async def _edited(self, message: Message, key: str) -> Incoming | None:
+        """An edit never runs anything: not a command, not a second answer."""
+        if message.chat.type != ChatType.PRIVATE or _is_bot(message):
+            return None
+        return self._quiet(message, key, Kind.EDIT)
+
+    async def _press(self, press: CallbackQuery, key: str) -> Incoming | None:
+        found, message = pressed(press.data or ""), press.message
+        if found is None or message is None:
+            return None
+        action, value = found
+        label = _label(message, press.data or "")
+        if action == "say" and value.startswith("#"):
+            value = label or value
+        topic = None if isinstance(message, InaccessibleMessage) else topic_of(message)
+        group = message.chat.type != ChatType.PRIVATE
+        if group and _needs_grant(value) and not await self._admin(message, press.from_user.id):
+            return None
+        moderates = False
+        if group and action == "stop" and (asker := self._asker(message)) != press.from_user.id:
+            moderates = await self._admin(message, press.from_user.id)
+            if asker is not None and not moderates and not await self._operates(message, topic, press.from_user.id):
+                return None
+        if group and action in ("say", "command"):
+            _remember(self._pressers, (message.chat.id, message.message_id), press.from_user.id)
+        return Incoming(
+            lane=Lane.TURN if action == "say" else Lane.CONTROL,
+            kind={"stop": Kind.STOP, "say": Kind.MESSAGE}.get(action, Kind.PRESS),
+            address=self._address(message, topic, str(message.message_id)),
+            user=str(press.from_user.id),
+            update_key=key,
+            message_key=f"press:{press.id}",
+            text={"say": value, "command": label}.get(action, ""),
+            language=press.from_user.language_code or "",
+            action=action if action in ("command", "feedback") else "",
+            value=value if action in ("command", "feedback") else "",
+            moderates=moderates,
+        )
+
+    async def _membership(self, change: ChatMemberUpdated, key: str) -> Incoming | None:
+        before, now, chat = change.old_chat_member.status, change.new_chat_member.status, change.chat
+        private = chat.type == ChatType.PRIVATE
+        joined = not private and chat.type in _GROUPS and before in _OUT and now in _IN
+        if not joined and now not in _OUT:
+            return None
+        return Incoming(
+            lane=Lane.TURN if joined else Lane.CONTROL,
+            kind=Kind.MESSAGE if joined else Kind.MEMBERSHIP,
+            address=Address(PLATFORM, self._account, str(chat.id), conversation(chat, None), "-" if joined else ""),
+            user=str(change.from_user.id),
+            update_key=key,
+            message_key="",
+            language=change.from_user.language_code or "",
+            action="notice" if joined else "blocked",
+            value="telegram.joined" if joined else "",
+        )
+
+    async def _stopped(self, stopped: MessageGenerationStopped, key: str) -> Incoming:
+        """The native stop button below a draft."""
+        chat = stopped.chat
+        return Incoming(
+            lane=Lane.CONTROL,
+            kind=Kind.STOP,
+            address=Address(PLATFORM, self._account, str(chat.id), conversation(chat, stopped.message_thread_id), ""),
+            user=str(chat.id),
+            update_key=key,
+            message_key="",
+        )
+
+    # --- parts ---
+
+    @property
+    def _name(self) -> str:
+        return (self._me.username or "").lower()
+
+    def _address(self, message: Message | InaccessibleMessage, topic: int | None, reply_to: str) -> Address:
+        chat = message.chat
+        return Address(PLATFORM, self._account, str(chat.id), conversation(chat, topic), reply_to)
+
+    def _incoming(self, message: Message, key: str, text: str, *, notice: str = "") -> Incoming:
+        """A message that is for the bot. A command that someone else wrote is none."""
+        if text[:1] in ("/", "／") and _second_hand(message):
+            text, notice = "", "telegram.second_hand"
+        if text and not notice and text[:1] not in ("/", "／"):
+            text = f"{self._quoted(message)}{text}"
+        files = () if notice else _files(message) or _files(message.reply_to_message if text[:1] == "/" else None)
+        album = message.media_group_id if not _text(message) else None
+        return Incoming(
+            lane=Lane.TURN,
+            kind=Kind.MESSAGE,
+            address=self._address(message, topic_of(message), str(message.message_id)),
+            user=_user(message),
+            update_key=key,
+            message_key=f"{message.chat.id}:" + (f"album:{album}" if album else str(message.message_id)),
+            text=text,
+            language=(message.from_user.language_code or "") if message.from_user else "",
+            attachments=files,
+            action="notice" if notice else "",
+            value=notice,
+            answers=self._replied(message),
+            public=message.chat.type != ChatType.PRIVATE,
+        )
+
+    def _quiet(self, message: Message, key: str, kind: Kind, action: str = "", value: str = "") -> Incoming:
+        return Incoming(
+            lane=Lane.CONTROL,
+            kind=kind,
+            address=self._address(message, topic_of(message), ""),
+            user=_user(message),
+            update_key=key,
+            message_key="",
+            action=action,
+            value=value,
+        )
+
+    def _unnamed(self, message: Message, text: str) -> tuple[bool, str]:
+        """Whether the bot is named, and the text without its name."""
+        raw = message.text or message.caption or ""
+        for entity in message.entities or message.caption_entities or []:
+            part = entity.extract_from(raw)
+            mine = entity.type == "mention" and part[1:].lower() == self._name
+            mine = mine or (entity.type == "text_mention" and entity.user is not None and entity.user.id == self._me.id)
+            if mine:
+                return True, text.replace(part, " ", 1).strip().strip(" ,:").strip()
+        return False, text
+
+    def _answers_me(self, message: Message) -> bool:
+        replied = message.reply_to_message
+        return replied is not None and replied.from_user is not None and replied.from_user.id == self._me.id
+
+    def _replied(self, message: Message) -> str:
+        replied = message.reply_to_message
+        return receipt(message.chat.id, replied.message_id) if replied is not None and self._answers_me(message) else ""
+
+    def _quoted(self, message: Message) -> str:
+        """What the message refers to, as a quote before it: a chosen passage, or another's message."""
+        quote = message.quote.text if message.quote is not None else ""
+        if not quote and message.reply_to_message is not None and not self._answers_me(message):
+            quote = _text(message.reply_to_message)
+        if not quote:
+            return ""
+        cut = quote if len(quote) <= _QUOTE else f"{quote[:_QUOTE]}…"
+        return "\n".join(f"> {line}" for line in cut.splitlines()) + "\n\n"
+
+    async def _is_admin(self, message: Message) -> bool:
+        """Whether who wrote this is a known person who administers the group."""
+        if message.sender_chat is not None or message.from_user is None or _second_hand(message):
+            return False
+        return await self._admin(message, message.from_user.id)
+
+    def _asker(self, message: Message | InaccessibleMessage) -> int | None:
+        """Who asked for this answer, by what it replies to; None where that cannot be seen: then the core knows."""
+        asked = None if isinstance(message, InaccessibleMessage) else message.reply_to_message
+        if asked is None or asked.from_user is None:
+            return None
+        if asked.from_user.id == self._me.id:
+            return self._pressers.get((asked.chat.id, asked.message_id))
+        return asked.from_user.id
+
+    async def _operates(self, message: Message | InaccessibleMessage, topic: int | None, user: int) -> bool:
+        try:
+            return await self._stops_all(self._address(message, topic, ""), str(user))
+        except AppError:
+            return False  # not verified: the press is refused, and may be repeated
+
+    async def _admin(self, message: Message | InaccessibleMessage, user: int) -> bool:
+        known = self._admins.get((message.chat.id, user))
+        if known is not None and time.monotonic() - known[0] < _ADMIN_KNOWN_S:
+            return known[1]
+        try:
+            member = await self._bot(RawMember(chat_id=message.chat.id, user_id=user), request_timeout=5)
+        except (TelegramAPIError, ClientDecodeError, TimeoutError):
+            return False  # not verified: the person is told to write in private
+        admin = member.get("status") in _ADMINS
+        _remember(self._admins, (message.chat.id, user), (time.monotonic(), admin))
+        return admin
+
+
+def _remember(known: OrderedDict[tuple[int, int], V], key: tuple[int, int], value: V) -> None:
+    known[key] = value
+    if len(known) > 1_000:
+        known.popitem(last=False)
+
+
+def _said(message: Message) -> bool:
+    """Whether a person said or sent something; the rest are notes of Telegram about the chat."""
+    return bool(message.text or message.caption or any(getattr(message, kind, None) for kind in _MEDIA))
+
+
+def _text(message: Message) -> str:
+    return (message.text or message.caption or "").strip()
+
+
+def _is_bot(message: Message) -> bool:
+    """Another bot. Who writes as a group or channel comes in Telegram's own bot's name, and is none."""
+    return message.from_user is not None and message.from_user.is_bot and message.sender_chat is None
+
+
+def _second_hand(message: Message) -> bool:
+    """Not written here by a person that can be known."""
+    return (
+        message.forward_origin is not None
+        or message.via_bot is not None
+        or message.sender_chat is not None
+        or message.from_user is None
+    )
+
+
+def _user(message: Message) -> str:
+    if message.sender_chat is not None:
+        return str(message.sender_chat.id)
+    return str(message.from_user.id) if message.from_user is not None else str(message.chat.id)
+
+
+def _needs_grant(text: str) -> bool:
+    try:
+        return parse(text).form.who > Grant.ANYONE
+    except UserError:
+        return False
+
+
+def _is_stop(text: str) -> bool:
+    try:
+        return parse(text).command.name == "stop"
+    except UserError:
+        return False
+
+
+def _files(message: Message | None) -> tuple[Attachment, ...]:
+    if message is None:
+        return ()
+    if message.document is not None and message.animation is None:
+        file = message.document
+        return (Attachment(file.file_id, file.file_name or "file", file.file_size or 0, file.mime_type or ""),)
+    for kind in _MEDIA:
+        sent = getattr(message, kind, None)
+        if sent:
+            one = sent[-1] if isinstance(sent, list) else sent
+            return (Attachment(getattr(one, "file_id", ""), kind, getattr(one, "file_size", 0) or 0),)
+    return ()
+
+
+def _label(message: Message | InaccessibleMessage, data: str) -> str:
+    """What stands on the button with this data."""
+    markup = None if isinstance(message, InaccessibleMessage) else message.reply_markup
+    if not isinstance(markup, InlineKeyboardMarkup):
+        return ""
+    found = [one.text for row in markup.inline_keyboard for one in row if one.callback_data == data]
+    return found[0] if found else ""

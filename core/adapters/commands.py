@@ -1,0 +1,305 @@
+"""What /adapter does: list, show, promote, roll back. Knows no files and no model.
+
+Promotion moves the champion of a name, so it needs a grant for every channel that follows the name, and says which.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from typing import Any
+
+from core.adapters import registry
+from core.adapters.registry import BASE, Version
+from core.channels import directory
+from core.channels.commands import Handler
+from core.commands.table import Call, Grant
+from core.errors import BadInput, NotAllowed, UnknownThing
+from core.i18n.messages import Later, duration, say
+from core.jobs import jobs
+from core.storage.database import Row, Tx
+from core.types import Body, Button, Caller, Outcome
+
+DISCARDED = "discarded"
+_MAX_REASON = 200
+_SHOWN_VERSIONS = 20
+
+
+def list_versions(tx: Tx, caller: Caller, call: Call) -> Outcome:
+    name = caller.channel.adapter
+    champion, _ = registry.champion(tx, name)
+    known = registry.versions(tx, name)
+    lines = [_line(tx, caller, version, champion) for version in known[:_SHOWN_VERSIONS]]
+    if len(known) > _SHOWN_VERSIONS:
+        lines.append(say(caller.language, "adapter.more", n=len(known) - _SHOWN_VERSIONS))
+    state = Later("adapter.in_service") if champion is None else Later("adapter.plain")
+    lines.append(say(caller.language, "adapter.line_base", state=state))
+    head = say(caller.language, "adapter.list", title=caller.channel.title)
+    return Outcome(Body("\n".join([head, "", *(f"- {line}" for line in lines)])))
+
+
+def show(tx: Tx, caller: Caller, call: Call) -> Outcome:
+    """Raises UnknownThing."""
+    version = find_version(tx, caller, call.arguments["version"])
+    if version is None:
+        return Outcome(Body(say(caller.language, "adapter.shown_base")))
+    made = version.manifest
+    rows, hyper = made.get("rows") or {}, made.get("hyper") or {}
+    champion, _ = registry.champion(tx, version.name)
+    text = say(
+        caller.language,
+        "adapter.shown",
+        label=version.label,
+        state=_state(tx, version, champion),
+        age=_age(tx, caller, version),
+        base=made.get("base_model", "?"),
+        dataset=_dataset(tx, version),
+        sha=version.dataset_sha256[:12] or "?",
+        train=rows.get("train", "?"),
+        validation=rows.get("validation", "?"),
+        test=rows.get("test", "?"),
+        losses=_losses(made),
+        rank=hyper.get("rank", "?"),
+        alpha=hyper.get("alpha", "?"),
+        dropout=made.get("dropout", "?"),
+        learning_rate=hyper.get("learning_rate", "?"),
+        epochs=_epochs(made),
+        clip_value=hyper.get("clip_value", "?"),
+        clip_norm=hyper.get("clip_norm", "?"),
+        seed=hyper.get("seed", "?"),
+        time=duration(caller.language, float(made.get("seconds", 0))),
+        adapter=version.sha256[:12],
+    )
+    if put := registry.put_into_service(tx, version.sha256):
+        text += "\n" + _approved(tx, caller, put)
+    buttons = () if version.sha256 == champion or version.unpublished else (_promote_button(caller, version.label),)
+    return Outcome(Body(text, buttons))
+
+
+def promote(tx: Tx, caller: Caller, call: Call) -> Outcome:
+    """Raises UnknownThing, BadInput for a version that cannot be used, NotAllowed where a follower is not theirs."""
+    version = find_version(tx, caller, call.arguments["version"])
+    reason = call.arguments.get("reason", "").strip()
+    if len(reason) > _MAX_REASON:
+        raise BadInput("adapter.reason_too_long", limit=_MAX_REASON)
+    followers = _followers(tx, caller)
+    name = caller.channel.adapter
+    before, label_before = registry.champion(tx, name)
+    if version is not None:
+        check_usable(tx, version)
+        _check_verdict(version, reason)
+    sha256 = version.sha256 if version else None
+    label = version.label if version else BASE
+    if sha256 == before:
+        return Outcome(Body(say(caller.language, "adapter.already", label=label)))
+    measured_against = _measured_against(tx, version)
+    registry.promote(tx, name, sha256, caller.user, reason)
+    directory.audit(tx, caller, "adapter promote", name, label_before, {"version": label, "reason": reason})
+    before_it = registry.undo_label(tx, name)
+    key = "adapter.promoted" if before_it else "adapter.promoted_for_good"
+    lines = [say(caller.language, key, channels=followers, label=label, before=before_it)]
+    if measured_against not in ("", label_before) and before_it == label_before:
+        told = {"champion": measured_against, "before": label_before}
+        lines += ["", say(caller.language, "adapter.measured_otherwise", **told)]
+    return Outcome(Body("\n".join(lines)))
+
+
+def discard(tx: Tx, caller: Caller, call: Call) -> Outcome:
+    """Take a version out of use for good. Raises BadInput for one that answers, or that is base."""
+    version = find_version(tx, caller, call.arguments["version"])
+    followers = _followers(tx, caller)
+    champion, _ = registry.champion(tx, caller.channel.adapter)
+    if version is None or version.sha256 == champion:
+        raise BadInput("adapter.in_use", label=version.label if version else BASE, channels=followers)
+    if not version.unpublished:
+        registry.unpublish(tx, version.sha256, DISCARDED)
+        directory.audit(tx, caller, "adapter discard", version.label, None, DISCARDED)
+    return Outcome(Body(say(caller.language, "adapter.discarded", label=version.label)))
+
+
+def worst(tx: Tx, caller: Caller, call: Call) -> Outcome:
+    """The unseen rows on which a version lost most: where to look for what is wrong with the data. Raises BadInput."""
+    version = find_version(tx, caller, call.arguments["version"])
+    judged = version.manifest.get("judged") or {} if version else {}
+    if version is None or not judged:
+        raise BadInput("adapter.no_rows", label=version.label if version else BASE)
+    rows = judged.get("worst") or []
+    fields = {"label": version.label, "champion": judged.get("champion", "?"), "n": len(rows)}
+    if not rows:
+        return Outcome(Body(say(caller.language, "adapter.none_worse", **fields)))
+    lines = [say(caller.language, "adapter.worst", **fields), ""]
+    texts = {line: (asked, said) for line, _, _, asked, said in jobs.shown(tx, version.sha256).worst}
+    for line, before, after in rows:
+        asked, said = texts.get(line, ("", ""))
+        key = "adapter.worst_row" if asked else "adapter.worst_line"
+        fields = {"line": line, "before": f"{before:.2f}", "after": f"{after:.2f}", "asked": asked, "said": said}
+        lines.append(say(caller.language, key, **fields))
+    if not texts:
+        lines += ["", say(caller.language, "adapter.rows_gone")]
+    return Outcome(Body("\n".join(lines)))
+
+
+def rollback(tx: Tx, caller: Caller, call: Call) -> Outcome:
+    """Raises NotAllowed where a follower is not theirs."""
+    followers = _followers(tx, caller)
+    name = caller.channel.adapter
+    _, label_before = registry.champion(tx, name)
+    if registry.undo(tx, name) is None:
+        return Outcome(Body(say(caller.language, "adapter.nothing_to_undo", label=label_before)))
+    _, label = registry.champion(tx, name)
+    directory.audit(tx, caller, "adapter rollback", name, label_before, {"version": label})
+    text = say(caller.language, "adapter.rolled_back", channels=followers, label=label, before=label_before)
+    return Outcome(Body(text))
+
+
+HANDLERS: Mapping[tuple[str, str], Handler] = {
+    ("adapter", "list"): list_versions,
+    ("adapter", "show"): show,
+    ("adapter", "promote"): promote,
+    ("adapter", "rollback"): rollback,
+    ("adapter", "discard"): discard,
+    ("adapter", "worst"): worst,
+}
+
+
+def promote_button(language: str, label: str) -> Button:
+    """Puts a version into service by one press."""
+    return Button(say(language, "adapter.promote_button"), "command", f"/adapter promote {label}")
+
+
+def compare_button(language: str, label: str) -> Button:
+    return Button(say(language, "compare.button"), "command", f"/adapter compare {label}")
+
+
+def anyway_button(language: str, label: str) -> Button:
+    """For one that did not pass: the command then asks for a reason."""
+    return Button(say(language, "adapter.anyway_button"), "command", f"/adapter promote {label}")
+
+
+def discard_button(language: str, label: str) -> Button:
+    return Button(say(language, "adapter.discard_button"), "command", f"/adapter discard {label}")
+
+
+def worst_button(language: str, label: str) -> Button:
+    return Button(say(language, "adapter.worst_button"), "command", f"/adapter worst {label}")
+
+
+def _promote_button(caller: Caller, label: str) -> Button:
+    return promote_button(caller.language, label)
+
+
+def find_version(tx: Tx, caller: Caller, typed: str) -> Version | None:
+    """The version that was meant, of this channel's name alone; None is base. Raises UnknownThing."""
+    if typed.lower() == BASE:
+        return None
+    name, _, number = typed.rpartition("@")
+    known = registry.versions(tx, caller.channel.adapter)
+    for version in known:
+        if name in ("", version.name) and number == str(version.version):
+            return version
+    names = ", ".join([*(version.label for version in known[:_SHOWN_VERSIONS]), BASE])
+    raise UnknownThing("adapter.no_version", typed=typed[:80], known=names)
+
+
+def check_usable(tx: Tx, version: Version) -> None:
+    if version.unpublished:
+        raise BadInput("adapter.is_unpublished", label=version.label, reason=_reason(version))
+    if _other_base(tx, version):
+        raise BadInput("adapter.is_of_another_base", label=version.label)
+
+
+def _measured_against(tx: Tx, version: Version | None) -> str:
+    """The version that a new one was found to be better than; "" for base, and for one that has answered before."""
+    if version is None or registry.put_into_service(tx, version.sha256):
+        return ""
+    return str((version.manifest.get("judged") or {}).get("champion", ""))
+
+
+def _check_verdict(version: Version, reason: str) -> None:
+    """A version that did not pass goes into service only by who says why; the audit log keeps it."""
+    verdict = (version.manifest.get("judged") or {}).get("verdict", "passed")
+    if verdict != "passed" and not reason:
+        why = Later(f"adapter.verdict_{verdict}")
+        raise BadInput("adapter.needs_reason", label=version.label, why=why)
+
+
+def _other_base(tx: Tx, version: Version) -> bool:
+    return directory.loaded_base(tx) not in (None, version.base_fingerprint)
+
+
+def _followers(tx: Tx, caller: Caller) -> str:
+    """The channels that follow the name, with their places, for people. Raises NotAllowed."""
+    rows = tx.all(
+        "SELECT id, title FROM channel WHERE adapter = ? AND archived_ms IS NULL ORDER BY name",
+        [caller.channel.adapter],
+    )
+    if any(directory.grant_of(tx, caller.user, row["id"]) < Grant.OPERATOR for row in rows):
+        raise NotAllowed
+    return ", ".join(_with_places(row["title"], directory.places(tx, row["id"])) for row in rows)
+
+
+def _with_places(title: str, places: tuple[str, ...]) -> str:
+    return f"**{title}** ({', '.join(places)})" if places else f"**{title}**"
+
+
+def _line(tx: Tx, caller: Caller, version: Version, champion: str | None) -> str:
+    return say(
+        caller.language,
+        "adapter.line",
+        label=version.label,
+        state=_state(tx, version, champion),
+        dataset=_dataset(tx, version),
+        losses=_losses(version.manifest),
+        age=_age(tx, caller, version),
+    )
+
+
+def state_now(tx: Tx, version: Version) -> Later | None:
+    """What became of a version since it was made; None while it is just ready."""
+    champion, _ = registry.champion(tx, version.name)
+    state = _state(tx, version, champion)
+    return None if state == "adapter.ready" else state
+
+
+def _state(tx: Tx, version: Version, champion: str | None) -> Later:
+    if version.unpublished:
+        return Later("adapter.unpublished", reason=_reason(version))
+    if _other_base(tx, version):
+        return Later("adapter.other_base")
+    return Later("adapter.in_service") if version.sha256 == champion else Later("adapter.ready")
+
+
+def _reason(version: Version) -> str:
+    known = {"erased": Later("adapter.erased"), DISCARDED: Later("adapter.was_discarded")}
+    return known.get(version.unpublished, version.unpublished)
+
+
+def _approved(tx: Tx, caller: Caller, put: Row) -> str:
+    age = duration(caller.language, max(0, tx.now_ms - put["at_ms"]) / 1000)
+    who = Later("training.data_you") if put["actor"] == caller.user else directory.operator_label(tx, put["actor"])
+    if put["reason"]:
+        return say(caller.language, "adapter.approved_because", who=who, age=age, reason=put["reason"])
+    return say(caller.language, "adapter.approved", who=who, age=age)
+
+
+def _dataset(tx: Tx, version: Version) -> str:
+    """What its channel called the data set."""
+    return tx.value("SELECT dataset FROM job WHERE result = ?", [version.sha256]) or "?"
+
+
+def _losses(manifest: Mapping[str, Any]) -> str:
+    losses = manifest.get("losses") or {}
+    base, tuned = losses.get("test_base"), losses.get("test_candidate")
+    if not isinstance(base, int | float) or not isinstance(tuned, int | float):
+        return "?"
+    return f"{base:.2f} → {tuned:.2f}"
+
+
+def _epochs(manifest: Mapping[str, Any]) -> str | int:
+    """As many as were planned, or those of them that were done where training stopped early."""
+    planned = (manifest.get("hyper") or {}).get("epochs", "?")
+    done = manifest.get("epochs_done", planned)
+    return planned if done == planned else Later("adapter.epochs_done", done=f"{done:g}", planned=planned)
+
+
+def _age(tx: Tx, caller: Caller, version: Version) -> str:
+    return duration(caller.language, max(0, tx.now_ms - version.created_ms) / 1000)

@@ -1,0 +1,300 @@
+"""Adapter versions: folders checked and kept by their hash, rows that say which one answers. Knows no torch.
+
+A folder is read completely before it is believed, renamed to `adapters/<sha256>`, and then written down in one
+transaction. So a crash leaves either nothing, or a folder that the next attempt finds and uses.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import threading
+from collections import OrderedDict
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from core.channels import directory
+from core.errors import AdapterUnusable
+from core.model.weights import tensor_entries
+from core.storage.database import Row, Tx
+from core.storage.home import Home
+from core.types import AdapterRef
+
+CONFIG, WEIGHTS, MANIFEST, CARD = "adapter_config.json", "adapter_model.safetensors", "manifest.json", "README.md"
+BASE = "base"
+_NEEDED = {CONFIG: 2**20, WEIGHTS: 16 * 2**30, MANIFEST: 2**20}
+_ALLOWED = {**_NEEDED, CARD: 2**20}
+_IDENTITY = tuple(sorted(_NEEDED))  # what it computes, and where it came from; the card may be edited
+_REMEMBERED = 256
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """A folder that was read completely. `sha256` is its identity, `manifest` the JSON text in it."""
+
+    sha256: str
+    folder: Path
+    base_fingerprint: str
+    dataset_sha256: str
+    manifest: str
+    trained_tokens: int = 0  # as its manifest says; 0 where nothing was trained
+
+
+@dataclass(frozen=True, slots=True)
+class Version:
+    """One row of the table `adapter`; None stands for base."""
+
+    sha256: str
+    name: str
+    version: int
+    base_fingerprint: str
+    dataset_sha256: str
+    manifest: dict[str, Any]
+    created_ms: int
+    unpublished: str  # why it may not be used any more, or ""
+
+    @property
+    def label(self) -> str:
+        return f"{self.name}@{self.version}"
+
+
+# --- folders: blocking ---
+
+
+def inspect(folder: Path) -> Candidate:
+    """Check a whole folder. Raises AdapterUnusable with what is wrong as its detail."""
+    try:
+        _check_files(folder)
+        config = _json(folder / CONFIG)
+        if config.get("peft_type") != "LORA":
+            raise ValueError(f"peft_type={config.get('peft_type')!r} is not LORA")
+        if not list(tensor_entries(folder / WEIGHTS)):
+            raise ValueError(f"{WEIGHTS} holds no tensors")
+        text = (folder / MANIFEST).read_text("utf-8")
+        manifest = _json(folder / MANIFEST)
+        base = manifest.get("base_fingerprint")
+        if not isinstance(base, str) or not base:
+            raise ValueError(f"{MANIFEST} does not say which base model it was made for (base_fingerprint)")
+        trained = manifest.get("tokens", 0)
+        if not isinstance(trained, int) or trained < 0:
+            raise ValueError(f"{MANIFEST} says that tokens={trained!r} were trained")
+        return Candidate(_digest(folder), folder, base, str(manifest.get("data_sha256", "")), text, trained)
+    except (OSError, ValueError) as error:
+        raise AdapterUnusable(detail=f"{folder.name}: {error}", label=folder.name) from error
+
+
+def place(home: Home, candidate: Candidate) -> Path:
+    """Move the folder to where it is served from. Repeatable: one that is there already is kept, and checked."""
+    target = home.adapters / candidate.sha256
+    if target.exists():
+        verify(AdapterRef(candidate.sha256, target))
+        return target
+    for name in os.listdir(candidate.folder):
+        _sync(candidate.folder / name)
+    _sync(candidate.folder)
+    candidate.folder.rename(target)
+    _sync(home.adapters)
+    return target
+
+
+_verified: OrderedDict[str, tuple[tuple[int, ...], ...]] = OrderedDict()
+_verified_lock = threading.Lock()
+
+
+def verify(ref: AdapterRef) -> None:
+    """That the folder still is what its hash says. Files that have not changed since are not read again.
+
+    Raises AdapterUnusable naming the version.
+    """
+    label = ref.label or ref.sha256[:12]
+    try:
+        seen = _stamps(ref.folder)
+        with _verified_lock:
+            known = _verified.get(str(ref.folder)) == seen
+        if known:
+            return
+        if _digest(ref.folder) != ref.sha256:
+            raise ValueError("its files have changed since it was published")
+        if _stamps(ref.folder) != seen:
+            raise ValueError("its files change while they are read")
+    except (OSError, ValueError) as error:
+        raise AdapterUnusable(detail=f"adapter {label}: {error}", label=label) from error
+    with _verified_lock:
+        _verified[str(ref.folder)] = seen
+        while len(_verified) > _REMEMBERED:
+            _verified.popitem(last=False)
+
+
+def _check_files(folder: Path) -> None:
+    """Plain files of known names and bearable sizes, and nothing else."""
+    if folder.is_symlink() or not folder.is_dir():
+        raise ValueError("it is not a folder")
+    found = {entry.name: entry for entry in os.scandir(folder)}
+    for name, entry in sorted(found.items()):
+        if name not in _ALLOWED:
+            raise ValueError(f"{name[:80]!r} does not belong to an adapter; there may be {', '.join(sorted(_ALLOWED))}")
+        if not entry.is_file(follow_symlinks=False):
+            raise ValueError(f"{name} is not a plain file")
+        if entry.stat(follow_symlinks=False).st_size > _ALLOWED[name]:
+            raise ValueError(f"{name} is larger than {_ALLOWED[name]} bytes")
+    if missing := sorted(_NEEDED.keys() - found.keys()):
+        raise ValueError(f"{', '.join(missing)} is missing")
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(path.read_text("utf-8"))
+    except RecursionError:
+        raise ValueError(f"{path.name} is nested too deeply") from None
+    if not isinstance(value, dict):
+        raise ValueError(f"{path.name} is not a table of keys and values")
+    return value
+
+
+def _digest(folder: Path) -> str:
+    """sha256 over the names and sha256 sums of the files that count."""
+    digest = hashlib.sha256()
+    for name in _IDENTITY:
+        with (folder / name).open("rb") as file:
+            digest.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+    return digest.hexdigest()
+
+
+def _stamps(folder: Path) -> tuple[tuple[int, ...], ...]:
+    """What changes whenever a file does: the kernel sets ctime, and nobody can set it back."""
+    stats = [(folder / name).stat() for name in _IDENTITY]
+    return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stats)
+
+
+def _sync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+# --- rows: run inside a transaction ---
+
+
+def publish(tx: Tx, candidate: Candidate, name: str, version: int) -> None:
+    """Write the version down. Repeatable; it answers nobody before it is promoted."""
+    found = tx.one("SELECT name, version FROM adapter WHERE sha256 = ?", [candidate.sha256])
+    if found == {"name": name, "version": version}:
+        return
+    tx.insert(
+        "adapter",
+        sha256=candidate.sha256,
+        name=name,
+        version=version,
+        base_fingerprint=candidate.base_fingerprint,
+        dataset_sha256=candidate.dataset_sha256 or None,
+        manifest=candidate.manifest,
+        created_ms=tx.now_ms,
+    )
+
+
+def champion(tx: Tx, name: str) -> tuple[str | None, str]:
+    """What channels of this adapter name answer from: (sha256, name@version), or (None, "base")."""
+    row = tx.one(
+        "SELECT sha256, adapter.name, version FROM adapter_name JOIN adapter ON sha256 = champion"
+        " WHERE adapter_name.name = ?",
+        [name],
+    )
+    return (row["sha256"], f"{row['name']}@{row['version']}") if row else (None, BASE)
+
+
+def versions(tx: Tx, name: str) -> list[Version]:
+    """Newest first."""
+    return [_version(row) for row in tx.all("SELECT * FROM adapter WHERE name = ? ORDER BY version DESC", [name])]
+
+
+def passed(version: Version) -> bool:
+    """Whether it may go into service without a word of why."""
+    return bool((version.manifest.get("judged") or {}).get("verdict", "passed") == "passed")
+
+
+def by_sha(tx: Tx, sha256: str) -> Version:
+    row = tx.one("SELECT * FROM adapter WHERE sha256 = ?", [sha256])
+    assert row is not None, sha256
+    return _version(row)
+
+
+def promote(tx: Tx, name: str, sha256: str | None, actor: str, reason: str) -> None:
+    """Make the version (None is base) what the name's channels answer from. The caller has checked that it may."""
+    before, _ = champion(tx, name)
+    tx.insert("promotion", name=name, from_sha256=before, to_sha256=sha256, actor=actor, reason=reason, at_ms=tx.now_ms)
+    tx.run("UPDATE adapter_name SET champion = ? WHERE name = ?", [sha256, name])
+
+
+def put_into_service(tx: Tx, sha256: str) -> Row | None:
+    """Who last put this version into service, why and when; None where nobody has."""
+    return tx.one("SELECT actor, reason, at_ms FROM promotion WHERE to_sha256 = ? ORDER BY id DESC LIMIT 1", [sha256])
+
+
+def undo(tx: Tx, name: str) -> tuple[str | None, str | None] | None:
+    """Undo the newest promotion that stands: (before, after) as sha256; None where there is none.
+
+    Versions that were unpublished meanwhile, or made for another base model, are skipped, down to base.
+    """
+    now, _ = champion(tx, name)
+    undone, back = _way_back(tx, name)
+    for promotion in undone:
+        tx.run("UPDATE promotion SET undone_ms = ? WHERE id = ?", [tx.now_ms, promotion])
+    if back == now:
+        return None
+    tx.run("UPDATE adapter_name SET champion = ? WHERE name = ?", [back, name])
+    return now, back
+
+
+def undo_label(tx: Tx, name: str) -> str:
+    """What `undo` would bring back, as people call it; "" where there is nothing to undo."""
+    _, back = _way_back(tx, name)
+    if back == champion(tx, name)[0]:
+        return ""
+    return by_sha(tx, back).label if back else BASE
+
+
+def _way_back(tx: Tx, name: str) -> tuple[list[int], str | None]:
+    """The promotions that are undone to come to what answered before, newest first, and what that is: else as now."""
+    now, _ = champion(tx, name)
+    standing = "SELECT id, from_sha256 FROM promotion WHERE name = ? AND undone_ms IS NULL ORDER BY id DESC"
+    undone = []
+    for row in tx.all(standing, [name]):
+        undone.append(int(row["id"]))
+        back: str | None = row["from_sha256"]
+        if back != now and (back is None or _serves(tx, by_sha(tx, back))):
+            return undone, back
+    return undone, now
+
+
+def _serves(tx: Tx, version: Version) -> bool:
+    return not version.unpublished and directory.loaded_base(tx) in (None, version.base_fingerprint)
+
+
+def unpublish(tx: Tx, sha256: str, reason: str) -> list[str]:
+    """Never use this version again. Where it answers, the one before does from now on: the names where it did."""
+    tx.run(
+        "UPDATE adapter SET unpublished_ms = ?, unpublished_reason = ? WHERE sha256 = ? AND unpublished_ms IS NULL",
+        [tx.now_ms, reason, sha256],
+    )
+    names = [row["name"] for row in tx.all("SELECT name FROM adapter_name WHERE champion = ?", [sha256])]
+    for name in names:
+        if undo(tx, name) is None:  # it never came here by a promotion
+            tx.run("UPDATE adapter_name SET champion = NULL WHERE name = ?", [name])
+    return names
+
+
+def _version(row: Row) -> Version:
+    return Version(
+        sha256=row["sha256"],
+        name=row["name"],
+        version=row["version"],
+        base_fingerprint=row["base_fingerprint"],
+        dataset_sha256=row["dataset_sha256"] or "",
+        manifest=json.loads(row["manifest"]),
+        created_ms=row["created_ms"],
+        unpublished=row["unpublished_reason"] or "",
+    )

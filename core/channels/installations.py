@@ -1,0 +1,83 @@
+"""What platforms hand out when somebody installs an app: tokens, sealed; and the one-time states of installing.
+
+Knows no platform's words: what is kept of an installation is the bot's own JSON.
+"""
+
+from __future__ import annotations
+
+import json
+import secrets
+from collections.abc import Mapping
+
+from core.channels import directory
+from core.storage.database import Database, Tx
+
+STATE_MS = 10 * 60_000
+INSTALL = "install"  # the account whose bindings say what a new installation answers from
+
+
+class Installations:
+    """Those of all apps of this home."""
+
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def keep(self, platform: str, account: str, kept: Mapping[str, str], link: str | None = None) -> None:
+        """Store what was handed out. With a `link` ("" is the default) the account gets the channel of that link."""
+
+        def work(tx: Tx) -> None:
+            sealed = tx.cipher.seal(json.dumps(dict(kept)))
+            tx.run(
+                "INSERT INTO installation VALUES (?, ?, ?, ?)"
+                " ON CONFLICT DO UPDATE SET sealed = excluded.sealed, changed_ms = excluded.changed_ms",
+                [platform, account, sealed, tx.now_ms],
+            )
+            if link is not None:
+                _bind(tx, platform, account, link)
+
+        await self._database.write(work)
+
+    async def all(self, platform: str) -> dict[str, dict[str, str]]:
+        """What is kept, by account."""
+
+        def work(tx: Tx) -> dict[str, dict[str, str]]:
+            rows = tx.all("SELECT account, sealed FROM installation WHERE platform = ?", [platform])
+            return {row["account"]: json.loads(tx.cipher.unseal(row["sealed"])) for row in rows}
+
+        return await self._database.read(work)
+
+    async def drop(self, platform: str, account: str) -> None:
+        """Forget the tokens of an account. Its bindings and books stay."""
+        await self._database.write(
+            lambda tx: tx.run("DELETE FROM installation WHERE platform = ? AND account = ?", [platform, account])
+        )
+
+    async def begin(self, platform: str, link: str) -> str:
+        """A state that can be used once, for ten minutes; `link` says by which link somebody came."""
+        state = secrets.token_urlsafe(32)
+
+        def work(tx: Tx) -> None:
+            tx.run("DELETE FROM install_state WHERE made_ms < ?", [tx.now_ms - STATE_MS])
+            tx.insert("install_state", hash=tx.cipher.hash_code(state), platform=platform, link=link, made_ms=tx.now_ms)
+
+        await self._database.write(work)
+        return state
+
+    async def use(self, platform: str, state: str) -> str | None:
+        """The link of a state, which is used up by this; None for one that is used, too old or not ours."""
+        return await self._database.write(
+            lambda tx: tx.value(
+                "DELETE FROM install_state WHERE hash = ? AND platform = ? AND made_ms >= ? RETURNING link",
+                [tx.cipher.hash_code(state), platform, tx.now_ms - STATE_MS],
+            )
+        )
+
+
+def _bind(tx: Tx, platform: str, account: str, link: str) -> None:
+    """A link brings its channel; without one the default for new installations, where the account has none yet."""
+    linked = directory.channel_of_link(tx, platform, INSTALL, link) if link else None
+    if linked is None and directory.bound_to(tx, platform, account, ""):
+        return
+    channel = linked or directory.channel_for(tx, platform, INSTALL, "")
+    if channel is not None:
+        directory.bind(tx, platform, account, "", channel.id)

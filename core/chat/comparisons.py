@@ -1,0 +1,309 @@
+"""The blind comparison: one question, answered by a version and by what is in service, and a person's choice.
+
+Which answer stands first is drawn by chance, kept, and told only after the choice. Nothing of it is charged or becomes
+part of the conversation. Rows and commands first, then how both answers are made. Knows no platform.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+
+from core.adapters import registry
+from core.adapters.commands import check_usable, find_version, promote_button
+from core.adapters.registry import BASE, Version
+from core.channels import directory
+from core.channels.commands import Handler
+from core.chat import inbox
+from core.chat.inbox import Taken
+from core.chat.replies import Beginning, Replies, Running
+from core.chat.stopping import stopped_since
+from core.commands.table import Call
+from core.delivery.deliveries import keep_body, new_delivery
+from core.engine.protocol import Delta, Finished, FinishReason, Generation, Request, Scope
+from core.errors import AdapterUnusable, BadInput, EngineError, UnknownThing, UserError
+from core.i18n.messages import say
+from core.jobs import jobs
+from core.storage.database import Row, Tx
+from core.types import AdapterRef, Body, Button, Caller, CompareBlind, Handle, Message, Outcome, Role
+
+log = logging.getLogger(__name__)
+_MAX_QUESTION = 2000
+_SHOW_S = 10.0
+CHOICES = ("a", "b", "same")
+
+
+@dataclass(frozen=True, slots=True)
+class Pair:
+    """What is to be answered twice: by whom, in the order in which it is shown."""
+
+    id: int
+    question: str
+    answerers: tuple[str | None, str | None]  # sha256; None is base
+
+
+# --- rows and commands: run inside a transaction ---
+
+
+def compare(tx: Tx, caller: Caller, call: Call) -> Outcome:
+    """Begin one. Raises UnknownThing, BadInput for a version that cannot be used, or where there is no question."""
+    version = find_version(tx, caller, call.arguments["version"])
+    champion, label = registry.champion(tx, caller.channel.adapter)
+    if version is None and champion is not None:
+        candidate, other = registry.by_sha(tx, champion), None  # base has no row: it is the other one
+    elif version is not None and version.sha256 != champion:
+        candidate, other = version, champion
+    else:
+        raise BadInput("compare.itself", label=label)
+    check_usable(tx, candidate)
+    typed = call.arguments.get("question", "").strip()
+    question = typed or _unseen_question(tx, caller, candidate)
+    if len(question) > _MAX_QUESTION:
+        raise BadInput("compare.question_too_long", limit=_MAX_QUESTION)
+    if tx.value("SELECT 1 FROM comparison WHERE inbox_id = ?", [caller.inbox_id]) is None:
+        tx.insert(
+            "comparison",
+            inbox_id=caller.inbox_id,
+            channel_id=caller.channel.id,
+            candidate=candidate.sha256,
+            other=other,
+            candidate_first=secrets.randbelow(2),
+            question=tx.cipher.seal(question),
+            typed=bool(typed),
+            actor=caller.user,
+            at_ms=tx.now_ms,
+        )
+    return Outcome(Body(""), (CompareBlind(),))
+
+
+def choose(tx: Tx, caller: Caller, call: Call) -> Outcome:
+    """Count a choice, once, and say whose answer it was. Raises UnknownThing."""
+    typed, choice = call.arguments["comparison"], call.arguments["choice"]
+    row = _find(tx, caller, typed)
+    if row["chosen"] is None:
+        first = bool(row["candidate_first"])
+        chosen = "same" if choice == "same" else "candidate" if (choice == "a") == first else "other"
+        _settle(tx, row["id"], chosen)
+        directory.audit(tx, caller, "adapter choose", _label(tx, row["candidate"]), None, {"chosen": chosen})
+        head = _told(tx, caller.language, row, chosen)
+    else:
+        head = say(caller.language, "compare.chosen_already", what=_told(tx, caller.language, row, row["chosen"]))
+    return Outcome(_with_score(tx, caller.language, row, head))
+
+
+HANDLERS: Mapping[tuple[str, str], Handler] = {("adapter", "compare"): compare, ("adapter", "choose"): choose}
+
+
+def score(tx: Tx, candidate: str, other: str | None) -> tuple[int, int, int]:
+    """(how often the candidate was chosen, how often the other, how often neither)."""
+    rows = tx.all(
+        "SELECT chosen, count(*) AS n FROM comparison WHERE candidate = ? AND other IS ? AND chosen IS NOT NULL"
+        " GROUP BY chosen",
+        [candidate, other],
+    )
+    found = {row["chosen"]: int(row["n"]) for row in rows}
+    return found.get("candidate", 0), found.get("other", 0), found.get("same", 0)
+
+
+def _unseen_question(tx: Tx, caller: Caller, version: Version) -> str:
+    """One of the test rows' that was not asked yet in this comparison, else the first again; whole ones before those
+    that were kept cut. Raises BadInput.
+    """
+    asked = {
+        tx.cipher.unseal(row["question"])
+        for row in tx.all("SELECT question FROM comparison WHERE candidate = ?", [version.sha256])
+        if row["question"]
+    }
+    kept = [question for question, _ in jobs.shown(tx, version.sha256).unseen]
+    unseen = sorted(kept, key=lambda question: question.endswith("…")) or list(caller.channel.questions)
+    if not unseen:
+        raise BadInput("compare.no_question", label=version.label)
+    return next((question for question in unseen if question not in asked), unseen[0])
+
+
+def _find(tx: Tx, caller: Caller, typed: str) -> Row:
+    row = (
+        tx.one("SELECT * FROM comparison WHERE id = ? AND channel_id = ?", [int(typed), caller.channel.id])
+        if typed.isdecimal() and len(typed) < 16
+        else None
+    )
+    if row is None:
+        raise UnknownThing("compare.unknown", typed=typed[:40])
+    return row
+
+
+def _settle(tx: Tx, comparison_id: int, chosen: str) -> None:
+    tx.run("UPDATE comparison SET chosen = ?, chosen_ms = ? WHERE id = ?", [chosen, tx.now_ms, comparison_id])
+
+
+def _told(tx: Tx, language: str, row: Row, chosen: str) -> str:
+    labels = _label(tx, row["candidate"]), _label(tx, row["other"])
+    first, second = labels if row["candidate_first"] else labels[::-1]
+    if chosen == "same":
+        return say(language, "compare.was_same", first=first, second=second)
+    label = labels[0] if chosen == "candidate" else labels[1]
+    return say(language, "compare.was", label=label, first=first, second=second)
+
+
+def _with_score(tx: Tx, language: str, row: Row, head: str) -> Body:
+    label, other = _label(tx, row["candidate"]), _label(tx, row["other"])
+    better, worse, same = score(tx, row["candidate"], row["other"])
+    told = say(language, "compare.score", label=label, other=other, better=better, worse=worse, same=same)
+    champion, _ = registry.champion(tx, registry.by_sha(tx, row["candidate"]).name)
+    idle = other if row["candidate"] == champion else label
+    another = Button(say(language, "compare.another"), "command", f"/adapter compare {idle}")
+    return Body(f"{head}\n{told}", (another, promote_button(language, idle)))
+
+
+def _label(tx: Tx, sha256: str | None) -> str:
+    return registry.by_sha(tx, sha256).label if sha256 else BASE
+
+
+# --- both answers ---
+
+
+@dataclass(slots=True)
+class Both:
+    """Two answers that are stopped as one, whether the engine has them or not."""
+
+    answers: list[Generation | Beginning] = field(default_factory=list)
+    stopped: bool = False
+
+    def cancel(self) -> None:
+        self.stopped = True
+        for answer in self.answers:
+            answer.cancel()
+
+
+@dataclass(frozen=True, slots=True)
+class Comparisons:
+    """Has a question answered by both, through the engine and the deliveries of the replies, and without a charge."""
+
+    replies: Replies
+
+    async def answer(self, row: Taken, caller: Caller) -> None:
+        """Answer the row's question twice, up to the stored text. Raises an AppError that the person is to see."""
+        replies, database = self.replies, self.replies.database
+        key = replace(caller.address, reply_to="")
+        both = Both()
+        replies.running[key] = Running(caller.user, both)
+        try:
+            if await database.read(lambda tx: stopped_since(tx, row, caller.channel.id)):  # a later stop finds `both`
+                raise UserError("service.stopped")
+            pair = await database.read(lambda tx: _pair(tx, row.id))
+            refs = await database.read(lambda tx: tuple(replies.adapter_ref(tx, sha256) for sha256 in pair.answerers))
+            for ref in refs:
+                if ref is not None:
+                    await asyncio.to_thread(registry.verify, ref)
+            delivery_id = await database.write(lambda tx: new_delivery(tx, inbox_id=row.id))
+            handle = await replies.deliveries.open(delivery_id, caller.address)
+            await self._announce(handle, caller)
+            answers = await self._answers([self._request(caller, pair, *one) for one in enumerate(refs)], both)
+        except AdapterUnusable as error:  # the channel may answer from another one
+            log.error("compare.unusable", extra={"error": str(error)})
+            raise BadInput("compare.unusable", label=error.fields.get("label", "?")) from error
+        finally:
+            both.cancel()
+            del replies.running[key]
+
+        def keep(tx: Tx) -> None:
+            """Raises UserError where the person was forgotten meanwhile: then nothing of it is stored."""
+            if tx.value("SELECT outcome FROM inbox WHERE id = ?", [row.id]) == "forgotten":
+                raise UserError("service.stopped")
+            keep_body(tx, delivery_id, _body(tx, caller, pair, answers))
+            inbox.mark_generated(tx, row.id)
+
+        await database.write(keep)
+
+    async def _announce(self, handle: Handle, caller: Caller) -> None:
+        """Best effort, like all that is shown before the end."""
+        try:
+            async with asyncio.timeout(_SHOW_S):
+                text = say(caller.language, "compare.answering")
+                await self.replies.deliveries.show(handle, caller.address, text)
+        except Exception as error:
+            log.warning("compare.show_failed", extra={"error": type(error).__name__})
+
+    async def _answers(self, requests: Sequence[Request], both: Both) -> list[str]:
+        """Side by side, where there is room; a stop in the conversation ends both. Raises AppError."""
+        heard = await asyncio.gather(*(self._one(request, both) for request in requests), return_exceptions=True)
+        for one in heard:
+            if isinstance(one, BaseException):
+                raise one
+        return [one for one in heard if isinstance(one, str)]
+
+    async def _one(self, request: Request, both: Both) -> str:
+        """One answer, in its turn among all that want a place at the engine. Raises AppError."""
+        beginning = Beginning(asyncio.get_running_loop().create_future())
+        both.answers.append(beginning)
+        if both.stopped:
+            beginning.cancel()
+        async with self.replies.places.one(request.scope, beginning.turn):
+            if beginning.stopped:
+                raise UserError("service.stopped")
+            generation = self.replies.engine.submit(request)
+            both.answers.append(generation)
+            return await _read(generation)
+
+    def _request(self, caller: Caller, pair: Pair, number: int, ref: AdapterRef | None) -> Request:
+        channel = caller.channel
+        system = (Message(Role.SYSTEM, channel.instructions),) if channel.instructions else ()
+        return Request(
+            id=f"comparison-{pair.id}-{number}",
+            messages=(*system, Message(Role.USER, pair.question)),
+            sampling=replace(
+                self.replies.sampling,
+                temperature=channel.sampling.temperature,
+                top_p=channel.sampling.top_p,
+                seed=pair.id,
+                max_tokens=channel.limits.tokens_out,
+            ),
+            adapter=ref,
+            scope=Scope(channel.partner, channel.name, caller.user, f"comparison-{pair.id}-{number}", channel.weight),
+            max_prompt_tokens=channel.limits.tokens_in,
+            deadline_s=self.replies.deadline_s,
+        )
+
+
+async def _read(generation: Generation) -> str:
+    """Raises UserError where a person stopped it: half an answer is not compared."""
+    text = ""
+    async for event in generation:
+        if isinstance(event, Delta):
+            text += event.text
+        elif isinstance(event, Finished) and event.reason is FinishReason.CANCELLED:
+            raise UserError("service.stopped")
+    if not text.strip():
+        raise EngineError("service.empty")
+    return text.strip()
+
+
+def _pair(tx: Tx, inbox_id: int) -> Pair:
+    """Raises UserError where whoever asked was forgotten meanwhile, and the question with them."""
+    found = tx.one("SELECT * FROM comparison WHERE inbox_id = ?", [inbox_id])
+    assert found is not None, inbox_id
+    if found["question"] is None:
+        raise UserError("service.stopped")
+    order = (found["candidate"], found["other"])
+    return Pair(
+        found["id"], tx.cipher.unseal(found["question"]), order if found["candidate_first"] else (order[1], order[0])
+    )
+
+
+def _body(tx: Tx, caller: Caller, pair: Pair, answers: list[str]) -> Body:
+    """Both, blind. Where they say the very same there is nothing to choose: that counts as a tie."""
+    language = caller.language
+    row = tx.one("SELECT * FROM comparison WHERE id = ?", [pair.id])
+    assert row is not None
+    if answers[0] == answers[1]:
+        _settle(tx, pair.id, "same")
+        head = say(language, "compare.identical", question=pair.question, answer=answers[0])
+        return _with_score(tx, language, row, head)
+    text = say(language, "compare.blind", question=pair.question, a=answers[0], b=answers[1])
+    buttons = tuple(
+        Button(say(language, f"compare.choose_{key}"), "command", f"/adapter choose {pair.id} {key}") for key in CHOICES
+    )
+    return Body(text, buttons)

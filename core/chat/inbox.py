@@ -1,0 +1,218 @@
+"""The inbox: accept, take, close. Knows rows and their states; knows nothing of what a message means."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Collection
+from dataclasses import asdict, dataclass, replace
+
+from core.errors import Overloaded, StoredUnreadable
+from core.storage.database import Row, Tx, Value
+from core.types import Address, Attachment, Incoming, Kind, Lane
+
+MAX_OPEN = 10_000
+MAX_TEXT = 100_000  # characters; a longer text is not kept, and refused with its length
+MAX_ATTEMPTS = 5
+_HERE = "platform = ? AND account = ? AND place = ? AND conversation = ?"
+# What has begun stands before what is new, and counts: in its channel (found as core.channels.directory does) and account.
+_DUE = """
+    WITH head AS (
+        SELECT id, lane, state, platform, account, coalesce(
+            (SELECT channel_id FROM binding WHERE platform = this.platform AND account = this.account
+                AND place = this.place),
+            (SELECT channel_id FROM person WHERE user_hash = this.user_hash),
+            (SELECT channel_id FROM binding WHERE platform = this.platform AND account = this.account AND place = '')
+        ) AS channel FROM inbox AS this
+        WHERE state IN ('new', 'running', 'generated') AND (lane = 'control' OR NOT EXISTS (
+            SELECT 1 FROM inbox AS other WHERE other.platform = this.platform AND other.account = this.account
+            AND other.place = this.place AND other.conversation = this.conversation AND other.id < this.id
+            AND other.lane = 'turn' AND other.state IN ('new', 'running', 'generated')))
+    ), ranked AS (
+        SELECT *, row_number() OVER (PARTITION BY lane, platform, account, channel ORDER BY state = 'new', id) AS rank
+        FROM head
+    ), placed AS (
+        SELECT *, row_number() OVER (PARTITION BY lane, platform, account ORDER BY state = 'new', rank, id) AS number
+        FROM ranked
+    )
+    SELECT inbox.* FROM placed JOIN inbox ON inbox.id = placed.id
+    WHERE placed.state IN ('new', 'generated') AND (placed.lane = 'control' OR number <= ?)
+    ORDER BY placed.lane, rank, placed.id
+"""
+
+
+@dataclass(frozen=True, slots=True)
+class Taken:
+    """One row that is being handled."""
+
+    id: int
+    lane: Lane
+    kind: Kind
+    address: Address
+    user_hash: str
+    language: str
+    update_key: str
+    text: str
+    attachments: tuple[Attachment, ...]
+    action: str
+    value: str
+    received_ms: int
+    attempts: int
+    answers: str = ""
+    public: bool = False
+    moderates: bool = False
+    oversize: int = 0  # characters of a text that was too long to keep
+    readable: bool = True  # whether what it says can be unsealed
+
+
+def accept(tx: Tx, incoming: Incoming, lane: Lane) -> int | None:
+    """Keep one update; its row id, or None for a repeat. Raises Overloaded where too much waits already."""
+    if int(tx.value("SELECT count(*) FROM inbox WHERE state IN ('new', 'running', 'generated')")) >= MAX_OPEN:
+        raise Overloaded(retry_after_s=30)
+    text = clean(incoming.text)
+    payload = {
+        "text": text if len(text) <= MAX_TEXT else "",
+        "oversize": len(text) if len(text) > MAX_TEXT else 0,
+        "attachments": [asdict(_clean_attachment(attachment)) for attachment in incoming.attachments],
+        "action": incoming.action,
+        "value": clean(incoming.value),
+        "answers": incoming.answers,
+        "public": incoming.public,
+        "moderates": incoming.moderates,
+    }
+    to = incoming.address
+    return tx.value(  # type: ignore[no-any-return]
+        "INSERT INTO inbox (platform, account, place, conversation, reply_to, user_hash, lane, kind, language,"
+        " update_key, message_key, payload, received_ms, state) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'new')"
+        " ON CONFLICT DO NOTHING RETURNING id",
+        [
+            to.platform,
+            to.account,
+            to.place,
+            to.conversation,
+            to.reply_to,
+            tx.cipher.hash_user(to.platform, to.account, incoming.user),
+            lane,
+            incoming.kind,
+            incoming.language,
+            incoming.update_key,
+            tx.cipher.hash_message(incoming.message_key) if incoming.message_key else "",
+            tx.cipher.seal(json.dumps(payload, ensure_ascii=False)),
+            tx.now_ms,
+        ],
+    )
+
+
+def accept_dead(tx: Tx, platform: str, account: str, update_key: str, raw: str) -> None:
+    """Keep an update that could not be read, so that it is acknowledged, counted and never lost."""
+    tx.run(
+        "INSERT INTO inbox (platform, account, place, conversation, reply_to, user_hash, lane, kind, language,"
+        " update_key, message_key, payload, received_ms, state, outcome, closed_ms)"
+        " VALUES (?, ?, '', '', '', '', 'control', 'message', '', ?, '', ?, ?, 'dead', 'unreadable', ?)"
+        " ON CONFLICT DO NOTHING",
+        [platform, account, update_key, tx.cipher.seal(clean(raw)[:MAX_TEXT]), tx.now_ms, tx.now_ms],
+    )
+
+
+def recover(tx: Tx) -> None:
+    """At start nothing runs: what was running begins again. One process owns the home, so there are no leases."""
+    tx.run("UPDATE inbox SET state = 'new', attempts = attempts + 1 WHERE state = 'running'")
+
+
+def take(tx: Tx, room: int, accounts: Collection[tuple[str, str]], active: Collection[int]) -> list[Taken]:
+    """The rows to begin now: every control row, and turns, each its conversation's oldest open one.
+
+    Of one account at most `room` turns are handled at once, so that a platform that is away holds up no other; what is
+    free there goes to the channel that has the least of it. `accounts` are the (platform, account) pairs whose bot is
+    running; `active` are the rows being handled already.
+    """
+    rows = tx.all(_DUE, [room])
+    due = [row for row in rows if row["id"] not in active and (row["platform"], row["account"]) in accounts]
+    for row in due:
+        if row["state"] == "new":
+            tx.run("UPDATE inbox SET state = 'running' WHERE id = ?", [row["id"]])
+    return [_taken(tx, row) for row in due]
+
+
+def mark_generated(tx: Tx, inbox_id: int) -> None:
+    tx.run("UPDATE inbox SET state = 'generated' WHERE id = ? AND state = 'running'", [inbox_id])
+
+
+def is_generated(tx: Tx, inbox_id: int) -> bool:
+    """Whether the row's text is stored, so that only its delivery is left to do."""
+    return bool(tx.value("SELECT state = 'generated' FROM inbox WHERE id = ?", [inbox_id]))
+
+
+def close(tx: Tx, inbox_id: int, outcome: str, *, dead: bool = False) -> None:
+    """End a row: `done` is answered or refused in sight of the person, `dead` is given up. One that ended stays so."""
+    tx.run(
+        "UPDATE inbox SET state = ?, outcome = ?, closed_ms = ? WHERE id = ? AND state NOT IN ('done', 'dead')",
+        ["dead" if dead else "done", outcome, tx.now_ms, inbox_id],
+    )
+
+
+def controls_after(tx: Tx, row: Taken) -> list[Taken]:
+    """What came to this turn's conversation after it and waits for no turn: stops, presses."""
+    sql = f"SELECT * FROM inbox NOT INDEXED WHERE id > ? AND lane = 'control' AND {_HERE}"
+    return [_taken(tx, one) for one in tx.all(sql, [row.id, *_here(row)])]
+
+
+def turn_before_closed_ms(tx: Tx, row: Taken) -> int | None:
+    """When the turn before this one ended; None where it has not, or is the first."""
+    sql = f"SELECT closed_ms FROM inbox NOT INDEXED WHERE id < ? AND lane = 'turn' AND {_HERE} ORDER BY id DESC LIMIT 1"
+    return tx.value(sql, [row.id, *_here(row)])  # type: ignore[no-any-return]
+
+
+def open_rows(tx: Tx, platform: str, account: str) -> int:
+    """What is not yet ended for this account: messages, and the messages of jobs that were started from it."""
+    messages = tx.value(
+        "SELECT count(*) FROM inbox WHERE platform = ? AND account = ? AND state IN ('new', 'running', 'generated')",
+        [platform, account],
+    )
+    jobs = tx.value(
+        "SELECT count(*) FROM delivery JOIN job ON job.id = delivery.job_id"
+        " WHERE job.platform = ? AND job.account = ? AND delivery.state IN ('open', 'generated')",
+        [platform, account],
+    )
+    return int(messages) + int(jobs)
+
+
+def clean(text: str) -> str:
+    """Text that SQLite, JSON and every platform can hold: no NUL, no lone surrogate."""
+    return text.replace("\x00", "\ufffd").encode("utf-8", "replace").decode("utf-8") if text else text
+
+
+def _here(row: Taken) -> list[Value]:
+    to = row.address
+    return [to.platform, to.account, to.place, to.conversation]
+
+
+def _clean_attachment(given: Attachment) -> Attachment:
+    return replace(given, name=clean(given.name), media_type=clean(given.media_type))
+
+
+def _taken(tx: Tx, row: Row) -> Taken:
+    readable = True
+    try:
+        payload = json.loads(tx.cipher.unseal(row["payload"])) if row["payload"] else {}
+    except StoredUnreadable:  # this one is given up, and stops no other
+        payload, readable = {}, False
+    return Taken(
+        id=row["id"],
+        lane=Lane(row["lane"]),
+        kind=Kind(row["kind"]),
+        address=Address(row["platform"], row["account"], row["place"], row["conversation"], row["reply_to"]),
+        user_hash=row["user_hash"],
+        language=row["language"],
+        update_key=row["update_key"],
+        text=payload.get("text", ""),
+        attachments=tuple(Attachment(**given) for given in payload.get("attachments", ())),
+        action=payload.get("action", ""),
+        value=payload.get("value", ""),
+        received_ms=row["received_ms"],
+        attempts=row["attempts"],
+        answers=payload.get("answers", ""),
+        public=payload.get("public", False),
+        moderates=payload.get("moderates", False),
+        oversize=payload.get("oversize", 0),
+        readable=readable,
+    )

@@ -1,0 +1,134 @@
+"""What a bot's own pages show of a place: who may do what there, how it is used, what runs. Reads rows; changes none.
+
+Knows no sentence and no platform. What a page shows decides nothing: commands are checked where they run.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from core.adapters import registry
+from core.channels import directory
+from core.commands.table import Grant
+from core.i18n.messages import resolve
+from core.jobs import jobs
+from core.jobs.jobs import Job
+from core.storage.database import Database, Tx
+from core.types import Address, Channel
+from core.usage.reports import daily
+
+DAYS = 14
+_JOBS, _CHOICES = 5, 99
+_HOUR_MS = 3_600_000
+
+
+@dataclass(frozen=True, slots=True)
+class Choice:
+    """A version that could be put into service. One that has not passed its test needs a reason."""
+
+    label: str
+    passed: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Overview:
+    """One channel, as one person may see it. The last three are empty for who does not operate it.
+
+    `left_hour` is how many questions this person has left in this hour, None without a limit. `version` answers since
+    `age_s` seconds, None where no version was ever put into service. `days` are (YYYY-MM-DD, replies), oldest first;
+    `jobs` are the newest, each with its age in seconds.
+    """
+
+    channel: Channel
+    grant: Grant
+    language: str
+    left_hour: int | None
+    version: str
+    age_s: float | None
+    days: tuple[tuple[str, int], ...] = ()
+    jobs: tuple[tuple[Job, float], ...] = ()
+    choices: tuple[Choice, ...] = ()
+
+
+class Lookups:
+    def __init__(self, database: Database) -> None:
+        self._database = database
+
+    async def overview(self, at: Address, user: str) -> Overview | None:
+        """None where no channel answers in that place."""
+        return await self._database.read(lambda tx: _overview(tx, at, user))
+
+    async def language(self, at: Address, user: str) -> str:
+        """The language that this person chose, else their channel's; "" where neither is known."""
+
+        def work(tx: Tx) -> str:
+            who = tx.cipher.hash_user(at.platform, at.account, user)
+            channel = directory.channel_of_person(tx, at.platform, at.account, at.place, who)
+            return directory.person_language(tx, who) or (resolve(channel.language) if channel else "")
+
+        return await self._database.read(work)
+
+    async def heard(self, at: Address, message_key: str) -> bool:
+        """Whether that message was taken in: whoever goes on below it speaks to us."""
+
+        def work(tx: Tx) -> bool:
+            asked = "SELECT 1 FROM inbox WHERE platform = ? AND account = ? AND message_key = ?"
+            return bool(tx.value(asked, [at.platform, at.account, tx.cipher.hash_message(message_key)]))
+
+        return await self._database.read(work)
+
+
+def _overview(tx: Tx, at: Address, user: str) -> Overview | None:
+    who = tx.cipher.hash_user(at.platform, at.account, user)
+    channel = directory.channel_of_person(tx, at.platform, at.account, at.place, who)
+    if channel is None:
+        return None
+    grant = directory.grant_of(tx, who, channel.id)
+    operates = grant >= Grant.OPERATOR
+    rows = daily(tx, channel.id, DAYS) if operates else []
+    return Overview(
+        channel,
+        grant,
+        directory.person_language(tx, who) or resolve(channel.language) or "en",
+        _left(tx, channel, who),
+        directory.version_label(tx, channel.adapter),
+        _age_s(tx, channel.adapter),
+        tuple((str(row["day"]), int(row["replies"])) for row in rows),
+        tuple((job, _ago_s(tx, job.created_ms)) for job in jobs.of_channel(tx, channel.id, _JOBS)) if operates else (),
+        _choices(tx, channel.adapter) if operates else (),
+    )
+
+
+def _left(tx: Tx, channel: Channel, who: str) -> int | None:
+    if not channel.limits.per_hour:
+        return None
+    used = tx.value(
+        "SELECT count(*) FROM generation WHERE user_hash = ? AND channel_id = ? AND started_ms > ?",
+        [who, channel.id, tx.now_ms - _HOUR_MS],
+    )
+    return max(channel.limits.per_hour - int(used), 0)
+
+
+def _age_s(tx: Tx, adapter: str) -> float | None:
+    """Since the newest promotion, or the newest one that was taken back."""
+    since = tx.value("SELECT max(max(at_ms, ifnull(undone_ms, 0))) FROM promotion WHERE name = ?", [adapter])
+    return None if since is None else _ago_s(tx, int(since))
+
+
+def _ago_s(tx: Tx, at_ms: int) -> float:
+    return max(tx.now_ms - at_ms, 0) / 1000
+
+
+def _choices(tx: Tx, adapter: str) -> tuple[Choice, ...]:
+    """What could answer instead of what does, newest first; base is the last."""
+    champion, _ = registry.champion(tx, adapter)
+    loaded = directory.loaded_base(tx)
+    usable = (
+        one
+        for one in registry.versions(tx, adapter)
+        if not one.unpublished and one.sha256 != champion and loaded in (None, one.base_fingerprint)
+    )
+    found = [
+        Choice(one.label, (one.manifest.get("judged") or {}).get("verdict", "passed") == "passed") for one in usable
+    ]
+    return (*found[:_CHOICES], *((Choice(registry.BASE),) if champion is not None else ()))

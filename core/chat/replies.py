@@ -1,0 +1,381 @@
+"""One reply, from its inbox row to its settled delivery. Knows prices, adapters and turns; knows no command.
+
+The order of the commits is the promise (core.delivery.deliveries): pin, handle, generated, receipt + charge + turns in one.
+A crash between any two of them leads back here with the same row, the same pinned adapter, price and seed.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import hashlib
+import logging
+import time
+from collections.abc import AsyncIterator, Awaitable, Callable
+from contextlib import asynccontextmanager
+from dataclasses import dataclass, field, replace
+from typing import Protocol
+
+from core.adapters import registry
+from core.channels import directory
+from core.chat import conversations, inbox
+from core.chat.inbox import Taken
+from core.chat.stopping import stopped_since
+from core.delivery.deliveries import Deliveries, keep_body, new_delivery
+from core.engine.protocol import Delta, Engine, Finished, FinishReason, Generation, Request, Scope
+from core.engine.scheduling.scheduler import Scheduler
+from core.errors import AdapterUnusable, AppError, EngineError, LimitReached, UserError
+from core.i18n.messages import say
+from core.storage.database import Database, Tx
+from core.storage.home import Home
+from core.types import AdapterRef, Address, Body, Button, Caller, Handle, Message, Role, Sampling
+from core.usage import ledger
+
+log = logging.getLogger(__name__)
+_MINUTE_MS, _HOUR_MS = 60_000, 3_600_000
+_RETRY_TEMPERATURE = 0.7  # another answer to the same question must be able to differ
+_LAST_SHOW_S = 10.0
+
+
+@dataclass(frozen=True, slots=True)
+class Pinned:
+    """What a reply is bound to, whatever happens to it: by the row `generation`."""
+
+    generation_id: str
+    delivery_id: int
+    adapter: AdapterRef | None
+    seed: int
+    messages: tuple[Message, ...]
+
+
+class Stoppable(Protocol):
+    def cancel(self) -> None: ...
+
+
+@dataclass(frozen=True, slots=True)
+class Running:
+    """What a stop reaches: an answer that is being written, and whom it is for."""
+
+    user: str
+    answer: Stoppable
+
+
+@dataclass(slots=True)
+class Beginning:
+    """A reply that the engine does not have yet: a stop is remembered, and ends its wait for a place (`turn`)."""
+
+    turn: asyncio.Future[None]
+    stopped: bool = False
+
+    def cancel(self) -> None:
+        self.stopped = True
+        if not self.turn.done():
+            self.turn.set_result(None)
+
+
+class Places:
+    """Room for so many replies at the engine. Where more want it they take turns as they do there."""
+
+    def __init__(self, free: int) -> None:
+        self._free = free
+        self._waiting: Scheduler[tuple[asyncio.Future[None], Scope]] = Scheduler(inbox.MAX_OPEN)
+
+    @asynccontextmanager
+    async def one(self, scope: Scope, turn: asyncio.Future[None]) -> AsyncIterator[None]:
+        """Wait for `turn`. Who sets it earlier waits no longer, and has no place."""
+        came = turn, scope
+        self._waiting.add(came, scope)
+        self._fill()
+        try:
+            await turn
+            yield
+        finally:
+            if not self._waiting.remove(came):
+                self._waiting.done(scope)
+                self._free += 1
+                self._fill()
+
+    def _fill(self) -> None:
+        while self._free and (next_one := self._waiting.take()):
+            self._free -= 1
+            turn, scope = next_one
+            self._waiting.charge(scope, 1)
+            if not turn.done():  # cancelled or stopped: its place comes back at once
+                turn.set_result(None)
+
+
+@dataclass(slots=True)
+class Replies:
+    """Runs replies. `running` holds what a stop reaches in each conversation that is being answered."""
+
+    database: Database
+    home: Home
+    engine: Engine
+    deliveries: Deliveries
+    places: Places
+    sampling: Sampling = field(default_factory=Sampling)  # what a channel does not set for itself
+    deadline_s: float = 120.0
+    running: dict[Address, Running] = field(default_factory=dict)
+
+    async def generate(self, row: Taken, caller: Caller, text: str, *, again: bool) -> None:
+        """Answer `text`, up to the stored final text; raises an AppError that the person is to see.
+
+        With `again` the conversation's last question is answered once more and `text` is ignored.
+        """
+        key = replace(caller.address, reply_to="")
+        beginning = Beginning(asyncio.get_running_loop().create_future())
+        self.running[key] = Running(caller.user, beginning)
+        try:
+            # a stop that was accepted before this is in the inbox; a later one finds `beginning`
+            if await self.database.read(lambda tx: stopped_since(tx, row, caller.channel.id)):
+                raise UserError("service.stopped")
+            pinned = await self.database.write(lambda tx: self._pin(tx, row, caller, text, again=again))
+            if pinned.adapter is not None:
+                await asyncio.to_thread(registry.verify, pinned.adapter)
+            handle = await self.deliveries.open(pinned.delivery_id, caller.address)
+            request = self._request(row, caller, pinned, again=again)
+            async with self.places.one(request.scope, beginning.turn):
+                if beginning.stopped:
+                    raise UserError("service.stopped")
+                began = time.monotonic()
+                generation = self.engine.submit(request)
+                self.running[key] = Running(caller.user, generation)
+                answer, finished = await self._read(generation, handle, caller.address)
+        finally:
+            del self.running[key]
+        if not answer.strip():
+            await self.database.write(lambda tx: _count(tx, pinned, finished))
+            raise (
+                UserError("service.stopped")
+                if finished.reason is FinishReason.CANCELLED
+                else EngineError("service.empty")
+            )
+        body = self._body(caller.language, pinned, answer, finished, time.monotonic() - began)
+        await self.database.write(lambda tx: _keep(tx, row, pinned, body, finished))
+
+    def stop(self, at: Address, user: str) -> None:
+        """Stop what is being answered there, if it is for `user` ("": anybody). The text so far becomes the answer."""
+        running = self.running.get(replace(at, reply_to=""))
+        if running is not None and user in ("", running.user):
+            running.answer.cancel()
+
+    def stop_all(self) -> None:
+        for running in list(self.running.values()):
+            running.answer.cancel()
+
+    def _pin(self, tx: Tx, row: Taken, caller: Caller, text: str, *, again: bool) -> Pinned:
+        channel = caller.channel
+        generation_id = hashlib.sha256(
+            "|".join((row.address.platform, row.address.account, row.update_key)).encode()
+        ).hexdigest()[:32]
+        found = tx.one("SELECT adapter, seed FROM generation WHERE id = ?", [generation_id])
+        if found is None:
+            _check_limits(tx, caller)
+            sha256, _ = registry.champion(tx, channel.adapter)
+            seed = int(generation_id[:8], 16)
+            tx.insert(
+                "generation",
+                id=generation_id,
+                inbox_id=row.id,
+                channel_id=channel.id,
+                user_hash=caller.user,
+                adapter=sha256,
+                price_id=directory.price_now(tx, channel.id).id,
+                seed=seed,
+                state="running",
+                started_ms=tx.now_ms,
+            )
+        else:
+            sha256, seed = found["adapter"], found["seed"]
+        past = conversations.history(tx, caller.conversation_id)
+        if again:
+            last = max((i for i, turn in enumerate(past) if turn.role is Role.USER), default=-1)
+            if last < 0:
+                raise UserError("service.nothing_to_retry")
+            past = past[: last + 1]
+        else:
+            past = (*past, Message(Role.USER, text))
+        system = (Message(Role.SYSTEM, channel.instructions),) if channel.instructions else ()
+        return Pinned(
+            generation_id,
+            new_delivery(tx, inbox_id=row.id),
+            self.adapter_ref(tx, sha256),
+            seed,
+            (*system, *past),
+        )
+
+    def adapter_ref(self, tx: Tx, sha256: str | None) -> AdapterRef | None:
+        """The version's folder, or AdapterUnusable: never another's, nor silently the bare base."""
+        if sha256 is None:
+            return None
+        row = tx.one("SELECT name, version, base_fingerprint, unpublished_ms FROM adapter WHERE sha256 = ?", [sha256])
+        assert row is not None, sha256
+        label = f"{row['name']}@{row['version']}"
+        if row["base_fingerprint"] != self.engine.info.fingerprint:
+            raise AdapterUnusable(
+                "error.adapter_other_base",
+                f"{label} was trained on base model {row['base_fingerprint'][:12]}, loaded is {self.engine.info.model}",
+                label=label,
+            )
+        if row["unpublished_ms"] is not None:
+            raise AdapterUnusable(detail=f"{label} is unpublished", label=label)
+        return AdapterRef(sha256, self.home.adapters / sha256, label)
+
+    def _request(self, row: Taken, caller: Caller, pinned: Pinned, *, again: bool) -> Request:
+        channel = caller.channel
+        temperature = max(channel.sampling.temperature, _RETRY_TEMPERATURE) if again else channel.sampling.temperature
+        return Request(
+            id=pinned.generation_id,
+            messages=pinned.messages,
+            sampling=replace(
+                self.sampling,
+                temperature=temperature,
+                top_p=channel.sampling.top_p,
+                seed=pinned.seed,
+                max_tokens=channel.limits.tokens_out,
+            ),
+            adapter=pinned.adapter,
+            scope=Scope(channel.partner, channel.name, caller.user, str(caller.conversation_id), channel.weight),
+            max_prompt_tokens=channel.limits.tokens_in,
+            deadline_s=self.deadline_s,
+        )
+
+    async def _read(self, generation: Generation, handle: Handle, to: Address) -> tuple[str, Finished]:
+        """Show the text as it grows; what was said, and why it ended."""
+        screen = _Screen(lambda text: self.deliveries.show(handle, to, text))
+        finished: Finished | None = None
+        failure: AppError | None = None
+        async with asyncio.TaskGroup() as tasks:
+            tasks.create_task(screen.run())
+            try:
+                async for event in generation:
+                    if isinstance(event, Delta):
+                        screen.add(event.text)
+                    elif isinstance(event, Finished):
+                        finished = event
+            except AppError as error:
+                failure = error
+            finally:
+                generation.cancel()
+                screen.end()
+        if failure is not None:
+            raise failure
+        if finished is None:
+            raise EngineError(detail="the engine ended a generation without saying so")
+        return screen.text, finished
+
+    def _body(self, language: str, pinned: Pinned, answer: str, finished: Finished, seconds: float) -> Body:
+        tokens = finished.usage.completion_tokens
+        cut = {FinishReason.LENGTH: "service.cut_length", FinishReason.DEADLINE: "service.cut_deadline"}.get(
+            finished.reason
+        )
+        note = say(language, "service.note", tokens=tokens, seconds=f"{seconds:.1f}")
+        go_on = (Button(say(language, "service.continue"), "say", say(language, "service.continue_asked")),)
+        return Body(
+            answer.strip(),
+            (
+                *(go_on if cut else ()),
+                Button(say(language, "service.again"), "command", "/retry"),
+                Button("👍", "feedback", f"{pinned.generation_id}:1"),
+                Button("👎", "feedback", f"{pinned.generation_id}:-1"),
+            ),
+            note=f"{note} · {say(language, cut)}" if cut else note,
+        )
+
+
+def settle(tx: Tx, row: Taken, body: Body) -> None:
+    """In the transaction of the last receipt: the charge, the two turns, the closed row."""
+    if not inbox.is_generated(tx, row.id):  # erased by /forget meanwhile
+        return
+    generation = tx.one("SELECT id, channel_id FROM generation WHERE inbox_id = ? AND state = 'generated'", [row.id])
+    assert generation is not None, row.id
+    tx.run(
+        "UPDATE generation SET state = 'delivered', ended_ms = ? WHERE id = ?",
+        [tx.now_ms, generation["id"]],
+    )
+    ledger.charge(tx, generation["id"])
+    conversation = conversations.conversation_id(tx, row.address, generation["channel_id"])
+    if row.text.lstrip()[:1] in ("/", "／") or row.action:  # an answer given again
+        conversations.drop_last_answer(tx, conversation)
+    else:
+        conversations.append(tx, conversation, row.id, Role.USER, row.text, row.user_hash)
+    conversations.append(tx, conversation, row.id, Role.ASSISTANT, body.text, row.user_hash)
+    inbox.close(tx, row.id, "replied")
+
+
+def fail(tx: Tx, row: Taken) -> None:
+    """Nothing is charged; the tokens stay recorded for cost."""
+    tx.run(
+        "UPDATE generation SET state = 'failed', ended_ms = ? WHERE inbox_id = ? AND state <> 'delivered'",
+        [tx.now_ms, row.id],
+    )
+
+
+def _keep(tx: Tx, row: Taken, pinned: Pinned, body: Body, finished: Finished) -> None:
+    """Raises UserError where the person was forgotten while this was generated: then nothing of it is stored."""
+    if tx.value("SELECT outcome FROM inbox WHERE id = ?", [row.id]) == "forgotten":
+        raise UserError("service.stopped")
+    _count(tx, pinned, finished)
+    tx.run("UPDATE generation SET state = 'generated' WHERE id = ?", [pinned.generation_id])
+    keep_body(tx, pinned.delivery_id, body)
+    inbox.mark_generated(tx, row.id)
+
+
+def _count(tx: Tx, pinned: Pinned, finished: Finished) -> None:
+    """What it cost, delivered or not."""
+    usage = finished.usage
+    tx.run(
+        "UPDATE generation SET finish = ?, tokens_in = ?, tokens_reused = ?, tokens_out = ? WHERE id = ?",
+        [finished.reason, usage.prompt_tokens, usage.reused_tokens, usage.completion_tokens, pinned.generation_id],
+    )
+
+
+def _check_limits(tx: Tx, caller: Caller) -> None:
+    """Raises LimitReached where this person has used up the minute or the hour in this channel."""
+    limits = caller.channel.limits
+    for limit, window_ms, key in (
+        (limits.per_minute, _MINUTE_MS, "error.limit_minute"),
+        (limits.per_hour, _HOUR_MS, "error.limit_hour"),
+    ):
+        if not limit:
+            continue
+        recent = tx.all(
+            "SELECT started_ms FROM generation WHERE user_hash = ? AND channel_id = ?"
+            " AND started_ms > ? AND started_ms <= ? ORDER BY started_ms DESC LIMIT ?",
+            [caller.user, caller.channel.id, tx.now_ms - window_ms, tx.now_ms, limit],
+        )
+        if len(recent) == limit:
+            wait_s = (recent[-1]["started_ms"] + window_ms - tx.now_ms) / 1000
+            raise LimitReached(key, retry_after_s=max(wait_s, 1.0), limit=limit)
+
+
+class _Screen:
+    """Shows the newest text, one call at a time: what grows faster than the platform takes it is coalesced."""
+
+    def __init__(self, show: Callable[[str], Awaitable[None]]) -> None:
+        self.text = ""
+        self._show = show
+        self._shown = 0
+        self._grown = asyncio.Event()
+        self._ended = False
+
+    def add(self, text: str) -> None:
+        self.text += text
+        self._grown.set()
+
+    def end(self) -> None:
+        self._ended = True
+        self._grown.set()
+
+    async def run(self) -> None:
+        while True:
+            await self._grown.wait()
+            self._grown.clear()
+            if len(self.text) > self._shown and not self._ended:
+                self._shown = len(self.text)
+                try:
+                    async with asyncio.timeout(_LAST_SHOW_S):
+                        await self._show(self.text)
+                except Exception as error:  # showing is best effort; the final text is not
+                    log.warning("reply.show_failed", extra={"error": type(error).__name__})
+            if self._ended:
+                return

@@ -1,0 +1,200 @@
+"""How one delivery reaches a platform: handle, parts, receipts. Knows nothing of what the text is or what it costs.
+
+The order is the promise. A handle is committed before anything final is written through it; the final text is
+committed before its first part is written; the last receipt is committed together with whatever the caller settles.
+So a crash at any point leads back to `open` or `finish`, and neither writes a second final message.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import logging
+from collections.abc import AsyncIterator, Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from core.errors import AppError, BadInput
+from core.platform import Chooses, Doubts, Fetches, Outlet, Reopen
+from core.storage.database import Database, Tx
+from core.types import Address, Attachment, Body, Button, Handle, Receipt
+
+log = logging.getLogger(__name__)
+CHOOSE_S = 15.0
+
+
+@dataclass(slots=True)
+class Deliveries:
+    """Writes deliveries through the outlets that bots have registered, one outlet per platform and account."""
+
+    database: Database
+    _left: int = 0  # first messages that a crash may have left: posted, perhaps, but their handle never committed
+    _outlets: dict[tuple[str, str], Outlet] = field(default_factory=dict)
+
+    @property
+    def orphans(self) -> int:
+        """First messages that may stand somewhere without an answer: left by a crash, or by an answer that was lost."""
+        return self._left + sum(one.orphans for one in self._outlets.values() if isinstance(one, Doubts))
+
+    def register(self, platform: str, account: str, outlet: Outlet) -> None:
+        self._outlets[platform, account] = outlet
+
+    def reaches(self, to: Address) -> bool:
+        """Whether a bot for this address is running."""
+        return (to.platform, to.account) in self._outlets
+
+    def _outlet(self, to: Address) -> Outlet:
+        try:
+            return self._outlets[to.platform, to.account]
+        except KeyError:
+            raise AppError(detail=f"no bot is running for {to.platform} {to.account}") from None
+
+    def fetch(self, to: Address, attachment: Attachment) -> AsyncIterator[bytes]:
+        """The bytes of a file that was sent there. Raises BadInput where they cannot be had."""
+        outlet = self._outlet(to)
+        if not isinstance(outlet, Fetches):
+            raise BadInput("training.no_files_here")
+        return outlet.fetch(attachment)
+
+    async def choose(self, to: Address, label: str) -> None:
+        """Show what was chosen, where buttons were pressed for it. Best effort."""
+        outlet = self._outlet(to)
+        if not isinstance(outlet, Chooses):
+            return
+        try:
+            async with asyncio.timeout(CHOOSE_S):
+                await outlet.choose(to, label)
+        except Exception as error:  # anybody's outlet: the answer stands, whatever this raises
+            log.info("delivery.not_chosen", extra={"error": type(error).__name__})
+
+    async def open(self, delivery_id: int, to: Address) -> Handle:
+        """The handle of part 1: the one that a crash left, recovered, or a new one, committed."""
+        outlet = self._outlet(to)
+        left = await self.database.read(lambda tx: _handle(tx, delivery_id, 1))
+        if left is not None:
+            handle = await outlet.recover(left)
+            if handle == left:
+                return handle
+        else:
+            self._left += await self.database.read(lambda tx: _begun_before(tx, delivery_id))
+            handle = await outlet.open(to)
+        await self.database.write(lambda tx: _keep_handle(tx, delivery_id, 1, handle))
+        return handle
+
+    async def show(self, handle: Handle, to: Address, text: str) -> None:
+        await self._outlet(to).show(handle, text)
+
+    async def finish(self, delivery_id: int, to: Address, body: Body, settle: Callable[[Tx], None]) -> None:
+        """Write the committed body, part by part; `settle` runs in the transaction of the last receipt."""
+        outlet = self._outlet(to)
+        parts = outlet.split(body)
+        for number, part in enumerate(parts, start=1):
+            last = number == len(parts)
+            handle, receipt = await self.database.read(lambda tx, n=number: _part(tx, delivery_id, n))  # type: ignore[misc]
+            if receipt is None:
+                if handle is None:
+                    handle = await outlet.open(to)
+                    await self.database.write(lambda tx, n=number, h=handle: _keep_handle(tx, delivery_id, n, h))  # type: ignore[misc]
+                try:
+                    receipt = await outlet.finish(handle, part)
+                except Reopen:
+                    receipt = await outlet.finish(await self._reopen(delivery_id, number, outlet, handle), part)
+            await self.database.write(
+                lambda tx, n=number, r=receipt, last=last: _keep_receipt(  # type: ignore[misc]
+                    tx, delivery_id, n, r, settle if last else None
+                )
+            )
+
+    async def fail(self, delivery_id: int, to: Address, body: Body, settle: Callable[[Tx], None]) -> None:
+        """End the delivery visibly, without a charge; `settle` runs in the transaction that closes it."""
+        handle, outlet = await self.open(delivery_id, to), self._outlet(to)
+        try:
+            await outlet.fail(handle, body)
+        except Reopen:
+            await outlet.fail(await self._reopen(delivery_id, 1, outlet, handle), body)
+
+        def close(tx: Tx) -> None:
+            tx.run("UPDATE delivery SET state = 'failed', body = NULL WHERE id = ?", [delivery_id])
+            settle(tx)
+
+        await self.database.write(close)
+
+    async def _reopen(self, delivery_id: int, number: int, outlet: Outlet, left: Handle) -> Handle:
+        handle = await outlet.recover(left)
+        await self.database.write(lambda tx: _keep_handle(tx, delivery_id, number, handle))
+        return handle
+
+
+# --- rows: run inside a transaction ---
+
+
+def new_delivery(tx: Tx, *, inbox_id: int | None = None, job_id: int | None = None) -> int:
+    """The delivery of an inbox row or of a job: made once, found again after a crash."""
+    column, value = ("inbox_id", inbox_id) if inbox_id is not None else ("job_id", job_id)
+    found = tx.value(f"SELECT id FROM delivery WHERE {column} = ?", [value])
+    return int(found) if found else tx.insert("delivery", **{column: value, "state": "open"})
+
+
+def keep_body(tx: Tx, delivery_id: int, body: Body) -> None:
+    """Store what will be written, before the first part of it is."""
+    tx.run(
+        "UPDATE delivery SET state = 'generated', body = ? WHERE id = ?", [tx.cipher.seal(dump_body(body)), delivery_id]
+    )
+
+
+def kept_body(tx: Tx, delivery_id: int) -> Body | None:
+    """The body that `keep_body` stored, if this delivery has come that far."""
+    sealed = tx.value("SELECT body FROM delivery WHERE id = ? AND state = 'generated'", [delivery_id])
+    return load_body(tx.cipher.unseal(sealed)) if sealed else None
+
+
+def dump_body(body: Body) -> str:
+    return json.dumps(
+        {
+            "text": body.text,
+            "note": body.note,
+            "buttons": [[button.text, button.action, button.value] for button in body.buttons],
+            "files": [str(path) for path in body.files],
+        },
+        ensure_ascii=False,
+    )
+
+
+def load_body(text: str) -> Body:
+    given = json.loads(text)
+    return Body(
+        given["text"],
+        tuple(Button(*button) for button in given["buttons"]),
+        tuple(Path(path) for path in given["files"]),
+        given["note"],
+    )
+
+
+def _begun_before(tx: Tx, delivery_id: int) -> bool:
+    """Whether a process that was cut had its row already."""
+    sql = "SELECT attempts > 0 FROM inbox JOIN delivery ON inbox.id = inbox_id WHERE delivery.id = ?"
+    return bool(tx.value(sql, [delivery_id]))
+
+
+def _handle(tx: Tx, delivery_id: int, number: int) -> Handle | None:
+    return _part(tx, delivery_id, number)[0]
+
+
+def _part(tx: Tx, delivery_id: int, number: int) -> tuple[Handle | None, Receipt | None]:
+    row = tx.one("SELECT handle, receipt FROM part WHERE delivery_id = ? AND number = ?", [delivery_id, number])
+    return (Handle(row["handle"]), Receipt(row["receipt"]) if row["receipt"] else None) if row else (None, None)
+
+
+def _keep_handle(tx: Tx, delivery_id: int, number: int, handle: Handle) -> None:
+    tx.run(
+        "INSERT INTO part (delivery_id, number, handle) VALUES (?, ?, ?) "
+        "ON CONFLICT DO UPDATE SET handle = excluded.handle",
+        [delivery_id, number, handle],
+    )
+
+
+def _keep_receipt(tx: Tx, delivery_id: int, number: int, receipt: Receipt, settle: Callable[[Tx], None] | None) -> None:
+    tx.run("UPDATE part SET receipt = ? WHERE delivery_id = ? AND number = ?", [receipt, delivery_id, number])
+    if settle is not None:
+        tx.run("UPDATE delivery SET state = 'done', body = NULL WHERE id = ?", [delivery_id])
+        settle(tx)

@@ -1,0 +1,145 @@
+"""The operators in kernels/, on tensors. Knows no models, adapters' files or requests.
+
+A step on a CPU is some 2,000 of torch's operators, most of them shorter than the call that starts them. These do the
+work of some five each, their products read weights as fast as memory gives them, however few rows there are, and a
+whole pass over a model's layers is one call (core.engine.cpu.layers). They are called through ctypes, on the tensors' own
+memory. Without a compiler `compiled` gives None, and its users run torch's operators instead: the same numbers, to
+rounding.
+
+torch.compile would need the whole step as one graph for the same gain: it knows nothing of packed weights, and it would
+compile anew for each mix of adapters.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import logging
+import subprocess
+from collections.abc import Sequence
+from functools import cache
+
+import torch
+from torch import Tensor
+
+from core.engine.cpu.build import built_library
+
+log = logging.getLogger(__name__)
+
+TILE = 4  # tokens that read an adapter's weights together; as in lanes.h
+
+_P, _N = ctypes.c_void_p, ctypes.c_int64
+_ARGUMENTS = {
+    "multiply_floats": (_P, _P, _P, _P, _N, _N, _N),
+    "multiply_bytes": (_P, _P, _P, _P, _P, _N, _N, _N),
+    "add_lora": (_P, _N, _P, _N, _P, _P, _P, _N, _N, _N, _N, _P),
+    "run_layers": (_P, _N, _P, _P, _P, _P),
+}
+
+
+class Compiled:
+    """The operators on tensors: float32, contiguous, on the CPU. What is said to be changed is changed in place."""
+
+    def __init__(self, library: ctypes.CDLL) -> None:
+        self.library = library
+        for name, arguments in _ARGUMENTS.items():
+            function = getattr(library, name)
+            function.argtypes, function.restype = arguments, None
+        # Outputs of a product that are computed together.
+        self.float_block: int = library.float_block()
+        self.byte_block: int = library.byte_block()
+        self.group: int = library.group_size()  # inputs that go as int8 by one scale
+        self.largest: int = library.largest()  # what an int8 weight may be; it lies there as largest + 1 more
+        self.library.room_of.argtypes, self.library.room_of.restype = (_P,), _N
+        self.together: int = library.together()  # int8 weights of an output that are multiplied at once
+
+    def __deepcopy__(self, memo: dict[int, object]) -> Compiled:
+        """What holds operators may be copied; they are the process's."""
+        return self
+
+    def multiply_floats(self, x: Tensor, weights: Tensor, bias: Tensor | None, outs: int) -> Tensor:
+        """x (N, in), weights (out, in) `in_blocks` of float_block, bias (out,) -> (N, out)."""
+        rows, size = x.shape
+        y = x.new_empty(rows, outs)
+        self.library.multiply_floats(_at(x), _at(weights), _at_or_none(bias), _at(y), rows, size, outs)
+        return y
+
+    def multiply_bytes(self, x: Tensor, weights: Tensor, scales: Tensor, bias: Tensor | None, outs: int) -> Tensor:
+        """x (N, in), weights uint8 (out, in), largest + 1 more than they are, in_blocks of byte_block, together.
+
+        x goes as int8, each `group` of a row's inputs by its own largest value. The weights are blank with zeros to
+        whole groups, their scales float32 to whole blocks.
+        """
+        rows, size = x.shape
+        y = x.new_empty(rows, outs)
+        self.library.multiply_bytes(*(_at(x), _at(weights), _at(scales), _at_or_none(bias), _at(y), rows, size, outs))
+        return y
+
+    def add_lora(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, tiles: Tensor, outs: Sequence[int]) -> None:
+        """y (N, sum of outs) += B (A x), in place, each token of x (N, in) with the slot that `tiles_of` gave it.
+
+        a (S, P * R, in) and b (S, P * R, sum of outs) hold P parts; of b only each part's own block is read.
+        """
+        parts = len(outs)
+        assert x.stride(1) == y.stride(1) == 1
+        assert len(x) == len(y)
+        self.library.add_lora(
+            *(x.data_ptr(), x.stride(0), y.data_ptr(), y.stride(0), _at(a), _at(b), tiles.data_ptr(), len(tiles)),
+            *(x.shape[1], parts, a.shape[1] // parts, (ctypes.c_int64 * parts)(*outs)),
+        )
+
+
+def in_blocks(weight: Tensor, block: int, some: int = 1, *, multiple: int = 1, blank: int = 0) -> Tensor:
+    """(out, in) -> (out / block, in / some, block, some): what products read one by one.
+
+    Filled up with `blank` to whole blocks of outputs and a `multiple` of inputs, which is one of `some`.
+    """
+    outs, size = weight.shape
+    shape = -(-outs // block) * block, -(-size // multiple) * multiple
+    filled = torch.full(shape, blank, dtype=weight.dtype)
+    filled[:outs, :size] = weight
+    return filled.view(-1, block, shape[1] // some, some).transpose(1, 2).contiguous()
+
+
+def tiles_of(slots: Sequence[int | None]) -> Tensor:
+    """The slot of each token, None for none -> int64 (count, 2 + TILE): a slot, how many tokens share it, and which."""
+    tokens: dict[int, list[int]] = {}
+    for token, slot in enumerate(slots):
+        if slot is not None:
+            tokens.setdefault(slot, []).append(token)
+    tiles = []
+    for slot, own in tokens.items():
+        for begin in range(0, len(own), TILE):
+            some = own[begin : begin + TILE]
+            tiles.append([slot, len(some), *some, *[0] * (TILE - len(some))])
+    return torch.tensor(tiles, dtype=torch.long).view(-1, 2 + TILE)
+
+
+def _at(tensor: Tensor) -> int:
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()
+
+
+def _at_or_none(tensor: Tensor | None) -> int | None:
+    return None if tensor is None else _at(tensor)
+
+
+def compiled() -> Compiled | None:
+    """The operators, built if they are not there yet; None, and the log says why, where that fails."""
+    found = _outcome()
+    return found if isinstance(found, Compiled) else None
+
+
+def why_not() -> str:
+    """Why there are none; empty if there are."""
+    found = _outcome()
+    return "" if isinstance(found, Compiled) else found
+
+
+@cache
+def _outcome() -> Compiled | str:
+    try:
+        return Compiled(ctypes.CDLL(str(built_library())))
+    except (OSError, subprocess.SubprocessError, AttributeError) as error:
+        reason = str(getattr(error, "stderr", None) or error)[:500]
+        log.warning("engine.not_compiled", extra={"reason": reason})
+        return reason

@@ -1,0 +1,103 @@
+// Registers full of float32, and the two products that operators are made of. Knows no operators.
+//
+// What is here and beside it goes by rows: a row is what one token has, in float32. What it becomes depends on that row
+// alone, whichever others there are, and is the same to the last bit on any number of threads. core/engine/cpu/build.py
+// makes one library of it, core/engine/cpu/compiled.py calls that.
+#pragma once
+
+#include <cstdint>
+#include <cstring>
+#include <type_traits>
+
+#if defined(__AVX512F__)
+constexpr int LANES = 16;
+#elif defined(__AVX__)
+constexpr int LANES = 8;
+#else
+constexpr int LANES = 4;
+#endif
+
+#if defined(__AVX512F__) || defined(__aarch64__)
+constexpr int ROWS = 8;  // that read a block of bytes or keys together: twice as many sums fit into the registers
+#else
+constexpr int ROWS = 6;
+#endif
+
+constexpr int BLOCK = 2 * LANES;   // outputs of a product that are computed together
+constexpr int LINE = 16;           // numbers that memory brings at once
+constexpr int TILE = 4;            // tokens, or heads, that read the same numbers together
+constexpr int64_t SHARED = 32768;  // numbers from which a second thread pays
+
+// Of no alignment but a float's: a load or store wherever it is dereferenced.
+typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
+
+static inline Lanes load(const float *from) { return *reinterpret_cast<const Lanes *>(from); }
+static inline void store(float *to, Lanes lanes) { *reinterpret_cast<Lanes *>(to) = lanes; }
+
+// Calls with count, or with MOST if that is less, as a constant of the compiler's.
+template <int MOST, typename Call>
+static inline void with_constant(int64_t count, Call call) {
+    if constexpr (MOST > 1)
+        if (count < MOST) return with_constant<MOST - 1>(count, call);
+    call(std::integral_constant<int, MOST>());
+}
+
+static inline float sum(Lanes lanes) {
+    float parts[LANES];
+    std::memcpy(parts, &lanes, sizeof lanes);
+    for (int half = LANES / 2; half > 0; half /= 2)
+        for (int i = 0; i < half; ++i) parts[i] += parts[i + half];
+    return parts[0];
+}
+
+// out[r][t] = a[r] . x[t] for ROWS rows of a and COUNT tokens of x; out lies `step` apart by token.
+template <int ROWS, int COUNT>
+static inline void dots(const float *a, const float *const *x, int64_t width, float *out, int64_t step) {
+    Lanes sums[ROWS][COUNT];
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int t = 0; t < COUNT; ++t) sums[r][t] = Lanes{};
+    int64_t i = 0;
+    for (; i + LANES <= width; i += LANES) {
+        Lanes seen[COUNT];
+        for (int t = 0; t < COUNT; ++t) seen[t] = load(x[t] + i);
+        for (int r = 0; r < ROWS; ++r) {
+            const Lanes weight = load(a + r * width + i);
+            for (int t = 0; t < COUNT; ++t) sums[r][t] += weight * seen[t];
+        }
+    }
+#pragma GCC unroll 4
+    for (int r = 0; r < ROWS; ++r)
+#pragma GCC unroll 4
+        for (int t = 0; t < COUNT; ++t) out[t * step + r] = sum(sums[r][t]);
+    for (; i < width; ++i)
+        for (int r = 0; r < ROWS; ++r)
+            for (int t = 0; t < COUNT; ++t) out[t * step + r] += a[r * width + i] * x[t][i];
+}
+
+// y[t][0, width) += h[t][0, rank) b, b of (rank, stride).
+template <int COUNT>
+static inline void add_products(float *const *y, const float *h, int64_t step, const float *b, int64_t rank,
+                                int64_t stride, int64_t width) {
+    int64_t j = 0;
+    for (; j + 2 * LANES <= width; j += 2 * LANES) {
+        Lanes low[COUNT], high[COUNT];
+        for (int t = 0; t < COUNT; ++t) low[t] = load(y[t] + j), high[t] = load(y[t] + j + LANES);
+        for (int64_t r = 0; r < rank; ++r) {
+            const Lanes first = load(b + r * stride + j), second = load(b + r * stride + j + LANES);
+            for (int t = 0; t < COUNT; ++t) {
+                low[t] += h[t * step + r] * first;
+                high[t] += h[t * step + r] * second;
+            }
+        }
+        for (int t = 0; t < COUNT; ++t) store(y[t] + j, low[t]), store(y[t] + j + LANES, high[t]);
+    }
+    for (; j < width; ++j)
+        for (int t = 0; t < COUNT; ++t) {
+            float added = y[t][j];
+            for (int64_t r = 0; r < rank; ++r) added += h[t * step + r] * b[r * stride + j];
+            y[t][j] = added;
+        }
+}
+

@@ -1,0 +1,155 @@
+"""The layers of a llama-like model over a pass, in one call of the compiled operators. Knows no requests or files.
+
+The structures are those of kernels/pass.cpp. What stays is told once, where adapters and slots lie whenever they have
+moved, and a pass's own with each call. Python holds no lock meanwhile.
+"""
+
+from __future__ import annotations
+
+import ctypes
+
+import torch
+from torch import Tensor, nn
+
+from core.engine.cpu.compiled import Compiled
+from core.engine.cpu.int8 import ByBlocks, Int8Linear
+from core.engine.cpu.packed import PackedLinear
+from core.engine.lora.layers import Stack
+from core.engine.lora.stacks import LoraStacks
+from core.engine.runtime.fused import Fused, Norm
+from core.engine.runtime.kv_cache import SlotCache
+
+_P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
+
+
+class _Norm(ctypes.Structure):
+    _fields_ = (("weight", _P), ("eps", _F))
+
+
+class _Linear(ctypes.Structure):
+    _fields_ = (
+        *((name, _P) for name in ("floats", "bytes", "scales", "bias")),
+        *((name, _N) for name in ("in", "outs")),
+        *((name, _P) for name in ("a", "b")),
+        *((name, _N) for name in ("parts", "rank")),
+        ("widths", _P),
+    )
+
+
+class _Layer(ctypes.Structure):
+    _fields_ = (
+        *((name, _Norm) for name in ("norm", "q_norm", "k_norm", "mlp_norm")),
+        *((name, _Linear) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, _P) for name in ("keys", "values")),
+        *((name, _N) for name in ("capacity", "window")),
+    )
+
+
+class _Pass(ctypes.Structure):
+    _fields_ = (
+        *((name, _N) for name in ("tokens", "rows", "tiles", "threads")),
+        *((name, _N) for name in ("hidden", "heads", "kv", "size", "inner")),
+        ("scale", _F),
+        *((name, _P) for name in ("row", "tile", "cos", "sin", "x")),
+    )
+
+
+class Layers:
+    """A fused model's, with the slots and adapters of one runner."""
+
+    def __init__(self, fused: Fused, operators: Compiled, cache: SlotCache, lora: LoraStacks) -> None:
+        self.fused, self.operators, self.cache, self.lora = fused, operators, cache, lora
+        self._layers = (_Layer * len(fused.layers))()
+        for told, layer in zip(self._layers, fused.layers, strict=True):
+            told.norm, told.mlp_norm = _norm(layer.norm), _norm(layer.mlp_norm)
+            told.q_norm, told.k_norm = _norm(layer.q_norm), _norm(layer.k_norm)
+            told.qkv, told.out = _linear(layer.qkv), _linear(layer.out)
+            told.gate_up, told.down = _linear(layer.gate_up), _linear(layer.down)
+        self._norm = _norm(fused.norm)
+        self._versions = (-1, -1)  # of slots and adapters, as they were told
+        self._widths: list[object] = []
+        self._room = torch.empty(0)
+
+    def __call__(self, x: Tensor, turn: tuple[Tensor, Tensor], rows: Tensor, tiles: Tensor | None) -> Tensor:
+        """Embeddings x (N, hidden), changed in place, to each row's last state (B, hidden), normed.
+
+        turn are cos and sin (N, head_dim), the latter's first half negated. rows int64 (B, 5) begin with the slot, how
+        many tokens it holds, and how many of the N are its next ones; what follows is the call's own.
+        """
+        fused = self.fused
+        self._tell(x)
+        given = _Pass(tokens=len(x), rows=len(rows), threads=torch.get_num_threads(), scale=fused.scale)
+        given.hidden, given.heads, given.kv, given.size = x.shape[1], fused.heads, fused.kv_heads, fused.head_dim
+        given.inner = self._layers[0].gate_up.outs // 2
+        given.row, given.x, (given.cos, given.sin) = _at(rows), _at(x), map(_at, turn)
+        if tiles is not None:
+            given.tile, given.tiles = _at(tiles), len(tiles)
+        library = self.operators.library
+        needed: int = library.room_of(ctypes.byref(given))
+        if needed > len(self._room):
+            self._room = torch.empty(0)  # first: not both at once
+            self._room = torch.empty(needed)
+        states = torch.empty(len(rows), x.shape[1])
+        library.run_layers(
+            *(self._layers, len(self._layers), ctypes.byref(self._norm), ctypes.byref(given)),
+            *(_at(self._room), _at(states)),
+        )
+        return states
+
+    def _tell(self, x: Tensor) -> None:
+        """Where slots and adapters lie now, and how far each layer sees."""
+        for told, window in zip(self._layers, self.fused.windows, strict=True):
+            told.window = window or 0
+        like = x.new_empty(0, self.fused.kv_heads, self.fused.head_dim)
+        held = [layer.whole(like) for layer in self.cache.layers]
+        versions = self.cache.version, self.lora.version
+        if versions == self._versions:
+            return
+        self._widths = []
+        for told, layer, (keys, values) in zip(self._layers, self.fused.layers, held, strict=True):
+            told.keys, told.values, told.capacity = _at(keys), _at(values), keys.shape[2]
+            for linear, name in zip((told.qkv, told.out, told.gate_up, told.down), layer.names, strict=True):
+                self._tell_adapters(linear, self.lora.stacks.get(name))
+        self._versions = versions
+
+    def _tell_adapters(self, linear: _Linear, stack: Stack | None) -> None:
+        if stack is None:
+            linear.a = linear.b = None
+            return
+        widths = (ctypes.c_int64 * len(stack.outs))(*stack.outs)
+        self._widths.append(widths)
+        linear.a, linear.b, linear.widths = _at(stack.a), _at(stack.b[0]), ctypes.addressof(widths)
+        linear.parts, linear.rank = len(stack.outs), stack.rank
+
+
+def layers_of(fused: Fused, cache: SlotCache, lora: LoraStacks) -> Layers | None:
+    """None where there are no operators, or weights that they do not know."""
+    operators = lora.plans.operators
+    linears = [one for layer in fused.layers for one in (layer.qkv, layer.out, layer.gate_up, layer.down)]
+    known = all(
+        isinstance(one, PackedLinear) or (isinstance(one, Int8Linear) and isinstance(one.kernel, ByBlocks))
+        for one in linears
+    )
+    return Layers(fused, operators, cache, lora) if operators is not None and known else None
+
+
+def _norm(norm: Norm | None) -> _Norm:
+    return _Norm() if norm is None else _Norm(_at(norm.weight), norm.eps)
+
+
+def _linear(linear: nn.Module) -> _Linear:
+    told = _Linear()
+    if isinstance(linear, Int8Linear):
+        assert isinstance(linear.kernel, ByBlocks)
+        told.bytes, told.scales = _at(linear.kernel.packed), _at(linear.kernel.scales)
+    else:
+        assert isinstance(linear, PackedLinear)
+        told.floats = _at(linear.packed)
+    told.outs, told.bias = linear.out_features, None if linear.bias is None else _at(linear.bias)
+    setattr(told, "in", linear.in_features)
+    return told
+
+
+def _at(tensor: Tensor) -> int:
+    assert tensor.is_contiguous()
+    return tensor.data_ptr()

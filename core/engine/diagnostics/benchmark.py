@@ -1,0 +1,138 @@
+"""How fast an engine answers here: a bounded trial through its protocol. Knows no console, store or configuration file.
+
+The same requests for one row, for all rows, and for all rows with an adapter each (where the engine reads adapters from
+folders). Speeds count generated tokens from the first submit to the last token, prompts included.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+import time
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
+from itertools import pairwise
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from core.engine.protocol import Delta, Engine, EngineStats, Finished, Request, Scope
+from core.types import AdapterRef, Message, Role, Sampling
+
+if TYPE_CHECKING:
+    from core.engine.lora.adapter_files import Base
+
+TOKENS = 48  # of each answer
+MAX_ROWS, MAX_ADAPTERS = 32, 8
+DEADLINE_S = 30.0  # of each part: a slower machine is measured by what it has made until then
+QUESTION = "Question {number}: tell me, in as many words as you like, where rivers come from and where they go."
+
+
+@dataclass(frozen=True, slots=True)
+class Speed:
+    """`floor` is 0 where the engine cannot know it; times are of the events as a reader gets them."""
+
+    rows: int
+    adapters: int
+    tokens_per_s: float
+    first_token_p50_s: float
+    first_token_p95_s: float
+    inter_token_p50_s: float
+    inter_token_p95_s: float
+    floor_fraction: float
+    padding_waste: float
+
+
+@dataclass(frozen=True, slots=True)
+class Trial:
+    bandwidth: float  # bytes/s; 0 is unknown
+    one: Speed
+    many: Speed
+    adapted: Speed | None
+
+
+async def measure(engine: Engine, rows: int, adapters: Sequence[AdapterRef] = ()) -> Trial:
+    """Warm up, then measure. Raises what a request raises."""
+    rows = min(rows, MAX_ROWS)
+    await _speed(engine, 1, adapters[:1], tokens=4)
+    one, many = await _speed(engine, 1), await _speed(engine, rows)
+    adapted = await _speed(engine, rows, adapters) if adapters else None
+    return Trial(engine.stats().bandwidth, one, many, adapted)
+
+
+def random_adapters(folder: Path, base: Base, rank: int, count: int = MAX_ADAPTERS) -> list[AdapterRef]:
+    """Adapters as large as a fine-tune makes them, small enough in their numbers to change no answer much."""
+    import torch
+    from safetensors.torch import save_file
+
+    from core.engine.lora.adapter_files import CONFIG, WEIGHTS
+
+    refs = []
+    config = {"peft_type": "LORA", "r": rank, "lora_alpha": rank, "target_modules": "all-linear"}
+    inner = {name: shape for name, shape in base.shapes.items() if name != base.head}
+    for number in range(count):
+        made = folder / f"{number}"
+        made.mkdir()
+        torch.manual_seed(number)
+        tensors = {}
+        for name, (outputs, inputs) in inner.items():
+            tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(rank, inputs) * 0.01
+            tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(outputs, rank) * 0.01
+        save_file(tensors, made / WEIGHTS, metadata={"format": "pt"})
+        (made / CONFIG).write_text(json.dumps(config), encoding="utf-8")
+        refs.append(AdapterRef(f"trial{number}", made, f"trial@{number + 1}"))
+    return refs
+
+
+async def _speed(engine: Engine, rows: int, adapters: Sequence[AdapterRef] = (), *, tokens: int = TOKENS) -> Speed:
+    before, began = engine.stats(), time.perf_counter()
+    requests = [_request(row, adapters[row % len(adapters)] if adapters else None, tokens) for row in range(rows)]
+    heard = await asyncio.gather(*(_hear(engine, one, began) for one in requests))
+    seconds = time.perf_counter() - began
+    passes = spent(before, engine.stats())
+    firsts = [first for first, _, _ in heard]
+    gaps = [gap for _, found, _ in heard for gap in found]
+    return Speed(
+        rows=rows,
+        adapters=len(adapters),
+        tokens_per_s=sum(made for _, _, made in heard) / seconds,
+        first_token_p50_s=_quantile(firsts, 0.5),
+        first_token_p95_s=_quantile(firsts, 0.95),
+        inter_token_p50_s=_quantile(gaps, 0.5),
+        inter_token_p95_s=_quantile(gaps, 0.95),
+        floor_fraction=passes.floor_fraction,
+        padding_waste=passes.padding_waste,
+    )
+
+
+def _request(row: int, adapter: AdapterRef | None, tokens: int) -> Request:
+    """Rows differ in their first word, so that none can use another's."""
+    messages = (Message(Role.USER, QUESTION.format(number=row)),)
+    scope = Scope("trial", f"trial {row}")
+    return Request(f"trial {row}", messages, Sampling(max_tokens=tokens), adapter, scope, deadline_s=DEADLINE_S)
+
+
+async def _hear(engine: Engine, request: Request, began: float) -> tuple[float, list[float], int]:
+    """Seconds to the first text, then from text to text, and how many tokens there were."""
+    times: list[float] = []
+    tokens = 0
+    async for event in engine.submit(request):
+        if isinstance(event, Delta):
+            times.append(time.perf_counter() - began)
+        elif isinstance(event, Finished):
+            tokens = event.usage.completion_tokens
+    return (times or [0.0])[0], [b - a for a, b in pairwise(times)], tokens
+
+
+def spent(before: EngineStats, after: EngineStats) -> EngineStats:
+    """What passes took in between, for the shares that EngineStats makes of it."""
+    return replace(
+        after,
+        positions_read=after.positions_read - before.positions_read,
+        positions_held=after.positions_held - before.positions_held,
+        decode_s=after.decode_s - before.decode_s,
+        decode_bytes=after.decode_bytes - before.decode_bytes,
+    )
+
+
+def _quantile(values: Sequence[float], share: float) -> float:
+    return sorted(values)[min(len(values) - 1, int(share * len(values)))] if values else 0.0

@@ -1,0 +1,50 @@
+"""What the hardware allows: bytes that decoding cannot do without, and how fast this device reads memory.
+
+A pass that takes in one token of each row reads every weight once, whatever the rows: at 1 to some dozen rows it is
+bound by memory, and bytes / bandwidth is the least time it can take. Knows no requests and no rows.
+"""
+
+from __future__ import annotations
+
+import time
+from functools import cache
+
+import torch
+from torch import nn
+
+from core.engine.cpu.int8 import Int8Linear, Part
+
+BLOCK_BYTES = 256 * 2**20  # beyond the caches of common processors
+READS = 4
+
+
+def weight_bytes(module: nn.Module) -> int:
+    """Of the weights that one pass reads: each once, also where modules share it; embeddings only as an output head."""
+    int8 = 0
+    seen: dict[int, int] = {}
+    looked_up: dict[int, int] = {}
+    for child in module.modules():
+        if isinstance(child, Int8Linear | Part):
+            int8 += child.out_features * child.in_features
+        for tensor in child.parameters(recurse=False):
+            (looked_up if isinstance(child, nn.Embedding) else seen)[tensor.data_ptr()] = tensor.nbytes
+    return int8 + sum(seen.values())
+
+
+@cache
+def bandwidth(device: torch.device, threads: int) -> float:
+    """Bytes/s that this device reads: the best of some reads of one block. Measured once; `threads` are torch's now."""
+    block = torch.ones(BLOCK_BYTES // 4, device=device)
+    best = 0.0
+    for _ in range(READS):
+        _wait(device)
+        began = time.perf_counter()
+        block.sum()
+        _wait(device)
+        best = max(best, block.nbytes / (time.perf_counter() - began))
+    return best
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

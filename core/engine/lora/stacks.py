@@ -1,0 +1,182 @@
+"""Which adapter lies in which slot, and who runs with it; which modules of a model adapters may change.
+
+What a slot holds is multiplied by core.engine.lora.layers. Knows no requests, rows or text.
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Iterator, Sequence
+
+import torch
+from torch import Tensor, nn
+from torch.utils.hooks import RemovableHandle
+
+from core.engine.cpu.compiled import compiled
+from core.engine.cpu.int8 import Int8Linear, Part
+from core.engine.lora.adapter_files import AdapterWeights
+from core.engine.lora.layers import Stack
+from core.engine.lora.segments import Plans
+from core.engine.runtime.out_of_memory import is_shortage
+
+MOST_PADDED = 4  # times the rank that the adapters in use need: from there on all are laid out anew
+
+
+class LoraStacks:
+    """The slots: which adapter lies in which, and who uses it. All methods belong to the model thread."""
+
+    def __init__(
+        self,
+        module: nn.Module,
+        *,
+        max_slots: int,
+        device: torch.device,
+        dtype: torch.dtype,
+        groups: Sequence[tuple[str, ...]] = (),
+    ) -> None:
+        """`groups` are the modules whose products are merged, in order; they are given their part by `add`."""
+        self.linears = dict(linear_modules(module))
+        self.max_slots, self.device, self.dtype = max_slots, device, dtype
+        self.plans = Plans(device, compiled() if device.type == "cpu" and dtype is torch.float32 else None)
+        self.merged = bool(groups)
+        self.places = {name: (group, part) for group in groups for part, name in enumerate(group)}
+        self.stacks: dict[str, Stack] = {}  # by the first module of the group
+        self.hooks: list[RemovableHandle] = []  # of a model that runs its own forward
+        self.slots: dict[str, int] = {}  # adapter sha256 -> slot, least recently used first
+        self.ranks: dict[str, int] = {}  # of those in the slots
+        self.users: Counter[str] = Counter()
+        self.slot_count, self.rank = 0, 0
+        self.version = 0  # of the tensors: another one, other tensors
+
+    def add(self, name: str, x: Tensor, y: Tensor) -> None:
+        """Add to y, in place, what the running pass's adapters make of x in the group that begins with `name`."""
+        stack = self.stacks.get(name)
+        if stack is not None:
+            stack.add(x, y)
+
+    def has_room(self, key: str) -> bool:
+        """Whether `acquire` would find a slot: the adapter's own, an empty one, or one that nobody uses."""
+        return key in self.slots or len(self.slots) < self.max_slots or len(self.users) < len(self.slots)
+
+    def acquire(self, adapter: AdapterWeights) -> int:
+        """The adapter's slot, filled if need be, held until `release`. At most max_slots different ones at a time."""
+        key = adapter.sha256
+        slot = self.slots.pop(key, None)
+        if slot is None:
+            slot = self._free_slot()
+            try:
+                self._fill(slot, adapter)
+            except BaseException:
+                self._zero(slot)
+                raise
+        self.slots[key], self.ranks[key] = slot, adapter.rank
+        self._lower_rank()
+        self.users[key] += 1
+        return slot
+
+    def release(self, key: str) -> None:
+        """One user less. The adapter stays in its slot until another one needs it."""
+        self.users[key] -= 1
+        if not self.users[key]:
+            del self.users[key]
+
+    def close(self) -> None:
+        """Leave the model as it was."""
+        for hook in self.hooks:
+            hook.remove()
+
+    def _free_slot(self) -> int:
+        taken = set(self.slots.values())
+        free = next((slot for slot in range(self.slot_count) if slot not in taken), None)
+        if free is not None:
+            return free
+        idle = next((key for key in self.slots if key not in self.users), None)
+        count = self.slot_count
+        if count < self.max_slots:
+            try:
+                self._resize(min(max(1, 2 * count), self.max_slots), self.rank)
+                return count
+            except Exception as error:
+                if not is_shortage(error):
+                    raise
+            if idle is None:
+                self._resize(count + 1, self.rank)
+                return count
+        assert idle is not None
+        return self._empty(idle)
+
+    def _empty(self, key: str) -> int:
+        slot = self.slots.pop(key)
+        del self.ranks[key]
+        self._zero(slot)
+        return slot
+
+    def _lower_rank(self) -> None:
+        """Nothing is padded for an adapter that is gone, nor for one that has lain idle while all others were used."""
+        oldest = next(iter(self.slots))
+        idle = oldest not in self.users and len(self.slots) > 1
+        needed = max(rank for key, rank in self.ranks.items() if not (idle and key == oldest))
+        if needed * MOST_PADDED > self.rank:
+            return
+        if self.ranks[oldest] > needed:
+            self._empty(oldest)
+        self.rank = needed  # of each stack at least: memory may end half-way
+        try:
+            self._resize(self.slot_count, needed)
+        except Exception as error:
+            if not is_shortage(error):
+                raise
+
+    def _fill(self, slot: int, adapter: AdapterWeights) -> None:
+        if adapter.rank > self.rank:
+            self._resize(self.slot_count, adapter.rank)
+        for name, (a, b) in adapter.pairs.items():
+            group, part = self.places.get(name, ((name,), 0))
+            self._stack(group).fill(slot, part, a, b)
+
+    def _stack(self, group: tuple[str, ...]) -> Stack:
+        stack = self.stacks.get(group[0])
+        if stack is None:
+            linears = [self.linears[name] for name in group]
+            outs = [linear.out_features for linear in linears]
+            size, device, dtype = linears[0].in_features, self.device, self.dtype
+            stack = Stack(size, outs, self.plans, device=device, dtype=dtype, joined=self.plans.grouped)
+            stack.resize(self.slot_count, self.rank)
+            if not self.merged:
+                self.hooks.append(linears[0].register_forward_hook(stack))
+            self.stacks[group[0]] = stack
+            self.version += 1
+        return stack
+
+    def _zero(self, slot: int) -> None:
+        for stack in self.stacks.values():
+            stack.zero(slot)
+
+    def _resize(self, slots: int, rank: int) -> None:
+        self.version += 1  # first: memory may end half-way, and then some tensors are others already
+        for stack in self.stacks.values():
+            stack.resize(slots, rank)
+        self.slot_count, self.rank = slots, rank
+
+
+def linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Linear | Int8Linear | Part]]:
+    """The modules that an adapter may change, by name: linear ones that see (B, T, in)."""
+    text = module.config.get_text_config()  # type: ignore[union-attr, operator]  # a transformers model
+    experts = any(getattr(text, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
+    for name, child in module.named_modules():
+        if name.endswith(".kv_b_proj"):
+            continue  # it expands latents out of the cache, so it sees a row's whole past at each step
+        # Inside a mixture of experts tokens are regrouped, so a row is no longer the first dimension.
+        if isinstance(child, nn.Linear | Int8Linear | Part) and (not experts or "attn" in name or "attention" in name):
+            yield name, child
+
+
+def shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
+    """(out, in) of every module that an adapter may change."""
+    return {name: (child.out_features, child.in_features) for name, child in linear_modules(module)}
+
+
+def head_name(module: nn.Module) -> str:
+    """The module that makes the logits."""
+    head = module.get_output_embeddings()  # type: ignore[operator]  # a transformers model
+    return next((name for name, child in module.named_modules() if child is head), "")

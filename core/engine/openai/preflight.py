@@ -1,0 +1,67 @@
+"""Before the first request: whether a server serves our base model, and serves it so that it can be charged.
+
+It must name one base model, cut text into the tokens that we cut it into, and answer one prompt of token ids with
+usage. Weights cannot be compared from afar. Knows no requests and no queue.
+"""
+
+from __future__ import annotations
+
+import secrets
+
+from core.engine.openai.client import Model, Server
+from core.engine.openai.sse import Ask
+from core.engine.protocol import EngineInfo, RemoteSettings
+from core.errors import ModelLoadFailed
+from core.model.base import ModelFiles
+from core.types import Sampling
+
+SAMPLE = "The river branches: 3 < 5, 我们在这里。\n\n  def f(x):\treturn x ** 2  # naïve Größe 🐟"
+
+
+async def meet(server: Server, settings: RemoteSettings, files: ModelFiles) -> tuple[str, EngineInfo]:
+    """The base model's id at the server, and what the engine is with it. Raises AppError with what is wrong."""
+    await server.check_health()
+    base = find_base(server, await server.models(), settings.model_there)
+    info = EngineInfo(
+        model=files.name,
+        fingerprint=_fingerprint(settings, files),
+        description=f"{base.owner or 'server'} at {server.address}",
+        context=min(base.context or files.context, settings.max_context),
+        folder=files.folder if files.fingerprint else None,
+        device=str(files.device),
+    )
+    ids = files.tokenizer.encode(SAMPLE, add_special_tokens=False)
+    if await server.tokenize(base.id, SAMPLE) not in (None, ids):
+        raise ModelLoadFailed(
+            detail=f"{server} serves {base.id}, whose tokenizer is not that of model.name={files.name}: "
+            "they are not the same base model"
+        )
+    sampling = Sampling(stop=("\n\n\n\n",))  # so that the probe meets every field there is
+    await server.probe(Ask(base.id, tuple(ids[:16]), sampling, 1, tuple(sorted(files.eos_ids)), secrets.token_hex(16)))
+    return base.id, info
+
+
+def find_base(server: Server, models: list[Model], wanted: str) -> Model:
+    """The base model that is named, or the only one. Raises ModelLoadFailed."""
+    bases = [model for model in models if not model.parent]
+    found = [model for model in bases if model.id == wanted] if wanted else bases
+    if len(found) == 1:
+        return found[0]
+    there = ", ".join(model.id for model in bases[:10]) or "none"
+    problem = f"does not serve engine.model_there={wanted}" if wanted else "does not serve one base model alone"
+    raise ModelLoadFailed(detail=f"{server} {problem}; there is {there}: name one in engine.model_there")
+
+
+def _fingerprint(settings: RemoteSettings, files: ModelFiles) -> str:
+    """Whose adapters fit: by the weights here, else as the configuration says."""
+    given = settings.fingerprint
+    if files.fingerprint and given not in ("", files.fingerprint):
+        raise ModelLoadFailed(
+            detail=f"engine.fingerprint={given[:12]}, but the weights in {files.folder} are {files.fingerprint[:12]}"
+        )
+    if not (files.fingerprint or given):
+        raise ModelLoadFailed(
+            detail=f"{files.folder} holds no weights, so engine.fingerprint must say whose adapters fit: "
+            "it is base_fingerprint in the manifest.json of an adapter of this base model"
+        )
+    return files.fingerprint or given

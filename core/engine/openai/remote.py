@@ -1,0 +1,285 @@
+"""The engine protocol over an OpenAI-compatible server: vLLM and what stands above it. Knows no HTTP and no chats.
+
+Fairness and bounds hold in front of the server: at most `max_rows` requests are with it, the others wait in
+core.engine.scheduling.scheduler.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+from dataclasses import dataclass, field, replace
+from functools import partial
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+from core.engine.openai.client import Server
+from core.engine.openai.preflight import meet
+from core.engine.openai.request_builder import Asker
+from core.engine.openai.sse import Chunk
+from core.engine.protocol import (
+    Delta,
+    EngineInfo,
+    EngineStats,
+    Finished,
+    FinishReason,
+    ModelSettings,
+    RemoteSettings,
+    Request,
+    Started,
+)
+from core.engine.scheduling.detokenizer import StopScanner
+from core.engine.scheduling.requests import DRAIN_S, Begun, Desk
+from core.engine.scheduling.scheduler import COMPLETION_COST, PROMPT_COST, QueueFull, Scheduler
+from core.engine.scheduling.stats import Tally
+from core.errors import AppError, EngineError, ModelLoadFailed, Overloaded
+from core.model.base import read_model
+from core.model.demo import Progress
+from core.types import Usage
+
+log = logging.getLogger(__name__)
+
+FIRST_GUESS_S = 10.0  # of how long one request takes, before any has been seen
+
+
+@dataclass(eq=False, slots=True)
+class _Job:
+    """One request on its way. `task` is there while the server has it."""
+
+    request: Request
+    scanner: StopScanner
+    submitted: float = field(default_factory=time.monotonic)
+    begun: float = 0.0  # when the server got it
+    task: asyncio.Task[FinishReason | AppError] | None = None
+    timer: asyncio.TimerHandle | None = None
+    prompt_tokens: int = 0
+    completion_tokens: int = 0
+    cached_tokens: int = 0
+    uncounted: str = ""  # text since the server's last count
+    last_token: float | None = None
+
+    @property
+    def usage(self) -> Usage:
+        return Usage(self.prompt_tokens, self.completion_tokens, self.cached_tokens)
+
+
+class RemoteEngine:
+    """Implements core.engine.protocol.Engine. Entered, it has asked the server for one token.
+
+    `cache` takes the converted demo model; `progress` is called from a thread with (fraction, what).
+    """
+
+    def __init__(
+        self, model_settings: ModelSettings, settings: RemoteSettings, cache: Path, *, progress: Progress | None = None
+    ) -> None:
+        self.model_settings, self.settings = model_settings, settings
+        self._cache, self._progress = cache, progress
+        self._scheduler: Scheduler[_Job] = Scheduler(settings.max_waiting)
+        self._running = 0
+        self._tally = Tally()
+        self._desk: Desk[_Job] = Desk(self._tally, self.cancel)
+        self._mean_s = FIRST_GUESS_S
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        self._workers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="render")
+        self._server = Server(self.settings)
+        try:
+            files = await self._loop.run_in_executor(
+                self._workers, partial(read_model, self.model_settings, self._cache, progress=self._progress)
+            )
+            base, info = await meet(self._server, self.settings, files)
+        except BaseException as error:
+            await self._close()
+            if isinstance(error, AppError) and not isinstance(error, ModelLoadFailed):
+                raise ModelLoadFailed(detail=error.detail or str(error)) from error  # only an operator hears of it
+            raise
+        self._asker = Asker(self._server, self.settings, files, base, info.context)
+        self._tasks = await asyncio.TaskGroup().__aenter__()
+        self._desk.unlock(info)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            await self.drain(DRAIN_S if kind is None else 0.0)
+        finally:
+            for job in self._desk.jobs:
+                self.cancel(job)
+            await self._tasks.__aexit__(None, None, None)
+            await self._close()
+
+    async def _close(self) -> None:
+        self._desk.lock()
+        self._workers.shutdown(wait=False, cancel_futures=True)
+        await self._server.close()
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._desk.info
+
+    def submit(self, request: Request) -> Begun[_Job]:
+        """Begin a request; returns at once. What goes wrong is raised out of the iteration."""
+        return self._desk.begin(request, lambda: _Job(request, StopScanner(request.sampling.stop)), self._enter)
+
+    def cancel(self, job: _Job) -> None:
+        if job.task is not None:
+            job.task.cancel()
+        else:
+            self._end(job, FinishReason.CANCELLED)
+
+    async def forget(self, channel: str, conversation: str = "") -> None:
+        """End what runs or waits for a conversation; what the server keeps of it is never found again."""
+        if not self._desk.running:
+            return
+        self._asker.forget(channel, conversation)
+        scopes = {job: job.request.scope for job in self._desk.jobs}
+        jobs = [job for job, at in scopes.items() if at.channel == channel and conversation in ("", at.conversation)]
+        tasks = [job.task for job in jobs if job.task is not None]
+        for job in jobs:
+            self.cancel(job)
+        if tasks:
+            await asyncio.wait(tasks)
+
+    def stats(self) -> EngineStats:
+        return replace(
+            self._tally.stats(),
+            running=self._running,
+            waiting=len(self._scheduler),
+            resident_adapters=len(self._asker.adapters) if self._desk.running else 0,
+        )
+
+    async def drain(self, deadline_s: float) -> None:
+        """Take no more; finish what runs within the deadline, then cancel the rest."""
+        await self._desk.drain(deadline_s, DRAIN_S)
+
+    # --- requests
+
+    def _enter(self, job: _Job) -> None:
+        try:
+            displaced = self._scheduler.add(job, job.request.scope)
+        except QueueFull:
+            raise self._overloaded() from None
+        if displaced is not None:
+            self._end(displaced, self._overloaded())
+        job.timer = self._loop.call_later(job.request.deadline_s, self._late, job)
+        self._fill()
+
+    def _overloaded(self) -> Overloaded:
+        ahead = self._running + len(self._scheduler) + 1
+        return Overloaded(retry_after_s=max(1.0, round(ahead / self.settings.max_rows * self._mean_s, 1)))
+
+    def _fill(self) -> None:
+        """Hand over to the server what fits."""
+        while self._running < self.settings.max_rows and (job := self._scheduler.take()) is not None:
+            self._running += 1
+            job.begun = time.monotonic()
+            self._tally.waited.add(job.begun - job.submitted)
+            job.task = self._tasks.create_task(self._run(job), name="completion")
+            job.task.add_done_callback(partial(self._left, job))
+
+    def _late(self, job: _Job) -> None:
+        """The deadline of one that may still wait; one that runs is ended by its task."""
+        if job.task is None:
+            self._end(job, FinishReason.DEADLINE)
+
+    def _left(self, job: _Job, task: asyncio.Task[FinishReason | AppError]) -> None:
+        """The task is over, however that came; cancelled before its first step it has not run at all."""
+        self._running -= 1
+        self._mean_s += 0.1 * (time.monotonic() - job.begun - self._mean_s)
+        self._end(job, FinishReason.CANCELLED if task.cancelled() else task.result())
+        self._scheduler.done(job.request.scope)
+        self._fill()
+
+    def _end(self, job: _Job, outcome: FinishReason | AppError) -> None:
+        """Say the last that is said of a job; what comes after that is not heard."""
+        if not self._desk.is_open(job):
+            return
+        if job.timer is not None:
+            job.timer.cancel()
+        if job.task is None:
+            self._scheduler.remove(job)
+        last: Finished | AppError
+        if isinstance(outcome, FinishReason):
+            if held := job.scanner.flush():
+                self._desk.put(job, Delta(held))
+            if job.uncounted:  # it was left before the server counted it
+                self._count(job, job.completion_tokens + self._asker.count(job.uncounted))
+            last = Finished(outcome, job.usage)
+        else:
+            last = outcome
+        self._tally.reused_tokens += job.cached_tokens
+        self._tally.prompt_tokens += job.prompt_tokens - job.cached_tokens if job.completion_tokens else 0
+        self._desk.put(job, last)
+
+    async def _run(self, job: _Job) -> FinishReason | AppError:
+        left_s = job.submitted + job.request.deadline_s - time.monotonic()
+        try:
+            async with asyncio.timeout(left_s):
+                return await self._answer(job)
+        except TimeoutError:
+            return FinishReason.DEADLINE
+        except AppError as error:
+            log.warning("remote.failed", extra={"id": job.request.id, "why": error.detail or type(error).__name__})
+            return error
+        except Exception as error:  # whatever it is, this request alone ends by it
+            log.exception("remote.broke")
+            return EngineError(detail=type(error).__name__)
+
+    async def _answer(self, job: _Job) -> FinishReason:
+        request = job.request
+        rendered = await self._asker.render(request, self._workers)
+        job.prompt_tokens = len(rendered.ids)
+        self._scheduler.charge(request.scope, PROMPT_COST * job.prompt_tokens)
+        reason: FinishReason | None = None
+        async with AsyncExitStack() as stack:
+            chunks = await self._asker.begin(stack, self._asker.ask(request, rendered.ids), request.adapter)
+            self._desk.put(job, Started(len(rendered.ids), dropped=rendered.dropped))
+            async for chunk in chunks:
+                self._take(job, chunk)
+                reason = reason or _reason(job, chunk)
+                if reason is FinishReason.STOP and not chunk.finish:
+                    break  # found here before the server found it: it need not go on
+        assert reason is not None  # a stream ends with a finish or an error
+        return reason
+
+    def _take(self, job: _Job, chunk: Chunk) -> None:
+        """Count what came, and show what of it is certain."""
+        job.cached_tokens = max(job.cached_tokens, chunk.cached_tokens)
+        if chunk.completion_tokens is None:
+            job.uncounted += chunk.text
+        else:
+            job.uncounted = ""
+            self._count(job, chunk.completion_tokens)
+        if text := job.scanner.push(chunk.text):
+            self._desk.put(job, Delta(text))
+
+    def _count(self, job: _Job, tokens: int) -> None:
+        """So many there are now; those that came together shared their time."""
+        now, new = time.monotonic(), tokens - job.completion_tokens
+        gap_s = None if job.last_token is None else (now - job.last_token) / max(new, 1)
+        for _ in range(new):
+            self._tally.token(now - job.submitted, gap_s)
+            job.last_token, gap_s = now, gap_s or 0.0
+        job.completion_tokens = tokens
+        self._scheduler.charge(job.request.scope, COMPLETION_COST * new)
+
+
+def _reason(job: _Job, chunk: Chunk) -> FinishReason | None:
+    """Why the answer ends with this chunk, if it does."""
+    if job.scanner.hit or chunk.stopped_by:
+        return FinishReason.STOP
+    match chunk.finish:
+        case "":
+            return None
+        case "stop":
+            return FinishReason.END
+        case "length":
+            return FinishReason.LENGTH
+        case other:  # vLLM's "abort" and "error"
+            raise EngineError(detail=f"the server ended the answer itself: {other[:40]}")

@@ -1,0 +1,118 @@
+"""How a request is put to an OpenAI-compatible server: rendered, salted, its adapter loaded. Knows no queue, no HTTP.
+
+Prompts are rendered here, by the base model's own tokenizer and template, and go as token ids: they are the very ones
+that the local engine would run and that training saw. The model's id there is the adapter's sha256.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import secrets
+from collections import OrderedDict
+from collections.abc import AsyncIterator
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import AsyncExitStack
+
+from core.engine.openai.client import NotThere, Refused, Server
+from core.engine.openai.sse import Ask, Chunk
+from core.engine.protocol import RemoteSettings, Request, prompt_limit
+from core.errors import AdapterUnusable, EngineError, PromptTooLong
+from core.model.base import ModelFiles
+from core.model.chat_format import Rendered, render
+from core.types import AdapterRef
+
+log = logging.getLogger(__name__)
+
+SALTS = 10_000  # conversations whose prefixes can be found again at the server
+LOADS = 2  # times an adapter is loaded for one request: behind a router another replica may get the next call
+TOO_LONG = ("context length", "max_model_len")
+
+
+class Asker:
+    """Asks one server for answers of its base model and of adapters. `base` is the base model's id there."""
+
+    def __init__(self, server: Server, settings: RemoteSettings, files: ModelFiles, base: str, context: int) -> None:
+        self.server, self.settings, self.files = server, settings, files
+        self.base, self.context = base, context
+        self.adapters: set[str] = set()  # that have answered
+        self._salts: OrderedDict[tuple[str, str], str] = OrderedDict()
+
+    async def render(self, request: Request, workers: ThreadPoolExecutor) -> Rendered:
+        limit = prompt_limit(request, self.context)
+        loop = asyncio.get_running_loop()
+        return await loop.run_in_executor(workers, render, request.messages, self.files.tokenizer, limit)
+
+    def ask(self, request: Request, prompt: tuple[int, ...]) -> Ask:
+        return Ask(
+            model=self.base if request.adapter is None else request.adapter.sha256,
+            prompt=prompt,
+            sampling=request.sampling,
+            max_tokens=min(request.sampling.max_tokens, self.context - len(prompt)),
+            stop_ids=tuple(sorted(self.files.eos_ids)),
+            salt=self._salt(request),
+        )
+
+    async def begin(self, stack: AsyncExitStack, ask: Ask, ref: AdapterRef | None) -> AsyncIterator[Chunk]:
+        """The answer's chunks; an adapter that the server does not know is loaded into it first."""
+        loads = 0
+        while True:
+            try:
+                chunks = await stack.enter_async_context(self.server.stream(ask))
+            except NotThere as error:
+                if ref is None:
+                    raise
+                if loads == LOADS:
+                    raise _unusable(ref, error.detail) from error
+                await self._load(ref)
+                loads += 1
+            except Refused as error:
+                if any(words in error.said for words in TOO_LONG):
+                    raise PromptTooLong(tokens=len(ask.prompt), limit=self.context) from error
+                if ref is not None and ref.sha256 in error.said:
+                    raise _unusable(ref, error.detail) from error
+                raise
+            else:
+                self.adapters.update([ref.sha256] if ref else [])
+                return chunks
+
+    def count(self, text: str) -> int:
+        """Tokens of a text that the server did not count."""
+        return len(self.files.tokenizer.encode(text, add_special_tokens=False))
+
+    def forget(self, channel: str, conversation: str) -> None:
+        """What the server keeps of a conversation, or of all of the channel's, is never found again."""
+        for key in [key for key in self._salts if key[0] == channel and conversation in ("", key[1])]:
+            del self._salts[key]
+
+    def _salt(self, request: Request) -> str:
+        """What the server's prefix cache is keyed with: nobody else's conversation meets this one's."""
+        scope = request.scope
+        fresh = secrets.token_hex(16)
+        if not scope.conversation:
+            return fresh
+        key = scope.channel, scope.conversation
+        salt = self._salts.setdefault(key, fresh)
+        self._salts.move_to_end(key)
+        while len(self._salts) > SALTS:
+            self._salts.popitem(last=False)
+        return salt
+
+    async def _load(self, ref: AdapterRef) -> None:
+        if all(model.id != self.base for model in await self.server.models()):
+            raise EngineError(detail=f"{self.server} no longer serves {self.base}: it was started anew with another")
+        there = self.settings.adapters_there
+        path = f"{there.rstrip('/')}/{ref.sha256}" if there else str(ref.folder.absolute())
+        try:
+            await self.server.load_adapter(ref.sha256, path)
+        except NotThere as error:
+            hint = "start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, and let it see the adapters"
+            raise _unusable(ref, f"{error.detail}; it does not load {path}: {hint}") from error
+        except Refused as error:
+            raise _unusable(ref, f"{error.detail}; it was told to load {path}") from error
+        log.info("remote.adapter_loaded", extra={"adapter": ref.label or ref.sha256[:12]})
+
+
+def _unusable(ref: AdapterRef, detail: str) -> AdapterUnusable:
+    label = ref.label or ref.sha256[:12]
+    return AdapterUnusable(detail=f"adapter {label}: {detail}", label=label)

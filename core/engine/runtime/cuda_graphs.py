@@ -1,0 +1,182 @@
+"""Decode steps over static buffers, on a GPU captured as CUDA graphs and replayed. Knows no requests and no families.
+
+A step launches some hundreds of kernels, each of a few microseconds: replayed as one graph they cost no time of the
+host's. A graph is good for exactly one shape and for the very tensors that it was captured with, so its key holds all
+that a shape is made of, and all graphs are dropped when slots of rows or of adapters are laid out anew. Without a GPU
+the same step runs as a plain call, which is how its static buffers are tested.
+"""
+
+from __future__ import annotations
+
+import logging
+from collections import OrderedDict
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.engine.lora.stacks import LoraStacks
+from core.engine.runtime.kv_cache import SlotCache
+
+log = logging.getLogger(__name__)
+
+MAX_GRAPHS = 96  # they share their memory, so each costs little more than its launches
+IDS, POSITIONS, ROWS, SLOTS = range(4)  # of the inputs
+
+
+@dataclass(frozen=True, slots=True)
+class Shape:
+    """All that decides which kernels a step launches, and over what.
+
+    `rows` of the cache with `length` keys each; adapter slots [0, slots) of `rank` are multiplied: none of them if all
+    rows run bare.
+    """
+
+    rows: int
+    length: int
+    slots: int
+    rank: int
+
+
+# inputs int64 (4, rows): ids, positions, the cache row to write, the adapter slot or -1; -> logits (rows, V)
+Step = Callable[[Tensor, Shape], Tensor]
+
+
+class Steps:
+    """The captured steps of one runner. All methods belong to the model thread."""
+
+    def __init__(self, step: Step, cache: SlotCache, lora: LoraStacks, *, device: torch.device) -> None:
+        self.step, self.cache, self.lora, self.device = step, cache, lora, device
+        self.captures = device.type == "cuda"
+        self.usable = True
+        self.graphs: OrderedDict[Shape, torch.cuda.CUDAGraph | None] = OrderedDict()
+        self.refused: set[Shape] = set()  # no memory for them
+        self.shape = Shape(0, 0, 0, 0)  # of the last step
+        self._versions = (cache.version, lora.version)
+        self._host = torch.zeros(4, cache.max_rows, dtype=torch.long, pin_memory=self.captures)
+        self._inputs = torch.zeros(4, cache.max_rows, dtype=torch.long, device=device)
+        self._logits: Tensor | None = None  # (max_rows, V)
+        self._copied = torch.cuda.Event() if self.captures else None  # type: ignore[no-untyped-call]  # torch's
+        self._stream = torch.cuda.Stream(self.device) if self.captures else None  # type: ignore[no-untyped-call]  # torch's
+        self._pool = self._new_pool()
+
+    def run(self, ids: Sequence[int], slots: Sequence[int | None]) -> Tensor | None:
+        """Take in one id of each of the first rows. Logits (B, V), good until the next call.
+
+        None if this shape cannot be captured: nothing has happened then.
+        """
+        if not self.usable:
+            return None
+        positions = self.cache.used[: len(ids)]
+        self.cache.reserve(max(positions) + 1)
+        if self._versions != (self.cache.version, self.lora.version):
+            self._drop()
+        shape = self._shape(len(ids), max(positions) + 1, slots)
+        if shape in self.refused:
+            return None
+        self._fill(shape, ids, positions, slots)
+        if shape not in self.graphs and not self._add(shape):
+            return None
+        self.graphs.move_to_end(shape)
+        self.shape = shape
+        graph = self.graphs[shape]
+        if graph is None:
+            self._compute(shape)
+        else:
+            graph.replay()
+        assert self._logits is not None
+        return self._logits[: len(ids)]
+
+    def _shape(self, rows: int, length: int, slots: Sequence[int | None]) -> Shape:
+        used = max((slot + 1 for slot in slots if slot is not None), default=0)
+        return Shape(
+            min(row_bucket(rows), self.cache.slots),
+            min(length_bucket(length), self.cache.length),
+            min(1 << (used - 1).bit_length(), self.lora.slot_count) if used else 0,
+            self.lora.rank if used else 0,
+        )
+
+    def _fill(self, shape: Shape, ids: Sequence[int], positions: Sequence[int], slots: Sequence[int | None]) -> None:
+        """One copy to the device. Rows beyond the given ones write to the spare row, and their logits go nowhere."""
+        if self._copied is not None:
+            self._copied.synchronize()  # of the call before: long done
+        rest = shape.rows - len(ids)
+        self._host[:, : shape.rows] = torch.tensor(
+            [
+                [*ids, *[0] * rest],
+                [*positions, *[0] * rest],
+                [*range(len(ids)), *[self.cache.slots] * rest],
+                [*(-1 if slot is None else slot for slot in slots), *[-1] * rest],
+            ]
+        )
+        self._inputs.copy_(self._host, non_blocking=True)
+        if self._copied is not None:
+            self._copied.record(torch.cuda.current_stream(self.device))
+
+    def _compute(self, shape: Shape) -> None:
+        logits = self.step(self._inputs[:, : shape.rows], shape)
+        if self._logits is None:
+            self._logits = logits.new_empty(self.cache.max_rows, logits.shape[1])
+        self._logits[: shape.rows] = logits  # out of the graphs' common memory, which the next one overwrites
+
+    def _add(self, shape: Shape) -> bool:
+        """Capture a step; whether that went well. Running it twice writes the same keys and values twice."""
+        if not self.captures:
+            self.graphs[shape] = None
+        else:
+            try:
+                self.graphs[shape] = self._capture(shape)
+            except torch.OutOfMemoryError as error:
+                log.warning("engine.graph_no_memory", extra={"shape": str(shape), "reason": str(error)[:200]})
+                self._forget_graphs()
+                self.refused.add(shape)
+                return False
+            except RuntimeError as error:  # an operator that asks the host, for one
+                log.warning("engine.graphs_off", extra={"shape": str(shape), "reason": str(error)[:500]})
+                self._drop()
+                self.usable = False
+                return False
+        if len(self.graphs) > MAX_GRAPHS:
+            self.graphs.popitem(last=False)
+        return True
+
+    def _capture(self, shape: Shape) -> torch.cuda.CUDAGraph:
+        stream = self._stream
+        assert stream is not None
+        stream.wait_stream(torch.cuda.current_stream(self.device))
+        with torch.cuda.stream(stream):
+            self._compute(shape)  # libraries lay out their workspaces outside of the graph
+        torch.cuda.current_stream(self.device).wait_stream(stream)
+        graph = torch.cuda.CUDAGraph()
+        with (
+            torch.cuda.stream(torch.cuda.current_stream(self.device)),  # torch stays on the other if a capture fails
+            torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
+        ):
+            self._compute(shape)
+        return graph
+
+    def _drop(self) -> None:
+        """What was captured is of another layout, and so is what did not fit."""
+        self._forget_graphs()
+        self.refused.clear()
+        self._versions = (self.cache.version, self.lora.version)
+
+    def _forget_graphs(self) -> None:
+        self.graphs.clear()
+        self._pool = self._new_pool()  # torch gives up a pool with its last graph, and refuses to capture into it again
+
+    def _new_pool(self) -> Any:  # torch names the type of its handle nowhere public
+        return torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
+
+
+def row_bucket(rows: int) -> int:
+    """1, 2, 4, 8, then multiples of 8."""
+    return 1 << (rows - 1).bit_length() if rows <= 8 else -(-rows // 8) * 8
+
+
+def length_bucket(length: int) -> int:
+    """Multiples of 128 up to 512, then four to each doubling: at most a quarter of the keys is read in vain."""
+    step = max(128, (1 << (length - 1).bit_length()) // 8)
+    return -(-length // step) * step

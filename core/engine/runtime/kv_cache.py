@@ -1,0 +1,384 @@
+"""Key/value slots: one slot per running row, rows compact, positions per row. Knows no requests and no text.
+
+Memory outside the used part of the running rows is always zero: a row is wiped when it is released, so nothing of a
+finished conversation lingers. Where untouched memory costs nothing (core.engine.runtime.lazy_zeros) all slots are laid out once,
+for the longest context, and nothing ever waits for them; elsewhere they grow with what runs.
+"""
+
+from __future__ import annotations
+
+import threading
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor
+from transformers.cache_utils import Cache, CacheLayerMixin
+
+from core.engine.runtime.lazy_zeros import untouched_zeros
+from core.engine.runtime.out_of_memory import is_shortage
+
+LENGTH_STEP = 16  # views are cut to a multiple of this
+FIRST_LENGTH = 256  # longer slots are multiples of it
+IDLE_BYTES = 64 * 2**20  # held without rows: a talk's next turn finds its pages there
+
+
+@dataclass(frozen=True, slots=True)
+class Segment:
+    """Part of a pass: as many tokens of each of some consecutive rows, each from its own position on."""
+
+    tokens: slice  # where they lie in the pass, row by row
+    first: int
+    rows: int
+    length: int  # keys visible to it: positions [0, length)
+    positions: Tensor  # (rows, T)
+    start: int | None  # position of the first row's first token; None if the host does not know it
+    row_index: Tensor  # (rows, 1)
+    mask: Tensor  # bool (rows, 1, T, length): each token sees its own row up to and with itself
+    biases: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)  # what `bias` has made
+
+    def bias(self, window: int | None, keys: int, group: int, dtype: torch.dtype) -> Tensor:
+        """The mask to add to scores of `group` heads packed as queries of one key: (rows, keys, group * T, length).
+
+        With a window each token sees only that many of its row's last tokens, itself among them.
+        """
+        window = self.length if window is None else min(window, self.length)
+        found = self.biases.get((window, keys, group))
+        if found is None:
+            mask = self.mask
+            if window < self.length:
+                mask = mask & (
+                    torch.arange(self.length, device=mask.device) > self.positions[:, None, :, None] - window
+                )
+            added = torch.zeros(mask.shape, dtype=dtype, device=mask.device).masked_fill_(~mask, -torch.inf)
+            found = self.biases[window, keys, group] = added.repeat(1, keys, group, 1)
+        return found
+
+
+class _Running(threading.local):
+    """The segment that this thread's plain forward pass of the model is about."""
+
+    segment: Segment | None = None
+
+
+running = _Running()
+
+
+@contextmanager
+def over(segment: Segment) -> Iterator[None]:
+    """Let the plain forward pass inside read and write that segment."""
+    running.segment = segment
+    try:
+        yield
+    finally:
+        running.segment = None
+
+
+class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not typed
+    """Keys and values of one layer: (slots, kv_heads, length, head_dim)."""
+
+    is_sliding = False
+
+    def __init__(self, *, untouched: bool = False) -> None:
+        super().__init__()
+        self.untouched = untouched
+        self.capacity = (0, 0)  # slots, length
+
+    def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
+        self.keys, self.values = self._blank(key_states), self._blank(value_states)
+        self.is_initialized = True
+
+    def _blank(self, like: Tensor) -> Tensor:
+        """like is (rows, kv_heads, T, head_dim)."""
+        slots, length = self.capacity
+        shape = (slots, like.shape[1], length, like.shape[3])
+        return untouched_zeros(shape, like.dtype) if self.untouched else like.new_zeros(shape)
+
+    def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
+        """As `put`, at the running segment."""
+        assert running.segment is not None
+        return self.put(running.segment, key_states, value_states)
+
+    def whole(self, like: Tensor) -> tuple[Tensor, Tensor]:
+        """Keys and values of all slots, for what is to be written to them; like is (rows, kv_heads, head_dim)."""
+        if not self.is_initialized:
+            self.lazy_initialization(like[:, :, None], like[:, :, None])
+        return self.keys, self.values
+
+    def put(self, segment: Segment, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+        """Write (rows, kv_heads, T, head_dim) at a segment; return views (rows, kv_heads, length, head_dim)."""
+        if not self.is_initialized:
+            self.lazy_initialization(key_states, value_states)
+        first, rows = segment.first, slice(segment.first, segment.first + segment.rows)
+        if segment.rows == 1 and segment.start is not None:  # a plain copy is quicker than an indexed one
+            stop = segment.start + key_states.shape[2]
+            self.keys[first, :, segment.start : stop] = key_states[0]
+            self.values[first, :, segment.start : stop] = value_states[0]
+        else:  # two index tensors around a slice put their shape first: (rows, T, kv_heads, head_dim)
+            self.keys[segment.row_index, :, segment.positions] = key_states.transpose(1, 2)
+            self.values[segment.row_index, :, segment.positions] = value_states.transpose(1, 2)
+        return self.keys[rows, :, : segment.length], self.values[rows, :, : segment.length]
+
+    def resize(self, slots: int, length: int, *, used: Sequence[int], reach: Sequence[int]) -> None:
+        """Another capacity; of each row the `used` positions are kept. `reach` is how far it may have been written."""
+        self.capacity = (slots, length)
+        if self.is_initialized:
+            self.keys = _resized(self.keys, slots, length, used, reach)
+            self.values = _resized(self.values, slots, length, used, reach)
+
+    def get_mask_sizes(self, query_length: int) -> tuple[int, int]:
+        return self.get_seq_length(), 0
+
+    def get_seq_length(self) -> int:
+        assert running.segment is not None
+        return running.segment.length
+
+    def get_max_length(self) -> int:
+        return self.capacity[1]
+
+
+class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
+    """The slots of all layers. Rows [0, rows) are running; `used[row]` tokens of each are filled.
+
+    With a `spare` there is one more slot, of index `slots`, for what static steps compute for no row at all.
+    `untouched`: in memory that costs nothing before it is written, all slots at once; only on a CPU, without a spare.
+    `segment_cost`: one more segment of a pass takes as long as to read so many keys of one row; None: longer than any.
+    """
+
+    def __init__(
+        self,
+        layers: int,
+        *,
+        max_rows: int,
+        max_length: int,
+        spare: bool = False,
+        untouched: bool = False,
+        segment_cost: int | None = None,
+    ) -> None:
+        assert not (spare and untouched)
+        super().__init__(layers=[SlotLayer(untouched=untouched) for _ in range(layers)])
+        self.max_rows, self.max_length = max_rows, max_length
+        self.spare, self.untouched, self.segment_cost = spare, untouched, segment_cost
+        self.slots, self.length = 0, 0  # capacity
+        self.version = 0  # of the tensors: another one, other tensors
+        self.used: list[int] = []
+        self.reach: list[int] = []  # how far each row may have been written
+        self.touched: dict[int, int] = {}  # row: the longest that was wiped there
+        self._position_bytes = 0
+
+    @property
+    def rows(self) -> int:
+        return len(self.used)
+
+    @property
+    def room(self) -> tuple[int, int]:
+        """What memory is laid out for: slots, and their length."""
+        return self.slots, self.length
+
+    def add_row(self, length: int = 0) -> int:
+        """An empty row after the others, with room for that length. May raise as `reserve`."""
+        assert self.rows < self.max_rows
+        self._make_room(self.rows + 1, max(length, 1))
+        self.used.append(0)
+        self.reach.append(0)
+        return self.rows - 1
+
+    def reserve(self, length: int) -> None:
+        """Make room for rows of that length. May raise an out-of-memory error; the rows stay as they are."""
+        self._make_room(self.rows, length)
+
+    def _make_room(self, slots: int, length: int) -> None:
+        """Both at once: each new layout copies all rows. Both double, so that few are made, if memory is enough."""
+        assert slots <= self.max_rows
+        assert length <= self.max_length
+        if slots <= self.slots and length <= self.length:
+            return
+        length = min(-(-length // FIRST_LENGTH) * FIRST_LENGTH, self.max_length)
+        needed = max(slots, self.slots), max(length, self.length)
+        wished = _grown(slots, self.slots, self.max_rows), _grown(length, self.length, self.max_length)
+        if self.untouched:
+            wished = self.max_rows, self.max_length
+        try:
+            self._resize(*wished)
+            return
+        except Exception as error:
+            if wished == needed or not is_shortage(error):
+                raise
+        self._resize(*needed)  # here, where the error no longer holds what was laid out already
+
+    def enter(self, first: int, counts: Sequence[int]) -> list[int]:
+        """Make room for the next counts[i] tokens of row first + i; returns how many tokens each row holds."""
+        used = self.used[first : first + len(counts)]
+        self.reserve(max(map(sum, zip(used, counts, strict=True))))
+        for row, (start, count) in enumerate(zip(used, counts, strict=True), first):
+            self.reach[row] = start + count
+        return used
+
+    def begin(self, first: int, counts: Sequence[int], device: torch.device) -> list[Segment]:
+        """What a pass over the next counts[i] tokens of row first + i reads and writes.
+
+        Neighbours that take in one token each are one segment, as in decoding, unless one is so much longer that the
+        others would read too far; every other row is one of its own.
+        """
+        self.enter(first, counts)
+        segments, row, token = [], first, 0
+        for count, same in groupby(counts):
+            together = sum(1 for _ in same)
+            for rows in self._alike(row, together) if count == 1 else [1] * together:
+                segments.append(self._segment(slice(token, token + rows * count), row, rows, count, device))
+                row, token = row + rows, token + rows * count
+        return segments
+
+    def _alike(self, first: int, rows: int) -> list[int]:
+        """Split consecutive rows of one token each so that they are read soonest: the sizes of the segments.
+
+        A segment reads all its rows as far as its longest; `best[i]` is the least cost of the first i rows.
+        """
+        lengths = self.used[first : first + rows]
+        if self.segment_cost is None or (max(lengths) - min(lengths)) * (rows - 1) <= self.segment_cost:
+            return [rows]
+        best, begins = [0], [0]
+        for end in range(1, rows + 1):
+            longest, least, begin = 0, -1, 0
+            for start in range(end - 1, -1, -1):
+                longest = max(longest, lengths[start])
+                cost = best[start] + self.segment_cost + (end - start) * longest
+                if least < 0 or cost < least:
+                    least, begin = cost, start
+            best.append(least)
+            begins.append(begin)
+        sizes, end = [], rows
+        while end:
+            sizes.append(end - begins[end])
+            end = begins[end]
+        return sizes[::-1]
+
+    def _segment(self, tokens: slice, first: int, rows: int, count: int, device: torch.device) -> Segment:
+        used = self.used[first : first + rows]
+        length = min(-(-(max(used) + count) // LENGTH_STEP) * LENGTH_STEP, self.length)
+        positions = torch.tensor(used, device=device)[:, None] + torch.arange(count, device=device)
+        row_index = torch.arange(first, first + rows, device=device)[:, None]
+        mask = torch.arange(length, device=device) <= positions[:, None, :, None]
+        return Segment(tokens, first, rows, length, positions, used[0], row_index, mask)
+
+    def static(self, positions: Tensor, row_index: Tensor, length: int) -> Segment:
+        """One token of each of the first rows, at positions (rows,) that the device alone knows."""
+        mask = torch.arange(length, device=positions.device) <= positions[:, None, None, None]
+        rows = len(positions)
+        return Segment(slice(0, rows), 0, rows, length, positions[:, None], None, row_index[:, None], mask)
+
+    def touch(self, rows: int) -> None:
+        """One more token of each of the first rows may have been written."""
+        for row in range(rows):
+            self.reach[row] = self.used[row] + 1
+
+    def advance(self, first: int, counts: Sequence[int]) -> None:
+        """The pass is done: its tokens are part of the rows."""
+        for row, count in enumerate(counts, first):
+            self.used[row] += count
+
+    @property
+    def used_bytes(self) -> int:
+        """Of keys and values of the used part of all rows."""
+        return self._bytes_of(sum(self.used))
+
+    @property
+    def held_bytes(self) -> int:
+        """What the slots hold while no row runs."""
+        return self._bytes_of(sum(self.touched.values()) if self.untouched else self.slots * self.length)
+
+    def _bytes_of(self, positions: int) -> int:
+        if not self._position_bytes:
+            self._position_bytes = sum(tensor[0, :, :1].nbytes for tensor in self._tensors())
+        return self._position_bytes * positions
+
+    def row_bytes(self, row: int) -> int:
+        """How much `take_out` would copy."""
+        return sum(tensor[row, :, : self.used[row]].nbytes for tensor in self._tensors())
+
+    def take_out(self, row: int) -> list[Tensor]:
+        """A copy of the row's used part: (kv_heads, used, head_dim), keys and values of each layer in turn."""
+        return [tensor[row, :, : self.used[row]].clone() for tensor in self._tensors()]
+
+    def put_in(self, row: int, tensors: list[Tensor], count: int) -> None:
+        """Let an empty row begin with the first `count` positions of what was taken out."""
+        assert self.used[row] == 0
+        self.reserve(count)
+        self.reach[row] = count
+        for layer, keys, values in zip(self.layers, tensors[::2], tensors[1::2], strict=True):
+            if not layer.is_initialized:
+                layer.lazy_initialization(keys[None], values[None])
+        for tensor, kept in zip(self._tensors(), tensors, strict=True):
+            tensor[row, :, :count] = kept[:, :count]
+        self.used[row] = count
+
+    def move(self, source: int, target: int) -> None:
+        """Copy a row over a wiped one, and wipe the source."""
+        assert self.used[target] == 0
+        length = self.used[source]
+        for tensor in self._tensors():
+            tensor[target, :, :length] = tensor[source, :, :length]
+        self.used[target] = self.reach[target] = length
+        self.wipe(source)
+
+    def wipe(self, row: int) -> None:
+        """Zero a row, also what a pass that failed half-way wrote beyond its used part."""
+        for tensor in self._tensors():
+            tensor[row, :, : self.reach[row]] = 0
+        self.touched[row] = max(self.touched.get(row, 0), self.reach[row])
+        self.used[row] = self.reach[row] = 0
+
+    def drop_last(self) -> None:
+        """The last row, wiped before, is no longer there. Without rows all memory is given back if it is more than
+        IDLE_BYTES, but not with a spare: graphs are captured over these very tensors."""
+        assert self.used[-1] == 0
+        self.used.pop()
+        self.reach.pop()
+        if not self.used and not self.spare and self.held_bytes > IDLE_BYTES:
+            self.clear()
+
+    def clear(self) -> None:
+        """Give all memory back."""
+        self.used, self.reach = [], []
+        self.slots, self.length = 0, 0
+        self.touched.clear()
+        self.version += 1
+        for layer in self.layers:
+            layer.keys = layer.values = None
+            layer.is_initialized = False
+            layer.capacity = (0, 0)
+
+    def is_blank(self) -> bool:
+        """Whether nothing but zeros is held outside the used part of the running rows."""
+        rows, used = self.rows, [*self.used]
+        for tensor in self._tensors():
+            if bool(tensor[rows : self.slots].any()) or any(
+                bool(tensor[row, :, used[row] :].any()) for row in range(rows)
+            ):
+                return False
+        return True
+
+    def _tensors(self) -> list[Tensor]:
+        return [tensor for layer in self.layers if layer.is_initialized for tensor in (layer.keys, layer.values)]
+
+    def _resize(self, slots: int, length: int) -> None:
+        self.version += 1  # first: memory may end half-way, and then some tensors are others already
+        for layer in self.layers:
+            layer.resize(slots + self.spare, length, used=self.used, reach=self.reach)
+        self.slots, self.length = slots, length
+
+
+def _grown(needed: int, held: int, most: int) -> int:
+    return held if needed <= held else min(max(needed, 2 * held), most)
+
+
+def _resized(old: Tensor, slots: int, length: int, used: Sequence[int], reach: Sequence[int]) -> Tensor:
+    """Row by row: one that is long must not make it slow for all."""
+    new = old.new_zeros((slots, old.shape[1], length, old.shape[3]))
+    for row, (kept, written) in enumerate(zip(used, reach, strict=True)):
+        new[row, :, :kept] = old[row, :, :kept]
+        old[row, :, :written] = 0  # freed memory may lie in an allocator's pool for long
+    return new

@@ -1,0 +1,171 @@
+"""The engine of this process: a model thread behind the protocol. Knows no chats, users' texts or SQLite.
+
+Threads and what they may touch: the event loop submits and reads events; the model thread owns all tensors of rows;
+two more render prompts; adapter files are read by threads that end, and so is the model. Events cross to the loop once
+per step.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import time
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
+from pathlib import Path
+from types import TracebackType
+from typing import Self
+
+import torch
+
+from core.engine.diagnostics.parity import check_exact
+from core.engine.diagnostics.roofline import bandwidth
+from core.engine.lora.adapter_files import AdapterStore, AdapterWeights, Base
+from core.engine.lora.stacks import head_name, shapes
+from core.engine.protocol import EngineInfo, EngineSettings, EngineStats, ModelSettings, Request, prompt_limit
+from core.engine.runtime.loop import ModelThread, Output
+from core.engine.scheduling.detokenizer import Detokenizer, StopScanner
+from core.engine.scheduling.request_state import Job
+from core.engine.scheduling.requests import DRAIN_S, Begun, Desk
+from core.engine.scheduling.stats import Tally
+from core.model.base import BaseModel, load_model
+from core.model.chat_format import Rendered, render
+from core.model.demo import Progress
+
+log = logging.getLogger(__name__)
+
+CANCEL_S = 60.0  # for cancelled requests to end: one step, which may be a long one
+
+
+class LocalEngine:
+    """Implements core.engine.protocol.Engine. The model is loaded when the engine is entered.
+
+    `cache` takes the converted demo model; `progress` is called from a thread with (fraction, what).
+    A `model` that is loaded already may be handed over instead.
+    """
+
+    def __init__(
+        self,
+        model_settings: ModelSettings,
+        settings: EngineSettings,
+        cache: Path,
+        *,
+        progress: Progress | None = None,
+        model: BaseModel | None = None,
+    ) -> None:
+        self.model_settings, self.settings = model_settings, settings
+        self._cache, self._progress = cache, progress
+        self._model = model
+        self._bandwidth = 0.0
+        self.tally = Tally()
+        self._desk: Desk[Job] = Desk(self.tally, self.cancel)
+
+    async def __aenter__(self) -> Self:
+        self._loop = asyncio.get_running_loop()
+        # A thread that ran a large operator keeps OpenMP's workers as long as it lives, and all spin more slowly
+        # while there are more of them than cores: the one that loads must end before the model thread begins.
+        loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
+        try:
+            model = await self._loop.run_in_executor(loader, self._load)
+        finally:
+            loader.shutdown(wait=False)
+        context = min(model.context, self.settings.max_context)
+        info = EngineInfo(model.name, model.fingerprint, model.description, context, model.folder, str(model.device))
+        self.base = Base(model.fingerprint, shapes(model.module), model.dtype, head_name(model.module))
+        self._adapters = AdapterStore(self.base, limit=self.settings.adapters_in_memory)
+        self._model = model
+        self._workers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="engine")
+        self.thread = ModelThread(
+            model,
+            self.settings,
+            context=context,
+            prepare=self._prepare,
+            spawn=self._workers.submit,
+            emit=self._emit,
+            tally=self.tally,
+        )
+        self.thread.start()
+        self._desk.unlock(info)
+        return self
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        try:
+            await self.drain(DRAIN_S if kind is None else 0.0)
+        finally:
+            await self._loop.run_in_executor(None, self.thread.stop)
+            self._workers.shutdown(wait=False, cancel_futures=True)
+            self._desk.lock()
+
+    @property
+    def info(self) -> EngineInfo:
+        return self._desk.info
+
+    def submit(self, request: Request) -> Begun[Job]:
+        """Begin a request; returns at once. What goes wrong is raised out of the iteration."""
+        return self._desk.begin(request, lambda: self._job(request), lambda job: self.thread.submit(job))
+
+    def cancel(self, job: Job) -> None:
+        if self._desk.running:
+            self.thread.cancel(job)
+
+    async def forget(self, channel: str, conversation: str = "") -> None:
+        """Wipe what memory holds of a conversation; what runs or waits for it ends as cancelled."""
+        if self._desk.running:
+            await asyncio.wrap_future(self.thread.forget(channel, conversation))
+
+    def stats(self) -> EngineStats:
+        if not self._desk.running:
+            return EngineStats()
+        thread = self.thread
+        return replace(
+            self.tally.stats(),
+            running=thread.running,
+            waiting=thread.waiting,
+            resident_adapters=len(thread.runner.lora.slots),
+            adapters_in_memory=len(self._adapters),
+            positions_read=thread.runner.positions_read,
+            positions_held=thread.runner.positions_held,
+            bandwidth=self._bandwidth,
+        )
+
+    async def drain(self, deadline_s: float) -> None:
+        """Take no more; finish what runs within the deadline, then cancel the rest."""
+        await self._desk.drain(deadline_s, CANCEL_S)
+
+    def _job(self, request: Request) -> Job:
+        assert self._model is not None
+        return Job(
+            request,
+            deadline=time.monotonic() + request.deadline_s,
+            detokenizer=Detokenizer(self._model.tokenizer),
+            scanner=StopScanner(request.sampling.stop),
+        )
+
+    # --- other threads
+
+    def _load(self) -> BaseModel:
+        model = self._model or load_model(
+            self.model_settings, self._cache, progress=self._progress, threads=self.settings.threads
+        )
+        check_exact(model)
+        self._bandwidth = bandwidth(model.device, torch.get_num_threads())
+        return model
+
+    def _prepare(self, job: Job) -> tuple[Rendered, Future[AdapterWeights] | None]:
+        """Render the prompt and have the adapter read."""
+        assert self._model is not None
+        request = job.request
+        rendered = render(request.messages, self._model.tokenizer, prompt_limit(request, self.info.context))
+        return rendered, None if request.adapter is None else self._adapters.get(request.adapter)
+
+    def _emit(self, outputs: list[Output]) -> None:
+        try:
+            self._loop.call_soon_threadsafe(self._deliver, outputs)
+        except RuntimeError:  # the event loop is closed: nobody listens
+            log.warning("engine.nobody_listens", extra={"events": len(outputs)})
+
+    def _deliver(self, outputs: list[Output]) -> None:
+        for job, event in outputs:
+            self._desk.put(job, event)

@@ -1,0 +1,358 @@
+"""The model thread: admit, run passes, emit, cancel. Takes jobs, gives events; knows no asyncio, chats or SQLite.
+
+One step is: end what is cancelled or late, let prepared jobs in, then one pass: a token for every row that is past its
+prompt, beside at most one chunk of prompts. Requests join and leave between steps, and a row of who has many makes room
+for who has none.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+import torch
+from torch import Tensor
+
+from core.engine.protocol import Delta, EngineSettings, Event, Finished, FinishReason, Started
+from core.engine.runtime.out_of_memory import is_shortage
+from core.engine.runtime.runner import Runner, translate
+from core.engine.runtime.running_batch import Rows
+from core.engine.runtime.sampling import NOT_FINITE, sample
+from core.engine.scheduling.admission import Lobby, Prepare, Spawn
+from core.engine.scheduling.request_state import Job, State
+from core.engine.scheduling.scheduler import COMPLETION_COST
+from core.engine.scheduling.stats import Tally
+from core.errors import AppError, EngineError
+from core.model.base import BaseModel
+
+log = logging.getLogger(__name__)
+
+CHUNK_CPU, CHUNK_CUDA = 256, 1024  # prompt tokens between two decode steps
+LONGEST_SLEEP_S = 3600.0  # what a lock can wait for has an end
+KEPT_AFTER = (FinishReason.END, FinishReason.STOP, FinishReason.LENGTH)
+
+Output = tuple[Job, Event | AppError]
+
+
+class ModelThread:
+    """Owns the rows. `start`, `submit`, `cancel`, `forget`, `stop` and the counters may be used from any thread.
+
+    `emit` gets the outputs of one step at once, on the model thread; after Finished or an error nothing more comes.
+    `spawn` runs a call on a thread of its own, so that no prompt is rendered between two steps.
+    """
+
+    def __init__(
+        self,
+        model: BaseModel,
+        settings: EngineSettings,
+        *,
+        context: int,
+        prepare: Prepare,
+        spawn: Spawn,
+        emit: Callable[[list[Output]], None],
+        tally: Tally,
+    ) -> None:
+        self.model, self.settings, self.context = model, settings, context
+        self.runner = Runner(model, max_rows=settings.max_rows, context=context, adapters=settings.adapters_at_once)
+        self.rows = Rows(self.runner, most=settings.max_rows, reuse_bytes=settings.reuse_mib * 2**20)
+        self.chunk = CHUNK_CUDA if model.device.type == "cuda" else CHUNK_CPU
+        self.tally = tally
+        self._emit = emit
+        self._outputs: list[Output] = []
+        self._thread = threading.Thread(target=self._run, name="model", daemon=True)
+        # Under the lock: what other threads touch.
+        self._wake = threading.Condition()
+        self.lobby = Lobby(settings, self._wake, prepare=prepare, spawn=spawn, translate=translate)
+        self._forgets: list[tuple[str, str, Future[None]]] = []
+        self._stopping = self._over = False
+
+    # --- any thread
+
+    @property
+    def running(self) -> int:
+        return len(self.rows.jobs)
+
+    @property
+    def waiting(self) -> int:
+        return len(self.lobby)
+
+    def start(self) -> None:
+        self._thread.start()
+
+    def submit(self, job: Job) -> None:
+        """Let a job wait for its turn. Raises Overloaded; may end another job with it, see Scheduler.add."""
+        with self._wake:
+            if self._over:
+                raise EngineError(detail="the model thread has ended: start the program again")
+            self.lobby.add(job)
+
+    def cancel(self, job: Job) -> None:
+        """End the job within one step; Finished still comes."""
+        with self._wake:
+            job.cancelled = True
+            self._wake.notify()
+
+    def forget(self, channel: str, conversation: str) -> Future[None]:
+        """End what runs or waits for that conversation (or channel) and wipe its rows; done when that has happened."""
+        done: Future[None] = Future()
+        done.set_running_or_notify_cancel()  # it is done also if whoever waits for it goes away
+        with self._wake:
+            if self._over:
+                done.set_result(None)
+            else:
+                self._forgets.append((channel, conversation, done))
+                self._wake.notify()
+        return done
+
+    def stop(self) -> None:
+        """End all jobs as cancelled, then the thread."""
+        with self._wake:
+            self._stopping = True
+            self._wake.notify()
+        if self._thread.is_alive():
+            self._thread.join()
+
+    # --- the model thread
+
+    def _run(self) -> None:
+        if self.settings.threads and self.model.device.type == "cpu":
+            torch.set_num_threads(self.settings.threads)  # holds for the calling thread
+        outcome: FinishReason | AppError = FinishReason.CANCELLED
+        with torch.inference_mode():
+            try:
+                while self._wait_for_work():
+                    try:
+                        self._step()
+                    except Exception as error:  # the thread outlives any error of a step
+                        log.exception("engine.step_failed")
+                        self._fail_running(translate(error))
+                    self._flush()
+            except Exception as error:
+                log.exception("engine.thread_failed")
+                outcome = EngineError(detail=f"the model thread has ended: {type(error).__name__}: {error}")
+            self._end_all(outcome)
+
+    def _wait_for_work(self) -> bool:
+        """Sleep until there is something to do; False when the thread is to stop."""
+        with self._wake:
+            while not self._stopping:
+                jobs = self.lobby.jobs()
+                if self.rows.jobs or self._forgets or self.lobby.has_work(self.rows.jobs):
+                    break
+                if any(job.cancelled for job in jobs):
+                    break
+                left = min((job.deadline - time.monotonic() for job in jobs), default=None)
+                if left is not None and left <= 0:
+                    break
+                self._wake.wait(None if left is None else min(left, LONGEST_SLEEP_S))
+            return not self._stopping
+
+    def _step(self) -> None:
+        self._end_unwanted()
+        self.lobby.prepare_next(self.rows.jobs, self.rows.has_room)
+        row = self.lobby.yielding(self.rows.jobs, self.rows.has_room)
+        if row is not None:
+            self._pause(self.rows.jobs[row])
+        self._pass()
+
+    def _end_unwanted(self) -> None:
+        """One by one: an error on the way leaves the rest to the next step."""
+        while self.lobby.failed:
+            self._end(*self.lobby.failed.pop(0))
+        with self._wake:
+            forgets = list(self._forgets)
+            jobs = [*self.lobby.jobs(), *self.rows.jobs]
+        now = time.monotonic()
+        for job in jobs:
+            forgotten = any(_concerns(job, channel, conversation) for channel, conversation, _ in forgets)
+            if job.cancelled or forgotten:
+                self._end(job, FinishReason.CANCELLED)
+            elif now >= job.deadline:
+                self._end(job, FinishReason.DEADLINE)
+        for channel, conversation, done in forgets:
+            self.rows.prefixes.forget(channel, conversation)
+            done.set_result(None)
+            del self._forgets[0]
+
+    def _pass(self) -> None:
+        """One token for every row past its prompt, beside a chunk of prompts: of the row that is taking its own in,
+        then of jobs that are ready. A prompt that is cut leaves the steps' tokens room in the chunk."""
+        rows = self.rows.jobs
+        parts: list[Sequence[int]] = [job.next_ids(1) for job in rows if job.behind == 1]
+        stepping, budget = len(parts), self.chunk
+        while budget > 0:
+            if len(parts) == len(rows):
+                room = self.runner.cache.room
+                if self._admit() is None or (parts and self.runner.cache.room != room):
+                    break  # making room took its time: the others step before the new row begins
+            job = rows[len(parts)]
+            cut = job.behind > budget
+            parts.append(job.next_ids(max(budget - stepping, 1) if cut else budget))
+            budget = 0 if cut else budget - len(parts[-1])
+        began = time.monotonic()
+        results = self.rows.run(list(zip(rows[: len(parts)], parts, strict=True)))
+        least_bytes = self.rows.least_bytes() if parts and all(len(part) == 1 for part in parts) else 0
+        for taken, result in results:
+            for job, part in taken if isinstance(result, Tensor) else ():
+                self.tally.prompt_tokens += job.take_in(len(part))
+        for taken, result in results:  # these first: only what is past its prompt may lie before the others
+            if isinstance(result, Exception):
+                self._end(taken[0][0], translate(result))
+        for taken, result in results:
+            past_prompt = [job for job, _ in taken if not job.behind]  # all, but perhaps the last
+            if isinstance(result, Tensor) and past_prompt:
+                self._accept(past_prompt, result[: len(past_prompt)])
+        if least_bytes:
+            self.tally.decode_s += time.monotonic() - began  # until the ids are read: a GPU works behind our back
+            self.tally.decode_bytes += least_bytes
+
+    def _admit(self) -> Job | None:
+        """Give the next ready job a row. One for which memory is short waits until another row has ended."""
+        job = None if self.rows.full else self.lobby.next_ready(self.rows.jobs, self.rows.has_room)
+        if job is None:
+            return None
+        waited_s = time.monotonic() - job.submitted
+        try:
+            self.rows.enter(job)
+        except Exception as error:
+            self._not_admitted(job, error)
+        else:
+            if not job.started:
+                job.started, job.reused = True, job.filled
+                self.tally.waited.add(waited_s)
+                self.tally.reused_tokens += job.reused
+                self._outputs.append((job, Started(len(job.prompt), job.reused, job.dropped)))
+            return job
+        return self._admit()  # here, where the error no longer holds what was laid out already
+
+    def _not_admitted(self, job: Job, error: Exception) -> None:
+        """It waits, if all that it lacks is memory, and others' ends or what is kept of them may give some."""
+        if is_shortage(error) and self.rows.seek_memory():
+            log.warning("engine.admit_no_memory", extra={"rows": self.running, "reason": str(error)[:200]})
+            self.lobby.put_back(job)
+        else:
+            log.error("engine.admit_failed", exc_info=error)
+            self._end(job, translate(error))
+
+    def _pause(self, job: Job) -> None:
+        """Take a job out of its row for another's sake. It goes on later where it was: from what is kept, or anew."""
+        self.rows.leave(job, keep=True)
+        self.lobby.put_back(job)
+        log.debug("engine.paused", extra={"answered": len(job.answer)})
+
+    def _accept(self, jobs: Sequence[Job], logits: Tensor) -> None:
+        """Draw one token per row from (B, V), and show or end."""
+        ids = self._draw(jobs, logits)
+        now = time.monotonic()
+        for job, token in zip(jobs, ids, strict=True):
+            if token == NOT_FINITE:
+                self._end(job, EngineError(detail="the model's output is not finite; its adapter may be damaged"))
+                continue
+            job.answer.append(token)
+            self.tally.token(now - job.submitted, None if job.last_token is None else now - job.last_token)
+            job.last_token = now
+            self.lobby.charge(job, COMPLETION_COST)
+            try:
+                outcome: FinishReason | AppError | None = self._show(job, token)
+            except Exception as error:
+                outcome = _untold(error)
+            if outcome is not None:
+                self._end(job, outcome)
+
+    def _draw(self, jobs: Sequence[Job], logits: Tensor) -> list[int]:
+        """One token per row of (B, V); where memory is short for all at once, by halves, which draw the same."""
+        try:
+            return sample(
+                logits,
+                [job.request.sampling for job in jobs],
+                [len(job.answer) for job in jobs],
+                [(*job.prompt, *job.answer) if job.request.sampling.repetition_penalty != 1 else () for job in jobs],
+            )
+        except Exception as error:
+            if len(jobs) == 1 or not is_shortage(error):
+                raise
+            self.rows.drop_kept()
+        half = len(jobs) // 2
+        return self._draw(jobs[:half], logits[:half]) + self._draw(jobs[half:], logits[half:])
+
+    def _show(self, job: Job, token: int) -> FinishReason | None:
+        """Emit what became certain; the reason to end, if there is one."""
+        if token in self.model.eos_ids:
+            return FinishReason.END
+        self._emit_text(job, job.scanner.push(job.detokenizer.push(token)))
+        if job.scanner.hit:
+            return FinishReason.STOP
+        total = len(job.prompt) + len(job.answer)
+        full = len(job.answer) >= job.request.sampling.max_tokens or total >= self.context
+        return FinishReason.LENGTH if full else None
+
+    def _emit_text(self, job: Job, text: str) -> None:
+        if text:
+            self._outputs.append((job, Delta(text)))
+
+    def _end(self, job: Job, outcome: FinishReason | AppError) -> None:
+        """Take a job out of wherever it is; say why, with usage."""
+        if job.state is State.ENDED:
+            return
+        if isinstance(outcome, FinishReason):
+            try:
+                outcome = self._last_text(job, outcome)
+            except Exception as error:
+                outcome = _untold(error)
+        self._outputs.append((job, Finished(outcome, job.usage) if isinstance(outcome, FinishReason) else outcome))
+        if job.state is State.RUNNING:
+            self.rows.leave(job, keep=outcome in KEPT_AFTER)
+        self.lobby.leave(job)
+        job.prompt, job.answer, job.adapter = (), [], None
+
+    def _last_text(self, job: Job, reason: FinishReason) -> FinishReason:
+        """Show what was held back, unless a stop string ended the answer; it may itself complete one."""
+        if reason is FinishReason.STOP:
+            return reason
+        self._emit_text(job, job.scanner.push(job.detokenizer.flush()))
+        if job.scanner.hit:
+            return FinishReason.STOP
+        self._emit_text(job, job.scanner.flush())
+        return reason
+
+    def _fail_running(self, error: AppError) -> None:
+        """A step broke: nothing is known of the rows any more."""
+        for job in self.rows.clear():
+            self._end(job, error)
+
+    def _end_all(self, outcome: FinishReason | AppError) -> None:
+        with self._wake:  # whoever comes meanwhile finds the thread over
+            self._over = True
+            self._outputs += self.lobby.failed
+            for job in [*self.lobby.jobs(), *self.rows.jobs]:
+                try:
+                    self._end(job, outcome)
+                except Exception as error:  # the others must end too
+                    log.exception("engine.end_failed")
+                    self._outputs.append((job, translate(error)))
+            self._flush()
+            try:
+                self.runner.cache.clear()
+                self.rows.prefixes.clear()
+            finally:
+                for _, _, done in self._forgets:
+                    done.set_result(None)
+
+    def _flush(self) -> None:
+        outputs, self._outputs = self._outputs, []
+        if outputs:
+            self._emit(outputs)
+
+
+def _untold(error: Exception) -> AppError:
+    """A tokenizer's own error over one answer is of no matter to the others."""
+    log.error("engine.text_failed", exc_info=error)
+    return translate(error)
+
+
+def _concerns(job: Job, channel: str, conversation: str) -> bool:
+    scope = job.request.scope
+    return scope.channel == channel and (not conversation or scope.conversation == conversation)

@@ -1,0 +1,155 @@
+"""Forward passes over rows: single tokens of many beside chunks of prompts. Knows no requests, fairness or text.
+
+A model of a known family runs the forward pass of core.engine.runtime.fused, on a CPU with compiled operators in one call
+(core.engine.cpu.layers); any other one runs its own, the plain way. That each gives the model's own numbers is proved at
+load (core.engine.diagnostics.parity).
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from core.engine.cpu.layers import Layers, layers_of
+from core.engine.lora.stacks import LoraStacks
+from core.engine.runtime.attention import by_mask
+from core.engine.runtime.cuda_graphs import Shape, Steps
+from core.engine.runtime.fused import fuse
+from core.engine.runtime.kv_cache import Segment, SlotCache, over
+from core.engine.runtime.lazy_zeros import untouched_is_free
+from core.engine.runtime.out_of_memory import is_shortage
+from core.errors import AppError, EngineError, OutOfMemory
+from core.model.base import BaseModel
+
+SEGMENT_COST = 512  # keys of one row; on two cores some 350 for three heads of 64, fewer for larger models
+
+
+class Runner:
+    """The model with its slots and adapter stacks. All methods belong to one thread.
+
+    At most `adapters` different ones at once; 0 is one for each row. `static` lets steps run over static buffers
+    (core.engine.runtime.cuda_graphs); None means on a GPU.
+    """
+
+    def __init__(
+        self, model: BaseModel, *, max_rows: int, context: int, adapters: int = 0, static: bool | None = None
+    ) -> None:
+        module: Any = model.module
+        self.module = module
+        self.device = model.device
+        layers: int = module.config.get_text_config().num_hidden_layers
+        static = self.device.type == "cuda" if static is None else static
+        self.fused = fuse(model.module)
+        self.by_mask = by_mask(module.config)
+        on_cpu = self.device.type == "cpu"
+        self.cache = SlotCache(
+            layers,
+            max_rows=max_rows,
+            max_length=context,
+            spare=static,
+            untouched=on_cpu and not static and untouched_is_free(),
+            # Of a model that runs its own forward, each segment is a forward pass.
+            segment_cost=SEGMENT_COST if on_cpu and self.fused else None,
+        )
+        self.lora = LoraStacks(
+            model.module,
+            max_slots=min(adapters or max_rows, max_rows),
+            device=model.device,
+            dtype=model.dtype,
+            groups=self.fused.groups if self.fused else (),
+        )
+        self.layers = None if self.fused is None or static else layers_of(self.fused, self.cache, self.lora)
+        self.steps = Steps(self._step, self.cache, self.lora, device=self.device) if static else None
+        self.positions_read = self.positions_held = 0  # as in EngineStats
+
+    def run(self, first: int, parts: Sequence[Sequence[int]], slots: Sequence[int | None]) -> Tensor:
+        """Take in the next ids of each of the rows [first, first + B), row i with the adapter in slots[i].
+
+        parts[i] are one id or more, of any number: prompts' chunks go with other rows' single tokens. Returns logits
+        (B, V) after the last of each, good until the next call. After an error the rows are as they were before.
+        """
+        counts = [len(part) for part in parts]
+        if self.steps is not None and first == 0 and max(counts) == 1:
+            self.cache.touch(len(parts))
+            found = self.steps.run([part[0] for part in parts], slots)
+            if found is not None:
+                self.cache.advance(0, counts)
+                self.positions_read += self.steps.shape.rows * self.steps.shape.length
+                self.positions_held += sum(self.cache.used[: len(counts)])
+                return found
+        ids = torch.tensor([one for part in parts for one in part], device=self.device)
+        runs = list(zip(slots, counts, strict=True))
+        if self.layers is not None:
+            logits, read = self._in_one(self.layers, ids, first, runs), 0
+        else:
+            segments = self.cache.begin(first, counts, self.device)
+            logits = self._plain(ids, segments, runs) if self.fused is None else self._fused(ids, segments, runs)
+            read = sum(segment.rows * segment.length for segment in segments)
+        self.cache.advance(first, counts)
+        held = sum(self.cache.used[first : first + len(counts)])
+        self.positions_read += read or held  # no row is read too far in one call
+        self.positions_held += held
+        return logits
+
+    def _step(self, inputs: Tensor, shape: Shape) -> Tensor:
+        """One token of each row, all of it on the device: what graphs capture."""
+        ids, positions, row_index, own = inputs
+        segment = self.cache.static(positions, row_index, shape.length)
+        with self.lora.plans.masked(own, shape.slots) as plan:
+            if self.fused is not None:
+                add = self.lora.add if plan else None
+                return self.fused.logits(self.fused.states(ids, [segment], self.cache, add), add)
+            return self._own(ids, segment)
+
+    def _in_one(self, layers: Layers, ids: Tensor, first: int, runs: Sequence[tuple[int | None, int]]) -> Tensor:
+        assert self.fused is not None
+        counts = [count for _, count in runs]
+        used = self.cache.enter(first, counts)
+        rows = [(first + i, start, count, 0, 0) for i, (start, count) in enumerate(zip(used, counts, strict=True))]
+        positions = torch.tensor([start + i for start, count in zip(used, counts, strict=True) for i in range(count)])
+        with self.lora.plans.tokens(runs) as plan:
+            states = layers(*self.fused.begin(ids, positions), torch.tensor(rows), plan[0].tiles if plan else None)
+        with self.lora.plans.tokens([(slot, 1) for slot, _ in runs]) as plan:
+            return self.fused.logits(states, self.lora.add if plan else None)
+
+    def _fused(self, ids: Tensor, segments: Sequence[Segment], runs: Sequence[tuple[int | None, int]]) -> Tensor:
+        assert self.fused is not None
+        order = self.lora.plans.order([slot for slot, _ in runs]) if len(ids) == len(runs) else None
+        with self.lora.plans.tokens(runs if order is None else [runs[row] for row in order.rows]) as plan:
+            states = self.fused.states(ids, segments, self.cache, self.lora.add if plan else None, order)
+        with self.lora.plans.tokens([(slot, 1) for slot, _ in runs]) as plan:
+            return self.fused.logits(states, self.lora.add if plan else None)
+
+    def _plain(self, ids: Tensor, segments: Sequence[Segment], runs: Sequence[tuple[int | None, int]]) -> Tensor:
+        logits, begin = [], 0
+        for segment in segments:
+            with self.lora.plans.tokens(runs[begin : begin + segment.rows]):
+                logits.append(self._own(ids[segment.tokens], segment))
+            begin += segment.rows
+        return torch.cat(logits)
+
+    def _own(self, ids: Tensor, segment: Segment) -> Tensor:
+        """The model's own forward pass: (rows, V) after the last token of each."""
+        with over(segment):
+            out = self.module(
+                input_ids=ids.view(segment.rows, -1),
+                attention_mask=segment.bias(None, 1, 1, self.module.dtype) if self.by_mask else segment.mask,
+                position_ids=segment.positions,
+                past_key_values=self.cache,
+                use_cache=True,
+                logits_to_keep=1,
+            )
+        logits: Tensor = out.logits[:, -1]
+        return logits
+
+
+def translate(error: BaseException) -> AppError:
+    """What a request hears of an error out of a forward pass."""
+    if isinstance(error, AppError):
+        return error
+    if is_shortage(error):
+        return OutOfMemory(detail=str(error))
+    return EngineError(detail=f"{type(error).__name__}: {error}")

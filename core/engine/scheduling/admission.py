@@ -1,0 +1,226 @@
+"""Where requests are between submit and a row: waiting in fair order, being prepared, ready. Knows no tensors of rows.
+
+Whose turn it is, the scheduler says. Two things may stand between a turn and a row. All rows may run: then, if another
+party holds two more rows than the one whose turn it is, one of them makes room (`urgent`). Or an adapter may find no
+slot: then those behind it go first, but after so many the adapter with the fewest rows gets no more of them, until its
+slot is free: so none is passed for ever, and the other rows are filled all the while.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+from collections import Counter, deque
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future
+
+from core.engine.lora.adapter_files import AdapterWeights
+from core.engine.protocol import EngineSettings
+from core.engine.scheduling.request_state import Job, State
+from core.engine.scheduling.scheduler import PROMPT_COST, QueueFull, Scheduler, yields_to
+from core.errors import AppError, Overloaded
+from core.model.chat_format import Rendered
+
+log = logging.getLogger(__name__)
+
+LOOKAHEAD = 2  # jobs prepared beyond the free rows, so that none waits for its adapter file while a row is free
+FIRST_GUESS_S = 10.0  # of how long one request takes, before any has been seen
+
+Prepare = Callable[[Job], tuple[Rendered, Future[AdapterWeights] | None]]
+Spawn = Callable[[Callable[[], None]], object]
+
+
+class Lobby:
+    """Methods may be called from any thread, but for those that say otherwise. `lock` is notified of what is new."""
+
+    def __init__(
+        self,
+        settings: EngineSettings,
+        lock: threading.Condition,
+        *,
+        prepare: Prepare,
+        spawn: Spawn,
+        translate: Callable[[BaseException], AppError],
+    ) -> None:
+        self.settings, self.lock = settings, lock
+        self.failed: list[tuple[Job, AppError]] = []  # to be ended by the model thread
+        self._prepare, self._spawn, self._translate = prepare, spawn, translate
+        self._scheduler: Scheduler[Job] = Scheduler(settings.max_waiting)
+        self._preparing: set[Job] = set()
+        self._ready: deque[Job] = deque()
+        self._mean_row_s = FIRST_GUESS_S
+
+    def __len__(self) -> int:
+        return len(self._scheduler) + len(self._preparing) + len(self._ready)
+
+    def jobs(self) -> list[Job]:
+        with self.lock:
+            return [*self._scheduler.items(), *self._preparing, *self._ready]
+
+    def add(self, job: Job) -> None:
+        """Let a job wait for its turn. Raises Overloaded; another job may have to go for it, see Scheduler.add."""
+        with self.lock:
+            try:
+                displaced = self._scheduler.add(job, job.request.scope)
+            except QueueFull:
+                raise self._overloaded() from None
+            if displaced is not None:
+                self.failed.append((displaced, self._overloaded()))
+            self.lock.notify()
+
+    def charge(self, job: Job, cost: int) -> None:
+        with self.lock:
+            self._scheduler.charge(job.request.scope, cost)
+
+    def put_back(self, job: Job) -> None:
+        """A paused row's job: the first to go on after the one that it made room for."""
+        with self.lock:
+            job.state, job.urgent = State.READY, False
+            self._ready.insert(sum(other.urgent for other in self._ready), job)
+
+    def leave(self, job: Job) -> None:
+        """The job is over, wherever it was."""
+        with self.lock:
+            if job.row_s:
+                self._mean_row_s += 0.1 * (job.row_s - self._mean_row_s)
+            self._preparing.discard(job)
+            if job in self._ready:
+                self._ready.remove(job)
+            # Displaced jobs have left the scheduler already, others than waiting ones count as running in it.
+            if not self._scheduler.remove(job) and job.state is not State.WAITING:
+                self._scheduler.done(job.request.scope)
+            job.state = State.ENDED
+
+    def has_work(self, rows: Sequence[Job]) -> bool:
+        """Whether the model thread, with these rows, has anything to do here."""
+        return bool(self._ready or self.failed or self._takeable(len(rows)))
+
+    def prepare_next(self, rows: Sequence[Job], has_room: Callable[[Job], bool]) -> None:
+        """Send those whose turn it is to be prepared. On the model thread."""
+        with self.lock:
+            held_up = len(self._ready) - len(self._may_go(rows, has_room))
+            for _ in range(self._takeable(len(rows), held_up)):
+                self._begin_next()
+            begun = (*self._preparing, *self._ready)
+            for job in begun:  # the rows may be others than when room was to be made for it
+                job.urgent = job.urgent and self._yielding(job, rows) is not None
+            if len(rows) == self.settings.max_rows and not any(job.urgent for job in begun):
+                following = self._scheduler.peek()
+                if following is not None and self._yielding(following, rows) is not None:
+                    self._begin_next().urgent = True
+
+    def yielding(self, rows: Sequence[Job], has_room: Callable[[Job], bool]) -> int | None:
+        """The row that is to make room for a ready job, which is the first then. On the model thread."""
+        if len(rows) < self.settings.max_rows:
+            return None
+        with self.lock:
+            for job in self._ready:
+                row = self._yielding(job, rows) if has_room(job) else None
+                if row is not None:
+                    self._ready.remove(job)
+                    self._ready.appendleft(job)
+                    job.urgent = True
+                    return row
+        return None
+
+    def next_ready(self, rows: Sequence[Job], has_room: Callable[[Job], bool]) -> Job | None:
+        """The job that gets a free row beside these, out of the lobby. On the model thread.
+
+        One whose adapter finds no slot lets others pass, as many as there are rows; after that they still pass, but
+        none with the adapter that has the fewest rows: these end, and it goes on in their slot.
+        """
+        with self.lock:
+            job = next(iter(self._may_go(rows, has_room)), None)
+            if job is not None:
+                for other in self._ready:
+                    if other is job:
+                        break
+                    other.passed += 1
+                self._ready.remove(job)
+            return job
+
+    def _may_go(self, rows: Sequence[Job], has_room: Callable[[Job], bool]) -> list[Job]:
+        """Those that are ready and would find a slot, in order, without those of the adapter that is to end."""
+        found, ending = [], ""
+        for job in self._ready:
+            if has_room(job) and not (ending and job.adapter_sha256 == ending):
+                found.append(job)
+            elif job.passed >= self.settings.max_rows:
+                ending = ending or _least_used(rows)
+        return found
+
+    def _takeable(self, rows: int, held_up: int = 0) -> int:
+        """How many may be taken from the queue now. Those that wait for a slot or for their adapter's file hold up no
+        others, within a bound."""
+        begun = len(self._preparing) + len(self._ready)
+        held_up += sum(job.state is State.READING for job in self._preparing)
+        free = min(self.settings.max_rows - rows + LOOKAHEAD - begun + held_up, 2 * self.settings.max_rows - begun)
+        return max(0, min(len(self._scheduler), free))
+
+    def _yielding(self, job: Job, rows: Sequence[Job]) -> int | None:
+        return yields_to(job.request.scope, [row.request.scope for row in rows])
+
+    def _begin_next(self) -> Job:
+        job = self._scheduler.take()
+        assert job is not None
+        job.state = State.PREPARING
+        self._preparing.add(job)
+        try:
+            self._spawn(lambda: self._prepare_job(job))
+        except RuntimeError as error:  # no more threads
+            self._fail(job, error)
+        return job
+
+    def _prepare_job(self, job: Job) -> None:
+        """On another thread: render the prompt. Nothing here waits for an adapter's file."""
+        try:
+            prompt, adapter = self._prepare(job)
+        except Exception as error:  # a tokenizer's own error must not leave the job hanging
+            self._fail(job, error)
+        else:
+            if adapter is None:
+                self._make_ready(job, prompt, None)
+                return
+            with self.lock:
+                if job.state is State.PREPARING:
+                    job.state = State.READING
+                    self.lock.notify()
+            adapter.add_done_callback(lambda read: self._attach(job, prompt, read))
+
+    def _attach(self, job: Job, prompt: Rendered, read: Future[AdapterWeights]) -> None:
+        error = read.exception()
+        if error is None:
+            self._make_ready(job, prompt, read.result())
+        else:
+            self._fail(job, error)
+
+    def _make_ready(self, job: Job, prompt: Rendered, weights: AdapterWeights | None) -> None:
+        with self.lock:
+            if job not in self._preparing:
+                return  # cancelled or late meanwhile
+            self._preparing.remove(job)
+            job.prompt, job.dropped, job.adapter = prompt.ids, prompt.dropped, weights
+            job.adapter_bytes = 0 if weights is None else weights.nbytes
+            job.state = State.READY
+            self._scheduler.charge(job.request.scope, PROMPT_COST * len(job.prompt))
+            self._ready.append(job)
+            self.lock.notify()
+
+    def _fail(self, job: Job, error: BaseException) -> None:
+        if not isinstance(error, AppError):
+            log.error("engine.prepare_failed", exc_info=error)
+        with self.lock:
+            if job in self._preparing:
+                self._preparing.remove(job)
+                self.failed.append((job, self._translate(error)))
+                self.lock.notify()
+
+    def _overloaded(self) -> Overloaded:
+        """Come back when those who wait now have had their rows."""
+        return Overloaded(retry_after_s=max(1.0, round(len(self) / self.settings.max_rows * self._mean_row_s, 1)))
+
+
+def _least_used(rows: Sequence[Job]) -> str:
+    """The adapter with the fewest rows. As long as it gets no more, the fewest become fewer."""
+    counts = Counter(job.adapter_sha256 for job in rows if job.adapter is not None)
+    return min(counts, key=lambda adapter: counts[adapter], default="")

@@ -1,0 +1,125 @@
+"""Where requests are begun and ended: each has one stream of events until its last one. Knows no rows and no server.
+
+On the event loop alone. What a job is, and how it runs, is the engine's affair.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import contextlib
+import logging
+from collections.abc import Callable
+from typing import Generic, TypeVar
+
+from core.engine.protocol import EngineInfo, Event, Finished, Request, check
+from core.engine.scheduling.stats import Tally
+from core.engine.scheduling.stream import EventStream
+from core.errors import AppError, EngineError, Overloaded
+
+log = logging.getLogger(__name__)
+
+DRAIN_S = 10.0  # when the engine is left without an error
+
+J = TypeVar("J")
+
+
+class Begun(EventStream, Generic[J]):
+    """The events of one request. Implements core.engine.protocol.Generation."""
+
+    def __init__(self, cancel: Callable[[J], None]) -> None:
+        super().__init__()
+        self._cancel = cancel
+        self.job: J | None = None  # None: refused at submit
+
+    def cancel(self) -> None:
+        if self.job is not None:
+            self._cancel(self.job)
+
+
+class Desk(Generic[J]):
+    """The open requests of one engine. `cancel` soon leads to the job's last event."""
+
+    def __init__(self, tally: Tally, cancel: Callable[[J], None]) -> None:
+        self.tally = tally
+        self._cancel = cancel
+        self._info: EngineInfo | None = None
+        self._draining = False
+        self._open: dict[J, Begun[J]] = {}
+        self._none_open = asyncio.Event()
+
+    def unlock(self, info: EngineInfo) -> None:
+        """The engine runs: requests may come."""
+        self._info, self._draining = info, False
+
+    def lock(self) -> None:
+        self._info = None
+
+    @property
+    def running(self) -> bool:
+        return self._info is not None
+
+    @property
+    def info(self) -> EngineInfo:
+        if self._info is None:
+            raise EngineError(detail="the engine is not running: enter it first")
+        return self._info
+
+    @property
+    def jobs(self) -> list[J]:
+        return list(self._open)
+
+    def is_open(self, job: J) -> bool:
+        return job in self._open
+
+    def begin(self, request: Request, make: Callable[[], J], enter: Callable[[J], None]) -> Begun[J]:
+        """A stream at once. `enter` lets the job wait for its turn; an AppError of either is raised at the reader."""
+        stream: Begun[J] = Begun(self._cancel)
+        try:
+            _ = self.info
+            if self._draining:
+                raise Overloaded(detail="the engine is shutting down", retry_after_s=DRAIN_S)
+            check(request)
+            job = make()
+            self._open[job] = stream  # before another thread can end it
+            try:
+                enter(job)
+            except AppError:
+                self._close(job)
+                raise
+            stream.job = job
+        except AppError as error:
+            self.tally.end(error)
+            stream.put(error)
+        return stream
+
+    def put(self, job: J, event: Event | AppError) -> None:
+        """Tell an open request's reader; `Finished` or an error closes it, and what comes after that is not heard."""
+        stream = self._open.get(job)
+        if stream is None:
+            return
+        stream.put(event)
+        if isinstance(event, Finished | AppError):
+            self.tally.end(event.reason if isinstance(event, Finished) else event)
+            self._close(job)
+
+    async def drain(self, deadline_s: float, cancel_s: float) -> None:
+        """Take no more; finish what runs within the deadline, then cancel the rest, which takes `cancel_s` at most."""
+        self._draining = True
+        if not await self._all_over(deadline_s):
+            for job in self.jobs:
+                self._cancel(job)
+            if not await self._all_over(cancel_s):
+                log.error("engine.drain_stuck", extra={"open": len(self._open)})
+
+    async def _all_over(self, deadline_s: float) -> bool:
+        """Whether no request is open any more, after at most that time."""
+        if self._open:
+            self._none_open.clear()
+            with contextlib.suppress(TimeoutError):
+                await asyncio.wait_for(self._none_open.wait(), deadline_s)
+        return not self._open
+
+    def _close(self, job: J) -> None:
+        del self._open[job]
+        if not self._open:
+            self._none_open.set()

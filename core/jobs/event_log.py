@@ -1,0 +1,78 @@
+"""What happened to a job, in order: what its trainer said, kept within bounds. Knows no process and no sentence."""
+
+from __future__ import annotations
+
+from core.jobs.protocol import (
+    Answered,
+    Checked,
+    Done,
+    Estimated,
+    Failed,
+    JobEvent,
+    LeftOut,
+    Planned,
+    Progress,
+    Redacted,
+    dump_event,
+    load_event,
+)
+from core.storage.database import Tx
+
+MAX_EVENTS = 200
+CURVE_POINTS = 100  # of progress, from the first step to the last: as many as a picture shows
+
+
+def add_event(tx: Tx, job_id: int, event: JobEvent) -> None:
+    """Keep what the trainer said: each thing once, of its progress the newest and what a curve needs, within a bound.
+
+    A step that it had not come to before means that it is alive and well.
+    """
+    data = dump_event(event)
+    of_kind = "FROM job_event WHERE job_id = ? AND kind = ?"
+    if isinstance(event, Progress):
+        last = newest_progress(tx, job_id)
+        if last is None or event.step > last.step:
+            tx.run("UPDATE job SET attempts = 0 WHERE id = ?", [job_id])
+        _make_room(tx, job_id, event.steps)
+    elif isinstance(event, Checked | Estimated | Redacted | LeftOut | Answered | Planned | Done | Failed):
+        tx.run(f"DELETE {of_kind}", [job_id, event.kind])
+    elif tx.value(
+        f"SELECT count(*) >= ? OR ifnull(max(data = ?), 0) {of_kind}", [MAX_EVENTS, data, job_id, event.kind]
+    ):
+        return
+    note(tx, job_id, event.kind, data)
+
+
+def _make_room(tx: Tx, job_id: int, steps: int) -> None:
+    """The newest progress goes where it is too near to the one before it, or where training went back behind that."""
+    rows = tx.all(
+        "SELECT seq, data FROM job_event WHERE job_id = ? AND kind = 'progress' ORDER BY seq DESC LIMIT 2", [job_id]
+    )
+    at = [event.step for row in rows if isinstance(event := load_event(row["data"]), Progress)]
+    if len(at) == 2 and at[0] - at[1] < max(1, steps / CURVE_POINTS):
+        tx.run("DELETE FROM job_event WHERE job_id = ? AND seq = ?", [job_id, rows[0]["seq"]])
+
+
+def events(tx: Tx, job_id: int) -> list[JobEvent]:
+    """In the order in which the trainer said them."""
+    rows = tx.all("SELECT data FROM job_event WHERE job_id = ? AND kind <> 'publishing' ORDER BY seq", [job_id])
+    return [load_event(row["data"]) for row in rows]
+
+
+def newest_progress(tx: Tx, job_id: int) -> Progress | None:
+    data = tx.value(
+        "SELECT data FROM job_event WHERE job_id = ? AND kind = 'progress' ORDER BY seq DESC LIMIT 1", [job_id]
+    )
+    event = load_event(data) if data else None
+    return event if isinstance(event, Progress) else None
+
+
+def begin_anew(tx: Tx, job_id: int) -> None:
+    """What it did is of no use, and not to be told as if it were."""
+    tx.run("DELETE FROM job_event WHERE job_id = ? AND kind NOT IN ('publishing', 'left_out')", [job_id])
+
+
+def note(tx: Tx, job_id: int, kind: str, data: str) -> None:
+    """Append to it, whatever it is."""
+    seq = int(tx.value("SELECT ifnull(max(seq), 0) + 1 FROM job_event WHERE job_id = ?", [job_id]))
+    tx.insert("job_event", job_id=job_id, seq=seq, at_ms=tx.now_ms, kind=kind, data=data)

@@ -1,0 +1,285 @@
+"""/adapter import: a PEFT folder from elsewhere becomes a job that only examines it. Knows no torch and no platform.
+
+The file is unpacked beside the jobs before the command's transaction; nothing of it is believed there but names, sizes
+and headers. The trainer reads it, under its limits, by the code that reads adapters for serving.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import errno
+import json
+import os
+import shutil
+import stat
+import tarfile
+import zipfile
+from collections.abc import Iterator, Mapping
+from contextlib import suppress
+from dataclasses import replace
+from pathlib import Path, PurePosixPath
+from typing import IO, BinaryIO, Self
+
+from core.channels import directory
+from core.channels.commands import Handler
+from core.commands.table import Call, Grant
+from core.delivery.deliveries import new_delivery
+from core.errors import BadInput
+from core.i18n.messages import Later, say
+from core.jobs import jobs
+from core.jobs.dataset_files import Fetch, bring_named, check_room, fetched, no_storage, typed_path
+from core.model.weights import tensor_entries
+from core.storage.database import Database, Tx
+from core.storage.home import Home
+from core.types import Body, Caller, Outcome, WakeTraining
+
+CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
+MOST_BYTES = {CONFIG: 2**20, WEIGHTS: 2 * 2**30}
+MOST_MEMBERS, MOST_UNPACKED = 1000, 32 * 2**30
+_CHUNK = 2**20
+_MOST_HEADER = 2**14  # bytes of a header that gives a longer name, or attributes; they may stand in a row
+_LONG_HEADERS = (
+    tarfile.XHDTYPE,
+    tarfile.XGLTYPE,
+    tarfile.SOLARIS_XHDTYPE,
+    tarfile.GNUTYPE_LONGNAME,
+    tarfile.GNUTYPE_LONGLINK,
+)
+
+
+async def prepare_import(home: Home, database: Database, fetch: Fetch, caller: Caller, call: Call) -> Call:
+    """For `/adapter import`: the same call with where the adapter was unpacked, and the data set that it is judged on.
+
+    Any other call comes back as it is. Raises BadInput, AppError.
+    """
+    if call.key != ("adapter", "import"):
+        return call
+    if await database.read(lambda tx: directory.grant_of(tx, caller.user, caller.channel.id)) < Grant.OPERATOR:
+        return call  # refused and audited where all commands are
+    await database.read(lambda tx: check_room(tx, caller))
+    source, typed = _named(caller, call)
+    try:
+        if typed:
+            sha256, name = await bring_named(home, database, fetch, replace(caller, attachments=()), typed)
+        else:
+            sha256, name = await database.read(lambda tx: _last_dataset(tx, caller))
+        unpacked, title = await _unpacked(home, fetch, caller, source)
+    except OSError as error:  # of the home: what is wrong with the file itself is told as such
+        raise no_storage(error) from error
+    return replace(call, arguments={"unpacked": unpacked.name, "title": title, "dataset": sha256, "name": name})
+
+
+def import_adapter(tx: Tx, caller: Caller, call: Call) -> Outcome:
+    """Queue the job that examines it. Raises BadInput where the channel has an open job already."""
+    given = call.arguments
+    before = check_room(tx, caller)
+    job = jobs.create(tx, caller, given["dataset"], given["name"])
+    jobs.set_imported(tx, job.id, given["unpacked"])
+    new_delivery(tx, job_id=job.id)
+    directory.audit(tx, caller, "adapter import", job.label, None, {"job": job.id, "file": given["title"]})
+    fields = {"id": job.id, "name": given["title"], "dataset": given["name"], "label": job.label, "before": before}
+    return Outcome(Body(say(caller.language, "import.started", **fields)), (WakeTraining(),))
+
+
+HANDLERS: Mapping[tuple[str, str], Handler] = {("adapter", "import"): import_adapter}
+
+
+def _named(caller: Caller, call: Call) -> tuple[str, str]:
+    """(the adapter, the data set) as they were typed: with a file that was sent, the one word is the data set."""
+    first, second = call.arguments.get("file", ""), call.arguments.get("dataset", "")
+    return ("", first) if caller.attachments and not second else (first, second)
+
+
+def _last_dataset(tx: Tx, caller: Caller) -> tuple[str, str]:
+    """What the channel's newest job has read, and still is kept. Raises BadInput."""
+    row = tx.one(
+        "SELECT dataset_sha256, job.dataset FROM job JOIN dataset ON sha256 = dataset_sha256"
+        " WHERE channel_id = ? AND erased_ms IS NULL ORDER BY job.id DESC LIMIT 1",
+        [caller.channel.id],
+    )
+    if row is None:
+        raise BadInput("import.no_dataset")
+    return row["dataset_sha256"], row["dataset"]
+
+
+# --- files: blocking ---
+
+
+async def _unpacked(home: Home, fetch: Fetch, caller: Caller, typed: str) -> tuple[Path, str]:
+    """(a folder in jobs/ with the two files, what the person calls it). Raises BadInput."""
+    aside = home.jobs / f"new-{os.urandom(8).hex()}"
+    local = caller.address.platform == directory.TERMINAL
+    if caller.attachments and not local:
+        sent = caller.attachments[0]
+        file = await fetched(home, fetch(caller.address, sent), sent.name, MOST_BYTES[WEIGHTS])
+        await asyncio.to_thread(_unpack_archive, file, sent.name, aside)
+        return aside, sent.name
+    path = Path(caller.attachments[0].file_id) if caller.attachments else typed_path(typed)
+    if path is None or not local:
+        raise BadInput("import.no_file")
+    await asyncio.to_thread(_unpack_path, path, aside)
+    return aside, path.name
+
+
+def _unpack_path(path: Path, aside: Path) -> None:
+    if _is_folder(path):
+        with _making(aside):
+            for name in MOST_BYTES:
+                try:
+                    with _open_plain(path / name) as file:
+                        _copy(file, aside, name)
+                except FileNotFoundError:
+                    raise BadInput("import.missing", name=path.name, what=name) from None
+        return
+    try:
+        file = _open_plain(path)
+    except (FileNotFoundError, NotADirectoryError):
+        raise BadInput("import.not_found", typed=str(path)[:200]) from None
+    _unpack_archive(file, path.name, aside)
+
+
+def _is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that is too long
+        return False
+
+
+def _open_plain(path: Path) -> BinaryIO:
+    """Raises FileNotFoundError, NotADirectoryError, and BadInput for what cannot be read."""
+    try:
+        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not be waited for
+    except (FileNotFoundError, NotADirectoryError):
+        raise
+    except OSError as error:
+        if error.errno == errno.ENAMETOOLONG:
+            raise FileNotFoundError from error
+        raise BadInput("import.unreadable", name=path.name, reason=error.strerror or "?") from error
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise BadInput("import.unreadable", name=path.name, reason=Later("training.read_no_file"))
+    return os.fdopen(descriptor, "rb")
+
+
+def _unpack_archive(file: BinaryIO, name: str, aside: Path) -> None:
+    """A zip or tar file (gzip, bzip2, xz too): the two files of its outermost adapter. Nothing else is written.
+
+    What trainers leave behind holds their checkpoints as well, each an adapter in a folder further in.
+    """
+    with file, _making(aside):
+        try:
+            members = _zip_members(file) if zipfile.is_zipfile(file) else _tar_members(file)
+            found: dict[str, PurePosixPath] = {}
+            twice: set[str] = set()
+            for member, opened in members:
+                path = PurePosixPath(member)
+                before = found.get(path.name)
+                with opened as inside:
+                    if before is None or len(path.parts) < len(before.parts):
+                        _copy(inside, aside, path.name)
+                        found[path.name] = path
+                        twice.discard(path.name)
+                    elif len(path.parts) == len(before.parts):
+                        twice.add(path.name)
+        except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, RuntimeError, NotImplementedError) as error:
+            if isinstance(error, OSError) and error.errno is not None:
+                raise
+            raise BadInput("import.unreadable", name=name, reason=Later("import.no_archive")) from error
+        outermost = min((len(path.parts) for path in found.values()), default=0)
+        for what in MOST_BYTES:
+            if what not in found or len(found[what].parts) > outermost:
+                raise BadInput("import.missing", name=name, what=what)
+            if what in twice:
+                raise BadInput("import.two", name=name, what=what)
+        if len({path.parent for path in found.values()}) > 1:
+            raise BadInput("import.two", name=name, what=CONFIG)
+
+
+def _zip_members(file: BinaryIO) -> Iterator[tuple[str, IO[bytes]]]:
+    with zipfile.ZipFile(file) as archive:
+        size = 0
+        for number, member in enumerate(archive.infolist()):
+            wanted = not member.is_dir() and PurePosixPath(member.filename).name in MOST_BYTES
+            size += member.file_size if wanted else 0
+            if number >= MOST_MEMBERS or size > MOST_UNPACKED:
+                raise BadInput("import.many", limit=MOST_MEMBERS, size=MOST_UNPACKED // 2**30)
+            if wanted:
+                yield member.filename, archive.open(member)
+
+
+class _TarHeader(tarfile.TarInfo):
+    """Refuses, before it is read, what tarfile reads whole into memory to tell of the next member."""
+
+    @classmethod
+    def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
+        header = super().frombuf(buf, encoding, errors)
+        if header.type == tarfile.GNUTYPE_SPARSE or (header.type in _LONG_HEADERS and header.size > _MOST_HEADER):
+            raise tarfile.HeaderError("a long header")
+        return header
+
+    def _proc_gnusparse_10(self, *_: object) -> None:
+        """The map of a file with holes, of the newer form: tarfile calls this to read it."""
+        raise tarfile.HeaderError("a file with holes")
+
+
+def _tar_members(file: BinaryIO) -> Iterator[tuple[str, IO[bytes]]]:
+    file.seek(0)
+    with tarfile.open(fileobj=file, mode="r:*", tarinfo=_TarHeader) as archive:
+        size = 0
+        for number, member in enumerate(archive):
+            archive.members.clear()  # type: ignore[attr-defined]  # with all that their headers say
+            size += member.size  # what is passed over is unpacked too, to find what comes next
+            if number >= MOST_MEMBERS or size > MOST_UNPACKED:
+                raise BadInput("import.many", limit=MOST_MEMBERS, size=MOST_UNPACKED // 2**30)
+            if member.isfile() and PurePosixPath(member.name).name in MOST_BYTES:
+                inside = archive.extractfile(member)
+                if inside is not None:
+                    yield member.name, inside
+
+
+class _making:
+    """Make the folder, check what was laid into it, and take it away again where that fails."""
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def __enter__(self) -> None:
+        self.folder.mkdir(mode=0o700)
+
+    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
+        try:
+            if kind is None:
+                _check_headers(self.folder)
+        except BaseException:
+            shutil.rmtree(self.folder, ignore_errors=True)
+            raise
+        if kind is not None:
+            shutil.rmtree(self.folder, ignore_errors=True)
+
+
+def _copy(file: IO[bytes], folder: Path, name: str) -> None:
+    size = 0
+    with (folder / name).open("wb") as out:
+        while chunk := file.read(_CHUNK):
+            size += len(chunk)
+            if size > MOST_BYTES[name]:
+                raise BadInput("import.too_large", what=name, limit=MOST_BYTES[name] // 2**20)
+            out.write(chunk)
+
+
+def _check_headers(folder: Path) -> None:
+    """What can be told without torch, at once: the rest is told by the trainer."""
+    try:
+        config = json.loads((folder / CONFIG).read_text("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise BadInput("import.no_json", what=CONFIG) from error
+    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
+        kind = config.get("peft_type") if isinstance(config, dict) else None
+        raise BadInput("import.no_lora", kind=str(kind)[:40])
+    try:
+        if not list(tensor_entries(folder / WEIGHTS)):
+            raise BadInput("import.no_tensors", what=WEIGHTS)
+    except ValueError as error:
+        with suppress(OSError):
+            (folder / WEIGHTS).unlink()
+        raise BadInput("import.no_tensors", what=WEIGHTS) from error

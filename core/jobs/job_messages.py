@@ -1,0 +1,199 @@
+"""What people read of a job: progress, report, refusal. Makes sentences of rows and events; changes nothing."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import asdict
+
+from core.adapters.commands import anyway_button, compare_button, discard_button, promote_button, worst_button
+from core.commands.words import as_word
+from core.i18n.messages import Later, duration, money, say
+from core.jobs.data_messages import data_text, last, left_out_text, rows_text, short
+from core.jobs.datasets import OF_PEOPLE
+from core.jobs.jobs import EXPIRED, Job
+from core.jobs.protocol import (
+    FEWEST_TEST_ROWS,
+    MOST_FORGOTTEN,
+    MOST_OF_A_SKILL,
+    Answered,
+    Checked,
+    Done,
+    Evaluated,
+    JobEvent,
+    Judged,
+    Planned,
+    Progress,
+    Warned,
+    forgets,
+)
+from core.types import Body, Button
+
+_BAR_CELLS = 20
+
+
+def progress_text(job: Job, events: Sequence[JobEvent]) -> str:
+    """The one message that is edited while the job runs."""
+    head = say(job.language, "training.improving", title=job.title, label=job.label)
+    progress = last(events, Progress)
+    if progress is None:
+        checked = last(events, Checked)
+        first = f"{head}\n{_before_it_trains(job, events)}"
+        notes = [f"- {line}" for line in data_text(job.language, checked)] if checked else []
+        notes += _held_up(events)
+        return "\n".join([first, "", *notes]) if notes else first
+    share = progress.step / max(progress.steps, 1)
+    full = round(share * _BAR_CELLS)
+    lines = [
+        say(job.language, "training.round", epoch=progress.epoch, epochs=progress.epochs),
+        say(
+            job.language,
+            "training.bar",
+            bar="▓" * full + "░" * (_BAR_CELLS - full),
+            percent=round(share * 100),
+            left=duration(job.language, progress.seconds_left),
+        ),
+        say(
+            job.language,
+            "training.loss",
+            loss=_losses(progress),
+            unseen=_unseen(job.language, events),
+            pace=round(progress.tokens_per_s),
+        ),
+        *([say(job.language, "training.comparing")] if progress.step == progress.steps else []),
+        say(job.language, "training.stop_hint", id=job.id),
+    ]
+    shown = [f"{line}  " for line in lines[1:-1]]
+    return "\n".join([f"{head} · {lines[0]}", "", *shown, *_held_up(events), "", lines[-1]])
+
+
+def _before_it_trains(job: Job, events: Sequence[JobEvent]) -> str:
+    planned, answered = last(events, Planned), last(events, Answered)
+    name = {"name": job.dataset}
+    if planned is not None:
+        return say(job.language, "training.planned", **name, **asdict(planned))
+    if answered is not None and answered.done < answered.of:
+        return say(job.language, "training.answering", **name, **asdict(answered))
+    return say(job.language, "training.loading" if last(events, Checked) else "training.checking", **name)
+
+
+def ended_body(job: Job, events: Sequence[JobEvent], *, resumable: bool) -> Body:
+    """What the message becomes when the job has ended."""
+    if job.state == "cancelled":
+        return Body(say(job.language, cancelled_key(job), **_named(job)))
+    if job.state == "failed":
+        return Body(failed_text(job, resumable=resumable))
+    return report(job, events)
+
+
+def report(job: Job, events: Sequence[JobEvent], *, judged: Judged | None = None, now: Later | None = None) -> Body:
+    """Of a published version: what was used, how it does on rows that it never saw, what to do next.
+
+    `judged` is its verdict where the events are not kept any more, `now` what became of it, where that is more.
+    """
+    language, judged = job.language, last(events, Judged) or judged
+    done, checked = last(events, Done), last(events, Checked)
+    lines = verdict_text(language, job.label, judged) if judged else [say(language, "training.ready", label=job.label)]
+    if done is not None and not done.steps:
+        lines.append(say(language, "import.trained_elsewhere"))
+    elif done is not None:
+        lines.append(say(language, "training.took", time=duration(language, done.seconds), steps=done.steps))
+    if job.charged and job.charged[1]:
+        tokens, nano = job.charged
+        lines.append(say(language, "training.charged", tokens=tokens, price=money(nano)))
+    if checked is not None:
+        lines += rows_text(language, job.dataset, checked)
+        lines += [f"- {line}" for line in left_out_text(language, events)]
+        lines += [f"- {line}" for line in data_text(language, checked)]
+    lines += [f"- {short(event.text)}" for event in events if isinstance(event, Warned)]
+    passed = judged is None or judged.verdict == "passed"
+    hint = "training.promote_hint" if passed else "training.promote_anyway_hint"
+    key = "training.version_now" if now else hint
+    lines += ["", say(language, key, label=job.label, title=job.title, state=now)]
+    return Body("\n".join(lines), _report_buttons(language, job.label, judged))
+
+
+def _report_buttons(language: str, label: str, judged: Judged | None) -> tuple[Button, ...]:
+    """What may be done with a version now: to see for oneself, to put it into service, or to be done with it."""
+    passed = judged is None or judged.verdict == "passed"
+    look = worst_button if judged is not None and not passed and judged.worst else compare_button
+    serve = promote_button if passed else anyway_button
+    return look(language, label), serve(language, label), discard_button(language, label)
+
+
+def verdict_text(language: str, label: str, judged: Judged) -> list[str]:
+    """The gate's verdict, and the numbers that it rests on."""
+    fields = {"label": label, "champion": judged.champion, "rows": judged.rows, "fewest": FEWEST_TEST_ROWS}
+    return [
+        say(language, f"training.verdict_{judged.verdict}", **fields),
+        say(
+            language,
+            "training.judged",
+            rows=judged.rows,
+            before=f"{judged.loss_champion:.2f}",
+            after=f"{judged.loss:.2f}",
+            champion=judged.champion,
+            better=judged.better,
+            low=f"{judged.low:+.2f}",
+            high=f"{judged.high:+.2f}",
+        ),
+        say(language, "training.lift", lift=f"{judged.lift:.2f}", before=f"{judged.lift_champion:.2f}", **fields),
+        *_health_text(language, judged),
+    ]
+
+
+def _health_text(language: str, judged: Judged) -> list[str]:
+    """What the base could do, and how whole answers look; nothing where it was not measured."""
+    if judged.ability is None:
+        return []
+    able = "training.unable" if forgets(judged.ability_high, judged.skill_change) else "training.able"
+    change = {
+        "change": f"{judged.ability:+.2f}",
+        "high": f"{judged.ability_high:+.2f}",
+        "limit": f"{MOST_FORGOTTEN:+.2f}",
+        "most": f"{MOST_OF_A_SKILL:+.2f}",
+        "skill": Later(f"training.skill_{judged.skill}") if judged.skill else "",
+        "worst": f"{judged.skill_change:+.2f}",
+    }
+    sound = {"sound": judged.asked - judged.unsound, "asked": judged.asked}
+    before = {"base": judged.asked - judged.unsound_base}
+    whole = [say(language, "training.sound", **sound, **before)] if judged.asked else []
+    return [say(language, able, **change), *whole]
+
+
+def failed_text(job: Job, *, resumable: bool) -> str:
+    """Whose fault it is, what happened, and what to do."""
+    fault, _, reason = job.reason.partition(": ")
+    yours = "training.failed_sayings" if job.source in OF_PEOPLE else "training.failed_yours"
+    settings = "training.failed_adapter" if job.imported else "training.failed_settings"
+    ours = "training.failed_ours_adapter" if job.imported else "training.failed_ours"
+    key = "training.failed_kept" if resumable else {"yours": yours, "settings": settings}.get(fault, ours)
+    return say(job.language, key, **_named(job), reason=short(reason))
+
+
+def _named(job: Job) -> dict[str, object]:
+    """Its fields of a sentence; `typed` is the data set as a command takes it."""
+    return {"title": job.title, "id": job.id, "name": job.dataset, "typed": as_word(job.dataset)}
+
+
+def cancelled_key(job: Job) -> str:
+    known = {"erased": "training.cancelled_erased", EXPIRED: "training.expired"}
+    if job.reason in known:
+        return known[job.reason]
+    return "training.cancelled" if job.lasting else "training.cancelled_for_good"
+
+
+def _held_up(events: Sequence[JobEvent]) -> list[str]:
+    """What it has warned of since it last came further: it may be waiting for that to end."""
+    further = max((at for at, event in enumerate(events) if isinstance(event, Progress)), default=-1)
+    return [f"- {short(event.text)}" for event in events[further + 1 :] if isinstance(event, Warned)]
+
+
+def _losses(now: Progress) -> str:
+    """In the beginning, and now."""
+    first, last = f"{now.first_loss:.2f}", f"{now.loss:.2f}"
+    return last if not now.first_loss or first == last else f"{first} → {last}"
+
+
+def _unseen(language: str, events: Sequence[JobEvent]) -> str:
+    losses = [event.loss for event in events if isinstance(event, Evaluated) and event.split == "validation"]
+    return say(language, "training.unseen", loss=f"{losses[-1]:.2f}") if losses else ""

@@ -1,0 +1,321 @@
+"""One writer thread with all the writes, and read connections. Knows how to commit; knows no table.
+
+Every write is one function of a `Tx`, run inside BEGIN IMMEDIATE with synchronous=FULL. Writes that wait together
+are committed together, each in its own savepoint, so that many small messages share one fsync and one failing
+write undoes only itself. SQLite up to 3.51.2 can corrupt a WAL that two connections checkpoint, so the writer alone
+checkpoints (https://sqlite.org/wal.html#walresetbug).
+"""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import queue
+import sqlite3
+import threading
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from types import TracebackType
+from typing import Any, Self, TypeVar
+
+import sqlite_utils
+
+from core.errors import Overloaded, StorageError, StorageFull, StorageRefused
+from core.storage.home import Cipher
+from core.storage.migrations import MIGRATIONS
+
+log = logging.getLogger(__name__)
+T = TypeVar("T")
+Value = str | bytes | int | float | None
+Row = dict[str, Any]
+_MAX_WAITING = 10_000
+_MAX_BATCH = 128
+_MAX_WAL_BYTES = 4 * 2**20
+_BUSY_MS = 5000
+
+
+def now_ms() -> int:
+    return time.time_ns() // 1_000_000
+
+
+@dataclass(frozen=True, slots=True)
+class Tx:
+    """One open transaction: the connection, the cipher and the time at which it began."""
+
+    db: sqlite_utils.Database
+    cipher: Cipher
+    now_ms: int
+
+    def run(self, sql: str, values: Sequence[Value] = ()) -> int:
+        """Run one statement; the number of rows it changed."""
+        return int(self.db.conn.execute(sql, tuple(values)).rowcount)
+
+    def insert(self, table: str, **values: Value) -> int:
+        """Insert one row; its rowid."""
+        names = ", ".join(values)
+        marks = ", ".join("?" * len(values))
+        cursor = self.db.conn.execute(f"INSERT INTO {table} ({names}) VALUES ({marks})", tuple(values.values()))
+        return int(cursor.lastrowid or 0)
+
+    def all(self, sql: str, values: Sequence[Value] = ()) -> list[Row]:
+        return list(self.db.query(sql, list(values)))
+
+    def one(self, sql: str, values: Sequence[Value] = ()) -> Row | None:
+        return next(iter(self.all(sql, values)), None)
+
+    def value(self, sql: str, values: Sequence[Value] = ()) -> Any:
+        """The first column of the first row, or None."""
+        row = self.db.conn.execute(sql, tuple(values)).fetchone()
+        return row[0] if row else None
+
+
+@dataclass(slots=True)
+class _Write:
+    work: Callable[[Tx], Any]
+    done: Future[Any]
+
+
+class Database:
+    """Open with `async with` or `with`; nothing may be used after. `clock` gives milliseconds since 1970."""
+
+    def __init__(self, path: Path, cipher: Cipher, *, clock: Callable[[], int] = now_ms) -> None:
+        self.path = path
+        self.cipher = cipher
+        self._clock = clock
+        self._waiting: queue.Queue[_Write | None] = queue.Queue(_MAX_WAITING)
+        self._writer = threading.Thread(target=self._write_loop, name="sqlite-writer", daemon=True)
+        self._opened: Future[None] = Future()
+        self._readers = ThreadPoolExecutor(2, thread_name_prefix="sqlite-reader")
+        self._local = threading.local()
+        self._read_connections: list[sqlite3.Connection] = []
+        self._fold_owed = False
+        self._closed = False
+
+    @property
+    def now_ms(self) -> int:
+        return self._clock()
+
+    # --- use ---
+
+    async def write(self, work: Callable[[Tx], T]) -> T:
+        """Run `work` in a transaction on the writer thread and return its result once it is committed.
+
+        Raises what `work` raises, after undoing it; StorageFull or StorageError when the disk refuses.
+        Cancelling the waiting task does not undo a write that was queued.
+        """
+        return await asyncio.wrap_future(self._submit(work))
+
+    def write_now(self, work: Callable[[Tx], T]) -> T:
+        """The same for a thread that may wait."""
+        return self._submit(work).result()
+
+    async def read(self, work: Callable[[Tx], T]) -> T:
+        """Run `work` on a read-only connection. It sees all that was committed before the call."""
+        return await asyncio.wrap_future(self._readers.submit(self._read, work))
+
+    def read_now(self, work: Callable[[Tx], T]) -> T:
+        return self._readers.submit(self._read, work).result()
+
+    async def checkpoint(self) -> None:
+        """Fold the WAL into the file and truncate it: deleted text is then in neither.
+
+        Where a reader is in the way this returns all the same, and every commit from then on tries again.
+        """
+        await self.write(_checkpoint_marker)
+
+    # --- life ---
+
+    def __enter__(self) -> Self:
+        self._writer.start()
+        self._opened.result()
+        return self
+
+    def __exit__(self, *_: object) -> None:
+        if self._closed:
+            return
+        self._closed = True
+        self._readers.shutdown(wait=True)
+        for connection in self._read_connections:
+            connection.close()
+        self._waiting.put(None)
+        self._writer.join()
+
+    async def __aenter__(self) -> Self:
+        return await asyncio.to_thread(self.__enter__)
+
+    async def __aexit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        await asyncio.shield(asyncio.to_thread(self.__exit__))
+
+    # --- the writer thread ---
+
+    def _submit(self, work: Callable[[Tx], T]) -> Future[T]:
+        if self._closed:
+            raise StorageError(detail="the database is closed")
+        done: Future[T] = Future()
+        done.set_running_or_notify_cancel()  # who stops waiting does not undo the write
+        try:
+            self._waiting.put_nowait(_Write(work, done))
+        except queue.Full:
+            raise Overloaded(detail="too many writes are waiting", retry_after_s=5) from None
+        return done
+
+    def _write_loop(self) -> None:
+        try:
+            connection = self._open_writer()
+        except BaseException as error:
+            self._opened.set_exception(_translate(error))
+            return
+        self._opened.set_result(None)
+        while True:
+            batch = self._next_batch()
+            if batch:
+                self._commit(connection, batch)
+            else:
+                break
+        _close_writer(connection)
+
+    def _next_batch(self) -> list[_Write]:
+        """All that wait now, at most _MAX_BATCH; empty when it is time to close."""
+        first = self._waiting.get()
+        if first is None:
+            return []
+        batch = [first]
+        while len(batch) < _MAX_BATCH:
+            try:
+                item = self._waiting.get_nowait()
+            except queue.Empty:
+                break
+            if item is None:
+                self._waiting.put(None)
+                break
+            batch.append(item)
+        return batch
+
+    def _commit(self, connection: sqlite3.Connection, batch: list[_Write]) -> None:
+        results: list[tuple[_Write, Any]] = []
+        failed: list[tuple[_Write, BaseException]] = []
+        try:
+            connection.execute("BEGIN IMMEDIATE")
+            tx = Tx(sqlite_utils.Database(connection, execute_plugins=False), self.cipher, self._clock())
+            for item in batch:
+                connection.execute("SAVEPOINT one")
+                try:
+                    results.append((item, item.work(tx)))
+                except Exception as error:
+                    if not connection.in_transaction:  # the disk was full: SQLite has undone it all
+                        raise
+                    connection.execute("ROLLBACK TO one")
+                    failed.append((item, error))
+                connection.execute("RELEASE one")
+            connection.execute("COMMIT")
+        except BaseException as error:
+            if connection.in_transaction:
+                connection.execute("ROLLBACK")
+            results, failed = [], [(item, error) for item in batch]
+        trouble = self._fold(connection, asked=any(item.work is _checkpoint_marker for item in batch))
+        if trouble is not None:
+            failed += [(item, trouble) for item, _ in results if item.work is _checkpoint_marker]
+            results = [(item, result) for item, result in results if item.work is not _checkpoint_marker]
+        for item, problem in failed:
+            item.done.set_exception(_translate(problem))
+        for item, result in results:
+            item.done.set_result(result)
+
+    def _open_writer(self) -> sqlite3.Connection:
+        connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
+        for pragma in (
+            f"busy_timeout = {_BUSY_MS}",
+            "journal_mode = WAL",
+            "synchronous = FULL",
+            "foreign_keys = ON",
+            "secure_delete = ON",
+            "wal_autocheckpoint = 0",
+        ):
+            connection.execute(f"PRAGMA {pragma}").fetchall()
+        connection.create_function("hash_message", 1, self.cipher.hash_message)  # for m012
+        MIGRATIONS.apply(sqlite_utils.Database(connection, execute_plugins=False))
+        self.path.chmod(0o600)
+        return connection
+
+    def _fold(self, connection: sqlite3.Connection, *, asked: bool) -> sqlite3.Error | None:
+        """Empty the WAL where that was asked for, or it has grown large; what went wrong. Commits stay commits."""
+        try:
+            wal = self.path.with_name(f"{self.path.name}-wal")
+            self._fold_owed = self._fold_owed or asked or wal.stat().st_size > _MAX_WAL_BYTES
+            if self._fold_owed:
+                self._fold_owed = not _truncate_wal(connection, patience_ms=0)
+        except sqlite3.Error as error:
+            log.warning("store.checkpoint_failed", extra={"error": str(error)})
+            return error
+        except FileNotFoundError:
+            pass
+        return None
+
+    # --- the readers ---
+
+    def _read(self, work: Callable[[Tx], T]) -> T:
+        try:
+            connection = getattr(self._local, "connection", None)
+            if connection is None:
+                connection = open_read_only(self.path)
+                self._local.connection = connection
+                self._read_connections.append(connection)
+            connection.execute("BEGIN")
+            try:
+                tx = Tx(sqlite_utils.Database(connection, execute_plugins=False), self.cipher, self._clock())
+                return work(tx)
+            finally:
+                connection.execute("ROLLBACK")
+        except sqlite3.Error as error:
+            raise _translate(error) from error
+
+
+def open_read_only(path: Path) -> sqlite3.Connection:
+    """A connection that can neither write nor checkpoint."""
+    connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, isolation_level=None, check_same_thread=False)
+    connection.execute("PRAGMA query_only = ON")
+    return connection
+
+
+def _truncate_wal(connection: sqlite3.Connection, *, patience_ms: int) -> bool:
+    """Fold the WAL into the file and empty it, in one go; whether no reader was in the way.
+
+    SQLite's own checkpoints leave the folded frames in place until the log wraps. A WAL that is damaged in there takes
+    the file with it; an empty one cannot be damaged.
+    """
+    connection.execute(f"PRAGMA busy_timeout = {patience_ms}")
+    busy, _, _ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
+    connection.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
+    return not busy
+
+
+def _checkpoint_marker(_: Tx) -> None:
+    """Recognised by the writer, which checkpoints after the commit."""
+
+
+def _close_writer(connection: sqlite3.Connection) -> None:
+    try:
+        _truncate_wal(connection, patience_ms=_BUSY_MS)
+    except sqlite3.Error as error:  # what is committed stays in the WAL and is read at the next start
+        log.warning("store.checkpoint_failed", extra={"error": str(error)})
+    connection.close()
+
+
+def _translate(error: BaseException) -> BaseException:
+    """SQLite's errors as ours; all others as they are."""
+    if not isinstance(error, sqlite3.Error):
+        return error
+    code = getattr(error, "sqlite_errorname", "")
+    if code.startswith("SQLITE_FULL") or "disk is full" in str(error):
+        ours: StorageError = StorageFull(detail=f"the disk is full: {error}")
+    elif isinstance(error, sqlite3.IntegrityError):
+        ours = StorageRefused(detail=f"{code}: {error}")
+    else:
+        ours = StorageError(detail=f"{code or 'SQLite'}: {error}")
+    ours.__cause__ = error
+    return ours

@@ -1,0 +1,38 @@
+"""Conversations -> a file of the same without personal data: another data set. Knows no tokens and no model."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections.abc import Sequence
+from pathlib import Path
+
+from core.jobs.protocol import Redacted
+from core.types import Role
+from finetune.data.personal import redact
+from finetune.data.records import Conversation
+
+NAME = "redacted.jsonl"
+
+
+def write_redacted(conversations: Sequence[Conversation], folder: Path) -> Redacted:
+    """FOLDER/redacted.jsonl: a row for each conversation, with all turns of it. Raises OSError."""
+    digest, replaced = hashlib.sha256(), 0
+    aside = folder / f"{NAME}.new"
+    with aside.open("wb") as out:
+        for conversation in conversations:
+            messages = []
+            for turn in conversation.turns:
+                text, count = redact(turn.message.text)
+                replaced += count
+                untaught = turn.message.role is Role.ASSISTANT and not turn.taught
+                weight = {"weight": 0} if untaught else {}
+                messages.append({"role": turn.message.role.value, "content": text, **weight})
+            line = json.dumps({"messages": messages}, ensure_ascii=False).encode() + b"\n"
+            digest.update(line)
+            out.write(line)
+        out.flush()
+        os.fsync(out.fileno())
+    aside.replace(folder / NAME)
+    return Redacted(NAME, digest.hexdigest(), len(conversations), replaced)

@@ -1,0 +1,87 @@
+"""A model that begins from nothing: a configuration of a given size, weights just drawn. Knows no training.
+
+It is written as a folder, like any model, and trained from there; the seed decides every weight of it.
+"""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Iterable
+from dataclasses import asdict
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.jobs.protocol import Spec
+from finetune.modeling.base import load_tokenizer
+from finetune.training.checkpoint import sync_folder
+
+FOLDER = "base"
+END, TURN, TURN_ENDS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
+CHAT_TEMPLATE = (
+    "{% for message in messages %}{{ '<|im_start|>' + message['role'] + '\\n' + message['content'] + '<|im_end|>\\n' }}"
+    "{% endfor %}{% if add_generation_prompt %}{{ '<|im_start|>assistant\\n' }}{% endif %}"
+)
+
+
+def fresh_base(job_folder: Path, spec: Spec, texts: Iterable[str]) -> Path:
+    """JOBDIR/base, made if it is not there. `texts` are learned from where it gets a tokenizer of its own.
+
+    Raises JobError.
+    """
+    folder = job_folder / FOLDER
+    if folder.is_dir():
+        return folder
+    aside = job_folder / f"{FOLDER}.new"
+    shutil.rmtree(aside, ignore_errors=True)
+    tokenizer = (
+        new_tokenizer(texts, spec.fresh.vocabulary)
+        if spec.fresh.vocabulary
+        else load_tokenizer(job_folder / spec.model)
+    )
+    tokenizer.save_pretrained(aside)
+    _draw(spec, tokenizer).save_pretrained(aside)
+    (aside / "fresh.json").write_text(json.dumps({**asdict(spec.fresh), "seed": spec.hyper.seed}) + "\n")
+    aside.rename(folder)
+    sync_folder(job_folder)
+    return folder
+
+
+def new_tokenizer(texts: Iterable[str], size: int) -> Any:
+    """Byte-level BPE of at most `size` tokens, learned from these texts, which speaks ChatML."""
+    from tokenizers import ByteLevelBPETokenizer
+    from transformers import PreTrainedTokenizerFast
+
+    control = [END, TURN, TURN_ENDS]
+    learned = ByteLevelBPETokenizer()
+    learned.train_from_iterator(texts, vocab_size=size, min_frequency=2, show_progress=False, special_tokens=control)
+    tokenizer = PreTrainedTokenizerFast(
+        tokenizer_object=learned._tokenizer, bos_token=END, eos_token=TURN_ENDS, pad_token=END,
+        additional_special_tokens=[TURN],
+    )  # fmt: skip
+    tokenizer.chat_template = CHAT_TEMPLATE
+    return tokenizer
+
+
+def _draw(spec: Spec, tokenizer: Any) -> Any:
+    """Llama's architecture: what every engine serves. The feed-forward block is 8/3 as wide, as Llama has it."""
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    fresh = spec.fresh
+    config = LlamaConfig(
+        vocab_size=len(tokenizer),
+        hidden_size=fresh.hidden,
+        intermediate_size=-(-fresh.hidden * 8 // 3 // 16) * 16,
+        num_hidden_layers=fresh.layers,
+        num_attention_heads=fresh.heads,
+        num_key_value_heads=fresh.heads,
+        max_position_embeddings=fresh.context,
+        tie_word_embeddings=True,
+        bos_token_id=tokenizer.bos_token_id,
+        eos_token_id=tokenizer.eos_token_id,
+        pad_token_id=tokenizer.pad_token_id,
+    )
+    torch.manual_seed(spec.hyper.seed)
+    return LlamaForCausalLM(config)

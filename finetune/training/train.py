@@ -1,0 +1,379 @@
+"""The training loop, top to bottom. Knows nothing of chats, adapters' names or the store.
+
+Every random number follows from (seed, step) or (data, seed, epoch), and a checkpoint holds all else; so a job that
+was cut at any point and goes on ends with the very same bits, on a CPU with the same number of threads.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+import math
+import threading
+import time
+from contextlib import nullcontext, suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from core.errors import JobError
+from core.i18n.messages import say
+from core.jobs.protocol import Evaluated, HyperParameters, JobEvent, Judged, Spec, Warned
+from finetune.data.batches import collate, pack, shared_prefix
+from finetune.data.prepare import Emit, Prepared, prepare
+from finetune.evaluation.evaluator import Exam
+from finetune.evaluation.retention_set import NOTHING, OwnAnswers, own_answers
+from finetune.evaluation.row_losses import Meter
+from finetune.modeling import packed_attention as packed_rows
+from finetune.modeling import rms_norm
+from finetune.modeling.base import load_again, load_module
+from finetune.modeling.loss import Scorer
+from finetune.modeling.memory import checkpoint_activations, checkpoints_activations, give_back
+from finetune.modeling.methods import AllWeights, LoraDelta, Trained
+from finetune.output.publish import done, publish, published, write_adapter, write_model
+from finetune.output.report import losses_of, manifest_of
+from finetune.process_group import Team, whole
+from finetune.settings import LEAST_PREFIX, Resolved, refused, resolve
+from finetune.training.checkpoint import BEST, write_durably
+from finetune.training.checkpoints import Interrupted, Keeper, identity_of
+from finetune.training.optimizer import clip, learning_rate
+from finetune.training.progress import Pace, Taken
+from finetune.training.schedule import Course
+
+log = logging.getLogger(__name__)
+
+WARM_UP_STEPS, WARM_UP_S = 4, 10.0
+LOST_STEPS, LOST_NATS = 5, 2.0  # so many steps in a row of so much more loss than in the beginning: it has lost its way
+LOST_VALIDATION = 0.5  # nats more than untrained, on the validation rows
+
+
+class Unstable(Exception):
+    """Training has lost its way: a loss or a gradient is not finite, or the loss is far above where it began."""
+
+    def __init__(self, key: str, **fields: object) -> None:
+        super().__init__(key)
+        self.key, self.fields = key, fields
+
+
+def train(folder: Path, spec: Spec, emit: Emit, stop: threading.Event) -> None:
+    """Do the job, or the rest of it. Raises Interrupted, JobError, BadDataset."""
+    team = Team(spec.device)
+    tell = emit if team.leads else _silent
+    if said := published(folder):
+        for event in said:
+            tell(event)
+        return
+    torch.set_num_threads(spec.threads)
+    with team.first():
+        prepared = prepare(folder, spec, tell)
+    Trainer(folder, spec, prepared, tell, stop, team).run()
+
+
+class Trainer:
+    """One job: the model with its delta, the optimiser, and how far they have come."""
+
+    def __init__(
+        self,
+        folder: Path,
+        spec: Spec,
+        prepared: Prepared,
+        emit: Emit,
+        stop: threading.Event,
+        team: Team | None = None,
+    ) -> None:
+        self.folder, self.spec, self.prepared, self.emit, self.stop = folder, spec, prepared, emit, stop
+        self.team = team or Team(spec.device)
+        self.device = self.team.device
+        self._check_stop()
+        model = load_module(prepared.base, spec, self.device)
+        with self.team.first():
+            self.own = self._own_answers(model)
+        give_back()
+        rms_norm.write_out(model)
+        rows = prepared.part(prepared.split.train)
+        self.train_rows = [*rows, *self.own.to_rehearse(len(rows), spec.hyper.rehearsal)]
+        self.settings: Resolved = resolve(spec, rows=len(rows), device=self.device.type)
+        torch.manual_seed(spec.hyper.seed)
+        self.trained = self._trained(model)
+        self.model: Any = model
+        self.team.shard(model)
+        self.spares_memory = checkpoints_activations(
+            spec.hyper.checkpointing, model, self.device, self.settings.micro_tokens
+        )
+        if self.spares_memory:
+            checkpoint_activations(model)
+        self.scorer = Scorer(model, in_bfloat16=self.settings.in_bfloat16)
+        self.parameters = self.trained.parameters
+        self.meter = Meter(
+            self.scorer,
+            self.device,
+            prefix=self._shared_prefix(),
+            micro_tokens=self.settings.micro_tokens,
+            listen=self._check_stop,
+        )
+        self.optimizer = torch.optim.AdamW(
+            self.parameters, lr=spec.hyper.learning_rate, weight_decay=spec.hyper.weight_decay
+        )
+        lengths = [len(row.ids) - self.meter.prefix for row in self.train_rows]
+        self.course = Course(lengths, spec, micro_tokens=self.settings.micro_tokens, team=self.team)
+        self.evaluated: dict[str, float] = {}  # what was measured, by name
+        self.pace = Pace(spec, prepared, self.train_rows, self.course, emit)
+        self.keeper = Keeper(
+            folder,
+            identity_of(spec, prepared, self.own.sha256, self.settings),
+            self.trained,
+            self.optimizer,
+            team=self.team,
+            stop=stop,
+            warn=self._warn,
+        )
+        self.position = self.keeper.begin()
+        log.info("train.begin step=%d of %d, %d rows", self.position.step, self.course.steps, len(self.train_rows))
+
+    def _trained(self, model: Any) -> Trained:
+        spec, hyper = self.spec, self.spec.hyper
+        if spec.method != "lora":
+            load = partial(load_again, self.prepared.base, spec, torch.device("cpu"))
+            return AllWeights(model, dropout=self.settings.dropout, original=load)
+        return LoraDelta(model, rank=hyper.rank, alpha=hyper.alpha, dropout=self.settings.dropout, rslora=hyper.rslora)
+
+    def _own_answers(self, model: Any) -> OwnAnswers:
+        spec = self.spec
+        if spec.method == "scratch" or not (spec.ability or spec.hyper.rehearsal):
+            return NOTHING  # what was never learned cannot be forgotten
+        cache = Path(spec.cache) if spec.cache else None
+        return own_answers(
+            self.folder, cache, self.prepared.base, spec.instructions, model, self._check_own_stop, self.emit
+        )
+
+    def run(self) -> None:
+        self.pace.tell_plan()
+        try:
+            self._train()
+        except Interrupted:
+            with suppress(Interrupted):  # where the disk is full: the checkpoint from before stays
+                self._save()
+            raise
+        judged = self._judge()
+        self.emit(judged)
+        losses = losses_of(self.position, self.evaluated)
+        manifest = manifest_of(
+            self.spec,
+            self.prepared,
+            self.position,
+            self.trained,
+            dropout=self.settings.dropout,
+            epochs_done=self.position.step / self.course.steps_per_epoch,
+            losses=losses,
+            judged=judged,
+            processes=self.team.size,
+        )
+        if self.spec.method == "lora":
+            tensors = self.trained.tensors()
+            write = partial(write_adapter, tensors=tensors, manifest=manifest)
+        else:
+            state = {name: whole(tensor).cpu() for name, tensor in self.model.state_dict().items()}
+            write = partial(write_model, model=self.model, state=state, tokenizer=self.prepared.base.tokenizer)
+        if self.team.leads:
+            self.keeper.with_room(lambda: publish(self.folder, write, manifest), step=self.position.step)
+        self.team.wait()
+        self.emit(done(self.position.step, self.position.seconds, losses))
+
+    def _train(self) -> None:
+        """Until all steps are done, or nothing is gained any more; then back to the best of them."""
+        while True:
+            try:
+                if self.position.step not in self.position.validated and self.course.looks_after(self.position.step):
+                    self._validate()
+                if self._is_over():
+                    break
+                self._advance()
+            except Unstable as error:
+                self._go_back(error)
+        if self.position.step < self.course.steps:
+            self._warn("stopped_early", step=self.position.step, steps=self.course.steps, best=self.position.best)
+            self.pace.tell_end(self.position)
+        if self.position.best < self.position.step and self.keeper.load(BEST) is None:
+            detail = f"the checkpoint of step {self.position.best} cannot be read any more"
+            raise JobError("training.why_damaged", detail)
+
+    def _advance(self) -> None:
+        began = time.monotonic()
+        taken = self._step()
+        self.pace.count(self.position, taken, time.monotonic() - began)
+        if self._is_lost(LOST_STEPS):
+            raise Unstable("diverged", at=self.position.step, loss=taken.loss, before=self._untrained_loss())
+        self.pace.tell(self.position, taken)
+        if self.keeper.is_due(began):
+            self._save()
+
+    def _step(self) -> Taken:
+        try:
+            return self.take_step()
+        except torch.OutOfMemoryError as error:
+            self._spare_memory(error)
+        return self._step()  # nothing was changed
+
+    def _spare_memory(self, error: Exception) -> None:
+        """Compute activations twice from now on. Raises JobError where that is done already, or others wait for us."""
+        self.optimizer.zero_grad(set_to_none=True)
+        if self.spares_memory or self.team.size > 1 or self.spec.hyper.checkpointing == "off":
+            raise refused("out_of_memory", device=self.device) from error
+        log.warning("train.out_of_memory step=%d: activations are computed twice", self.position.step)
+        checkpoint_activations(self.model)
+        self.spares_memory = True
+
+    def _is_over(self) -> bool:
+        patience = self.spec.hyper.patience
+        return self.position.step >= self.course.steps or 0 < patience <= self.position.without_gain
+
+    def _is_lost(self, steps: int) -> bool:
+        """Whether the last steps' mean loss is far above what it was untrained."""
+        last = self.position.losses[-steps:]
+        return len(last) == steps and not sum(last) / steps <= self._untrained_loss() + LOST_NATS
+
+    def _untrained_loss(self) -> float:
+        return max(self.position.validated[0], *self.position.losses[:1])
+
+    def warm_up(self) -> tuple[int, float]:
+        """(tokens, seconds) of some steps at a learning rate of 0, after the one that takes most memory of all.
+
+        Raises Interrupted.
+        """
+        steps = [self.course.step(at) for at in range(self.course.steps_per_epoch)]
+        lengths = [[sum(len(self.train_rows[row].ids) for row in micro) for micro in step] for step in steps]
+        order = sorted(range(len(steps)), key=lambda at: -sum(lengths[at]))
+        self.position.rate_factor = 0.0
+        self.position.step = max(range(len(steps)), key=lambda at: max(lengths[at]))
+        self._step()  # what is slow once: memory is asked for, kernels are chosen
+        tokens, seconds = 0, 0.0
+        for at in order[len(order) // 2 :][:WARM_UP_STEPS]:
+            self.position.step, began = at, time.monotonic()
+            tokens += self._step().tokens
+            seconds += time.monotonic() - began
+            if seconds > WARM_UP_S:
+                break
+        self.position.step = 0
+        return tokens, seconds
+
+    def take_step(self) -> Taken:
+        """Forward, backward, clip, update. Raises Interrupted or Unstable before anything is changed."""
+        step, hyper = self.position.step, self.spec.hyper
+        torch.manual_seed(step_seed(hyper.seed, step, self.team.rank))
+        rate = learning_rate(step, self.course.steps, hyper) * self.position.rate_factor
+        for group in self.optimizer.param_groups:
+            group["lr"] = rate
+
+        micros = self.course.step(step)
+        supervised = sum(sum(self.train_rows[row].supervised[1:]) for micro in micros for row in micro)
+        loss = tokens = 0.0
+        self.scorer.train()
+        self.optimizer.zero_grad(set_to_none=True)
+        for micro, counts in self.course.share(micros):
+            self._check_stop()
+            batch = self.meter.batch([self.train_rows[row] for row in micro])
+            # Sum over tokens / tokens of the whole step: however a step is cut, every token weighs the same.
+            part = self.scorer(batch) * (counts / supervised)
+            part.backward()
+            loss += float(part.detach())
+            tokens += batch.tokens * counts
+        self._check_stop()
+        self.team.add_gradients(self.parameters)
+        loss, tokens = self.team.add([loss, tokens])
+        clipped = clip(self.parameters, hyper, self.team) if math.isfinite(loss) else None
+        if clipped is None:
+            raise Unstable("non_finite", at=step + 1)
+        self.optimizer.step()
+        return Taken(loss, clipped.norm, clipped.fraction, round(tokens))
+
+    def _go_back(self, error: Unstable) -> None:
+        """To where the validation rows were understood best, or to the start; once, with half the learning rate.
+
+        Not to the newest checkpoint: when that was written is a matter of time, and it may be on the wrong way already.
+        """
+        failed_factor, rate = self.position.rate_factor, self.spec.hyper.learning_rate
+        position = self.keeper.load(BEST)
+        if position is None or failed_factor < 1:
+            fields = {**error.fields, "rate": f"{min(rate / 4, HyperParameters().learning_rate):g}"}
+            raise refused(f"lost_{error.key}", **fields)
+        self.position = position
+        self.position.rate_factor = failed_factor / 2
+        self._save()
+        self._warn(error.key, **error.fields, step=position.step, rate=f"{rate / 2:g}")
+
+    def _validate(self) -> None:
+        """Measure, keep what is the best so far, and write a checkpoint, so that it is not measured again."""
+        position, rows = self.position, self.prepared.part(self.prepared.split.validation)
+        best_before = position.validated.get(position.best, math.inf)
+        loss = self.meter.mean_loss(rows)
+        give_back()  # steps of other lengths leave holes behind, some MiB more with each
+        if not math.isfinite(loss):
+            if not position.step:
+                raise JobError("training.why_not_finite", "the loss is not finite before the first step")
+            raise Unstable("non_finite", at=position.step)
+        untrained = position.validated.get(0, math.inf)
+        if untrained <= best_before and loss > untrained + LOST_VALIDATION:
+            raise Unstable("diverged", at=position.step, loss=loss, before=untrained)
+        position.validated[position.step] = loss
+        if position.best == position.step:
+            self.keeper.write(BEST, position)
+        self._save()
+        if position.step:
+            self.emit(Evaluated(step=position.step, split="validation", loss=loss, rows=len(rows)))
+
+    def _judge(self) -> Judged:
+        """Compare with what answers now, on the rows that neither training nor watching it saw."""
+        exam = Exam(self.folder, self.spec, self.prepared, self.own, self.trained, self.meter, self._warn, self._keep)
+        examined = exam.take(nullcontext, self.emit, step=self.position.step)
+        self.evaluated |= examined.losses
+        return examined.judged
+
+    def _keep(self, path: Path, content: bytes) -> None:
+        if self.team.leads:
+            self.keeper.with_room(lambda: write_durably(path, content), step=self.position.step)
+
+    def _warn(self, key: str, **fields: object) -> None:
+        self.emit(Warned(say(self.spec.language, f"data.warn_{key}", **fields)))
+
+    @torch.no_grad()
+    def _shared_prefix(self) -> int:
+        """How many tokens all rows share, or 0 where packing is of no use, or not exact for this model."""
+        prefix = shared_prefix([*self.prepared.rows, *self.own.rehearsed, *self.own.measured])
+        text = self.model.config.get_text_config()
+        if not self.settings.share_prefix or prefix < LEAST_PREFIX or getattr(text, "sliding_window", None):
+            return 0
+        packed_rows.use(self.model)
+        self.scorer.eval()
+        two = self.train_rows[:2]
+        packed, padded = self.scorer(pack(two, self.device, prefix=prefix)), self.scorer(collate(two, self.device))
+        if not torch.allclose(packed, padded, rtol=1e-3):
+            log.warning("train.not_packed: packed %g, padded %g", packed, padded)
+            return 0
+        return prefix
+
+    def _save(self) -> None:
+        """Only what may be gone on from: a job that is losing its way keeps the checkpoint from before."""
+        if self.position.validated and not self._is_lost(1):
+            self.keeper.save(self.position)
+
+    def _check_own_stop(self) -> None:
+        """Where the others do something else, or nothing."""
+        if self.stop.is_set():
+            raise Interrupted
+
+    def _check_stop(self) -> None:
+        """All of them together."""
+        if self.team.any(self.stop.is_set()):
+            raise Interrupted
+
+
+def step_seed(seed: int, step: int, rank: int = 0) -> int:
+    """The seed of all that one process draws within one optimiser step."""
+    text = f"{seed}:{step}:{rank}" if rank else f"{seed}:{step}"
+    return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
+
+
+def _silent(event: JobEvent) -> None:
+    """Of every process but the first."""

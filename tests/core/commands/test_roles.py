@@ -1,0 +1,170 @@
+"""Six roles x every command: no effect without a grant, and whatever needs one is audited."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+
+import pytest
+
+from core.adapters import registry
+from core.channels import directory
+from core.commands.table import COMMANDS, Form, Grant, find
+from core.i18n.messages import languages, say
+from core.jobs import datasets, event_log, jobs
+from core.jobs.protocol import Checked
+from core.storage.database import Tx
+from tests.support.people import ROLES, Town, ask, town
+
+DATASET = "d" * 64
+GRANTS = dict.fromkeys(ROLES, Grant.ANYONE) | {"operator": Grant.OPERATOR, "owner": Grant.OWNER}
+FORMS = [(command.name, form) for command in COMMANDS for form in command.forms]
+NEED_GRANT = [(name, form) for name, form in FORMS if form.who is not Grant.ANYONE]
+
+
+@pytest.fixture
+def it(tmp_path: Path) -> Iterator[Town]:
+    with town(tmp_path) as made:
+        made.database.write_now(lambda tx: _train(tx, made))
+        yield made
+
+
+def _train(tx: Tx, it: Town) -> None:
+    """A data set, and a version that was made of it."""
+    datasets.keep_dataset(tx, DATASET, "faq.jsonl", source="file", size_bytes=1, brought_by=it.hash("owner"))
+    judged = json.dumps({"judged": {"verdict": "passed", "champion": "base", "worst": [[7, 1.0, 2.0]]}})
+    for version in (4, 5):
+        candidate = registry.Candidate(f"{version:064x}", Path(), "base", DATASET, judged)
+        registry.publish(tx, candidate, "acme", version)
+
+
+BROUGHT: Mapping[tuple[str, str], Mapping[str, str]] = {  # what files add before the command's transaction
+    ("finetune", "from"): {"dataset": DATASET, "name": "feedback"},
+    ("adapter", "import"): {"dataset": DATASET, "name": "faq.jsonl", "unpacked": "new-1", "title": "my-adapter.zip"},
+}
+
+
+def _ask(tx: Tx) -> None:
+    """The job's question, as core.jobs.checks leaves it."""
+    event_log.add_event(tx, 1, Checked(12, 12, 0, 500, 8, 2, 2, personal=("phone numbers: 1",)))
+    jobs.ask(tx, 1)
+    tx.run("UPDATE delivery SET state = 'done' WHERE job_id = 1")
+
+
+def _answer(tx: Tx, it: Town, role: str) -> None:
+    """A reply that this person was given in the conversation, with the number of the example."""
+    caller = it.caller(tx, role)
+    tx.insert(
+        "generation",
+        id="5f3a9c01" + "0" * 24,  # as the example of /consent reply names it
+        inbox_id=ask(tx, caller, "how long?", 2),
+        channel_id=caller.channel.id,
+        user_hash=caller.user,
+        price_id=directory.price_now(tx, caller.channel.id).id,
+        seed=1,
+        state="delivered",
+        started_ms=tx.now_ms,
+    )
+
+
+def line(it: Town, role: str, name: str, form: Form) -> str:
+    """The form's own example, about things that are there."""
+    if name == "correct" or (name, form.word) == ("consent", "reply"):
+        it.database.write_now(lambda tx: _answer(tx, it, role))
+    if (name, form.word) == ("channel", "create"):
+        return "/channel create brook The Brook"
+    if (name, form.word) == ("operator", "remove"):
+        return f"/operator remove {it.operator_id('operator')}"
+    if name == "finetune" and form.parameters and form.parameters[0].name == "dataset":
+        return f"/finetune {form.word} {DATASET}"  # as core.jobs.dataset_files has brought it
+    if (name, form.word) in (("finetune", "start"), ("finetune", "preview"), ("finetune", "redact")):
+        it.says("owner", f"/finetune {DATASET}")
+        it.database.write_now(_ask)
+        return f"/finetune {form.word}"
+    if (name, form.word) == ("finetune", "resume"):
+        it.says("owner", f"/finetune {DATASET} yes")
+        it.database.write_now(lambda tx: jobs.start(tx, 1))
+        it.says("owner", "/finetune cancel")
+        return "/finetune resume"
+    if (name, form.word) == ("adapter", "choose"):
+        it.says("owner", "/adapter compare acme@4 How long?")
+        return "/adapter choose 1 a"
+    if (name, form.word) in (("finetune", "status"), ("finetune", "cancel"), ("adapter", "rollback")):
+        it.says("owner", f"/finetune {DATASET}" if name == "finetune" else "/adapter promote 4")
+        return f"/{name} {form.word}"
+    if name == "claim":
+        return f"/claim {it.database.write_now(lambda tx: directory.invite(tx, None, 'Kim', 'test'))}"
+    return form.example
+
+
+@pytest.mark.parametrize("role", ROLES)
+@pytest.mark.parametrize(("name", "form"), FORMS, ids=[f"{name} {form.word}".strip() for name, form in FORMS])
+def test_no_effect_without_a_grant_and_all_is_audited(it: Town, role: str, name: str, form: Form) -> None:
+    text = line(it, role, name, form)
+    allowed = GRANTS[role] >= form.who
+    before, audited = it.rows(), len(it.audit())
+    said = it.run(role, text, brought=BROUGHT.get((name, form.word))).body.text
+    rows = it.audit()[audited:]
+    if form.who is not Grant.ANYONE:
+        assert len(rows) == 1
+        assert rows[0]["actor"] == it.hash(role)
+        assert rows[0]["action"] == f"{name} {form.word}".strip()
+        assert rows[0]["allowed"] == allowed
+    assert (said == say("en", "error.not_allowed")) is not allowed
+    if not allowed:
+        assert it.rows() == before
+
+
+@pytest.mark.parametrize("role", [role for role in ROLES if GRANTS[role] is Grant.ANYONE])
+@pytest.mark.parametrize(
+    ("here", "nowhere"),
+    [
+        ("/channel show acme", "/channel show nothing"),
+        ("/channel set acme title=x", "/channel set nothing title=x"),
+        ("/channel archive terminal", "/channel archive nothing"),
+        ("/channel create acme", "/channel create nothing"),
+        ("/operator invite terminal", "/operator invite nothing"),
+        ("/operator remove 1", "/operator remove 999"),
+    ],
+)
+def test_a_refusal_does_not_tell_what_exists(it: Town, role: str, here: str, nowhere: str) -> None:
+    assert it.says(role, here) == it.says(role, nowhere) == say("en", "error.not_allowed")
+
+
+def test_an_operator_is_one_of_the_named_channel_wherever_it_is_said(it: Town) -> None:
+    assert it.says("operator", "/channel set acme title=There", place="delta").startswith("Changed")
+    assert it.says("operator", "/channel set title=Here", place="delta") == say("en", "error.not_allowed")
+    assert it.says("other_operator", "/channel show delta", place="acme").startswith("**Delta**")
+
+
+@pytest.mark.parametrize("setting", ["adapter=delta", "price_in=1", "price_out=1", "share=50", "bind=fake:bot"])
+def test_money_places_and_adapter_names_are_the_owners_to_set(it: Town, setting: str) -> None:
+    before = it.rows()
+    assert it.says("operator", f"/channel set acme title=New {setting}") == say("en", "error.not_allowed")
+    assert it.rows() == before
+    assert it.audit()[-1]["allowed"] == 0
+    assert it.says("owner", f"/channel set acme title=New {setting}").startswith("Changed")
+
+
+@pytest.mark.parametrize("what", ["/operator invite all", "/operator invite delta Kim"])
+def test_nobody_invites_to_more_than_they_operate(it: Town, what: str) -> None:
+    assert it.says("operator", what) == say("en", "error.not_allowed")
+    assert it.rows()["invite"] == []
+
+
+def test_an_operator_sees_and_removes_those_of_the_own_channel_alone(it: Town) -> None:
+    assert "other_operator" not in it.says("operator", "/operator list")
+    for who in ("other_operator", "owner"):
+        assert it.says("operator", f"/operator remove {it.operator_id(who)}") == say("en", "error.not_allowed")
+    assert "other_operator" in it.says("owner", "/operator list")
+
+
+@pytest.mark.parametrize("language", languages())
+@pytest.mark.parametrize("role", ROLES)
+def test_help_shows_what_one_may_do(it: Town, role: str, language: str) -> None:
+    said = it.says(role, "/help", language=language)
+    for command in COMMANDS:
+        assert (f"`/{command.name}`" in said) is (command.who <= GRANTS[role])
+    assert say(language, "help.who_operator") in it.says("stranger", "/help adapter", language=language)
+    assert find("adapter").help(language) in it.says("operator", "/help", language=language)

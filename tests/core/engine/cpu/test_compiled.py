@@ -1,0 +1,295 @@
+"""Each compiled operator against plain arithmetic in float64, row by row; and what happens where none can be built."""
+
+from __future__ import annotations
+
+import copy
+import ctypes
+import logging
+import math
+import shutil
+import subprocess
+import tomllib
+from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import pytest
+import torch
+from torch import Tensor
+from torch.nn import functional
+
+from core.engine.cpu import build as building
+from core.engine.cpu.compiled import Compiled, compiled, in_blocks, tiles_of, why_not
+from core.engine.cpu.compiled import compiled as module
+from core.engine.runtime.runner import Runner
+from tests.core.engine.runtime.test_fused import FAMILY, adapter, answers, made
+from tests.support.engine_operators import add_norm, attend, silu_mul, turn
+
+CLOSE = 2e-6  # of the largest value
+found = compiled()
+pytestmark = pytest.mark.skipif(found is None, reason="no compiler here")
+WIDTHS = [1, 5, 16, 48, 576, 577]
+
+
+@pytest.fixture
+def operators() -> Compiled:
+    assert found is not None
+    return found
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def random(*shape: int, seed: int = 0) -> Tensor:
+    return torch.randn(*shape, generator=torch.Generator().manual_seed(seed))
+
+
+def assert_close(value: Tensor, truth: Tensor) -> None:
+    assert float((value.double() - truth).abs().max()) <= CLOSE * float(truth.abs().max())
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("rows", [1, 70])
+def test_add_norm(operators: Compiled, rows: int, width: int, threads: int) -> None:
+    x, delta, weight = random(rows, width), random(rows, width, seed=1), random(width, seed=2)
+    truth = x.double() + delta
+    own = x.clone()
+    normed = add_norm(operators, own, delta, weight, 1e-5)
+    assert torch.equal(own, x + delta)
+    assert_close(normed, functional.rms_norm(truth, (width,), weight.double(), 1e-5))
+    assert torch.equal(add_norm(operators, own[-1:].clone(), None, weight, 1e-5), normed[-1:])
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("rows", [1, 70])
+def test_silu_mul(operators: Compiled, rows: int, width: int, threads: int) -> None:
+    gate_up = random(rows, 2 * width) * 5
+    made = silu_mul(operators, gate_up)
+    gate, up = gate_up.double().chunk(2, dim=1)
+    assert_close(made, functional.silu(gate) * up)
+    assert torch.equal(silu_mul(operators, gate_up[-1:]), made[-1:])
+
+
+def test_silu_is_right_for_every_size_of_number(operators: Compiled) -> None:
+    gates = torch.cat([sign * torch.logspace(-38, 38, 4000) for sign in (1, -1)] + [torch.linspace(-104, 104, 4001)])
+    made = silu_mul(operators, torch.stack([gates, torch.ones_like(gates)], dim=1)).flatten()
+    truth = functional.silu(gates.double())
+    assert ((made - truth).abs() <= 4e-7 * truth.abs() + 1e-30).all()
+    special = torch.tensor([math.nan, math.inf])
+    heard = silu_mul(operators, torch.stack([special, torch.ones(2)], dim=1)).flatten()
+    assert heard.isnan().tolist() == [True, False]
+    assert heard[1] == math.inf
+
+
+@pytest.mark.parametrize("width", WIDTHS)
+@pytest.mark.parametrize("outs", [1, 32, 47, 200])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("rows", [1, 7, 8, 19])
+def test_multiply_floats(operators: Compiled, rows: int, bias: bool, outs: int, width: int, threads: int) -> None:
+    x, weight, added = random(rows, width), random(outs, width, seed=1), random(outs, seed=2) if bias else None
+    packed = in_blocks(weight, operators.float_block)
+    y = operators.multiply_floats(x, packed, added, outs)
+    assert_close(y, functional.linear(x.double(), weight.double(), None if added is None else added.double()))
+    assert torch.equal(operators.multiply_floats(x[-1:], packed, added, outs), y[-1:])
+
+
+@pytest.mark.parametrize(("some", "multiple"), [(1, 1), (4, 16)])
+@pytest.mark.parametrize("blank", [0, 5])
+def test_blocks_hold_all_weights_and_blanks(some: int, multiple: int, blank: int) -> None:
+    weight = torch.arange(1, 1 + 37 * 10).view(37, 10)
+    blocks = in_blocks(weight, 16, some, multiple=multiple, blank=blank)
+    back = blocks.transpose(1, 2).flatten(0, 1).flatten(1)
+    assert torch.equal(back[:37, :10], weight)
+    assert back.shape[1] % multiple == 0
+    assert int(back.sum()) == int(weight.sum()) + blank * (back.numel() - weight.numel())
+
+
+@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
+def test_what_is_not_finite_stays_in_its_row(operators: Compiled, wrong: float) -> None:
+    x = random(3, 33)
+    x[1, 7] = wrong
+    normed = add_norm(operators, x, None, torch.ones(33), 1e-5)
+    assert normed.isfinite().all(1).tolist() == [True, False, True]
+    y = operators.multiply_floats(x, in_blocks(random(40, 33), operators.float_block), None, 40)
+    assert y.isfinite().any(1).tolist() == [True, False, True]
+
+
+@pytest.mark.parametrize("size", [2, 16, 64, 80])
+def test_turn(operators: Compiled, size: int, threads: int) -> None:
+    qkv, angles = random(70, 7, size), random(70, size // 2, seed=1).repeat(1, 2)
+    cos, sin = angles.cos(), angles.sin()
+    signed = torch.cat((-sin[:, : size // 2], sin[:, size // 2 :]), dim=1)
+    first, second = qkv.double().chunk(2, dim=-1)
+    truth = qkv * cos.double()[:, None] + torch.cat((-second, first), dim=-1) * sin.double()[:, None]
+    own = qkv.clone()
+    turn(operators, own, cos, signed, 5)
+    assert_close(own[:, :5], truth[:, :5])
+    assert torch.equal(own[:, 5:], qkv[:, 5:])
+
+
+@pytest.mark.parametrize(("group", "kv", "size"), [(1, 1, 64), (2, 3, 16), (3, 3, 64), (5, 2, 33), (8, 1, 128)])
+@pytest.mark.parametrize("window", [None, 1, 4, 20, 1000])
+def test_attend(operators: Compiled, group: int, kv: int, size: int, window: int | None, threads: int) -> None:
+    """Single tokens and prompts' chunks, at a row's begin and within it, beside each other and alone."""
+    slots, capacity = 6, 91
+    keys, values = random(slots, kv, capacity, size), random(slots, kv, capacity, size, seed=1)
+    rows = [(1, 0, 1), (2, 90, 1), (5, 0, 70), (0, 17, 1), (4, 40, 2), (3, 33, 19)]
+    qkv = random(sum(count for *_, count in rows), (group + 2) * kv, size, seed=2)
+    own_keys, own_values = keys.clone(), values.clone()
+    out = attend(operators, qkv, own_keys, own_values, rows, window, 0.3)
+    first = 0
+    for slot, start, count in rows:
+        some = slice(first, first + count)
+        keys[slot, :, start : start + count] = qkv[some, group * kv : (group + 1) * kv].transpose(0, 1)
+        values[slot, :, start : start + count] = qkv[some, (group + 1) * kv :].transpose(0, 1)
+        first += count
+    assert torch.equal(own_keys, keys)  # and nothing else was written
+    assert torch.equal(own_values, values)
+    first = 0
+    for slot, start, count in rows:
+        for token in range(count):
+            stop = start + token + 1
+            seen = slice(max(0, stop - (window or 1000)), stop)
+            past, said = (one[slot, :, seen].double().repeat_interleave(group, dim=0) for one in (keys, values))
+            scores = torch.einsum("hd,hnd->hn", qkv[first + token, : group * kv].double(), past) * 0.3
+            truth = torch.einsum("hn,hnd->hd", scores.softmax(-1), said)
+            assert_close(out[first + token].view(group * kv, size), truth)
+        own = qkv[first : first + count]
+        assert torch.equal(
+            attend(operators, own, keys, values, [(slot, start, count)], window, 0.3), out[first : first + count]
+        )
+        first += count
+
+
+@pytest.mark.parametrize("window", [None, 7])
+def test_how_a_prompt_is_cut_changes_nothing(operators: Compiled, window: int | None) -> None:
+    keys, values, qkv = torch.zeros(1, 2, 64, 16), torch.zeros(1, 2, 64, 16), random(60, 3 * 2 + 2 * 2, 16)
+    whole = attend(operators, qkv, keys, values, [(0, 0, 60)], window, 0.3)
+    for cut in (2, 31, 33, 58):
+        parts = [attend(operators, qkv[:cut], keys, values, [(0, 0, cut)], window, 0.3)]
+        parts.append(attend(operators, qkv[cut:], keys, values, [(0, cut, 60 - cut)], window, 0.3))
+        assert torch.equal(torch.cat(parts), whole)
+
+
+@pytest.mark.parametrize(("rank", "outs"), [(1, (7,)), (8, (576, 192, 192)), (5, (33, 48)), (64, (40,))])
+@pytest.mark.parametrize("width", [3, 64, 577])
+def test_add_lora(operators: Compiled, rank: int, outs: tuple[int, ...], width: int, threads: int) -> None:
+    slots = [2, None, 0, 2, 2, None, 2, 2, 2, 1, 0, 2]
+    parts, total = len(outs), sum(outs)
+    x, y = random(len(slots), width), random(len(slots), total, seed=1)
+    a = random(3, parts * rank, width, seed=2)
+    b = torch.full((3, parts * rank, total), math.nan)  # what is not a part's own block is not read
+    truth = y.double()
+    begin = 0
+    for part, out in enumerate(outs):
+        ranks, columns = slice(part * rank, (part + 1) * rank), slice(begin, begin + out)
+        b[:, ranks, columns] = random(3, rank, out, seed=3 + part)
+        for token, slot in enumerate(slots):
+            if slot is not None:
+                truth[token, columns] += (
+                    x[token].double() @ a[slot, ranks].double().t() @ b[slot, ranks, columns].double()
+                )
+        begin += out
+    own = y.clone()
+    operators.add_lora(x, own, a, b, tiles_of(slots), outs)
+    assert_close(own, truth)
+    assert torch.equal(own[[1, 5]], y[[1, 5]])
+    alone = y[9:10].clone()
+    operators.add_lora(x[9:10], alone, a, b, tiles_of([1]), outs)
+    assert torch.equal(alone[0], own[9])
+
+
+def test_a_tokens_share_of_a_tile_changes_nothing(operators: Compiled) -> None:
+    x, a, b = random(4, 100), random(1, 8, 100, seed=1), random(1, 8, 60, seed=2)
+    for count in range(1, 5):
+        y = torch.zeros(count, 60)
+        operators.add_lora(x[:count], y, a, b, tiles_of([0] * count), (60,))
+        alone = torch.zeros(1, 60)
+        operators.add_lora(x[count - 1 : count], alone, a, b, tiles_of([0]), (60,))
+        assert torch.equal(y[-1:], alone)
+
+
+def test_what_holds_operators_can_be_copied(operators: Compiled) -> None:
+    assert copy.deepcopy({"held": operators})["held"] is operators
+
+
+def test_tiles() -> None:
+    slots = [3, None, 0, 3, 3, 3, 3]
+    assert tiles_of(slots).tolist() == [[3, 4, 0, 3, 4, 5], [3, 1, 6, 0, 0, 0], [0, 1, 2, 0, 0, 0]]
+    assert tiles_of([None]).shape == (0, 6)
+
+
+@pytest.mark.parametrize("kind", FAMILY)
+@torch.inference_mode()
+def test_a_model_gives_the_same_numbers_without(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    logits = []
+    for built in (found, None):
+        for user in ("lora", "packed"):
+            monkeypatch.setattr(f"core.engine.{user}.compiled", lambda built=built: built)
+        model = made(kind, tmp_path / str(built is None), **FAMILY[kind])
+        runner = Runner(model, max_rows=5, context=256)
+        assert (runner.layers is not None) is (built is not None)
+        a, b = (runner.lora.acquire(adapter(model, name, rank)) for name, rank in (("a", 8), ("b", 3)))
+        logits.append(answers(runner, [a, None, b, b, a]))
+    assert float((logits[0] - logits[1]).abs().max()) <= 2e-5 * float(logits[1].abs().max())
+
+
+@pytest.fixture
+def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """No library is built yet."""
+    monkeypatch.setattr(building, "user_cache_path", lambda name: tmp_path)
+    module._outcome.cache_clear()
+    yield tmp_path / "kernels"
+    module._outcome.cache_clear()
+
+
+def test_it_is_built_once_whoever_asks(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with ThreadPoolExecutor(2) as pool:
+        built = list(pool.map(lambda _: building.built_library(), range(2)))
+    assert built == [*fresh.iterdir()] * 2
+    ctypes.CDLL(str(built[0]))
+    monkeypatch.setattr(building, "FLAGS", ("-no-such-flag",))  # so that to build again would fail
+    assert compiled() is None
+
+
+def test_the_sources_are_part_of_the_package() -> None:
+    said = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
+    packed = {path for pattern in said["core"] for path in Path("core").glob(pattern)}
+    sources = {path.relative_to(Path.cwd()) for path in building.SOURCES.iterdir()}
+    assert any(path.suffix == ".cpp" for path in sources)
+    assert sources <= packed
+
+
+@pytest.mark.parametrize("fault", ["none installed", "refuses the source", "no library", "cache not writable"])
+def test_without_a_compiler_the_log_says_so(
+    fault: str, fresh: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    def build(*args: object, **kwargs: object) -> subprocess.CompletedProcess[str]:
+        if fault == "refuses the source" and "--version" not in args[0]:  # type: ignore[operator]
+            raise subprocess.CalledProcessError(1, "g++", stderr="error: no such thing")
+        return subprocess.CompletedProcess((), 0, stdout="")
+
+    if fault == "none installed":
+        monkeypatch.setattr(shutil, "which", lambda name: None)
+    elif fault == "cache not writable":
+        fresh.write_text("a file where the folder would be")
+    else:
+        monkeypatch.setattr(subprocess, "run", build)
+    with caplog.at_level(logging.WARNING):
+        assert compiled() is None
+        assert compiled() is None
+    (record,) = caplog.records
+    assert record.msg == "engine.not_compiled"
+    reason = str(record.reason)  # type: ignore[attr-defined]  # an extra
+    assert reason == why_not()
+    assert {
+        "none installed": "g++",
+        "refuses the source": "no such thing",
+        "no library": "kernels.so",
+        "cache not writable": "kernels",
+    }[fault] in reason

@@ -1,0 +1,133 @@
+"""Every sentence is there in every language, with the same fields; every key in the code has its sentence."""
+
+from __future__ import annotations
+
+import ast
+import string
+import tomllib
+from pathlib import Path
+
+import pytest
+
+import core.i18n.messages
+from core.i18n.messages import Later, duration, languages, resolve, say
+from tests.support.paths import ROOT
+
+FOLDER = Path(core.i18n.messages.__file__).parent
+NO_KEYS = {"users.info"}  # a method of Slack's, written as a key is
+OTHERS = [language for language in languages() if language != "en"]
+
+
+def sentences(language: str) -> dict[str, str]:
+    table = tomllib.loads((FOLDER / f"{language}.toml").read_text(encoding="utf-8"))
+    return {f"{section}.{name}": text for section, named in table.items() for name, text in named.items()}
+
+
+ENGLISH = sentences("en")
+SECTIONS = {key.partition(".")[0] for key in ENGLISH} | {"terminal", "training", "privacy", "doctor"}
+
+
+def fields(sentence: str) -> set[str]:
+    return {name for _, name, _, _ in string.Formatter().parse(sentence) if name is not None}
+
+
+def keys_in(path: Path) -> set[str]:
+    """The keys that a file names, but for the events that it logs."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    logged = {
+        argument
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Call) and ast.unparse(node.func).startswith(("log.", "logging."))
+        for argument in node.args
+    }
+    return {
+        node.value
+        for node in ast.walk(tree)
+        if isinstance(node, ast.Constant) and isinstance(node.value, str) and node not in logged and _is_key(node.value)
+    }
+
+
+def _is_key(text: str) -> bool:
+    section, _, name = text.partition(".")
+    return section in SECTIONS and name.replace("_", "").isalnum() and name.islower() and not name.endswith("_")
+
+
+def test_english_and_chinese_are_there() -> None:
+    assert set(languages()) >= {"en", "zh"}
+    assert languages()[0] == "en"
+
+
+@pytest.mark.parametrize("language", OTHERS)
+def test_no_sentence_is_missing(language: str) -> None:
+    assert set(sentences(language)) == set(ENGLISH)
+
+
+@pytest.mark.parametrize("language", OTHERS)
+def test_a_sentence_has_the_same_fields_in_every_language(language: str) -> None:
+    other = sentences(language)
+    assert {key for key in ENGLISH if key in other and fields(ENGLISH[key]) != fields(other[key])} == set()
+
+
+@pytest.mark.parametrize("language", languages())
+def test_the_tone(language: str) -> None:
+    for key, text in sentences(language).items():
+        assert text.strip(), key
+        assert "!" not in text, key
+        assert "！" not in text, key
+        assert not any(0x1F300 <= ord(c) <= 0x1FAFF for c in text), key
+
+
+FILES = [path for package in ("core", "bots", "finetune") for path in sorted((ROOT / package).rglob("*.py"))]
+
+
+@pytest.mark.parametrize("path", FILES, ids=lambda path: str(path.relative_to(ROOT)))
+def test_every_key_in_the_code_has_its_sentence(path: Path) -> None:
+    assert keys_in(path) - set(ENGLISH) - NO_KEYS == set()
+
+
+def test_a_missing_field_or_language_does_not_cost_the_sentence() -> None:
+    assert "…" in say("en", "error.limit_minute")
+    assert say("xx", "error.engine") == say("en", "error.engine")
+    assert say("zh-Hans-CN", "error.engine") == say("zh", "error.engine") != say("en", "error.engine")
+    assert say("en", "no.such") == "no.such"
+
+
+def test_fields_are_filled_and_never_read_as_templates() -> None:
+    assert say("en", "error.unknown", name="{x} {0} %s") == "There is no {x} {0} %s here."
+    assert "1,000,000" in say("en", "service.message_too_large", size=1_000_000, limit=9999)
+    assert "9999" in say("en", "service.message_too_large", size=1_000_000, limit=9999)
+
+
+def test_a_sentence_in_a_sentence_speaks_its_language() -> None:
+    need = Later("operators.need_whole", low=0, high=9)
+    said = say("zh", "operators.bad_value", setting="per_minute", value="x", need=need)
+    assert say("zh", "operators.need_whole", low=0, high=9) in said
+
+
+@pytest.mark.parametrize(
+    ("tag", "language"),
+    [
+        ("en", "en"),
+        ("en-GB", "en"),
+        ("EN_us.UTF-8", "en"),
+        ("zh-hans", "zh"),
+        ("zh_CN", "zh"),
+        ("中文", "zh"),
+        ("Chinese", "zh"),
+        ("sv", ""),
+        ("", ""),
+        ("auto", ""),
+        ("../en", ""),
+    ],
+)
+def test_a_tag_means_a_language_or_none(tag: str, language: str) -> None:
+    assert resolve(tag) == language
+
+
+@pytest.mark.parametrize(
+    ("seconds", "said"),
+    [(0, "1 s"), (24.2, "25 s"), (90, "90 s"), (91, "2 min"), (180, "3 min"), (7200, "2 h"), (8 * 86_400, "8 days")],
+)
+def test_durations_are_rounded_up_in_one_unit(seconds: float, said: str) -> None:
+    assert duration("en", seconds) == said
+    assert duration("zh", seconds) != said

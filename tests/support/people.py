@@ -1,0 +1,116 @@
+"""A directory with two channels and six people, and a way to give commands as one of them."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass, replace
+from pathlib import Path
+
+from core.channels import directory
+from core.channels.commands import run_command
+from core.chat import conversations
+from core.chat.handler import HANDLERS
+from core.commands.table import parse
+from core.storage.database import Database, Tx
+from core.storage.home import Cipher
+from core.types import Address, Caller, Outcome, Role
+
+ROLES = ("stranger", "user", "other_operator", "operator", "owner", "removed")
+
+
+@dataclass
+class Town:
+    database: Database
+
+    def hash(self, who: str) -> str:
+        return self.database.cipher.hash_user("fake", "bot", who)
+
+    def caller(self, tx: Tx, who: str, place: str = "acme", language: str = "en") -> Caller:
+        at = Address("fake", "bot", place, "c")
+        channel = directory.channel_for(tx, "fake", "bot", place)
+        assert channel is not None
+        return Caller(self.hash(who), at, channel, language, 0, conversations.conversation_id(tx, at, channel.id))
+
+    def run(
+        self, who: str, text: str, place: str = "acme", language: str = "en", brought: Mapping[str, str] | None = None
+    ) -> Outcome:
+        """Give one command, in a transaction as the service does. Raises what the command raises.
+
+        `brought` are the arguments that files and other machinery add before it.
+        """
+        call = parse(text)
+        call = replace(call, arguments={**call.arguments, **(brought or {})})
+        return self.database.write_now(
+            lambda tx: run_command(tx, self.caller(tx, who, place, language), call, HANDLERS)
+        )
+
+    def says(self, who: str, text: str, place: str = "acme", language: str = "en") -> str:
+        return self.run(who, text, place, language).body.text
+
+    def audit(self) -> list[dict[str, object]]:
+        return self.database.read_now(lambda tx: tx.all("SELECT * FROM audit ORDER BY id"))
+
+    def rows(self) -> dict[str, list[dict[str, object]]]:
+        """All that is in the database, but for the audit log."""
+
+        def read(tx: Tx) -> dict[str, list[dict[str, object]]]:
+            names = tx.all("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE '%sqlite%'")
+            return {row["name"]: tx.all(f"SELECT * FROM {row['name']}") for row in names if row["name"] != "audit"}
+
+        return self.database.read_now(read)
+
+    def operator_id(self, who: str) -> int:
+        return int(
+            self.database.read_now(lambda tx: tx.value("SELECT id FROM operator WHERE user_hash = ?", [self.hash(who)]))
+        )
+
+
+def _settle(tx: Tx, town: Town) -> None:
+    directory.ensure_terminal(tx, "home")
+    for name in ("acme", "delta"):
+        channel = directory.create_channel(tx, name, title=name.title())
+        directory.bind(tx, "fake", "bot", name, channel.id)
+    for who, name in (("other_operator", "delta"), ("operator", "acme"), ("removed", "acme")):
+        operated = directory.channel_by_name(tx, name)
+        assert operated is not None
+        directory.grant_operator(tx, town.hash(who), operated.id, who, "test")
+    directory.grant_operator(tx, town.hash("owner"), None, "owner", "test")
+    for one in directory.operators(tx):
+        if one.label == "removed":
+            directory.remove_operator(tx, one)
+    for place in ("acme", "delta"):
+        ask(tx, town.caller(tx, "user", place), f"a question in {place}", 1)
+
+
+def ask(tx: Tx, caller: Caller, text: str, n: int) -> int:
+    """What a question leaves that was answered; the row of its message."""
+    at = caller.address
+    inbox_id = tx.insert(
+        "inbox",
+        platform=at.platform,
+        account=at.account,
+        place=at.place,
+        conversation=at.conversation,
+        reply_to="",
+        user_hash=caller.user,
+        lane="turn",
+        kind="message",
+        language="",
+        update_key=f"{at.place} {n}",
+        message_key="",
+        received_ms=tx.now_ms,
+        state="done",
+        outcome="command",
+    )
+    conversations.append(tx, caller.conversation_id, inbox_id, Role.USER, text, caller.user)
+    conversations.append(tx, caller.conversation_id, inbox_id, Role.ASSISTANT, "an answer", caller.user)
+    return inbox_id
+
+
+@contextmanager
+def town(folder: Path) -> Iterator[Town]:
+    with Database(folder / "a.db", Cipher(b"k" * 32)) as database:
+        made = Town(database)
+        database.write_now(lambda tx: _settle(tx, made))
+        yield made

@@ -266,7 +266,7 @@ def _said(tx: Tx, reply: Reply) -> list[dict[str, str]]:
 
 
 def _keep(tx: Tx, reply: Reply, said: list[dict[str, str]], *, shared: bool) -> None:
-    """Once; again it can only become shared. For as long as a data set (core.privacy.retention), from the first time on."""
+    """Once; again it can only become shared. For as long as a data set, from the first time on."""
     tx.run(
         "INSERT INTO example (generation_id, channel_id, user_hash, platform, shared, said, at_ms)"
         " VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET shared = max(shared, excluded.shared)",

@@ -14,7 +14,8 @@ MAX_OPEN = 10_000
 MAX_TEXT = 100_000  # characters; a longer text is not kept, and refused with its length
 MAX_ATTEMPTS = 5
 _HERE = "platform = ? AND account = ? AND place = ? AND conversation = ?"
-# What has begun stands before what is new, and counts: in its channel (found as core.channels.directory does) and account.
+# What has begun stands before what is new, and counts: in its channel (found as core.channels.directory does) and
+# account.
 _DUE = """
     WITH head AS (
         SELECT id, lane, state, platform, account, coalesce(

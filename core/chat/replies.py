@@ -1,6 +1,6 @@
 """One reply, from its inbox row to its settled delivery. Knows prices, adapters and turns; knows no command.
 
-The order of the commits is the promise (core.delivery.deliveries): pin, handle, generated, receipt + charge + turns in one.
+The order of the commits is the promise (core.delivery): pin, handle, generated, receipt + charge + turns in one.
 A crash between any two of them leads back here with the same row, the same pinned adapter, price and seed.
 """
 

@@ -4,7 +4,8 @@ A message flows like this; each step is committed before the next one begins:
 
     accept    the update becomes an inbox row; only then may the bot tell its platform
     take      control rows at once, turns in order per conversation
-    answer    (core.chat.handler) a command runs in one transaction that also stores its text (core.channels.commands.run_command);
+    answer    (core.chat.handler) a command runs in one transaction that also stores its text
+    (core.channels.commands.run_command);
               a question becomes a generation (core.chat.replies)
     deliver   handle, parts, receipts (core.delivery.deliveries)
     settle    receipt, charge, turns and the closed row in one transaction

@@ -1,4 +1,4 @@
-"""What is said of the commands: `/help`, and the table of the README. Made from the table of core.commands.table alone."""
+"""What is said of the commands: `/help`, and the table of the README. Made from core.commands.table alone."""
 
 from __future__ import annotations
 

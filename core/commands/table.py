@@ -1,6 +1,6 @@
 """One table of commands: grammar, lane, who may run it, help. Knows nothing of what a command does.
 
-The help of bots' menus, `/help`, the README table (core.commands.help) and every answer to a mistyped command are made from it.
+The help of bots' menus, `/help`, the README table and every answer to a mistyped command are made from it.
 """
 
 from __future__ import annotations

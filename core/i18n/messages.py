@@ -55,7 +55,8 @@ def say(language: str, key: str, /, **fields: object) -> str:
 
 def languages() -> tuple[str, ...]:
     """The languages that there are, English first."""
-    found = {path.name.removesuffix(".toml") for path in resources.files(__name__).iterdir() if _is_language(path.name)}
+    files = resources.files("core.i18n").iterdir()
+    found = {path.name.removesuffix(".toml") for path in files if _is_language(path.name)}
     return (FALLBACK, *sorted(found - {FALLBACK}))
 
 
@@ -101,7 +102,7 @@ _FORMATTER = _Formatter()
 
 @cache
 def _sentences(language: str) -> Mapping[str, str]:
-    table = tomllib.loads(resources.files(__name__).joinpath(f"{language}.toml").read_text(encoding="utf-8"))
+    table = tomllib.loads(resources.files("core.i18n").joinpath(f"{language}.toml").read_text(encoding="utf-8"))
     return {f"{section}.{name}": text for section, named in table.items() for name, text in named.items()}
 
 

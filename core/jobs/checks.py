@@ -1,7 +1,8 @@
 """The check of a data set before anything is trained: its report becomes a question. Knows rows, files and no torch.
 
-validating -> waiting -> queued, by somebody's yes (core.jobs.commands); or back to validating, to take personal data out. A
-question that nobody answers ends its job. A check runs in a trainer process under limits, beside a job that is trained.
+validating -> waiting -> queued, by somebody's yes (core.jobs.commands); or back to validating, to take personal data
+out. A question that nobody answers ends its job. A check runs in a trainer process under limits, beside a job that is
+trained.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What /finetune does: check, ask, start, status, list, cancel. Knows rows; the lanes (core.jobs.worker) do the work."""
+"""What /finetune does: check, ask, start, status, list, cancel. Knows rows; core.jobs.worker do the work."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def redact(tx: Tx, caller: Caller, call: Call) -> Outcome:
 
 
 def preview(tx: Tx, caller: Caller, call: Call) -> Outcome:
-    """The rows that core.jobs.checks has read; a job that has been started or has ended has none. Raises UnknownThing."""
+    """The rows that the check has read; a job that has been started or has ended has none. Raises UnknownThing."""
     job = find_job(tx, caller, call)
     if job is None:
         return Outcome(Body(say(caller.language, "training.none")))

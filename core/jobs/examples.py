@@ -1,9 +1,9 @@
 """What people said in a channel and allow to be learned from, as conversations. Reads rows; knows no file and no job.
 
 Two sources: whole conversations of those who gave /consent, and single replies that they rated or that an operator
-corrected (core.chat.feedback keeps those). Telegram asks for each person's consent, Slack's API terms (section "Data usage",
-since 2025-05-29) forbid to train language models on what came through its API, consent or not: it stays out unless
-the owner says that other terms hold for them (finetune.allow_slack_training).
+corrected (core.chat.feedback keeps those). Telegram asks for each person's consent, Slack's API terms (section "Data
+usage", since 2025-05-29) forbid to train language models on what came through its API, consent or not: it stays out
+unless the owner says that other terms hold for them (finetune.allow_slack_training).
 """
 
 from __future__ import annotations

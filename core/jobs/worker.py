@@ -1,7 +1,7 @@
 """A line of jobs and the loop that works it off: one at a time, trouble put off, its end told. Knows no kind of work.
 
-There are two: what is to be checked (core.jobs.checks) and what is to be trained (core.jobs.supervisor). Neither waits for the
-other, and no job's trouble holds up those behind it.
+There are two: what is to be checked (core.jobs.checks) and what is to be trained (core.jobs.supervisor). Neither waits
+for the other, and no job's trouble holds up those behind it.
 """
 
 from __future__ import annotations

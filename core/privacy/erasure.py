@@ -1,4 +1,5 @@
-"""What people may ask of their data: /privacy, /consent, /forget. Knows rows; files and periods are core.privacy.retention's.
+"""What people may ask of their data: /privacy, /consent, /forget. Knows rows; files and periods are
+core.privacy.retention's.
 
 /forget writes a tombstone first, then erases, all in the transaction of the command. The tombstone is also kept in a
 file beside the database, so that a database brought back from a copy forgets the same people again before it serves.
@@ -105,8 +106,9 @@ HANDLERS: Mapping[tuple[str, str], Handler] = {
 def erase(tx: Tx, user_hash: str, until_ms: int, *, keep_row: int = 0) -> list[tuple[str, str]]:
     """Remove what is stored of a person up to a moment: (label, version that answers now) of each adapter withdrawn.
 
-    Charges and counts stay: they hold no text, and core.privacy.retention takes the person out of them. `keep_row` is the
-    message that asks for it: it still has to be answered.
+
+    Charges and counts stay: they hold no text, and core.privacy.retention takes the person out of them. `keep_row` is
+    the message that asks for it: it still has to be answered.
     """
     who: list[Value] = [user_hash, until_ms]
     tx.run("DELETE FROM turn WHERE user_hash = ? AND at_ms <= ?", who)

@@ -1,8 +1,8 @@
 """The candidate's examination: what it, the champion and the base make of rows that neither training nor stopping saw.
 
 Measures, and leaves what it measured row by row in JOBDIR/scores.json (line numbers and losses, never a text), so that
-the arithmetic of finetune.evaluation.gate can be redone without a model. Knows nothing of training: a candidate is whatever delta
-the model carries, or an adapter folder that somebody else trained.
+the arithmetic of finetune.evaluation.gate can be redone without a model. Knows nothing of training: a candidate is
+whatever delta the model carries, or an adapter folder that somebody else trained.
 """
 
 from __future__ import annotations

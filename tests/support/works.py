@@ -1,4 +1,4 @@
-"""A home with two channels, a fake bot and the supervisor of its jobs, over real processes of tests/support/fake_trainer.py."""
+"""A home with two channels, a fake bot and the supervisor of its jobs, over real processes of fake_trainer."""
 
 from __future__ import annotations
 

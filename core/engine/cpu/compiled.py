@@ -2,8 +2,8 @@
 
 A step on a CPU is some 2,000 of torch's operators, most of them shorter than the call that starts them. These do the
 work of some five each, their products read weights as fast as memory gives them, however few rows there are, and a
-whole pass over a model's layers is one call (core.engine.cpu.layers). They are called through ctypes, on the tensors' own
-memory. Without a compiler `compiled` gives None, and its users run torch's operators instead: the same numbers, to
+whole pass over a model's layers is one call (core.engine.cpu.layers). They are called through ctypes, on the tensors'
+own memory. Without a compiler `compiled` gives None, and its users run torch's operators instead: the same numbers, to
 rounding.
 
 torch.compile would need the whole step as one graph for the same gain: it knows nothing of packed weights, and it would

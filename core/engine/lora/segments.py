@@ -55,7 +55,7 @@ class Order:
 class Piece:
     """Consecutive tokens of a pass, and the slots [start, stop) that they use.
 
-    Each has its own by `groups`, by `foreign`, bool (T, stop - start, 1), or by `tiles` (core.engine.cpu.compiled); by none
+    Each has its own by `groups`, by `foreign`, bool (T, stop - start, 1), or by `tiles`; by none
     of them, if all use the one slot.
     """
 

@@ -2,9 +2,10 @@
 
 What is special to a family lives here: Llama, Mistral, Qwen2, Qwen3 and what shares their classes (SmolLM2 among
 them). q/k/v and gate/up are one product each, with weights that the model's own modules view (or packed ones, see
-core.engine.cpu.packed); one rotary product turns queries and keys together; grouped heads are packed as further queries of
-one key. On a CPU with compiled operators core.engine.cpu.layers runs the same layers in one call. `fuse` gives None for any
-other model, which runs its own forward the plain way. The numbers are proved at load whichever way it is.
+core.engine.cpu.packed); one rotary product turns queries and keys together; grouped heads are packed as further
+queries of one key. On a CPU with compiled operators core.engine.cpu.layers runs the same layers in one call. `fuse`
+gives None for any other model, which runs its own forward the plain way. The numbers are proved at load whichever way
+it is.
 """
 
 from __future__ import annotations

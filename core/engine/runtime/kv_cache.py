@@ -1,8 +1,8 @@
 """Key/value slots: one slot per running row, rows compact, positions per row. Knows no requests and no text.
 
 Memory outside the used part of the running rows is always zero: a row is wiped when it is released, so nothing of a
-finished conversation lingers. Where untouched memory costs nothing (core.engine.runtime.lazy_zeros) all slots are laid out once,
-for the longest context, and nothing ever waits for them; elsewhere they grow with what runs.
+finished conversation lingers. Where untouched memory costs nothing (core.engine.runtime.lazy_zeros) all slots are laid
+out once, for the longest context, and nothing ever waits for them; elsewhere they grow with what runs.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
 """Forward passes over rows: single tokens of many beside chunks of prompts. Knows no requests, fairness or text.
 
-A model of a known family runs the forward pass of core.engine.runtime.fused, on a CPU with compiled operators in one call
-(core.engine.cpu.layers); any other one runs its own, the plain way. That each gives the model's own numbers is proved at
-load (core.engine.diagnostics.parity).
+A model of a known family runs the forward pass of core.engine.runtime.fused, on a CPU with compiled operators in one
+call (core.engine.cpu.layers); any other one runs its own, the plain way. That each gives the model's own numbers is
+proved at load (core.engine.diagnostics.parity).
 """
 
 from __future__ import annotations

@@ -9,11 +9,11 @@ from pathlib import Path
 
 import pytest
 
-import core.i18n.messages
+import core.i18n
 from core.i18n.messages import Later, duration, languages, resolve, say
 from tests.support.paths import ROOT
 
-FOLDER = Path(core.i18n.messages.__file__).parent
+FOLDER = Path(core.i18n.__file__).parent
 NO_KEYS = {"users.info"}  # a method of Slack's, written as a key is
 OTHERS = [language for language in languages() if language != "en"]
 

@@ -292,7 +292,10 @@ def test_the_fingerprint_is_of_the_weights_and_not_of_how_they_are_cut(folder: P
     assert fingerprint(tmp_path / "changed") != whole
 
 
-CONVERT = "import sys; from pathlib import Path; from core.model.demo import demo_folder; print(demo_folder(Path(sys.argv[1])))"
+CONVERT = (
+    "import sys; from pathlib import Path; from core.model.demo import demo_folder;"
+    " print(demo_folder(Path(sys.argv[1])))"
+)
 
 
 @pytest.fixture(scope="module")

@@ -100,7 +100,7 @@ def test_the_fused_forward_gives_the_models_own_numbers(kind: str, tmp_path: Pat
 @pytest.mark.parametrize("kind", FAMILY)
 @torch.inference_mode()
 def test_fused_and_plain_agree_with_adapters(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """All adapters on all modules, and some on some, by each way of core.engine.lora.layers. Layers amplify rounding."""
+    """All adapters on all modules, and some on some, by each way. Layers amplify rounding."""
     model = made(kind, tmp_path, **FAMILY[kind])
     found = {}
     for way in ("fused", "plain", "fused, grouped", "plain, grouped", "fused, masked", "plain, masked"):

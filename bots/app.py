@@ -21,11 +21,12 @@ from bots.plugins import Bot, find_bots
 from bots.provisioning import DESK, seed
 from core.channels import directory
 from core.chat.service import Service, ServiceSettings
-from core.config.schema import BotTable, Config, Generation
+from core.config.schema import BotTable, Config, GenerationDefaults
+from core.config.sections import EngineSettings, RemoteSettings
 from core.delivery.deliveries import Deliveries
-from core.engine.protocol import Engine, EngineSettings, RemoteSettings
+from core.engine.protocol import Engine
 from core.errors import BadConfig
-from core.jobs.supervisor import Training, TrainingSettings
+from core.jobs.supervisor import JobSupervisor, TrainingSettings
 from core.model import demo
 from core.model.onednn import keep_few_kernels
 from core.storage.database import Database
@@ -46,7 +47,7 @@ class Parts:
     database: Database
     engine: Engine
     deliveries: Deliveries
-    training: Training
+    training: JobSupervisor
     service: Service
 
 
@@ -71,7 +72,7 @@ async def open_parts(config: Config, home: Home, progress: Progress | None = Non
     async with open_store(config, home) as database, make_engine(config, home, progress) as engine:
         deliveries = Deliveries(database)
         await database.write(lambda tx: directory.keep_base(tx, engine.info.fingerprint))
-        training = Training(
+        training = JobSupervisor(
             database, home, deliveries, engine.info, training_settings(config), asked=lambda: asked(engine)
         )
         service = Service(database, home, engine, deliveries, training, service_settings(config))
@@ -124,7 +125,7 @@ def service_settings(config: Config) -> ServiceSettings:
     )
 
 
-def _sampling(given: Generation) -> Sampling:
+def _sampling(given: GenerationDefaults) -> Sampling:
     values = asdict(given)
     values.pop("deadline_s")
     return Sampling(**values)
@@ -178,8 +179,8 @@ async def run_bots(parts: Parts, bots: Mapping[str, Bot], *, drain_s: float, res
     """
     told = _Signals()
     slack = parts.config.finetune.allow_slack_training
-    desk = control.Desk(parts.database, parts.home, parts.engine, parts.training, slack)
-    parts.deliveries.register(DESK.platform, DESK.account, control.Unheard())
+    desk = control.CommandRunner(parts.database, parts.home, parts.engine, parts.training, slack)
+    parts.deliveries.register(DESK.platform, DESK.account, control.NullSink())
     async with asyncio.TaskGroup() as tasks:
         background = [
             tasks.create_task(parts.service.run(), name="service"),

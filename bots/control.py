@@ -27,7 +27,7 @@ from core.config.loader import read_config
 from core.engine.protocol import Engine
 from core.errors import AppError, BadConfig, BadInput, StorageError
 from core.i18n.messages import say
-from core.jobs.supervisor import Training
+from core.jobs.supervisor import JobSupervisor
 from core.privacy import erasure
 from core.storage.database import Database
 from core.storage.home import Home
@@ -51,13 +51,13 @@ _NEEDS_A_CHAT = (("adapter", "compare"), ("adapter", "choose"))
 
 
 @dataclass(frozen=True, slots=True)
-class Desk:
+class CommandRunner:
     """Runs commands as the terminal's owner. Without `engine` and `training` nothing else runs in this process."""
 
     database: Database
     home: Home
     engine: Engine | None = None
-    training: Training | None = None
+    training: JobSupervisor | None = None
     slack: bool = False  # whether what people said in Slack may be learned from
 
     async def run(self, text: str, channel: str = TERMINAL) -> Body:
@@ -94,8 +94,8 @@ def _no_file(to: Address, attachment: Attachment) -> AsyncIterator[bytes]:
     raise BadInput("training.no_files_here")
 
 
-class Unheard:
-    """The outlet of the command line: a job that was ordered there is worked off, and has nobody to tell."""
+class NullSink:
+    """The sink of the command line: a job that was ordered there is worked off, and has nobody to tell."""
 
     def split(self, body: Body) -> tuple[Body, ...]:
         return (body,)
@@ -119,7 +119,7 @@ class Unheard:
 # --- the owner's side ---
 
 
-async def serve(desk: Desk) -> None:
+async def serve(desk: CommandRunner) -> None:
     """Answer on the socket until cancelled."""
     path = desk.home.control_socket
     path.unlink(missing_ok=True)
@@ -147,7 +147,7 @@ async def serve(desk: Desk) -> None:
         path.unlink(missing_ok=True)
 
 
-async def _answer(desk: Desk, given: Any) -> dict[str, str]:
+async def _answer(desk: CommandRunner, given: Any) -> dict[str, str]:
     try:
         if "apply" in given:
             return {"text": await desk.apply(given["apply"])}

@@ -1,7 +1,7 @@
 """The contract of a bot, ours or anyone's: how it is found, configured, run, and what door it talks to.
 
 A bot is a class named by an entry point of the group `distributary.bots`. It turns what people send into `Incoming`
-and gives an `Outlet` for what is said to them. Knows no platform.
+and gives an `MessageSink` for what is said to them. Knows no platform.
 """
 
 from __future__ import annotations
@@ -12,11 +12,10 @@ from importlib.metadata import EntryPoint, entry_points
 from typing import Protocol, Self
 
 from core.channels.installations import Installations
-from core.chat.overview import Choice, Lookups, Overview
-from core.commands.table import Grant
+from core.chat.overview import Choice, Overview, Overviews
 from core.errors import BadConfig
-from core.platform import Outlet, Reopen, Unreachable
-from core.types import Address, Attachment, Body, Button, Handle, Incoming, Kind, Lane, Receipt
+from core.platform import MessageSink, Reopen, Unreachable
+from core.types import Address, Attachment, Body, Button, Grant, Handle, Incoming, Kind, Lane, Receipt
 
 __all__ = [
     "Address",
@@ -33,9 +32,9 @@ __all__ = [
     "Installations",
     "Kind",
     "Lane",
-    "Lookups",
-    "Outlet",
+    "MessageSink",
     "Overview",
+    "Overviews",
     "Receipt",
     "Reopen",
     "Unreachable",
@@ -55,11 +54,11 @@ class Door(Protocol):
         ...
 
     @property
-    def lookups(self) -> Lookups:
+    def lookups(self) -> Overviews:
         """What a bot's own pages and menus show of a place."""
         ...
 
-    def register(self, platform: str, account: str, outlet: Outlet) -> None:
+    def register(self, platform: str, account: str, sink: MessageSink) -> None:
         """Say where replies to an account are written; before the first `accept` of that account."""
         ...
 
@@ -98,7 +97,7 @@ class Bot(Protocol):
         ...
 
     async def run(self, door: Door) -> None:
-        """Register outlets, then listen until cancelled or until the input ends."""
+        """Register sinks, then listen until cancelled or until the input ends."""
         ...
 
 

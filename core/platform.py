@@ -19,7 +19,7 @@ class Unreachable(AppError):
     key = "error.unreachable"
 
 
-class Outlet(Protocol):
+class MessageSink(Protocol):
     """Writes the parts of a delivery. Every method but `open` may be repeated without a second message.
 
     The caller commits a handle before anything final is written through it, and a receipt after.
@@ -52,8 +52,8 @@ class Outlet(Protocol):
 
 
 @runtime_checkable
-class Chooses(Protocol):
-    """An outlet whose platform shows buttons."""
+class SupportsChoose(Protocol):
+    """An sink whose platform shows buttons."""
 
     async def choose(self, to: Address, label: str) -> None:
         """Below the message whose button was pressed there, show what was chosen in the place of all its buttons.
@@ -64,8 +64,8 @@ class Chooses(Protocol):
 
 
 @runtime_checkable
-class Fetches(Protocol):
-    """An outlet whose platform keeps the files that people send."""
+class SupportsFetch(Protocol):
+    """An sink whose platform keeps the files that people send."""
 
     def fetch(self, attachment: Attachment) -> AsyncIterator[bytes]:
         """The bytes of a file. Raises BadInput for one that is too large, or not there any more."""
@@ -73,7 +73,7 @@ class Fetches(Protocol):
 
 
 @runtime_checkable
-class Doubts(Protocol):
-    """An outlet that counts the first messages of which it does not know whether they are there."""
+class SupportsOrphans(Protocol):
+    """An sink that counts the first messages of which it does not know whether they are there."""
 
     orphans: int

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from enum import StrEnum
+from enum import IntEnum, StrEnum
 from pathlib import Path
 from typing import NewType
 
@@ -127,7 +127,7 @@ class Sampling:
 
 
 @dataclass(frozen=True, slots=True)
-class Usage:
+class TokenUsage:
     """Tokens of one generation. `reused_tokens` are those of the prompt that were not computed again."""
 
     prompt_tokens: int
@@ -257,3 +257,11 @@ class Outcome:
 
     body: Body
     after: tuple[After, ...] = ()
+
+
+class Grant(IntEnum):
+    """What a person may do in a channel; each holds what stands before it."""
+
+    ANYONE = 0
+    OPERATOR = 1  # of this channel
+    OWNER = 2  # operator of every channel

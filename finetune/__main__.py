@@ -23,7 +23,7 @@ from pathlib import Path
 from typing import IO
 
 from core.errors import AppError, BadDataset, JobError
-from core.i18n.messages import Later, say
+from core.i18n.messages import Lazy, say
 from core.jobs.protocol import (
     EXIT_FAILED,
     EXIT_FINISHED,
@@ -157,7 +157,7 @@ def _fault_of(error: AppError) -> Fault:
 def _told(error: AppError, language: str) -> str:
     """Why, for people: its own sentence; else what the log says, within one that says that it is no more than that."""
     reason = error.fields.get("reason")
-    if isinstance(reason, Later):
+    if isinstance(reason, Lazy):
         return reason.said(language)
     if error.key != type(error).key:
         return say(language, error.key, **error.fields)

@@ -17,7 +17,7 @@ from core.types import Role
 from finetune.data.encode import Row
 from finetune.data.prepare import Emit, prepare
 from finetune.estimate import estimate
-from finetune.modeling.base import Base
+from finetune.modeling.base import TrainingBase
 
 SHOWN = 3
 
@@ -40,7 +40,7 @@ def to_show(rows: Sequence[Row]) -> list[Row]:
     return sorted(picked[:SHOWN], key=lambda row: row.line)
 
 
-def as_trained(row: Row, base: Base) -> Preview:
+def as_trained(row: Row, base: TrainingBase) -> Preview:
     """The very tokens that go into a step, decoded; whether they are taught goes by the mask, not by the text."""
     runs = groupby(zip(row.row.ids, row.row.supervised, strict=True), key=lambda pair: pair[1])
     parts = tuple((taught, base.tokenizer.decode([one for one, _ in run])) for taught, run in runs)

@@ -25,9 +25,9 @@ from core.i18n.messages import say
 from core.jobs.protocol import Evaluated, Spec, Warned
 from finetune import settings
 from finetune.data.prepare import Emit, Prepared, prepare
-from finetune.evaluation.evaluator import Exam, Examined
+from finetune.evaluation.evaluator import Evaluation, Evaluator
 from finetune.evaluation.retention_set import NOTHING, own_answers
-from finetune.evaluation.row_losses import Meter
+from finetune.evaluation.row_losses import RowLosses
 from finetune.modeling.base import load_module
 from finetune.modeling.loss import Scorer
 from finetune.modeling.methods import LoraDelta
@@ -67,7 +67,7 @@ def judge_imported(folder: Path, spec: Spec, emit: Emit, stop: threading.Event) 
     own = own_answers(folder, cache, prepared.base, spec.instructions, model, listen, emit) if spec.ability else NOTHING
     trained = LoraDelta(model, rank=1, alpha=1, dropout=0.0, rslora=False)  # places for the candidate's matrices
     micro = settings.resolve(spec, rows=len(prepared.encoded), device=spec.device).micro_tokens
-    meter = Meter(Scorer(model), torch.device(spec.device), prefix=0, micro_tokens=micro, listen=listen)
+    meter = RowLosses(Scorer(model), torch.device(spec.device), prefix=0, micro_tokens=micro, listen=listen)
     candidate = folder / spec.candidate
     try:
         carrying = trained.version(candidate, prepared.base.fingerprint)
@@ -75,7 +75,7 @@ def judge_imported(folder: Path, spec: Spec, emit: Emit, stop: threading.Event) 
         raise settings.refused("unfit_adapter", reason=error.fields.get("reason", error.detail)) from error
     if named := _other_base(candidate, prepared.base.name):
         warn("other_base", named=named, base=prepared.base.name)
-    examined = Exam(folder, spec, prepared, own, trained, meter, warn).take(lambda: carrying, tell)
+    examined = Evaluator(folder, spec, prepared, own, trained, meter, warn).take(lambda: carrying, tell)
     emit(examined.judged)
     seconds = time.monotonic() - began
     losses = {"train_first": 0.0, "train_last": 0.0, **examined.losses}
@@ -110,7 +110,7 @@ def _publish(folder: Path, candidate: Path, manifest: dict[str, Any]) -> None:
 
 
 def _manifest(
-    spec: Spec, prepared: Prepared, candidate: Path, examined: Examined, losses: dict[str, float], seconds: float
+    spec: Spec, prepared: Prepared, candidate: Path, examined: Evaluation, losses: dict[str, float], seconds: float
 ) -> dict[str, Any]:
     config = json.loads((candidate / CONFIG).read_text("utf-8"))
     parts, base = prepared.split, prepared.base

@@ -10,8 +10,9 @@ from dataclasses import fields
 from pathlib import Path
 from typing import Any, get_args, get_type_hints
 
+from core.config.sections import PRESETS, HyperParameters
 from core.errors import JobError
-from core.jobs.protocol import PRESETS, Fresh, HyperParameters, Method, Spec
+from core.jobs.protocol import Fresh, Method, Spec
 from core.model.weights import fingerprint
 from finetune import settings
 

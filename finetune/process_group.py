@@ -21,7 +21,7 @@ T = TypeVar("T")
 SHARDED = "ACCELERATE_USE_FSDP"  # set by `accelerate launch --use_fsdp`; the same under torchrun
 
 
-class Team:
+class ProcessGroup:
     def __init__(self, device: str) -> None:
         """Join the others, if there are any. Raises JobError."""
         self.size, self.rank = int(os.environ.get("WORLD_SIZE", "1")), int(os.environ.get("RANK", "0"))

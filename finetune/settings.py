@@ -7,9 +7,10 @@ import re
 from dataclasses import dataclass
 from typing import Literal, get_args, get_origin, get_type_hints
 
+from core.config.sections import HyperParameters
 from core.errors import JobError
-from core.i18n.messages import Later
-from core.jobs.protocol import HyperParameters, Method, Spec
+from core.i18n.messages import Lazy
+from core.jobs.protocol import Method, Spec
 
 HINTS = get_type_hints(HyperParameters)
 DEVICE = re.compile(r"cpu|cuda(:\d+)?")
@@ -22,7 +23,7 @@ LEAST_PREFIX = 8  # tokens; for fewer, packing saves too little to be worth its 
 
 def refused(key: str, **fields: object) -> JobError:
     """What to raise where the rows are fine: `fields["reason"]`, a sentence of [data], says what is not."""
-    reason = Later(f"data.{key}", **fields)
+    reason = Lazy(f"data.{key}", **fields)
     return JobError(detail=reason.said("en"), fault="settings", reason=reason)
 
 

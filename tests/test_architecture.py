@@ -13,7 +13,7 @@ from tests.support.paths import ROOT
 # the configuration is made of them, so they stand below it.
 LEVELS = (
     {"types", "errors"},
-    {"engine.protocol", "job", "outlet", "settings", "words", "logs"},
+    {"engine.protocol", "job", "sink", "settings", "words", "logs"},
     {"config", "texts", "metrics", "charts", "learned"},
     {
         "commands",

@@ -13,10 +13,10 @@ from contextlib import ExitStack
 from pathlib import Path
 
 from bots.app import loading_progress, make_engine, model_title
-from bots.cli.doctor import Finding, Level, Patient
+from bots.cli.doctor import Examined, Finding, Level
 from bots.control import sentence
 from core.config.schema import Config
-from core.engine.diagnostics.benchmark import MAX_ADAPTERS, Speed, Trial, measure, random_adapters
+from core.engine.diagnostics.benchmark import MAX_ADAPTERS, Benchmark, Speed, measure, random_adapters
 from core.engine.protocol import Engine
 from core.errors import AppError, HomeBusy
 from core.storage.home import Lock
@@ -25,7 +25,7 @@ from core.types import AdapterRef
 _SLOW = 0.25  # of what memory allows for one reply: less is a machine that does something else
 
 
-def try_out(patient: Patient) -> tuple[list[Finding], Trial | None]:
+def try_out(patient: Examined) -> tuple[list[Finding], Benchmark | None]:
     """Load the model and measure it; findings, and the numbers where there are any."""
     config = patient.config
     if config is None:
@@ -42,7 +42,7 @@ def try_out(patient: Patient) -> tuple[list[Finding], Trial | None]:
     return list(_findings(patient, trial, name)), trial
 
 
-async def _measure(patient: Patient, config: Config) -> tuple[Trial, str]:
+async def _measure(patient: Examined, config: Config) -> tuple[Benchmark, str]:
     with ExitStack() as loading, tempfile.TemporaryDirectory() as folder:
         progress = loading.enter_context(loading_progress(model_title(config)))
         async with make_engine(config, patient.home, progress) as engine:
@@ -59,7 +59,7 @@ def _adapters(engine: Engine, config: Config, folder: Path) -> list[AdapterRef]:
     return [] if base is None else random_adapters(folder, base, config.finetune.rank, count)
 
 
-def _findings(patient: Patient, trial: Trial, name: str) -> Iterator[Finding]:
+def _findings(patient: Examined, trial: Benchmark, name: str) -> Iterator[Finding]:
     if trial.bandwidth:
         gb = f"{trial.bandwidth / 1e9:.1f}"
         yield patient.finding(Level.GOOD, "memory", "bench_memory", gb=gb)
@@ -73,7 +73,7 @@ def _findings(patient: Patient, trial: Trial, name: str) -> Iterator[Finding]:
         yield _speed(patient, trial.adapted, "bench_adapted", adapters=trial.adapted.adapters, less=round(100 * less))
 
 
-def _speed(patient: Patient, speed: Speed, key: str, **more: int) -> Finding:
+def _speed(patient: Examined, speed: Speed, key: str, **more: int) -> Finding:
     return patient.finding(
         Level.WARNING if key == "bench_slow" else Level.GOOD,
         "speed",

@@ -27,7 +27,7 @@ from urllib.parse import urlsplit
 
 from bots.app import enabled_bots, key_file
 from core.config.schema import Config
-from core.engine.protocol import RemoteSettings
+from core.config.sections import RemoteSettings
 from core.errors import AppError, BadConfig
 from core.i18n.messages import say
 from core.model import demo
@@ -59,7 +59,7 @@ class Finding:
 
 
 @dataclass(frozen=True, slots=True)
-class Patient:
+class Examined:
     """What is examined. `config` is None where it cannot be read; `problem` then says why."""
 
     home: Home
@@ -76,10 +76,10 @@ class Patient:
         return Finding(level, self.say(what), self.say(key, **fields), action)
 
 
-Check = Callable[[Patient], Iterable[Finding]]
+Check = Callable[[Examined], Iterable[Finding]]
 
 
-def examine(patient: Patient) -> list[Finding]:
+def examine(patient: Examined) -> list[Finding]:
     """All findings, worst first."""
     findings: list[Finding] = []
     for check in CHECKS:
@@ -106,14 +106,14 @@ def as_json(findings: Iterable[Finding], **more: object) -> str:
 # --- the checks ---
 
 
-def _python(patient: Patient) -> Iterator[Finding]:
+def _python(patient: Examined) -> Iterator[Finding]:
     level = Level.GOOD if sys.version_info >= (3, 11) else Level.BAD
     yield patient.finding(
         level, "python", "version" if level is Level.GOOD else "python_old", version=platform.python_version()
     )
 
 
-def _torch(patient: Patient) -> Iterator[Finding]:
+def _torch(patient: Examined) -> Iterator[Finding]:
     if patient.config and patient.config.engine.kind == "scripted":
         return
     if find_spec("torch") is None:
@@ -136,7 +136,7 @@ def _torch(patient: Patient) -> Iterator[Finding]:
             yield _operators(patient)
 
 
-def _operators(patient: Patient) -> Finding:
+def _operators(patient: Examined) -> Finding:
     from core.engine.cpu.compiled import why_not
 
     reason = why_not()
@@ -145,7 +145,7 @@ def _operators(patient: Patient) -> Finding:
     return patient.finding(Level.GOOD, "operators", "compiled")
 
 
-def _sqlite(patient: Patient, version: tuple[int, ...] = sqlite3.sqlite_version_info) -> Iterator[Finding]:
+def _sqlite(patient: Examined, version: tuple[int, ...] = sqlite3.sqlite_version_info) -> Iterator[Finding]:
     shown = ".".join(map(str, version))
     if has_wal_reset_bug(version):
         yield patient.finding(Level.WARNING, "sqlite", "wal_reset", version=shown)
@@ -159,7 +159,7 @@ def has_wal_reset_bug(version: tuple[int, ...]) -> bool:
     return version >= (3, 7, 0) and not mended
 
 
-def _home(patient: Patient) -> Iterator[Finding]:
+def _home(patient: Examined) -> Iterator[Finding]:
     path = patient.home.path
     there = next(folder for folder in (path, *path.parents) if folder.exists())
     if not os.access(there, os.W_OK | os.X_OK):
@@ -176,7 +176,7 @@ def _home(patient: Patient) -> Iterator[Finding]:
         yield patient.finding(Level.GOOD, "home", "home_good", path=str(path))
 
 
-def _clock(patient: Patient) -> Iterator[Finding]:
+def _clock(patient: Examined) -> Iterator[Finding]:
     now = time.time()
     newest = max((f.stat().st_mtime for f in (patient.home.database, _wal(patient.home)) if f.exists()), default=0.0)
     if time.gmtime(now).tm_year not in _YEARS:
@@ -189,7 +189,7 @@ def _clock(patient: Patient) -> Iterator[Finding]:
         )
 
 
-def _configuration(patient: Patient) -> Iterator[Finding]:
+def _configuration(patient: Examined) -> Iterator[Finding]:
     if patient.config is None:
         for problem in patient.problem.splitlines():
             yield Finding(Level.BAD, patient.say("config"), problem.strip(), patient.say("config_do"))
@@ -205,7 +205,7 @@ def _configuration(patient: Patient) -> Iterator[Finding]:
     yield patient.finding(Level.GOOD, "bots", "bots_enabled", names=", ".join(bots) or "-")
 
 
-def _model(patient: Patient) -> Iterator[Finding]:
+def _model(patient: Examined) -> Iterator[Finding]:
     config = patient.config
     if config is None or config.engine.kind == "scripted":
         return
@@ -222,7 +222,7 @@ def _model(patient: Patient) -> Iterator[Finding]:
         yield patient.finding(Level.WARNING, "model", "model_download", name=name)
 
 
-def _server(patient: Patient) -> Iterator[Finding]:
+def _server(patient: Examined) -> Iterator[Finding]:
     """The model server of the remote engine."""
     if patient.config is None or patient.config.engine.kind != "remote":
         return
@@ -236,7 +236,7 @@ def _server(patient: Patient) -> Iterator[Finding]:
         yield patient.finding(Level.BAD, "server", "server_bad", error=error.detail or str(error))
 
 
-async def _ask_server(patient: Patient, settings: RemoteSettings) -> Finding:
+async def _ask_server(patient: Examined, settings: RemoteSettings) -> Finding:
     from core.engine.openai.client import Server
     from core.engine.openai.preflight import find_base
 
@@ -266,7 +266,7 @@ def _is_private(host: str) -> bool:
         return "." not in host or host.endswith((".local", ".internal", ".lan", ".svc", ".localhost"))
 
 
-def _demo_model(patient: Patient) -> Finding:
+def _demo_model(patient: Examined) -> Finding:
     if demo.is_whole(patient.home.models / demo.FOLDER):
         return patient.finding(Level.GOOD, "model", "model_there", name=demo.TITLE)
     package = find_spec(demo.PACKAGE)
@@ -289,7 +289,7 @@ def _in_hub_cache(name: str, revision: str) -> bool:
         return False
 
 
-def _key(patient: Patient) -> Iterator[Finding]:
+def _key(patient: Examined) -> Iterator[Finding]:
     path = key_file(patient.config or Config(), patient.home)
     if not path.exists():
         if patient.home.database.exists():
@@ -302,7 +302,7 @@ def _key(patient: Patient) -> Iterator[Finding]:
         yield patient.finding(Level.GOOD, "key", "key_good", path=str(path))
 
 
-def _database(patient: Patient) -> Iterator[Finding]:
+def _database(patient: Examined) -> Iterator[Finding]:
     path = patient.home.database
     if not path.exists():
         return

@@ -17,7 +17,7 @@ from typing import Any
 from bots import control
 from bots.app import Parts, enabled_bots, open_store, run_program
 from bots.cli.benchmark import try_out
-from bots.cli.doctor import Level, Patient, as_json, examine, report
+from bots.cli.doctor import Examined, Level, as_json, examine, report
 from bots.cli.usage import usage
 from bots.plugins import Bot
 from bots.provisioning import greeting
@@ -109,7 +109,7 @@ def _doctor(given: argparse.Namespace) -> int:
         config = _config(given)
     except BadConfig as error:
         problem = error.detail
-    patient = Patient(_home(given), config, problem, _language())
+    patient = Examined(_home(given), config, problem, _language())
     findings, trial = examine(patient), None
     if given.bench:
         logs.install("warning")
@@ -185,7 +185,7 @@ def _ask(given: argparse.Namespace, request: dict[str, Any]) -> int:
 
 async def _do_here(config: Config, home: Home, request: dict[str, Any]) -> str:
     async with open_store(config, home) as database:
-        desk = control.Desk(database, home, slack=config.finetune.allow_slack_training)
+        desk = control.CommandRunner(database, home, slack=config.finetune.allow_slack_training)
         if "apply" in request:
             return await desk.apply(request["apply"])
         return (await desk.run(request["command"], request.get("channel", TERMINAL))).text

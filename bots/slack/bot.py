@@ -16,10 +16,10 @@ from slack_sdk.web.async_client import AsyncWebClient
 
 from bots.plugins import Door
 from bots.slack.addresses import PLATFORM
-from bots.slack.housekeeping import Courtesy
-from bots.slack.receiver import Intake
-from bots.slack.sending.api import CALL_S, Trouble, trouble
-from bots.slack.sending.rate_limits import Pace
+from bots.slack.housekeeping import SlackHousekeeping
+from bots.slack.receiver import SlackReceiver
+from bots.slack.sending.api import CALL_S, SlackProblem, trouble
+from bots.slack.sending.rate_limits import SlackRateLimiter
 from bots.slack.settings import SlackSettings, read_settings
 from bots.slack.web import Web
 from bots.slack.workspaces import Workspaces, bad_token
@@ -34,7 +34,7 @@ class SlackBot:
 
     platform = PLATFORM
 
-    def __init__(self, settings: SlackSettings, pace: Callable[[], Pace] = Pace) -> None:
+    def __init__(self, settings: SlackSettings, pace: Callable[[], SlackRateLimiter] = SlackRateLimiter) -> None:
         self._settings, self._pace = settings, pace
         self.web: Web | None = None
         self.workspaces: Workspaces | None = None
@@ -49,10 +49,10 @@ class SlackBot:
         async with ClientSession() as session:
             base = settings.api.rstrip("/") + "/"
             client = AsyncWebClient(base_url=base, timeout=CALL_S, retry_handlers=[], session=session)
-            courtesy = Courtesy(door)
+            courtesy = SlackHousekeeping(door)
             self.workspaces = workspaces = Workspaces(settings, client, door, self._pace, courtesy.refresh)
             await _at_last(workspaces)
-            app = _app(settings, client, Intake(workspaces, courtesy, door))
+            app = _app(settings, client, SlackReceiver(workspaces, courtesy, door))
             self.web = Web(settings, app, workspaces, door)
             if settings.signing_secret or settings.client_id:
                 await self.web.open()
@@ -65,7 +65,7 @@ class SlackBot:
                 await self.web.close()
 
 
-def _app(settings: SlackSettings, client: AsyncWebClient, intake: Intake) -> AsyncApp:
+def _app(settings: SlackSettings, client: AsyncWebClient, intake: SlackReceiver) -> AsyncApp:
     """Bolt, with the commit ahead of everything that could call Slack."""
 
     async def never(**_: object) -> AuthorizeResult:
@@ -94,7 +94,7 @@ async def _listen(app: AsyncApp, settings: SlackSettings, client: AsyncWebClient
             log.info("slack.socket")
             await asyncio.Event().wait()
         except (SlackApiError, ClientError, TimeoutError, OSError) as error:
-            if trouble(error) is Trouble.CLOSED:
+            if trouble(error) is SlackProblem.CLOSED:
                 raise bad_token() from None
             log.warning("slack.no_socket", extra={"error": type(error).__name__})
             await asyncio.sleep(_PAUSES_S[min(tries, len(_PAUSES_S) - 1)])
@@ -110,7 +110,7 @@ async def _at_last(workspaces: Workspaces) -> None:
         try:
             return await workspaces.open()
         except (SlackApiError, ClientError, TimeoutError, OSError) as error:
-            if trouble(error) is Trouble.CLOSED:
+            if trouble(error) is SlackProblem.CLOSED:
                 raise bad_token() from None
             log.warning("slack.away", extra={"method": "auth.test", "error": type(error).__name__})
             await asyncio.sleep(_PAUSES_S[min(tries, len(_PAUSES_S) - 1)])

@@ -29,7 +29,7 @@ _NAMES_SOMEBODY = re.compile(r"\s*<[@!]")
 _WITH_FILE = re.compile(rf"(?:{COMMAND}\s+|[/／])?((?:finetune|adapter\s+import)\b.*)", re.IGNORECASE | re.DOTALL)
 
 
-class Unreadable(Exception):
+class UnreadableEvent(Exception):
     """A payload that lacks what its kind must have."""
 
 
@@ -50,7 +50,7 @@ class Wanted:
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class ReadEvent:
     """`answer` is the body of the acknowledgement. `gone`: the workspace has thrown the app out.
 
     `below`: the key of the message that this one is for us only if it was.
@@ -65,7 +65,7 @@ class Read:
     wanted: Wanted | None = None
 
 
-def read(body: Payload, language: str = "en") -> Read:
+def read(body: Payload, language: str = "en") -> ReadEvent:
     """Raises Unreadable. What needs no answer is a Read without `incoming`: it is acknowledged and forgotten.
 
     `language` is of what the acknowledgement of a slash command says.
@@ -73,7 +73,7 @@ def read(body: Payload, language: str = "en") -> Read:
     try:
         return _read(body, language)
     except (KeyError, TypeError, AttributeError, IndexError, ValueError) as error:
-        raise Unreadable(type(error).__name__) from error
+        raise UnreadableEvent(type(error).__name__) from error
 
 
 def account_of(body: Payload) -> str:
@@ -96,7 +96,7 @@ def update_key(body: Payload) -> str:
     return f"sha256:{hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:32]}"
 
 
-def _read(body: Payload, language: str) -> Read:
+def _read(body: Payload, language: str) -> ReadEvent:
     kind = body.get("type")
     if kind == "event_callback":
         return _event(body, body["event"])
@@ -108,38 +108,40 @@ def _read(body: Payload, language: str) -> Read:
         return _submitted(body)
     if kind == "block_suggestion":
         wanted = Wanted(About.read(body["view"]), str(body.get("value") or ""))
-        return Read(account_of(body), wanted=wanted, person=_presser(body))
-    return Read(account_of(body))
+        return ReadEvent(account_of(body), wanted=wanted, person=_presser(body))
+    return ReadEvent(account_of(body))
 
 
 # --- events ---
 
 
-def _event(body: Payload, event: Payload) -> Read:
+def _event(body: Payload, event: Payload) -> ReadEvent:
     account, kind = account_of(body), event["type"]
     if kind in ("app_uninstalled", "tokens_revoked"):
-        return Read(account, gone=kind == "app_uninstalled" or bool((event.get("tokens") or {}).get("bot")))
+        return ReadEvent(account, gone=kind == "app_uninstalled" or bool((event.get("tokens") or {}).get("bot")))
     if kind == "agent_session_stopped":
         at = Address(PLATFORM, account, event["channel"], event["thread_ts"])
         stop = _control(body, at, event["user"], Kind.STOP)
-        return Read(account, replace(stop, moderates=True))  # Slack's own button, and it has stopped the stream itself
+        return ReadEvent(
+            account, replace(stop, moderates=True)
+        )  # Slack's own button, and it has stopped the stream itself
     if kind in ("message", "app_mention"):
         return _message(body, event, account)
     if kind == "member_joined_channel" and event["user"] == _bot_user(body):
-        return Read(account, _joined(body, event, account))
-    return Read(account)
+        return ReadEvent(account, _joined(body, event, account))
+    return ReadEvent(account)
 
 
-def _message(body: Payload, event: Payload, account: str) -> Read:
+def _message(body: Payload, event: Payload, account: str) -> ReadEvent:
     """One for us: in a DM, where we are named, or in a thread whose first message was for us."""
     subtype = event.get("subtype")
     if subtype in ("message_changed", "message_deleted") and is_dm(event["channel"]):
-        return Read(account, _quiet(body, event, account))
+        return ReadEvent(account, _quiet(body, event, account))
     if subtype not in _TALK or event.get("bot_id") or event.get("bot_profile"):
-        return Read(account)
+        return ReadEvent(account)
     place, ts, user, bot = event["channel"], event["ts"], event["user"], _bot_user(body)
     if user in (bot, _SLACKBOT):
-        return Read(account)
+        return ReadEvent(account)
     written = event.get("text") or ""
     named, text = read_text(written, bot)
     addressed = named or event["type"] == "app_mention" or is_dm(place)
@@ -149,7 +151,7 @@ def _message(body: Payload, event: Payload, account: str) -> Read:
     if not addressed:
         goes_on = thread != ts and not _NAMES_SOMEBODY.match(written) and (text or not files)
         if not goes_on:
-            return Read(account)
+            return ReadEvent(account)
         below = "" if bot and event.get("parent_user_id") == bot else f"{place}:{thread}"
     if files and (asked := _WITH_FILE.fullmatch(text)):
         text = f"/{asked[1]}"
@@ -165,7 +167,7 @@ def _message(body: Payload, event: Payload, account: str) -> Read:
         attachments=files,
         public=not is_dm(place),
     )
-    return Read(account, incoming, person=person, below=below)
+    return ReadEvent(account, incoming, person=person, below=below)
 
 
 def _quiet(body: Payload, event: Payload, account: str) -> Incoming | None:
@@ -199,7 +201,7 @@ def notice(at: Address, user: str, key: str, sentence: str) -> Incoming:
 # --- what people press, type after a slash, submit ---
 
 
-def _command(body: Payload, language: str) -> Read:
+def _command(body: Payload, language: str) -> ReadEvent:
     """`/distributary`: one of the commands, or a question. It is answered in a DM; the channel stays the place."""
     account, user, place = account_of(body), body["user_id"], body["channel_id"]
     _, text = read_text(body.get("text") or "")
@@ -219,15 +221,15 @@ def _command(body: Payload, language: str) -> Read:
         text=text,
     )
     answer = {"response_type": "ephemeral", "text": say(language, "slack.answered_in_dm")}
-    return Read(account, incoming, answer=None if is_dm(place) else answer, person=Person(user))
+    return ReadEvent(account, incoming, answer=None if is_dm(place) else answer, person=Person(user))
 
 
-def _press(body: Payload) -> Read:
+def _press(body: Payload) -> ReadEvent:
     account, person = account_of(body), _presser(body)
     pressed = body["actions"][0]
     action = str(pressed.get("action_id", "")).partition(":")[0]
     if action not in ACTIONS:
-        return Read(account, person=person)
+        return ReadEvent(account, person=person)
     place, conversation = where(str(pressed.get("block_id", "")))
     message, container = body.get("message") or {}, body.get("container") or {}
     ts = str(message.get("ts") or container.get("message_ts") or "")
@@ -247,20 +249,20 @@ def _press(body: Payload) -> Read:
         action=action if action in ("command", "feedback") else "",
         value=value if action in ("command", "feedback") else "",
     )
-    return Read(account, incoming, person=person)
+    return ReadEvent(account, incoming, person=person)
 
 
-def _submitted(body: Payload) -> Read:
+def _submitted(body: Payload) -> ReadEvent:
     """What a modal stands for; what is wrong with it is said in the modal itself."""
     account, person, view = account_of(body), _presser(body), body["view"]
     found = filled(view)
     if found is None:
-        return Read(account)
+        return ReadEvent(account)
     about, given = found
     if given.errors:
-        return Read(account, answer={"response_action": "errors", "errors": dict(given.errors)})
+        return ReadEvent(account, answer={"response_action": "errors", "errors": dict(given.errors)})
     if not given.text:
-        return Read(account)
+        return ReadEvent(account)
     key = f"view:{view['id']}:{view.get('hash', '')}"
     incoming = Incoming(
         lane=Lane.TURN,
@@ -272,7 +274,7 @@ def _submitted(body: Payload) -> Read:
         text=given.text,
         attachments=given.attachments,
     )
-    return Read(account, incoming, person=person)
+    return ReadEvent(account, incoming, person=person)
 
 
 # --- parts ---

@@ -30,7 +30,7 @@ _UNKNOWN_BLOCK = ("invalid_blocks", "invalid_arguments")
 _Errand = Callable[[], Awaitable[None]]
 
 
-class Courtesy:
+class SlackHousekeeping:
     """`run` must be running for anything to be said."""
 
     def __init__(self, door: Door) -> None:

@@ -15,18 +15,18 @@ from slack_bolt.response import BoltResponse
 
 from bots.plugins import Address, Door, Kind
 from bots.slack.addresses import PLATFORM
-from bots.slack.events import Payload, Read, Unreadable, account_of, read, spoken_to, update_key
-from bots.slack.housekeeping import Courtesy
+from bots.slack.events import Payload, ReadEvent, UnreadableEvent, account_of, read, spoken_to, update_key
+from bots.slack.housekeeping import SlackHousekeeping
 from bots.slack.pages import modals
-from bots.slack.sending.handles import Asker
+from bots.slack.sending.handles import Recipient
 from bots.slack.workspaces import Workspaces
 from core.errors import Overloaded, StorageError
 
 log = logging.getLogger(__name__)
 
 
-class Intake:
-    def __init__(self, workspaces: Workspaces, courtesy: Courtesy, door: Door) -> None:
+class SlackReceiver:
+    def __init__(self, workspaces: Workspaces, courtesy: SlackHousekeeping, door: Door) -> None:
         self._workspaces, self._courtesy, self._door = workspaces, courtesy, door
 
     async def before_authorize(
@@ -50,14 +50,14 @@ class Intake:
         """Commit one payload; what the acknowledgement says. Raises Overloaded or StorageError: nothing was kept."""
         try:
             found = read(body, await self._language(body))
-        except Unreadable as error:
+        except UnreadableEvent as error:
             account = str(account_of(body)) if isinstance(body, dict) else ""
             log.error("slack.unreadable", extra={"account": account, "error": str(error)})
             await self._door.accept_dead(PLATFORM, account, update_key(body), json.dumps(body))
             return None
         return await self._commit(body, found)
 
-    async def _commit(self, body: Payload, found: Read) -> dict[str, object] | str | None:
+    async def _commit(self, body: Payload, found: ReadEvent) -> dict[str, object] | str | None:
         if found.gone:
             await self._workspaces.drop(found.account, float(body.get("event_time") or 0))
             return None
@@ -73,14 +73,14 @@ class Intake:
             if found.below and not await self._door.lookups.heard(asked.address, found.below):
                 return None
             team = found.person.team if found.person.team[:1] == "T" else found.account
-            workspace.outlet.asked(asked.address, Asker(team, found.person.user, spoken))
+            workspace.sink.asked(asked.address, Recipient(team, found.person.user, spoken))
             if asked.kind is Kind.PRESS:
-                workspace.outlet.pressed(str((body.get("channel") or {}).get("id") or ""), body.get("message") or {})
+                workspace.sink.pressed(str((body.get("channel") or {}).get("id") or ""), body.get("message") or {})
             await self._door.accept(asked)
         self._courtesy.offer(workspace, body, found.person)
         return found.answer
 
-    async def _options(self, found: Read) -> dict[str, object]:
+    async def _options(self, found: ReadEvent) -> dict[str, object]:
         """The versions that somebody may choose from, as they are now."""
         assert found.wanted is not None
         about = found.wanted.about

@@ -15,9 +15,9 @@ from slack_sdk.web.async_client import AsyncWebClient
 
 from bots.plugins import BadConfig, Door
 from bots.slack.addresses import PLATFORM
-from bots.slack.sending.api import Api
-from bots.slack.sending.rate_limits import Pace
-from bots.slack.sending.sink import SlackOutlet
+from bots.slack.sending.api import SlackApi
+from bots.slack.sending.rate_limits import SlackRateLimiter
+from bots.slack.sending.sink import SlackSink
 from bots.slack.settings import SlackSettings
 from core.errors import Overloaded, StorageError
 from core.observability.logs import register_secret
@@ -36,8 +36,8 @@ class Workspace:
 
     account: str
     kept: dict[str, str]
-    outlet: SlackOutlet = field(init=False)
-    api: Api = field(init=False)
+    sink: SlackSink = field(init=False)
+    api: SlackApi = field(init=False)
     renewing: asyncio.Lock = field(default_factory=asyncio.Lock)
     unsaved: bool = False  # what was renewed is not on the disk yet
     languages: OrderedDict[str, tuple[str, str]] = field(default_factory=OrderedDict)
@@ -65,7 +65,7 @@ class Workspaces:
         settings: SlackSettings,
         client: AsyncWebClient,
         door: Door,
-        pace: Callable[[], Pace],
+        pace: Callable[[], SlackRateLimiter],
         told: Callable[[Workspace, str], None] = lambda _workspace, _user: None,
     ) -> None:
         self._settings, self._client, self._door, self._pace, self._told = settings, client, door, pace, told
@@ -128,11 +128,9 @@ class Workspaces:
             known.kept = kept
             return
         made = self._known[account] = Workspace(account, kept)
-        made.api = Api(self._client, lambda: self._token(made), self._pace())
-        made.outlet = SlackOutlet(
-            made.api, transport=self._settings.transport, told=lambda user: self._told(made, user)
-        )
-        self._door.register(PLATFORM, account, made.outlet)
+        made.api = SlackApi(self._client, lambda: self._token(made), self._pace())
+        made.sink = SlackSink(made.api, transport=self._settings.transport, told=lambda user: self._told(made, user))
+        self._door.register(PLATFORM, account, made.sink)
 
     async def _token(self, of: Workspace) -> str:
         """The token of now. One that ends soon is renewed first, by one caller; it is good until it ends."""

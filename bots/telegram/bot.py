@@ -20,13 +20,13 @@ from aiogram.types import User
 
 from bots.plugins import BadConfig, Door
 from bots.telegram.addresses import PLATFORM
-from bots.telegram.housekeeping import Courtesy
-from bots.telegram.receiver import Intake
-from bots.telegram.sending.api import Api, T, end, make_bot
-from bots.telegram.sending.rate_limits import Pace
-from bots.telegram.sending.sink import TelegramOutlet
+from bots.telegram.housekeeping import TelegramHousekeeping
+from bots.telegram.receiver import TelegramReceiver
+from bots.telegram.sending.api import T, TelegramApi, end, make_bot
+from bots.telegram.sending.rate_limits import TelegramRateLimiter
+from bots.telegram.sending.sink import TelegramSink
 from bots.telegram.settings import TelegramSettings, read_settings
-from bots.telegram.updates import ALLOWED, Reader
+from bots.telegram.updates import ALLOWED, UpdateReader
 from bots.telegram.webhook import Webhooks, path_of
 from core.errors import AppError
 
@@ -39,7 +39,7 @@ class TelegramBot:
 
     platform = PLATFORM
 
-    def __init__(self, settings: TelegramSettings, pace: Pace | None = None) -> None:
+    def __init__(self, settings: TelegramSettings, pace: TelegramRateLimiter | None = None) -> None:
         self._settings, self._pace = settings, pace
         self._known = False  # whether Telegram has known the token in this run
 
@@ -52,7 +52,7 @@ class TelegramBot:
         settings = self._settings
         bot = make_bot(settings.token, settings.api)
         try:
-            api = Api(bot, self._pace or Pace())
+            api = TelegramApi(bot, self._pace or TelegramRateLimiter())
             me = await self._at_last(api, GetMe())
             self._known = True
             await self._serve(door, api, me)
@@ -65,16 +65,16 @@ class TelegramBot:
             with suppress(Exception):
                 await end(bot)
 
-    async def _serve(self, door: Door, api: Api, me: User) -> None:
+    async def _serve(self, door: Door, api: TelegramApi, me: User) -> None:
         settings, account = self._settings, (me.username or str(me.id)).lower()
-        outlet = TelegramOutlet(api, transport=settings.transport, rich=settings.rich)
-        courtesy = Courtesy(api, door)
-        intake = Intake(account, api, Reader(api.bot, me, account, door.stops_all), courtesy, door)
-        door.register(PLATFORM, account, outlet)
+        sink = TelegramSink(api, transport=settings.transport, rich=settings.rich)
+        courtesy = TelegramHousekeeping(api, door)
+        intake = TelegramReceiver(account, api, UpdateReader(api.bot, me, account, door.stops_all), courtesy, door)
+        door.register(PLATFORM, account, sink)
         if not me.can_read_all_group_messages:
             log.info("telegram.group_privacy", extra={"account": account})
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(outlet.sights.keep(), name=f"{account} sights")
+            tasks.create_task(sink.sights.keep(), name=f"{account} sights")
             tasks.create_task(courtesy.run(), name=f"{account} courtesy")
             if settings.webhook:
                 await self._listen(api, intake)
@@ -83,7 +83,7 @@ class TelegramBot:
                 log.info("telegram.polling", extra={"account": account})
                 await intake.poll()
 
-    async def _listen(self, api: Api, intake: Intake) -> None:
+    async def _listen(self, api: TelegramApi, intake: TelegramReceiver) -> None:
         settings = self._settings
         server, secret = Webhooks.at(*settings.host_and_port), settings.webhook_secret
         await server.listen(secret, intake.take)
@@ -95,7 +95,7 @@ class TelegramBot:
         finally:
             await server.leave(secret)
 
-    async def _at_last(self, api: Api, method: TelegramMethod[T]) -> T:
+    async def _at_last(self, api: TelegramApi, method: TelegramMethod[T]) -> T:
         """What must be done before anything else, however long Telegram is away."""
         for wait_s in chain(_PAUSES_S, repeat(_PAUSES_S[-1])):
             try:

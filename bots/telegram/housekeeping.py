@@ -22,9 +22,9 @@ from aiogram.types import (
 )
 
 from bots.plugins import Door, Grant, Incoming, Kind
-from bots.telegram.sending.api import Api
+from bots.telegram.sending.api import TelegramApi
 from bots.telegram.sending.buttons import DONE, pressed, reasons_keyboard
-from bots.telegram.updates import Read
+from bots.telegram.updates import ReadUpdate
 from core.commands.table import COMMANDS
 from core.errors import AppError
 from core.i18n.messages import languages, resolve, say
@@ -36,15 +36,15 @@ _KNOWN = 5_000
 _MEANING = 256  # characters that Telegram allows
 
 
-class Courtesy:
+class TelegramHousekeeping:
     """One account's. `run` must be running."""
 
-    def __init__(self, api: Api, door: Door) -> None:
+    def __init__(self, api: TelegramApi, door: Door) -> None:
         self._api, self._door = api, door
-        self._queue: asyncio.Queue[Read] = asyncio.Queue(_MOST)
+        self._queue: asyncio.Queue[ReadUpdate] = asyncio.Queue(_MOST)
         self._menus: OrderedDict[tuple[str, str], Grant] = OrderedDict()
 
-    def offer(self, reads: Iterable[Read]) -> None:
+    def offer(self, reads: Iterable[ReadUpdate]) -> None:
         """Never waits: what is too much is left out."""
         for read in reads:
             if not self._queue.full() and (read.press is not None or read.incoming is not None):

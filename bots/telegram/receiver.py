@@ -25,9 +25,9 @@ from aiogram.exceptions import (
 
 from bots.plugins import Door
 from bots.telegram.addresses import PLATFORM
-from bots.telegram.housekeeping import Courtesy
-from bots.telegram.sending.api import Api
-from bots.telegram.updates import ALLOWED, Read, Reader, Unreadable
+from bots.telegram.housekeeping import TelegramHousekeeping
+from bots.telegram.sending.api import TelegramApi
+from bots.telegram.updates import ALLOWED, ReadUpdate, UnreadableUpdate, UpdateReader
 from core.errors import Overloaded, StorageError
 
 log = logging.getLogger(__name__)
@@ -38,10 +38,12 @@ _STORAGE_S = 2.0
 _ALBUMS = 200
 
 
-class Intake:
+class TelegramReceiver:
     """One account's. `take` is for the webhook as well."""
 
-    def __init__(self, account: str, api: Api, reader: Reader, courtesy: Courtesy, door: Door) -> None:
+    def __init__(
+        self, account: str, api: TelegramApi, reader: UpdateReader, courtesy: TelegramHousekeeping, door: Door
+    ) -> None:
         self._account, self._api, self._reader, self._courtesy, self._door = account, api, reader, courtesy, door
         self._albums: OrderedDict[str, None] = OrderedDict()  # those whose caption has been taken in
 
@@ -78,11 +80,11 @@ class Intake:
 
         Raises Overloaded or StorageError: then nothing was kept, and Telegram has to send them again.
         """
-        reads: list[Read] = []
+        reads: list[ReadUpdate] = []
         for raw in raws:
             try:
                 reads.append(await self._reader.read(raw))
-            except Unreadable as error:
+            except UnreadableUpdate as error:
                 key = _id(raw)
                 log.error("telegram.unreadable", extra={"account": self._account, "update": key, "error": str(error)})
                 await self._door.accept_dead(
@@ -105,7 +107,7 @@ class Intake:
                 log.error("telegram.not_stored", extra={"account": self._account, "error": str(error)})
                 await asyncio.sleep(_STORAGE_S)
 
-    def _albums_once(self, reads: list[Read]) -> list[Read]:
+    def _albums_once(self, reads: list[ReadUpdate]) -> list[ReadUpdate]:
         """Of an album, the picture with the caption speaks for all; without any, one of them (by its message key)."""
         for read in reads:
             if read.album and read.incoming is not None and ":album:" not in read.incoming.message_key:

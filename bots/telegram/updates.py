@@ -47,12 +47,12 @@ _MEDIA = "document photo video audio voice animation sticker video_note location
 _COMMAND = re.compile(r"/([A-Za-z0-9_]{1,32})(?:@([A-Za-z0-9_]+))?(?=\s|$)")
 
 
-class Unreadable(Exception):
+class UnreadableUpdate(Exception):
     """An update that cannot be read: it is kept as it came, and acknowledged."""
 
 
 @dataclass(frozen=True, slots=True)
-class Read:
+class ReadUpdate:
     """One update: what the core is told (None where nothing is), and the press that waits for an answer."""
 
     incoming: Incoming | None
@@ -60,7 +60,7 @@ class Read:
     album: str = ""
 
 
-class Reader:
+class UpdateReader:
     """One account's. `me` is the bot itself, as getMe gives it; `stops_all` is the door's."""
 
     def __init__(self, bot: Bot, me: User, account: str, stops_all: Callable[[Address, str], Awaitable[bool]]) -> None:
@@ -78,19 +78,19 @@ class Reader:
         self._dispatcher = Dispatcher(disable_fsm=True)
         self._dispatcher.include_router(router)
 
-    async def read(self, raw: Mapping[str, Any]) -> Read:
+    async def read(self, raw: Mapping[str, Any]) -> ReadUpdate:
         """Raises Unreadable, and nothing else."""
         try:
             update = Update.model_validate(raw, context={"bot": self._bot})
             incoming = await self._dispatcher.feed_update(self._bot, update, key=str(update.update_id))
         except ValidationError as error:
-            raise Unreadable(f"{error.error_count()} fields") from None
+            raise UnreadableUpdate(f"{error.error_count()} fields") from None
         except Exception as error:
             log.exception("telegram.update_failed", extra={"account": self._account})
-            raise Unreadable(type(error).__name__) from None
+            raise UnreadableUpdate(type(error).__name__) from None
         taken = incoming if isinstance(incoming, Incoming) else None
         message = update.message
-        return Read(taken, update.callback_query, (message.media_group_id or "") if message else "")
+        return ReadUpdate(taken, update.callback_query, (message.media_group_id or "") if message else "")
 
     # --- handlers ---
 

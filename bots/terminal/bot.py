@@ -64,7 +64,7 @@ class Sheet(Protocol):
     async def end(self, number: int, body: Body) -> None: ...
 
 
-class TerminalOutlet:
+class TerminalSink:
     """Handles count within one run of the program; a handle of an earlier run is opened anew."""
 
     def __init__(self, sheet: Sheet) -> None:
@@ -154,7 +154,7 @@ class TerminalBot:
             history=self._surroundings.history,
             greeting=self._surroundings.greeting,
         )
-        door.register(self.platform, ACCOUNT, TerminalOutlet(screen))
+        door.register(self.platform, ACCOUNT, TerminalSink(screen))
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(screen.run(), name="screen")
             sweeper = tasks.create_task(self._sweep(door, screen), name="sweeper")
@@ -179,7 +179,7 @@ class TerminalBot:
 
     async def _answer_lines(self, door: Door) -> None:
         sheet = _Paper()
-        door.register(self.platform, ACCOUNT, TerminalOutlet(sheet))
+        door.register(self.platform, ACCOUNT, TerminalSink(sheet))
         async with asyncio.TaskGroup() as tasks:
             asking = tasks.create_task(self._ask_lines(door, sheet), name="asking")
             gone = tasks.create_task(sheet.gone.wait(), name="gone")

@@ -49,7 +49,7 @@ class Typed:
 
 
 @dataclass(slots=True)
-class _Reply:
+class _OpenReply:
     """One open handle. Of `text`, the first `printed` characters stand above for good."""
 
     key: str
@@ -73,7 +73,7 @@ class Screen:
         self._words = words
         self._new_key = new_key
         self._greeting = tuple(greeting)
-        self._replies: dict[int, _Reply] = {}
+        self._replies: dict[int, _OpenReply] = {}
         self._unanswered: dict[str, str] = {}  # by key: the text that waits to be printed, or "" once it is
         self._tail: tuple[tuple[str, int], list[str]] = (("", 0), [])
         self._session: PromptSession[None] = PromptSession(
@@ -115,7 +115,7 @@ class Screen:
         self._echo_until(reply_to)
         if owed:
             self._print([_dim(self._words("terminal.owed"))])
-        self._replies[number] = _Reply(reply_to)
+        self._replies[number] = _OpenReply(reply_to)
         self._app.invalidate()
 
     async def show(self, number: int, text: str) -> None:
@@ -139,7 +139,7 @@ class Screen:
         self._app.invalidate()
 
     async def end(self, number: int, body: Body) -> None:
-        reply = self._replies.pop(number, None) or _Reply("")
+        reply = self._replies.pop(number, None) or _OpenReply("")
         text = printable(body.text)
         if not text.startswith(reply.text[: reply.printed]):  # another text than the one that was growing
             reply.printed = 0
@@ -184,7 +184,7 @@ class Screen:
             first, *more = printable(text).split("\n")
             self._print([f"{PROMPT}{first}", *(f"  {line}" for line in more)])
 
-    def _print_block(self, reply: _Reply, markdown: str) -> None:
+    def _print_block(self, reply: _OpenReply, markdown: str) -> None:
         lines = markdown_lines(markdown, self._width)
         self._print([*([""] if reply.printed and lines else []), *lines])
 
@@ -217,7 +217,7 @@ class Screen:
                 shown.append(("class:dim", f"{PROMPT}{first}\n"))
         return [*shown, ("", PROMPT)]
 
-    def _growing(self, reply: _Reply) -> StyleAndTextTuples:
+    def _growing(self, reply: _OpenReply) -> StyleAndTextTuples:
         tail = reply.text[reply.printed :]
         if not tail.strip():
             return [("class:dim", "…\n")]

@@ -12,12 +12,12 @@ from core.adapters import registry
 from core.adapters.registry import BASE, Version
 from core.channels import directory
 from core.channels.commands import Handler
-from core.commands.table import Call, Grant
+from core.commands.table import Call
 from core.errors import BadInput, NotAllowed, UnknownThing
-from core.i18n.messages import Later, duration, say
+from core.i18n.messages import Lazy, duration, say
 from core.jobs import jobs
 from core.storage.database import Row, Tx
-from core.types import Body, Button, Caller, Outcome
+from core.types import Body, Button, Caller, Grant, Outcome
 
 DISCARDED = "discarded"
 _MAX_REASON = 200
@@ -31,7 +31,7 @@ def list_versions(tx: Tx, caller: Caller, call: Call) -> Outcome:
     lines = [_line(tx, caller, version, champion) for version in known[:_SHOWN_VERSIONS]]
     if len(known) > _SHOWN_VERSIONS:
         lines.append(say(caller.language, "adapter.more", n=len(known) - _SHOWN_VERSIONS))
-    state = Later("adapter.in_service") if champion is None else Later("adapter.plain")
+    state = Lazy("adapter.in_service") if champion is None else Lazy("adapter.plain")
     lines.append(say(caller.language, "adapter.line_base", state=state))
     head = say(caller.language, "adapter.list", title=caller.channel.title)
     return Outcome(Body("\n".join([head, "", *(f"- {line}" for line in lines)])))
@@ -218,7 +218,7 @@ def _check_verdict(version: Version, reason: str) -> None:
     """A version that did not pass goes into service only by who says why; the audit log keeps it."""
     verdict = (version.manifest.get("judged") or {}).get("verdict", "passed")
     if verdict != "passed" and not reason:
-        why = Later(f"adapter.verdict_{verdict}")
+        why = Lazy(f"adapter.verdict_{verdict}")
         raise BadInput("adapter.needs_reason", label=version.label, why=why)
 
 
@@ -253,29 +253,29 @@ def _line(tx: Tx, caller: Caller, version: Version, champion: str | None) -> str
     )
 
 
-def state_now(tx: Tx, version: Version) -> Later | None:
+def state_now(tx: Tx, version: Version) -> Lazy | None:
     """What became of a version since it was made; None while it is just ready."""
     champion, _ = registry.champion(tx, version.name)
     state = _state(tx, version, champion)
     return None if state == "adapter.ready" else state
 
 
-def _state(tx: Tx, version: Version, champion: str | None) -> Later:
+def _state(tx: Tx, version: Version, champion: str | None) -> Lazy:
     if version.unpublished:
-        return Later("adapter.unpublished", reason=_reason(version))
+        return Lazy("adapter.unpublished", reason=_reason(version))
     if _other_base(tx, version):
-        return Later("adapter.other_base")
-    return Later("adapter.in_service") if version.sha256 == champion else Later("adapter.ready")
+        return Lazy("adapter.other_base")
+    return Lazy("adapter.in_service") if version.sha256 == champion else Lazy("adapter.ready")
 
 
 def _reason(version: Version) -> str:
-    known = {"erased": Later("adapter.erased"), DISCARDED: Later("adapter.was_discarded")}
+    known = {"erased": Lazy("adapter.erased"), DISCARDED: Lazy("adapter.was_discarded")}
     return known.get(version.unpublished, version.unpublished)
 
 
 def _approved(tx: Tx, caller: Caller, put: Row) -> str:
     age = duration(caller.language, max(0, tx.now_ms - put["at_ms"]) / 1000)
-    who = Later("training.data_you") if put["actor"] == caller.user else directory.operator_label(tx, put["actor"])
+    who = Lazy("training.data_you") if put["actor"] == caller.user else directory.operator_label(tx, put["actor"])
     if put["reason"]:
         return say(caller.language, "adapter.approved_because", who=who, age=age, reason=put["reason"])
     return say(caller.language, "adapter.approved", who=who, age=age)
@@ -298,7 +298,7 @@ def _epochs(manifest: Mapping[str, Any]) -> str | int:
     """As many as were planned, or those of them that were done where training stopped early."""
     planned = (manifest.get("hyper") or {}).get("epochs", "?")
     done = manifest.get("epochs_done", planned)
-    return planned if done == planned else Later("adapter.epochs_done", done=f"{done:g}", planned=planned)
+    return planned if done == planned else Lazy("adapter.epochs_done", done=f"{done:g}", planned=planned)
 
 
 def _age(tx: Tx, caller: Caller, version: Version) -> str:

@@ -13,11 +13,11 @@ from typing import NoReturn
 
 from core.adapters import registry
 from core.channels import directory
-from core.commands.table import Call, Grant
+from core.commands.table import Call
 from core.errors import AppError, BadInput, NotAllowed, UnknownThing
-from core.i18n.messages import Later, languages, resolve, say
+from core.i18n.messages import Lazy, languages, resolve, say
 from core.storage.database import Tx
-from core.types import Body, Caller, Channel, Choose, ForgetMemory, Outcome
+from core.types import Body, Caller, Channel, Choose, ForgetMemory, Grant, Outcome
 
 Handler = Callable[[Tx, Caller, Call], Outcome]
 ALL = "all"
@@ -320,7 +320,7 @@ def _number(key: str, text: str, low: float, high: float) -> float:
 
 
 def _refuse(key: str, text: str, need: str, **fields: str | int) -> NoReturn:
-    raise BadInput("operators.bad_value", setting=key, value=_brief(text), need=Later(need, **fields))
+    raise BadInput("operators.bad_value", setting=key, value=_brief(text), need=Lazy(need, **fields))
 
 
 # --- /operator ---

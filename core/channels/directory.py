@@ -7,11 +7,10 @@ import secrets
 from dataclasses import dataclass
 from pathlib import Path
 
-from core.commands.table import Grant
 from core.config.schema import NAME
 from core.errors import BadInput, StorageError, UnknownThing
 from core.storage.database import Row, Tx, Value
-from core.types import Caller, Channel, Json, Limits, Price, Sampling
+from core.types import Caller, Channel, Grant, Json, Limits, Price, Sampling
 
 OWNER_PARTNER, TERMINAL, LOCAL_USER = "owner", "terminal", "local"
 RESERVED = frozenset({"base", "all"})  # an adapter version, and every channel

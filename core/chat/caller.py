@@ -6,7 +6,7 @@ from dataclasses import replace
 
 from core.channels import directory
 from core.chat import conversations
-from core.chat.inbox import Taken
+from core.chat.inbox import InboxRow
 from core.commands.table import parse
 from core.errors import NotAllowed, UserError
 from core.i18n.messages import resolve
@@ -26,7 +26,7 @@ def lane_of(incoming: Incoming) -> Lane:
     return incoming.lane
 
 
-def caller_of(tx: Tx, row: Taken) -> Caller:
+def caller_of(tx: Tx, row: InboxRow) -> Caller:
     """Who is speaking, in which channel and language. Raises NotAllowed where no channel is bound to the place."""
     at = row.address
     channel = directory.channel_of_person(tx, at.platform, at.account, at.place, row.user_hash)

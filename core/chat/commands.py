@@ -9,12 +9,12 @@ from core.channels import directory
 from core.channels.commands import Handler
 from core.chat.stopping import reaches_all
 from core.commands.help import help_text
-from core.commands.table import Call, Grant
+from core.commands.table import Call
 from core.errors import BadInput
 from core.i18n.messages import duration, languages, money, resolve, say
 from core.privacy.retention import retention_of
 from core.storage.database import Row, Tx
-from core.types import AnswerAgain, Body, Button, Caller, ForgetMemory, Outcome, StopReply
+from core.types import AnswerAgain, Body, Button, Caller, ForgetMemory, Grant, Outcome, StopReply
 from core.usage.ledger import day_of
 from core.usage.reports import DAYS
 

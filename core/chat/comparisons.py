@@ -18,8 +18,8 @@ from core.adapters.registry import BASE, Version
 from core.channels import directory
 from core.channels.commands import Handler
 from core.chat import inbox
-from core.chat.inbox import Taken
-from core.chat.replies import Beginning, Replies, Running
+from core.chat.inbox import InboxRow
+from core.chat.replies import PendingReply, Replies, RunningReply
 from core.chat.stopping import stopped_since
 from core.commands.table import Call
 from core.delivery.deliveries import keep_body, new_delivery
@@ -169,7 +169,7 @@ def _label(tx: Tx, sha256: str | None) -> str:
 class Both:
     """Two answers that are stopped as one, whether the engine has them or not."""
 
-    answers: list[Generation | Beginning] = field(default_factory=list)
+    answers: list[Generation | PendingReply] = field(default_factory=list)
     stopped: bool = False
 
     def cancel(self) -> None:
@@ -184,12 +184,12 @@ class Comparisons:
 
     replies: Replies
 
-    async def answer(self, row: Taken, caller: Caller) -> None:
+    async def answer(self, row: InboxRow, caller: Caller) -> None:
         """Answer the row's question twice, up to the stored text. Raises an AppError that the person is to see."""
         replies, database = self.replies, self.replies.database
         key = replace(caller.address, reply_to="")
         both = Both()
-        replies.running[key] = Running(caller.user, both)
+        replies.running[key] = RunningReply(caller.user, both)
         try:
             if await database.read(lambda tx: stopped_since(tx, row, caller.channel.id)):  # a later stop finds `both`
                 raise UserError("service.stopped")
@@ -237,7 +237,7 @@ class Comparisons:
 
     async def _one(self, request: Request, both: Both) -> str:
         """One answer, in its turn among all that want a place at the engine. Raises AppError."""
-        beginning = Beginning(asyncio.get_running_loop().create_future())
+        beginning = PendingReply(asyncio.get_running_loop().create_future())
         both.answers.append(beginning)
         if both.stopped:
             beginning.cancel()

@@ -15,7 +15,7 @@ from dataclasses import dataclass, replace
 from core.channels import directory
 from core.channels.commands import Handler
 from core.chat import conversations, inbox
-from core.chat.inbox import Taken
+from core.chat.inbox import InboxRow
 from core.commands.table import Call
 from core.delivery.deliveries import keep_body, new_delivery
 from core.errors import BadInput, UnknownThing
@@ -33,7 +33,7 @@ _SLACK = "slack"  # among the arguments of a call: what was said there may be le
 
 
 @dataclass(frozen=True, slots=True)
-class Reply:
+class DeliveredReply:
     """A delivered one, and whom it answered.
 
     `consent_ms`: since when they allow all; 0 where this reply is older, or was refused.
@@ -47,7 +47,7 @@ class Reply:
     consent_ms: int
 
 
-def reply_of(tx: Tx, generation_id: str) -> Reply | None:
+def reply_of(tx: Tx, generation_id: str) -> DeliveredReply | None:
     row = tx.one(
         "SELECT generation.id, inbox_id, generation.channel_id, generation.user_hash, platform,"
         " CASE WHEN started_ms >= granted_ms AND NOT EXISTS"
@@ -58,10 +58,10 @@ def reply_of(tx: Tx, generation_id: str) -> Reply | None:
         " WHERE generation.id = ? AND generation.state = 'delivered'",
         [generation_id],
     )
-    return Reply(*row.values()) if row else None
+    return DeliveredReply(*row.values()) if row else None
 
 
-def own_reply(tx: Tx, user_hash: str, typed: str) -> Reply | None:
+def own_reply(tx: Tx, user_hash: str, typed: str) -> DeliveredReply | None:
     """The reply of this number, whole or its first eight digits, that this person was given."""
     number = typed.removeprefix("#").lower()
     if len(number) not in (_SHORT, 32):
@@ -76,7 +76,7 @@ def own_reply(tx: Tx, user_hash: str, typed: str) -> Reply | None:
 # --- thumbs ---
 
 
-def vote(tx: Tx, row: Taken, *, slack: bool) -> bool:
+def vote(tx: Tx, row: InboxRow, *, slack: bool) -> bool:
     """Keep a thumb, and why; the last one counts. Only who was answered has a vote. Whether something is to be said.
 
     After a thumb down, whoever has not allowed all is asked for this one reply: by buttons, where it could be used.
@@ -108,7 +108,7 @@ def vote(tx: Tx, row: Taken, *, slack: bool) -> bool:
     return True
 
 
-def share(tx: Tx, reply: Reply) -> None:
+def share(tx: Tx, reply: DeliveredReply) -> None:
     """Keep a reply because its person allows it for this one. Raises BadInput where its text is gone."""
     _mark(tx, reply, refused=False)
     said = _said(tx, reply)
@@ -117,7 +117,7 @@ def share(tx: Tx, reply: Reply) -> None:
     _keep(tx, reply, said, shared=True)
 
 
-def refuse(tx: Tx, reply: Reply) -> bool:
+def refuse(tx: Tx, reply: DeliveredReply) -> bool:
     """Nothing is learned from this reply, whatever else its person allows. Whether it may have been until now."""
     _mark(tx, reply, refused=True)
     return bool(tx.run("DELETE FROM example WHERE generation_id = ?", [reply.id]) or reply.consent_ms)
@@ -167,7 +167,7 @@ def correct(tx: Tx, caller: Caller, call: Call) -> Outcome:
     return Outcome(Body("\n".join([say(caller.language, "feedback.corrected"), "", *_fenced(f"{asked} ▶ {text}")])))
 
 
-def _meant(tx: Tx, caller: Caller, text: str) -> tuple[Reply | None, str]:
+def _meant(tx: Tx, caller: Caller, text: str) -> tuple[DeliveredReply | None, str]:
     """The reply that is named by its number, else the one that the command answers, else the last one here."""
     at = caller.address
     if named := _NAMED.fullmatch(text):
@@ -227,17 +227,17 @@ def _fenced(text: str) -> list[str]:
 # --- rows ---
 
 
-def _example(tx: Tx, reply: Reply) -> Row | None:
+def _example(tx: Tx, reply: DeliveredReply) -> Row | None:
     return tx.one("SELECT shared, said FROM example WHERE generation_id = ?", [reply.id])
 
 
-def _answer(tx: Tx, reply: Reply) -> Row | None:
+def _answer(tx: Tx, reply: DeliveredReply) -> Row | None:
     return tx.one(
         "SELECT id, conversation_id, refused FROM turn WHERE inbox_id = ? AND role = 'assistant'", [reply.inbox_id]
     )
 
 
-def _mark(tx: Tx, reply: Reply, *, refused: bool) -> None:
+def _mark(tx: Tx, reply: DeliveredReply, *, refused: bool) -> None:
     """The answer and its question, which may be of an earlier message; of a text that is gone there is nothing."""
     answer = _answer(tx, reply)
     if answer is not None:
@@ -249,7 +249,7 @@ def _mark(tx: Tx, reply: Reply, *, refused: bool) -> None:
         )
 
 
-def _said(tx: Tx, reply: Reply) -> list[dict[str, str]]:
+def _said(tx: Tx, reply: DeliveredReply) -> list[dict[str, str]]:
     """The conversation of its person up to this answer, as far as it may be used; empty where its text is gone."""
     answer = _answer(tx, reply)
     if answer is None or answer["refused"]:
@@ -265,7 +265,7 @@ def _said(tx: Tx, reply: Reply) -> list[dict[str, str]]:
     return said if [one["role"] for one in said[-2:]] == ["user", "assistant"] else []
 
 
-def _keep(tx: Tx, reply: Reply, said: list[dict[str, str]], *, shared: bool) -> None:
+def _keep(tx: Tx, reply: DeliveredReply, said: list[dict[str, str]], *, shared: bool) -> None:
     """Once; again it can only become shared. For as long as a data set, from the first time on."""
     tx.run(
         "INSERT INTO example (generation_id, channel_id, user_hash, platform, shared, said, at_ms)"

@@ -16,7 +16,7 @@ from core.chat import commands as chat_commands
 from core.chat import comparisons, feedback, inbox, quiet_updates
 from core.chat.caller import caller_of
 from core.chat.comparisons import Comparisons
-from core.chat.inbox import Taken
+from core.chat.inbox import InboxRow
 from core.chat.replies import Replies
 from core.chat.replies import fail as fail_reply
 from core.chat.replies import settle as settle_reply
@@ -41,7 +41,7 @@ from core.jobs.checks import prepare_job
 from core.jobs.commands import answer_to_question
 from core.jobs.dataset_files import Fetch, prepare_finetune
 from core.jobs.importing import prepare_import
-from core.jobs.supervisor import Training
+from core.jobs.supervisor import JobSupervisor
 from core.observability.metrics import Counts
 from core.platform import Unreachable
 from core.privacy import erasure
@@ -91,7 +91,7 @@ async def prepare(
     return await prepare_import(home, database, fetch, caller, call)
 
 
-class Rows:
+class MessageHandler:
     """Brings rows to their end. `draining` says that this program is about to end."""
 
     def __init__(
@@ -100,7 +100,7 @@ class Rows:
         home: Home,
         engine: Engine,
         deliveries: Deliveries,
-        training: Training,
+        training: JobSupervisor,
         replies: Replies,
         *,
         slack: bool,
@@ -115,7 +115,7 @@ class Rows:
         self._replies = replies
         self._slack = slack  # whether consenting people's words in Slack may be learned from
 
-    async def handle(self, row: Taken) -> None:
+    async def handle(self, row: InboxRow) -> None:
         """A store that cannot write now is waited for; any other failure is told to the person."""
         await self._until_stored(lambda: self._answer(row))
 
@@ -131,7 +131,7 @@ class Rows:
                 log.error("store.refused", extra={"error": str(error)})
                 await asyncio.sleep(STORAGE_RETRY_S)
 
-    async def _answer(self, row: Taken) -> None:
+    async def _answer(self, row: InboxRow) -> None:
         """Bring one row to its end, whatever happens: an answer, or one visible refusal."""
         caller: Caller | None = None
         chosen = False
@@ -174,7 +174,7 @@ class Rows:
             log.exception("reply.crashed", extra={"row": row.id})
             await self._refuse(row, caller, AppError(detail=type(error).__name__))
 
-    async def _cut_by_drain(self, row: Taken, caller: Caller) -> bool:
+    async def _cut_by_drain(self, row: InboxRow, caller: Caller) -> bool:
         """Whether the end of this program, and not the person, stopped a reply before its first word.
 
         Such a row stays as it is: the next start answers it.
@@ -183,7 +183,7 @@ class Rows:
             return False
         return not await self._database.read(lambda tx: stopped_since(tx, row, caller.channel.id))
 
-    async def _act(self, row: Taken, caller: Caller) -> bool:
+    async def _act(self, row: InboxRow, caller: Caller) -> bool:
         """Do what the row asks, up to its stored text; whether it was a press that has answered a question."""
         text = row.value if row.kind is Kind.PRESS and row.action == "command" else row.text.strip()
         if row.action == "notice":
@@ -200,7 +200,7 @@ class Rows:
             return False
         return await self._command(row, caller, call)
 
-    async def _command(self, row: Taken, caller: Caller, call: Call) -> bool:
+    async def _command(self, row: InboxRow, caller: Caller, call: Call) -> bool:
         """Run a command and store what it says in one transaction; then do what follows from it, but for `Choose`."""
         call = await prepare(self._home, self._database, self._deliveries.fetch, caller, call, slack=self._slack)
 
@@ -217,7 +217,7 @@ class Rows:
             await self._follow(row, caller, after)
         return row.kind is Kind.PRESS and Choose() in outcome.after
 
-    async def _follow(self, row: Taken, caller: Caller, after: After) -> None:
+    async def _follow(self, row: InboxRow, caller: Caller, after: After) -> None:
         match after:
             case StopReply(user):
                 self._replies.stop(caller.address, user)
@@ -232,7 +232,7 @@ class Rows:
             case CompareBlind():
                 await Comparisons(self._replies).answer(row, caller)
 
-    async def _deliver(self, row: Taken) -> None:
+    async def _deliver(self, row: InboxRow) -> None:
         """Write the stored text and settle it, again and again within bounds: `finish` may be repeated."""
         delivery_id, body, charged = await self._database.read(lambda tx: _stored(tx, row))
         settle: Callable[[Tx], None] = (
@@ -247,7 +247,7 @@ class Rows:
         if charged:
             self.counts.add(charged, "delivered" if written else "unconfirmed")
 
-    async def _refuse(self, row: Taken, caller: Caller | None, error: AppError) -> None:
+    async def _refuse(self, row: InboxRow, caller: Caller | None, error: AppError) -> None:
         """One sentence that says what, why and what to do next; nothing is charged."""
         language = caller.language if caller else resolve(row.language) or "en"
         fields = dict(error.fields)
@@ -268,7 +268,7 @@ class Rows:
         self.counts.add(caller.channel.name if caller else "", outcome)
         await self._persist(row, write)
 
-    async def _refuse_limit(self, row: Taken, caller: Caller | None, error: LimitReached) -> None:
+    async def _refuse_limit(self, row: InboxRow, caller: Caller | None, error: LimitReached) -> None:
         """Say it once per window and place, not for each further message."""
 
         def told(tx: Tx) -> bool:
@@ -287,7 +287,7 @@ class Rows:
         else:
             await self._refuse(row, caller, error)
 
-    async def _persist(self, row: Taken, write: Callable[[], Awaitable[None]]) -> bool:
+    async def _persist(self, row: InboxRow, write: Callable[[], Awaitable[None]]) -> bool:
         """Whether it could be written; if not, the row is given up."""
         for delay_s in (*_DELIVERY_RETRIES_S, None):
             try:
@@ -313,7 +313,7 @@ class Rows:
 # --- rows: run inside a transaction ---
 
 
-def _stored(tx: Tx, row: Taken) -> tuple[int, Body, str]:
+def _stored(tx: Tx, row: InboxRow) -> tuple[int, Body, str]:
     """The delivery of a generated row, its text, and the channel whose reply it is ("" for a command's)."""
     delivery_id = new_delivery(tx, inbox_id=row.id)
     body = kept_body(tx, delivery_id)

@@ -42,7 +42,7 @@ _DUE = """
 
 
 @dataclass(frozen=True, slots=True)
-class Taken:
+class InboxRow:
     """One row that is being handled."""
 
     id: int
@@ -119,7 +119,7 @@ def recover(tx: Tx) -> None:
     tx.run("UPDATE inbox SET state = 'new', attempts = attempts + 1 WHERE state = 'running'")
 
 
-def take(tx: Tx, room: int, accounts: Collection[tuple[str, str]], active: Collection[int]) -> list[Taken]:
+def take(tx: Tx, room: int, accounts: Collection[tuple[str, str]], active: Collection[int]) -> list[InboxRow]:
     """The rows to begin now: every control row, and turns, each its conversation's oldest open one.
 
     Of one account at most `room` turns are handled at once, so that a platform that is away holds up no other; what is
@@ -151,13 +151,13 @@ def close(tx: Tx, inbox_id: int, outcome: str, *, dead: bool = False) -> None:
     )
 
 
-def controls_after(tx: Tx, row: Taken) -> list[Taken]:
+def controls_after(tx: Tx, row: InboxRow) -> list[InboxRow]:
     """What came to this turn's conversation after it and waits for no turn: stops, presses."""
     sql = f"SELECT * FROM inbox NOT INDEXED WHERE id > ? AND lane = 'control' AND {_HERE}"
     return [_taken(tx, one) for one in tx.all(sql, [row.id, *_here(row)])]
 
 
-def turn_before_closed_ms(tx: Tx, row: Taken) -> int | None:
+def turn_before_closed_ms(tx: Tx, row: InboxRow) -> int | None:
     """When the turn before this one ended; None where it has not, or is the first."""
     sql = f"SELECT closed_ms FROM inbox NOT INDEXED WHERE id < ? AND lane = 'turn' AND {_HERE} ORDER BY id DESC LIMIT 1"
     return tx.value(sql, [row.id, *_here(row)])  # type: ignore[no-any-return]
@@ -182,7 +182,7 @@ def clean(text: str) -> str:
     return text.replace("\x00", "\ufffd").encode("utf-8", "replace").decode("utf-8") if text else text
 
 
-def _here(row: Taken) -> list[Value]:
+def _here(row: InboxRow) -> list[Value]:
     to = row.address
     return [to.platform, to.account, to.place, to.conversation]
 
@@ -191,13 +191,13 @@ def _clean_attachment(given: Attachment) -> Attachment:
     return replace(given, name=clean(given.name), media_type=clean(given.media_type))
 
 
-def _taken(tx: Tx, row: Row) -> Taken:
+def _taken(tx: Tx, row: Row) -> InboxRow:
     readable = True
     try:
         payload = json.loads(tx.cipher.unseal(row["payload"])) if row["payload"] else {}
     except StoredUnreadable:  # this one is given up, and stops no other
         payload, readable = {}, False
-    return Taken(
+    return InboxRow(
         id=row["id"],
         lane=Lane(row["lane"]),
         kind=Kind(row["kind"]),

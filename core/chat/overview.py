@@ -9,12 +9,11 @@ from dataclasses import dataclass
 
 from core.adapters import registry
 from core.channels import directory
-from core.commands.table import Grant
 from core.i18n.messages import resolve
 from core.jobs import jobs
 from core.jobs.jobs import Job
 from core.storage.database import Database, Tx
-from core.types import Address, Channel
+from core.types import Address, Channel, Grant
 from core.usage.reports import daily
 
 DAYS = 14
@@ -50,7 +49,7 @@ class Overview:
     choices: tuple[Choice, ...] = ()
 
 
-class Lookups:
+class Overviews:
     def __init__(self, database: Database) -> None:
         self._database = database
 

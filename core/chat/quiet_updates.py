@@ -7,7 +7,7 @@ from __future__ import annotations
 
 from core.channels import directory
 from core.chat import feedback, inbox
-from core.chat.inbox import Taken
+from core.chat.inbox import InboxRow
 from core.delivery.deliveries import keep_body, new_delivery
 from core.i18n.messages import duration, say
 from core.privacy.retention import retention_of
@@ -17,7 +17,7 @@ from core.types import Body, Caller, Kind
 QUIET = (Kind.STOP, Kind.EDIT, Kind.MEMBERSHIP)  # nothing is said to these
 
 
-def close(tx: Tx, row: Taken, *, slack: bool) -> bool:
+def close(tx: Tx, row: InboxRow, *, slack: bool) -> bool:
     """Do what a quiet update asks for, and end it; or keep what is to be said to it, and return True."""
     if row.action == "feedback" and feedback.vote(tx, row, slack=slack):
         return True
@@ -27,7 +27,7 @@ def close(tx: Tx, row: Taken, *, slack: bool) -> bool:
     return False
 
 
-def keep_notice(tx: Tx, row: Taken, caller: Caller) -> None:
+def keep_notice(tx: Tx, row: InboxRow, caller: Caller) -> None:
     """What a bot itself has to say of a message: `value` is the key of its sentence."""
     kept = duration(caller.language, retention_of(tx).conversation_hours * 3600)
     text = say(caller.language, row.value, title=caller.channel.title, kept=kept)

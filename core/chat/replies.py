@@ -18,7 +18,7 @@ from typing import Protocol
 from core.adapters import registry
 from core.channels import directory
 from core.chat import conversations, inbox
-from core.chat.inbox import Taken
+from core.chat.inbox import InboxRow
 from core.chat.stopping import stopped_since
 from core.delivery.deliveries import Deliveries, keep_body, new_delivery
 from core.engine.protocol import Delta, Engine, Finished, FinishReason, Generation, Request, Scope
@@ -37,7 +37,7 @@ _LAST_SHOW_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
-class Pinned:
+class PinnedReply:
     """What a reply is bound to, whatever happens to it: by the row `generation`."""
 
     generation_id: str
@@ -52,7 +52,7 @@ class Stoppable(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Running:
+class RunningReply:
     """What a stop reaches: an answer that is being written, and whom it is for."""
 
     user: str
@@ -60,7 +60,7 @@ class Running:
 
 
 @dataclass(slots=True)
-class Beginning:
+class PendingReply:
     """A reply that the engine does not have yet: a stop is remembered, and ends its wait for a place (`turn`)."""
 
     turn: asyncio.Future[None]
@@ -72,7 +72,7 @@ class Beginning:
             self.turn.set_result(None)
 
 
-class Places:
+class AdmissionQueue:
     """Room for so many replies at the engine. Where more want it they take turns as they do there."""
 
     def __init__(self, free: int) -> None:
@@ -111,19 +111,19 @@ class Replies:
     home: Home
     engine: Engine
     deliveries: Deliveries
-    places: Places
+    places: AdmissionQueue
     sampling: Sampling = field(default_factory=Sampling)  # what a channel does not set for itself
     deadline_s: float = 120.0
-    running: dict[Address, Running] = field(default_factory=dict)
+    running: dict[Address, RunningReply] = field(default_factory=dict)
 
-    async def generate(self, row: Taken, caller: Caller, text: str, *, again: bool) -> None:
+    async def generate(self, row: InboxRow, caller: Caller, text: str, *, again: bool) -> None:
         """Answer `text`, up to the stored final text; raises an AppError that the person is to see.
 
         With `again` the conversation's last question is answered once more and `text` is ignored.
         """
         key = replace(caller.address, reply_to="")
-        beginning = Beginning(asyncio.get_running_loop().create_future())
-        self.running[key] = Running(caller.user, beginning)
+        beginning = PendingReply(asyncio.get_running_loop().create_future())
+        self.running[key] = RunningReply(caller.user, beginning)
         try:
             # a stop that was accepted before this is in the inbox; a later one finds `beginning`
             if await self.database.read(lambda tx: stopped_since(tx, row, caller.channel.id)):
@@ -138,7 +138,7 @@ class Replies:
                     raise UserError("service.stopped")
                 began = time.monotonic()
                 generation = self.engine.submit(request)
-                self.running[key] = Running(caller.user, generation)
+                self.running[key] = RunningReply(caller.user, generation)
                 answer, finished = await self._read(generation, handle, caller.address)
         finally:
             del self.running[key]
@@ -162,7 +162,7 @@ class Replies:
         for running in list(self.running.values()):
             running.answer.cancel()
 
-    def _pin(self, tx: Tx, row: Taken, caller: Caller, text: str, *, again: bool) -> Pinned:
+    def _pin(self, tx: Tx, row: InboxRow, caller: Caller, text: str, *, again: bool) -> PinnedReply:
         channel = caller.channel
         generation_id = hashlib.sha256(
             "|".join((row.address.platform, row.address.account, row.update_key)).encode()
@@ -195,7 +195,7 @@ class Replies:
         else:
             past = (*past, Message(Role.USER, text))
         system = (Message(Role.SYSTEM, channel.instructions),) if channel.instructions else ()
-        return Pinned(
+        return PinnedReply(
             generation_id,
             new_delivery(tx, inbox_id=row.id),
             self.adapter_ref(tx, sha256),
@@ -220,7 +220,7 @@ class Replies:
             raise AdapterUnusable(detail=f"{label} is unpublished", label=label)
         return AdapterRef(sha256, self.home.adapters / sha256, label)
 
-    def _request(self, row: Taken, caller: Caller, pinned: Pinned, *, again: bool) -> Request:
+    def _request(self, row: InboxRow, caller: Caller, pinned: PinnedReply, *, again: bool) -> Request:
         channel = caller.channel
         temperature = max(channel.sampling.temperature, _RETRY_TEMPERATURE) if again else channel.sampling.temperature
         return Request(
@@ -241,7 +241,7 @@ class Replies:
 
     async def _read(self, generation: Generation, handle: Handle, to: Address) -> tuple[str, Finished]:
         """Show the text as it grows; what was said, and why it ended."""
-        screen = _Screen(lambda text: self.deliveries.show(handle, to, text))
+        screen = _LiveView(lambda text: self.deliveries.show(handle, to, text))
         finished: Finished | None = None
         failure: AppError | None = None
         async with asyncio.TaskGroup() as tasks:
@@ -263,7 +263,7 @@ class Replies:
             raise EngineError(detail="the engine ended a generation without saying so")
         return screen.text, finished
 
-    def _body(self, language: str, pinned: Pinned, answer: str, finished: Finished, seconds: float) -> Body:
+    def _body(self, language: str, pinned: PinnedReply, answer: str, finished: Finished, seconds: float) -> Body:
         tokens = finished.usage.completion_tokens
         cut = {FinishReason.LENGTH: "service.cut_length", FinishReason.DEADLINE: "service.cut_deadline"}.get(
             finished.reason
@@ -282,7 +282,7 @@ class Replies:
         )
 
 
-def settle(tx: Tx, row: Taken, body: Body) -> None:
+def settle(tx: Tx, row: InboxRow, body: Body) -> None:
     """In the transaction of the last receipt: the charge, the two turns, the closed row."""
     if not inbox.is_generated(tx, row.id):  # erased by /forget meanwhile
         return
@@ -302,7 +302,7 @@ def settle(tx: Tx, row: Taken, body: Body) -> None:
     inbox.close(tx, row.id, "replied")
 
 
-def fail(tx: Tx, row: Taken) -> None:
+def fail(tx: Tx, row: InboxRow) -> None:
     """Nothing is charged; the tokens stay recorded for cost."""
     tx.run(
         "UPDATE generation SET state = 'failed', ended_ms = ? WHERE inbox_id = ? AND state <> 'delivered'",
@@ -310,7 +310,7 @@ def fail(tx: Tx, row: Taken) -> None:
     )
 
 
-def _keep(tx: Tx, row: Taken, pinned: Pinned, body: Body, finished: Finished) -> None:
+def _keep(tx: Tx, row: InboxRow, pinned: PinnedReply, body: Body, finished: Finished) -> None:
     """Raises UserError where the person was forgotten while this was generated: then nothing of it is stored."""
     if tx.value("SELECT outcome FROM inbox WHERE id = ?", [row.id]) == "forgotten":
         raise UserError("service.stopped")
@@ -320,7 +320,7 @@ def _keep(tx: Tx, row: Taken, pinned: Pinned, body: Body, finished: Finished) ->
     inbox.mark_generated(tx, row.id)
 
 
-def _count(tx: Tx, pinned: Pinned, finished: Finished) -> None:
+def _count(tx: Tx, pinned: PinnedReply, finished: Finished) -> None:
     """What it cost, delivered or not."""
     usage = finished.usage
     tx.run(
@@ -348,7 +348,7 @@ def _check_limits(tx: Tx, caller: Caller) -> None:
             raise LimitReached(key, retry_after_s=max(wait_s, 1.0), limit=limit)
 
 
-class _Screen:
+class _LiveView:
     """Shows the newest text, one call at a time: what grows faster than the platform takes it is coalesced."""
 
     def __init__(self, show: Callable[[str], Awaitable[None]]) -> None:

@@ -21,22 +21,21 @@ from core.channels import directory
 from core.channels.installations import Installations
 from core.chat import inbox
 from core.chat.caller import lane_of
-from core.chat.handler import STORAGE_RETRY_S, Rows
-from core.chat.inbox import Taken
-from core.chat.overview import Lookups
-from core.chat.replies import Places, Replies
+from core.chat.handler import STORAGE_RETRY_S, MessageHandler
+from core.chat.inbox import InboxRow
+from core.chat.overview import Overviews
+from core.chat.replies import AdmissionQueue, Replies
 from core.chat.stopping import reaches_all_at
-from core.commands.table import Grant
 from core.config.schema import Retention
 from core.delivery.deliveries import Deliveries
 from core.engine.protocol import Engine
 from core.errors import Overloaded, StorageError
-from core.jobs.supervisor import Training
-from core.platform import Outlet
+from core.jobs.supervisor import JobSupervisor
+from core.platform import MessageSink
 from core.privacy import erasure
 from core.storage.database import Database, Tx
 from core.storage.home import Home
-from core.types import Address, Incoming, Sampling
+from core.types import Address, Grant, Incoming, Sampling
 
 log = logging.getLogger(__name__)
 _LOOK_AGAIN_S = 30.0
@@ -66,20 +65,20 @@ class Service:
         home: Home,
         engine: Engine,
         deliveries: Deliveries,
-        training: Training,
+        training: JobSupervisor,
         settings: ServiceSettings,
     ) -> None:
         self.installations = Installations(database)
-        self.lookups = Lookups(database)
+        self.lookups = Overviews(database)
         self._database = database
         self._home = home
         self._engine = engine
         self._deliveries = deliveries
         self._training = training
         self._settings = settings
-        places = Places(settings.max_replies)
+        places = AdmissionQueue(settings.max_replies)
         self._replies = Replies(database, home, engine, deliveries, places, settings.sampling, settings.deadline_s)
-        self._rows = Rows(
+        self._rows = MessageHandler(
             database, home, engine, deliveries, training, self._replies, slack=settings.allow_slack_training
         )
         self.replies = self._rows.counts
@@ -90,9 +89,9 @@ class Service:
 
     # --- the door ---
 
-    def register(self, platform: str, account: str, outlet: Outlet) -> None:
-        """From now on what waits for this account is answered through `outlet`."""
-        self._deliveries.register(platform, account, outlet)
+    def register(self, platform: str, account: str, sink: MessageSink) -> None:
+        """From now on what waits for this account is answered through `sink`."""
+        self._deliveries.register(platform, account, sink)
         self._accounts.add((platform, account))
         self._training.wake()
         self._work.set()
@@ -175,7 +174,7 @@ class Service:
 
     # --- taking rows ---
 
-    async def _take(self) -> list[Taken]:
+    async def _take(self) -> list[InboxRow]:
         if self._rows.draining:
             return []
         room, accounts, active = self._settings.max_replies, frozenset(self._accounts), frozenset(self._active)
@@ -189,7 +188,7 @@ class Service:
         self._active |= {row.id for row in taken}
         return taken
 
-    async def _handle(self, row: Taken) -> None:
+    async def _handle(self, row: InboxRow) -> None:
         try:
             await self._rows.handle(row)
         finally:

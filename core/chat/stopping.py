@@ -9,10 +9,9 @@ import re
 
 from core.channels import directory
 from core.chat import inbox
-from core.chat.inbox import Taken
-from core.commands.table import Grant
+from core.chat.inbox import InboxRow
 from core.storage.database import Tx
-from core.types import Address, Kind
+from core.types import Address, Grant, Kind
 
 _STOP = re.compile(r"\s*[/／]stop\b", re.IGNORECASE)
 
@@ -28,12 +27,12 @@ def reaches_all_at(tx: Tx, at: Address, user_hash: str, *, moderates: bool) -> b
     return reaches_all(tx, user_hash, channel.id if channel else 0, moderates=moderates)
 
 
-def stopped_user(tx: Tx, row: Taken) -> str:
+def stopped_user(tx: Tx, row: InboxRow) -> str:
     """Whose answer this stop is for; "" is anybody's."""
     return "" if reaches_all_at(tx, row.address, row.user_hash, moderates=row.moderates) else row.user_hash
 
 
-def stopped_since(tx: Tx, row: Taken, channel_id: int) -> bool:
+def stopped_since(tx: Tx, row: InboxRow, channel_id: int) -> bool:
     """Whether this turn was stopped: a stop for it came after it, when the turn before it had ended."""
     stops = [
         one.received_ms
@@ -47,6 +46,6 @@ def stopped_since(tx: Tx, row: Taken, channel_id: int) -> bool:
     return before is None or max(stops) >= before
 
 
-def _is_stop(row: Taken) -> bool:
+def _is_stop(row: InboxRow) -> bool:
     """Pressed or typed."""
     return row.kind is Kind.STOP or bool(_STOP.match(row.value if row.action == "command" else row.text))

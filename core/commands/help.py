@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
-from core.commands.table import COMMANDS, Command, Grant, find, help_key, usage
+from core.commands.table import COMMANDS, Command, find, help_key, usage
 from core.i18n.messages import say
+from core.types import Grant
 
 
 def help_text(language: str, grant: Grant, topic: str = "") -> str:

@@ -9,24 +9,15 @@ import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from enum import IntEnum
 from typing import Self
 
 from core.commands.words import Word, split_words
 from core.errors import BadCommand
-from core.i18n.messages import Later, say
-from core.types import Lane
+from core.i18n.messages import Lazy, say
+from core.types import Grant, Lane
 
 _SLASHES = "/／"
 _SHOWN = 40
-
-
-class Grant(IntEnum):
-    """What a person may do in a channel; each holds what stands before it."""
-
-    ANYONE = 0
-    OPERATOR = 1  # of this channel
-    OWNER = 2  # operator of every channel
 
 
 @dataclass(frozen=True, slots=True)
@@ -267,7 +258,7 @@ def find(name: str) -> Command:
         typed=f"/{_shown(wanted)}",
         nearest=f"/{near}",
         example=command.forms[0].example,
-        meaning=Later(help_key(command, command.forms[0])),
+        meaning=Lazy(help_key(command, command.forms[0])),
     )
 
 
@@ -341,14 +332,14 @@ def _settings(command: Command, form: Form, given: Sequence[Word]) -> dict[str, 
         else:
             raise BadCommand("error.no_setting", typed=_shown(token.text), **_right(command, form))
     if not found and not form.bare:
-        raise BadCommand("error.missing", parameter=Later("parameter.setting"), **_right(command, form))
+        raise BadCommand("error.missing", parameter=Lazy("parameter.setting"), **_right(command, form))
     return found
 
 
 # --- telling ---
 
 
-class _Usage(Later):
+class _FormUsage(Lazy):
     """The right form of a command; its parameters are named in the person's language."""
 
     __slots__ = ()
@@ -377,9 +368,9 @@ def usage(language: str, command: Command, form: Form) -> str:
 
 def _right(command: Command, form: Form) -> dict[str, str]:
     return {
-        "form": _Usage(command, form),
+        "form": _FormUsage(command, form),
         "example": form.example,
-        "meaning": Later(help_key(command, form)),
+        "meaning": Lazy(help_key(command, form)),
     }
 
 
@@ -390,8 +381,8 @@ def help_key(command: Command, form: Form) -> str:
     return f"help.{command.name}_{word}" if word else f"help.{command.name}"
 
 
-def _parameter(parameter: Parameter) -> Later:
-    return Later(f"parameter.{parameter.name}")
+def _parameter(parameter: Parameter) -> Lazy:
+    return Lazy(f"parameter.{parameter.name}")
 
 
 def _nearest(typed: str, known: Iterable[str]) -> str:

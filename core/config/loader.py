@@ -15,8 +15,8 @@ from pathlib import Path
 from typing import Any, Literal, Union, get_args, get_origin, get_type_hints
 
 from core.config.schema import GROUPS, KEYS, NAME, SECTIONS, BotTable, ChannelSeed, Config, nearest, presets
+from core.config.sections import PRESETS
 from core.errors import BadConfig
-from core.jobs.protocol import PRESETS
 from core.types import Limits
 
 FILE_NAME = "config.toml"

@@ -12,8 +12,7 @@ from difflib import get_close_matches
 from pathlib import Path
 from typing import Any
 
-from core.engine.protocol import MAX_DEADLINE_S, ModelSettings, RemoteSettings
-from core.jobs.protocol import PRESETS, HyperParameters
+from core.config.sections import MAX_DEADLINE_S, PRESETS, HyperParameters, ModelSettings, RemoteSettings
 from core.types import Limits
 
 _MOST = 1_000_000_000  # of what has no nearer bound
@@ -28,7 +27,7 @@ class EngineChoice(RemoteSettings):
 
 
 @dataclass(frozen=True, slots=True)
-class Generation:
+class GenerationDefaults:
     """How a channel answers unless it says otherwise."""
 
     temperature: float = 0.0
@@ -123,7 +122,7 @@ def presets(chosen: Mapping[str, Any]) -> Mapping[str, HyperParameters]:
 class Config:
     model: ModelSettings = field(default_factory=ModelSettings)
     engine: EngineChoice = field(default_factory=EngineChoice)
-    generation: Generation = field(default_factory=Generation)
+    generation: GenerationDefaults = field(default_factory=GenerationDefaults)
     limits: Limits = field(default_factory=Limits)
     finetune: Finetune = field(default_factory=Finetune)
     finetune_presets: Mapping[str, HyperParameters] = field(default_factory=lambda: presets({}), compare=False)
@@ -288,7 +287,7 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
 SECTIONS: Mapping[str, type] = {
     "model": ModelSettings,
     "engine": EngineChoice,
-    "generation": Generation,
+    "generation": GenerationDefaults,
     "limits": Limits,
     "finetune": Finetune,
     "privacy": Privacy,

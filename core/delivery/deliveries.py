@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from core.errors import AppError, BadInput
-from core.platform import Chooses, Doubts, Fetches, Outlet, Reopen
+from core.platform import MessageSink, Reopen, SupportsChoose, SupportsFetch, SupportsOrphans
 from core.storage.database import Database, Tx
 from core.types import Address, Attachment, Body, Button, Handle, Receipt
 
@@ -25,80 +25,80 @@ CHOOSE_S = 15.0
 
 @dataclass(slots=True)
 class Deliveries:
-    """Writes deliveries through the outlets that bots have registered, one outlet per platform and account."""
+    """Writes deliveries through the sinks that bots have registered, one sink per platform and account."""
 
     database: Database
     _left: int = 0  # first messages that a crash may have left: posted, perhaps, but their handle never committed
-    _outlets: dict[tuple[str, str], Outlet] = field(default_factory=dict)
+    _sinks: dict[tuple[str, str], MessageSink] = field(default_factory=dict)
 
     @property
     def orphans(self) -> int:
         """First messages that may stand somewhere without an answer: left by a crash, or by an answer that was lost."""
-        return self._left + sum(one.orphans for one in self._outlets.values() if isinstance(one, Doubts))
+        return self._left + sum(one.orphans for one in self._sinks.values() if isinstance(one, SupportsOrphans))
 
-    def register(self, platform: str, account: str, outlet: Outlet) -> None:
-        self._outlets[platform, account] = outlet
+    def register(self, platform: str, account: str, sink: MessageSink) -> None:
+        self._sinks[platform, account] = sink
 
     def reaches(self, to: Address) -> bool:
         """Whether a bot for this address is running."""
-        return (to.platform, to.account) in self._outlets
+        return (to.platform, to.account) in self._sinks
 
-    def _outlet(self, to: Address) -> Outlet:
+    def _sink(self, to: Address) -> MessageSink:
         try:
-            return self._outlets[to.platform, to.account]
+            return self._sinks[to.platform, to.account]
         except KeyError:
             raise AppError(detail=f"no bot is running for {to.platform} {to.account}") from None
 
     def fetch(self, to: Address, attachment: Attachment) -> AsyncIterator[bytes]:
         """The bytes of a file that was sent there. Raises BadInput where they cannot be had."""
-        outlet = self._outlet(to)
-        if not isinstance(outlet, Fetches):
+        sink = self._sink(to)
+        if not isinstance(sink, SupportsFetch):
             raise BadInput("training.no_files_here")
-        return outlet.fetch(attachment)
+        return sink.fetch(attachment)
 
     async def choose(self, to: Address, label: str) -> None:
         """Show what was chosen, where buttons were pressed for it. Best effort."""
-        outlet = self._outlet(to)
-        if not isinstance(outlet, Chooses):
+        sink = self._sink(to)
+        if not isinstance(sink, SupportsChoose):
             return
         try:
             async with asyncio.timeout(CHOOSE_S):
-                await outlet.choose(to, label)
-        except Exception as error:  # anybody's outlet: the answer stands, whatever this raises
+                await sink.choose(to, label)
+        except Exception as error:  # anybody's sink: the answer stands, whatever this raises
             log.info("delivery.not_chosen", extra={"error": type(error).__name__})
 
     async def open(self, delivery_id: int, to: Address) -> Handle:
         """The handle of part 1: the one that a crash left, recovered, or a new one, committed."""
-        outlet = self._outlet(to)
+        sink = self._sink(to)
         left = await self.database.read(lambda tx: _handle(tx, delivery_id, 1))
         if left is not None:
-            handle = await outlet.recover(left)
+            handle = await sink.recover(left)
             if handle == left:
                 return handle
         else:
             self._left += await self.database.read(lambda tx: _begun_before(tx, delivery_id))
-            handle = await outlet.open(to)
+            handle = await sink.open(to)
         await self.database.write(lambda tx: _keep_handle(tx, delivery_id, 1, handle))
         return handle
 
     async def show(self, handle: Handle, to: Address, text: str) -> None:
-        await self._outlet(to).show(handle, text)
+        await self._sink(to).show(handle, text)
 
     async def finish(self, delivery_id: int, to: Address, body: Body, settle: Callable[[Tx], None]) -> None:
         """Write the committed body, part by part; `settle` runs in the transaction of the last receipt."""
-        outlet = self._outlet(to)
-        parts = outlet.split(body)
+        sink = self._sink(to)
+        parts = sink.split(body)
         for number, part in enumerate(parts, start=1):
             last = number == len(parts)
             handle, receipt = await self.database.read(lambda tx, n=number: _part(tx, delivery_id, n))  # type: ignore[misc]
             if receipt is None:
                 if handle is None:
-                    handle = await outlet.open(to)
+                    handle = await sink.open(to)
                     await self.database.write(lambda tx, n=number, h=handle: _keep_handle(tx, delivery_id, n, h))  # type: ignore[misc]
                 try:
-                    receipt = await outlet.finish(handle, part)
+                    receipt = await sink.finish(handle, part)
                 except Reopen:
-                    receipt = await outlet.finish(await self._reopen(delivery_id, number, outlet, handle), part)
+                    receipt = await sink.finish(await self._reopen(delivery_id, number, sink, handle), part)
             await self.database.write(
                 lambda tx, n=number, r=receipt, last=last: _keep_receipt(  # type: ignore[misc]
                     tx, delivery_id, n, r, settle if last else None
@@ -107,11 +107,11 @@ class Deliveries:
 
     async def fail(self, delivery_id: int, to: Address, body: Body, settle: Callable[[Tx], None]) -> None:
         """End the delivery visibly, without a charge; `settle` runs in the transaction that closes it."""
-        handle, outlet = await self.open(delivery_id, to), self._outlet(to)
+        handle, sink = await self.open(delivery_id, to), self._sink(to)
         try:
-            await outlet.fail(handle, body)
+            await sink.fail(handle, body)
         except Reopen:
-            await outlet.fail(await self._reopen(delivery_id, 1, outlet, handle), body)
+            await sink.fail(await self._reopen(delivery_id, 1, sink, handle), body)
 
         def close(tx: Tx) -> None:
             tx.run("UPDATE delivery SET state = 'failed', body = NULL WHERE id = ?", [delivery_id])
@@ -119,8 +119,8 @@ class Deliveries:
 
         await self.database.write(close)
 
-    async def _reopen(self, delivery_id: int, number: int, outlet: Outlet, left: Handle) -> Handle:
-        handle = await outlet.recover(left)
+    async def _reopen(self, delivery_id: int, number: int, sink: MessageSink, left: Handle) -> Handle:
+        handle = await sink.recover(left)
         await self.database.write(lambda tx: _keep_handle(tx, delivery_id, number, handle))
         return handle
 

@@ -19,10 +19,9 @@ from pathlib import Path
 from types import TracebackType
 from typing import Protocol, Self
 
+from core.config.sections import MAX_DEADLINE_S
 from core.errors import BadInput
-from core.types import AdapterRef, Message, Sampling, Usage
-
-MAX_DEADLINE_S = 86_400.0
+from core.types import AdapterRef, Message, Sampling, TokenUsage
 
 
 class FinishReason(StrEnum):
@@ -106,7 +105,7 @@ class Delta:
 @dataclass(frozen=True, slots=True)
 class Finished:
     reason: FinishReason
-    usage: Usage
+    usage: TokenUsage
 
 
 Event = Started | Delta | Finished
@@ -202,53 +201,3 @@ class Engine(Protocol):
     async def __aexit__(
         self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
     ) -> None: ...
-
-
-@dataclass(frozen=True, slots=True)
-class ModelSettings:
-    """Which base model, and how it is held. `name` is "demo", a local folder or a Hugging Face id.
-
-    device: auto, cpu, cuda, cuda:N. dtype: auto, float32, bfloat16, float16.
-    quantization: none, int8 (CPU), 8bit and 4bit (CUDA).
-    """
-
-    name: str = "demo"
-    device: str = "auto"
-    dtype: str = "auto"
-    quantization: str = "none"
-    revision: str = ""
-
-
-@dataclass(frozen=True, slots=True)
-class EngineSettings:
-    """Bounds of the local engine. `threads` 0 means all cores; `reuse_mib` bounds what is kept between turns.
-
-    `adapters_at_once` 0 means that every row may run with an adapter of its own. With fewer, requests whose adapter
-    finds no room wait for it; `adapters_in_memory` are those that need not be read from disk.
-    """
-
-    max_rows: int = 8
-    max_context: int = 4096
-    max_waiting: int = 256
-    adapters_at_once: int = 0
-    adapters_in_memory: int = 64
-    threads: int = 0
-    reuse_mib: int = 512
-
-
-@dataclass(frozen=True, slots=True)
-class RemoteSettings(EngineSettings):
-    """An OpenAI-compatible server in the place of the local engine. `max_rows` bounds the requests sent to it at once.
-
-    `adapters_there` is the adapters folder as the server sees it; "" is the same path as here. `fingerprint` names the
-    base weights where the model's folder here holds none. Time-outs: to connect, to the first token, between two.
-    """
-
-    url: str = ""
-    api_key: str = field(default="", repr=False)
-    model_there: str = ""
-    adapters_there: str = ""
-    fingerprint: str = ""
-    connect_s: float = 5.0
-    first_token_s: float = 60.0
-    next_token_s: float = 30.0

@@ -26,10 +26,10 @@ from core.engine.protocol import (
     check,
 )
 from core.engine.scheduling.detokenizer import StopScanner
-from core.engine.scheduling.stats import Tally
+from core.engine.scheduling.stats import StatsCounter
 from core.engine.scheduling.stream import EventStream
 from core.errors import BadConfig, BadInput, Overloaded, PromptTooLong
-from core.types import Role, Usage
+from core.types import Role, TokenUsage
 
 Answer = str | Exception
 Answers = Mapping[str, Answer] | Callable[[Request], Answer]
@@ -71,7 +71,7 @@ class ScriptedEngine:
         self._rows = asyncio.Semaphore(max_rows)
         self._open: dict[ScriptedGeneration, tuple[Request, asyncio.Task[None]]] = {}
         self._waiting = self._running = 0
-        self._tally = Tally()
+        self._tally = StatsCounter()
         self._draining = False
 
     @classmethod
@@ -193,7 +193,7 @@ class ScriptedEngine:
 class _Script:
     """One answer being said."""
 
-    def __init__(self, request: Request, generation: ScriptedGeneration, tally: Tally) -> None:
+    def __init__(self, request: Request, generation: ScriptedGeneration, tally: StatsCounter) -> None:
         self.request, self.generation, self.tally = request, generation, tally
         self.submitted = asyncio.get_running_loop().time()
         self.last_word: float | None = None
@@ -253,7 +253,7 @@ class _Script:
     def finish(self, reason: FinishReason) -> None:
         self._show(self.scanner.flush())
         self.tally.end(reason)
-        self.generation.put(Finished(reason, Usage(self.prompt_tokens, self.completion_tokens)))
+        self.generation.put(Finished(reason, TokenUsage(self.prompt_tokens, self.completion_tokens)))
 
     def _show(self, text: str) -> None:
         if text:

@@ -20,7 +20,7 @@ _SMALL_NANO = NANO // 100
 _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86_400
 
 
-class Later(str):
+class Lazy(str):
     """A field that is itself a sentence: the key of one, said in the language of the sentence it stands in."""
 
     __slots__ = ("fields",)
@@ -35,11 +35,11 @@ class Later(str):
         return say(language, str(self), **self.fields)
 
 
-class Refused(ValueError):
+class Refusal(ValueError):
     """`reason` is the sentence that says why, for whoever tells a person; the error's own text is it in English."""
 
     def __init__(self, key: str, **fields: object) -> None:
-        self.reason = Later(key, **fields)
+        self.reason = Lazy(key, **fields)
         super().__init__(self.reason.said(FALLBACK))
 
 
@@ -49,7 +49,7 @@ def say(language: str, key: str, /, **fields: object) -> str:
     sentence = _sentences(spoken).get(key) or _sentences(FALLBACK).get(key)
     if sentence is None:
         return key
-    ready = {name: value.said(spoken) if isinstance(value, Later) else value for name, value in fields.items()}
+    ready = {name: value.said(spoken) if isinstance(value, Lazy) else value for name, value in fields.items()}
     return _FORMATTER.vformat(sentence, (), ready)
 
 

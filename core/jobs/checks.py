@@ -15,31 +15,31 @@ from dataclasses import replace
 from pathlib import Path
 
 from core.channels import directory
-from core.commands.table import Call, Grant
+from core.commands.table import Call
 from core.delivery.deliveries import keep_body, new_delivery
 from core.errors import JobError
-from core.i18n.messages import Later
+from core.i18n.messages import Lazy
 from core.jobs import data_messages, datasets, event_log, jobs
 from core.jobs.commands import find_job
 from core.jobs.dataset_files import keep_file
 from core.jobs.jobs import Job
-from core.jobs.progress_message import Board
+from core.jobs.progress_message import ProgressMessage
 from core.jobs.protocol import EXIT_FINISHED, PREVIEW, Checked, Estimated, JobEvent, Preview, Redacted
 from core.jobs.resumable import begun_with
-from core.jobs.worker import Lane, Shop, with_line
+from core.jobs.worker import JobWorker, WorkerContext, with_line
 from core.storage.database import Database, Tx
 from core.storage.home import Home
-from core.types import Caller
+from core.types import Caller, Grant
 
 log = logging.getLogger(__name__)
 
 
-class Checks(Lane):
+class CheckWorker(JobWorker):
     """`training_is_busy` says whether steps taken now would hold up a job, and be held up by it."""
 
     action, state = "check", "validating"
 
-    def __init__(self, shop: Shop, training_is_busy: Callable[[], bool]) -> None:
+    def __init__(self, shop: WorkerContext, training_is_busy: Callable[[], bool]) -> None:
         super().__init__(shop)
         self._training_is_busy = training_is_busy
 
@@ -60,12 +60,12 @@ class Checks(Lane):
         try:
             await asyncio.to_thread(self._lay_out, job, folder, spec)
         except FileNotFoundError:
-            await self._fail(job, "ours", Later("training.why_no_data"))
+            await self._fail(job, "ours", Lazy("training.why_no_data"))
             return
         except OSError as error:
-            await self._fail(job, "ours", Later("training.why_folder", error=error.strerror))
+            await self._fail(job, "ours", Lazy("training.why_folder", error=error.strerror))
             return
-        board = Board(self._database, self._deliveries, job)
+        board = ProgressMessage(self._database, self._deliveries, job)
         while not self._stopping and await self._is_on(job):
             status, failed = await self._run_trainer(job, folder, board)
             if not await self._is_on(job):

@@ -9,16 +9,17 @@ from core.adapters import registry
 from core.adapters.commands import state_now
 from core.channels import directory
 from core.channels.commands import Handler
-from core.commands.table import Call, Grant, parse
+from core.commands.table import Call, parse
+from core.config.sections import PRESETS
 from core.delivery.deliveries import new_delivery
 from core.errors import BadInput, UnknownThing
-from core.i18n.messages import Later, duration, languages, say
+from core.i18n.messages import Lazy, duration, languages, say
 from core.jobs import data_messages, datasets, event_log, job_messages, jobs
 from core.jobs.dataset_files import COLUMNS, check_room
 from core.jobs.jobs import Job
-from core.jobs.protocol import PRESETS, Checked, LeftOut, Preview, load_judged
+from core.jobs.protocol import Checked, LeftOut, Preview, load_judged
 from core.storage.database import Tx
-from core.types import Body, Caller, EraseFiles, Json, Outcome, WakeTraining
+from core.types import Body, Caller, EraseFiles, Grant, Json, Outcome, WakeTraining
 
 _LISTED = 10
 
@@ -160,7 +161,7 @@ def resume(tx: Tx, caller: Caller, call: Call) -> Outcome:
     if job is None:
         return Outcome(Body(say(caller.language, "training.none")))
     if not jobs.resumable(tx, job.id):
-        raise BadInput("training.not_resumable", id=job.id, state=Later(f"training.state_{job.state}"))
+        raise BadInput("training.not_resumable", id=job.id, state=Lazy(f"training.state_{job.state}"))
     check_room(tx, caller)
     jobs.resume(tx, job.id)
     directory.audit(tx, caller, "finetune resume", job.label, {"job": job.id, "state": job.state}, "queued")
@@ -232,7 +233,7 @@ def _asking(tx: Tx, caller: Caller, call: Call) -> Job | None:
     if job.state == "validating" or (job.state == "waiting" and not jobs.is_told(tx, job.id)):
         raise BadInput("training.still_checking", name=job.dataset)
     if job.state != "waiting":
-        raise BadInput("training.not_waiting", id=job.id, state=Later(f"training.state_{job.state}"))
+        raise BadInput("training.not_waiting", id=job.id, state=Lazy(f"training.state_{job.state}"))
     return job
 
 
@@ -253,9 +254,9 @@ def _queued(tx: Tx, caller: Caller, job: Job) -> str:
 
 
 def _line(tx: Tx, caller: Caller, job: Job) -> str:
-    state = Later(f"training.state_{job.state}")
+    state = Lazy(f"training.state_{job.state}")
     if job.state == "queued" and (before := jobs.before(tx, job.id)):
-        state = Later("training.state_queued_behind", before=before)
+        state = Lazy("training.state_queued_behind", before=before)
     return say(
         caller.language,
         "training.line",
@@ -275,10 +276,10 @@ def _data_line(tx: Tx, caller: Caller, data: datasets.Dataset) -> str:
         sha=data.sha256[:12],
         rows=data.rows or "?",
         size=f"{max(1, round(data.size_bytes / 1000))} kB",
-        origin=Later("training.data_redacted", parent=data.parent[:12]) if data.parent else Later("training.data_file"),
-        who=Later("training.data_you")
+        origin=Lazy("training.data_redacted", parent=data.parent[:12]) if data.parent else Lazy("training.data_file"),
+        who=Lazy("training.data_you")
         if data.brought_by == caller.user
         else directory.operator_label(tx, data.brought_by),
-        licence=data.licence or Later("training.data_no_licence"),
+        licence=data.licence or Lazy("training.data_no_licence"),
         age=duration(caller.language, max(0, tx.now_ms - data.created_ms) / 1000),
     )

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import TypeVar
 
-from core.i18n.messages import Later, duration, money, say
+from core.i18n.messages import Lazy, duration, money, say
 from core.jobs.jobs import Job
 from core.jobs.protocol import Checked, Estimated, JobEvent, LeftOut, Preview, Redacted
 from core.types import Body, Button
@@ -45,7 +45,7 @@ def question(job: Job, events: Sequence[JobEvent], preview: Sequence[Preview]) -
 def estimate_text(language: str, estimated: Estimated, train_nano: int) -> str:
     """With `train_nano` to pay for each token."""
     to_pay = estimated.tokens * train_nano
-    price = Later("training.price", price=money(to_pay)) if to_pay else Later("training.price_none")
+    price = Lazy("training.price", price=money(to_pay)) if to_pay else Lazy("training.price_none")
     key = "training.estimate" if estimated.seconds else "training.estimate_unmeasured"
     return say(
         language,

@@ -19,15 +19,15 @@ from pathlib import Path
 from typing import BinaryIO
 
 from core.channels import directory
-from core.commands.table import Call, Grant
+from core.commands.table import Call
 from core.errors import AppError, BadInput
-from core.i18n.messages import Later
+from core.i18n.messages import Lazy
 from core.jobs import datasets, jobs
 from core.jobs.datasets import CONVERSATIONS, FEEDBACK
-from core.jobs.examples import MOST_TURNS, Said, conversations_of, examples_of
+from core.jobs.examples import MOST_TURNS, ConsentedExample, conversations_of, examples_of
 from core.storage.database import Database, Tx
 from core.storage.home import Home
-from core.types import Address, Attachment, Caller
+from core.types import Address, Attachment, Caller, Grant
 
 MAX_BYTES = 200 * 10**6
 MAX_OPEN = 8
@@ -142,7 +142,7 @@ async def fetched(home: Home, chunks: AsyncIterator[bytes], name: str, limit: in
         await asyncio.to_thread(file.seek, 0)
     except TimeoutError as error:
         file.close()
-        raise BadInput("training.dataset_unreadable", name=name, reason=Later("training.read_too_slow")) from error
+        raise BadInput("training.dataset_unreadable", name=name, reason=Lazy("training.read_too_slow")) from error
     except BaseException:
         file.close()
         raise
@@ -172,7 +172,7 @@ def _open(path: Path) -> BinaryIO | None:
     os.close(descriptor)
     if stat.S_ISDIR(mode):
         raise BadInput("training.dataset_is_folder", name=path.name)
-    raise BadInput("training.dataset_unreadable", name=path.name, reason=Later("training.read_no_file"))
+    raise BadInput("training.dataset_unreadable", name=path.name, reason=Lazy("training.read_no_file"))
 
 
 async def _bring_file(
@@ -269,5 +269,5 @@ async def _bring_sayings(
     return sha256, sayings.unreadable
 
 
-def _identity(said: Said) -> tuple[str, str, str]:
+def _identity(said: ConsentedExample) -> tuple[str, str, str]:
     return said.user, said.id, said.corrected_by

@@ -19,7 +19,7 @@ MOST_TURNS = 40_000  # the newest of them
 
 
 @dataclass(slots=True)
-class Said:
+class ConsentedExample:
     """One conversation of one person, as rows of a data set hold it. `id` is of what it was made from.
 
     `corrected_by`: whose words the answer is, where an operator has corrected it.
@@ -37,14 +37,14 @@ class Said:
 
 
 @dataclass(frozen=True, slots=True)
-class Sayings:
+class ConsentedExamples:
     """`unreadable` turns or replies are damaged, or of another key: they are left out, with what belongs to them."""
 
-    said: list[Said]
+    said: list[ConsentedExample]
     unreadable: int
 
 
-def conversations_of(tx: Tx, channel_id: int, *, slack: bool = False, most: int | None = None) -> Sayings:
+def conversations_of(tx: Tx, channel_id: int, *, slack: bool = False, most: int | None = None) -> ConsentedExamples:
     """What was asked since the person consented and not refused, each question with its answer; people stay apart.
 
     Of `most` turns, the newest; None is MOST_TURNS. Raises StoredUnreadable where not one of them can be read.
@@ -60,7 +60,7 @@ def conversations_of(tx: Tx, channel_id: int, *, slack: bool = False, most: int 
         " ORDER BY turn.id DESC LIMIT ?) ORDER BY conversation_id, user_hash, id",
         [channel_id, *forbidden, MOST_TURNS if most is None else most],
     )
-    said: dict[tuple[int, str], Said] = {}
+    said: dict[tuple[int, str], ConsentedExample] = {}
     question: tuple[tuple[int, str], str] | None = None
     unreadable = 0
     for row in rows:
@@ -72,13 +72,13 @@ def conversations_of(tx: Tx, channel_id: int, *, slack: bool = False, most: int 
         elif row["role"] == "user":
             question = (whose, text)
         elif question is not None and question[0] == whose:
-            one = said.setdefault(whose, Said(row["user_hash"], str(row["conversation_id"])))
+            one = said.setdefault(whose, ConsentedExample(row["user_hash"], str(row["conversation_id"])))
             one.messages += [{"role": "user", "content": question[1]}, {"role": "assistant", "content": text}]
             question = None
     return _counted(list(said.values()), unreadable, len(rows))
 
 
-def examples_of(tx: Tx, channel_id: int, *, slack: bool = False, most: int | None = None) -> Sayings:
+def examples_of(tx: Tx, channel_id: int, *, slack: bool = False, most: int | None = None) -> ConsentedExamples:
     """Replies with a thumb up as they were given, and corrected ones with the correction in the place of the answer.
 
     Of people who consented, for all that they say here or for this one reply. What came before an answer is read by the
@@ -107,7 +107,9 @@ def examples_of(tx: Tx, channel_id: int, *, slack: bool = False, most: int | Non
         if correction:
             answer = {"role": "assistant", "content": correction}
         earlier = [{**one, "weight": 0} if one["role"] == "assistant" else one for one in before]
-        said.append(Said(row["user_hash"], row["generation_id"], [*earlier, answer], row["corrected_by"] or ""))
+        said.append(
+            ConsentedExample(row["user_hash"], row["generation_id"], [*earlier, answer], row["corrected_by"] or "")
+        )
     return _counted(said, len(rows) - len(said), len(rows))
 
 
@@ -118,8 +120,8 @@ def _unsealed(tx: Tx, sealed: bytes) -> str | None:
         return None
 
 
-def _counted(said: list[Said], unreadable: int, of: int) -> Sayings:
+def _counted(said: list[ConsentedExample], unreadable: int, of: int) -> ConsentedExamples:
     """Raises StoredUnreadable where nothing was readable: then it is the key."""
     if of and unreadable == of:
         raise StoredUnreadable(detail=f"none of {of} stored texts can be read")
-    return Sayings(said, unreadable)
+    return ConsentedExamples(said, unreadable)

@@ -22,16 +22,16 @@ from typing import IO, BinaryIO, Self
 
 from core.channels import directory
 from core.channels.commands import Handler
-from core.commands.table import Call, Grant
+from core.commands.table import Call
 from core.delivery.deliveries import new_delivery
 from core.errors import BadInput
-from core.i18n.messages import Later, say
+from core.i18n.messages import Lazy, say
 from core.jobs import jobs
 from core.jobs.dataset_files import Fetch, bring_named, check_room, fetched, no_storage, typed_path
 from core.model.weights import tensor_entries
 from core.storage.database import Database, Tx
 from core.storage.home import Home
-from core.types import Body, Caller, Outcome, WakeTraining
+from core.types import Body, Caller, Grant, Outcome, WakeTraining
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MOST_BYTES = {CONFIG: 2**20, WEIGHTS: 2 * 2**30}
@@ -157,7 +157,7 @@ def _open_plain(path: Path) -> BinaryIO:
         raise BadInput("import.unreadable", name=path.name, reason=error.strerror or "?") from error
     if not stat.S_ISREG(os.fstat(descriptor).st_mode):
         os.close(descriptor)
-        raise BadInput("import.unreadable", name=path.name, reason=Later("training.read_no_file"))
+        raise BadInput("import.unreadable", name=path.name, reason=Lazy("training.read_no_file"))
     return os.fdopen(descriptor, "rb")
 
 
@@ -184,7 +184,7 @@ def _unpack_archive(file: BinaryIO, name: str, aside: Path) -> None:
         except (zipfile.BadZipFile, tarfile.TarError, EOFError, OSError, RuntimeError, NotImplementedError) as error:
             if isinstance(error, OSError) and error.errno is not None:
                 raise
-            raise BadInput("import.unreadable", name=name, reason=Later("import.no_archive")) from error
+            raise BadInput("import.unreadable", name=name, reason=Lazy("import.no_archive")) from error
         outermost = min((len(path.parts) for path in found.values()), default=0)
         for what in MOST_BYTES:
             if what not in found or len(found[what].parts) > outermost:

@@ -7,7 +7,7 @@ from dataclasses import asdict
 
 from core.adapters.commands import anyway_button, compare_button, discard_button, promote_button, worst_button
 from core.commands.words import as_word
-from core.i18n.messages import Later, duration, money, say
+from core.i18n.messages import Lazy, duration, money, say
 from core.jobs.data_messages import data_text, last, left_out_text, rows_text, short
 from core.jobs.datasets import OF_PEOPLE
 from core.jobs.jobs import EXPIRED, Job
@@ -85,7 +85,7 @@ def ended_body(job: Job, events: Sequence[JobEvent], *, resumable: bool) -> Body
     return report(job, events)
 
 
-def report(job: Job, events: Sequence[JobEvent], *, judged: Judged | None = None, now: Later | None = None) -> Body:
+def report(job: Job, events: Sequence[JobEvent], *, judged: Judged | None = None, now: Lazy | None = None) -> Body:
     """Of a published version: what was used, how it does on rows that it never saw, what to do next.
 
     `judged` is its verdict where the events are not kept any more, `now` what became of it, where that is more.
@@ -151,7 +151,7 @@ def _health_text(language: str, judged: Judged) -> list[str]:
         "high": f"{judged.ability_high:+.2f}",
         "limit": f"{MOST_FORGOTTEN:+.2f}",
         "most": f"{MOST_OF_A_SKILL:+.2f}",
-        "skill": Later(f"training.skill_{judged.skill}") if judged.skill else "",
+        "skill": Lazy(f"training.skill_{judged.skill}") if judged.skill else "",
         "worst": f"{judged.skill_change:+.2f}",
     }
     sound = {"sound": judged.asked - judged.unsound, "asked": judged.asked}

@@ -40,7 +40,7 @@ _PASSED = frozenset(
 _PASSED_GROUPS = ("LC_", "CUDA_", "NVIDIA_", "OMP_", "MKL_", "TORCH_", "NCCL_", "XDG_")
 
 
-class Trainer:
+class TrainerProcess:
     """Use once. `run` returns the exit status, negative for a signal; `stop` may be called at any time."""
 
     def __init__(
@@ -196,7 +196,7 @@ class Trainer:
                 os.killpg(self._process.pid, number)
 
 
-async def usher(trainer: Trainer, asked: Callable[[], int]) -> None:
+async def usher(trainer: TrainerProcess, asked: Callable[[], int]) -> None:
     """While people are answered the trainer stands still, and a moment longer: they ask again. Until cancelled.
 
     `asked` counts who is answered or waits. Running more slowly is not enough: each of chat's matrix products waits for

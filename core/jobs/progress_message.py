@@ -23,7 +23,7 @@ _OPEN_DEADLINE_S = 30.0
 _SHOW_DEADLINE_S = 10.0
 
 
-class Board:
+class ProgressMessage:
     """Open it once, then `post` events while `paint` runs."""
 
     def __init__(self, database: Database, deliveries: Deliveries, job: Job) -> None:

@@ -18,50 +18,13 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
+from core.config.sections import HyperParameters
 from core.errors import JobError
 
 SPEC_VERSION = 1
 SHOWN = "shown.json"
 PREVIEW = "preview.json"  # in the folder of a check: the rows that it chose to show
 EXIT_FINISHED, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 3
-
-
-Preset = Literal["auto", "card", "thorough"]
-PRESETS: Mapping[str, Mapping[str, Any]] = {
-    "auto": {},
-    "card": {"learning_rate": 1e-4, "dropout": 0.1, "clip_value": 0.5, "epochs": 4, "schedule": "constant"},
-    "thorough": {"learning_rate": 5e-4, "epochs": 8, "rank": 32, "alpha": 64, "rehearsal": 0.5},
-}
-
-
-@dataclass(frozen=True, slots=True)
-class HyperParameters:
-    """Of one fine-tune. Zero for a clip means off; dropout None means by the number of rows.
-
-    The defaults are those of the preset "auto". "card" is slow and careful, as model cards have it: Adam at 1e-4 with
-    dropout and clipping by value. "thorough" takes longer and stops by itself when nothing is gained any more.
-    """
-
-    preset: Preset = "auto"
-
-    rank: int = 16
-    alpha: int = 32
-    rslora: bool = False  # scale by alpha / sqrt(rank) (Kalajdzievski 2023, arXiv 2312.03732)
-    dropout: float | None = None
-    learning_rate: float = 1e-3
-    epochs: int = 2
-    patience: int = 2  # evaluations on the validation rows without a gain until it stops; 0 never stops early
-    rows_per_step: int = 4
-    clip_value: float = 1.0
-    clip_norm: float = 1.0
-    weight_decay: float = 0.0
-    warmup: float = 0.05
-    schedule: Literal["cosine", "constant"] = "cosine"
-    max_tokens: int = 1024
-    quantization: Literal["none", "4bit"] = "none"  # of the base model while it is trained on; 4bit is QLoRA
-    checkpointing: Literal["auto", "on", "off"] = "auto"  # compute activations twice instead of keeping them
-    rehearsal: float = 0.3  # rows of what the base can do, for each row of the data set; 0 is none
-    seed: int = 0
 
 
 @dataclass(frozen=True, slots=True)

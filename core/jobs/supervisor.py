@@ -20,15 +20,15 @@ from core.adapters.registry import Candidate
 from core.delivery.deliveries import Deliveries, keep_body, new_delivery
 from core.engine.protocol import EngineInfo
 from core.errors import AdapterUnusable, StorageFull
-from core.i18n.messages import Later
+from core.i18n.messages import Lazy
 from core.jobs import event_log, job_messages, jobs
-from core.jobs.checks import Checks, check_folder
+from core.jobs.checks import CheckWorker, check_folder
 from core.jobs.jobs import Job
 from core.jobs.process import COMMAND
-from core.jobs.progress_message import Board
+from core.jobs.progress_message import ProgressMessage
 from core.jobs.protocol import EXIT_FINISHED, SHOWN
 from core.jobs.resumable import begun_with
-from core.jobs.worker import Lane, Shop, TrainingSettings, with_line
+from core.jobs.worker import JobWorker, TrainingSettings, WorkerContext, with_line
 from core.storage.database import Database, Tx
 from core.storage.home import Home
 from core.types import AdapterRef
@@ -37,10 +37,10 @@ from core.usage import ledger
 log = logging.getLogger(__name__)
 CANDIDATE, OUT = "candidate", "out"
 
-__all__ = ["Training", "TrainingSettings"]
+__all__ = ["JobSupervisor", "TrainingSettings"]
 
 
-class Training:
+class JobSupervisor:
     """Both lines of jobs: what is to be checked, and what is to be trained."""
 
     def __init__(
@@ -55,9 +55,9 @@ class Training:
         asked: Callable[[], int] = lambda: 0,
     ) -> None:
         """`asked` counts who is answered on the same machine, or waits for it: meanwhile the trainer stands still."""
-        shop = Shop(database, home, deliveries, info, settings, command, asked)
-        self._trains = Trains(shop)
-        self._checks = Checks(shop, lambda: self._trains.busy)
+        shop = WorkerContext(database, home, deliveries, info, settings, command, asked)
+        self._trains = TrainingWorker(shop)
+        self._checks = CheckWorker(shop, lambda: self._trains.busy)
 
     def wake(self) -> None:
         """There may be a job, or one less."""
@@ -77,7 +77,7 @@ class Training:
             tasks.create_task(self._trains.stop(deadline_s))
 
 
-class Trains(Lane):
+class TrainingWorker(JobWorker):
     action, state = "train", "running"
 
     def due(self, tx: Tx) -> list[Job]:
@@ -97,13 +97,13 @@ class Trains(Lane):
             if await asyncio.to_thread(self._prepare, job, folder, champion):
                 await self._database.write(lambda tx: event_log.begin_anew(tx, job.id))
         except FileNotFoundError:
-            await self._fail(job, "ours", Later("training.why_no_data"))
+            await self._fail(job, "ours", Lazy("training.why_no_data"))
             return
         except OSError as error:
             _wait_out(error)
-            await self._fail(job, "ours", Later("training.why_folder", error=error.strerror))
+            await self._fail(job, "ours", Lazy("training.why_folder", error=error.strerror))
             return
-        board = Board(self._database, self._deliveries, job)
+        board = ProgressMessage(self._database, self._deliveries, job)
         await board.open(await self._delivery(job))
         while not self._stopping and await self._is_on(job):
             status, failed = await self._run_trainer(job, folder, board)
@@ -160,7 +160,7 @@ class Trains(Lane):
         try:
             candidate = await asyncio.to_thread(registry.inspect, out)
             if unfit := self._unfit(job, candidate):
-                await self._fail(job, "ours", Later(unfit), of_use=False)
+                await self._fail(job, "ours", Lazy(unfit), of_use=False)
                 return
             if not await self._database.write(lambda tx: jobs.publishing(tx, job.id, candidate.sha256)):
                 return
@@ -185,7 +185,7 @@ class Trains(Lane):
             await self._refuse(job, error)
             return True
         if candidate.sha256 != sha256:
-            await self._fail(job, "ours", Later("training.why_damaged"))
+            await self._fail(job, "ours", Lazy("training.why_damaged"))
             return True
         await self._write_down(job, candidate)
         return True
@@ -196,7 +196,7 @@ class Trains(Lane):
         if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError | NotADirectoryError):
             raise error
         log.error("job.result_unusable", extra={"job": job.id, "error": error.detail})
-        await self._fail(job, "ours", Later("training.why_result"))
+        await self._fail(job, "ours", Lazy("training.why_result"))
 
     async def _write_down(self, job: Job, candidate: Candidate) -> None:
         """The version, the job's end, its charge and what is said of it, in one transaction."""

@@ -16,16 +16,17 @@ from contextlib import suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
+from core.config.sections import HyperParameters
 from core.delivery.deliveries import Deliveries, keep_body, kept_body, new_delivery
 from core.engine.protocol import EngineInfo
 from core.errors import AppError, JobError, StorageError
-from core.i18n.messages import Later, say
+from core.i18n.messages import Lazy, say
 from core.jobs import datasets, event_log, job_messages, jobs
 from core.jobs.dataset_files import stored
 from core.jobs.jobs import Job
-from core.jobs.process import COMMAND, Trainer, usher
-from core.jobs.progress_message import Board
-from core.jobs.protocol import Failed, HyperParameters, JobEvent, Spec
+from core.jobs.process import COMMAND, TrainerProcess, usher
+from core.jobs.progress_message import ProgressMessage
+from core.jobs.protocol import Failed, JobEvent, Spec
 from core.jobs.resumable import empty, has_learned
 from core.storage.database import Database, Tx
 from core.storage.home import Home
@@ -54,7 +55,7 @@ class TrainingSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Shop:
+class WorkerContext:
     """What every lane works with."""
 
     database: Database
@@ -67,29 +68,29 @@ class Shop:
 
 
 @dataclass(frozen=True, slots=True)
-class _Trouble:
+class _Postponed:
     """How often a job could not be done for a reason that is not the job's, and until when it is put off."""
 
     tries: int
     until: float  # of time.monotonic
 
 
-class Lane(ABC):
+class JobWorker(ABC):
     """`run` must be running for jobs to be done; `wake` says that there may be one, or one less."""
 
     action = ""  # what `python -m finetune` is asked to do
     state = ""  # of a job while it does it
 
-    def __init__(self, shop: Shop) -> None:
+    def __init__(self, shop: WorkerContext) -> None:
         self.shop = shop
         self._database, self._home, self._deliveries = shop.database, shop.home, shop.deliveries
         self._settings = shop.settings
         self._changed = asyncio.Event()
         self._idle = asyncio.Event()
         self._idle.set()
-        self._trainer: Trainer | None = None
+        self._trainer: TrainerProcess | None = None
         self._stopping = False
-        self._troubles: dict[int, _Trouble] = {}
+        self._troubles: dict[int, _Postponed] = {}
 
     # --- what a kind of work is ---
 
@@ -162,7 +163,7 @@ class Lane(ABC):
 
     async def _do(self, job: Job) -> None:
         if job.open and self.shop.info.folder is None and self.shop.command == COMMAND:
-            await self._fail(job, "ours", Later("training.why_no_base", model=self.shop.info.model))
+            await self._fail(job, "ours", Lazy("training.why_no_base", model=self.shop.info.model))
         elif job.open:
             await self.work(job)
         ended = await self._database.read(lambda tx: jobs.find(tx, job.id))
@@ -177,13 +178,13 @@ class Lane(ABC):
         """Trouble of our own, or of a platform: the others first. After some tries the job, or its message, is over."""
         tries = self._troubles[job.id].tries + 1 if job.id in self._troubles else 1
         wait_s = min(self._settings.retry_s * 2 ** (tries - 1), _LONGEST_WAIT_S)
-        self._troubles[job.id] = _Trouble(tries, time.monotonic() + wait_s)
+        self._troubles[job.id] = _Postponed(tries, time.monotonic() + wait_s)
         if tries < _TRIES or isinstance(error, StorageError):  # a full disk is waited out
             return
         try:
             if await self._is_open(job) and not await self._database.read(lambda tx: jobs.is_asking(tx, job.id)):
                 await self._fail(job, "ours", _reason(error))
-                self._troubles[job.id] = _Trouble(0, 0)
+                self._troubles[job.id] = _Postponed(0, 0)
             else:
                 await self._database.write(lambda tx: jobs.give_up_message(tx, job.id))
                 del self._troubles[job.id]
@@ -192,10 +193,10 @@ class Lane(ABC):
 
     # --- its trainer ---
 
-    async def _run_trainer(self, job: Job, folder: Path, board: Board) -> tuple[int, Failed | None]:
+    async def _run_trainer(self, job: Job, folder: Path, board: ProgressMessage) -> tuple[int, Failed | None]:
         """(exit status, what it said of its failure)."""
         failed: list[Failed] = []
-        self._trainer = trainer = Trainer(
+        self._trainer = trainer = TrainerProcess(
             folder,
             self._home.logs / f"job-{job.id}.log",
             action=self.action,
@@ -222,7 +223,7 @@ class Lane(ABC):
         log.info("trainer.ended", extra={"job": job.id, "status": status})
         return status, failed[-1] if failed else None
 
-    async def _watch(self, job: Job, trainer: Trainer) -> None:
+    async def _watch(self, job: Job, trainer: TrainerProcess) -> None:
         """Stop the trainer of a job that is cancelled, also where it is to go on already: that is another turn."""
         while await self._is_on(job):
             await self._wait(LOOK_AGAIN_S)
@@ -236,8 +237,8 @@ class Lane(ABC):
         attempts = await self._database.write(lambda tx: jobs.count_attempt(tx, job.id))
         log.warning("trainer.died", extra={"job": job.id, "status": status, "attempts": attempts})
         if attempts >= _ATTEMPTS:
-            how = Later("training.by_signal" if status < 0 else "training.by_status", n=abs(status))
-            await self._fail(job, "ours", Later("training.why_died", n=attempts, how=how))
+            how = Lazy("training.by_signal" if status < 0 else "training.by_status", n=abs(status))
+            await self._fail(job, "ours", Lazy("training.why_died", n=attempts, how=how))
         else:
             await self._wait(self._settings.retry_s)
 
@@ -300,7 +301,7 @@ class Lane(ABC):
 
         `of_use`: whether it may go on from what it has learned, where it has.
         """
-        told = reason.said(job.language) if isinstance(reason, Later) else reason
+        told = reason.said(job.language) if isinstance(reason, Lazy) else reason
         learned = of_use and await asyncio.to_thread(has_learned, self._home.jobs / str(job.id))
         await self._database.write(lambda tx: jobs.fail(tx, job.id, fault, told, learned=learned))
         log.warning("job.failed", extra={"job": job.id, "fault": fault})
@@ -354,11 +355,11 @@ def with_line(failed: Failed, language: str) -> str:
     return failed.reason if known else say(language, "data.line", line=failed.line, reason=failed.reason)
 
 
-def _reason(error: Exception) -> Later:
+def _reason(error: Exception) -> Lazy:
     """What is told of it: its own sentence, or its name."""
     if isinstance(error, JobError):
-        return Later(error.key, **error.fields)
-    return Later("training.why_unexpected", error=type(error).__name__)
+        return Lazy(error.key, **error.fields)
+    return Lazy("training.why_unexpected", error=type(error).__name__)
 
 
 def _cause(error: Exception) -> Exception:

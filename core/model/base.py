@@ -16,9 +16,7 @@ from typing import Any
 
 import torch
 
-from core.engine.cpu.int8 import quantize
-from core.engine.protocol import ModelSettings
-from core.engine.runtime import attention
+from core.config.sections import ModelSettings
 from core.errors import ModelLoadFailed, OutOfMemory
 from core.model import demo
 from core.model.demo import Progress, demo_folder
@@ -33,6 +31,15 @@ QUANTIZATIONS = ("none", "int8", "8bit", "4bit")
 CAUSAL = ("ForCausalLM", "LMHeadModel", "ForConditionalGeneration")
 TOKENIZER_FILES = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
 HUB_FILES = ["*.json", "*.safetensors", "*.jinja", "*.model", "*.txt"]
+
+# Types whose attention is code of their own that transformers cannot lead elsewhere, known to be full and to add the
+# mask that it is given to its scores. Others of that sort have windows or biases by position, which a mask would break.
+BY_MASK = frozenset({"codegen", "falcon", "gptj", "xglm"})
+
+
+def attends_by_mask(config: Any) -> bool:
+    """Whether such a model attends by its own code, and sees what the mask that it is given allows."""
+    return config.model_type in BY_MASK
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,7 +64,8 @@ def load_model(
 ) -> BaseModel:
     """Load what the settings name. `cache` takes the converted demo model; `threads` 0 means as torch has it.
 
-    Raises ModelLoadFailed with a detail that names the thing, the value and the way out; OutOfMemory.
+    int8 weights are quantised later, by core.engine.runtime.loading. Raises ModelLoadFailed with a detail that names
+    the thing, the value and the way out; OutOfMemory.
     """
     device, dtype = _device(settings.device), _dtype(settings)
     _check_quantization(settings.quantization, device, dtype)
@@ -324,8 +332,7 @@ def _module(folder: Path, config: Any, device: torch.device, dtype: torch.dtype,
     kind: Any = MODEL_FOR_CAUSAL_LM_MAPPING[type(config)]
     if getattr(kind, "_is_stateful", False):
         raise _unfit(config, "it keeps a state that is not plain keys and values")
-    own = attention.by_mask(config)
-    if not (own or kind._can_set_attn_implementation()):
+    if not (attends_by_mask(config) or kind._can_set_attn_implementation()):
         raise _unfit(config, "its attention is code of its own, which cannot be led to the engine's slots")
     options: dict[str, Any] = {"device_map": device} if device.type == "cuda" else {}
     if quantization in ("8bit", "4bit"):
@@ -335,7 +342,7 @@ def _module(folder: Path, config: Any, device: torch.device, dtype: torch.dtype,
             folder,
             config=config,
             dtype=dtype,
-            attn_implementation="eager" if own else attention.NAME,
+            attn_implementation="eager",
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=True,
@@ -351,8 +358,6 @@ def _module(folder: Path, config: Any, device: torch.device, dtype: torch.dtype,
         raise ModelLoadFailed(detail=f"the weights in {folder} do not fill the model: {len(wrong)} wrong, {wrong[0]}")
     module = module.requires_grad_(False).eval()
     make_plain(module)
-    if quantization == "int8":
-        quantize(module)
     return module  # type: ignore[no-any-return]  # transformers is not typed
 
 

@@ -41,7 +41,7 @@ class ChatTokenizer(Protocol):
 
 
 @dataclass(frozen=True, slots=True)
-class Rendered:
+class RenderedPrompt:
     """The prompt of one reply. `dropped` counts the oldest messages that were left out to fit."""
 
     ids: tuple[int, ...]
@@ -56,7 +56,7 @@ class TrainingRow:
     supervised: tuple[bool, ...]
 
 
-def render(messages: Sequence[Message], tokenizer: ChatTokenizer, max_tokens: int) -> Rendered:
+def render(messages: Sequence[Message], tokenizer: ChatTokenizer, max_tokens: int) -> RenderedPrompt:
     """Render up to the point where the model speaks; drop the oldest exchanges until it fits max_tokens.
 
     Leading system messages and the last message always stay. What is left begins with a user's turn.
@@ -69,12 +69,12 @@ def render(messages: Sequence[Message], tokenizer: ChatTokenizer, max_tokens: in
 
     whole = ids_from(starts[0])  # as nearly all do: then it is rendered once
     if len(whole) <= max_tokens:
-        return Rendered(whole, dropped=0)
+        return RenderedPrompt(whole, dropped=0)
     first = bisect_left(starts, True, lo=1, key=lambda start: len(ids_from(start)) <= max_tokens)
     while first < len(starts):
         ids = ids_from(starts[first])
         if len(ids) <= max_tokens:
-            return Rendered(ids, dropped=starts[first] - head)
+            return RenderedPrompt(ids, dropped=starts[first] - head)
         first += 1  # a template whose length does not shrink with every dropped turn
     raise PromptTooLong(tokens=len(ids_from(starts[-1])), limit=max_tokens)
 

@@ -17,7 +17,7 @@ from core.channels.commands import Handler
 from core.chat import feedback
 from core.commands.table import Call
 from core.errors import UnknownThing
-from core.i18n.messages import Later, duration, say
+from core.i18n.messages import Lazy, duration, say
 from core.jobs import jobs
 from core.privacy.retention import clean, keep_clean, kept_tombstones, retention_of, sweep, tombstones, try_sweep
 from core.storage.database import Database, Tx, Value
@@ -151,13 +151,13 @@ async def reapply(database: Database, home: Home) -> None:
     await try_sweep(database, home)
 
 
-def _consent_state(tx: Tx, caller: Caller) -> Later:
+def _consent_state(tx: Tx, caller: Caller) -> Lazy:
     """What a person allows here: all, single replies, or nothing."""
     key: list[Value] = [caller.user, caller.channel.id]
     if tx.value("SELECT 1 FROM consent WHERE user_hash = ? AND channel_id = ?", key):
-        return Later("privacy.consent_is_on")
+        return Lazy("privacy.consent_is_on")
     shared = int(tx.value("SELECT count(*) FROM example WHERE user_hash = ? AND channel_id = ? AND shared = 1", key))
-    return Later("privacy.consent_is_for_some", n=shared) if shared else Later("privacy.consent_is_off")
+    return Lazy("privacy.consent_is_for_some", n=shared) if shared else Lazy("privacy.consent_is_off")
 
 
 def _conversations_of(tx: Tx, user_hash: str) -> list[ForgetMemory]:

@@ -230,7 +230,7 @@ async def try_sweep(database: Database, home: Home) -> None:
 
 
 @dataclass(frozen=True, slots=True)
-class _Rows:
+class _StoredFiles:
     """What the database says of files: what it knows, and what of this is to go."""
 
     datasets: frozenset[str]
@@ -242,12 +242,12 @@ class _Rows:
     typed_ms: int  # what was typed at the terminal before that is not kept
 
 
-def _rows(tx: Tx) -> _Rows:
+def _rows(tx: Tx) -> _StoredFiles:
     def column(sql: str) -> frozenset[str]:
         return frozenset(str(row["value"]) for row in tx.all(sql))
 
     local = tx.cipher.hash_user(directory.TERMINAL, "home", directory.LOCAL_USER)
-    return _Rows(
+    return _StoredFiles(
         datasets=column("SELECT sha256 AS value FROM dataset WHERE erased_ms IS NULL"),
         erased_datasets=column("SELECT sha256 AS value FROM dataset WHERE erased_ms IS NOT NULL"),
         adapters=column("SELECT sha256 AS value FROM adapter"),
@@ -261,7 +261,7 @@ def _rows(tx: Tx) -> _Rows:
     )
 
 
-def _sweep_files(home: Home, rows: _Rows) -> None:
+def _sweep_files(home: Home, rows: _StoredFiles) -> None:
     for path in _entries(home.datasets):
         if path.name in rows.erased_datasets or (path.name not in rows.datasets and _age_s(path) > _LEFT_OVER_S):
             path.unlink(missing_ok=True)

@@ -14,10 +14,10 @@ from pathlib import Path
 
 from core import charts
 from core.channels import directory
-from core.commands.table import Call, Grant
+from core.commands.table import Call
 from core.storage.database import Database, Row, Tx
 from core.storage.home import Home
-from core.types import Caller
+from core.types import Caller, Grant
 from core.usage.ledger import day_of
 
 DAYS = 30

@@ -7,7 +7,7 @@ from dataclasses import dataclass, replace
 from itertools import groupby
 
 from core.errors import BadInput
-from core.i18n.messages import Later
+from core.i18n.messages import Lazy
 from core.model.chat_format import ChatTokenizer, TrainingRow, render_training
 from core.types import Role
 from finetune.data.reader import Report, check_enough
@@ -46,7 +46,7 @@ def encode(
             report.reject(conversation.line, error.reason)
             continue
         if dropped := len(served.turns) - len(shorter.turns):
-            report.mend(conversation.line, Later("data.shortened", n=dropped, limit=max_tokens))
+            report.mend(conversation.line, Lazy("data.shortened", n=dropped, limit=max_tokens))
         rows.append(Row(row, conversation.key, conversation.line, shorter))
     check_enough(report)
     return rows

@@ -19,7 +19,7 @@ from finetune.data.reader import Report, bad, read
 from finetune.data.redact import write_redacted
 from finetune.data.split import Split, rows_missing, split
 from finetune.limits import MEMORY_BYTES, SECONDS, TooCostly, bounded
-from finetune.modeling.base import Base, check_device, find_base
+from finetune.modeling.base import TrainingBase, check_device, find_base
 from finetune.modeling.fresh import fresh_base
 
 log = logging.getLogger(__name__)
@@ -29,7 +29,7 @@ BINS = 12  # of the histogram of lengths
 
 @dataclass(frozen=True, slots=True)
 class Prepared:
-    base: Base
+    base: TrainingBase
     encoded: Sequence[Row]
     split: Split
     report: Report
@@ -103,7 +103,7 @@ def prepare(folder: Path, spec: Spec, emit: Emit) -> Prepared:
     return Prepared(base, rows, parts, report)
 
 
-def _read_rows(path: Path, folder: Path, spec: Spec, emit: Emit) -> tuple[Base, list[Row], Report]:
+def _read_rows(path: Path, folder: Path, spec: Spec, emit: Emit) -> tuple[TrainingBase, list[Row], Report]:
     """The rows of the file, or (spec.redact) of the same without personal data.
 
     For a model that begins from nothing, the text decides about its tokenizer first.
@@ -126,7 +126,7 @@ def _read_rows(path: Path, folder: Path, spec: Spec, emit: Emit) -> tuple[Base, 
     return base, rows, report
 
 
-def _longest(spec: Spec, base: Base) -> int:
+def _longest(spec: Spec, base: TrainingBase) -> int:
     """How many tokens a row may have: what is set, and no more than the model takes."""
     return min(spec.hyper.max_tokens, base.context)
 

@@ -16,7 +16,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from core.errors import BadDataset
-from core.i18n.messages import Later
+from core.i18n.messages import Lazy
 from finetune.data.personal import find
 from finetune.data.records import ALIKE, BadRecord, Conversation, read_record
 from finetune.data.sheets import BadSheet, rows
@@ -44,17 +44,17 @@ class Report:
     mended: int = 0
     near: int = 0  # used, and the same as an earlier one but for case, punctuation and spaces
     first_near: int = 0  # its line
-    rejections: list[Later] = field(default_factory=list)
-    mendings: list[Later] = field(default_factory=list)
+    rejections: list[Lazy] = field(default_factory=list)
+    mendings: list[Lazy] = field(default_factory=list)
     doubled: list[int] = field(default_factory=list)  # lines
     first: int = 0  # the line of the first rejection
     personal: dict[str, tuple[int, int]] = field(default_factory=dict)  # kind: (how many, the first one's line)
 
-    def reject(self, line: int, reason: Later) -> None:
+    def reject(self, line: int, reason: Lazy) -> None:
         self.rejected += 1
         self.first = self.first or line
         if len(self.rejections) < NAMED:
-            self.rejections.append(Later("data.line", line=line, reason=reason))
+            self.rejections.append(Lazy("data.line", line=line, reason=reason))
 
     def double(self, line: int) -> None:
         self.duplicates += 1
@@ -70,25 +70,25 @@ class Report:
             before, first = self.personal.get(kind, (0, line))
             self.personal[kind] = (before + n, first)
 
-    def personal_data(self) -> list[Later]:
-        return [Later(f"data.personal_{kind}", n=n, line=line) for kind, (n, line) in self.personal.items()]
+    def personal_data(self) -> list[Lazy]:
+        return [Lazy(f"data.personal_{kind}", n=n, line=line) for kind, (n, line) in self.personal.items()]
 
-    def noted(self) -> list[Later]:
+    def noted(self) -> list[Lazy]:
         """What was mended, after what is to be known of all rows together."""
-        near = [Later("data.near", n=self.near, line=self.first_near)] if self.near else []
+        near = [Lazy("data.near", n=self.near, line=self.first_near)] if self.near else []
         return [*near, *self.mendings]
 
-    def mend(self, line: int, reason: Later) -> None:
+    def mend(self, line: int, reason: Lazy) -> None:
         self.mended += 1
         if len(self.mendings) < NAMED:
-            self.mendings.append(Later("data.line", line=line, reason=reason))
+            self.mendings.append(Lazy("data.line", line=line, reason=reason))
 
 
 def bad(line: int, key: str, **fields: object) -> BadDataset:
     """The file as a whole cannot be used, for what stands in that line, or 0; `fields["reason"]` is a sentence of
     [data].
     """
-    reason = Later(f"data.{key}", **fields)
+    reason = Lazy(f"data.{key}", **fields)
     where = f"line {line}: " if line else ""
     return BadDataset(detail=f"{where}{reason.said('en')}", line=line, reason=reason)
 

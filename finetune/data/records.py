@@ -21,7 +21,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
-from core.i18n.messages import Later, Refused
+from core.i18n.messages import Lazy, Refusal
 from core.types import Message, Role
 
 MAX_TURNS = 400
@@ -52,7 +52,7 @@ ANSWER = frozenset(
 )
 
 
-class BadRecord(Refused):
+class BadRecord(Refusal):
     """The record cannot be used; `reason`, a sentence of the section [data], says why, without repeating its text."""
 
     def __init__(self, key: str, **fields: object) -> None:
@@ -84,15 +84,15 @@ class Conversation:
 class Mending:
     """Collects what was changed so that a record could be used."""
 
-    said: list[Later]
+    said: list[Lazy]
 
     def note(self, key: str, **fields: object) -> None:
-        what = Later(f"data.{key}", **fields)
+        what = Lazy(f"data.{key}", **fields)
         if not any((str(one), one.fields) == (str(what), what.fields) for one in self.said):
             self.said.append(what)
 
 
-def read_record(record: Any, columns: Mapping[str, str] | None = None) -> tuple[Conversation, tuple[Later, ...]]:
+def read_record(record: Any, columns: Mapping[str, str] | None = None) -> tuple[Conversation, tuple[Lazy, ...]]:
     """(conversation, what had to be mended). `columns` names question, answer and system. Raises BadRecord."""
     if not isinstance(record, Mapping):
         raise BadRecord("no_object", kind=_kind(record))
@@ -259,9 +259,9 @@ def _text(given: Any, where: str, mending: Mending) -> str:
     return text
 
 
-def _kind(value: Any) -> Later:
+def _kind(value: Any) -> Lazy:
     names = {dict: "object", list: "list", str: "text", bool: "bool", type(None): "empty"}
-    return Later(f"data.kind_{names.get(type(value), 'number')}")
+    return Lazy(f"data.kind_{names.get(type(value), 'number')}")
 
 
 def _in_turn(turns: list[Turn], mending: Mending) -> list[Turn]:

@@ -24,7 +24,7 @@ from finetune.data.prepare import Prepared
 from finetune.evaluation import sanity
 from finetune.evaluation.gate import Health, Scores, forgotten, judge
 from finetune.evaluation.retention_set import OwnAnswers, answer, end_tokens
-from finetune.evaluation.row_losses import Meter, supervised
+from finetune.evaluation.row_losses import RowLosses, supervised
 from finetune.modeling.methods import Trained
 from finetune.training.checkpoint import write_durably
 
@@ -38,7 +38,7 @@ Keep = Callable[[Path, bytes], None]  # writes a file durably, if it is this pro
 
 
 @dataclass(frozen=True, slots=True)
-class Examined:
+class Evaluation:
     """`losses` are named as in the manifest: test_base, test_candidate, ability."""
 
     judged: Judged
@@ -46,17 +46,17 @@ class Examined:
 
 
 @dataclass(frozen=True, slots=True)
-class Exam:
+class Evaluator:
     folder: Path
     spec: Spec
     prepared: Prepared
     own: OwnAnswers
     trained: Trained
-    meter: Meter
+    meter: RowLosses
     warn: Warn
     keep: Keep = write_durably
 
-    def take(self, candidate: Carrying, tell: Tell, *, step: int = 0) -> Examined:
+    def take(self, candidate: Carrying, tell: Tell, *, step: int = 0) -> Evaluation:
         """Raises JobError for a loss that is not finite; Interrupted."""
         numbers = self.prepared.split.test
         tokens = supervised(self.prepared.tested(numbers))
@@ -82,7 +82,7 @@ class Exam:
         )
         if not self.prepared.plain:  # the pieces of a text ask nothing
             self.keep(self.folder / SHOWN, self._shown(judged).dump().encode())
-        return Examined(judged, losses)
+        return Evaluation(judged, losses)
 
     def _shown(self, judged: Judged) -> Shown:
         """The texts of the rows that lost most, and questions that a person may compare answers on."""

@@ -24,7 +24,7 @@ from core.model.chat_format import TrainingRow, render
 from core.types import Message, Role
 from finetune.data.prepare import Emit
 from finetune.evaluation.row_losses import Listen
-from finetune.modeling.base import Base
+from finetune.modeling.base import TrainingBase
 from finetune.training.checkpoint import write_durably
 
 log = logging.getLogger(__name__)
@@ -70,7 +70,7 @@ def how_many(known: int, rows: int, share: float) -> int:
     return min(known, max(FEWEST_REHEARSED, round(rows * share))) if share > 0 else 0
 
 
-def asked(base: Base, instructions: str) -> Asked:
+def asked(base: TrainingBase, instructions: str) -> Asked:
     """Those that leave the model room for an answer."""
     given = _prompts()
     rehearsed = [_prompt(prompt, instructions, base) for prompt in given["rehearsed"]]
@@ -85,14 +85,14 @@ def asked(base: Base, instructions: str) -> Asked:
     )
 
 
-def is_kept(spec: Spec, base: Base) -> bool:
+def is_kept(spec: Spec, base: TrainingBase) -> bool:
     """Whether an earlier job has left the base's answers under these instructions."""
     key = _key(base, spec.instructions)
     return bool(spec.cache) and _kept(Path(spec.cache) / f"{key[:32]}.json", key) is not None
 
 
 def own_answers(
-    folder: Path, cache: Path | None, base: Base, instructions: str, model: Any, listen: Listen, emit: Emit
+    folder: Path, cache: Path | None, base: TrainingBase, instructions: str, model: Any, listen: Listen, emit: Emit
 ) -> OwnAnswers:
     """The base's answers under these instructions: of this job, else of an earlier one, else made now.
 
@@ -176,7 +176,7 @@ def _answer_batch(
 
 
 def _make(
-    begun: Path, key: str, prompts: Asked, base: Base, model: Any, listen: Listen, emit: Emit
+    begun: Path, key: str, prompts: Asked, base: TrainingBase, model: Any, listen: Listen, emit: Emit
 ) -> dict[str, list[Answer | None]]:
     """Batch by batch, written down after each."""
     ends = end_tokens(model, base.tokenizer)
@@ -206,7 +206,7 @@ def _prompts() -> dict[str, Any]:
     return tomllib.loads(PROMPTS.read_text("utf-8"))
 
 
-def _prompt(prompt: str, instructions: str, base: Base) -> tuple[int, ...]:
+def _prompt(prompt: str, instructions: str, base: TrainingBase) -> tuple[int, ...]:
     system = (Message(Role.SYSTEM, instructions),) if instructions else ()
     try:
         return render((*system, Message(Role.USER, prompt)), base.tokenizer, 10**9).ids
@@ -220,7 +220,7 @@ def _row(answer: Sequence[Any]) -> TrainingRow:
     return TrainingRow(tuple(ids), (False,) * start + (True,) * (len(ids) - start))
 
 
-def _key(base: Base, instructions: str) -> str:
+def _key(base: TrainingBase, instructions: str) -> str:
     parts = (base.fingerprint, base.template_sha256, instructions, PROMPTS.read_text("utf-8"))
     return hashlib.sha256("\x1f".join((*parts, f"{REHEARSED_TOKENS} {MEASURED_TOKENS}")).encode()).hexdigest()
 

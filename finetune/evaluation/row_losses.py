@@ -17,7 +17,7 @@ from finetune.modeling.loss import Scorer
 Listen = Callable[[], None]  # raises Interrupted when the job is to stop
 
 
-class Meter:
+class RowLosses:
     """`prefix` is how many tokens all rows share (0: rows are padded); `listen` is called before each micro-batch."""
 
     def __init__(self, scorer: Scorer, device: torch.device, *, prefix: int, micro_tokens: int, listen: Listen) -> None:

@@ -22,7 +22,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
+class TrainingBase:
     """`name` is for people: it never holds a path of this machine."""
 
     name: str
@@ -40,7 +40,7 @@ def check_device(spec: Spec) -> None:
         raise refused("no_device", device=spec.device, n=there)
 
 
-def find_base(spec: Spec, job_folder: Path, fresh: Path | None = None) -> Base:
+def find_base(spec: Spec, job_folder: Path, fresh: Path | None = None) -> TrainingBase:
     """Check the base model, load its tokenizer and read its context.
 
     Raises JobError if it is not the model of spec.fingerprint. `fresh` is the folder of one that has just been drawn.
@@ -56,7 +56,7 @@ def find_base(spec: Spec, job_folder: Path, fresh: Path | None = None) -> Base:
     tokenizer = load_tokenizer(folder)
     template = hashlib.sha256(str(tokenizer.get_chat_template()).encode()).hexdigest()
     name = "a fresh configuration" if fresh else spec.model_name or folder.name
-    return Base(name, found, template, folder, tokenizer, _context(folder))
+    return TrainingBase(name, found, template, folder, tokenizer, _context(folder))
 
 
 def _context(folder: Path) -> int:
@@ -92,7 +92,7 @@ def choose_dtype(spec: Spec) -> torch.dtype:
     return DTYPES[spec.dtype]
 
 
-def load_module(base: Base, spec: Spec, device: torch.device | None = None) -> Any:
+def load_module(base: TrainingBase, spec: Spec, device: torch.device | None = None) -> Any:
     """The model itself, frozen, on the spec's device or this one. Raises JobError."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
@@ -116,7 +116,7 @@ def load_module(base: Base, spec: Spec, device: torch.device | None = None) -> A
         raise JobError("training.why_base", f"the base model in {base.folder} cannot be loaded: {error}") from error
 
 
-def load_again(base: Base, spec: Spec, device: torch.device) -> Any:
+def load_again(base: TrainingBase, spec: Spec, device: torch.device) -> Any:
     """The same once more. Raises JobError also where its files are others by now."""
     if fingerprint(base.folder) != base.fingerprint:
         detail = f"the base model in {base.folder} was changed while it was trained from"

@@ -13,7 +13,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from core.engine.lora.adapter_files import Base, load_adapter
+from core.engine.lora.adapter_files import AdapterTarget, load_adapter
 from core.errors import AdapterUnusable, JobError
 from core.types import AdapterRef
 from finetune.modeling.lowrank import LoraLinear, Siblings
@@ -148,7 +148,7 @@ class with_adapter:
         if any(is_shard(layer.lora_A) for layer in self.layers.values()):
             raise AdapterUnusable(detail="a model that is sharded over processes cannot answer from another adapter")
         shapes = {name: (layer.base.out_features, layer.base.in_features) for name, layer in self.layers.items()}
-        self.pairs = load_adapter(AdapterRef("", folder, folder.name), Base(fingerprint, shapes)).pairs
+        self.pairs = load_adapter(AdapterRef("", folder, folder.name), AdapterTarget(fingerprint, shapes)).pairs
 
     def __enter__(self) -> None:
         self.own = {name: (layer.lora_A, layer.lora_B, layer.scale) for name, layer in self.layers.items()}

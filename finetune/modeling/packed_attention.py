@@ -22,7 +22,7 @@ ALIKE = 0.8  # of the longest row's tokens: from there on a product of their own
 SCORES_KEPT = 2**22  # numbers a layer keeps at most (16 MiB); longer rows go by the mask, whose kernel keeps none
 
 
-class Piece:
+class PackedRows:
     """Rows of like length, one after another, that see `seen` tokens of the prefix and themselves."""
 
     def __init__(self, seen: int, start: int, own: Sequence[int]) -> None:
@@ -64,10 +64,10 @@ class Layout:
     """How rows lie in a packed one: the prefix, then each row's own tokens."""
 
     def __init__(self, prefix: int, own: Sequence[int]) -> None:
-        self.pieces = [Piece(0, 0, [prefix])]  # first: in `take_seen` the others add to what it has put there
+        self.pieces = [PackedRows(0, 0, [prefix])]  # first: in `take_seen` the others add to what it has put there
         start = prefix
         for some in _alike(own):
-            self.pieces.append(Piece(prefix, start, some))
+            self.pieces.append(PackedRows(prefix, start, some))
             start += sum(some)
 
     def scores(self) -> int:
@@ -169,7 +169,7 @@ def _by_key(laid: Tensor, kv: int) -> Tensor:
     return laid.view(len(laid) * kv, -1, laid.shape[-1])
 
 
-def _by_head(given: Tensor, heads: int, piece: Piece) -> Tensor:
+def _by_head(given: Tensor, heads: int, piece: PackedRows) -> Tensor:
     """The way back: (R * kv, group * L, D) -> (R, H, L, D)."""
     return given.view(len(piece.own), heads, piece.longest, -1)
 

@@ -22,13 +22,13 @@ class RmsNorm(nn.Module):
         self.weight, self.variance_epsilon = weight, eps
 
     def forward(self, x: Tensor) -> Tensor:
-        y: Tensor = _RmsNorm.apply(  # type: ignore[no-untyped-call]  # torch types no apply
+        y: Tensor = _RmsNormFunction.apply(  # type: ignore[no-untyped-call]  # torch types no apply
             x, self.weight, self.variance_epsilon
         )
         return y
 
 
-class _RmsNorm(torch.autograd.Function):
+class _RmsNormFunction(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor, eps: float) -> Tensor:
         length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)

@@ -13,7 +13,8 @@ from datetime import UTC, datetime
 from importlib.metadata import version
 from typing import Any
 
-from core.jobs.protocol import HyperParameters, Judged, Method, Spec
+from core.config.sections import HyperParameters
+from core.jobs.protocol import Judged, Method, Spec
 from finetune.data.prepare import Prepared
 from finetune.modeling.base import choose_dtype
 from finetune.modeling.methods import Trained

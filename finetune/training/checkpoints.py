@@ -23,7 +23,7 @@ from core.errors import JobError
 from core.jobs.protocol import Spec
 from finetune.data.prepare import Prepared
 from finetune.modeling.methods import Trained
-from finetune.process_group import Team
+from finetune.process_group import ProcessGroup
 from finetune.settings import Resolved
 from finetune.training.checkpoint import BEST, NEWEST, Position, is_disk_full, load_checkpoint, save_checkpoint
 
@@ -39,7 +39,7 @@ class Interrupted(Exception):
     """The job is to stop; its checkpoint is written."""
 
 
-class Keeper:
+class Checkpoints:
     """The checkpoints of one job, in a folder of their own. `warn` takes the key of a warning and its fields."""
 
     def __init__(
@@ -49,7 +49,7 @@ class Keeper:
         trained: Trained,
         optimizer: torch.optim.Optimizer,
         *,
-        team: Team,
+        team: ProcessGroup,
         stop: threading.Event,
         warn: Callable[..., None],
     ) -> None:

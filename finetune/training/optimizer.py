@@ -9,8 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from core.jobs.protocol import HyperParameters
-from finetune.process_group import Team, is_shard, local
+from core.config.sections import HyperParameters
+from finetune.process_group import ProcessGroup, is_shard, local
 
 
 def learning_rate(step: int, steps: int, hyper: HyperParameters) -> float:
@@ -32,7 +32,7 @@ class Clipped:
     fraction: float
 
 
-def clip(parameters: Sequence[nn.Parameter], hyper: HyperParameters, team: Team) -> Clipped | None:
+def clip(parameters: Sequence[nn.Parameter], hyper: HyperParameters, team: ProcessGroup) -> Clipped | None:
     """Clip the gradients of all processes by value and by norm; None, and nothing touched, if one is not finite."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     shards = [local(one) for one in gradients if is_shard(one)]

@@ -10,14 +10,14 @@ from core.jobs.protocol import Planned, Progress, Spec
 from core.model.chat_format import TrainingRow
 from finetune.data.prepare import Emit, Prepared
 from finetune.training.checkpoint import Position
-from finetune.training.schedule import Course
+from finetune.training.schedule import Schedule
 
 PROGRESS_S = 1.0
 FORWARD_SHARE = 0.4  # of a training step's time: what evaluating a token costs beside training one
 
 
 @dataclass(slots=True)
-class Taken:
+class StepResult:
     """One optimiser step: mean loss per supervised token, norm before clipping by it, fraction clipped by value."""
 
     loss: float
@@ -26,8 +26,8 @@ class Taken:
     tokens: int
 
 
-class Pace:
-    def __init__(self, spec: Spec, prepared: Prepared, rows: list[TrainingRow], course: Course, emit: Emit) -> None:
+class ProgressEstimate:
+    def __init__(self, spec: Spec, prepared: Prepared, rows: list[TrainingRow], course: Schedule, emit: Emit) -> None:
         """`rows` are all that is trained on, rehearsal included."""
         self._spec, self._prepared, self._course, self._emit = spec, prepared, course, emit
         self._rows, self._epoch = len(rows), sum(len(row.ids) for row in rows)
@@ -40,7 +40,7 @@ class Pace:
         planned = Planned(steps=self._course.steps, tokens=self._epoch * epochs, rows=own, rehearsed=self._rows - own)
         self._emit(planned)
 
-    def count(self, position: Position, taken: Taken, seconds: float) -> None:
+    def count(self, position: Position, taken: StepResult, seconds: float) -> None:
         """A step was taken: the job has come so much further."""
         position.step += 1
         position.tokens += taken.tokens
@@ -50,7 +50,7 @@ class Pace:
         self._tokens += taken.tokens
         self._seconds += seconds
 
-    def tell(self, position: Position, taken: Taken) -> None:
+    def tell(self, position: Position, taken: StepResult) -> None:
         """From time to time, and of the last step."""
         now = time.monotonic()
         if now - self._told < PROGRESS_S and position.step < self._course.steps:

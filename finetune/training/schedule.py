@@ -10,7 +10,7 @@ from collections.abc import Sequence
 
 from core.jobs.protocol import Spec
 from finetune.data.batches import Micro, Step, plan_epoch, split_step
-from finetune.process_group import Team
+from finetune.process_group import ProcessGroup
 
 EVALUATE_STEPS, EVALUATE_TIMES = (
     200,
@@ -18,8 +18,8 @@ EVALUATE_STEPS, EVALUATE_TIMES = (
 )  # the validation rows are looked at after so many steps; an epoch up to so often
 
 
-class Course:
-    def __init__(self, lengths: Sequence[int], spec: Spec, *, micro_tokens: int, team: Team) -> None:
+class Schedule:
+    def __init__(self, lengths: Sequence[int], spec: Spec, *, micro_tokens: int, team: ProcessGroup) -> None:
         """`lengths` are those of what is computed for each row."""
         self.lengths, self.spec, self.micro_tokens, self.team = lengths, spec, micro_tokens, team
         self._epoch, self._plan = 0, self._plan_of(0)

@@ -18,14 +18,15 @@ from typing import Any
 
 import torch
 
+from core.config.sections import HyperParameters
 from core.errors import JobError
 from core.i18n.messages import say
-from core.jobs.protocol import Evaluated, HyperParameters, JobEvent, Judged, Spec, Warned
+from core.jobs.protocol import Evaluated, JobEvent, Judged, Spec, Warned
 from finetune.data.batches import collate, pack, shared_prefix
 from finetune.data.prepare import Emit, Prepared, prepare
-from finetune.evaluation.evaluator import Exam
+from finetune.evaluation.evaluator import Evaluator
 from finetune.evaluation.retention_set import NOTHING, OwnAnswers, own_answers
-from finetune.evaluation.row_losses import Meter
+from finetune.evaluation.row_losses import RowLosses
 from finetune.modeling import packed_attention as packed_rows
 from finetune.modeling import rms_norm
 from finetune.modeling.base import load_again, load_module
@@ -34,13 +35,13 @@ from finetune.modeling.memory import checkpoint_activations, checkpoints_activat
 from finetune.modeling.methods import AllWeights, LoraDelta, Trained
 from finetune.output.publish import done, publish, published, write_adapter, write_model
 from finetune.output.report import losses_of, manifest_of
-from finetune.process_group import Team, whole
+from finetune.process_group import ProcessGroup, whole
 from finetune.settings import LEAST_PREFIX, Resolved, refused, resolve
 from finetune.training.checkpoint import BEST, write_durably
-from finetune.training.checkpoints import Interrupted, Keeper, identity_of
+from finetune.training.checkpoints import Checkpoints, Interrupted, identity_of
 from finetune.training.optimizer import clip, learning_rate
-from finetune.training.progress import Pace, Taken
-from finetune.training.schedule import Course
+from finetune.training.progress import ProgressEstimate, StepResult
+from finetune.training.schedule import Schedule
 
 log = logging.getLogger(__name__)
 
@@ -59,7 +60,7 @@ class Unstable(Exception):
 
 def train(folder: Path, spec: Spec, emit: Emit, stop: threading.Event) -> None:
     """Do the job, or the rest of it. Raises Interrupted, JobError, BadDataset."""
-    team = Team(spec.device)
+    team = ProcessGroup(spec.device)
     tell = emit if team.leads else _silent
     if said := published(folder):
         for event in said:
@@ -81,10 +82,10 @@ class Trainer:
         prepared: Prepared,
         emit: Emit,
         stop: threading.Event,
-        team: Team | None = None,
+        team: ProcessGroup | None = None,
     ) -> None:
         self.folder, self.spec, self.prepared, self.emit, self.stop = folder, spec, prepared, emit, stop
-        self.team = team or Team(spec.device)
+        self.team = team or ProcessGroup(spec.device)
         self.device = self.team.device
         self._check_stop()
         model = load_module(prepared.base, spec, self.device)
@@ -106,7 +107,7 @@ class Trainer:
             checkpoint_activations(model)
         self.scorer = Scorer(model, in_bfloat16=self.settings.in_bfloat16)
         self.parameters = self.trained.parameters
-        self.meter = Meter(
+        self.meter = RowLosses(
             self.scorer,
             self.device,
             prefix=self._shared_prefix(),
@@ -117,10 +118,10 @@ class Trainer:
             self.parameters, lr=spec.hyper.learning_rate, weight_decay=spec.hyper.weight_decay
         )
         lengths = [len(row.ids) - self.meter.prefix for row in self.train_rows]
-        self.course = Course(lengths, spec, micro_tokens=self.settings.micro_tokens, team=self.team)
+        self.course = Schedule(lengths, spec, micro_tokens=self.settings.micro_tokens, team=self.team)
         self.evaluated: dict[str, float] = {}  # what was measured, by name
-        self.pace = Pace(spec, prepared, self.train_rows, self.course, emit)
-        self.keeper = Keeper(
+        self.pace = ProgressEstimate(spec, prepared, self.train_rows, self.course, emit)
+        self.keeper = Checkpoints(
             folder,
             identity_of(spec, prepared, self.own.sha256, self.settings),
             self.trained,
@@ -209,7 +210,7 @@ class Trainer:
         if self.keeper.is_due(began):
             self._save()
 
-    def _step(self) -> Taken:
+    def _step(self) -> StepResult:
         try:
             return self.take_step()
         except torch.OutOfMemoryError as error:
@@ -258,7 +259,7 @@ class Trainer:
         self.position.step = 0
         return tokens, seconds
 
-    def take_step(self) -> Taken:
+    def take_step(self) -> StepResult:
         """Forward, backward, clip, update. Raises Interrupted or Unstable before anything is changed."""
         step, hyper = self.position.step, self.spec.hyper
         torch.manual_seed(step_seed(hyper.seed, step, self.team.rank))
@@ -286,7 +287,7 @@ class Trainer:
         if clipped is None:
             raise Unstable("non_finite", at=step + 1)
         self.optimizer.step()
-        return Taken(loss, clipped.norm, clipped.fraction, round(tokens))
+        return StepResult(loss, clipped.norm, clipped.fraction, round(tokens))
 
     def _go_back(self, error: Unstable) -> None:
         """To where the validation rows were understood best, or to the start; once, with half the learning rate.
@@ -325,7 +326,9 @@ class Trainer:
 
     def _judge(self) -> Judged:
         """Compare with what answers now, on the rows that neither training nor watching it saw."""
-        exam = Exam(self.folder, self.spec, self.prepared, self.own, self.trained, self.meter, self._warn, self._keep)
+        exam = Evaluator(
+            self.folder, self.spec, self.prepared, self.own, self.trained, self.meter, self._warn, self._keep
+        )
         examined = exam.take(nullcontext, self.emit, step=self.position.step)
         self.evaluated |= examined.losses
         return examined.judged

@@ -23,7 +23,8 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
-from core.jobs.protocol import HyperParameters, Spec
+from core.config.sections import HyperParameters
+from core.jobs.protocol import Spec
 from core.model.demo import demo_folder
 from tests.bench import environments
 from tests.bench.environments import Missing

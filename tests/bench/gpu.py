@@ -26,8 +26,9 @@ import torch
 from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
+from core.config.sections import EngineSettings, ModelSettings
 from core.engine.lora.stacks import shapes
-from core.engine.protocol import Delta, EngineSettings, ModelSettings, Request, Scope
+from core.engine.protocol import Delta, Request, Scope
 from core.engine.runtime import attention, loop
 from core.engine.runtime.local import LocalEngine
 from core.engine.runtime.runner import Runner

@@ -10,10 +10,11 @@ from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 from typing import Any
 
+from core.config.sections import EngineSettings, ModelSettings
 from core.engine.diagnostics.benchmark import spent
-from core.engine.protocol import Delta, EngineSettings, ModelSettings, Request, Scope, Started
+from core.engine.protocol import Delta, Request, Scope, Started
+from core.engine.runtime.loading import load_served
 from core.engine.runtime.local import LocalEngine
-from core.model.base import load_model
 from core.types import AdapterRef, Message, Role, Sampling
 from tests.bench.worker import Case, Spec, serve
 
@@ -22,7 +23,7 @@ def make(spec: Spec):
     settings = ModelSettings(name=spec.folder, device="cpu", quantization=os.environ.get("QUANTIZATION", "none"))
     # On a thread that ends, as the engine itself does it: see LocalEngine.
     with ThreadPoolExecutor(1) as loader:
-        model = loader.submit(load_model, settings, Path(spec.folder), threads=spec.threads).result()
+        model = loader.submit(load_served, settings, Path(spec.folder), threads=spec.threads).result()
     model = dataclasses.replace(model, eos_ids=frozenset())  # every answer has its 64 tokens
     refs = [AdapterRef(sha256=str(i), folder=Path(folder), label=f"a{i}@1") for i, folder in enumerate(spec.adapters)]
     loop = asyncio.new_event_loop()

@@ -21,11 +21,13 @@ from pathlib import Path
 from statistics import harmonic_mean, median
 from typing import Any
 
+from core.config.sections import EngineSettings, ModelSettings
 from core.engine.diagnostics.benchmark import random_adapters
-from core.engine.protocol import Delta, EngineSettings, Finished, ModelSettings, Request, Scope, Started
+from core.engine.protocol import Delta, Finished, Request, Scope, Started
+from core.engine.runtime.loading import load_served
 from core.engine.runtime.local import LocalEngine
 from core.errors import Overloaded
-from core.model.base import BaseModel, load_model
+from core.model.base import BaseModel
 from core.model.chat_format import render
 from core.types import AdapterRef, Message, Role, Sampling
 from tests.bench.worker import Case, Spec, serve
@@ -238,7 +240,7 @@ def make(spec: Spec):
     # On a thread that ends, as the engine itself does it: see LocalEngine.
     with ThreadPoolExecutor(1) as loader:
         settings = ModelSettings(name=spec.folder, device="cpu")
-        model = loader.submit(load_model, settings, Path(spec.folder), threads=spec.threads).result()
+        model = loader.submit(load_served, settings, Path(spec.folder), threads=spec.threads).result()
     scenarios = Scenarios(spec, dataclasses.replace(model, eos_ids=frozenset()))
     loop = asyncio.new_event_loop()
 

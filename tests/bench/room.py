@@ -27,9 +27,10 @@ from typing import Any
 from platformdirs import user_cache_path
 
 from bots.app import asked
-from core.engine.protocol import Delta, EngineSettings, ModelSettings, Request, Scope
+from core.config.sections import EngineSettings, ModelSettings
+from core.engine.protocol import Delta, Request, Scope
 from core.engine.runtime.local import LocalEngine
-from core.jobs.process import Trainer, usher
+from core.jobs.process import TrainerProcess, usher
 from core.jobs.protocol import JobEvent, Progress, Spec
 from core.model.demo import demo_folder
 from core.types import Message, Role, Sampling
@@ -108,7 +109,7 @@ async def measure(seconds: float, threads: int) -> dict[str, Any]:
             for _ in range(2):
                 phases["without"].append(await phase(engine, seconds))
                 job = folder / "job" if (folder / "job").exists() else lay_out(folder, model)
-                trainer = Trainer(job, folder / "log")
+                trainer = TrainerProcess(job, folder / "log")
                 running = asyncio.create_task(trainer.run(hear))
                 begun = steps[0]
                 while steps[0] == begun and not running.done():  # it loads and validates first

@@ -31,13 +31,14 @@ import torch
 from core.adapters import registry
 from core.channels import directory
 from core.chat import conversations
+from core.config.sections import HyperParameters
 from core.delivery.deliveries import Deliveries, new_delivery
 from core.engine.protocol import EngineInfo
 from core.errors import AppError
 from core.jobs import jobs
 from core.jobs.process import COMMAND
-from core.jobs.protocol import HyperParameters, Spec
-from core.jobs.supervisor import Training, TrainingSettings
+from core.jobs.protocol import Spec
+from core.jobs.supervisor import JobSupervisor, TrainingSettings
 from core.model.weights import fingerprint
 from core.storage.database import Database, Tx
 from core.storage.home import Cipher, Home, Lock
@@ -252,7 +253,7 @@ async def serve(home: Home, info: EngineInfo, platform: Platform, seed: int) -> 
             deliveries = Deliveries(database)
             deliveries.register("fake", "bot", PlatformOutlet(platform, random.Random(seed)))
             settings = TrainingSettings(hyper=HYPER, nice=0, retry_s=0.05)
-            training = Training(database, home, deliveries, info, settings, command=COMMAND)
+            training = JobSupervisor(database, home, deliveries, info, settings, command=COMMAND)
             async with asyncio.TaskGroup() as tasks:
                 running = tasks.create_task(training.run())
                 while not await database.read(lambda tx: jobs.is_told(tx, 1)):  # noqa: ASYNC110  # the books tell

@@ -26,7 +26,8 @@ from typing import Any
 
 from platformdirs import user_cache_path
 
-from core.jobs.protocol import MOST_FORGOTTEN, HyperParameters, Judged, Spec
+from core.config.sections import HyperParameters
+from core.jobs.protocol import MOST_FORGOTTEN, Judged, Spec
 from core.model.demo import demo_folder
 from finetune.evaluation.evaluator import SCORES
 from finetune.evaluation.gate import Health, Scores, forgotten, judge

@@ -31,7 +31,7 @@ from core.config.schema import Retention
 from core.delivery.deliveries import Deliveries
 from core.engine.protocol import Request
 from core.engine.scripted import ScriptedEngine
-from core.jobs.supervisor import Training, TrainingSettings
+from core.jobs.supervisor import JobSupervisor, TrainingSettings
 from core.storage.database import Database, Tx, now_ms
 from core.storage.home import Cipher, Home, Lock
 from core.usage import ledger
@@ -100,7 +100,7 @@ async def live(home: Home, platform: Platform, seed: int, updates: list[tuple[st
             ScriptedEngine(answer, delay_s=0.0005) as engine,
         ):
             deliveries = Deliveries(database)
-            training = Training(database, home, deliveries, engine.info, TrainingSettings())
+            training = JobSupervisor(database, home, deliveries, engine.info, TrainingSettings())
             service = Service(database, home, engine, deliveries, training, ServiceSettings(Retention()))
             service.register("fake", "bot", PlatformOutlet(platform, randomness))
             async with asyncio.TaskGroup() as tasks:

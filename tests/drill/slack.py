@@ -29,7 +29,7 @@ import sqlite_utils
 from aiohttp import web
 
 from bots.slack.bot import SlackBot
-from bots.slack.sending.rate_limits import Pace, Rate
+from bots.slack.sending.rate_limits import SlackRate, SlackRateLimiter
 from bots.slack.web import EVENTS
 from core.channels import directory
 from core.chat.service import Service, ServiceSettings
@@ -37,7 +37,7 @@ from core.config.schema import Retention
 from core.delivery.deliveries import Deliveries
 from core.engine.protocol import Request
 from core.engine.scripted import ScriptedEngine
-from core.jobs.supervisor import Training, TrainingSettings
+from core.jobs.supervisor import JobSupervisor, TrainingSettings
 from core.observability import logs
 from core.storage.database import Database, Tx, now_ms
 from core.storage.home import Cipher, Home, Lock
@@ -53,8 +53,8 @@ LONG = "\n\n".join(f"Paragraph {n} of a long answer. " + f"{'word' * 12} " * 10 
 METHODS = ("chat.startStream", "chat.stopStream", "chat.appendStream", "chat.update", "chat.postMessage")
 
 
-def fast() -> Pace:
-    return Pace(dict.fromkeys(METHODS, Rate(1e6, 1e6)))
+def fast() -> SlackRateLimiter:
+    return SlackRateLimiter(dict.fromkeys(METHODS, SlackRate(1e6, 1e6)))
 
 
 def plan(seed: int, count: int) -> list[list[dict[str, Any]]]:
@@ -201,7 +201,7 @@ async def live(home: Home, url: str, listen: str, *, to_the_end: bool) -> None:
             ScriptedEngine(answer, delay_s=0.0, max_rows=16, max_waiting=10_000) as engine,
         ):
             deliveries = Deliveries(database)
-            training = Training(database, home, deliveries, engine.info, TrainingSettings())
+            training = JobSupervisor(database, home, deliveries, engine.info, TrainingSettings())
             service = Service(database, home, engine, deliveries, training, ServiceSettings(Retention()))
             way = {"signing_secret": SIGNING, "listen": listen} if listen else {"app_token": APP_TOKEN}
             bot = SlackBot.configure({"token": "xoxb-T1-secret", "api": f"{url}/api/", **way})

@@ -30,14 +30,14 @@ import sqlite_utils
 from aiohttp import web
 
 from bots.telegram.bot import TelegramBot
-from bots.telegram.sending.rate_limits import Limits, Pace, Rate
+from bots.telegram.sending.rate_limits import SendLimits, TelegramRate, TelegramRateLimiter
 from core.channels import directory
 from core.chat.service import Service, ServiceSettings
 from core.config.schema import Retention
 from core.delivery.deliveries import Deliveries
 from core.engine.protocol import Request
 from core.engine.scripted import ScriptedEngine
-from core.jobs.supervisor import Training, TrainingSettings
+from core.jobs.supervisor import JobSupervisor, TrainingSettings
 from core.observability import logs
 from core.storage.database import Database, Tx, now_ms
 from core.storage.home import Cipher, Home, Lock
@@ -48,7 +48,7 @@ from tests.fakes.telegram.server import TOKEN
 
 PEOPLE = [Person(100 + n, f"P{n}") for n in range(5)]
 GROUPS = [-200 - n for n in range(3)]
-FAST = Rate(1e6, 1e6)
+FAST = TelegramRate(1e6, 1e6)
 LONG = "\n\n".join(f"Paragraph {n} of a long answer. " + "word " * 60 for n in range(24))
 
 
@@ -149,10 +149,10 @@ async def live(home: Home, url: str, transport: str, *, to_the_end: bool) -> Non
             ScriptedEngine(answer, delay_s=0.0, max_rows=16, max_waiting=10_000) as engine,
         ):
             deliveries = Deliveries(database)
-            training = Training(database, home, deliveries, engine.info, TrainingSettings())
+            training = JobSupervisor(database, home, deliveries, engine.info, TrainingSettings())
             service = Service(database, home, engine, deliveries, training, ServiceSettings(Retention()))
             bot = TelegramBot.configure({"token": TOKEN, "api": url, "transport": transport})
-            bot._pace = Pace(Limits(FAST, FAST, FAST, FAST))
+            bot._pace = TelegramRateLimiter(SendLimits(FAST, FAST, FAST, FAST))
             stop = asyncio.Event()
             asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
             async with asyncio.TaskGroup() as tasks:

@@ -12,7 +12,8 @@ import pytest
 import torch
 from transformers import LlamaForCausalLM
 
-from core.jobs.protocol import HyperParameters, JobEvent, Spec
+from core.config.sections import HyperParameters
+from core.jobs.protocol import JobEvent, Spec
 from tests.support.tiny import save_tiny, tiny_tokenizer
 
 MakeJob = Callable[..., Path]

@@ -10,8 +10,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+from core.config.sections import EngineSettings, ModelSettings, RemoteSettings
 from core.engine.openai.remote import RemoteEngine
-from core.engine.protocol import Engine, EngineSettings, ModelSettings, RemoteSettings, Request
+from core.engine.protocol import Engine, Request
 from core.engine.runtime.local import LocalEngine
 from core.engine.scripted import ScriptedEngine
 from core.model.base import BaseModel

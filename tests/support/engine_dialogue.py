@@ -8,7 +8,8 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
-from core.engine.protocol import Delta, EngineSettings, Finished, Generation, ModelSettings, Request, Scope, Started
+from core.config.sections import EngineSettings, ModelSettings
+from core.engine.protocol import Delta, Finished, Generation, Request, Scope, Started
 from core.engine.runtime.local import LocalEngine
 from core.model.base import BaseModel
 from core.types import AdapterRef, Message, Role, Sampling

@@ -8,14 +8,15 @@ from concurrent.futures import Future
 
 import torch
 
+from core.config.sections import EngineSettings
 from core.engine.lora.adapter_files import AdapterWeights
-from core.engine.protocol import Delta, EngineSettings, Finished, Request, Scope, Started
+from core.engine.protocol import Delta, Finished, Request, Scope, Started
 from core.engine.runtime.loop import ModelThread, Output
 from core.engine.scheduling.detokenizer import Detokenizer, StopScanner
-from core.engine.scheduling.request_state import Job
-from core.engine.scheduling.stats import Tally
+from core.engine.scheduling.request_state import RequestState
+from core.engine.scheduling.stats import StatsCounter
 from core.model.base import BaseModel
-from core.model.chat_format import Rendered
+from core.model.chat_format import RenderedPrompt
 from core.types import AdapterRef, Sampling
 
 
@@ -35,14 +36,14 @@ class Steps:
             prepare=self._prepare,
             spawn=lambda work: work(),
             emit=self._emit,
-            tally=Tally(),
+            tally=StatsCounter(),
         )
 
     def submit(self, name: str, scope: Scope, *, adapter: str = "", **sampling: float) -> None:
         ref = AdapterRef(adapter, self.model.folder) if adapter else None
         request = Request(name, (), Sampling(**{"max_tokens": 8, **sampling}), ref, scope)  # type: ignore[arg-type]
         detokenizer, scanner = Detokenizer(self.model.tokenizer), StopScanner(())
-        self.thread.submit(Job(request, deadline=math.inf, detokenizer=detokenizer, scanner=scanner))
+        self.thread.submit(RequestState(request, deadline=math.inf, detokenizer=detokenizer, scanner=scanner))
 
     def step(self) -> None:
         with torch.inference_mode():
@@ -55,14 +56,14 @@ class Steps:
             assert self.now < within, f"{set(names) - self.over.keys()} still wait"
             self.step()
 
-    def _prepare(self, job: Job) -> tuple[Rendered, Future[AdapterWeights] | None]:
+    def _prepare(self, job: RequestState) -> tuple[RenderedPrompt, Future[AdapterWeights] | None]:
         count, adapter = int(job.request.id.partition(":")[0]), job.request.adapter
         ids = tuple(3 + (7 * i + count) % 250 for i in range(count))
         if adapter is None:
-            return Rendered(ids, 0), None
+            return RenderedPrompt(ids, 0), None
         read: Future[AdapterWeights] = Future()
         read.set_result(self.adapters[adapter.sha256])
-        return Rendered(ids, 0), read
+        return RenderedPrompt(ids, 0), read
 
     def _emit(self, outputs: list[Output]) -> None:
         for job, event in outputs:

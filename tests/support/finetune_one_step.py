@@ -17,7 +17,7 @@ from safetensors.torch import save_file
 
 from core.jobs.protocol import Spec
 from finetune.data.prepare import prepare
-from finetune.process_group import SHARDED, Team, is_shard, whole
+from finetune.process_group import SHARDED, ProcessGroup, is_shard, whole
 from finetune.training.train import Trainer
 
 
@@ -28,7 +28,7 @@ def gradients(folder: Path) -> dict[str, torch.Tensor]:
         os.environ.pop(SHARDED, None)
     torch.set_num_threads(1)
     spec = Spec.read(folder)
-    team = Team(spec.device)
+    team = ProcessGroup(spec.device)
     with team.first():
         prepared = prepare(folder, spec, lambda event: None)
     trainer = Trainer(folder, spec, prepared, lambda event: None, threading.Event(), team)

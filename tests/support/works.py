@@ -16,7 +16,7 @@ from core.commands.table import Call, parse
 from core.delivery.deliveries import Deliveries
 from core.engine.protocol import EngineInfo
 from core.jobs import commands, datasets
-from core.jobs.supervisor import Training, TrainingSettings
+from core.jobs.supervisor import JobSupervisor, TrainingSettings
 from core.storage.database import Database, Row, Tx
 from core.storage.home import Cipher, Home
 from core.types import Address, Body, Caller, Handle, Receipt
@@ -60,7 +60,7 @@ class Works:
     database: Database
     home: Home
     deliveries: Deliveries
-    training: Training
+    training: JobSupervisor
     bot: WatchedBot
     tasks: list[asyncio.Task[None]] = field(default_factory=list)
 
@@ -161,7 +161,7 @@ async def works(
             await database.write(_settle)
         deliveries = Deliveries(database)
         chosen = settings or TrainingSettings(retry_s=0.01)
-        training = Training(database, home, deliveries, info, chosen, command=command)
+        training = JobSupervisor(database, home, deliveries, info, chosen, command=command)
         made = Works(database, home, deliveries, training, bot or WatchedBot())
         deliveries.register("fake", "bot", made.bot)
         if running:

@@ -16,7 +16,7 @@ from core.delivery.deliveries import Deliveries
 from core.engine.protocol import Request
 from core.engine.scripted import ScriptedEngine
 from core.errors import AppError
-from core.jobs.supervisor import Training, TrainingSettings
+from core.jobs.supervisor import JobSupervisor, TrainingSettings
 from core.storage.database import Database, Tx, now_ms
 from core.storage.home import Cipher, Home
 from core.types import Address, Attachment, Body, Handle, Incoming, Kind, Lane, Receipt
@@ -25,7 +25,7 @@ OWNER, STRANGER = "owner-id", "stranger-id"
 
 
 class FakeBot:
-    """An outlet that keeps what it was told, and fails as often as it is asked to."""
+    """An sink that keeps what it was told, and fails as often as it is asked to."""
 
     def __init__(self) -> None:
         self.shown: dict[Handle, list[str]] = defaultdict(list)
@@ -75,7 +75,7 @@ class World:
     engine: ScriptedEngine
     service: Service
     bot: FakeBot
-    training: Training
+    training: JobSupervisor
     deliveries: Deliveries
     _count: int = field(default=0)
 
@@ -165,7 +165,7 @@ async def world(
             await database.write(prepare)
         deliveries = Deliveries(database)
         command = {"command": trainer} if trainer else {}
-        training = Training(database, home, deliveries, engine.info, TrainingSettings(), **command)
+        training = JobSupervisor(database, home, deliveries, engine.info, TrainingSettings(), **command)
         settings = ServiceSettings(Retention(), max_replies=max_replies)
         service = Service(database, home, engine, deliveries, training, settings)
         bot = FakeBot()

@@ -12,7 +12,7 @@ from bots.plugins import Address, Button, Grant, Overview
 from bots.slack.pages import blocks, modals
 from bots.slack.pages.blocks import Block
 from bots.slack.pages.text import escaped, spelled
-from core.i18n.messages import Later, duration, say
+from core.i18n.messages import Lazy, duration, say
 
 _EVERYONE = ("/usage", "/privacy", "/help")
 _OPERATORS = ("/usage chart", "/usage csv", "/channel show", "/operator list", "/privacy", "/help")
@@ -101,7 +101,7 @@ def _jobs(shown: Overview, at: Address) -> list[Block]:
             id=job.id,
             label=job.label,
             name=job.dataset,
-            state=Later(f"training.state_{job.state}"),
+            state=Lazy(f"training.state_{job.state}"),
             age=duration(language, age_s),
         )
         for job, age_s in shown.jobs

@@ -7,9 +7,10 @@ from collections.abc import Sequence
 from typing import Any
 
 from bots.slack.pages.text import COMMAND
-from core.commands.table import COMMANDS, Grant
+from core.commands.table import COMMANDS
 from core.errors import BadInput
 from core.i18n.messages import say
+from core.types import Grant
 
 EVENTS = (
     "agent_session_stopped",

@@ -17,7 +17,7 @@ from aiohttp import ClientConnectorError, ClientError, ClientSession, ClientTime
 from slack_sdk.errors import SlackApiError
 from slack_sdk.web.async_client import AsyncWebClient
 
-from bots.slack.sending.rate_limits import Pace
+from bots.slack.sending.rate_limits import SlackRateLimiter
 from core.errors import AppError, BadInput
 from core.platform import Unreachable
 
@@ -32,7 +32,7 @@ ERRORS = (SlackApiError, ClientError, TimeoutError, OSError)
 Token = Callable[[], Awaitable[str]]
 
 
-class Trouble(Enum):
+class SlackProblem(Enum):
     """What a refusal means for whoever writes."""
 
     WAIT = auto()  # 429: this one was not done
@@ -45,12 +45,12 @@ class Trouble(Enum):
 
 
 _MEANINGS = {
-    Trouble.WAIT: ("ratelimited", "rate_limited"),
-    Trouble.AWAY: ("internal_error", "fatal_error", "service_unavailable", "request_timeout", "team_added_to_org"),
-    Trouble.ENDED: ("message_not_in_streaming_state",),
-    Trouble.OPEN: ("streaming_state_conflict",),
-    Trouble.GONE: ("message_not_found", "cant_update_message", "thread_not_found"),
-    Trouble.CLOSED: (
+    SlackProblem.WAIT: ("ratelimited", "rate_limited"),
+    SlackProblem.AWAY: ("internal_error", "fatal_error", "service_unavailable", "request_timeout", "team_added_to_org"),
+    SlackProblem.ENDED: ("message_not_in_streaming_state",),
+    SlackProblem.OPEN: ("streaming_state_conflict",),
+    SlackProblem.GONE: ("message_not_found", "cant_update_message", "thread_not_found"),
+    SlackProblem.CLOSED: (
         "account_inactive",
         "channel_not_found",
         "invalid_auth",
@@ -68,15 +68,15 @@ _MEANINGS = {
 _BY_ERROR = {error: meaning for meaning, errors in _MEANINGS.items() for error in errors}
 
 
-def trouble(error: Exception) -> Trouble:
+def trouble(error: Exception) -> SlackProblem:
     """What went wrong, from what Slack said."""
     if not isinstance(error, SlackApiError):
-        return Trouble.AWAY
+        return SlackProblem.AWAY
     response = error.response
     if getattr(response, "status_code", 200) == 429:
-        return Trouble.WAIT
+        return SlackProblem.WAIT
     said = response.get("error") if hasattr(response, "get") else None
-    return _BY_ERROR.get(str(said), Trouble.OTHER) if said else Trouble.AWAY
+    return _BY_ERROR.get(str(said), SlackProblem.OTHER) if said else SlackProblem.AWAY
 
 
 def name_of(error: Exception) -> str:
@@ -90,10 +90,12 @@ class Unsure(AppError):
     """Whether it was done is not known, and it may not be repeated."""
 
 
-class Api:
+class SlackApi:
     """Writes for one workspace. `token` gives the token of this moment: it may rotate."""
 
-    def __init__(self, client: AsyncWebClient, token: Token, pace: Pace, patience_s: float = PATIENCE_S) -> None:
+    def __init__(
+        self, client: AsyncWebClient, token: Token, pace: SlackRateLimiter, patience_s: float = PATIENCE_S
+    ) -> None:
         self._client, self._token, self.pace, self._patience_s = client, token, pace, patience_s
 
     async def once(self, method: str, **body: Any) -> dict[str, Any]:
@@ -106,7 +108,7 @@ class Api:
                 headers = {"Authorization": f"Bearer {token}"}
                 answer = await self._client.api_call(method, headers=headers, **_encoded(method, body))
         except SlackApiError as error:
-            if trouble(error) is Trouble.WAIT:
+            if trouble(error) is SlackProblem.WAIT:
                 self.pace.refused(method, channel, _retry_after_s(error))
             raise
         if not isinstance(answer.data, dict):
@@ -148,15 +150,15 @@ class Api:
                 return await self.once(method, **body)
             except ERRORS as error:
                 meaning = trouble(error)
-                if meaning is Trouble.CLOSED:
+                if meaning is SlackProblem.CLOSED:
                     raise Unreachable(detail=type(error).__name__) from error
-                if meaning is Trouble.AWAY:
+                if meaning is SlackProblem.AWAY:
                     log.warning("slack.away", extra={"method": method, "error": type(error).__name__})
                     if not repeatable and not isinstance(error, ClientConnectorError):  # it had a connection
                         raise Unsure(detail=type(error).__name__) from error
                     await asyncio.sleep(_PAUSES_S[min(tries, len(_PAUSES_S) - 1)])
                     tries += 1
-                elif meaning is not Trouble.WAIT:
+                elif meaning is not SlackProblem.WAIT:
                     raise
 
     async def upload(self, path: Path) -> str:

@@ -16,7 +16,7 @@ REMEMBERED = 2_000
 
 
 @dataclass(frozen=True, slots=True)
-class Where:
+class SlackHandle:
     """A handle, read."""
 
     channel: str
@@ -27,7 +27,7 @@ class Where:
     reply_to: str = ""
 
     @classmethod
-    def read(cls, handle: Handle) -> Where:
+    def read(cls, handle: Handle) -> SlackHandle:
         return cls(**json.loads(handle))
 
     def handle(self) -> Handle:
@@ -44,14 +44,14 @@ class Where:
 
 
 @dataclass(frozen=True, slots=True)
-class Part(Body):
+class SlackPart(Body):
     """One message of a delivery. `shown`: its text as it is written, with the code block whole that is cut there."""
 
     shown: str = ""
 
 
 @dataclass(slots=True)
-class Sight:
+class LiveMessage:
     """What is seen of a message that is being written in this run.
 
     `broken`: the stream takes no more; `ended`: Slack knows that. `status` tells Slack meanwhile that an answer is on
@@ -68,7 +68,7 @@ class Sight:
 
 
 @dataclass(frozen=True, slots=True)
-class Asker:
+class Recipient:
     """Who is answered: Slack wants to know before it streams into a channel."""
 
     team: str

@@ -11,23 +11,23 @@ from dataclasses import dataclass
 
 
 @dataclass(frozen=True, slots=True)
-class Rate:
+class SlackRate:
     """`burst` calls at once, then `per_s` of them a second."""
 
     per_s: float
     burst: float
 
 
-def _tier(per_minute: float) -> Rate:
-    return Rate(per_minute / 60, per_minute / 4)
+def _tier(per_minute: float) -> SlackRate:
+    return SlackRate(per_minute / 60, per_minute / 4)
 
 
-RATES: Mapping[str, Rate] = {
+RATES: Mapping[str, SlackRate] = {
     "chat.startStream": _tier(20),
     "chat.stopStream": _tier(20),
     "chat.appendStream": _tier(100),
     "chat.update": _tier(50),
-    "chat.postMessage": Rate(1.0, 3.0),
+    "chat.postMessage": SlackRate(1.0, 3.0),
     "users.info": _tier(100),
 }
 _OTHER = _tier(50)
@@ -36,19 +36,19 @@ _MOST = 5_000
 
 
 @dataclass(slots=True)
-class _Bucket:
-    rate: Rate
+class _SlackBucket:
+    rate: SlackRate
     left: float
     at: float
     closed_until: float = 0.0
 
 
-class Pace:
+class SlackRateLimiter:
     """One workspace's."""
 
-    def __init__(self, rates: Mapping[str, Rate] = RATES, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, rates: Mapping[str, SlackRate] = RATES, clock: Callable[[], float] = time.monotonic) -> None:
         self._rates, self._clock = rates, clock
-        self._buckets: dict[str, _Bucket] = {}
+        self._buckets: dict[str, _SlackBucket] = {}
 
     def wait_s(self, method: str, channel: str = "") -> float:
         """Seconds until this call is allowed; 0 is now."""
@@ -65,12 +65,12 @@ class Pace:
         bucket = self._bucket(method, channel)
         bucket.closed_until = max(bucket.closed_until, self._clock() + retry_after_s)
 
-    def _bucket(self, method: str, channel: str) -> _Bucket:
+    def _bucket(self, method: str, channel: str) -> _SlackBucket:
         key = f"{method} {channel}" if method in _PER_CHANNEL else method
         found = self._buckets.get(key)
         if found is None:
             if len(self._buckets) >= _MOST:
                 self._buckets.pop(next(one for one in self._buckets if " " in one))
             rate = self._rates.get(method, _OTHER)
-            found = self._buckets[key] = _Bucket(rate, rate.burst, self._clock())
+            found = self._buckets[key] = _SlackBucket(rate, rate.burst, self._clock())
         return found

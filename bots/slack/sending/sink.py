@@ -20,8 +20,8 @@ from slack_sdk.errors import SlackApiError
 from bots.plugins import Address, Attachment, Body, Handle, Receipt, Reopen, Unreachable
 from bots.slack.addresses import goes_to, is_dm, thread_of
 from bots.slack.pages import blocks, text
-from bots.slack.sending.api import ERRORS, Api, Trouble, Unsure, name_of, trouble
-from bots.slack.sending.handles import Asker, Part, Sight, Where, remember
+from bots.slack.sending.api import ERRORS, SlackApi, SlackProblem, Unsure, name_of, trouble
+from bots.slack.sending.handles import LiveMessage, Recipient, SlackHandle, SlackPart, remember
 from bots.slack.sending.streams import Sessions
 from core.errors import AppError
 from core.i18n.messages import say
@@ -32,7 +32,7 @@ _PAINT_S = 0.7  # between two appends
 _EDIT_S = 3.0  # between two edits of one message
 
 
-class SlackOutlet:
+class SlackSink:
     """One workspace's. The intake tells who asks; of whom nobody is known, after a restart, the answer is posted.
 
     `told` is called with the person to whom something was said by themselves.
@@ -40,7 +40,7 @@ class SlackOutlet:
 
     def __init__(
         self,
-        api: Api,
+        api: SlackApi,
         *,
         transport: str = "stream",
         clock: Callable[[], float] = time.monotonic,
@@ -49,14 +49,14 @@ class SlackOutlet:
         self._api, self._transport, self._clock, self._told = api, transport, clock, told
         self._sessions = Sessions(api)
         self.orphans = 0
-        self._askers: OrderedDict[Address, Asker] = OrderedDict()
-        self._sights: OrderedDict[Handle, Sight] = OrderedDict()
+        self._askers: OrderedDict[Address, Recipient] = OrderedDict()
+        self._sights: OrderedDict[Handle, LiveMessage] = OrderedDict()
         self._begun: OrderedDict[Address, None] = OrderedDict()
         self._unsure: OrderedDict[Address, int] = OrderedDict()  # first messages of which nobody knows, in a row
         self._moved: OrderedDict[Handle, Handle | None] = OrderedDict()  # a message that is gone -> one for it
         self._pressed: OrderedDict[str, tuple[str, Mapping[str, Any]]] = OrderedDict()  # ts -> channel, message
 
-    def asked(self, to: Address, asker: Asker) -> None:
+    def asked(self, to: Address, asker: Recipient) -> None:
         remember(self._askers, replace(to, account=""), asker)
 
     def pressed(self, channel: str, message: Mapping[str, Any]) -> None:
@@ -75,7 +75,7 @@ class SlackOutlet:
         models = any(button.action == "feedback" for button in body.buttons)
         whole = body.text if models else text.spelled(body.text)
         pieces = text.split(whole)
-        parts = [Part(piece, shown=shown) for piece, shown in zip(pieces, text.whole(pieces), strict=True)]
+        parts = [SlackPart(piece, shown=shown) for piece, shown in zip(pieces, text.whole(pieces), strict=True)]
         parts[-1] = replace(parts[-1], buttons=body.buttons, note=body.note)
         return (*parts, *(Body("", files=(path,)) for path in body.files))
 
@@ -91,11 +91,11 @@ class SlackOutlet:
             where = await self._post(to, asker)
         handle = where.handle()
         below = self._stop_row(to, asker) if to.reply_to else []
-        remember(self._sights, handle, Sight(below=below, status=status))
+        remember(self._sights, handle, LiveMessage(below=below, status=status))
         return handle
 
     async def show(self, handle: Handle, text_so_far: str) -> None:
-        sight, where = self._sights.get(handle), Where.read(handle)
+        sight, where = self._sights.get(handle), SlackHandle.read(handle)
         if sight is None:
             return
         now, streaming = self._clock(), where.stream and not sight.broken
@@ -113,7 +113,7 @@ class SlackOutlet:
                 await self._edit(where, sight, shown)
 
     async def finish(self, handle: Handle, body: Body) -> Receipt:
-        where, sight, body = Where.read(handle), self._sights.get(handle), _written(body)
+        where, sight, body = SlackHandle.read(handle), self._sights.get(handle), _written(body)
         if sight is not None:
             async with sight.busy:
                 done = where.stream and await self._stop_with(where, sight, body)
@@ -130,22 +130,22 @@ class SlackOutlet:
 
         For a message that is gone another one is posted.
         """
-        where = Where.read(handle)
+        where = SlackHandle.read(handle)
         remember(self._begun, where.to, None)
         if handle in self._moved:
             return self._moved[handle] or await self._post_anew(handle)
         if handle in self._sights:
             return handle
         if not where.stream:
-            remember(self._sights, handle, Sight())
+            remember(self._sights, handle, LiveMessage())
             return handle
         await self._stop(where)
         made = replace(where, stream=False).handle()
-        remember(self._sights, made, Sight())
+        remember(self._sights, made, LiveMessage())
         return made
 
     async def fail(self, handle: Handle, body: Body) -> None:
-        where, sight = Where.read(handle), self._sights.get(handle)
+        where, sight = SlackHandle.read(handle), self._sights.get(handle)
         if sight is not None:
             sight.broken = True
         await self._settle(handle, _written(self.split(body)[0]))
@@ -168,7 +168,7 @@ class SlackOutlet:
 
     # --- beginning ---
 
-    def _may_stream(self, to: Address, asker: Asker | None) -> bool:
+    def _may_stream(self, to: Address, asker: Recipient | None) -> bool:
         return (
             self._transport == "stream"
             and bool(to.reply_to)
@@ -179,7 +179,7 @@ class SlackOutlet:
             and self._api.free("chat.stopStream")
         )
 
-    async def _start(self, to: Address, asker: Asker | None) -> Where | None:
+    async def _start(self, to: Address, asker: Recipient | None) -> SlackHandle | None:
         """A stream without text; None where there is none to be had, or nobody knows whether there is."""
         given = {"channel": to.place, "thread_ts": to.conversation}
         if asker is not None and not is_dm(to.place):
@@ -188,12 +188,14 @@ class SlackOutlet:
             made = await self._api.once("chat.startStream", **given)
         except ERRORS as error:
             log.info("slack.no_stream", extra={"error": name_of(error)})
-            if trouble(error) is Trouble.AWAY:
+            if trouble(error) is SlackProblem.AWAY:
                 self._doubt(to)
             return None
-        return Where(str(made.get("channel", to.place)), str(made["ts"]), True, to.place, to.conversation, to.reply_to)
+        return SlackHandle(
+            str(made.get("channel", to.place)), str(made["ts"]), True, to.place, to.conversation, to.reply_to
+        )
 
-    async def _post(self, to: Address, asker: Asker | None) -> Where:
+    async def _post(self, to: Address, asker: Recipient | None) -> SlackHandle:
         """A first message: where it belongs; where Slack does not let us write there, to who asked by themselves."""
         key = replace(to, account="")
         if self._unsure.get(key, 0) > 1:
@@ -207,7 +209,7 @@ class SlackOutlet:
                 raise
             made = await self._post_in(asker.user, None, to, below)
         self._unsure.pop(key, None)
-        return Where(str(made["channel"]), str(made["ts"]), False, to.place, to.conversation, to.reply_to)
+        return SlackHandle(str(made["channel"]), str(made["ts"]), False, to.place, to.conversation, to.reply_to)
 
     async def _post_in(
         self, channel: str, thread: str | None, to: Address, below: list[blocks.Block]
@@ -230,10 +232,10 @@ class SlackOutlet:
                     raise
 
     async def _post_anew(self, gone: Handle) -> Handle:
-        to, sight = Where.read(gone).to, self._sights.get(gone)
+        to, sight = SlackHandle.read(gone).to, self._sights.get(gone)
         made = (await self._post(to, self._askers.get(to))).handle()
         remember(self._moved, gone, made)
-        remember(self._sights, made, Sight(status=sight.status if sight else None))
+        remember(self._sights, made, LiveMessage(status=sight.status if sight else None))
         return made
 
     def _doubt(self, to: Address) -> int:
@@ -244,10 +246,10 @@ class SlackOutlet:
         remember(self._unsure, replace(to, account=""), count)
         return count
 
-    def _stop_row(self, to: Address, asker: Asker | None) -> list[blocks.Block]:
+    def _stop_row(self, to: Address, asker: Recipient | None) -> list[blocks.Block]:
         return blocks.stop_row(say(_language(asker), "slack.stop"), to)
 
-    def _over(self, where: Where, sight: Sight | None, *, told: bool = False) -> None:
+    def _over(self, where: SlackHandle, sight: LiveMessage | None, *, told: bool = False) -> None:
         """The session is no longer at work. `told`: the end of the stream said so, after all that was said before."""
         status = sight.status if sight else None
         if thread_of(where.to) and not (told and (status is None or status.done())):
@@ -257,7 +259,7 @@ class SlackOutlet:
 
     # --- growing ---
 
-    async def _append(self, where: Where, sight: Sight, shown: str) -> None:
+    async def _append(self, where: SlackHandle, sight: LiveMessage, shown: str) -> None:
         if not shown.startswith(sight.sent):
             sight.broken = True
             return
@@ -268,12 +270,12 @@ class SlackOutlet:
         try:
             await self._api.once("chat.appendStream", channel=where.channel, ts=where.ts, markdown_text=new)
         except ERRORS as error:
-            sight.broken = trouble(error) is not Trouble.WAIT
+            sight.broken = trouble(error) is not SlackProblem.WAIT
             log.info("slack.append_failed", extra={"error": name_of(error)})
             return
         sight.broken, sight.sent = False, shown
 
-    async def _edit(self, where: Where, sight: Sight, shown: str) -> None:
+    async def _edit(self, where: SlackHandle, sight: LiveMessage, shown: str) -> None:
         try:
             if where.stream and not sight.ended:
                 if not self._api.free("chat.stopStream"):
@@ -287,7 +289,7 @@ class SlackOutlet:
 
     # --- final ---
 
-    async def _stop_with(self, where: Where, sight: Sight, body: Body) -> bool:
+    async def _stop_with(self, where: SlackHandle, sight: LiveMessage, body: Body) -> bool:
         """End a whole stream with the rest of its text and its buttons; False where an update has to say it all."""
         final = text.harmless(body.text)
         if sight.broken or body.files or not final.startswith(sight.sent):
@@ -305,26 +307,26 @@ class SlackOutlet:
             )
         except ERRORS as error:
             log.info("slack.stop_failed", extra={"error": name_of(error)})
-            sight.ended = trouble(error) is Trouble.ENDED
+            sight.ended = trouble(error) is SlackProblem.ENDED
             return False
         return True
 
     async def _settle(self, handle: Handle, body: Body) -> None:
         """Write the whole final text over whatever is there; repeatable. Raises Reopen where nothing is there."""
-        where, sight = Where.read(handle), self._sights.get(handle)
+        where, sight = SlackHandle.read(handle), self._sights.get(handle)
         if where.stream and not (sight and sight.ended):
             await self._stop(where)
         try:
             await self._update(where, body)
         except SlackApiError as error:
-            if trouble(error) is not Trouble.GONE:
+            if trouble(error) is not SlackProblem.GONE:
                 raise
             log.info("slack.gone", extra={"error": name_of(error)})
             if handle not in self._moved:
                 remember(self._moved, handle, None)
             raise Reopen from error
 
-    async def _update(self, where: Where, body: Body) -> None:
+    async def _update(self, where: SlackHandle, body: Body) -> None:
         """In its best form; then, where Slack does not take that, in plainer ones."""
         if where.elsewhere:
             told = say(_language(self._askers.get(where.to)), "slack.elsewhere")
@@ -338,36 +340,36 @@ class SlackOutlet:
                 await self._put(where, given | {"blocks": form})
                 return
             except SlackApiError as error:
-                if trouble(error) is not Trouble.OTHER:
+                if trouble(error) is not SlackProblem.OTHER:
                     raise
                 log.warning("slack.plainer", extra={"error": name_of(error)})
         await self._put(where, given | {"blocks": last})
 
-    async def _put(self, where: Where, given: dict[str, Any]) -> None:
+    async def _put(self, where: SlackHandle, given: dict[str, Any]) -> None:
         try:
             await self._api.write("chat.update", **given)
         except SlackApiError as error:
-            if trouble(error) is not Trouble.OPEN:
+            if trouble(error) is not SlackProblem.OPEN:
                 raise
             await self._stop(where)
             await self._api.write("chat.update", **given)
 
-    async def _stop(self, where: Where) -> None:
+    async def _stop(self, where: SlackHandle) -> None:
         """End a stream as it stands; one that has ended, or is gone, is as good."""
         try:
             await self._api.write("chat.stopStream", channel=where.channel, ts=where.ts, session_status="active")
         except SlackApiError as error:
-            if trouble(error) not in (Trouble.ENDED, Trouble.GONE):
+            if trouble(error) not in (SlackProblem.ENDED, SlackProblem.GONE):
                 raise
 
-    async def _stop_once(self, where: Where) -> None:
+    async def _stop_once(self, where: SlackHandle) -> None:
         try:
             await self._api.once("chat.stopStream", channel=where.channel, ts=where.ts)
         except SlackApiError as error:
-            if trouble(error) is not Trouble.ENDED:
+            if trouble(error) is not SlackProblem.ENDED:
                 raise
 
-    def _whole(self, where: Where, body: Body) -> dict[str, Any]:
+    def _whole(self, where: SlackHandle, body: Body) -> dict[str, Any]:
         """A message that says exactly this. `text` is what notifications show."""
         return {
             "channel": where.channel,
@@ -379,8 +381,8 @@ class SlackOutlet:
 
 
 def _written(body: Body) -> Body:
-    return replace(body, text=body.shown) if isinstance(body, Part) else body
+    return replace(body, text=body.shown) if isinstance(body, SlackPart) else body
 
 
-def _language(asker: Asker | None) -> str:
+def _language(asker: Recipient | None) -> str:
     return (asker.language if asker else "") or "en"

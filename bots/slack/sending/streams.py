@@ -8,7 +8,7 @@ from collections.abc import Coroutine
 from typing import Any
 
 from bots.plugins import Address
-from bots.slack.sending.api import ERRORS, Api, name_of
+from bots.slack.sending.api import ERRORS, SlackApi, name_of
 from bots.slack.sending.handles import REMEMBERED
 from core.i18n.messages import say
 
@@ -18,7 +18,7 @@ log = logging.getLogger(__name__)
 class Sessions:
     """One workspace's: the agent sessions of its threads."""
 
-    def __init__(self, api: Api) -> None:
+    def __init__(self, api: SlackApi) -> None:
         self._api = api
         self._errands: set[asyncio.Task[None]] = set()
 

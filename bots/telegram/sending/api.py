@@ -29,7 +29,7 @@ from aiogram.exceptions import (
 from aiogram.methods import GetFile, TelegramMethod
 from aiohttp import ClientConnectionError, ClientConnectorError, ClientError, ClientSession
 
-from bots.telegram.sending.rate_limits import Pace
+from bots.telegram.sending.rate_limits import TelegramRateLimiter
 from core.errors import AppError, BadInput
 from core.platform import Unreachable
 
@@ -41,7 +41,7 @@ MAX_FILE_BYTES = 20 * 10**6  # what the cloud's Bot API lets a bot download
 _PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0)
 
 
-class Trouble(Enum):
+class TelegramProblem(Enum):
     """What a refusal means for whoever writes."""
 
     SAME = auto()  # the message says this already: success
@@ -54,27 +54,35 @@ class Trouble(Enum):
 
 
 _MEANINGS = (
-    (Trouble.SAME, ("message is not modified",)),
-    (Trouble.GONE, ("message to edit not found", "message can't be edited", "message_id_invalid", "message not found")),
-    (Trouble.THREAD, ("message thread not found", "topic_deleted", "topic_closed", "topic_id_invalid")),
+    (TelegramProblem.SAME, ("message is not modified",)),
     (
-        Trouble.MARKUP,
+        TelegramProblem.GONE,
+        ("message to edit not found", "message can't be edited", "message_id_invalid", "message not found"),
+    ),
+    (TelegramProblem.THREAD, ("message thread not found", "topic_deleted", "topic_closed", "topic_id_invalid")),
+    (
+        TelegramProblem.MARKUP,
         ("can't parse", "entit", "message is too long", "message_too_long", "text must be non-empty", "rich"),
     ),
-    (Trouble.CLOSED, ("chat not found", "user is deactivated", "have no rights to send", "chat_write_forbidden")),
+    (
+        TelegramProblem.CLOSED,
+        ("chat not found", "user is deactivated", "have no rights to send", "chat_write_forbidden"),
+    ),
 )
 
 
-def trouble(error: Exception) -> Trouble:
+def trouble(error: Exception) -> TelegramProblem:
     """What went wrong, from what Telegram said."""
     if isinstance(error, TelegramForbiddenError | TelegramUnauthorizedError):
-        return Trouble.CLOSED
+        return TelegramProblem.CLOSED
     if isinstance(error, TelegramNetworkError | TelegramServerError | ClientDecodeError | ClientError | TimeoutError):
-        return Trouble.OTHER if isinstance(error, TelegramEntityTooLarge) else Trouble.AWAY
+        return TelegramProblem.OTHER if isinstance(error, TelegramEntityTooLarge) else TelegramProblem.AWAY
     if isinstance(error, TelegramBadRequest | TelegramNotFound):
         said = error.message.lower()
-        return next((meaning for meaning, words in _MEANINGS if any(word in said for word in words)), Trouble.OTHER)
-    return Trouble.OTHER
+        return next(
+            (meaning for meaning, words in _MEANINGS if any(word in said for word in words)), TelegramProblem.OTHER
+        )
+    return TelegramProblem.OTHER
 
 
 class Lost(Unreachable):
@@ -129,10 +137,10 @@ class RawMember(TelegramMethod[dict[str, Any]]):
     user_id: int
 
 
-class Api:
+class TelegramApi:
     """Writes for one account."""
 
-    def __init__(self, bot: Bot, pace: Pace, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, bot: Bot, pace: TelegramRateLimiter, patience_s: float = PATIENCE_S) -> None:
         self.bot = bot
         self.pace = pace
         self._patience_s = patience_s
@@ -196,9 +204,9 @@ class Api:
                 raise
             except (TelegramAPIError, ClientDecodeError, TimeoutError) as error:
                 meaning = trouble(error)
-                if meaning is Trouble.CLOSED:
+                if meaning is TelegramProblem.CLOSED:
                     raise Unreachable(detail=type(error).__name__) from error
-                if meaning is not Trouble.AWAY:
+                if meaning is not TelegramProblem.AWAY:
                     raise
                 if not (repeatable or isinstance(error.__cause__, ClientConnectorError)):  # that one never went out
                     log.warning("telegram.lost", extra={"method": method.__api_method__, "error": type(error).__name__})

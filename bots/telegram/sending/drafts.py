@@ -18,7 +18,7 @@ from aiogram.methods import EditMessageText, SendChatAction, SendMessageDraft, T
 
 from bots.plugins import Handle
 from bots.telegram.sending import text as texts
-from bots.telegram.sending.api import Api, Trouble, trouble
+from bots.telegram.sending.api import TelegramApi, TelegramProblem, trouble
 from bots.telegram.sending.buttons import stop_keyboard
 
 log = logging.getLogger(__name__)
@@ -31,7 +31,7 @@ _FORGET_S = 900.0
 
 
 @dataclass(frozen=True, slots=True)
-class Where:
+class TelegramHandle:
     """A handle, read. Without a message it is a draft, or (draft 0) nothing that anyone sees."""
 
     chat: int
@@ -43,7 +43,7 @@ class Where:
     streamed: bool = False
 
     @classmethod
-    def read(cls, handle: str) -> Where:
+    def read(cls, handle: str) -> TelegramHandle:
         return cls(**json.loads(handle))
 
     def handle(self) -> Handle:
@@ -51,13 +51,13 @@ class Where:
 
 
 @dataclass(slots=True)
-class Sight:
+class Draft:
     """What people see of an answer that grows."""
 
-    where: Where
+    where: TelegramHandle
     begun: float
     text: str = ""
-    drawn: texts.Rendered | None = None
+    drawn: texts.RenderedText | None = None
     drawn_from: str = ""
     drawn_at: float = 0.0
     typed_at: float = 0.0
@@ -67,15 +67,15 @@ class Sight:
     lock: asyncio.Lock = field(default_factory=asyncio.Lock)
 
 
-class Sights:
+class Drafts:
     """All that one account is writing at the moment."""
 
-    def __init__(self, api: Api) -> None:
+    def __init__(self, api: TelegramApi) -> None:
         self._api = api
-        self._sights: dict[Handle, Sight] = {}
+        self._sights: dict[Handle, Draft] = {}
         self._seen = asyncio.Event()
 
-    def get(self, handle: Handle) -> Sight | None:
+    def get(self, handle: Handle) -> Draft | None:
         return self._sights.get(handle)
 
     def show(self, handle: Handle, text: str) -> None:
@@ -100,16 +100,16 @@ class Sights:
                             tasks.create_task(self._type(sight))
                 await asyncio.sleep(TICK_S)
 
-    def look(self, handle: Handle, *, recovered: bool = False) -> Sight:
+    def look(self, handle: Handle, *, recovered: bool = False) -> Draft:
         """From now on this is shown; what was there already stays as it is."""
         if handle in self._sights:
             return self._sights[handle]
         now = time.monotonic()
-        made = self._sights[handle] = Sight(Where.read(handle), now, touched=now, recovered=recovered)
+        made = self._sights[handle] = Draft(TelegramHandle.read(handle), now, touched=now, recovered=recovered)
         self._seen.set()
         return made
 
-    async def end(self, handle: Handle) -> Sight | None:
+    async def end(self, handle: Handle) -> Draft | None:
         """Nothing is painted from now on: a late edit must not stand above the final one."""
         sight = self._sights.get(handle)
         if sight is not None:
@@ -118,7 +118,7 @@ class Sights:
                 self._sights.pop(handle, None)
         return sight
 
-    def _due(self, sight: Sight, now: float) -> bool:
+    def _due(self, sight: Draft, now: float) -> bool:
         where = sight.where
         if where.message:
             new = bool(sight.text) and sight.text != sight.drawn_from
@@ -129,12 +129,12 @@ class Sights:
             return False
         return new and self._api.pace.wait_s(where.chat, draft=bool(where.draft), show=True) <= 0
 
-    async def _paint(self, sight: Sight) -> None:
+    async def _paint(self, sight: Draft) -> None:
         async with sight.lock:
             if sight.ended:
                 return
             source = sight.text
-            shown = await _rendered(source) if source else texts.Rendered("")
+            shown = await _rendered(source) if source else texts.RenderedText("")
             method: TelegramMethod[Any]
             if sight.where.message:
                 shown = texts.head(shown)
@@ -148,22 +148,22 @@ class Sights:
             if await self._shown(sight.where, method):
                 sight.drawn, sight.drawn_from, sight.drawn_at = shown, source, time.monotonic()
 
-    async def _shown(self, where: Where, method: TelegramMethod[Any]) -> bool:
+    async def _shown(self, where: TelegramHandle, method: TelegramMethod[Any]) -> bool:
         """Best effort. What is refused for good is not tried again: as if it were shown."""
         try:
             return await self._api.show(where.chat, method, draft=bool(where.draft))
         except Exception as error:  # a platform's failure costs a picture of the answer, never the answer
-            if isinstance(error, TelegramAPIError) and trouble(error) is Trouble.SAME:
+            if isinstance(error, TelegramAPIError) and trouble(error) is TelegramProblem.SAME:
                 return True
             log.info("telegram.not_shown", extra={"method": method.__api_method__, "error": type(error).__name__})
             return True
 
-    def _types(self, sight: Sight, now: float) -> bool:
+    def _types(self, sight: Draft, now: float) -> bool:
         where = sight.where
         wanted = where.streamed and now - sight.begun > _GRACE_S and not (where.draft and sight.drawn)
         return wanted and now - sight.typed_at > TYPING_S and not self._api.pace.blocked(where.chat)
 
-    async def _type(self, sight: Sight) -> None:
+    async def _type(self, sight: Draft) -> None:
         async with sight.lock:
             sight.typed_at = time.monotonic()
             where = sight.where
@@ -176,11 +176,11 @@ class Sights:
                 log.info("telegram.not_shown", extra={"method": method.__api_method__, "error": type(error).__name__})
 
 
-async def _rendered(source: str) -> texts.Rendered:
+async def _rendered(source: str) -> texts.RenderedText:
     return texts.render(source) if len(source) < 2_000 else await asyncio.to_thread(texts.render, source)
 
 
-def _edit(where: Where, shown: texts.Rendered) -> TelegramMethod[Any]:
+def _edit(where: TelegramHandle, shown: texts.RenderedText) -> TelegramMethod[Any]:
     """While it grows; who asked in a group can stop it by a button."""
     return EditMessageText(
         chat_id=where.chat,
@@ -191,7 +191,7 @@ def _edit(where: Where, shown: texts.Rendered) -> TelegramMethod[Any]:
     )
 
 
-def _draft(where: Where, shown: texts.Rendered) -> TelegramMethod[Any]:
+def _draft(where: TelegramHandle, shown: texts.RenderedText) -> TelegramMethod[Any]:
     return SendMessageDraft(
         chat_id=where.chat,
         draft_id=where.draft,

@@ -16,7 +16,7 @@ _MAX_CHATS = 10_000
 
 
 @dataclass(frozen=True, slots=True)
-class Rate:
+class TelegramRate:
     """So many a second, and so many at once after a pause. In any span of t seconds: at most burst + per_s * t."""
 
     per_s: float
@@ -24,19 +24,19 @@ class Rate:
 
 
 @dataclass(frozen=True, slots=True)
-class Limits:
-    private: Rate = Rate(0.9, 3)
-    group: Rate = Rate(16 / 60, 4)
-    draft: Rate = Rate(2.0, 2)
-    bot: Rate = Rate(25.0, 5)
+class SendLimits:
+    private: TelegramRate = TelegramRate(0.9, 3)
+    group: TelegramRate = TelegramRate(16 / 60, 4)
+    draft: TelegramRate = TelegramRate(2.0, 2)
+    bot: TelegramRate = TelegramRate(25.0, 5)
 
 
-class Bucket:
+class TelegramBucket:
     """Tokens that come back with time."""
 
     __slots__ = ("_at", "_rate", "_tokens")
 
-    def __init__(self, rate: Rate, now: float) -> None:
+    def __init__(self, rate: TelegramRate, now: float) -> None:
         self._rate, self._tokens, self._at = rate, rate.burst, now
 
     def wait_s(self, now: float, spare: float = 0.0) -> float:
@@ -54,14 +54,14 @@ class Bucket:
         self._at = now
 
 
-class Pace:
+class TelegramRateLimiter:
     """`wait_s` asks, `take` books, `turn` does both. What is only shown leaves room for what is final."""
 
-    def __init__(self, limits: Limits | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limits = limits or Limits()
+    def __init__(self, limits: SendLimits | None = None, clock: Callable[[], float] = time.monotonic) -> None:
+        self._limits = limits or SendLimits()
         self._clock = clock
-        self._bot = Bucket(self._limits.bot, clock())
-        self._chats: OrderedDict[tuple[int, bool], Bucket] = OrderedDict()
+        self._bot = TelegramBucket(self._limits.bot, clock())
+        self._chats: OrderedDict[tuple[int, bool], TelegramBucket] = OrderedDict()
         self._blocked: dict[int, float] = {}
         self._blocked_all = 0.0
 
@@ -103,12 +103,12 @@ class Pace:
     def blocked(self, chat: int) -> bool:
         return max(self._blocked.get(chat, 0.0), self._blocked_all) > self._clock()
 
-    def _chat(self, chat: int, draft: bool, now: float) -> Bucket:
+    def _chat(self, chat: int, draft: bool, now: float) -> TelegramBucket:
         key = (chat, draft)
         found = self._chats.get(key)
         if found is None:
             limits = self._limits
-            found = self._chats[key] = Bucket(
+            found = self._chats[key] = TelegramBucket(
                 limits.draft if draft else limits.private if chat > 0 else limits.group, now
             )
             if len(self._chats) > _MAX_CHATS:

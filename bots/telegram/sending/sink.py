@@ -41,9 +41,9 @@ from aiogram.types import (
 from bots.plugins import Address, Attachment, Body, Handle, Receipt, Reopen
 from bots.telegram.addresses import receipt, spot
 from bots.telegram.sending import text as texts
-from bots.telegram.sending.api import Api, Lost, Trouble, trouble
+from bots.telegram.sending.api import Lost, TelegramApi, TelegramProblem, trouble
 from bots.telegram.sending.buttons import chosen_keyboard, keyboard
-from bots.telegram.sending.drafts import Sight, Sights, Where
+from bots.telegram.sending.drafts import Draft, Drafts, TelegramHandle
 from core.errors import AppError
 
 log = logging.getLogger(__name__)
@@ -56,24 +56,24 @@ _RICH = re.compile(r"^\s*\|?[ :]*-{3,}[-| :]*\|[-| :]*$|\$\$|\\\(|\\\[", re.MULT
 
 
 @dataclass(frozen=True, slots=True)
-class Part(Body):
+class TelegramPart(Body):
     """One message of a delivery, rendered. `rich` is its Markdown, where it is to be a rich message."""
 
     marks: tuple[texts.Mark, ...] = ()
     rich: str = ""
 
 
-class TelegramOutlet:
+class TelegramSink:
     """One account's. `sights.keep` must run for anything to be shown before it is final."""
 
-    def __init__(self, api: Api, *, transport: str = "draft", rich: bool = False) -> None:
+    def __init__(self, api: TelegramApi, *, transport: str = "draft", rich: bool = False) -> None:
         self._api = api
         self._transport = transport
         self._rich = rich
-        self.sights = Sights(api)
+        self.sights = Drafts(api)
         self.orphans = 0
         self._owed: OrderedDict[Handle, str] = OrderedDict()  # the text that a draft must become
-        self._moved: OrderedDict[Handle, Where] = OrderedDict()  # where a handle's message is now
+        self._moved: OrderedDict[Handle, TelegramHandle] = OrderedDict()  # where a handle's message is now
         self._lost: OrderedDict[tuple[int, int | None, int | None], bool] = OrderedDict()  # places, twice in a row
         self._tried: OrderedDict[Handle, bool] = OrderedDict()  # sent directly, outcome unknown
 
@@ -84,21 +84,21 @@ class TelegramOutlet:
         whole = texts.render(body.text)
         pieces = texts.split(whole)
         if self._rich and len(pieces) == 1 and _RICH.search(body.text):
-            parts = [Part(whole.text, marks=whole.marks, rich=body.text)]
+            parts = [TelegramPart(whole.text, marks=whole.marks, rich=body.text)]
         else:
-            parts = [Part(piece.text, marks=piece.marks) for piece in pieces]
+            parts = [TelegramPart(piece.text, marks=piece.marks) for piece in pieces]
         parts[-1] = replace(parts[-1], buttons=body.buttons)
-        return (*parts, *(Part("", files=(path,)) for path in body.files))
+        return (*parts, *(TelegramPart("", files=(path,)) for path in body.files))
 
     async def open(self, to: Address) -> Handle:
         at = spot(to)
-        where = Where(at.chat, 0, 0, at.topic, at.action_topic, at.reply_to, bool(to.reply_to))
+        where = TelegramHandle(at.chat, 0, 0, at.topic, at.action_topic, at.reply_to, bool(to.reply_to))
         if where.streamed and self._transport == "off":
             handle = where.handle()
         elif where.streamed and at.private and self._transport != "edit":
             handle = replace(where, draft=secrets.randbelow(2**31 - 1) + 1).handle()
         else:
-            where = await self._post(where, texts.Rendered(WAITING))
+            where = await self._post(where, texts.RenderedText(WAITING))
             handle = where.handle()
         self.sights.look(handle)
         return handle
@@ -107,10 +107,10 @@ class TelegramOutlet:
         self.sights.show(handle, text)
 
     async def finish(self, handle: Handle, body: Body) -> Receipt:
-        part = body if isinstance(body, Part) else self.split(body)[0]
-        assert isinstance(part, Part)
+        part = body if isinstance(body, TelegramPart) else self.split(body)[0]
+        assert isinstance(part, TelegramPart)
         sight = await self.sights.end(handle)
-        where = self._moved.get(handle) or Where.read(handle)
+        where = self._moved.get(handle) or TelegramHandle.read(handle)
         if not where.message and self._transport == "draft_direct":
             where = await self._send_directly(handle, where, part, sight)
         elif not where.message:
@@ -122,7 +122,7 @@ class TelegramOutlet:
 
     async def recover(self, handle: Handle) -> Handle:
         """A message is written on. A draft of this run becomes one; that of an earlier run is drawn again."""
-        where = Where.read(handle)
+        where = TelegramHandle.read(handle)
         if where.message or self._transport == "draft_direct":
             self.sights.look(handle, recovered=True)
             return handle
@@ -161,14 +161,14 @@ class TelegramOutlet:
 
     # --- final texts ---
 
-    async def _write(self, handle: Handle, where: Where, part: Part) -> Where:
+    async def _write(self, handle: Handle, where: TelegramHandle, part: TelegramPart) -> TelegramHandle:
         """Edit the message to its final form; a message that is gone, or has moved with its group, is written anew."""
         try:
             await self._put(where, part)
         except TelegramMigrateToChat as error:
             where = replace(where, chat=error.migrate_to_chat_id, topic=None, reply_to=None)
         except TelegramBadRequest as error:
-            if trouble(error) is not Trouble.GONE:
+            if trouble(error) is not TelegramProblem.GONE:
                 raise
         else:
             return where
@@ -177,7 +177,7 @@ class TelegramOutlet:
         await self._put(where, part)
         return where
 
-    async def _put(self, where: Where, part: Part) -> None:
+    async def _put(self, where: TelegramHandle, part: TelegramPart) -> None:
         """In its best form; then, where Telegram does not take that, in plainer ones."""
         forms = _forms(where, part)
         for last, form in zip([*[False] * (len(forms) - 1), True], forms, strict=True):
@@ -186,13 +186,13 @@ class TelegramOutlet:
                 return
             except (TelegramBadRequest, TelegramNotFound) as error:
                 meaning = trouble(error)
-                if meaning is Trouble.SAME:
+                if meaning is TelegramProblem.SAME:
                     return
-                if meaning is Trouble.GONE or last:
+                if meaning is TelegramProblem.GONE or last:
                     raise
                 log.warning("telegram.plainer", extra={"method": form.__api_method__, "error": type(error).__name__})
 
-    async def _post(self, where: Where, first: texts.Rendered) -> Where:
+    async def _post(self, where: TelegramHandle, first: texts.RenderedText) -> TelegramHandle:
         """Send a first small message; where its topic is gone, to the chat itself."""
         reply = ReplyParameters(message_id=where.reply_to, allow_sending_without_reply=True) if where.reply_to else None
         method = SendMessage(
@@ -207,12 +207,12 @@ class TelegramOutlet:
         except TelegramMigrateToChat as error:
             return await self._post(replace(where, chat=error.migrate_to_chat_id, topic=None, reply_to=None), first)
         except TelegramBadRequest as error:
-            if trouble(error) is not Trouble.THREAD or where.topic is None:
+            if trouble(error) is not TelegramProblem.THREAD or where.topic is None:
                 raise
             return await self._post(replace(where, topic=None, action_topic=None), first)
         return replace(where, message=sent.message_id)
 
-    async def _send(self, where: Where, method: SendMessage) -> Message:
+    async def _send(self, where: TelegramHandle, method: SendMessage) -> Message:
         """One that may have been sent already is sent once more, when Telegram answers again, and never a third time.
 
         Raises Lost. So a lost answer leaves one first message too many, as a crash at that point does.
@@ -232,11 +232,13 @@ class TelegramOutlet:
             _remember(self._lost, place, True)
             raise
 
-    async def _send_directly(self, handle: Handle, where: Where, part: Part, sight: Sight | None) -> Where:
+    async def _send_directly(
+        self, handle: Handle, where: TelegramHandle, part: TelegramPart, sight: Draft | None
+    ) -> TelegramHandle:
         """One send. Where it may have been done already, it is not repeated: the answer stays unconfirmed."""
         if handle in self._tried or (sight is not None and sight.recovered and not sight.text):
             raise AppError(detail="whether the answer was sent is not known")
-        buttons, shown = keyboard(part.buttons), texts.Rendered(part.text, part.marks)
+        buttons, shown = keyboard(part.buttons), texts.RenderedText(part.text, part.marks)
         for entities in (shown.entities() or None, None):
             method = SendMessage(
                 chat_id=where.chat,
@@ -251,12 +253,12 @@ class TelegramOutlet:
                 return replace(where, message=sent.message_id)
             except TelegramBadRequest as error:
                 self._tried.pop(handle, None)
-                if trouble(error) is not Trouble.MARKUP or entities is None:
+                if trouble(error) is not TelegramProblem.MARKUP or entities is None:
                     raise
         raise AppError(detail="unreachable")
 
 
-def _forms(where: Where, part: Part) -> list[TelegramMethod[Any]]:
+def _forms(where: TelegramHandle, part: TelegramPart) -> list[TelegramMethod[Any]]:
     """The final edit, best first: as a file, rich, with entities, as plain text."""
     chat, message, buttons = where.chat, where.message, keyboard(part.buttons)
     if part.files:
@@ -264,7 +266,7 @@ def _forms(where: Where, part: Part) -> list[TelegramMethod[Any]]:
         kind = InputMediaPhoto if path.suffix.lower() in _PICTURES else InputMediaDocument
         media = kind(media=FSInputFile(path))
         return [EditMessageMedia(chat_id=chat, message_id=message, media=media, reply_markup=buttons)]
-    shown = texts.Rendered(part.text, part.marks)
+    shown = texts.RenderedText(part.text, part.marks)
     forms: list[TelegramMethod[Any]] = []
     if part.rich:
         rich = InputRichMessage(markdown=part.rich)

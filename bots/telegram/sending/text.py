@@ -37,7 +37,7 @@ class Mark:
 
 
 @dataclass(frozen=True, slots=True)
-class Rendered:
+class RenderedText:
     text: str
     marks: tuple[Mark, ...] = ()
 
@@ -57,42 +57,42 @@ def units(text: str) -> int:
     return len(text) + sum(character > "\uffff" for character in text)
 
 
-def render(markdown: str) -> Rendered:
+def render(markdown: str) -> RenderedText:
     """What to show. Never fails: what cannot be understood as Markdown is shown as it stands."""
     source = _printable(markdown)
     if len(source) > _MAX_MARKUP:
-        return Rendered(source)
+        return RenderedText(source)
     try:
         page = _Page()
         page.blocks(SyntaxTreeNode(parser().parse(source)).children)
         made = page.done()
     except Exception:  # a text that breaks the parser costs its markup, not the answer
-        made = Rendered("")
-    return made if made.text.strip() else Rendered(source.strip() or _NOTHING)
+        made = RenderedText("")
+    return made if made.text.strip() else RenderedText(source.strip() or _NOTHING)
 
 
-def split(whole: Rendered, limit: int = LIMIT) -> tuple[Rendered, ...]:
+def split(whole: RenderedText, limit: int = LIMIT) -> tuple[RenderedText, ...]:
     """Messages of at most `limit` units; joined, their texts are the text. None is blank."""
     parts, rest, text = [], whole.marks, whole.text
     while units(text) > limit:
         cut = _cut(text, rest, limit)
         while cut < len(text) and text[cut].isspace() and units(text[: cut + 1]) <= limit:
             cut += 1
-        parts.append(Rendered(text[:cut], _within(rest, 0, cut)))
+        parts.append(RenderedText(text[:cut], _within(rest, 0, cut)))
         rest, text = _within(rest, cut, len(text)), text[cut:]
-    parts.append(Rendered(text, rest))
+    parts.append(RenderedText(text, rest))
     return _without_blanks(parts)
 
 
-def head(whole: Rendered, limit: int = LIMIT) -> Rendered:
+def head(whole: RenderedText, limit: int = LIMIT) -> RenderedText:
     """The beginning, where the whole does not fit."""
     if units(whole.text) <= limit:
         return whole
     first = split(whole, limit - 2)[0]
-    return Rendered(f"{first.text.rstrip()} …", _within(first.marks, 0, len(first.text.rstrip())))
+    return RenderedText(f"{first.text.rstrip()} …", _within(first.marks, 0, len(first.text.rstrip())))
 
 
-def tail(whole: Rendered, limit: int = LIMIT) -> Rendered:
+def tail(whole: RenderedText, limit: int = LIMIT) -> RenderedText:
     """The end, where the whole does not fit."""
     if units(whole.text) <= limit:
         return whole
@@ -100,15 +100,15 @@ def tail(whole: Rendered, limit: int = LIMIT) -> Rendered:
     line = whole.text.find("\n", start, start + 400)
     start = line + 1 if line >= 0 else start
     marks = _within(whole.marks, start, len(whole.text))
-    return Rendered(f"… {whole.text[start:]}", tuple(replace(m, start=m.start + 2, end=m.end + 2) for m in marks))
+    return RenderedText(f"… {whole.text[start:]}", tuple(replace(m, start=m.start + 2, end=m.end + 2) for m in marks))
 
 
-def first_line(markdown: str, limit: int = 200) -> Rendered:
+def first_line(markdown: str, limit: int = 200) -> RenderedText:
     """The first line with a sign that more is to come: what stands in a message until its final form does."""
-    whole = render(markdown) if markdown.strip() else Rendered("")
+    whole = render(markdown) if markdown.strip() else RenderedText("")
     line = whole.text.strip().split("\n", 1)[0]
     line = split_text(line, limit, units)[0].rstrip() if line else ""
-    return Rendered(f"{line} …".strip())
+    return RenderedText(f"{line} …".strip())
 
 
 # --- cutting ---
@@ -133,10 +133,10 @@ def _within(marks: Sequence[Mark], start: int, end: int) -> tuple[Mark, ...]:
     )
 
 
-def _without_blanks(parts: list[Rendered]) -> tuple[Rendered, ...]:
+def _without_blanks(parts: list[RenderedText]) -> tuple[RenderedText, ...]:
     """Telegram takes no message of spaces alone; what is blank is left out, unless it is all there is."""
     kept = [part for part in parts if part.text.strip()]
-    return tuple(kept) or (Rendered(_NOTHING),)
+    return tuple(kept) or (RenderedText(_NOTHING),)
 
 
 def _printable(text: str) -> str:
@@ -160,10 +160,10 @@ class _Page:
         self._marks: list[Mark] = []
         self._quoted = False
 
-    def done(self) -> Rendered:
+    def done(self) -> RenderedText:
         text = "".join(self._pieces)
         marks = [_trimmed(text, mark) for mark in _legal(self._marks)]
-        return Rendered(text, tuple(sorted((m for m in marks if m.end > m.start), key=lambda m: (m.start, -m.end))))
+        return RenderedText(text, tuple(sorted((m for m in marks if m.end > m.start), key=lambda m: (m.start, -m.end))))
 
     def add(self, text: str) -> None:
         self._pieces.append(text)

@@ -139,7 +139,7 @@ def _multiply(x: Tensor, packed: torch.ScriptObject) -> Tensor:
     return y
 
 
-class Part(nn.Module):
+class LinearSlice(nn.Module):
     """Some of the outputs of a merged linear, as a module of their own. Slow: for what does not run merged."""
 
     def __init__(self, whole: Int8Linear, start: int, size: int) -> None:
@@ -152,8 +152,8 @@ class Part(nn.Module):
         return y[..., self.start : self.start + self.out_features]
 
 
-def part_of(whole: Int8Linear, start: int, size: int) -> Part:
-    return Part(whole, start, size)
+def part_of(whole: Int8Linear, start: int, size: int) -> LinearSlice:
+    return LinearSlice(whole, start, size)
 
 
 def merge_int8(parts: Sequence[Int8Linear]) -> Int8Linear:

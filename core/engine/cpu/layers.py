@@ -16,17 +16,17 @@ from core.engine.cpu.int8 import ByBlocks, Int8Linear
 from core.engine.cpu.packed import PackedLinear
 from core.engine.lora.layers import Stack
 from core.engine.lora.stacks import LoraStacks
-from core.engine.runtime.fused import Fused, Norm
+from core.engine.runtime.fused import Fused, RmsNormWeights
 from core.engine.runtime.kv_cache import SlotCache
 
 _P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 
 
-class _Norm(ctypes.Structure):
+class _NormPointers(ctypes.Structure):
     _fields_ = (("weight", _P), ("eps", _F))
 
 
-class _Linear(ctypes.Structure):
+class _LinearPointers(ctypes.Structure):
     _fields_ = (
         *((name, _P) for name in ("floats", "bytes", "scales", "bias")),
         *((name, _N) for name in ("in", "outs")),
@@ -36,10 +36,10 @@ class _Linear(ctypes.Structure):
     )
 
 
-class _Layer(ctypes.Structure):
+class _LayerPointers(ctypes.Structure):
     _fields_ = (
-        *((name, _Norm) for name in ("norm", "q_norm", "k_norm", "mlp_norm")),
-        *((name, _Linear) for name in ("qkv", "out", "gate_up", "down")),
+        *((name, _NormPointers) for name in ("norm", "q_norm", "k_norm", "mlp_norm")),
+        *((name, _LinearPointers) for name in ("qkv", "out", "gate_up", "down")),
         *((name, _P) for name in ("keys", "values")),
         *((name, _N) for name in ("capacity", "window")),
     )
@@ -59,7 +59,7 @@ class Layers:
 
     def __init__(self, fused: Fused, operators: Compiled, cache: SlotCache, lora: LoraStacks) -> None:
         self.fused, self.operators, self.cache, self.lora = fused, operators, cache, lora
-        self._layers = (_Layer * len(fused.layers))()
+        self._layers = (_LayerPointers * len(fused.layers))()
         for told, layer in zip(self._layers, fused.layers, strict=True):
             told.norm, told.mlp_norm = _norm(layer.norm), _norm(layer.mlp_norm)
             told.q_norm, told.k_norm = _norm(layer.q_norm), _norm(layer.k_norm)
@@ -112,7 +112,7 @@ class Layers:
                 self._tell_adapters(linear, self.lora.stacks.get(name))
         self._versions = versions
 
-    def _tell_adapters(self, linear: _Linear, stack: Stack | None) -> None:
+    def _tell_adapters(self, linear: _LinearPointers, stack: Stack | None) -> None:
         if stack is None:
             linear.a = linear.b = None
             return
@@ -133,12 +133,12 @@ def layers_of(fused: Fused, cache: SlotCache, lora: LoraStacks) -> Layers | None
     return Layers(fused, operators, cache, lora) if operators is not None and known else None
 
 
-def _norm(norm: Norm | None) -> _Norm:
-    return _Norm() if norm is None else _Norm(_at(norm.weight), norm.eps)
+def _norm(norm: RmsNormWeights | None) -> _NormPointers:
+    return _NormPointers() if norm is None else _NormPointers(_at(norm.weight), norm.eps)
 
 
-def _linear(linear: nn.Module) -> _Linear:
-    told = _Linear()
+def _linear(linear: nn.Module) -> _LinearPointers:
+    told = _LinearPointers()
     if isinstance(linear, Int8Linear):
         assert isinstance(linear.kernel, ByBlocks)
         told.bytes, told.scales = _at(linear.kernel.packed), _at(linear.kernel.scales)

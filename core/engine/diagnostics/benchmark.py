@@ -19,7 +19,7 @@ from core.engine.protocol import Delta, Engine, EngineStats, Finished, Request, 
 from core.types import AdapterRef, Message, Role, Sampling
 
 if TYPE_CHECKING:
-    from core.engine.lora.adapter_files import Base
+    from core.engine.lora.adapter_files import AdapterTarget
 
 TOKENS = 48  # of each answer
 MAX_ROWS, MAX_ADAPTERS = 32, 8
@@ -43,23 +43,23 @@ class Speed:
 
 
 @dataclass(frozen=True, slots=True)
-class Trial:
+class Benchmark:
     bandwidth: float  # bytes/s; 0 is unknown
     one: Speed
     many: Speed
     adapted: Speed | None
 
 
-async def measure(engine: Engine, rows: int, adapters: Sequence[AdapterRef] = ()) -> Trial:
+async def measure(engine: Engine, rows: int, adapters: Sequence[AdapterRef] = ()) -> Benchmark:
     """Warm up, then measure. Raises what a request raises."""
     rows = min(rows, MAX_ROWS)
     await _speed(engine, 1, adapters[:1], tokens=4)
     one, many = await _speed(engine, 1), await _speed(engine, rows)
     adapted = await _speed(engine, rows, adapters) if adapters else None
-    return Trial(engine.stats().bandwidth, one, many, adapted)
+    return Benchmark(engine.stats().bandwidth, one, many, adapted)
 
 
-def random_adapters(folder: Path, base: Base, rank: int, count: int = MAX_ADAPTERS) -> list[AdapterRef]:
+def random_adapters(folder: Path, base: AdapterTarget, rank: int, count: int = MAX_ADAPTERS) -> list[AdapterRef]:
     """Adapters as large as a fine-tune makes them, small enough in their numbers to change no answer much."""
     import torch
     from safetensors.torch import save_file

@@ -12,7 +12,7 @@ from functools import cache
 import torch
 from torch import nn
 
-from core.engine.cpu.int8 import Int8Linear, Part
+from core.engine.cpu.int8 import Int8Linear, LinearSlice
 
 BLOCK_BYTES = 256 * 2**20  # beyond the caches of common processors
 READS = 4
@@ -24,7 +24,7 @@ def weight_bytes(module: nn.Module) -> int:
     seen: dict[int, int] = {}
     looked_up: dict[int, int] = {}
     for child in module.modules():
-        if isinstance(child, Int8Linear | Part):
+        if isinstance(child, Int8Linear | LinearSlice):
             int8 += child.out_features * child.in_features
         for tensor in child.parameters(recurse=False):
             (looked_up if isinstance(child, nn.Embedding) else seen)[tensor.data_ptr()] = tensor.nbytes

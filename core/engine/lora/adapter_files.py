@@ -24,7 +24,7 @@ from torch import Tensor
 
 from core.engine.lora.patterns import expression
 from core.errors import AdapterUnusable
-from core.i18n.messages import Later, Refused
+from core.i18n.messages import Lazy, Refusal
 from core.types import AdapterRef
 
 log = logging.getLogger(__name__)
@@ -65,7 +65,7 @@ class AdapterWeights:
 
 
 @dataclass(frozen=True, slots=True)
-class Base:
+class AdapterTarget:
     """What an adapter must fit: the model's fingerprint, and (out, in) of each module that may be changed.
 
     `head` is the name of the one that makes the logits.
@@ -83,7 +83,7 @@ class AdapterStore:
     Who runs with an adapter holds its weights itself: dropping one here never touches a running request.
     """
 
-    def __init__(self, base: Base, *, limit: int) -> None:
+    def __init__(self, base: AdapterTarget, *, limit: int) -> None:
         self.base, self.limit = base, limit
         self._lock = threading.Lock()
         self._turns = threading.Semaphore(READ_AT_ONCE)
@@ -131,7 +131,7 @@ class AdapterStore:
         future.set_exception(error)
 
 
-def load_adapter(ref: AdapterRef, base: Base) -> AdapterWeights:
+def load_adapter(ref: AdapterRef, base: AdapterTarget) -> AdapterWeights:
     """Read and check an adapter folder. Raises AdapterUnusable with why as detail, and for people as `reason`."""
     try:
         _check_manifest(ref.folder, base)
@@ -144,7 +144,7 @@ def load_adapter(ref: AdapterRef, base: Base) -> AdapterWeights:
             module: _fold(module, sides, ranks[module], alphas[module], root, base.dtype)
             for module, sides in found.items()
         }
-    except Refused as error:
+    except Refusal as error:
         raise _unusable(ref, str(error), error.reason) from error
     except RecursionError:
         raise _unusable(ref, f"{CONFIG} is nested too deeply") from None
@@ -153,13 +153,13 @@ def load_adapter(ref: AdapterRef, base: Base) -> AdapterWeights:
     return AdapterWeights(ref.sha256, max(len(a) for a, _ in pairs.values()), pairs)
 
 
-def _unusable(ref: AdapterRef, why: str, reason: Later | None = None) -> AdapterUnusable:
+def _unusable(ref: AdapterRef, why: str, reason: Lazy | None = None) -> AdapterUnusable:
     name = ref.label or ref.sha256[:12]
-    reason = reason or Later("unfit.unreadable", error=why.replace(f"{ref.folder}/", ""))
+    reason = reason or Lazy("unfit.unreadable", error=why.replace(f"{ref.folder}/", ""))
     return AdapterUnusable(detail=f"adapter {name} in {ref.folder}: {why}", reason=reason)
 
 
-def _check_manifest(folder: Path, base: Base) -> None:
+def _check_manifest(folder: Path, base: AdapterTarget) -> None:
     if not folder.is_dir():
         raise ValueError("the folder does not exist")
     if not (folder / MANIFEST).is_file():
@@ -187,12 +187,12 @@ def _read_config(folder: Path) -> dict[str, Any]:
     if config.get("peft_type") != "LORA":
         raise ValueError(f"peft_type={config.get('peft_type')} is not LORA; peft can convert it")
     if config.get("bias", "none") != "none":
-        raise Refused("unfit.bias", bias=config["bias"])
+        raise Refusal("unfit.bias", bias=config["bias"])
     if str(config.get("init_lora_weights", True)).lower() not in PLAIN_INIT:
-        raise Refused("unfit.init", init=config["init_lora_weights"])
+        raise Refusal("unfit.init", init=config["init_lora_weights"])
     for key, value in config.items():
         if key not in KNOWN_KEYS and value:
-            raise Refused("unfit.option", name=key, value=repr(value))
+            raise Refusal("unfit.option", name=key, value=repr(value))
     _check_numbers(config)
     _check_names(config)
     return config
@@ -204,22 +204,22 @@ def _check_names(config: Mapping[str, Any]) -> None:
         value = config.get(key)
         listed = isinstance(value, list) and all(isinstance(one, str) for one in value)
         if not (value is None or isinstance(value, str) or listed):
-            raise Refused("unfit.no_texts", name=key, value=repr(value))
+            raise Refusal("unfit.no_texts", name=key, value=repr(value))
     targets, layers, patterns = (config.get(key) for key in ("target_modules", "layers_to_transform", "layers_pattern"))
     numbers = layers if isinstance(layers, list) else [layers]
     if layers is not None and not all(isinstance(one, int) and not isinstance(one, bool) for one in numbers):
-        raise Refused("unfit.no_numbers", value=repr(layers))
+        raise Refusal("unfit.no_numbers", value=repr(layers))
     if isinstance(targets, str) and (layers is not None or patterns):
-        raise Refused("unfit.layers_of_expression", value=repr(targets))
+        raise Refusal("unfit.layers_of_expression", value=repr(targets))
     if patterns and layers is None:
-        raise Refused("unfit.no_layers", value=repr(patterns))
+        raise Refusal("unfit.no_layers", value=repr(patterns))
     for one in [patterns] if isinstance(patterns, str) else patterns or []:
         if not PLAIN_NAME.fullmatch(one):
-            raise Refused("unfit.no_name", value=repr(one))
+            raise Refusal("unfit.no_name", value=repr(one))
     keys = [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
     expressions = [one for one in keys if not PLAIN_KEY.fullmatch(one)]
     if len(keys) > MOST_KEYS or len(expressions) > MOST_EXPRESSIONS:
-        raise Refused(
+        raise Refusal(
             "unfit.many_keys",
             n=len(keys),
             expressions=len(expressions),
@@ -236,17 +236,17 @@ def _check_names(config: Mapping[str, Any]) -> None:
 def _check_numbers(config: Mapping[str, Any]) -> None:
     patterns = [config.get("rank_pattern") or {}, config.get("alpha_pattern") or {}]
     if not all(isinstance(pattern, dict) for pattern in patterns):
-        raise Refused("unfit.no_tables")
+        raise Refusal("unfit.no_tables")
     for rank in (config.get("r"), *patterns[0].values()):
         if not isinstance(rank, int) or isinstance(rank, bool) or not 1 <= rank <= MAX_RANK:
-            raise Refused("unfit.rank", rank=repr(rank), most=MAX_RANK)
+            raise Refusal("unfit.rank", rank=repr(rank), most=MAX_RANK)
     for alpha in (config.get("lora_alpha"), *patterns[1].values()):
         if not isinstance(alpha, int | float) or isinstance(alpha, bool) or not math.isfinite(alpha):
-            raise Refused("unfit.alpha", alpha=repr(alpha))
+            raise Refusal("unfit.alpha", alpha=repr(alpha))
 
 
 def _read_tensors(
-    folder: Path, config: Mapping[str, Any], base: Base, ranks: Mapping[str, int]
+    folder: Path, config: Mapping[str, Any], base: AdapterTarget, ranks: Mapping[str, int]
 ) -> dict[str, dict[str, Tensor]]:
     """{module: {"A": (r, in), "B": (out, r)}}, all as the configuration and the base model say."""
     path = folder / WEIGHTS
@@ -259,13 +259,13 @@ def _read_tensors(
         for key in file.keys():  # noqa: SIM118 - not a dictionary
             match = TENSOR_NAME.fullmatch(key)
             if match is None:
-                hint = "" if ".lora_" in key else Later("unfit.without_base")
-                raise Refused("unfit.tensor", name=key, hint=hint)
+                hint = "" if ".lora_" in key else Lazy("unfit.without_base")
+                raise Refusal("unfit.tensor", name=key, hint=hint)
             module, side = match["module"], match["side"]
             _check_module(module, config, base)
             shape = tuple(file.get_slice(key).get_shape())
             if shape != (wanted := _shape(side, base.shapes[module], ranks[module])):  # seen before it is read
-                raise Refused("unfit.shape", name=key, shape=shape, wanted=wanted)
+                raise Refusal("unfit.shape", name=key, shape=shape, wanted=wanted)
             tensor = file.get_tensor(key)
             _check_tensor(key, tensor)
             found.setdefault(module, {})[side] = tensor
@@ -273,11 +273,11 @@ def _read_tensors(
     return found
 
 
-def _check_module(module: str, config: Mapping[str, Any], base: Base) -> None:
+def _check_module(module: str, config: Mapping[str, Any], base: AdapterTarget) -> None:
     if module not in base.shapes:
-        raise Refused("unfit.no_module", module=module)
+        raise Refusal("unfit.no_module", module=module)
     if not _is_target(module, config):
-        raise Refused("unfit.not_named", module=module)
+        raise Refusal("unfit.not_named", module=module)
 
 
 def _shape(side: str, linear: tuple[int, int], rank: int) -> tuple[int, int]:
@@ -287,22 +287,22 @@ def _shape(side: str, linear: tuple[int, int], rank: int) -> tuple[int, int]:
 
 def _check_tensor(key: str, tensor: Tensor) -> None:
     if tensor.dtype not in FLOATS:
-        raise Refused("unfit.dtype", name=key, dtype=tensor.dtype)
+        raise Refusal("unfit.dtype", name=key, dtype=tensor.dtype)
     if not bool(tensor.isfinite().all()):
-        raise Refused("unfit.not_finite", name=key)
+        raise Refusal("unfit.not_finite", name=key)
 
 
-def _check_complete(found: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any], base: Base) -> None:
+def _check_complete(found: Mapping[str, Mapping[str, Tensor]], config: Mapping[str, Any], base: AdapterTarget) -> None:
     for module, sides in found.items():
         if missing := {"A", "B"} - sides.keys():
-            raise Refused("unfit.half", side=missing.pop(), module=module)
+            raise Refusal("unfit.half", side=missing.pop(), module=module)
     for module in base.shapes:
         if module not in found and _is_target(module, config) and not (_is_all(config) and module == base.head):
-            raise Refused("unfit.missing", module=module)
+            raise Refusal("unfit.missing", module=module)
     if not found:
         raise ValueError("it changes no layer of this base model")
     if base.head in found and config.get("ensure_weight_tying"):
-        raise Refused("unfit.tied", head=base.head)
+        raise Refusal("unfit.tied", head=base.head)
 
 
 def _is_all(config: Mapping[str, Any]) -> bool:
@@ -354,5 +354,5 @@ def _fold(
     scale = alpha / (math.sqrt(rank) if root else rank)
     a, b = sides["A"].to(dtype), (sides["B"].float() * scale).to(dtype)
     if not bool(a.isfinite().all() and b.isfinite().all()):
-        raise Refused("unfit.too_large", module=module, scale=scale, dtype=dtype)
+        raise Refusal("unfit.too_large", module=module, scale=scale, dtype=dtype)
     return a, b.t().contiguous().t()  # as it lies in a slot, so that the model thread only copies

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from core.engine.cpu.compiled import tiles_of
-from core.engine.lora.segments import Groups, Piece, Plans
+from core.engine.lora.segments import Groups, Plans, Segment
 
 
 class Stack:
@@ -64,7 +64,7 @@ class Stack:
             else:
                 self._add_masked(piece, x[piece.tokens], ys)
 
-    def _add_tiles(self, piece: Piece, tiles: Tensor, x: Tensor, y: Tensor) -> None:
+    def _add_tiles(self, piece: Segment, tiles: Tensor, x: Tensor, y: Tensor) -> None:
         assert self.plans.operators is not None
         if len(x) != piece.tokens.stop:  # a model's own head, which sees the last token of a row that runs alone
             assert piece.stop == piece.start + 1
@@ -82,7 +82,7 @@ class Stack:
             added = torch.bmm(own, b[groups.slots]).view(-1, y.shape[1]).index_select(0, moves.place)
             y += added if moves.bare is None else added.masked_fill_(moves.bare, 0.0)
 
-    def _add_masked(self, piece: Piece, x: Tensor, ys: Sequence[Tensor]) -> None:
+    def _add_masked(self, piece: Segment, x: Tensor, ys: Sequence[Tensor]) -> None:
         slots = slice(piece.start, piece.stop)
         h = nn.functional.linear(x, self.a[slots].flatten(0, 1)).view(len(x), piece.stop - piece.start, -1)
         if piece.foreign is not None:

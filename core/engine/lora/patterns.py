@@ -13,7 +13,7 @@ from collections.abc import Callable
 from functools import lru_cache
 from typing import Any
 
-from core.i18n.messages import Later, Refused
+from core.i18n.messages import Lazy, Refusal
 
 MOST_CHARACTERS, MOST_STATES = 10_000, 2_000
 _parser: Any = importlib.import_module("re._parser")  # what `re` itself reads them with
@@ -33,17 +33,17 @@ class Expression:
         self._takes: list[tuple[Takes, int] | None] = []
         self._known: dict[tuple[frozenset[int], str, str], frozenset[int]] = {}
         if len(text) > MOST_CHARACTERS:
-            raise Refused("expression.long", text=repr(text[:40]), limit=MOST_CHARACTERS)
+            raise Refusal("expression.long", text=repr(text[:40]), limit=MOST_CHARACTERS)
         self._start, self._end = self._state(), self._state()
         try:
             parsed = _parser.parse(text)
             if parsed.state.flags & ~re.UNICODE:
-                raise self._refused(Later("expression.flags"))
+                raise self._refused(Lazy("expression.flags"))
             self._sequence(parsed, self._start, self._end)
         except (re.error, OverflowError) as error:
-            raise Refused("expression.none", text=repr(text), error=error) from error
+            raise Refusal("expression.none", text=repr(text), error=error) from error
         except RecursionError:
-            raise self._refused(Later("expression.deep")) from None
+            raise self._refused(Lazy("expression.deep")) from None
 
     def matches(self, whole: str) -> bool:
         """As `re.fullmatch` says, of a text of one line."""
@@ -77,7 +77,7 @@ class Expression:
 
     def _state(self) -> int:
         if len(self._free) >= MOST_STATES:
-            raise self._refused(Later("expression.large"))
+            raise self._refused(Lazy("expression.large"))
         self._free.append([])
         self._takes.append(None)
         return len(self._free) - 1
@@ -105,7 +105,7 @@ class Expression:
                 least, most, part = given
                 self._repeat(int(least), most, part, start, end)
             case _:
-                raise self._refused(Later("expression.unsupported", what=kind.lower().replace("_", " ")))
+                raise self._refused(Lazy("expression.unsupported", what=kind.lower().replace("_", " ")))
 
     def _repeat(self, least: int, most: Any, part: Any, start: int, end: int) -> None:
         for _ in range(least):
@@ -122,9 +122,9 @@ class Expression:
             start = behind
         self._free[start].append((end, None))
 
-    def _refused(self, why: Later) -> Refused:
+    def _refused(self, why: Lazy) -> Refusal:
         shown = self.text if len(self.text) <= 200 else f"{self.text[:200]}..."
-        return Refused("expression.unbounded", text=repr(shown), why=why)
+        return Refusal("expression.unbounded", text=repr(shown), why=why)
 
 
 @lru_cache(maxsize=256)

@@ -52,7 +52,7 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True)
-class Piece:
+class Segment:
     """Consecutive tokens of a pass, and the slots [start, stop) that they use.
 
     Each has its own by `groups`, by `foreign`, bool (T, stop - start, 1), or by `tiles`; by none
@@ -74,13 +74,13 @@ class Plans:
         self.device = device
         self.operators = operators
         self.grouped = device.type == "cpu"
-        self.current: Sequence[Piece] = ()
-        self._kept: dict[Runs, list[Piece]] = {}  # of the last passes: from step to step they are mostly the same
+        self.current: Sequence[Segment] = ()
+        self._kept: dict[Runs, list[Segment]] = {}  # of the last passes: from step to step they are mostly the same
         self._ordered_for: list[int | None] = []
         self._order: Order | None = None
 
     @contextmanager
-    def tokens(self, runs: Iterable[tuple[int | None, int]]) -> Iterator[Sequence[Piece]]:
+    def tokens(self, runs: Iterable[tuple[int | None, int]]) -> Iterator[Sequence[Segment]]:
         """Let the forward pass inside run its tokens with adapters: (slot, how many tokens) in turn; None is bare."""
         key = tuple(runs)
         if key not in self._kept:
@@ -94,10 +94,10 @@ class Plans:
             self.current = ()
 
     @contextmanager
-    def masked(self, own: Tensor, slots: int) -> Iterator[Sequence[Piece]]:
+    def masked(self, own: Tensor, slots: int) -> Iterator[Sequence[Segment]]:
         """As `tokens`, one token each, with slots (T,) that the device alone knows, -1 for bare, all below `slots`."""
         foreign = (torch.arange(slots, device=own.device)[None, :] != own[:, None])[:, :, None]
-        self.current = [Piece(slice(0, len(own)), 0, slots, foreign=foreign)] if slots else []
+        self.current = [Segment(slice(0, len(own)), 0, slots, foreign=foreign)] if slots else []
         try:
             yield self.current
         finally:
@@ -118,7 +118,7 @@ class Plans:
         back = sorted(range(len(order)), key=order.__getitem__)
         return Order(order, torch.tensor(order, device=self.device), torch.tensor(back, device=self.device))
 
-    def _plan(self, runs: Runs) -> list[Piece]:
+    def _plan(self, runs: Runs) -> list[Segment]:
         if self.operators is not None:
             return self._tiled([slot for slot, tokens in runs for _ in range(tokens)])
         pieces, short, token = [], [], 0
@@ -128,17 +128,17 @@ class Plans:
                 short += [slot] * count
             else:
                 pieces += [self._short(token - len(short), short)] if short else []
-                pieces += [] if slot is None else [Piece(slice(token, token + count), slot, slot + 1)]
+                pieces += [] if slot is None else [Segment(slice(token, token + count), slot, slot + 1)]
                 short = []
             token += count
         pieces += [self._short(token - len(short), short)] if short else []
         return [piece for piece in pieces if piece is not None]
 
-    def _tiled(self, slots: Sequence[int | None]) -> list[Piece]:
+    def _tiled(self, slots: Sequence[int | None]) -> list[Segment]:
         used = {slot for slot in slots if slot is not None}
-        return [Piece(slice(0, len(slots)), min(used), max(used) + 1, tiles=tiles_of(slots))] if used else []
+        return [Segment(slice(0, len(slots)), min(used), max(used) + 1, tiles=tiles_of(slots))] if used else []
 
-    def _short(self, first: int, slots: Sequence[int | None]) -> Piece | None:
+    def _short(self, first: int, slots: Sequence[int | None]) -> Segment | None:
         """One piece for tokens of any slots; bare ones at its ends are left out."""
         used = {slot for slot in slots if slot is not None}
         if not used:
@@ -149,12 +149,12 @@ class Plans:
             first, slots = first + 1, slots[1:]
         tokens, start, stop = slice(first, first + len(slots)), min(used), max(used) + 1
         if len(set(slots)) == 1:
-            return Piece(tokens, start, stop)
+            return Segment(tokens, start, stop)
         if self.grouped:
-            return Piece(tokens, start, stop, groups=self._groups(slots, sorted(used)))
+            return Segment(tokens, start, stop, groups=self._groups(slots, sorted(used)))
         own = torch.tensor([-1 if slot is None else slot for slot in slots], device=self.device)
         foreign = torch.arange(start, stop, device=self.device)[None, :] != own[:, None]
-        return Piece(tokens, start, stop, foreign=foreign[:, :, None])
+        return Segment(tokens, start, stop, foreign=foreign[:, :, None])
 
     def _groups(self, slots: Sequence[int | None], used: Sequence[int]) -> Groups:
         """`used` in order; slots that lie close together are a view, with empty groups for those between."""

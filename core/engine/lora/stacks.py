@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.utils.hooks import RemovableHandle
 
 from core.engine.cpu.compiled import compiled
-from core.engine.cpu.int8 import Int8Linear, Part
+from core.engine.cpu.int8 import Int8Linear, LinearSlice
 from core.engine.lora.adapter_files import AdapterWeights
 from core.engine.lora.layers import Stack
 from core.engine.lora.segments import Plans
@@ -159,7 +159,7 @@ class LoraStacks:
         self.slot_count, self.rank = slots, rank
 
 
-def linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Linear | Int8Linear | Part]]:
+def linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Linear | Int8Linear | LinearSlice]]:
     """The modules that an adapter may change, by name: linear ones that see (B, T, in)."""
     text = module.config.get_text_config()  # type: ignore[union-attr, operator]  # a transformers model
     experts = any(getattr(text, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
@@ -167,7 +167,9 @@ def linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Linear | Int8Lin
         if name.endswith(".kv_b_proj"):
             continue  # it expands latents out of the cache, so it sees a row's whole past at each step
         # Inside a mixture of experts tokens are regrouped, so a row is no longer the first dimension.
-        if isinstance(child, nn.Linear | Int8Linear | Part) and (not experts or "attn" in name or "attention" in name):
+        if isinstance(child, nn.Linear | Int8Linear | LinearSlice) and (
+            not experts or "attn" in name or "attention" in name
+        ):
             yield name, child
 
 

@@ -19,9 +19,9 @@ from typing import Any
 
 import httpx2
 
+from core.config.sections import RemoteSettings
 from core.engine.openai import sse
-from core.engine.openai.sse import EXTRAS, Ask, Chunk
-from core.engine.protocol import RemoteSettings
+from core.engine.openai.sse import EXTRAS, Chunk, CompletionRequest
 from core.errors import AppError, EngineError, Overloaded
 
 log = logging.getLogger(__name__)
@@ -35,7 +35,7 @@ LOAD_S = 120.0  # an adapter from a network disk
 LONGEST_BODY = 2**22
 
 
-class Refused(EngineError):
+class ServerRefused(EngineError):
     """The server answered with an error: its status, and what it `said`."""
 
     def __init__(self, detail: str, status: int, said: str) -> None:
@@ -43,7 +43,7 @@ class Refused(EngineError):
         self.status, self.said = status, said
 
 
-class NotThere(Refused):
+class NotThere(ServerRefused):
     """404: the server has no model (or adapter) of that name, or no such path at all."""
 
 
@@ -126,14 +126,14 @@ class Server:
         """Have it read an adapter's folder, at a path of the server's. Raises EngineError with its words."""
         try:
             await self._call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}, limit_s=LOAD_S)
-        except Refused as error:
+        except ServerRefused as error:
             if "already" not in error.said:  # another request was faster
                 raise
 
     # --- completions
 
     @asynccontextmanager
-    async def stream(self, ask: Ask) -> AsyncIterator[AsyncIterator[Chunk]]:
+    async def stream(self, ask: CompletionRequest) -> AsyncIterator[AsyncIterator[Chunk]]:
         """The answer's chunks; left early, the connection is closed, and with that the server drops the request.
 
         Nothing is asked again once an answer has begun. Raises EngineError, NotThere, Refused, Overloaded, on
@@ -158,7 +158,7 @@ class Server:
         finally:
             await response.aclose()
 
-    async def probe(self, ask: Ask) -> None:
+    async def probe(self, ask: CompletionRequest) -> None:
         """Have one answer, to learn which of EXTRAS the server takes. Raises as `stream` does."""
         while True:
             try:
@@ -166,7 +166,7 @@ class Server:
                     async for _ in chunks:
                         pass
                 return
-            except Refused as error:
+            except ServerRefused as error:
                 left = [extra for extra in EXTRAS if extra not in self.refused]
                 drop = [extra for extra in left if extra in error.said] or left[:1]
                 if error.status not in (400, 422) or not drop:
@@ -174,7 +174,7 @@ class Server:
                 self.refused |= set(drop)
                 log.warning("server.refuses", extra={"server": self.address, "fields": ", ".join(drop)})
 
-    async def _chunks(self, events: AsyncIterator[str], ask: Ask, by: float) -> AsyncGenerator[Chunk]:
+    async def _chunks(self, events: AsyncIterator[str], ask: CompletionRequest, by: float) -> AsyncGenerator[Chunk]:
         loop = asyncio.get_running_loop()
         began = finished = False
         tokens: int | None = None
@@ -201,7 +201,7 @@ class Server:
         if tokens is None:
             raise EngineError(detail=f"{self} does not tell usage (stream_options.include_usage): it cannot be charged")
 
-    def _chunk(self, data: str, ask: Ask, tokens: int) -> Chunk:
+    def _chunk(self, data: str, ask: CompletionRequest, tokens: int) -> Chunk:
         event = sse.read_object(data)
         if error := event.get("error"):
             code = error.get("code") if isinstance(error, dict) else None
@@ -276,10 +276,10 @@ class Server:
         if status in BUSY:
             return Overloaded(detail=f"{self} is busy ({status}): {said}", retry_after_s=told_s or BUSY_S)
         if status in (401, 403):
-            return Refused(f"{self} refuses the key ({status}): set engine.api_key", status, said)
+            return ServerRefused(f"{self} refuses the key ({status}): set engine.api_key", status, said)
         if status == 404:
             return NotThere(f"{self} knows no {model[:80]!r}: {said}", status, said)
-        return Refused(f"{self} refused ({status}): {said}", status, said)
+        return ServerRefused(f"{self} refused ({status}): {said}", status, said)
 
 
 def _why(error: Exception) -> str:

@@ -8,9 +8,10 @@ from __future__ import annotations
 
 import secrets
 
+from core.config.sections import RemoteSettings
 from core.engine.openai.client import Model, Server
-from core.engine.openai.sse import Ask
-from core.engine.protocol import EngineInfo, RemoteSettings
+from core.engine.openai.sse import CompletionRequest
+from core.engine.protocol import EngineInfo
 from core.errors import ModelLoadFailed
 from core.model.base import ModelFiles
 from core.types import Sampling
@@ -37,7 +38,9 @@ async def meet(server: Server, settings: RemoteSettings, files: ModelFiles) -> t
             "they are not the same base model"
         )
     sampling = Sampling(stop=("\n\n\n\n",))  # so that the probe meets every field there is
-    await server.probe(Ask(base.id, tuple(ids[:16]), sampling, 1, tuple(sorted(files.eos_ids)), secrets.token_hex(16)))
+    await server.probe(
+        CompletionRequest(base.id, tuple(ids[:16]), sampling, 1, tuple(sorted(files.eos_ids)), secrets.token_hex(16))
+    )
     return base.id, info
 
 

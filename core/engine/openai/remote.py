@@ -17,29 +17,20 @@ from pathlib import Path
 from types import TracebackType
 from typing import Self
 
+from core.config.sections import ModelSettings, RemoteSettings
 from core.engine.openai.client import Server
 from core.engine.openai.preflight import meet
-from core.engine.openai.request_builder import Asker
+from core.engine.openai.request_builder import RequestBuilder
 from core.engine.openai.sse import Chunk
-from core.engine.protocol import (
-    Delta,
-    EngineInfo,
-    EngineStats,
-    Finished,
-    FinishReason,
-    ModelSettings,
-    RemoteSettings,
-    Request,
-    Started,
-)
+from core.engine.protocol import Delta, EngineInfo, EngineStats, Finished, FinishReason, Request, Started
 from core.engine.scheduling.detokenizer import StopScanner
-from core.engine.scheduling.requests import DRAIN_S, Begun, Desk
+from core.engine.scheduling.requests import DRAIN_S, OpenRequests, RunningGeneration
 from core.engine.scheduling.scheduler import COMPLETION_COST, PROMPT_COST, QueueFull, Scheduler
-from core.engine.scheduling.stats import Tally
+from core.engine.scheduling.stats import StatsCounter
 from core.errors import AppError, EngineError, ModelLoadFailed, Overloaded
 from core.model.base import read_model
 from core.model.demo import Progress
-from core.types import Usage
+from core.types import TokenUsage
 
 log = logging.getLogger(__name__)
 
@@ -47,7 +38,7 @@ FIRST_GUESS_S = 10.0  # of how long one request takes, before any has been seen
 
 
 @dataclass(eq=False, slots=True)
-class _Job:
+class _RemoteRequest:
     """One request on its way. `task` is there while the server has it."""
 
     request: Request
@@ -63,8 +54,8 @@ class _Job:
     last_token: float | None = None
 
     @property
-    def usage(self) -> Usage:
-        return Usage(self.prompt_tokens, self.completion_tokens, self.cached_tokens)
+    def usage(self) -> TokenUsage:
+        return TokenUsage(self.prompt_tokens, self.completion_tokens, self.cached_tokens)
 
 
 class RemoteEngine:
@@ -78,10 +69,10 @@ class RemoteEngine:
     ) -> None:
         self.model_settings, self.settings = model_settings, settings
         self._cache, self._progress = cache, progress
-        self._scheduler: Scheduler[_Job] = Scheduler(settings.max_waiting)
+        self._scheduler: Scheduler[_RemoteRequest] = Scheduler(settings.max_waiting)
         self._running = 0
-        self._tally = Tally()
-        self._desk: Desk[_Job] = Desk(self._tally, self.cancel)
+        self._tally = StatsCounter()
+        self._desk: OpenRequests[_RemoteRequest] = OpenRequests(self._tally, self.cancel)
         self._mean_s = FIRST_GUESS_S
 
     async def __aenter__(self) -> Self:
@@ -98,7 +89,7 @@ class RemoteEngine:
             if isinstance(error, AppError) and not isinstance(error, ModelLoadFailed):
                 raise ModelLoadFailed(detail=error.detail or str(error)) from error  # only an operator hears of it
             raise
-        self._asker = Asker(self._server, self.settings, files, base, info.context)
+        self._asker = RequestBuilder(self._server, self.settings, files, base, info.context)
         self._tasks = await asyncio.TaskGroup().__aenter__()
         self._desk.unlock(info)
         return self
@@ -123,11 +114,13 @@ class RemoteEngine:
     def info(self) -> EngineInfo:
         return self._desk.info
 
-    def submit(self, request: Request) -> Begun[_Job]:
+    def submit(self, request: Request) -> RunningGeneration[_RemoteRequest]:
         """Begin a request; returns at once. What goes wrong is raised out of the iteration."""
-        return self._desk.begin(request, lambda: _Job(request, StopScanner(request.sampling.stop)), self._enter)
+        return self._desk.begin(
+            request, lambda: _RemoteRequest(request, StopScanner(request.sampling.stop)), self._enter
+        )
 
-    def cancel(self, job: _Job) -> None:
+    def cancel(self, job: _RemoteRequest) -> None:
         if job.task is not None:
             job.task.cancel()
         else:
@@ -160,7 +153,7 @@ class RemoteEngine:
 
     # --- requests
 
-    def _enter(self, job: _Job) -> None:
+    def _enter(self, job: _RemoteRequest) -> None:
         try:
             displaced = self._scheduler.add(job, job.request.scope)
         except QueueFull:
@@ -183,12 +176,12 @@ class RemoteEngine:
             job.task = self._tasks.create_task(self._run(job), name="completion")
             job.task.add_done_callback(partial(self._left, job))
 
-    def _late(self, job: _Job) -> None:
+    def _late(self, job: _RemoteRequest) -> None:
         """The deadline of one that may still wait; one that runs is ended by its task."""
         if job.task is None:
             self._end(job, FinishReason.DEADLINE)
 
-    def _left(self, job: _Job, task: asyncio.Task[FinishReason | AppError]) -> None:
+    def _left(self, job: _RemoteRequest, task: asyncio.Task[FinishReason | AppError]) -> None:
         """The task is over, however that came; cancelled before its first step it has not run at all."""
         self._running -= 1
         self._mean_s += 0.1 * (time.monotonic() - job.begun - self._mean_s)
@@ -196,7 +189,7 @@ class RemoteEngine:
         self._scheduler.done(job.request.scope)
         self._fill()
 
-    def _end(self, job: _Job, outcome: FinishReason | AppError) -> None:
+    def _end(self, job: _RemoteRequest, outcome: FinishReason | AppError) -> None:
         """Say the last that is said of a job; what comes after that is not heard."""
         if not self._desk.is_open(job):
             return
@@ -217,7 +210,7 @@ class RemoteEngine:
         self._tally.prompt_tokens += job.prompt_tokens - job.cached_tokens if job.completion_tokens else 0
         self._desk.put(job, last)
 
-    async def _run(self, job: _Job) -> FinishReason | AppError:
+    async def _run(self, job: _RemoteRequest) -> FinishReason | AppError:
         left_s = job.submitted + job.request.deadline_s - time.monotonic()
         try:
             async with asyncio.timeout(left_s):
@@ -231,7 +224,7 @@ class RemoteEngine:
             log.exception("remote.broke")
             return EngineError(detail=type(error).__name__)
 
-    async def _answer(self, job: _Job) -> FinishReason:
+    async def _answer(self, job: _RemoteRequest) -> FinishReason:
         request = job.request
         rendered = await self._asker.render(request, self._workers)
         job.prompt_tokens = len(rendered.ids)
@@ -248,7 +241,7 @@ class RemoteEngine:
         assert reason is not None  # a stream ends with a finish or an error
         return reason
 
-    def _take(self, job: _Job, chunk: Chunk) -> None:
+    def _take(self, job: _RemoteRequest, chunk: Chunk) -> None:
         """Count what came, and show what of it is certain."""
         job.cached_tokens = max(job.cached_tokens, chunk.cached_tokens)
         if chunk.completion_tokens is None:
@@ -259,7 +252,7 @@ class RemoteEngine:
         if text := job.scanner.push(chunk.text):
             self._desk.put(job, Delta(text))
 
-    def _count(self, job: _Job, tokens: int) -> None:
+    def _count(self, job: _RemoteRequest, tokens: int) -> None:
         """So many there are now; those that came together shared their time."""
         now, new = time.monotonic(), tokens - job.completion_tokens
         gap_s = None if job.last_token is None else (now - job.last_token) / max(new, 1)
@@ -270,7 +263,7 @@ class RemoteEngine:
         self._scheduler.charge(job.request.scope, COMPLETION_COST * new)
 
 
-def _reason(job: _Job, chunk: Chunk) -> FinishReason | None:
+def _reason(job: _RemoteRequest, chunk: Chunk) -> FinishReason | None:
     """Why the answer ends with this chunk, if it does."""
     if job.scanner.hit or chunk.stopped_by:
         return FinishReason.STOP

@@ -14,12 +14,13 @@ from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 
-from core.engine.openai.client import NotThere, Refused, Server
-from core.engine.openai.sse import Ask, Chunk
-from core.engine.protocol import RemoteSettings, Request, prompt_limit
+from core.config.sections import RemoteSettings
+from core.engine.openai.client import NotThere, Server, ServerRefused
+from core.engine.openai.sse import Chunk, CompletionRequest
+from core.engine.protocol import Request, prompt_limit
 from core.errors import AdapterUnusable, EngineError, PromptTooLong
 from core.model.base import ModelFiles
-from core.model.chat_format import Rendered, render
+from core.model.chat_format import RenderedPrompt, render
 from core.types import AdapterRef
 
 log = logging.getLogger(__name__)
@@ -29,7 +30,7 @@ LOADS = 2  # times an adapter is loaded for one request: behind a router another
 TOO_LONG = ("context length", "max_model_len")
 
 
-class Asker:
+class RequestBuilder:
     """Asks one server for answers of its base model and of adapters. `base` is the base model's id there."""
 
     def __init__(self, server: Server, settings: RemoteSettings, files: ModelFiles, base: str, context: int) -> None:
@@ -38,13 +39,13 @@ class Asker:
         self.adapters: set[str] = set()  # that have answered
         self._salts: OrderedDict[tuple[str, str], str] = OrderedDict()
 
-    async def render(self, request: Request, workers: ThreadPoolExecutor) -> Rendered:
+    async def render(self, request: Request, workers: ThreadPoolExecutor) -> RenderedPrompt:
         limit = prompt_limit(request, self.context)
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(workers, render, request.messages, self.files.tokenizer, limit)
 
-    def ask(self, request: Request, prompt: tuple[int, ...]) -> Ask:
-        return Ask(
+    def ask(self, request: Request, prompt: tuple[int, ...]) -> CompletionRequest:
+        return CompletionRequest(
             model=self.base if request.adapter is None else request.adapter.sha256,
             prompt=prompt,
             sampling=request.sampling,
@@ -53,7 +54,9 @@ class Asker:
             salt=self._salt(request),
         )
 
-    async def begin(self, stack: AsyncExitStack, ask: Ask, ref: AdapterRef | None) -> AsyncIterator[Chunk]:
+    async def begin(
+        self, stack: AsyncExitStack, ask: CompletionRequest, ref: AdapterRef | None
+    ) -> AsyncIterator[Chunk]:
         """The answer's chunks; an adapter that the server does not know is loaded into it first."""
         loads = 0
         while True:
@@ -66,7 +69,7 @@ class Asker:
                     raise _unusable(ref, error.detail) from error
                 await self._load(ref)
                 loads += 1
-            except Refused as error:
+            except ServerRefused as error:
                 if any(words in error.said for words in TOO_LONG):
                     raise PromptTooLong(tokens=len(ask.prompt), limit=self.context) from error
                 if ref is not None and ref.sha256 in error.said:
@@ -108,7 +111,7 @@ class Asker:
         except NotThere as error:
             hint = "start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, and let it see the adapters"
             raise _unusable(ref, f"{error.detail}; it does not load {path}: {hint}") from error
-        except Refused as error:
+        except ServerRefused as error:
             raise _unusable(ref, f"{error.detail}; it was told to load {path}") from error
         log.info("remote.adapter_loaded", extra={"adapter": ref.label or ref.sha256[:12]})
 

@@ -28,7 +28,7 @@ NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 
 @dataclass(frozen=True, slots=True)
-class Ask:
+class CompletionRequest:
     """One completion. Prefixes are reused between those of equal `salt` alone."""
 
     model: str
@@ -53,7 +53,7 @@ class Chunk:
     cached_tokens: int = 0
 
 
-def body(ask: Ask, refused: Collection[str]) -> dict[str, Any]:
+def body(ask: CompletionRequest, refused: Collection[str]) -> dict[str, Any]:
     """The request, without those of EXTRAS that the server refuses. Raises ValueError where it needs one of them.
 
     Every parameter is sent, always: defaults are the server's own (vLLM's come with the model).
@@ -116,7 +116,7 @@ def said(answer: Mapping[str, Any]) -> str:
     return " ".join(str(found).split())[:LONGEST_SAID]
 
 
-def read_chunk(event: Mapping[str, Any], ask: Ask, tokens: int) -> Chunk:
+def read_chunk(event: Mapping[str, Any], ask: CompletionRequest, tokens: int) -> Chunk:
     """One event of the answer to `ask`, of which `tokens` were counted before. Raises ValueError."""
     if not event:
         raise ValueError("sent an event that is no JSON object")
@@ -143,7 +143,7 @@ def count(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
-def _counted(usage: Mapping[str, Any], ask: Ask, tokens: int) -> int:
+def _counted(usage: Mapping[str, Any], ask: CompletionRequest, tokens: int) -> int:
     """Completion tokens so far; people are charged by them, so they must be possible."""
     prompt, completion = count(usage.get("prompt_tokens")), count(usage.get("completion_tokens"))
     if prompt != len(ask.prompt):

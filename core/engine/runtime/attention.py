@@ -18,24 +18,16 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from core.engine.runtime.kv_cache import Segment, running
+from core.engine.runtime.kv_cache import SlotSegment, running
+from core.model.base import attends_by_mask
 
 NAME = "distributary"
-
-# Types whose attention is code of their own that transformers cannot lead elsewhere, known to be full and to add the
-# mask that it is given to its scores. Others of that sort have windows or biases by position, which a mask would break.
-BY_MASK = frozenset({"codegen", "falcon", "gptj", "xglm"})
-
-
-def by_mask(config: Any) -> bool:
-    """Whether such a model attends by its own code, over what `Segment.bias` lets each token see."""
-    return config.model_type in BY_MASK
 
 
 @contextmanager
 def transformers_own(module: Any) -> Iterator[None]:
     """Let the model attend by its own code, written out, within the block."""
-    if by_mask(module.config):
+    if attends_by_mask(module.config):
         yield
         return
     module.set_attn_implementation("eager")
@@ -93,7 +85,9 @@ def attend(
     return result.view(rows, heads, count, -1).transpose(1, 2).contiguous(), None
 
 
-def look_up(query: Tensor, key: Tensor, value: Tensor, segment: Segment, window: int | None, scale: float) -> Tensor:
+def look_up(
+    query: Tensor, key: Tensor, value: Tensor, segment: SlotSegment, window: int | None, scale: float
+) -> Tensor:
     """query (B, kv_heads, group * T, D), heads that share a key packed, over (B, kv_heads, length, D) -> as query.
 
     torch's own kernel is made for long prompts. For one token of each row on a CPU two batched products are as quick or

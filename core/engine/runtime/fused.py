@@ -22,7 +22,7 @@ from core.engine.cpu.int8 import Int8Linear, merge_int8, part_of
 from core.engine.cpu.packed import PackedLinear, packable
 from core.engine.lora.segments import Order
 from core.engine.runtime.attention import look_up
-from core.engine.runtime.kv_cache import Segment, SlotCache, SlotLayer
+from core.engine.runtime.kv_cache import SlotCache, SlotLayer, SlotSegment
 
 FAMILY = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # model_type -> class prefix
 
@@ -31,7 +31,7 @@ MADE = "_distributary_fused"
 AddLora = Callable[[str, Tensor, Tensor], None]  # (name of the group's first module, input, output to add to)
 
 
-class Norm:
+class RmsNormWeights:
     """Root mean square normalisation (Zhang and Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight.
 
     On a CPU a few small operators take half the time of torch's one, which is made of many: with n numbers in a row,
@@ -56,7 +56,7 @@ class Norm:
 
 
 @dataclass(frozen=True, slots=True)
-class Layer:
+class DecoderLayer:
     """One decoder layer: merged products with the names that adapters know them by, and its norms."""
 
     qkv: nn.Module
@@ -64,10 +64,10 @@ class Layer:
     gate_up: nn.Module
     down: nn.Module
     names: tuple[str, str, str, str]  # first module of each product's group
-    norm: Norm
-    mlp_norm: Norm
-    q_norm: Norm | None
-    k_norm: Norm | None
+    norm: RmsNormWeights
+    mlp_norm: RmsNormWeights
+    q_norm: RmsNormWeights | None
+    k_norm: RmsNormWeights | None
 
 
 class Fused:
@@ -89,7 +89,7 @@ class Fused:
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
         """A copied model is fused anew: packed weights cannot be copied."""
 
-    def _layer(self, name: str, layer: Any) -> Layer:
+    def _layer(self, name: str, layer: Any) -> DecoderLayer:
         attention, mlp = layer.self_attn, layer.mlp
         groups = [
             tuple(f"{name}.self_attn.{part}_proj" for part in "qkv"),
@@ -99,7 +99,7 @@ class Fused:
         ]
         self.groups += groups
         q_norm, k_norm = getattr(attention, "q_norm", None), getattr(attention, "k_norm", None)
-        return Layer(
+        return DecoderLayer(
             qkv=_merge(attention, ("q_proj", "k_proj", "v_proj")),
             out=_alone(attention.o_proj),
             gate_up=_merge(mlp, ("gate_proj", "up_proj")),
@@ -123,7 +123,7 @@ class Fused:
     def states(
         self,
         ids: Tensor,
-        segments: Sequence[Segment],
+        segments: Sequence[SlotSegment],
         cache: SlotCache,
         lora: AddLora | None,
         order: Order | None = None,
@@ -152,10 +152,10 @@ class Fused:
     def _attention(
         self,
         index: int,
-        layer: Layer,
+        layer: DecoderLayer,
         x: Tensor,
         turn: tuple[Tensor, Tensor],
-        segments: Sequence[Segment],
+        segments: Sequence[SlotSegment],
         cache: SlotCache,
         lora: AddLora | None,
         order: Order | None,
@@ -173,7 +173,7 @@ class Fused:
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return _product(layer.out, layer.names[1], out if order is None else out.index_select(0, order.there), lora)
 
-    def _look_up(self, qk: Tensor, v: Tensor, held: SlotLayer, segment: Segment, window: int | None) -> Tensor:
+    def _look_up(self, qk: Tensor, v: Tensor, held: SlotLayer, segment: SlotSegment, window: int | None) -> Tensor:
         """qk (rows * T, heads + kv, head_dim), turned, v (rows * T, kv, head_dim) -> (rows * T, heads * head_dim)."""
         heads, kv = self.heads, self.kv_heads
         shape = (segment.rows, -1, kv, self.head_dim)
@@ -229,8 +229,8 @@ def _activate(gate_up: Tensor) -> Tensor:
     return functional.silu(gate).mul_(up)
 
 
-def _norm(module: Any) -> Norm:
-    return Norm(module.weight, module.variance_epsilon)
+def _norm(module: Any) -> RmsNormWeights:
+    return RmsNormWeights(module.weight, module.variance_epsilon)
 
 
 def _signed(sin: Tensor) -> Tensor:

@@ -27,7 +27,7 @@ IDLE_BYTES = 64 * 2**20  # held without rows: a talk's next turn finds its pages
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class SlotSegment:
     """Part of a pass: as many tokens of each of some consecutive rows, each from its own position on."""
 
     tokens: slice  # where they lie in the pass, row by row
@@ -58,17 +58,17 @@ class Segment:
         return found
 
 
-class _Running(threading.local):
+class _ActiveSegment(threading.local):
     """The segment that this thread's plain forward pass of the model is about."""
 
-    segment: Segment | None = None
+    segment: SlotSegment | None = None
 
 
-running = _Running()
+running = _ActiveSegment()
 
 
 @contextmanager
-def over(segment: Segment) -> Iterator[None]:
+def over(segment: SlotSegment) -> Iterator[None]:
     """Let the plain forward pass inside read and write that segment."""
     running.segment = segment
     try:
@@ -108,7 +108,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not t
             self.lazy_initialization(like[:, :, None], like[:, :, None])
         return self.keys, self.values
 
-    def put(self, segment: Segment, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
+    def put(self, segment: SlotSegment, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
         """Write (rows, kv_heads, T, head_dim) at a segment; return views (rows, kv_heads, length, head_dim)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
@@ -217,7 +217,7 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
             self.reach[row] = start + count
         return used
 
-    def begin(self, first: int, counts: Sequence[int], device: torch.device) -> list[Segment]:
+    def begin(self, first: int, counts: Sequence[int], device: torch.device) -> list[SlotSegment]:
         """What a pass over the next counts[i] tokens of row first + i reads and writes.
 
         Neighbours that take in one token each are one segment, as in decoding, unless one is so much longer that the
@@ -256,19 +256,19 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
             end = begins[end]
         return sizes[::-1]
 
-    def _segment(self, tokens: slice, first: int, rows: int, count: int, device: torch.device) -> Segment:
+    def _segment(self, tokens: slice, first: int, rows: int, count: int, device: torch.device) -> SlotSegment:
         used = self.used[first : first + rows]
         length = min(-(-(max(used) + count) // LENGTH_STEP) * LENGTH_STEP, self.length)
         positions = torch.tensor(used, device=device)[:, None] + torch.arange(count, device=device)
         row_index = torch.arange(first, first + rows, device=device)[:, None]
         mask = torch.arange(length, device=device) <= positions[:, None, :, None]
-        return Segment(tokens, first, rows, length, positions, used[0], row_index, mask)
+        return SlotSegment(tokens, first, rows, length, positions, used[0], row_index, mask)
 
-    def static(self, positions: Tensor, row_index: Tensor, length: int) -> Segment:
+    def static(self, positions: Tensor, row_index: Tensor, length: int) -> SlotSegment:
         """One token of each of the first rows, at positions (rows,) that the device alone knows."""
         mask = torch.arange(length, device=positions.device) <= positions[:, None, None, None]
         rows = len(positions)
-        return Segment(slice(0, rows), 0, rows, length, positions[:, None], None, row_index[:, None], mask)
+        return SlotSegment(slice(0, rows), 0, rows, length, positions[:, None], None, row_index[:, None], mask)
 
     def touch(self, rows: int) -> None:
         """One more token of each of the first rows may have been written."""

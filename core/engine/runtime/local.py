@@ -18,18 +18,20 @@ from typing import Self
 
 import torch
 
+from core.config.sections import EngineSettings, ModelSettings
 from core.engine.diagnostics.parity import check_exact
 from core.engine.diagnostics.roofline import bandwidth
-from core.engine.lora.adapter_files import AdapterStore, AdapterWeights, Base
+from core.engine.lora.adapter_files import AdapterStore, AdapterTarget, AdapterWeights
 from core.engine.lora.stacks import head_name, shapes
-from core.engine.protocol import EngineInfo, EngineSettings, EngineStats, ModelSettings, Request, prompt_limit
+from core.engine.protocol import EngineInfo, EngineStats, Request, prompt_limit
+from core.engine.runtime.loading import load_served
 from core.engine.runtime.loop import ModelThread, Output
 from core.engine.scheduling.detokenizer import Detokenizer, StopScanner
-from core.engine.scheduling.request_state import Job
-from core.engine.scheduling.requests import DRAIN_S, Begun, Desk
-from core.engine.scheduling.stats import Tally
-from core.model.base import BaseModel, load_model
-from core.model.chat_format import Rendered, render
+from core.engine.scheduling.request_state import RequestState
+from core.engine.scheduling.requests import DRAIN_S, OpenRequests, RunningGeneration
+from core.engine.scheduling.stats import StatsCounter
+from core.model.base import BaseModel
+from core.model.chat_format import RenderedPrompt, render
 from core.model.demo import Progress
 
 log = logging.getLogger(__name__)
@@ -57,8 +59,8 @@ class LocalEngine:
         self._cache, self._progress = cache, progress
         self._model = model
         self._bandwidth = 0.0
-        self.tally = Tally()
-        self._desk: Desk[Job] = Desk(self.tally, self.cancel)
+        self.tally = StatsCounter()
+        self._desk: OpenRequests[RequestState] = OpenRequests(self.tally, self.cancel)
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -71,7 +73,7 @@ class LocalEngine:
             loader.shutdown(wait=False)
         context = min(model.context, self.settings.max_context)
         info = EngineInfo(model.name, model.fingerprint, model.description, context, model.folder, str(model.device))
-        self.base = Base(model.fingerprint, shapes(model.module), model.dtype, head_name(model.module))
+        self.base = AdapterTarget(model.fingerprint, shapes(model.module), model.dtype, head_name(model.module))
         self._adapters = AdapterStore(self.base, limit=self.settings.adapters_in_memory)
         self._model = model
         self._workers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="engine")
@@ -102,11 +104,11 @@ class LocalEngine:
     def info(self) -> EngineInfo:
         return self._desk.info
 
-    def submit(self, request: Request) -> Begun[Job]:
+    def submit(self, request: Request) -> RunningGeneration[RequestState]:
         """Begin a request; returns at once. What goes wrong is raised out of the iteration."""
         return self._desk.begin(request, lambda: self._job(request), lambda job: self.thread.submit(job))
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: RequestState) -> None:
         if self._desk.running:
             self.thread.cancel(job)
 
@@ -134,9 +136,9 @@ class LocalEngine:
         """Take no more; finish what runs within the deadline, then cancel the rest."""
         await self._desk.drain(deadline_s, CANCEL_S)
 
-    def _job(self, request: Request) -> Job:
+    def _job(self, request: Request) -> RequestState:
         assert self._model is not None
-        return Job(
+        return RequestState(
             request,
             deadline=time.monotonic() + request.deadline_s,
             detokenizer=Detokenizer(self._model.tokenizer),
@@ -146,14 +148,14 @@ class LocalEngine:
     # --- other threads
 
     def _load(self) -> BaseModel:
-        model = self._model or load_model(
+        model = self._model or load_served(
             self.model_settings, self._cache, progress=self._progress, threads=self.settings.threads
         )
         check_exact(model)
         self._bandwidth = bandwidth(model.device, torch.get_num_threads())
         return model
 
-    def _prepare(self, job: Job) -> tuple[Rendered, Future[AdapterWeights] | None]:
+    def _prepare(self, job: RequestState) -> tuple[RenderedPrompt, Future[AdapterWeights] | None]:
         """Render the prompt and have the adapter read."""
         assert self._model is not None
         request = job.request

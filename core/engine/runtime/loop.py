@@ -16,15 +16,16 @@ from concurrent.futures import Future
 import torch
 from torch import Tensor
 
-from core.engine.protocol import Delta, EngineSettings, Event, Finished, FinishReason, Started
+from core.config.sections import EngineSettings
+from core.engine.protocol import Delta, Event, Finished, FinishReason, Started
 from core.engine.runtime.out_of_memory import is_shortage
 from core.engine.runtime.runner import Runner, translate
-from core.engine.runtime.running_batch import Rows
+from core.engine.runtime.running_batch import RunningBatch
 from core.engine.runtime.sampling import NOT_FINITE, sample
-from core.engine.scheduling.admission import Lobby, Prepare, Spawn
-from core.engine.scheduling.request_state import Job, State
+from core.engine.scheduling.admission import Prepare, Spawn, WaitingQueue
+from core.engine.scheduling.request_state import RequestPhase, RequestState
 from core.engine.scheduling.scheduler import COMPLETION_COST
-from core.engine.scheduling.stats import Tally
+from core.engine.scheduling.stats import StatsCounter
 from core.errors import AppError, EngineError
 from core.model.base import BaseModel
 
@@ -34,7 +35,7 @@ CHUNK_CPU, CHUNK_CUDA = 256, 1024  # prompt tokens between two decode steps
 LONGEST_SLEEP_S = 3600.0  # what a lock can wait for has an end
 KEPT_AFTER = (FinishReason.END, FinishReason.STOP, FinishReason.LENGTH)
 
-Output = tuple[Job, Event | AppError]
+Output = tuple[RequestState, Event | AppError]
 
 
 class ModelThread:
@@ -53,11 +54,11 @@ class ModelThread:
         prepare: Prepare,
         spawn: Spawn,
         emit: Callable[[list[Output]], None],
-        tally: Tally,
+        tally: StatsCounter,
     ) -> None:
         self.model, self.settings, self.context = model, settings, context
         self.runner = Runner(model, max_rows=settings.max_rows, context=context, adapters=settings.adapters_at_once)
-        self.rows = Rows(self.runner, most=settings.max_rows, reuse_bytes=settings.reuse_mib * 2**20)
+        self.rows = RunningBatch(self.runner, most=settings.max_rows, reuse_bytes=settings.reuse_mib * 2**20)
         self.chunk = CHUNK_CUDA if model.device.type == "cuda" else CHUNK_CPU
         self.tally = tally
         self._emit = emit
@@ -65,7 +66,7 @@ class ModelThread:
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         # Under the lock: what other threads touch.
         self._wake = threading.Condition()
-        self.lobby = Lobby(settings, self._wake, prepare=prepare, spawn=spawn, translate=translate)
+        self.lobby = WaitingQueue(settings, self._wake, prepare=prepare, spawn=spawn, translate=translate)
         self._forgets: list[tuple[str, str, Future[None]]] = []
         self._stopping = self._over = False
 
@@ -82,14 +83,14 @@ class ModelThread:
     def start(self) -> None:
         self._thread.start()
 
-    def submit(self, job: Job) -> None:
+    def submit(self, job: RequestState) -> None:
         """Let a job wait for its turn. Raises Overloaded; may end another job with it, see Scheduler.add."""
         with self._wake:
             if self._over:
                 raise EngineError(detail="the model thread has ended: start the program again")
             self.lobby.add(job)
 
-    def cancel(self, job: Job) -> None:
+    def cancel(self, job: RequestState) -> None:
         """End the job within one step; Finished still comes."""
         with self._wake:
             job.cancelled = True
@@ -209,7 +210,7 @@ class ModelThread:
             self.tally.decode_s += time.monotonic() - began  # until the ids are read: a GPU works behind our back
             self.tally.decode_bytes += least_bytes
 
-    def _admit(self) -> Job | None:
+    def _admit(self) -> RequestState | None:
         """Give the next ready job a row. One for which memory is short waits until another row has ended."""
         job = None if self.rows.full else self.lobby.next_ready(self.rows.jobs, self.rows.has_room)
         if job is None:
@@ -228,7 +229,7 @@ class ModelThread:
             return job
         return self._admit()  # here, where the error no longer holds what was laid out already
 
-    def _not_admitted(self, job: Job, error: Exception) -> None:
+    def _not_admitted(self, job: RequestState, error: Exception) -> None:
         """It waits, if all that it lacks is memory, and others' ends or what is kept of them may give some."""
         if is_shortage(error) and self.rows.seek_memory():
             log.warning("engine.admit_no_memory", extra={"rows": self.running, "reason": str(error)[:200]})
@@ -237,13 +238,13 @@ class ModelThread:
             log.error("engine.admit_failed", exc_info=error)
             self._end(job, translate(error))
 
-    def _pause(self, job: Job) -> None:
+    def _pause(self, job: RequestState) -> None:
         """Take a job out of its row for another's sake. It goes on later where it was: from what is kept, or anew."""
         self.rows.leave(job, keep=True)
         self.lobby.put_back(job)
         log.debug("engine.paused", extra={"answered": len(job.answer)})
 
-    def _accept(self, jobs: Sequence[Job], logits: Tensor) -> None:
+    def _accept(self, jobs: Sequence[RequestState], logits: Tensor) -> None:
         """Draw one token per row from (B, V), and show or end."""
         ids = self._draw(jobs, logits)
         now = time.monotonic()
@@ -262,7 +263,7 @@ class ModelThread:
             if outcome is not None:
                 self._end(job, outcome)
 
-    def _draw(self, jobs: Sequence[Job], logits: Tensor) -> list[int]:
+    def _draw(self, jobs: Sequence[RequestState], logits: Tensor) -> list[int]:
         """One token per row of (B, V); where memory is short for all at once, by halves, which draw the same."""
         try:
             return sample(
@@ -278,7 +279,7 @@ class ModelThread:
         half = len(jobs) // 2
         return self._draw(jobs[:half], logits[:half]) + self._draw(jobs[half:], logits[half:])
 
-    def _show(self, job: Job, token: int) -> FinishReason | None:
+    def _show(self, job: RequestState, token: int) -> FinishReason | None:
         """Emit what became certain; the reason to end, if there is one."""
         if token in self.model.eos_ids:
             return FinishReason.END
@@ -289,13 +290,13 @@ class ModelThread:
         full = len(job.answer) >= job.request.sampling.max_tokens or total >= self.context
         return FinishReason.LENGTH if full else None
 
-    def _emit_text(self, job: Job, text: str) -> None:
+    def _emit_text(self, job: RequestState, text: str) -> None:
         if text:
             self._outputs.append((job, Delta(text)))
 
-    def _end(self, job: Job, outcome: FinishReason | AppError) -> None:
+    def _end(self, job: RequestState, outcome: FinishReason | AppError) -> None:
         """Take a job out of wherever it is; say why, with usage."""
-        if job.state is State.ENDED:
+        if job.state is RequestPhase.ENDED:
             return
         if isinstance(outcome, FinishReason):
             try:
@@ -303,12 +304,12 @@ class ModelThread:
             except Exception as error:
                 outcome = _untold(error)
         self._outputs.append((job, Finished(outcome, job.usage) if isinstance(outcome, FinishReason) else outcome))
-        if job.state is State.RUNNING:
+        if job.state is RequestPhase.RUNNING:
             self.rows.leave(job, keep=outcome in KEPT_AFTER)
         self.lobby.leave(job)
         job.prompt, job.answer, job.adapter = (), [], None
 
-    def _last_text(self, job: Job, reason: FinishReason) -> FinishReason:
+    def _last_text(self, job: RequestState, reason: FinishReason) -> FinishReason:
         """Show what was held back, unless a stop string ended the answer; it may itself complete one."""
         if reason is FinishReason.STOP:
             return reason
@@ -353,6 +354,6 @@ def _untold(error: Exception) -> AppError:
     return translate(error)
 
 
-def _concerns(job: Job, channel: str, conversation: str) -> bool:
+def _concerns(job: RequestState, channel: str, conversation: str) -> bool:
     scope = job.request.scope
     return scope.channel == channel and (not conversation or scope.conversation == conversation)

@@ -15,14 +15,13 @@ from torch import Tensor
 
 from core.engine.cpu.layers import Layers, layers_of
 from core.engine.lora.stacks import LoraStacks
-from core.engine.runtime.attention import by_mask
 from core.engine.runtime.cuda_graphs import Shape, Steps
 from core.engine.runtime.fused import fuse
-from core.engine.runtime.kv_cache import Segment, SlotCache, over
+from core.engine.runtime.kv_cache import SlotCache, SlotSegment, over
 from core.engine.runtime.lazy_zeros import untouched_is_free
 from core.engine.runtime.out_of_memory import is_shortage
 from core.errors import AppError, EngineError, OutOfMemory
-from core.model.base import BaseModel
+from core.model.base import BaseModel, attends_by_mask
 
 SEGMENT_COST = 512  # keys of one row; on two cores some 350 for three heads of 64, fewer for larger models
 
@@ -43,7 +42,7 @@ class Runner:
         layers: int = module.config.get_text_config().num_hidden_layers
         static = self.device.type == "cuda" if static is None else static
         self.fused = fuse(model.module)
-        self.by_mask = by_mask(module.config)
+        self.by_mask = attends_by_mask(module.config)
         on_cpu = self.device.type == "cpu"
         self.cache = SlotCache(
             layers,
@@ -115,7 +114,7 @@ class Runner:
         with self.lora.plans.tokens([(slot, 1) for slot, _ in runs]) as plan:
             return self.fused.logits(states, self.lora.add if plan else None)
 
-    def _fused(self, ids: Tensor, segments: Sequence[Segment], runs: Sequence[tuple[int | None, int]]) -> Tensor:
+    def _fused(self, ids: Tensor, segments: Sequence[SlotSegment], runs: Sequence[tuple[int | None, int]]) -> Tensor:
         assert self.fused is not None
         order = self.lora.plans.order([slot for slot, _ in runs]) if len(ids) == len(runs) else None
         with self.lora.plans.tokens(runs if order is None else [runs[row] for row in order.rows]) as plan:
@@ -123,7 +122,7 @@ class Runner:
         with self.lora.plans.tokens([(slot, 1) for slot, _ in runs]) as plan:
             return self.fused.logits(states, self.lora.add if plan else None)
 
-    def _plain(self, ids: Tensor, segments: Sequence[Segment], runs: Sequence[tuple[int | None, int]]) -> Tensor:
+    def _plain(self, ids: Tensor, segments: Sequence[SlotSegment], runs: Sequence[tuple[int | None, int]]) -> Tensor:
         logits, begin = [], 0
         for segment in segments:
             with self.lora.plans.tokens(runs[begin : begin + segment.rows]):
@@ -131,7 +130,7 @@ class Runner:
             begin += segment.rows
         return torch.cat(logits)
 
-    def _own(self, ids: Tensor, segment: Segment) -> Tensor:
+    def _own(self, ids: Tensor, segment: SlotSegment) -> Tensor:
         """The model's own forward pass: (rows, V) after the last token of each."""
         with over(segment):
             out = self.module(

@@ -16,14 +16,14 @@ from core.engine.diagnostics.roofline import weight_bytes
 from core.engine.runtime.out_of_memory import is_shortage
 from core.engine.runtime.prefix_cache import Kept, PrefixStore
 from core.engine.runtime.runner import Runner
-from core.engine.scheduling.request_state import Job, State
+from core.engine.scheduling.request_state import RequestPhase, RequestState
 
 log = logging.getLogger(__name__)
 
-Taken = tuple[Job, Sequence[int]]  # the ids that a pass takes in for a job
+Taken = tuple[RequestState, Sequence[int]]  # the ids that a pass takes in for a job
 
 
-class Rows:
+class RunningBatch:
     """The jobs that run, at most `most`, and what is kept of conversations between turns. Owns the runner.
 
     All methods belong to the model thread.
@@ -32,7 +32,7 @@ class Rows:
     def __init__(self, runner: Runner, *, most: int, reuse_bytes: int) -> None:
         self.runner, self.most = runner, most
         self.prefixes = PrefixStore(reuse_bytes)
-        self.jobs: list[Job] = []  # index is the row; past their prompt but perhaps the last
+        self.jobs: list[RequestState] = []  # index is the row; past their prompt but perhaps the last
         self._short = False  # of memory, for a row more
         self._weight_bytes = weight_bytes(runner.module)
 
@@ -41,11 +41,11 @@ class Rows:
         """Whether no job gets a row before another has left its own."""
         return len(self.jobs) == self.most or self._short
 
-    def has_room(self, job: Job) -> bool:
+    def has_room(self, job: RequestState) -> bool:
         """Whether there is a slot for the job's adapter."""
         return job.adapter is None or self.runner.lora.has_room(job.adapter.sha256)
 
-    def enter(self, job: Job) -> None:
+    def enter(self, job: RequestState) -> None:
         """Give a job the next row, with its adapter and what is kept of its conversation. All of it or, after an error,
         nothing."""
         job.admitted = time.monotonic()
@@ -59,7 +59,7 @@ class Rows:
                 self.runner.cache.drop_last()
             self._release(job)
             raise
-        job.state = State.RUNNING
+        job.state = RequestPhase.RUNNING
         self.jobs.append(job)
 
     def seek_memory(self) -> bool:
@@ -100,7 +100,7 @@ class Rows:
         adapters = {job.slot: job.adapter_bytes for job in self.jobs}
         return self._weight_bytes + sum(adapters.values()) + self.runner.cache.used_bytes
 
-    def leave(self, job: Job, *, keep: bool) -> None:
+    def leave(self, job: RequestState, *, keep: bool) -> None:
         """Take a job out of its row; with `keep`, the next turn or its own rest may begin with what it leaves there."""
         row = self.jobs.index(job)
         if keep:
@@ -108,7 +108,7 @@ class Rows:
         self._wipe(row)
         self._release(job)
 
-    def clear(self) -> list[Job]:
+    def clear(self) -> list[RequestState]:
         """Nothing is known of the rows any more: take all jobs out of them, and give their memory back."""
         jobs, self.jobs = self.jobs, []
         self._short = False
@@ -132,16 +132,16 @@ class Rows:
         cache.drop_last()
         self._short = False
 
-    def _release(self, job: Job) -> None:
+    def _release(self, job: RequestState) -> None:
         """The row's adapter and time: the job has no row any more."""
         if job.slot is not None and job.adapter is not None:
             self.runner.lora.release(job.adapter.sha256)
         if job.admitted is not None:
             job.row_s += time.monotonic() - job.admitted
         job.slot = job.admitted = None
-        job.filled, job.state = 0, State.READY
+        job.filled, job.state = 0, RequestPhase.READY
 
-    def _reuse(self, job: Job, row: int) -> None:
+    def _reuse(self, job: RequestState, row: int) -> None:
         """Begin with what is kept of the conversation."""
         found = self.prefixes.find(job.request.scope, job.adapter_sha256, (*job.prompt, *job.answer))
         if found is None:
@@ -155,7 +155,7 @@ class Rows:
             self.runner.cache.wipe(row)
             self.prefixes.clear()
 
-    def _keep(self, job: Job, row: int) -> None:
+    def _keep(self, job: RequestState, row: int) -> None:
         """Keep what an answer leaves in its row, for the next turn or its own rest."""
         cache, scope = self.runner.cache, job.request.scope
         if not self.prefixes.wants(scope, cache.row_bytes(row)):

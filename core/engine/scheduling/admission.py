@@ -14,23 +14,23 @@ from collections import Counter, deque
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future
 
+from core.config.sections import EngineSettings
 from core.engine.lora.adapter_files import AdapterWeights
-from core.engine.protocol import EngineSettings
-from core.engine.scheduling.request_state import Job, State
+from core.engine.scheduling.request_state import RequestPhase, RequestState
 from core.engine.scheduling.scheduler import PROMPT_COST, QueueFull, Scheduler, yields_to
 from core.errors import AppError, Overloaded
-from core.model.chat_format import Rendered
+from core.model.chat_format import RenderedPrompt
 
 log = logging.getLogger(__name__)
 
 LOOKAHEAD = 2  # jobs prepared beyond the free rows, so that none waits for its adapter file while a row is free
 FIRST_GUESS_S = 10.0  # of how long one request takes, before any has been seen
 
-Prepare = Callable[[Job], tuple[Rendered, Future[AdapterWeights] | None]]
+Prepare = Callable[[RequestState], tuple[RenderedPrompt, Future[AdapterWeights] | None]]
 Spawn = Callable[[Callable[[], None]], object]
 
 
-class Lobby:
+class WaitingQueue:
     """Methods may be called from any thread, but for those that say otherwise. `lock` is notified of what is new."""
 
     def __init__(
@@ -43,21 +43,21 @@ class Lobby:
         translate: Callable[[BaseException], AppError],
     ) -> None:
         self.settings, self.lock = settings, lock
-        self.failed: list[tuple[Job, AppError]] = []  # to be ended by the model thread
+        self.failed: list[tuple[RequestState, AppError]] = []  # to be ended by the model thread
         self._prepare, self._spawn, self._translate = prepare, spawn, translate
-        self._scheduler: Scheduler[Job] = Scheduler(settings.max_waiting)
-        self._preparing: set[Job] = set()
-        self._ready: deque[Job] = deque()
+        self._scheduler: Scheduler[RequestState] = Scheduler(settings.max_waiting)
+        self._preparing: set[RequestState] = set()
+        self._ready: deque[RequestState] = deque()
         self._mean_row_s = FIRST_GUESS_S
 
     def __len__(self) -> int:
         return len(self._scheduler) + len(self._preparing) + len(self._ready)
 
-    def jobs(self) -> list[Job]:
+    def jobs(self) -> list[RequestState]:
         with self.lock:
             return [*self._scheduler.items(), *self._preparing, *self._ready]
 
-    def add(self, job: Job) -> None:
+    def add(self, job: RequestState) -> None:
         """Let a job wait for its turn. Raises Overloaded; another job may have to go for it, see Scheduler.add."""
         with self.lock:
             try:
@@ -68,17 +68,17 @@ class Lobby:
                 self.failed.append((displaced, self._overloaded()))
             self.lock.notify()
 
-    def charge(self, job: Job, cost: int) -> None:
+    def charge(self, job: RequestState, cost: int) -> None:
         with self.lock:
             self._scheduler.charge(job.request.scope, cost)
 
-    def put_back(self, job: Job) -> None:
+    def put_back(self, job: RequestState) -> None:
         """A paused row's job: the first to go on after the one that it made room for."""
         with self.lock:
-            job.state, job.urgent = State.READY, False
+            job.state, job.urgent = RequestPhase.READY, False
             self._ready.insert(sum(other.urgent for other in self._ready), job)
 
-    def leave(self, job: Job) -> None:
+    def leave(self, job: RequestState) -> None:
         """The job is over, wherever it was."""
         with self.lock:
             if job.row_s:
@@ -87,15 +87,15 @@ class Lobby:
             if job in self._ready:
                 self._ready.remove(job)
             # Displaced jobs have left the scheduler already, others than waiting ones count as running in it.
-            if not self._scheduler.remove(job) and job.state is not State.WAITING:
+            if not self._scheduler.remove(job) and job.state is not RequestPhase.WAITING:
                 self._scheduler.done(job.request.scope)
-            job.state = State.ENDED
+            job.state = RequestPhase.ENDED
 
-    def has_work(self, rows: Sequence[Job]) -> bool:
+    def has_work(self, rows: Sequence[RequestState]) -> bool:
         """Whether the model thread, with these rows, has anything to do here."""
         return bool(self._ready or self.failed or self._takeable(len(rows)))
 
-    def prepare_next(self, rows: Sequence[Job], has_room: Callable[[Job], bool]) -> None:
+    def prepare_next(self, rows: Sequence[RequestState], has_room: Callable[[RequestState], bool]) -> None:
         """Send those whose turn it is to be prepared. On the model thread."""
         with self.lock:
             held_up = len(self._ready) - len(self._may_go(rows, has_room))
@@ -109,7 +109,7 @@ class Lobby:
                 if following is not None and self._yielding(following, rows) is not None:
                     self._begin_next().urgent = True
 
-    def yielding(self, rows: Sequence[Job], has_room: Callable[[Job], bool]) -> int | None:
+    def yielding(self, rows: Sequence[RequestState], has_room: Callable[[RequestState], bool]) -> int | None:
         """The row that is to make room for a ready job, which is the first then. On the model thread."""
         if len(rows) < self.settings.max_rows:
             return None
@@ -123,7 +123,7 @@ class Lobby:
                     return row
         return None
 
-    def next_ready(self, rows: Sequence[Job], has_room: Callable[[Job], bool]) -> Job | None:
+    def next_ready(self, rows: Sequence[RequestState], has_room: Callable[[RequestState], bool]) -> RequestState | None:
         """The job that gets a free row beside these, out of the lobby. On the model thread.
 
         One whose adapter finds no slot lets others pass, as many as there are rows; after that they still pass, but
@@ -139,7 +139,7 @@ class Lobby:
                 self._ready.remove(job)
             return job
 
-    def _may_go(self, rows: Sequence[Job], has_room: Callable[[Job], bool]) -> list[Job]:
+    def _may_go(self, rows: Sequence[RequestState], has_room: Callable[[RequestState], bool]) -> list[RequestState]:
         """Those that are ready and would find a slot, in order, without those of the adapter that is to end."""
         found, ending = [], ""
         for job in self._ready:
@@ -153,17 +153,17 @@ class Lobby:
         """How many may be taken from the queue now. Those that wait for a slot or for their adapter's file hold up no
         others, within a bound."""
         begun = len(self._preparing) + len(self._ready)
-        held_up += sum(job.state is State.READING for job in self._preparing)
+        held_up += sum(job.state is RequestPhase.READING for job in self._preparing)
         free = min(self.settings.max_rows - rows + LOOKAHEAD - begun + held_up, 2 * self.settings.max_rows - begun)
         return max(0, min(len(self._scheduler), free))
 
-    def _yielding(self, job: Job, rows: Sequence[Job]) -> int | None:
+    def _yielding(self, job: RequestState, rows: Sequence[RequestState]) -> int | None:
         return yields_to(job.request.scope, [row.request.scope for row in rows])
 
-    def _begin_next(self) -> Job:
+    def _begin_next(self) -> RequestState:
         job = self._scheduler.take()
         assert job is not None
-        job.state = State.PREPARING
+        job.state = RequestPhase.PREPARING
         self._preparing.add(job)
         try:
             self._spawn(lambda: self._prepare_job(job))
@@ -171,7 +171,7 @@ class Lobby:
             self._fail(job, error)
         return job
 
-    def _prepare_job(self, job: Job) -> None:
+    def _prepare_job(self, job: RequestState) -> None:
         """On another thread: render the prompt. Nothing here waits for an adapter's file."""
         try:
             prompt, adapter = self._prepare(job)
@@ -182,31 +182,31 @@ class Lobby:
                 self._make_ready(job, prompt, None)
                 return
             with self.lock:
-                if job.state is State.PREPARING:
-                    job.state = State.READING
+                if job.state is RequestPhase.PREPARING:
+                    job.state = RequestPhase.READING
                     self.lock.notify()
             adapter.add_done_callback(lambda read: self._attach(job, prompt, read))
 
-    def _attach(self, job: Job, prompt: Rendered, read: Future[AdapterWeights]) -> None:
+    def _attach(self, job: RequestState, prompt: RenderedPrompt, read: Future[AdapterWeights]) -> None:
         error = read.exception()
         if error is None:
             self._make_ready(job, prompt, read.result())
         else:
             self._fail(job, error)
 
-    def _make_ready(self, job: Job, prompt: Rendered, weights: AdapterWeights | None) -> None:
+    def _make_ready(self, job: RequestState, prompt: RenderedPrompt, weights: AdapterWeights | None) -> None:
         with self.lock:
             if job not in self._preparing:
                 return  # cancelled or late meanwhile
             self._preparing.remove(job)
             job.prompt, job.dropped, job.adapter = prompt.ids, prompt.dropped, weights
             job.adapter_bytes = 0 if weights is None else weights.nbytes
-            job.state = State.READY
+            job.state = RequestPhase.READY
             self._scheduler.charge(job.request.scope, PROMPT_COST * len(job.prompt))
             self._ready.append(job)
             self.lock.notify()
 
-    def _fail(self, job: Job, error: BaseException) -> None:
+    def _fail(self, job: RequestState, error: BaseException) -> None:
         if not isinstance(error, AppError):
             log.error("engine.prepare_failed", exc_info=error)
         with self.lock:
@@ -220,7 +220,7 @@ class Lobby:
         return Overloaded(retry_after_s=max(1.0, round(len(self) / self.settings.max_rows * self._mean_row_s, 1)))
 
 
-def _least_used(rows: Sequence[Job]) -> str:
+def _least_used(rows: Sequence[RequestState]) -> str:
     """The adapter with the fewest rows. As long as it gets no more, the fewest become fewer."""
     counts = Counter(job.adapter_sha256 for job in rows if job.adapter is not None)
     return min(counts, key=lambda adapter: counts[adapter], default="")

@@ -10,10 +10,10 @@ from enum import Enum
 from core.engine.lora.adapter_files import AdapterWeights
 from core.engine.protocol import Request
 from core.engine.scheduling.detokenizer import Detokenizer, StopScanner
-from core.types import Usage
+from core.types import TokenUsage
 
 
-class State(Enum):
+class RequestPhase(Enum):
     WAITING = 1  # in the scheduler
     PREPARING = 2  # being rendered
     READING = 3  # rendered, but its adapter is being read
@@ -23,7 +23,7 @@ class State(Enum):
 
 
 @dataclass(eq=False, slots=True)
-class Job:
+class RequestState:
     """One request on its way through the engine. The lobby writes it under its lock until it is ready, then the model
     thread; `cancelled` any thread."""
 
@@ -32,7 +32,7 @@ class Job:
     detokenizer: Detokenizer
     scanner: StopScanner
     submitted: float = field(default_factory=time.monotonic)
-    state: State = State.WAITING
+    state: RequestPhase = RequestPhase.WAITING
     cancelled: bool = False
     prompt: tuple[int, ...] = ()
     dropped: int = 0
@@ -72,5 +72,5 @@ class Job:
         return "" if self.adapter is None else self.adapter.sha256
 
     @property
-    def usage(self) -> Usage:
-        return Usage(len(self.prompt), len(self.answer), self.reused)
+    def usage(self) -> TokenUsage:
+        return TokenUsage(len(self.prompt), len(self.answer), self.reused)

@@ -12,7 +12,7 @@ from collections.abc import Callable
 from typing import Generic, TypeVar
 
 from core.engine.protocol import EngineInfo, Event, Finished, Request, check
-from core.engine.scheduling.stats import Tally
+from core.engine.scheduling.stats import StatsCounter
 from core.engine.scheduling.stream import EventStream
 from core.errors import AppError, EngineError, Overloaded
 
@@ -23,7 +23,7 @@ DRAIN_S = 10.0  # when the engine is left without an error
 J = TypeVar("J")
 
 
-class Begun(EventStream, Generic[J]):
+class RunningGeneration(EventStream, Generic[J]):
     """The events of one request. Implements core.engine.protocol.Generation."""
 
     def __init__(self, cancel: Callable[[J], None]) -> None:
@@ -36,15 +36,15 @@ class Begun(EventStream, Generic[J]):
             self._cancel(self.job)
 
 
-class Desk(Generic[J]):
+class OpenRequests(Generic[J]):
     """The open requests of one engine. `cancel` soon leads to the job's last event."""
 
-    def __init__(self, tally: Tally, cancel: Callable[[J], None]) -> None:
+    def __init__(self, tally: StatsCounter, cancel: Callable[[J], None]) -> None:
         self.tally = tally
         self._cancel = cancel
         self._info: EngineInfo | None = None
         self._draining = False
-        self._open: dict[J, Begun[J]] = {}
+        self._open: dict[J, RunningGeneration[J]] = {}
         self._none_open = asyncio.Event()
 
     def unlock(self, info: EngineInfo) -> None:
@@ -71,9 +71,9 @@ class Desk(Generic[J]):
     def is_open(self, job: J) -> bool:
         return job in self._open
 
-    def begin(self, request: Request, make: Callable[[], J], enter: Callable[[J], None]) -> Begun[J]:
+    def begin(self, request: Request, make: Callable[[], J], enter: Callable[[J], None]) -> RunningGeneration[J]:
         """A stream at once. `enter` lets the job wait for its turn; an AppError of either is raised at the reader."""
-        stream: Begun[J] = Begun(self._cancel)
+        stream: RunningGeneration[J] = RunningGeneration(self._cancel)
         try:
             _ = self.info
             if self._draining:

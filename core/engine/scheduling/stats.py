@@ -31,7 +31,7 @@ class Times:
 
 
 @dataclass(slots=True)
-class Tally:
+class StatsCounter:
     """Totals since the start. Fields are as in EngineStats."""
 
     generated_tokens: int = 0

@@ -17,13 +17,14 @@ import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
 from bots.cli import doctor
-from bots.cli.doctor import Finding, Level, Patient, examine, has_wal_reset_bug, report
+from bots.cli.doctor import Examined, Finding, Level, examine, has_wal_reset_bug, report
 from core.config.loader import read_config
+from core.config.sections import EngineSettings, ModelSettings
 from core.engine.cpu.compiled import compiled
 from core.engine.diagnostics.benchmark import measure, random_adapters
-from core.engine.protocol import EngineSettings, ModelSettings
+from core.engine.runtime.loading import load_served
 from core.engine.runtime.local import LocalEngine
-from core.model.base import BaseModel, load_model
+from core.model.base import BaseModel
 from core.storage.database import Database
 from core.storage.home import Cipher, Home, Lock
 from tests.fakes.openai import FakeOpenAI
@@ -44,7 +45,7 @@ def home(tmp_path: Path) -> Home:
 
 def findings(home: Home, given: dict[str, object] | None = None) -> dict[str, Finding]:
     """What is not good, by the sentence's name."""
-    patient = Patient(home, read_config(given or SCRIPTED, {}))
+    patient = Examined(home, read_config(given or SCRIPTED, {}))
     return {one.name: one for one in examine(patient) if one.level is not Level.GOOD}
 
 
@@ -98,11 +99,11 @@ def test_a_model_folder_without_a_model_is_bad(home, tmp_path):
 
 
 def test_a_check_that_fails_hides_no_other(home, monkeypatch):
-    def breaks(_: Patient) -> list[Finding]:
+    def breaks(_: Examined) -> list[Finding]:
         raise RuntimeError("no")
 
     monkeypatch.setattr(doctor, "CHECKS", (breaks, *doctor.CHECKS))
-    found = examine(Patient(home, read_config(SCRIPTED, {})))
+    found = examine(Examined(home, read_config(SCRIPTED, {})))
     assert "breaks" in found[0].text
     assert len(found) > 5
 
@@ -149,7 +150,7 @@ async def _doctor_over(fake: FakeOpenAI, home: Home, **engine: str) -> dict[str,
     async with fake.open():
         given = {"engine": {"kind": "remote", "url": fake.url, **engine}}
         return await asyncio.to_thread(
-            lambda: {one.name: one for one in examine(Patient(home, read_config(given, {})))}
+            lambda: {one.name: one for one in examine(Examined(home, read_config(given, {})))}
         )
 
 
@@ -211,7 +212,7 @@ def test_a_gpu_that_is_not_there_is_told(home, monkeypatch, wanted, there):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.get_device_name", "GPU {}".format)
-    patient = Patient(home, read_config({"model": {"device": wanted}}, {}))
+    patient = Examined(home, read_config({"model": {"device": wanted}}, {}))
     (found,) = doctor._torch(patient)
     assert (found.level is Level.GOOD) is there
     assert ("GPU 0" if there else wanted) in found.text
@@ -228,7 +229,7 @@ def test_a_gpu_that_is_not_there_is_told(home, monkeypatch, wanted, there):
 def test_a_gpu_beyond_the_last_is_told_with_those_that_are_there(home, monkeypatch, gpus, language, text, action):
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    patient = Patient(home, read_config({"model": {"device": "cuda:4"}}, {}), language=language)
+    patient = Examined(home, read_config({"model": {"device": "cuda:4"}}, {}), language=language)
     (found,) = doctor._torch(patient)
     assert (found.level, found.text) == (Level.BAD, text)
     assert action in found.action
@@ -237,7 +238,7 @@ def test_a_gpu_beyond_the_last_is_told_with_those_that_are_there(home, monkeypat
 @pytest.mark.parametrize(("language", "said"), [("en", "could not be built"), ("zh", "无法为本机处理器编译")])
 def test_without_a_compiler_it_says_what_to_install(home, monkeypatch, language, said):
     monkeypatch.setattr("core.engine.cpu.compiled.why_not", lambda: "no C++ compiler is installed\nmore")
-    patient = Patient(home, read_config({"model": {"device": "cpu"}}, {}), language=language)
+    patient = Examined(home, read_config({"model": {"device": "cpu"}}, {}), language=language)
     _, found = doctor._torch(patient)
     assert found.level is Level.WARNING
     assert said in found.text
@@ -250,7 +251,7 @@ def load_gpt2(folder: Path) -> BaseModel:
     config = GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2)
     GPT2LMHeadModel(config).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    return load_model(ModelSettings(name=str(folder), device="cpu"), folder)
+    return load_served(ModelSettings(name=str(folder), device="cpu"), folder)
 
 
 @pytest.mark.parametrize("load", [load_tiny, load_gpt2])

@@ -100,8 +100,8 @@ async def test_a_job_from_the_command_line_is_asked_about_started_and_promoted_t
     (tmp_path / "faq.jsonl").write_bytes(ROW)
     async with works(tmp_path / "home", command=COMMAND) as it:
         await it.database.write(lambda tx: seed(tx, read_config({}, {})))
-        it.deliveries.register(DESK.platform, DESK.account, control.Unheard())
-        desk = control.Desk(it.database, it.home, training=it.training)
+        it.deliveries.register(DESK.platform, DESK.account, control.NullSink())
+        desk = control.CommandRunner(it.database, it.home, training=it.training)
 
         async def until(text: str, said: str) -> str:
             deadline = time.monotonic() + WAIT_S

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from bots.slack.bot import SlackBot
-from bots.slack.sending.rate_limits import Pace, Rate
+from bots.slack.sending.rate_limits import SlackRate, SlackRateLimiter
 from bots.slack.web import EVENTS
 from core.channels import directory
 from core.engine.protocol import Request
@@ -21,12 +21,12 @@ from tests.fakes.slack import FakeSlack, Held
 from tests.fakes.slack.held import APP_TOKEN, SIGNING
 from tests.support.world import World, world
 
-FAST = Rate(1000.0, 1000.0)
+FAST = SlackRate(1000.0, 1000.0)
 METHODS = ("auth.test", "chat.startStream", "chat.stopStream", "chat.appendStream", "chat.update", "chat.postMessage")
 
 
-def fast() -> Pace:
-    return Pace(dict.fromkeys(METHODS, FAST))
+def fast() -> SlackRateLimiter:
+    return SlackRateLimiter(dict.fromkeys(METHODS, FAST))
 
 
 @dataclass
@@ -109,7 +109,7 @@ async def talk(
     there: FakeSlack | None = None,
     http: bool = False,
     delay_s: float = 0.0,
-    pace: Callable[[], Pace] = fast,
+    pace: Callable[[], SlackRateLimiter] = fast,
     trainer: tuple[str, ...] = (),
     **settings: Any,
 ) -> AsyncIterator[Talk]:

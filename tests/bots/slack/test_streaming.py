@@ -14,7 +14,7 @@ from slack_sdk.web.async_client import AsyncWebClient
 from bots.slack import bot
 from bots.slack.pages.text import LIMIT, growing, harmless, split, whole
 from bots.slack.sending import api, sink
-from bots.slack.sending.rate_limits import RATES, Pace
+from bots.slack.sending.rate_limits import RATES, SlackRateLimiter
 from core.engine.protocol import Request
 from core.i18n.messages import say
 from tests.bots.slack.talk import Talk, fast, talk
@@ -123,7 +123,7 @@ async def test_a_post_that_found_no_connection_goes_out_again(monkeypatch: pytes
 
         client = AsyncWebClient(base_url=f"http://127.0.0.1:{port}/api/", retry_handlers=[])
         given = {"channel": "C1", "text": "hello", "unfurl_links": False, "unfurl_media": False}
-        await api.Api(client, token, fast()).post(**given)
+        await api.SlackApi(client, token, fast()).post(**given)
         assert (tries, only(there).said) == (3, "hello")
 
 
@@ -170,7 +170,7 @@ async def test_nothing_goes_out_before_retry_after(tmp_path: Path) -> None:
 
 
 async def test_slacks_own_rates_are_kept_under_load(tmp_path: Path) -> None:
-    async with talk(tmp_path, lambda _: "short", pace=Pace) as it:
+    async with talk(tmp_path, lambda _: "short", pace=SlackRateLimiter) as it:
         it.there.limits = True
         asked = [it.there.message(f"U{number}", "hello") for number in range(20)]
         for one in asked:
@@ -299,7 +299,7 @@ async def test_what_is_cut_at_every_phase_ends_whole_and_once(
         workspace = it.bot.workspaces and it.bot.workspaces.get("T1")
         assert workspace is not None
         for number, (transport, method, nth) in enumerate(PHASES):
-            workspace.outlet._transport = transport
+            workspace.sink._transport = transport
             nth += len(it.there.called(method))
             if what in ("call cut", "answer lost"):
                 it.there.before[method, nth] = lambda method=method: _fault(it, method, what)  # type: ignore[misc]

@@ -13,7 +13,7 @@ from typing import Any
 from aiohttp import ClientSession
 
 from bots.telegram.bot import TelegramBot
-from bots.telegram.sending.rate_limits import Limits, Pace, Rate
+from bots.telegram.sending.rate_limits import SendLimits, TelegramRate, TelegramRateLimiter
 from bots.telegram.webhook import path_of
 from core.channels import directory
 from core.engine.protocol import Request
@@ -27,7 +27,7 @@ ANN = Person(11, "Ann")
 LI = Person(12, "Li", "zh-hans")
 OWNER = Person(13, "Owner")
 SECRET = "a-secret-of-sixteen-or-more"
-FAST = Rate(1000.0, 1000.0)
+FAST = TelegramRate(1000.0, 1000.0)
 
 
 @dataclass
@@ -82,7 +82,7 @@ async def talk(
     there: FakeTelegram | None = None,
     webhook: bool = False,
     delay_s: float = 0.0,
-    pace: Pace | None = None,
+    pace: TelegramRateLimiter | None = None,
     trainer: tuple[str, ...] = (),
     **settings: Any,
 ) -> AsyncIterator[Talk]:
@@ -95,7 +95,7 @@ async def talk(
         if webhook:
             given |= {"webhook": "https://example.org/hook", "webhook_secret": SECRET, "listen": "127.0.0.1:0"}
         bot = TelegramBot.configure(given)
-        bot._pace = pace or Pace(Limits(FAST, FAST, FAST, FAST))
+        bot._pace = pace or TelegramRateLimiter(SendLimits(FAST, FAST, FAST, FAST))
         async with asyncio.TaskGroup() as tasks:
             running = tasks.create_task(bot.run(here.service))
             made = Talk(there, here)

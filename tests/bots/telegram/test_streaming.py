@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 from aiogram.methods import SendMessage
 
-from bots.telegram.sending.api import Api, Lost, end, make_bot
-from bots.telegram.sending.rate_limits import Bucket, Limits, Pace, Rate
+from bots.telegram.sending.api import Lost, TelegramApi, end, make_bot
+from bots.telegram.sending.rate_limits import SendLimits, TelegramBucket, TelegramRate, TelegramRateLimiter
 from core.engine.protocol import Request
 from core.errors import AppError, EngineError
 from core.i18n.messages import say
@@ -144,11 +144,13 @@ async def test_what_never_went_out_is_repeated_and_what_may_have_been_taken_is_n
         there.faults.append(("sendMessage", "cut"))
         bot = make_bot(TOKEN, there.url)
         with pytest.raises(Lost):
-            await Api(bot, Pace()).send(ANN.id, SendMessage(chat_id=ANN.id, text="…"))
+            await TelegramApi(bot, TelegramRateLimiter()).send(ANN.id, SendMessage(chat_id=ANN.id, text="…"))
         await end(bot)
         bot = make_bot(TOKEN, there.url)
     with pytest.raises(AppError, match="for too long"):  # nobody listens there any more
-        await Api(bot, Pace(), patience_s=0.1).send(ANN.id, SendMessage(chat_id=ANN.id, text="…"))
+        await TelegramApi(bot, TelegramRateLimiter(), patience_s=0.1).send(
+            ANN.id, SendMessage(chat_id=ANN.id, text="…")
+        )
     await end(bot)
 
 
@@ -218,7 +220,7 @@ async def _cut(deadline_s: float) -> None:
 
 
 def test_a_bucket_never_gives_more_than_its_rate() -> None:
-    bucket, now, taken = Bucket(Rate(2.0, 3), 0.0), 0.0, 0
+    bucket, now, taken = TelegramBucket(TelegramRate(2.0, 3), 0.0), 0.0, 0
     for _ in range(1_000):
         now += 0.037
         if bucket.wait_s(now) <= 0:
@@ -229,7 +231,7 @@ def test_a_bucket_never_gives_more_than_its_rate() -> None:
 
 def test_nothing_goes_out_before_retry_after() -> None:
     now = 0.0
-    pace = Pace(Limits(FAST, FAST, FAST, FAST), clock=lambda: now)
+    pace = TelegramRateLimiter(SendLimits(FAST, FAST, FAST, FAST), clock=lambda: now)
     pace.refused(1, 7)
     assert pace.wait_s(1) == 7
     assert pace.wait_s(2) == 0
@@ -272,7 +274,7 @@ async def test_a_storm_of_30_s_loses_nothing_and_is_waited_out(tmp_path: Path) -
 async def test_telegrams_own_limits_are_kept(tmp_path: Path) -> None:
     async with (
         FakeTelegram(limits=True).open() as there,
-        talk(tmp_path, lambda request: LONG, delay_s=0.01, there=there, pace=Pace()) as it,
+        talk(tmp_path, lambda request: LONG, delay_s=0.01, there=there, pace=TelegramRateLimiter()) as it,
     ):
         group = there.chat(-9, "group")
         there.says(ANN, "tell me")

@@ -93,7 +93,7 @@ def test_stars_beside_chinese_need_no_spaces_and_elsewhere_are_commonmarks(markd
     ],
 )
 def test_a_formula_stands_as_it_is_written(formula: str) -> None:
-    assert texts.render(formula) == texts.Rendered(formula)
+    assert texts.render(formula) == texts.RenderedText(formula)
 
 
 @pytest.mark.parametrize(

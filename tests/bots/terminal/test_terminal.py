@@ -19,7 +19,7 @@ import pytest
 from prompt_toolkit.history import FileHistory
 
 from bots.plugins import Address, BadConfig, Body, Handle
-from bots.terminal.bot import TerminalBot, TerminalOutlet, read_settings
+from bots.terminal.bot import TerminalBot, TerminalSink, read_settings
 from core.privacy.retention import _prune_history
 from tests.support.paths import ROOT
 
@@ -286,7 +286,7 @@ def test_the_terminal_needs_no_other_platforms_library_and_no_torch():
     assert subprocess.run([sys.executable, "-c", check], cwd=ROOT, check=False).returncode == 0
 
 
-# --- the outlet ---
+# --- the sink ---
 
 
 @dataclass
@@ -308,24 +308,24 @@ HERE = Address("terminal", "home", "home", "home", "key")
 
 async def test_finishing_again_writes_nothing():
     sheet = Sheet()
-    outlet = TerminalOutlet(sheet)
-    handle = await outlet.open(HERE)
-    receipt = await outlet.finish(handle, Body("a"))
-    assert await outlet.finish(handle, Body("a")) == receipt
-    await outlet.show(handle, "late")
+    sink = TerminalSink(sheet)
+    handle = await sink.open(HERE)
+    receipt = await sink.finish(handle, Body("a"))
+    assert await sink.finish(handle, Body("a")) == receipt
+    await sink.show(handle, "late")
     assert sheet.said == [("begin", 1, "key", False), ("end", 1, "a")]
 
 
 async def test_a_handle_of_an_earlier_run_is_opened_anew_once():
-    left = await TerminalOutlet(Sheet()).open(HERE)
+    left = await TerminalSink(Sheet()).open(HERE)
     sheet = Sheet()
-    outlet = TerminalOutlet(sheet)
-    handle = await outlet.recover(left)
+    sink = TerminalSink(sheet)
+    handle = await sink.recover(left)
     assert handle != left
-    assert await outlet.recover(left) == handle
-    assert await outlet.recover(handle) == handle
-    await outlet.finish(left, Body("a"))
-    await outlet.finish(handle, Body("a"))
+    assert await sink.recover(left) == handle
+    assert await sink.recover(handle) == handle
+    await sink.finish(left, Body("a"))
+    await sink.finish(handle, Body("a"))
     assert sheet.said == [("begin", 1, "key", True), ("end", 1, "a")]
     assert Handle(handle)
 

@@ -8,11 +8,10 @@ from pathlib import Path
 import pytest
 
 from core.channels import directory
-from core.commands.table import Grant
 from core.errors import BadInput, UnknownThing
 from core.storage.database import Database, Tx
 from core.storage.home import Cipher
-from core.types import Address, Caller, Channel, Limits, Price
+from core.types import Address, Caller, Channel, Grant, Limits, Price
 
 NOW_MS = 1_800_000_000_000
 

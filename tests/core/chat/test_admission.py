@@ -13,9 +13,10 @@ from pathlib import Path
 
 import pytest
 
+from core.config.sections import HyperParameters
 from core.jobs import process
-from core.jobs.process import Trainer, usher
-from core.jobs.protocol import HyperParameters, JobEvent, Progress, Spec
+from core.jobs.process import TrainerProcess, usher
+from core.jobs.protocol import JobEvent, Progress, Spec
 from tests.support.fake_trainer import COMMAND
 
 
@@ -80,7 +81,7 @@ def until_state(pid: int, wanted: str) -> None:
 async def test_a_halted_trainer_still_goes_when_it_is_told_to(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text('{"word": "pause"}\n')
     Spec("1", "", "", "data.jsonl", "", "acme@1", hyper=HyperParameters()).write(tmp_path)
-    process = Trainer(tmp_path, tmp_path / "log", command=COMMAND)
+    process = TrainerProcess(tmp_path, tmp_path / "log", command=COMMAND)
     reached = asyncio.Event()
 
     async def hear(event: JobEvent) -> None:

@@ -9,7 +9,7 @@ import pytest
 from core.config.schema import Retention
 from core.i18n.messages import say
 from core.jobs import examples as sayings
-from core.jobs.examples import Said, examples_of
+from core.jobs.examples import ConsentedExample, examples_of
 from core.privacy.retention import clean
 from core.storage.home import Cipher
 from core.types import Kind
@@ -32,7 +32,7 @@ async def press(it: World, value: str, *, user: str = STRANGER) -> str:
     return str(found)
 
 
-async def examples(it: World) -> list[Said]:
+async def examples(it: World) -> list[ConsentedExample]:
     return await it.database.read(
         lambda tx: examples_of(tx, tx.value("SELECT id FROM channel WHERE name = 'acme'"), slack=False).said
     )

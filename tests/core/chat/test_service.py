@@ -12,7 +12,7 @@ import pytest
 
 from core.channels import directory
 from core.chat import handler, inbox
-from core.chat.replies import Places
+from core.chat.replies import AdmissionQueue
 from core.engine.protocol import Request, Scope
 from core.errors import EngineError, Overloaded
 from core.i18n.messages import say
@@ -563,7 +563,7 @@ async def test_of_one_account_the_channel_that_has_least_goes_first(tmp_path: Pa
 
 
 async def test_at_the_engine_the_parties_take_turns_and_who_leaves_takes_no_place() -> None:
-    places, came, go = Places(1), list[str](), asyncio.Event()
+    places, came, go = AdmissionQueue(1), list[str](), asyncio.Event()
 
     async def want(partner: str, name: str) -> None:
         async with places.one(Scope(partner), asyncio.get_running_loop().create_future()):

@@ -9,10 +9,10 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from core.commands.help import help_text, table_markdown
-from core.commands.table import COMMANDS, SETTINGS, Command, Form, Grant, find, parse
+from core.commands.table import COMMANDS, SETTINGS, Command, Form, find, parse
 from core.errors import BadCommand
 from core.i18n.messages import languages, say
-from core.types import Lane
+from core.types import Grant, Lane
 
 FORMS = [(command, form) for command in COMMANDS for form in command.forms]
 

@@ -10,11 +10,12 @@ import pytest
 
 from core.adapters import registry
 from core.channels import directory
-from core.commands.table import COMMANDS, Form, Grant, find
+from core.commands.table import COMMANDS, Form, find
 from core.i18n.messages import languages, say
 from core.jobs import datasets, event_log, jobs
 from core.jobs.protocol import Checked
 from core.storage.database import Tx
+from core.types import Grant
 from tests.support.people import ROLES, Town, ask, town
 
 DATASET = "d" * 64

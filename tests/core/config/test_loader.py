@@ -12,8 +12,8 @@ import pytest
 
 from core.config.loader import config_table_markdown, load_config, read_config, show_config
 from core.config.schema import KEYS, SECTIONS, Config
+from core.config.sections import PRESETS, HyperParameters
 from core.errors import BadConfig
-from core.jobs.protocol import PRESETS, HyperParameters
 from tests.bots.terminal.test_terminal import Program
 from tests.support.paths import ROOT
 

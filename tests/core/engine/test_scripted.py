@@ -10,7 +10,7 @@ import pytest
 from core.engine.protocol import Delta, Event, Finished, FinishReason, Request, Scope, Started
 from core.engine.scripted import ScriptedEngine, ScriptedGeneration
 from core.errors import BadConfig, EngineError, Overloaded, PromptTooLong
-from core.types import Message, Role, Sampling, Usage
+from core.types import Message, Role, Sampling, TokenUsage
 
 
 def request(text: str = "hi", *, deadline_s: float = 60.0, max_prompt_tokens: int = 0, **sampling: object) -> Request:
@@ -39,15 +39,15 @@ async def test_answers_word_by_word_from_the_table_and_echoes_otherwise() -> Non
         assert "".join(e.text for e in events if isinstance(e, Delta)) == "hello  there\n"
         assert await said(engine, request("what now")) == (
             "You said: what now",
-            Finished(FinishReason.END, Usage(2, 4)),
+            Finished(FinishReason.END, TokenUsage(2, 4)),
         )
         assert [r.id for r in engine.requests] == ["hi", "what now"]
 
 
 async def test_stop_strings_and_max_tokens_end_an_answer() -> None:
     async with ScriptedEngine(lambda _: "one two three four") as engine:
-        assert await said(engine, request(stop=("o th",))) == ("one tw", Finished(FinishReason.STOP, Usage(1, 3)))
-        assert await said(engine, request(max_tokens=2)) == ("one two", Finished(FinishReason.LENGTH, Usage(1, 2)))
+        assert await said(engine, request(stop=("o th",))) == ("one tw", Finished(FinishReason.STOP, TokenUsage(1, 3)))
+        assert await said(engine, request(max_tokens=2)) == ("one two", Finished(FinishReason.LENGTH, TokenUsage(1, 2)))
 
 
 async def test_cancel_and_deadline_and_forget_end_with_usage() -> None:

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 import core.i18n
-from core.i18n.messages import Later, duration, languages, resolve, say
+from core.i18n.messages import Lazy, duration, languages, resolve, say
 from tests.support.paths import ROOT
 
 FOLDER = Path(core.i18n.__file__).parent
@@ -99,7 +99,7 @@ def test_fields_are_filled_and_never_read_as_templates() -> None:
 
 
 def test_a_sentence_in_a_sentence_speaks_its_language() -> None:
-    need = Later("operators.need_whole", low=0, high=9)
+    need = Lazy("operators.need_whole", low=0, high=9)
     said = say("zh", "operators.bad_value", setting="per_minute", value="x", need=need)
     assert say("zh", "operators.need_whole", low=0, high=9) in said
 

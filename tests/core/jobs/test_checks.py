@@ -10,9 +10,9 @@ from pathlib import Path
 import pytest
 
 from core.errors import BadInput
-from core.i18n.messages import Later, say
+from core.i18n.messages import Lazy, say
 from core.jobs import datasets, jobs
-from core.jobs.checks import Checks
+from core.jobs.checks import CheckWorker
 from core.jobs.supervisor import TrainingSettings
 from core.jobs.worker import LOOK_AGAIN_S
 from core.types import Address, Handle
@@ -134,17 +134,17 @@ async def test_a_check_that_is_cancelled_stops(tmp_path: Path) -> None:
 
 async def test_trouble_with_a_job_that_is_cancelled_is_over(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     waited: asyncio.Queue[float] = asyncio.Queue()
-    wait = Checks._wait
+    wait = CheckWorker._wait
 
-    async def noted(lane: Checks, seconds: float) -> None:
+    async def noted(lane: CheckWorker, seconds: float) -> None:
         waited.put_nowait(seconds)
         await wait(lane, seconds)
 
     def trouble(*_: object) -> None:
         raise ZeroDivisionError
 
-    monkeypatch.setattr(Checks, "_wait", noted)
-    monkeypatch.setattr(Checks, "_lay_out", trouble)
+    monkeypatch.setattr(CheckWorker, "_wait", noted)
+    monkeypatch.setattr(CheckWorker, "_lay_out", trouble)
     async with works(tmp_path, settings=TrainingSettings(retry_s=0.5)) as it, asyncio.timeout(20):
         job_id = await it.order(agreed=False)
         while await waited.get() != 0.5:
@@ -172,7 +172,7 @@ async def test_a_check_goes_on_beside_a_job_that_is_trained(tmp_path: Path) -> N
         job_id = await it.order(place="q", agreed=False)
         said = await it.ended()
         assert (await it.job(job_id))["state"] == "waiting"
-        told = {"tokens": 1_200, "epochs": 2, "steps": 6, "price": Later("training.price_none")}
+        told = {"tokens": 1_200, "epochs": 2, "steps": 6, "price": Lazy("training.price_none")}
         assert say("en", "training.estimate_unmeasured", **told) in said
         await it.say(f"/finetune start {job_id}", place="q")
         assert "1" in await it.say("/finetune status", place="q")

@@ -15,7 +15,7 @@ from core.channels import directory
 from core.channels.commands import run_command
 from core.commands.table import parse
 from core.errors import BadInput, UnknownThing
-from core.i18n.messages import Later, languages, say
+from core.i18n.messages import Lazy, languages, say
 from core.jobs import commands, datasets, event_log, job_messages, jobs
 from core.jobs.dataset_files import MAX_OPEN
 from core.jobs.protocol import (
@@ -291,7 +291,7 @@ def test_status_of_a_version_is_true_for_as_long_as_it_is_asked(it: Town, langua
     it.says("operator", "/adapter promote 1 the tone")
     said = says(it, "/finetune status 1", language=language)
     assert verdict in said
-    assert said.endswith(say(language, "training.version_now", label="acme@1", state=Later("adapter.in_service")))
+    assert said.endswith(say(language, "training.version_now", label="acme@1", state=Lazy("adapter.in_service")))
 
 
 def test_status_of_a_failed_job_says_whose_fault_it_was(it: Town) -> None:

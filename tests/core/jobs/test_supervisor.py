@@ -17,13 +17,14 @@ import pytest
 
 from core.adapters import registry
 from core.adapters.registry import Candidate
+from core.config.sections import HyperParameters
 from core.delivery.deliveries import Deliveries
 from core.errors import AdapterUnusable, BadInput
-from core.i18n.messages import Later, say
+from core.i18n.messages import Lazy, say
 from core.jobs import datasets, event_log, jobs
-from core.jobs.process import COMMAND, Trainer, environment
-from core.jobs.protocol import Alive, HyperParameters, JobEvent, Progress, Spec, Warned, dump_event
-from core.jobs.supervisor import TrainingSettings, Trains
+from core.jobs.process import COMMAND, TrainerProcess, environment
+from core.jobs.protocol import Alive, JobEvent, Progress, Spec, Warned, dump_event
+from core.jobs.supervisor import TrainingSettings, TrainingWorker
 from core.privacy.retention import sweep
 from core.storage.database import Tx
 from core.storage.home import Home
@@ -231,7 +232,7 @@ async def test_a_job_that_failed_on_our_side_goes_on_from_its_checkpoint(
         job_id = await it.order(word, language=language)
         reason = "a reason"
         if word == "crash-once":
-            how = Later("training.by_signal", n=9)
+            how = Lazy("training.by_signal", n=9)
             reason = say(language, "training.why_died", n=1, how=how)
         assert await it.ended() == say(language, "training.failed_kept", title="Acme", id=job_id, reason=reason)
         assert sorted(await asyncio.to_thread(os.listdir, it.folder(job_id))) == ["checkpoint", "spec.json"]
@@ -289,7 +290,7 @@ async def test_nothing_is_kept_of_a_job_that_failed_to_learn_what_people_said(tm
         assert not os.listdir(it.home.datasets)
 
 
-@pytest.mark.parametrize(("where", "at"), [(Trains, "_clear"), (Trains, "_tell"), (Deliveries, "open")])
+@pytest.mark.parametrize(("where", "at"), [(TrainingWorker, "_clear"), (TrainingWorker, "_tell"), (Deliveries, "open")])
 async def test_a_job_that_is_to_go_on_before_its_end_is_told_loses_nothing(
     tmp_path: Path, where: type, at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -383,7 +384,7 @@ async def ran(tmp_path: Path, program: str, *, silence_s: float, halt_s: float =
     """A trainer that is this program, halted for a while as soon as it has said something."""
     heard: list[JobEvent] = []
     command = (sys.executable, "-c", f"import time\n{program}")
-    trainer = Trainer(tmp_path, tmp_path / "log", command=command, silence_s=silence_s)
+    trainer = TrainerProcess(tmp_path, tmp_path / "log", command=command, silence_s=silence_s)
 
     async def hear(event: JobEvent) -> None:
         heard.append(event)
@@ -655,13 +656,13 @@ async def test_a_job_finds_its_base_model_where_it_lies_now(tmp_path: Path, monk
         await it.stop()
         begun = Spec.read(it.folder(job_id))
     started: list[Spec] = []
-    spawn = Trainer._spawn
+    spawn = TrainerProcess._spawn
 
-    async def noted(trainer: Trainer) -> object:
+    async def noted(trainer: TrainerProcess) -> object:
         started.append(Spec.read(trainer._folder))
         return await spawn(trainer)
 
-    monkeypatch.setattr(Trainer, "_spawn", noted)
+    monkeypatch.setattr(TrainerProcess, "_spawn", noted)
     async with works(tmp_path, bot=bot, info=replace(INFO, folder=tmp_path / "moved")) as it:
         await it.ended()
     assert started == [replace(begun, model=str(tmp_path / "moved"))]

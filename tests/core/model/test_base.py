@@ -26,12 +26,13 @@ from transformers import (
     RwkvConfig,
 )
 
+from core.config.sections import ModelSettings
 from core.engine.diagnostics.parity import check_exact
-from core.engine.protocol import ModelSettings
+from core.engine.runtime.loading import load_served
 from core.errors import ModelLoadFailed
 from core.model import base as module
 from core.model import demo
-from core.model.base import exact_context, load_model
+from core.model.base import exact_context
 from core.model.weights import fingerprint
 from tests.support.tiny import save_tiny, tiny_tokenizer
 
@@ -56,7 +57,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def load(folder: Path | str, **settings: str) -> module.BaseModel:
-    return load_model(ModelSettings(**{"name": str(folder), "device": "cpu", **settings}), Path("unused"))
+    return load_served(ModelSettings(**{"name": str(folder), "device": "cpu", **settings}), Path("unused"))
 
 
 def refusal(folder: Path | str, **settings: str) -> str:
@@ -319,7 +320,7 @@ def test_a_half_written_cache_is_replaced_and_leftovers_are_removed(converted: P
 
 
 def test_the_converted_model_is_a_plain_folder_that_speaks(converted: Path) -> None:
-    model = load_model(ModelSettings(), converted)
+    model = load_served(ModelSettings(), converted)
     assert model.name == "SmolLM2-135M-Instruct"
     assert (model.context, model.eos_ids) == (8192, {2})
     tokenizer = model.tokenizer

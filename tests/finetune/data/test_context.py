@@ -15,7 +15,7 @@ from core.jobs.protocol import Checked, Done, Fresh, Judged, Spec
 from core.model.chat_format import TrainingRow
 from finetune.data.prepare import prepare
 from finetune.evaluation import retention_set
-from finetune.evaluation.evaluator import Exam
+from finetune.evaluation.evaluator import Evaluator
 from finetune.evaluation.retention_set import OwnAnswers
 from finetune.modeling.base import find_base
 from finetune.training import train as loop
@@ -76,12 +76,12 @@ def test_whole_answers_are_asked_for_where_there_is_room_for_them(
     monkeypatch.setattr(loop, "own_answers", lambda *given: OwnAnswers((), (row,), ("facts",), "x"))
     asked: list[tuple[int, ...]] = []
 
-    def unsound(self: Exam, prompts: Any, most: int) -> int:
+    def unsound(self: Evaluator, prompts: Any, most: int) -> int:
         assert all(len(ids) + most <= 130 for ids in prompts)
         asked.extend(prompts)
         return 0
 
-    monkeypatch.setattr(Exam, "_unsound", unsound)
+    monkeypatch.setattr(Evaluator, "_unsound", unsound)
     (judged,) = go(make_job(data=rows(60, 30), base=base, epochs=1), ability=True).of(Judged)
     assert 0 < judged.asked == len(asked) / 2 < 16
 

@@ -10,11 +10,11 @@ import pytest
 
 from core.adapters import registry
 from core.commands.table import Call, parse
+from core.config.sections import HyperParameters
 from core.engine.protocol import EngineInfo
 from core.jobs import datasets
 from core.jobs.commands import begin
 from core.jobs.process import COMMAND
-from core.jobs.protocol import HyperParameters
 from core.jobs.supervisor import TrainingSettings
 from core.model.weights import fingerprint
 from core.storage.database import Tx

@@ -12,8 +12,9 @@ from safetensors.torch import save_file
 from torch import nn
 from transformers import AutoModelForCausalLM, GptOssConfig, GptOssForCausalLM
 
+from core.config.sections import HyperParameters
 from core.errors import JobError
-from core.jobs.protocol import HyperParameters, Spec
+from core.jobs.protocol import Spec
 from core.model.chat_format import TrainingRow
 from finetune.data.batches import collate, pack, shared_prefix
 from finetune.modeling import lora

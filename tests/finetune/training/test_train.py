@@ -12,13 +12,13 @@ import torch
 from safetensors.torch import load_file
 from transformers import AutoModelForCausalLM
 
-from core.engine.lora.adapter_files import Base, load_adapter
+from core.engine.lora.adapter_files import AdapterTarget, load_adapter
 from core.errors import BadDataset, JobError
 from core.jobs.protocol import FEWEST_TEST_ROWS, Checked, Done, Evaluated, Judged, Planned, Progress, Spec, Warned
 from core.model.weights import fingerprint
 from core.types import AdapterRef
 from finetune.data.split import split
-from finetune.evaluation.row_losses import Meter
+from finetune.evaluation.row_losses import RowLosses
 from finetune.training import checkpoints
 from finetune.training import train as loop
 from finetune.training.checkpoint import BEST, NEWEST
@@ -121,7 +121,7 @@ def test_peft_and_the_engine_load_it_and_it_is_what_was_trained(make_job, tiny_f
     torch.testing.assert_close(twin(ids).logits, ours, atol=1e-5, rtol=1e-5)
     with twin.disable_adapter():
         assert (twin(ids).logits - ours).abs().max() > 0.1
-    weights = load_adapter(AdapterRef("x", folder / "out"), Base(fingerprint(tiny_folder), shapes))
+    weights = load_adapter(AdapterRef("x", folder / "out"), AdapterTarget(fingerprint(tiny_folder), shapes))
     assert weights.rank == 4
     assert len(weights.pairs) == 14
 
@@ -148,7 +148,7 @@ def test_a_job_that_was_cut_ends_with_the_same_bits(make_job, monkeypatch, cut):
 
 def test_a_stop_is_noticed_within_one_micro_batch(make_job, monkeypatch):
     stop, seen = threading.Event(), []
-    real = Meter.batch
+    real = RowLosses.batch
 
     def batch(self, rows):
         seen.append(len(rows))
@@ -156,7 +156,7 @@ def test_a_stop_is_noticed_within_one_micro_batch(make_job, monkeypatch):
             stop.set()
         return real(self, rows)
 
-    monkeypatch.setattr(Meter, "batch", batch)
+    monkeypatch.setattr(RowLosses, "batch", batch)
     with pytest.raises(Interrupted):
         go(make_job(), stop)
     assert len(seen) == 5
@@ -303,8 +303,8 @@ def test_a_job_that_has_lost_its_way_goes_back_to_its_best_whenever_checkpoints_
 def test_it_stops_when_nothing_is_gained_and_the_best_is_what_is_published(make_job, monkeypatch):
     """Validation losses as they might be: best after the second round, two rounds without a gain."""
     made = iter([3.0, 2.0, 1.5, 1.6, 1.7, 1.8])
-    mean_loss = Meter.mean_loss
-    monkeypatch.setattr(Meter, "mean_loss", lambda self, rows: mean_loss(self, rows) * 0 + next(made))
+    mean_loss = RowLosses.mean_loss
+    monkeypatch.setattr(RowLosses, "mean_loss", lambda self, rows: mean_loss(self, rows) * 0 + next(made))
     states = {}
     validate = Trainer._validate
 
@@ -328,7 +328,7 @@ def test_it_stops_when_nothing_is_gained_and_the_best_is_what_is_published(make_
 
 def test_without_patience_all_steps_are_taken(make_job, monkeypatch):
     made = iter([1.0, 1.1, 1.2, 1.3, 1.4, 1.45])
-    monkeypatch.setattr(Meter, "mean_loss", lambda self, rows: next(made))
+    monkeypatch.setattr(RowLosses, "mean_loss", lambda self, rows: next(made))
     heard = go(make_job(epochs=5, patience=0))
     assert heard.of(Done)[0].steps == 25
     assert not heard.of(Warned)

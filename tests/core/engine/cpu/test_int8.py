@@ -16,11 +16,12 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
+from core.config.sections import ModelSettings
 from core.engine.cpu.int8 import KERNELS, ByBlocks, ByBytes, Int8Linear, Kernel, merge_int8, part_of
 from core.engine.diagnostics.parity import check_exact
-from core.engine.protocol import ModelSettings
+from core.engine.runtime.loading import load_served
 from core.engine.runtime.runner import Runner
-from core.model.base import BaseModel, load_model
+from core.model.base import BaseModel
 from core.types import AdapterRef
 from tests.support.engine_dialogue import ask, hear, running
 from tests.support.tiny import save_tiny
@@ -37,7 +38,7 @@ print(Int8Linear.of(linear, kernel=ByBytes)(torch.tensor([[1.0], [-1.0]]).expand
 @pytest.fixture(scope="module")
 def int8(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     folder = save_tiny(tmp_path_factory.mktemp("int8"))
-    return load_model(ModelSettings(name=str(folder), device="cpu", quantization="int8"), folder)
+    return load_served(ModelSettings(name=str(folder), device="cpu", quantization="int8"), folder)
 
 
 def linear(out: int, size: int, *, bias: bool = True) -> nn.Linear:
@@ -202,7 +203,7 @@ def test_int8_says_200_answers_as_well_as_fp32(demo_cache: Path) -> None:
 
 @torch.inference_mode()
 def _mean_nll(quantization: str, cache: Path) -> float:
-    model = load_model(ModelSettings(quantization=quantization), cache)
+    model = load_served(ModelSettings(quantization=quantization), cache)
     text = resources.files("zaragoza_construction_faq").joinpath("data/faq-en.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()[:200]]
     assert len(rows) == 200

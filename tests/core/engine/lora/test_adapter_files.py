@@ -16,12 +16,19 @@ from hypothesis import given
 from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
-from core.engine.lora.adapter_files import READ_AT_ONCE, AdapterStore, AdapterWeights, Base, _by_pattern, load_adapter
+from core.engine.lora.adapter_files import (
+    READ_AT_ONCE,
+    AdapterStore,
+    AdapterTarget,
+    AdapterWeights,
+    _by_pattern,
+    load_adapter,
+)
 from core.engine.lora.layers import Stack
 from core.engine.lora.stacks import LoraStacks, shapes
 from core.engine.runtime.runner import Runner
 from core.errors import AdapterUnusable
-from core.i18n.messages import Later
+from core.i18n.messages import Lazy
 from core.model.base import BaseModel
 from core.types import AdapterRef
 from tests.support.tiny import edit_config, quietly, save_adapter
@@ -30,8 +37,8 @@ WEIGHTS = "adapter_model.safetensors"
 
 
 @pytest.fixture
-def fits(base: BaseModel) -> Base:
-    return Base(base.fingerprint, shapes(base.module))
+def fits(base: BaseModel) -> AdapterTarget:
+    return AdapterTarget(base.fingerprint, shapes(base.module))
 
 
 @pytest.fixture
@@ -52,7 +59,7 @@ def first(tensors: dict[str, torch.Tensor], side: str = "A") -> str:
     return next(name for name in sorted(tensors) if f"lora_{side}" in name)
 
 
-def test_a_good_adapter_is_taken_with_its_scale_folded_into_b(copy: AdapterRef, fits: Base) -> None:
+def test_a_good_adapter_is_taken_with_its_scale_folded_into_b(copy: AdapterRef, fits: AdapterTarget) -> None:
     weights = load_adapter(copy, fits)
     raw = load_file(copy.folder / WEIGHTS)
     module = "model.layers.0.self_attn.q_proj"
@@ -113,7 +120,7 @@ def test_a_good_adapter_is_taken_with_its_scale_folded_into_b(copy: AdapterRef, 
     ],
 )
 def test_configurations_that_would_be_computed_otherwise_are_refused(
-    copy: AdapterRef, fits: Base, changes: dict[str, Any], reason: str
+    copy: AdapterRef, fits: AdapterTarget, changes: dict[str, Any], reason: str
 ) -> None:
     edit_config(copy, **changes)
     with pytest.raises(AdapterUnusable) as caught:
@@ -121,7 +128,7 @@ def test_configurations_that_would_be_computed_otherwise_are_refused(
     assert reason.replace("\\", "") in caught.value.detail
     assert "copy@1" in caught.value.detail
     told = caught.value.fields["reason"]
-    assert isinstance(told, Later)
+    assert isinstance(told, Lazy)
     assert reason.replace("\\", "") in told.said("en")
     assert any("\u4e00" <= character <= "\u9fff" for character in told.said("zh"))
 
@@ -149,7 +156,7 @@ def test_configurations_that_would_be_computed_otherwise_are_refused(
     ],
 )
 def test_weights_that_do_not_fit_are_refused(
-    copy: AdapterRef, fits: Base, change: Callable[[dict[str, torch.Tensor]], None], reason: str
+    copy: AdapterRef, fits: AdapterTarget, change: Callable[[dict[str, torch.Tensor]], None], reason: str
 ) -> None:
     edit_tensors(copy, change)
     with pytest.raises(AdapterUnusable, match=reason):
@@ -181,16 +188,18 @@ def pickle_instead(folder: Path) -> None:
         (lambda folder: (folder / "manifest.json").write_text('{"base_fingerprint": "another"}'), "made for the base"),
     ],
 )
-def test_damaged_folders_are_refused(copy: AdapterRef, fits: Base, damage: Callable[[Path], None], reason: str) -> None:
+def test_damaged_folders_are_refused(
+    copy: AdapterRef, fits: AdapterTarget, damage: Callable[[Path], None], reason: str
+) -> None:
     damage(copy.folder)
     with pytest.raises(AdapterUnusable, match=reason) as caught:
         load_adapter(copy, fits)
     told = caught.value.fields["reason"]
-    assert isinstance(told, Later)
+    assert isinstance(told, Lazy)
     assert str(copy.folder) not in told.said("en")
 
 
-def test_a_manifest_for_this_base_is_taken(copy: AdapterRef, fits: Base) -> None:
+def test_a_manifest_for_this_base_is_taken(copy: AdapterRef, fits: AdapterTarget) -> None:
     (copy.folder / "manifest.json").write_text(json.dumps({"base_fingerprint": fits.fingerprint}))
     load_adapter(copy, fits)
 
@@ -212,7 +221,7 @@ def test_a_manifest_for_this_base_is_taken(copy: AdapterRef, fits: Base) -> None
     ],
 )
 def test_every_way_that_peft_names_layers_is_read_as_peft_does(
-    base: BaseModel, fits: Base, tmp_path: Path, options: dict[str, Any]
+    base: BaseModel, fits: AdapterTarget, tmp_path: Path, options: dict[str, Any]
 ) -> None:
     ref = save_adapter(base, tmp_path / "named", seed=1, **options)
     assert load_adapter(ref, fits).pairs
@@ -228,7 +237,7 @@ def test_every_way_that_peft_names_layers_is_read_as_peft_does(
     ],
 )
 def test_ranks_and_scales_by_pattern_are_those_that_peft_resolves(
-    base: BaseModel, fits: Base, tmp_path: Path, patterns: dict[str, Any]
+    base: BaseModel, fits: AdapterTarget, tmp_path: Path, patterns: dict[str, Any]
 ) -> None:
     from peft import PeftModel
     from transformers import AutoModelForCausalLM
@@ -266,7 +275,7 @@ def test_keys_of_patterns_mean_what_they_mean_to_peft(keys: list[str]) -> None:
 
 
 def test_a_key_for_each_module_is_no_expression_to_build(
-    base: BaseModel, fits: Base, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+    base: BaseModel, fits: AdapterTarget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As PEFT writes them for EVA, and for what it converts."""
     ref = save_adapter(base, tmp_path / "eva", seed=1, r=4)
@@ -276,7 +285,7 @@ def test_a_key_for_each_module_is_no_expression_to_build(
     assert {len(a) for a, _ in load_adapter(ref, fits).pairs.values()} == {4}
 
 
-def test_too_many_expressions_are_refused(copy: AdapterRef, fits: Base) -> None:
+def test_too_many_expressions_are_refused(copy: AdapterRef, fits: AdapterTarget) -> None:
     edit_config(copy, rank_pattern={f"(a|b){i}": 4 for i in range(65)})
     with pytest.raises(AdapterUnusable, match="65 keys, 65 of them regular expressions"):
         load_adapter(copy, fits)
@@ -286,7 +295,7 @@ def test_too_many_expressions_are_refused(copy: AdapterRef, fits: Base) -> None:
 
 
 def test_an_initialisation_that_changes_the_base_is_taken_once_converted(
-    base: BaseModel, fits: Base, tmp_path: Path
+    base: BaseModel, fits: AdapterTarget, tmp_path: Path
 ) -> None:
     """PiSSA: what training made of the changed base, peft writes as a LoRA of twice the rank on the unchanged one."""
     from peft import LoraConfig, get_peft_model
@@ -317,7 +326,7 @@ def test_an_initialisation_that_changes_the_base_is_taken_once_converted(
 
 
 def test_the_output_head_may_be_adapted_without_a_copy_of_its_weights(
-    base: BaseModel, fits: Base, tmp_path: Path
+    base: BaseModel, fits: AdapterTarget, tmp_path: Path
 ) -> None:
     with pytest.warns(UserWarning, match="save_embedding_layers"):
         ref = save_adapter(base, tmp_path / "head", seed=1, target_modules=["lm_head", "q_proj"])
@@ -330,7 +339,7 @@ def test_the_output_head_may_be_adapted_without_a_copy_of_its_weights(
         load_adapter(ref, fits)
 
 
-def test_the_store_loads_once_keeps_few_and_forgets_failures(copy: AdapterRef, fits: Base) -> None:
+def test_the_store_loads_once_keeps_few_and_forgets_failures(copy: AdapterRef, fits: AdapterTarget) -> None:
     store = AdapterStore(fits, limit=2)
     found: list[object] = []
     threads = [threading.Thread(target=lambda: found.append(store.get(copy).result())) for _ in range(8)]
@@ -351,13 +360,13 @@ def test_the_store_loads_once_keeps_few_and_forgets_failures(copy: AdapterRef, f
 
 
 def test_few_files_are_read_at_once_and_each_of_them_once(
-    copy: AdapterRef, fits: Base, monkeypatch: pytest.MonkeyPatch
+    copy: AdapterRef, fits: AdapterTarget, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Also where more are wanted than the store holds."""
     stalled, begun = threading.Event(), threading.Semaphore(0)
     reads: list[str] = []
 
-    def slow(ref: AdapterRef, base: Base) -> AdapterWeights:
+    def slow(ref: AdapterRef, base: AdapterTarget) -> AdapterWeights:
         reads.append(ref.sha256)
         begun.release()
         assert stalled.wait(60)
@@ -375,7 +384,7 @@ def test_few_files_are_read_at_once_and_each_of_them_once(
 
 
 def test_without_memory_for_twice_the_slots_an_idle_one_or_one_more_will_do(
-    base: BaseModel, adapters: list[AdapterRef], fits: Base
+    base: BaseModel, adapters: list[AdapterRef], fits: AdapterTarget
 ) -> None:
     stacks = LoraStacks(base.module, max_slots=4, device=base.device, dtype=base.dtype)
     a, b, c, _ = (load_adapter(ref, fits) for ref in adapters)
@@ -401,7 +410,7 @@ def test_without_memory_for_twice_the_slots_an_idle_one_or_one_more_will_do(
 
 @pytest.mark.parametrize("max_slots", [1, 3])
 def test_a_high_rank_costs_the_others_nothing_once_its_adapter_lies_idle(
-    base: BaseModel, adapters: list[AdapterRef], fits: Base, tmp_path: Path, max_slots: int
+    base: BaseModel, adapters: list[AdapterRef], fits: AdapterTarget, tmp_path: Path, max_slots: int
 ) -> None:
     stacks, fresh = (
         LoraStacks(base.module, max_slots=max_slots, device=base.device, dtype=base.dtype) for _ in range(2)
@@ -427,7 +436,7 @@ def test_a_high_rank_costs_the_others_nothing_once_its_adapter_lies_idle(
 
 
 def test_a_rank_that_is_lowered_half_way_for_lack_of_memory_is_raised_as_any_other(
-    base: BaseModel, adapters: list[AdapterRef], fits: Base, tmp_path: Path
+    base: BaseModel, adapters: list[AdapterRef], fits: AdapterTarget, tmp_path: Path
 ) -> None:
     stacks, fresh = (LoraStacks(base.module, max_slots=2, device=base.device, dtype=base.dtype) for _ in range(2))
     small = load_adapter(adapters[0], fits)
@@ -452,7 +461,7 @@ def test_a_rank_that_is_lowered_half_way_for_lack_of_memory_is_raised_as_any_oth
 
 
 def test_slots_are_reused_only_when_nobody_runs_with_them(
-    base: BaseModel, adapters: list[AdapterRef], fits: Base
+    base: BaseModel, adapters: list[AdapterRef], fits: AdapterTarget
 ) -> None:
     stacks = LoraStacks(base.module, max_slots=2, device=base.device, dtype=base.dtype)
     a, b, c, _ = (load_adapter(ref, fits) for ref in adapters)

@@ -11,8 +11,9 @@ import torch
 from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+from core.config.sections import EngineSettings, ModelSettings, RemoteSettings
 from core.engine.openai.client import Server
-from core.engine.protocol import Engine, EngineSettings, ModelSettings, RemoteSettings, Request
+from core.engine.protocol import Engine, Request
 from core.engine.runtime.local import LocalEngine
 from core.errors import AdapterUnusable
 from core.model.chat_format import render

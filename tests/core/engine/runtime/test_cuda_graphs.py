@@ -14,12 +14,13 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.engine.protocol import ModelSettings
+from core.config.sections import ModelSettings
 from core.engine.runtime import cuda_graphs
 from core.engine.runtime.cuda_graphs import Shape, Steps, length_bucket, row_bucket
 from core.engine.runtime.kv_cache import LENGTH_STEP
+from core.engine.runtime.loading import load_served
 from core.engine.runtime.runner import Runner
-from core.model.base import BaseModel, load_model
+from core.model.base import BaseModel
 from core.types import AdapterRef
 from tests.bench import gpu
 from tests.core.engine.lora.test_exact import prompts, spy_answers
@@ -311,7 +312,7 @@ def test_buckets_hold_what_they_are_for_and_waste_little(number: int) -> None:
 @torch.inference_mode()
 def test_replayed_graphs_give_what_plain_steps_give(kind: str, tmp_path: Path) -> None:
     folder = made(kind, tmp_path / "base", FAMILIES[kind][0]).folder
-    model = load_model(ModelSettings(name=str(folder), device="cuda", dtype="float32"), tmp_path)
+    model = load_served(ModelSettings(name=str(folder), device="cuda", dtype="float32"), tmp_path)
     captured = Runner(model, max_rows=12, context=400)
     plain = Runner(model, max_rows=12, context=400, static=False)
     assert captured.steps is not None

@@ -10,13 +10,14 @@ import pytest
 import torch
 import transformers
 
+from core.config.sections import ModelSettings
 from core.engine.diagnostics.parity import TOKENS, check_exact
-from core.engine.protocol import ModelSettings
 from core.engine.runtime import kv_cache
 from core.engine.runtime.fused import fuse
+from core.engine.runtime.loading import load_served
 from core.engine.runtime.runner import Runner
 from core.errors import ModelLoadFailed
-from core.model.base import BaseModel, load_model
+from core.model.base import BaseModel
 from core.types import AdapterRef
 from tests.core.engine.lora.test_exact import prompts, spy_answers
 from tests.support.engine_dialogue import ask, hear, running
@@ -112,7 +113,7 @@ def made(kind: str, folder: Path, changes: dict[str, Any]) -> BaseModel:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    return load_model(ModelSettings(name=str(folder), device="cpu"), folder)
+    return load_served(ModelSettings(name=str(folder), device="cpu"), folder)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -178,8 +179,8 @@ def test_a_window_that_got_lost_is_found_at_load_however_long_it_is(
     changes, _ = FAMILIES[kind]
     base = made(kind, tmp_path / "base", changes)
     assert TOKENS < WINDOW
-    bias = kv_cache.Segment.bias
-    monkeypatch.setattr(kv_cache.Segment, "bias", lambda self, window, *rest: bias(self, None, *rest))
+    bias = kv_cache.SlotSegment.bias
+    monkeypatch.setattr(kv_cache.SlotSegment, "bias", lambda self, window, *rest: bias(self, None, *rest))
     monkeypatch.setattr("core.engine.runtime.fused._window", lambda config, attention: None)
     with pytest.raises(ModelLoadFailed, match="exactly"):
         check_exact(base)

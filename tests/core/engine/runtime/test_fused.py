@@ -9,17 +9,18 @@ import pytest
 import torch
 from torch import nn
 
+from core.config.sections import ModelSettings
 from core.engine.cpu.compiled import compiled
 from core.engine.diagnostics.parity import check_exact
 from core.engine.lora.adapter_files import AdapterWeights
 from core.engine.lora.layers import Stack
 from core.engine.lora.segments import Plans
 from core.engine.lora.stacks import shapes
-from core.engine.protocol import ModelSettings
 from core.engine.runtime.fused import fuse
+from core.engine.runtime.loading import load_served
 from core.engine.runtime.runner import Runner
 from core.errors import ModelLoadFailed
-from core.model.base import BaseModel, load_model
+from core.model.base import BaseModel
 from tests.support.tiny import tiny_tokenizer
 
 SIZES: dict[str, Any] = {
@@ -63,7 +64,7 @@ def made(kind: str, folder: Path, **changes: Any) -> BaseModel:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    return load_model(ModelSettings(name=str(folder), device="cpu"), folder)
+    return load_served(ModelSettings(name=str(folder), device="cpu"), folder)
 
 
 def answers(runner: Runner, slots: list[int | None]) -> torch.Tensor:

@@ -13,25 +13,17 @@ from typing import Any
 import pytest
 import torch
 
+from core.config.sections import EngineSettings, ModelSettings
 from core.engine.lora import adapter_files
-from core.engine.lora.adapter_files import AdapterWeights, Base
-from core.engine.protocol import (
-    Delta,
-    EngineSettings,
-    Finished,
-    FinishReason,
-    ModelSettings,
-    Request,
-    Scope,
-    Started,
-)
+from core.engine.lora.adapter_files import AdapterTarget, AdapterWeights
+from core.engine.protocol import Delta, Finished, FinishReason, Request, Scope, Started
 from core.engine.runtime.kv_cache import IDLE_BYTES, SlotCache
 from core.engine.runtime.local import LocalEngine
 from core.engine.scheduling.admission import LOOKAHEAD
-from core.engine.scheduling.request_state import Job
+from core.engine.scheduling.request_state import RequestState
 from core.errors import EngineError, OutOfMemory, Overloaded, PromptTooLong
 from core.model.base import BaseModel
-from core.types import AdapterRef, Usage
+from core.types import AdapterRef, TokenUsage
 from tests.support.engine_dialogue import ask, hear, running
 from tests.support.engine_steps import Steps
 
@@ -138,7 +130,7 @@ def test_cancel_in_prefill_frees_the_row_within_a_step(endless: BaseModel) -> No
     assert job.filled == 3 * 16
     steps.thread.cancel(job)
     steps.step()
-    assert steps.over["200:long"] == Finished(FinishReason.CANCELLED, Usage(200, 0, 0))
+    assert steps.over["200:long"] == Finished(FinishReason.CANCELLED, TokenUsage(200, 0, 0))
     assert not steps.thread.rows.jobs
     assert steps.thread.runner.cache.is_blank()
 
@@ -207,7 +199,7 @@ async def test_files_that_are_slow_to_read_hold_up_no_others(
 ) -> None:
     stalled, load = threading.Event(), adapter_files.load_adapter
 
-    def slow(ref: AdapterRef, base: Base) -> AdapterWeights:
+    def slow(ref: AdapterRef, base: AdapterTarget) -> AdapterWeights:
         assert ref is adapters[2] or stalled.wait(60)
         return load(ref, base)
 
@@ -341,7 +333,7 @@ async def test_a_token_without_a_text_is_an_error_of_its_row_alone(endless: Base
     async with running(endless) as engine:
         alone, job_of = await hear(engine.submit(ask("good", max_tokens=40))), engine._job
 
-        def made(request: Request) -> Job:
+        def made(request: Request) -> RequestState:
             job = job_of(request)
             if request.id == "bad":
                 setattr(job.detokenizer, method, nameless)

@@ -15,8 +15,9 @@ from typing import Any
 import pytest
 import torch
 
-from core.engine.protocol import ModelSettings
-from core.model.base import BaseModel, load_model
+from core.config.sections import ModelSettings
+from core.engine.runtime.loading import load_served
+from core.model.base import BaseModel
 from core.types import AdapterRef
 from tests.core.engine.lora.test_exact import prompts, spy_answers
 from tests.support.engine_dialogue import ask, hear, running
@@ -76,4 +77,4 @@ async def test_any_request_says_what_peft_says(base: BaseModel, tmp_path: Path) 
 
 @pytest.mark.drill
 async def test_any_request_to_the_demo_model_says_what_peft_says(demo_cache: Path, tmp_path: Path) -> None:
-    await compare(load_model(ModelSettings(), demo_cache), tmp_path, std=0.02, most=48)
+    await compare(load_served(ModelSettings(), demo_cache), tmp_path, std=0.02, most=48)

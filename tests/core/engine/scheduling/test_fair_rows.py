@@ -11,10 +11,10 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.engine.lora.adapter_files import AdapterWeights, Base, load_adapter
+from core.engine.lora.adapter_files import AdapterTarget, AdapterWeights, load_adapter
 from core.engine.lora.stacks import shapes
 from core.engine.protocol import Finished, FinishReason, Scope
-from core.engine.scheduling.request_state import Job
+from core.engine.scheduling.request_state import RequestState
 from core.errors import EngineError, Overloaded
 from core.model.base import BaseModel
 from core.types import AdapterRef
@@ -30,7 +30,7 @@ def endless(base: BaseModel) -> BaseModel:
 
 @pytest.fixture(scope="module")
 def weights(base: BaseModel, adapters: list[AdapterRef]) -> Mapping[str, AdapterWeights]:
-    fits = Base(base.fingerprint, shapes(base.module))
+    fits = AdapterTarget(base.fingerprint, shapes(base.module))
     loaded = load_adapter(adapters[2], fits)
     return {name: dataclasses.replace(loaded, sha256=name) for name in "ABCDEFGH"}
 
@@ -123,7 +123,7 @@ def test_what_made_room_is_the_next_to_go_on(endless: BaseModel) -> None:
     assert steps.begun.keys() == {"30:f0", "30:f1", "5:calm"}
 
 
-def who_made_room(steps: Steps) -> Job:
+def who_made_room(steps: Steps) -> RequestState:
     """Of two rows of a flood, the one that has just gone for a calm one's sake."""
     for i in range(2):
         steps.submit(f"30:f{i}", Scope("flood"), max_tokens=400)

@@ -1,4 +1,4 @@
-"""The error tree. Every error names a sentence of core/texts for the person who caused it; knows no sentence itself.
+"""The error tree. Every error names a sentence of core/i18n for the person who caused it; knows no sentence itself.
 
 AppError
 ├── UserError            shown to the person as it is
@@ -27,7 +27,7 @@ from __future__ import annotations
 
 
 class AppError(Exception):
-    """`key` names the sentence in core/texts; `fields` fill it; `detail` is for the log and the command line only."""
+    """`key` names the sentence in core/i18n; `fields` fill it; `detail` is for the log and the command line only."""
 
     key = "error.internal"
 

@@ -58,7 +58,7 @@ class _OpenReply:
 
 
 class Screen:
-    """A sheet (bots.terminal.bot.Sheet) on a terminal. `words` gives a sentence of core/texts by its key."""
+    """A sheet (bots.terminal.bot.Sheet) on a terminal. `words` gives a sentence of core/i18n by its key."""
 
     def __init__(
         self,

@@ -125,7 +125,7 @@ def test_the_worst_comes_first_and_columns_stand_below_each_other():
 
 @pytest.mark.parametrize("language", ["en", "zh"])
 def test_every_sentence_is_there(language):
-    texts = tomllib.loads((ROOT / "core" / "texts" / f"{language}.toml").read_text(encoding="utf-8"))
+    texts = tomllib.loads((ROOT / "core" / "i18n" / f"{language}.toml").read_text(encoding="utf-8"))
     source = "".join((ROOT / "bots" / name).read_text(encoding="utf-8") for name in ("doctor.py", "trial.py"))
     used = set(re.findall(r'Level\.\w+(?: if [^,]+)?, "(\w+)", "(\w+)"', source))
     assert used

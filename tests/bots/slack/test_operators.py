@@ -11,8 +11,7 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from bots.slack.pages import manifest
-from bots.slack.pages.manifest import EVENTS, SCOPES, command, manifest_json
+from bots.slack.pages.manifest import EVENTS, SCOPES, command, manifest, manifest_json
 from bots.slack.settings import read_settings
 from core.adapters.commands import promote_button
 from core.config.loader import load_config

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import pytest
 
-from finetune.data import redact
-from finetune.data.personal import KINDS, find
+from finetune.data.personal import KINDS, find, redact
 
 
 @pytest.mark.parametrize(

@@ -307,14 +307,14 @@ def test_every_reason_has_its_sentence():
     root = Path(finetune.__file__).parent
     used = {
         key
-        for path in root.glob("*.py")
+        for path in root.rglob("*.py")
         for key in re.findall(
-            r'(?:BadRecord\(|\.note\(|bad\([^,()]+(?:\([^)]*\))?, |Later\("data\.)"?(\w+)"', path.read_text("utf-8")
+            r'(?:BadRecord\(|\.note\(|bad\([^,()]+(?:\([^)]*\))?, |Lazy\("data\.)"?(\w+)"', path.read_text("utf-8")
         )
     }
-    warned = re.findall(r'_warn\("(\w+)"', (root / "train.py").read_text("utf-8"))
+    warned = re.findall(r'_warn\("(\w+)"', (root / "training" / "train.py").read_text("utf-8"))
     refused = re.findall(
-        r'refused\((?:self\.)?spec, "(\w+)"', "".join(path.read_text("utf-8") for path in root.glob("*.py"))
+        r'refused\((?:self\.)?spec, "(\w+)"', "".join(path.read_text("utf-8") for path in root.rglob("*.py"))
     )
     keys = {f"data.{key}" for key in (*used, *refused)} | {f"data.warn_{key}" for key in warned}
     assert len(keys) > 40

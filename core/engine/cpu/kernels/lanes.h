@@ -42,6 +42,16 @@ static inline void with_constant(int64_t count, Call call) {
     call(std::integral_constant<int, MOST>());
 }
 
+// a * b + c, rounded once wherever the processor can: left to itself a compiler fuses some loops and not others, and a
+// row's result would depend on how many rows are computed together.
+static inline float fused(float a, float b, float c) {
+#if defined(__FMA__) || defined(__AVX512F__) || defined(__aarch64__)
+    return __builtin_fmaf(a, b, c);
+#else
+    return a * b + c;
+#endif
+}
+
 static inline float sum(Lanes lanes) {
     float parts[LANES];
     std::memcpy(parts, &lanes, sizeof lanes);
@@ -73,7 +83,8 @@ static inline void dots(const float *a, const float *const *x, int64_t width, fl
         for (int t = 0; t < COUNT; ++t) out[t * step + r] = sum(sums[r][t]);
     for (; i < width; ++i)
         for (int r = 0; r < ROWS; ++r)
-            for (int t = 0; t < COUNT; ++t) out[t * step + r] += a[r * width + i] * x[t][i];
+            for (int t = 0; t < COUNT; ++t)
+                out[t * step + r] = fused(a[r * width + i], x[t][i], out[t * step + r]);
 }
 
 // y[t][0, width) += h[t][0, rank) b, b of (rank, stride).
@@ -96,7 +107,7 @@ static inline void add_products(float *const *y, const float *h, int64_t step, c
     for (; j < width; ++j)
         for (int t = 0; t < COUNT; ++t) {
             float added = y[t][j];
-            for (int64_t r = 0; r < rank; ++r) added += h[t * step + r] * b[r * stride + j];
+            for (int64_t r = 0; r < rank; ++r) added = fused(h[t * step + r], b[r * stride + j], added);
             y[t][j] = added;
         }
 }

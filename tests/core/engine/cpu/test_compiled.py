@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from core.engine.cpu import build as building
 from core.engine.cpu.compiled import Compiled, compiled, in_blocks, tiles_of, why_not
-from core.engine.cpu.compiled import compiled as module
+from core.engine.cpu import compiled as module
 from core.engine.runtime.runner import Runner
 from tests.core.engine.runtime.test_fused import FAMILY, adapter, answers, made
 from tests.support.engine_operators import add_norm, attend, silu_mul, turn
@@ -229,7 +229,7 @@ def test_tiles() -> None:
 def test_a_model_gives_the_same_numbers_without(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logits = []
     for built in (found, None):
-        for user in ("lora", "packed"):
+        for user in ("lora.stacks", "cpu.packed"):
             monkeypatch.setattr(f"core.engine.{user}.compiled", lambda built=built: built)
         model = made(kind, tmp_path / str(built is None), **FAMILY[kind])
         runner = Runner(model, max_rows=5, context=256)

@@ -19,8 +19,8 @@ from torch import Tensor
 from torch.nn import functional
 
 from core.engine.cpu import build as building
-from core.engine.cpu.compiled import Compiled, compiled, in_blocks, tiles_of, why_not
 from core.engine.cpu import compiled as module
+from core.engine.cpu.compiled import Compiled, compiled, in_blocks, tiles_of, why_not
 from core.engine.runtime.runner import Runner
 from tests.core.engine.runtime.test_fused import FAMILY, adapter, answers, made
 from tests.support.engine_operators import add_norm, attend, silu_mul, turn

@@ -158,7 +158,7 @@ def _told(error: AppError, language: str) -> str:
     """Why, for people: its own sentence; else what the log says, within one that says that it is no more than that."""
     reason = error.fields.get("reason")
     if isinstance(reason, Lazy):
-        return reason.said(language)
+        return reason.render(language)
     if error.key != type(error).key:
         return say(language, error.key, **error.fields)
     return say(language, UNEXPECTED, error=(error.detail or str(error))[:MOST_TOLD])

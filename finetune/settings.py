@@ -24,7 +24,7 @@ LEAST_PREFIX = 8  # tokens; for fewer, packing saves too little to be worth its 
 def refused(key: str, **fields: object) -> JobError:
     """What to raise where the rows are fine: `fields["reason"]`, a sentence of [data], says what is not."""
     reason = Lazy(f"data.{key}", **fields)
-    return JobError(detail=reason.said("en"), fault="settings", reason=reason)
+    return JobError(detail=reason.render("en"), fault="settings", reason=reason)
 
 
 def check(spec: Spec) -> None:

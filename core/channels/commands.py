@@ -15,7 +15,7 @@ from core.adapters import registry
 from core.channels import directory
 from core.commands.table import Call
 from core.errors import AppError, BadInput, NotAllowed, UnknownThing
-from core.i18n.messages import Lazy, languages, resolve, say
+from core.i18n.messages import Lazy, language_name, languages, resolve, say
 from core.storage.database import Tx
 from core.types import Body, Caller, Channel, Choose, ForgetMemory, Grant, Outcome
 
@@ -125,7 +125,7 @@ def channel_show(tx: Tx, caller: Caller, call: Call) -> Outcome:
     none = say(language, "operators.none")
     shown = {
         **_settings(tx, channel),
-        "language": say(channel.language or language, "language.name")
+        "language": language_name(channel.language or language)
         if channel.language
         else say(language, "operators.auto"),
         "instructions": channel.instructions or none,

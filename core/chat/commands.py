@@ -11,7 +11,7 @@ from core.chat.stopping import reaches_all
 from core.commands.help import help_text
 from core.commands.table import Call
 from core.errors import BadInput
-from core.i18n.messages import duration, languages, money, resolve, say
+from core.i18n.messages import duration, language_name, languages, money, resolve, say
 from core.privacy.retention import retention_of
 from core.storage.database import Row, Tx
 from core.types import AnswerAgain, Body, Button, Caller, ForgetMemory, Grant, Outcome, StopReply
@@ -145,7 +145,7 @@ def whoami(tx: Tx, caller: Caller, call: Call) -> Outcome:
         title=caller.channel.title,
         channel=caller.channel.name,
         rights=say(caller.language, f"users.rights_{grant.name.lower()}"),
-        language=say(caller.language, "language.name"),
+        language=language_name(caller.language),
     )
     return Outcome(Body(text.strip()))
 
@@ -155,7 +155,7 @@ def language(tx: Tx, caller: Caller, call: Call) -> Outcome:
     typed = call.arguments.get("language", "")
     codes = ", ".join((*languages(), "auto"))
     if not typed:
-        name = say(caller.language, "language.name")
+        name = language_name(caller.language)
         return Outcome(Body(say(caller.language, "users.language_is", name=name, codes=codes)))
     chosen = resolve(typed)
     if not chosen and typed.lower() != "auto":
@@ -163,7 +163,7 @@ def language(tx: Tx, caller: Caller, call: Call) -> Outcome:
     directory.set_person_language(tx, caller.user, caller.address.platform, chosen)
     if not chosen:
         return Outcome(Body(say(resolve(caller.channel.language) or caller.language, "users.language_auto")))
-    return Outcome(Body(say(chosen, "users.language_set", name=say(chosen, "language.name"))))
+    return Outcome(Body(say(chosen, "users.language_set", name=language_name(chosen))))
 
 
 def claim(tx: Tx, caller: Caller, call: Call) -> Outcome:

@@ -347,7 +347,7 @@ class _FormUsage(Lazy):
     def __new__(cls, command: Command, form: Form) -> Self:
         return super().__new__(cls, form.example, command=command, form=form)
 
-    def said(self, language: str) -> str:
+    def render(self, language: str) -> str:
         command, form = self.fields["command"], self.fields["form"]
         assert isinstance(command, Command)
         assert isinstance(form, Form)

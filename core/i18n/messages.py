@@ -1,6 +1,8 @@
-"""Every sentence that a person reads in a chat, by language and key. Knows nothing of who says it, or when.
+"""Sentences that people read, by language and key ("section.name").
 
-A language is one TOML file here; English is the one that is complete by definition, a test holds the others to it.
+A language is one TOML file beside this module. English is complete, a test holds the shipped languages to it, and a
+sentence that a language lacks is said in English. Fields are those of `str.format`; `{n:one day|other days}` writes the
+number with the word of its plural category (Unicode CLDR, by Babel).
 """
 
 from __future__ import annotations
@@ -13,15 +15,20 @@ from functools import cache
 from importlib import resources
 from typing import Any, Self
 
+from babel import Locale
+from babel.numbers import format_decimal
+
 FALLBACK = "en"
-_GROUPED_FROM = 10_000
 NANO = 1_000_000_000
 _SMALL_NANO = NANO // 100
+_GROUPED_FROM = 10_000
 _MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86_400
+_CATEGORIES = ("zero", "one", "two", "few", "many", "other")
+_packages = ["core.i18n"]
 
 
 class Lazy(str):
-    """A field that is itself a sentence: the key of one, said in the language of the sentence it stands in."""
+    """A sentence as a field of another: its key, rendered in the language of the sentence around it."""
 
     __slots__ = ("fields",)
     fields: Mapping[str, object]
@@ -31,44 +38,59 @@ class Lazy(str):
         made.fields = fields
         return made
 
-    def said(self, language: str) -> str:
+    def render(self, language: str) -> str:
         return say(language, str(self), **self.fields)
 
 
 class Refusal(ValueError):
-    """`reason` is the sentence that says why, for whoever tells a person; the error's own text is it in English."""
+    """A value that is refused: `reason` for a person in their language, the error's own text in English."""
 
     def __init__(self, key: str, **fields: object) -> None:
         self.reason = Lazy(key, **fields)
-        super().__init__(self.reason.said(FALLBACK))
+        super().__init__(self.reason.render(FALLBACK))
 
 
 def say(language: str, key: str, /, **fields: object) -> str:
-    """The sentence `key` ("section.name"), filled. In English where the language lacks it; a missing field is "…"."""
-    spoken = resolve(language) or FALLBACK
-    sentence = _sentences(spoken).get(key) or _sentences(FALLBACK).get(key)
+    """The sentence of `key`, filled. A missing field is "…"; an unknown key is returned as it is."""
+    found = resolve(language) or FALLBACK
+    sentence = _sentences(found).get(key)
+    if sentence is None:
+        found, sentence = FALLBACK, _sentences(FALLBACK).get(key)
     if sentence is None:
         return key
-    ready = {name: value.said(spoken) if isinstance(value, Lazy) else value for name, value in fields.items()}
-    return _FORMATTER.vformat(sentence, (), ready)
+    ready = {name: value.render(language) if isinstance(value, Lazy) else value for name, value in fields.items()}
+    return _Formatter(found).vformat(sentence, (), ready)
 
 
+def add_sentences(package: str) -> None:
+    """Add the sentences of a bot: `en.toml`, `zh.toml`, ... inside its package. Its sections must be its own."""
+    if package not in _packages:
+        _packages.append(package)
+        _sentences.cache_clear()
+
+
+@cache
 def languages() -> tuple[str, ...]:
-    """The languages that there are, English first."""
-    files = resources.files("core.i18n").iterdir()
-    found = {path.name.removesuffix(".toml") for path in files if _is_language(path.name)}
+    """Codes of the languages that have a file, English first."""
+    files = (path.name for path in resources.files("core.i18n").iterdir())
+    found = {name.removesuffix(".toml") for name in files if name.endswith(".toml") and not name.startswith(".")}
     return (FALLBACK, *sorted(found - {FALLBACK}))
 
 
 def resolve(tag: str) -> str:
-    """The language that a tag or a name means ("zh_CN", "zh-Hans", "中文"), or "" where it is none of ours."""
+    """The code of a language by its tag or name ("zh_CN", "zh-Hans", "中文"); "" for a language without a file."""
     wanted = tag.strip().lower().replace("_", "-")
     primary = wanted.partition(".")[0].partition("-")[0]
     return _names().get(wanted) or _names().get(primary, "")
 
 
+def language_name(language: str) -> str:
+    """The name of a language in itself: "English", "中文"."""
+    return str(_locale(language).get_display_name())
+
+
 def duration(language: str, seconds: float) -> str:
-    """How long, rounded up, in the one unit that people would say: "25 s", "3 min", "2 h", "4 d"."""
+    """A duration, rounded up, in one unit: "25 s", "3 min", "2 h", "4 days"."""
     if seconds <= 90:
         return say(language, "duration.seconds", n=max(1, math.ceil(seconds)))
     if seconds <= 90 * _MINUTE_S:
@@ -79,12 +101,15 @@ def duration(language: str, seconds: float) -> str:
 
 
 def money(nano: int) -> str:
-    """Nano-units in units of the currency; small amounts to the sixth place."""
+    """Nano-units in units of the currency; amounts below a hundredth with six decimals."""
     return f"{nano / NANO:,.2f}" if not nano or abs(nano) >= _SMALL_NANO else f"{nano / NANO:.6f}"
 
 
 class _Formatter(string.Formatter):
-    """Long whole numbers are grouped; what is missing does not cost a person the sentence."""
+    """Groups the digits of large integers and picks plural forms; a missing field becomes "…"."""
+
+    def __init__(self, language: str) -> None:
+        self.locale = _locale(language)
 
     def get_value(self, key: int | str, args: Any, kwargs: Mapping[str, Any]) -> Any:
         return kwargs.get(str(key), "…")
@@ -92,35 +117,42 @@ class _Formatter(string.Formatter):
     def format_field(self, value: Any, format_spec: str) -> str:
         if value == "…":
             return "…"
+        forms = dict(form.partition(" ")[::2] for form in format_spec.split("|"))
+        if set(forms) <= set(_CATEGORIES):
+            category = self.locale.plural_form(value) if isinstance(value, int | float) else "other"
+            word = forms.get(category) or forms["other"]
+            return f"{self.format_field(value, '')} {word}"
         if not format_spec and type(value) is int and abs(value) >= _GROUPED_FROM:
-            return f"{value:,}"
+            return format_decimal(value, locale=self.locale)
         return str(super().format_field(value, format_spec))
 
 
-_FORMATTER = _Formatter()
+@cache
+def _locale(language: str) -> Locale:
+    return Locale.parse(language, sep="-")
 
 
 @cache
 def _sentences(language: str) -> Mapping[str, str]:
-    table = tomllib.loads(resources.files("core.i18n").joinpath(f"{language}.toml").read_text(encoding="utf-8"))
-    return {f"{section}.{name}": text for section, named in table.items() for name, text in named.items()}
+    found: dict[str, str] = {}
+    for package in _packages:
+        file = resources.files(package).joinpath(f"{language}.toml")
+        if not file.is_file():
+            continue
+        for section, named in tomllib.loads(file.read_text(encoding="utf-8")).items():
+            found |= {f"{section}.{name}": text for name, text in named.items() if f"{section}.{name}" not in found}
+    return found
 
 
 @cache
 def _names() -> Mapping[str, str]:
-    """Every word that means one of our languages."""
-    named = {
-        _sentences(language)[key].lower(): language
-        for language in languages()
-        for key in ("language.name", "language.english")
-    }
-    return {**named, **{language: language for language in languages()}}
+    """Codes, and each language's name in itself and in English, in small letters."""
+    names = {language: language for language in languages()}
+    for language in languages():
+        for named in (_locale(language).get_display_name(), _locale(language).get_display_name("en")):
+            names[str(named).lower()] = language
+    return names
 
 
-def _is_language(name: str) -> bool:
-    return name.endswith(".toml") and not name.startswith(".")
-
-
-for _language in languages():  # at import, so that nothing is read from a disk while people wait
+for _language in languages():  # read at import, so that no request waits for a disk
     _sentences(_language)
-_names()

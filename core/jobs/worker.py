@@ -301,7 +301,7 @@ class JobWorker(ABC):
 
         `of_use`: whether it may go on from what it has learned, where it has.
         """
-        told = reason.said(job.language) if isinstance(reason, Lazy) else reason
+        told = reason.render(job.language) if isinstance(reason, Lazy) else reason
         learned = of_use and await asyncio.to_thread(has_learned, self._home.jobs / str(job.id))
         await self._database.write(lambda tx: jobs.fail(tx, job.id, fault, told, learned=learned))
         log.warning("job.failed", extra={"job": job.id, "fault": fault})

@@ -51,7 +51,7 @@ def consent(tx: Tx, caller: Caller, call: Call) -> Outcome:
     choice = call.arguments.get("choice", "")
     key: list[Value] = [caller.user, caller.channel.id]
     if not choice:
-        state = _consent_state(tx, caller).said(caller.language)
+        state = _consent_state(tx, caller).render(caller.language)
         return Outcome(Body(f"{state} {say(caller.language, 'privacy.consent_how')}"))
     title = caller.channel.title
     if choice == "on":

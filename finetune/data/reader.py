@@ -90,7 +90,7 @@ def bad(line: int, key: str, **fields: object) -> BadDataset:
     """
     reason = Lazy(f"data.{key}", **fields)
     where = f"line {line}: " if line else ""
-    return BadDataset(detail=f"{where}{reason.said('en')}", line=line, reason=reason)
+    return BadDataset(detail=f"{where}{reason.render('en')}", line=line, reason=reason)
 
 
 def read(path: Path, columns: Mapping[str, str] | None = None) -> tuple[list[Conversation], Report]:

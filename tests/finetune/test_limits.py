@@ -100,8 +100,8 @@ def test_a_file_that_costs_too_much_is_refused_with_a_way_out(
     with pytest.raises(BadDataset) as caught:
         prepare.prepare(folder, Spec.read(folder), heard)
     reason = caught.value.fields["reason"]
-    assert english in reason.said("en")
-    assert "split the file" in reason.said("en")
-    assert chinese in reason.said("zh")
+    assert english in reason.render("en")
+    assert "split the file" in reason.render("en")
+    assert chinese in reason.render("zh")
     assert heard == []
     assert sorted(path.name for path in Path(folder).iterdir()) == ["data.jsonl", "spec.json"]

@@ -12,7 +12,7 @@ from core.channels import directory
 from core.channels.commands import run_command
 from core.commands.table import parse
 from core.errors import BadCommand, BadInput
-from core.i18n.messages import say
+from core.i18n.messages import language_name, say
 from core.jobs import datasets, jobs
 from core.storage.database import Tx
 from core.types import AnswerAgain, Body, ForgetMemory, Outcome, StopReply
@@ -165,7 +165,7 @@ def test_a_language_is_chosen_by_code_or_name_and_given_back(it: Town) -> None:
         said = it.says("user", f"/language {typed}")
         assert it.database.read_now(lambda tx: directory.person_language(tx, it.hash("user"))) == chosen
         assert said == (
-            say(chosen, "users.language_set", name=say(chosen, "language.name"))
+            say(chosen, "users.language_set", name=language_name(chosen))
             if chosen
             else say("en", "users.language_auto")
         )

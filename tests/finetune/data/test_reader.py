@@ -49,7 +49,7 @@ def refusal(tmp_path, content):
     path.write_bytes(content)
     with pytest.raises(BadDataset) as caught:
         read(path)
-    return caught.value.fields["line"], caught.value.fields["reason"].said("en")
+    return caught.value.fields["line"], caught.value.fields["reason"].render("en")
 
 
 def report(tmp_path, content):
@@ -177,7 +177,7 @@ def test_what_can_be_mended_is_mended_and_told():
 def test_a_broken_line_is_rejected_with_its_number_and_the_rest_is_used(tmp_path, line, reason):
     found = report(tmp_path, faq(15) + line + b"\n" + faq(30))
     assert (found.used, found.duplicates, found.rejected) == (30, 15, 1)
-    where, _, why = found.rejections[0].said("en").partition(": ")
+    where, _, why = found.rejections[0].render("en").partition(": ")
     assert where == "line 16"
     assert any(part in why for part in reason.split("|"))
 
@@ -277,7 +277,7 @@ def test_near_doubles_are_used_told_and_in_one_part_of_the_split(tmp_path):
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     conversations, found = read(path)
     assert (found.used, found.duplicates, found.near, found.first_near) == (300, 0, 150, 2)
-    assert "150 (first in line 2)" in found.noted()[0].said("en")
+    assert "150 (first in line 2)" in found.noted()[0].render("en")
     parts = split([one.key for one in conversations])
     part_of = {row: name for name in ("train", "validation", "test") for row in getattr(parts, name)}
     assert all(part_of[row] == part_of[row + 1] for row in range(0, 300, 2))
@@ -323,10 +323,10 @@ def test_every_reason_has_its_sentence():
 
 def test_reasons_are_told_in_the_language_of_who_asked(tmp_path):
     found = report(tmp_path, faq(30) + b"oops\n")
-    assert found.rejections[0].said("zh").startswith("第 31 行：不是 JSON")
+    assert found.rejections[0].render("zh").startswith("第 31 行：不是 JSON")
     with pytest.raises(BadDataset) as caught:
         report(tmp_path, faq(3) + b"oops\n" * 5)
-    assert "第 4 行：" in caught.value.fields["reason"].said("zh")
+    assert "第 4 行：" in caught.value.fields["reason"].render("zh")
 
 
 def test_personal_data_is_counted_over_the_file_with_its_first_line(tmp_path):
@@ -336,4 +336,4 @@ def test_personal_data_is_counted_over_the_file_with_its_first_line(tmp_path):
     path = tmp_path / "data.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
     _, report = read(path)
-    assert [one.said("en") for one in report.personal_data()] == ["mail addresses: 3 (first in line 5)"]
+    assert [one.render("en") for one in report.personal_data()] == ["mail addresses: 3 (first in line 5)"]

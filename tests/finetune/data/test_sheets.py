@@ -35,7 +35,7 @@ def said(path: Path, columns: dict[str, str] | None = None) -> list[tuple[str, .
 def refusal(path: Path, columns: dict[str, str] | None = None) -> tuple[int, str]:
     with pytest.raises(BadDataset) as caught:
         read(path, columns)
-    return caught.value.fields["line"], caught.value.fields["reason"].said("en")
+    return caught.value.fields["line"], caught.value.fields["reason"].render("en")
 
 
 BODY = [[f"{what} {i}?", f"It is {what} {i}."] for i, what in enumerate(2 * SPECIAL)]
@@ -56,7 +56,7 @@ def test_what_excel_says_of_the_separator_holds_and_lines_are_still_those_of_the
     assert said(path) == [(asked.strip(), answer) for asked, answer in BODY]
     (rejected,) = read(path)[1].rejections
     broken = sum(cell.count("\n") for row in BODY for cell in row)
-    assert rejected.said("en").startswith(f"line {3 + len(BODY) + broken}: ")
+    assert rejected.render("en").startswith(f"line {3 + len(BODY) + broken}: ")
 
 
 @pytest.mark.parametrize("separator", ['"', "x", " ", "\r", "\0"])
@@ -88,7 +88,7 @@ def test_keys_may_be_named_in_json_too_and_the_system_is_of_those_rows_that_have
     path = tmp_path / "t"
     path.write_text("".join(json.dumps(line) + "\n" for line in lines))
     assert said(path, NAMED)[3:5] == [("Q 3", "A 3"), ("Be brief.", "Q 4", "A 4")]
-    assert [one.said("en") for one in read(path, NAMED)[1].rejections] == ["line 13: there is no key Customer says"]
+    assert [one.render("en") for one in read(path, NAMED)[1].rejections] == ["line 13: there is no key Customer says"]
 
 
 @pytest.mark.parametrize(

@@ -375,7 +375,7 @@ def test_a_setting_is_refused_in_the_language_of_who_asked(make_job):
     with pytest.raises(JobError, match=r"finetune.rank=0 is not within 1 and 256") as caught:
         go(make_job(rank=0), language="zh")
     assert caught.value.fields["fault"] == "settings"
-    assert caught.value.fields["reason"].said("zh") == "finetune.rank=0 不在 1 到 256 之间"
+    assert caught.value.fields["reason"].render("zh") == "finetune.rank=0 不在 1 到 256 之间"
 
 
 @pytest.mark.parametrize(

@@ -129,8 +129,8 @@ def test_configurations_that_would_be_computed_otherwise_are_refused(
     assert "copy@1" in caught.value.detail
     told = caught.value.fields["reason"]
     assert isinstance(told, Lazy)
-    assert reason.replace("\\", "") in told.said("en")
-    assert any("\u4e00" <= character <= "\u9fff" for character in told.said("zh"))
+    assert reason.replace("\\", "") in told.render("en")
+    assert any("\u4e00" <= character <= "\u9fff" for character in told.render("zh"))
 
 
 @pytest.mark.parametrize(
@@ -196,7 +196,7 @@ def test_damaged_folders_are_refused(
         load_adapter(copy, fits)
     told = caught.value.fields["reason"]
     assert isinstance(told, Lazy)
-    assert str(copy.folder) not in told.said("en")
+    assert str(copy.folder) not in told.render("en")
 
 
 def test_a_manifest_for_this_base_is_taken(copy: AdapterRef, fits: AdapterTarget) -> None:

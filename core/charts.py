@@ -6,13 +6,13 @@ Words in pictures are the few that every operator reads; everything else stands 
 from __future__ import annotations
 
 import math
-import os
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
+from core import files
 from core.jobs.protocol import Evaluated, JobEvent, Progress
 
 WIDTH, HEIGHT, _SCALE = 900, 420, 2
@@ -151,8 +151,6 @@ def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:
 
 
 def _save(canvas: Image.Image, path: Path) -> Path:
-    """Written aside and renamed: a bot never sends half a picture."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    canvas.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS).save(aside, "PNG")
-    aside.replace(path)
+    with files.replacing(path) as aside:
+        canvas.resize((WIDTH, HEIGHT), Image.Resampling.LANCZOS).save(aside, "PNG")
     return path

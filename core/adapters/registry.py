@@ -15,6 +15,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from core import files
 from core.channels import directory
 from core.errors import AdapterUnusable
 from core.model.weights import tensor_entries
@@ -91,11 +92,7 @@ def place(home: Home, candidate: Candidate) -> Path:
     if target.exists():
         verify(AdapterRef(candidate.sha256, target))
         return target
-    for name in os.listdir(candidate.folder):
-        _sync(candidate.folder / name)
-    _sync(candidate.folder)
-    candidate.folder.rename(target)
-    _sync(home.adapters)
+    files.move(candidate.folder, target)
     return target
 
 
@@ -157,8 +154,7 @@ def _digest(folder: Path) -> str:
     """sha256 over the names and sha256 sums of the files that count."""
     digest = hashlib.sha256()
     for name in _IDENTITY:
-        with (folder / name).open("rb") as file:
-            digest.update(f"{name} {hashlib.file_digest(file, 'sha256').hexdigest()}\n".encode())
+        digest.update(f"{name} {files.sha256(folder / name)}\n".encode())
     return digest.hexdigest()
 
 
@@ -166,14 +162,6 @@ def _stamps(folder: Path) -> tuple[tuple[int, ...], ...]:
     """What changes whenever a file does: the kernel sets ctime, and nobody can set it back."""
     stats = [(folder / name).stat() for name in _IDENTITY]
     return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stats)
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 # --- rows: run inside a transaction ---

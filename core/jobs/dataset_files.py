@@ -11,13 +11,13 @@ import errno
 import hashlib
 import json
 import os
-import stat
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import BinaryIO
 
+from core import files
 from core.channels import directory
 from core.commands.table import Call
 from core.errors import AppError, BadInput
@@ -159,20 +159,15 @@ def typed_path(typed: str) -> Path | None:
 def _open(path: Path) -> BinaryIO | None:
     """A plain file, open; None where there is none. Raises BadInput for what is not a file that can be read."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not be waited for
-    except (FileNotFoundError, NotADirectoryError, ValueError):
+        return files.open_plain(path)
+    except FileNotFoundError:
         return None
+    except IsADirectoryError as error:
+        raise BadInput("training.dataset_is_folder", name=path.name) from error
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            return None
-        raise BadInput("training.dataset_unreadable", name=path.name, reason=error.strerror or "?") from error
-    mode = os.fstat(descriptor).st_mode
-    if stat.S_ISREG(mode):
-        return os.fdopen(descriptor, "rb")
-    os.close(descriptor)
-    if stat.S_ISDIR(mode):
-        raise BadInput("training.dataset_is_folder", name=path.name)
-    raise BadInput("training.dataset_unreadable", name=path.name, reason=Lazy("training.read_no_file"))
+        plain = not isinstance(error, files.NotPlainFile)
+        reason = (error.strerror or "?") if plain else Lazy("training.read_no_file")
+        raise BadInput("training.dataset_unreadable", name=path.name, reason=reason) from error
 
 
 async def _bring_file(
@@ -220,9 +215,7 @@ def _keep(chunks: Iterator[bytes], home: Home) -> tuple[str, int]:
                 digest.update(chunk)
                 size += len(chunk)
                 out.write(chunk)
-            out.flush()
-            os.fsync(out.fileno())
-        aside.rename(stored(home, digest.hexdigest()))
+        files.move(aside, stored(home, digest.hexdigest()))
     finally:
         aside.unlink(missing_ok=True)
     return digest.hexdigest(), size

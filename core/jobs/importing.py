@@ -7,11 +7,9 @@ and headers. The trainer reads it, under its limits, by the code that reads adap
 from __future__ import annotations
 
 import asyncio
-import errno
 import json
 import os
 import shutil
-import stat
 import tarfile
 import zipfile
 from collections.abc import Iterator, Mapping
@@ -20,6 +18,7 @@ from dataclasses import replace
 from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO, Self
 
+from core import files
 from core.channels import directory
 from core.channels.commands import Handler
 from core.commands.table import Call
@@ -133,7 +132,7 @@ def _unpack_path(path: Path, aside: Path) -> None:
         return
     try:
         file = _open_plain(path)
-    except (FileNotFoundError, NotADirectoryError):
+    except FileNotFoundError:
         raise BadInput("import.not_found", typed=str(path)[:200]) from None
     _unpack_archive(file, path.name, aside)
 
@@ -146,19 +145,15 @@ def _is_folder(path: Path) -> bool:
 
 
 def _open_plain(path: Path) -> BinaryIO:
-    """Raises FileNotFoundError, NotADirectoryError, and BadInput for what cannot be read."""
+    """Raises FileNotFoundError, and BadInput for a path that is there and cannot be read."""
     try:
-        descriptor = os.open(path, os.O_RDONLY | os.O_NONBLOCK | os.O_CLOEXEC)  # a pipe must not be waited for
-    except (FileNotFoundError, NotADirectoryError):
+        return files.open_plain(path)
+    except FileNotFoundError:
         raise
+    except (IsADirectoryError, files.NotPlainFile) as error:
+        raise BadInput("import.unreadable", name=path.name, reason=Lazy("training.read_no_file")) from error
     except OSError as error:
-        if error.errno == errno.ENAMETOOLONG:
-            raise FileNotFoundError from error
         raise BadInput("import.unreadable", name=path.name, reason=error.strerror or "?") from error
-    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
-        os.close(descriptor)
-        raise BadInput("import.unreadable", name=path.name, reason=Lazy("training.read_no_file"))
-    return os.fdopen(descriptor, "rb")
 
 
 def _unpack_archive(file: BinaryIO, name: str, aside: Path) -> None:

@@ -6,10 +6,8 @@ the CPU computes with, and it is mapped into memory without a copy. Knows nothin
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
-import os
 import shutil
 import tempfile
 from collections.abc import Callable, Iterator
@@ -19,6 +17,7 @@ from typing import Any
 
 from filelock import FileLock
 
+from core import files
 from core.errors import ModelLoadFailed
 
 log = logging.getLogger(__name__)
@@ -69,9 +68,8 @@ def is_whole(folder: Path) -> bool:
     """Whether every file of the manifest is there in its full size. The manifest is written last."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
-        files = manifest["files"].items()
         return manifest["source_sha256"] == SOURCE_SHA256 and all(
-            (folder / name).stat().st_size == entry["size"] for name, entry in files
+            (folder / name).stat().st_size == entry["size"] for name, entry in manifest["files"].items()
         )
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
         return False
@@ -86,8 +84,7 @@ def _source() -> Path:
     source = Path(spec.origin).parent / SOURCE_FILE
     if not source.is_file():
         raise ModelLoadFailed(detail=f"{source} is missing: {INSTALL}")
-    with source.open("rb") as file:
-        found = hashlib.file_digest(file, "sha256").hexdigest()
+    found = files.sha256(source)
     if found != SOURCE_SHA256:
         raise ModelLoadFailed(detail=f"{source} has sha256 {found}, not {SOURCE_SHA256}: {INSTALL}")
     return source
@@ -104,9 +101,7 @@ def _make(source: Path, target: Path, progress: Progress) -> None:
     try:
         _convert(source, part, progress)
         _write(part / MANIFEST, json.dumps(_manifest(part), indent=1))
-        _sync(part)
-        part.rename(target)
-        _sync(target.parent)
+        files.move(part, target)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
         raise
@@ -115,11 +110,10 @@ def _make(source: Path, target: Path, progress: Progress) -> None:
 
 
 def _manifest(folder: Path) -> dict[str, Any]:
-    files = {}
-    for path in sorted(folder.iterdir()):
-        with path.open("rb") as file:
-            files[path.name] = {"size": path.stat().st_size, "sha256": hashlib.file_digest(file, "sha256").hexdigest()}
-    return {"source": SOURCE_FILE, "source_sha256": SOURCE_SHA256, "files": files}
+    entries = {
+        path.name: {"size": path.stat().st_size, "sha256": files.sha256(path)} for path in sorted(folder.iterdir())
+    }
+    return {"source": SOURCE_FILE, "source_sha256": SOURCE_SHA256, "files": entries}
 
 
 def _convert(source: Path, folder: Path, progress: Progress) -> None:
@@ -154,8 +148,6 @@ def _write_weights(path: Path, tensors: list[Any], fields: dict[str, Any], progr
         for values in _values(tensors, fields):
             written += file.write(values)
             progress(0.2 + 0.7 * written / offset, "weights")
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _values(tensors: list[Any], fields: dict[str, Any]) -> Iterator[bytes]:
@@ -238,16 +230,4 @@ def _write_tokenizer(folder: Path, fields: dict[str, Any]) -> None:
 
 
 def _write(path: Path, text: str) -> None:
-    with path.open("w", encoding="utf-8", newline="\n") as file:
-        file.write(text)
-        file.flush()
-        os.fsync(file.fileno())
-
-
-def _sync(folder: Path) -> None:
-    """Make the names in a folder durable."""
-    handle = os.open(folder, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)
+    path.write_text(text, encoding="utf-8", newline="\n")

@@ -15,6 +15,7 @@ from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 
+from core import files
 from core.channels import directory
 from core.config.schema import Retention
 from core.errors import AppError
@@ -290,11 +291,7 @@ def _prune_history(path: Path, oldest_ms: int) -> None:
     kept = "".join(f"\n{entry}\n" for entry in entries if entry[: len(oldest)] >= oldest)
     if kept == text:
         return
-    aside = path.with_name(path.name + ".new")
-    descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-    with os.fdopen(descriptor, "w", encoding="utf-8") as file:
-        file.write(kept)
-    aside.replace(path)
+    files.write(path, kept.encode("utf-8"))
 
 
 def _entries(folder: Path) -> list[Path]:

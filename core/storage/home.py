@@ -14,6 +14,7 @@ from cryptography.hazmat.primitives import hashes, hmac
 from cryptography.hazmat.primitives.ciphers.aead import AESGCM
 from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
 
+from core import files
 from core.errors import HomeBusy, StorageError, StoredUnreadable
 
 _NONCE_BYTES = 12
@@ -121,13 +122,7 @@ class Cipher:
         """Read the key; make it where `create` and none is there. Raises StorageError when it is missing or damaged."""
         try:
             if create and not key_file.exists():
-                aside = key_file.with_name(f"{key_file.name}.{os.getpid()}")
-                descriptor = os.open(aside, os.O_WRONLY | os.O_CREAT | os.O_TRUNC, 0o600)
-                with os.fdopen(descriptor, "w") as file:
-                    file.write(secrets.token_hex(32) + "\n")
-                    file.flush()
-                    os.fsync(file.fileno())
-                aside.rename(key_file)
+                files.write(key_file, f"{secrets.token_hex(32)}\n".encode())
             secret = bytes.fromhex(key_file.read_text(encoding="ascii").strip())
         except (OSError, ValueError) as error:
             raise StorageError(

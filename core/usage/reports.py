@@ -7,12 +7,11 @@ from __future__ import annotations
 
 import asyncio
 import csv
-import os
 from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
-from core import charts
+from core import charts, files
 from core.channels import directory
 from core.commands.table import Call
 from core.storage.database import Database, Row, Tx
@@ -56,10 +55,8 @@ def daily(tx: Tx, channel_id: int, count: int) -> list[Row]:
 
 def _table(rows: Sequence[Row], path: Path) -> Path:
     """Amounts in billionths of the currency, as the ledger has them: nothing is rounded."""
-    aside = path.with_name(f".{path.name}.{os.getpid()}")
-    with aside.open("w", encoding="utf-8", newline="") as file:
+    with files.replacing(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["day", *_COUNTS, *_OF_JOBS])
         writer.writerows([row["day"], *(row[name] for name in (*_COUNTS, *_OF_JOBS))] for row in rows)
-    aside.replace(path)
     return path

@@ -7,7 +7,6 @@ processor finds none and builds its own.
 from __future__ import annotations
 
 import hashlib
-import os
 import platform
 import shutil
 import subprocess
@@ -16,6 +15,8 @@ from pathlib import Path
 
 import torch
 from platformdirs import user_cache_path
+
+from core import files
 
 SOURCES = Path(__file__).with_name("kernels")
 COMPILERS = ("g++", "clang++", "c++")
@@ -42,5 +43,5 @@ def built_library() -> Path:
             made = Path(own) / "kernels.so"
             command = [compiler, *FLAGS, *(str(one) for one in sources if one.suffix == ".cpp"), "-o", str(made)]
             subprocess.run(command, capture_output=True, check=True, text=True, timeout=DEADLINE_S)
-            os.replace(made, library)  # whole or not at all, whoever else builds it
+            files.move(made, library)  # in one step: another process may build it too
     return library

@@ -17,7 +17,7 @@ from itertools import chain, repeat
 from pathlib import Path
 
 from bots import control, metrics_server
-from bots.plugins import Bot, find_bots
+from bots.plugins import find_bots
 from bots.provisioning import DESK, seed
 from core.channels import directory
 from core.chat.service import Service, ServiceSettings
@@ -29,6 +29,7 @@ from core.errors import BadConfig
 from core.jobs.supervisor import JobSupervisor, TrainingSettings
 from core.model import demo
 from core.model.onednn import keep_few_kernels
+from core.platform import Bot
 from core.storage.database import Database
 from core.storage.home import Cipher, Home, Lock
 from core.types import Sampling

@@ -19,7 +19,6 @@ from bots.app import Parts, enabled_bots, open_store, run_program
 from bots.cli.benchmark import try_out
 from bots.cli.doctor import Examined, Level, as_json, examine, report
 from bots.cli.usage import usage
-from bots.plugins import Bot
 from bots.provisioning import greeting
 from bots.terminal.bot import Surroundings, TerminalBot, is_interactive, read_settings
 from core.channels.directory import TERMINAL
@@ -29,6 +28,7 @@ from core.config.schema import Config
 from core.errors import AppError, BadConfig, UserError
 from core.i18n.messages import resolve, say
 from core.observability import logs
+from core.platform import Bot
 from core.storage.home import Home
 
 COMMAND_GROUP = "distributary.commands"

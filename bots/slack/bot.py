@@ -14,7 +14,6 @@ from slack_bolt.authorization import AuthorizeResult
 from slack_sdk.errors import SlackApiError
 from slack_sdk.web.async_client import AsyncWebClient
 
-from bots.plugins import Door
 from bots.slack.addresses import PLATFORM
 from bots.slack.housekeeping import SlackHousekeeping
 from bots.slack.receiver import SlackReceiver
@@ -23,6 +22,7 @@ from bots.slack.sending.rate_limits import SlackRateLimiter
 from bots.slack.settings import SlackSettings, read_settings
 from bots.slack.web import Web
 from bots.slack.workspaces import Workspaces, bad_token
+from core.platform import BotService
 
 log = logging.getLogger(__name__)
 _PAUSES_S = (1.0, 2.0, 5.0, 10.0, 30.0)
@@ -43,7 +43,7 @@ class SlackBot:
     def configure(cls, settings: Mapping[str, object]) -> Self:
         return cls(read_settings(settings))
 
-    async def run(self, door: Door) -> None:
+    async def run(self, door: BotService) -> None:
         """Until cancelled. Raises BadConfig where Slack does not know the token."""
         settings = self._settings
         async with ClientSession() as session:

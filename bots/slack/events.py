@@ -13,7 +13,6 @@ from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
-from bots.plugins import Address, Incoming, Kind, Lane
 from bots.slack.addresses import PLATFORM, is_dm
 from bots.slack.pages.blocks import ACTIONS, STOP, where
 from bots.slack.pages.modals import About, attachment, filled
@@ -21,6 +20,7 @@ from bots.slack.pages.text import COMMAND
 from bots.slack.pages.text import read as read_text
 from core.commands.table import COMMANDS
 from core.i18n.messages import say
+from core.types import Address, Incoming, Kind, Lane
 
 Payload = Mapping[str, Any]
 _TALK = (None, "file_share", "thread_broadcast")

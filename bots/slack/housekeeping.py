@@ -15,13 +15,14 @@ from typing import Any
 from aiohttp import ClientError
 from slack_sdk.errors import SlackApiError
 
-from bots.plugins import Address, Door, Grant
 from bots.slack.addresses import PLATFORM
 from bots.slack.events import Payload, Person
 from bots.slack.pages import home, modals
 from bots.slack.pages.blocks import where
 from bots.slack.workspaces import Workspace
 from core.i18n.messages import resolve, say
+from core.platform import BotService
+from core.types import Address, Grant
 
 log = logging.getLogger(__name__)
 _MOST, _HOMES = 1_000, 5_000
@@ -33,7 +34,7 @@ _Errand = Callable[[], Awaitable[None]]
 class SlackHousekeeping:
     """`run` must be running for anything to be said."""
 
-    def __init__(self, door: Door) -> None:
+    def __init__(self, door: BotService) -> None:
         self._door = door
         self._modals: asyncio.Queue[_Errand] = asyncio.Queue(_MOST)
         self._rest: asyncio.Queue[_Errand] = asyncio.Queue(_MOST)
@@ -76,7 +77,7 @@ class SlackHousekeeping:
 
     async def _ask(self, workspace: Workspace, body: Payload) -> None:
         at = Address(PLATFORM, workspace.account, body["channel"]["id"], "")
-        language = await self._door.lookups.language(at, body["user"]["id"]) or "en"
+        language = await self._door.places.language(at, body["user"]["id"]) or "en"
         shown = modals.ask_view(body["message"], at.place, language)
         await workspace.api.once("views.open", trigger_id=body["trigger_id"], view=shown)
 
@@ -84,7 +85,7 @@ class SlackHousekeeping:
         """A modal of the home, for who operates the channel now; for others the home as it is now."""
         (place, conversation), user = where(str(body["actions"][0].get("block_id", ""))), body["user"]["id"]
         at = Address(PLATFORM, workspace.account, place, conversation)
-        found = await self._door.lookups.overview(at, user)
+        found = await self._door.places.overview(at, user)
         if found is None or found.grant < Grant.OPERATOR:
             await self._publish(workspace, place, user)
             return
@@ -98,7 +99,7 @@ class SlackHousekeeping:
 
     async def _publish(self, workspace: Workspace, place: str, user: str) -> None:
         """With Slack's own chart; in letters where this workspace's Slack does not draw yet."""
-        found = await self._door.lookups.overview(Address(PLATFORM, workspace.account, place, ""), user)
+        found = await self._door.places.overview(Address(PLATFORM, workspace.account, place, ""), user)
         try:
             await workspace.api.once("views.publish", user_id=user, view=home.view(found, place, user))
         except SlackApiError as error:
@@ -110,7 +111,7 @@ class SlackHousekeeping:
     async def _greet(self, workspace: Workspace, event: Payload) -> None:
         """The channel's own questions, as prompts of an empty conversation."""
         at = Address(PLATFORM, workspace.account, event["channel"], "")
-        found = await self._door.lookups.overview(at, event["user"])
+        found = await self._door.places.overview(at, event["user"])
         if found is None or not found.channel.questions:
             return
         prompts: list[dict[str, Any]] = [{"title": one, "message": one} for one in found.channel.questions[:4]]
@@ -138,7 +139,7 @@ class SlackHousekeeping:
             except (SlackApiError, ClientError, TimeoutError, OSError):
                 log.debug("slack.no_locale")
         at = Address(PLATFORM, workspace.account, place, "")
-        workspace.keep_language(user, (locale, await self._door.lookups.language(at, user) or locale))
+        workspace.keep_language(user, (locale, await self._door.places.language(at, user) or locale))
 
 
 async def _work(queue: asyncio.Queue[_Errand]) -> None:

@@ -13,7 +13,6 @@ from collections.abc import Awaitable, Callable
 from slack_bolt.request.async_request import AsyncBoltRequest
 from slack_bolt.response import BoltResponse
 
-from bots.plugins import Address, Door, Kind
 from bots.slack.addresses import PLATFORM
 from bots.slack.events import Payload, ReadEvent, UnreadableEvent, account_of, read, spoken_to, update_key
 from bots.slack.housekeeping import SlackHousekeeping
@@ -21,12 +20,14 @@ from bots.slack.pages import modals
 from bots.slack.sending.handles import Recipient
 from bots.slack.workspaces import Workspaces
 from core.errors import Overloaded, StorageError
+from core.platform import BotService
+from core.types import Address, Kind
 
 log = logging.getLogger(__name__)
 
 
 class SlackReceiver:
-    def __init__(self, workspaces: Workspaces, courtesy: SlackHousekeeping, door: Door) -> None:
+    def __init__(self, workspaces: Workspaces, courtesy: SlackHousekeeping, door: BotService) -> None:
         self._workspaces, self._courtesy, self._door = workspaces, courtesy, door
 
     async def before_authorize(
@@ -70,7 +71,7 @@ class SlackReceiver:
         if found.incoming is not None:
             locale, spoken = workspace.languages.get(found.person.user, ("", ""))
             asked = spoken_to(found.incoming, locale)
-            if found.below and not await self._door.lookups.heard(asked.address, found.below):
+            if found.below and not await self._door.places.heard(asked.address, found.below):
                 return None
             team = found.person.team if found.person.team[:1] == "T" else found.account
             workspace.sink.asked(asked.address, Recipient(team, found.person.user, spoken))
@@ -85,7 +86,7 @@ class SlackReceiver:
         assert found.wanted is not None
         about = found.wanted.about
         at = Address(PLATFORM, found.account, about.place, about.conversation)
-        shown = await self._door.lookups.overview(at, found.person.user)
+        shown = await self._door.places.overview(at, found.person.user)
         return modals.options(shown.choices if shown else (), found.wanted.typed, about.language)
 
     async def _language(self, body: Payload) -> str:
@@ -96,4 +97,4 @@ class SlackReceiver:
         workspace = self._workspaces.get(account)
         known = workspace.languages.get(user, ("", ""))[1] if workspace else ""
         at = Address(PLATFORM, account, str(body.get("channel_id") or ""), "")
-        return known or await self._door.lookups.language(at, user) or "en"
+        return known or await self._door.places.language(at, user) or "en"

@@ -20,14 +20,15 @@ from slack_bolt.request.async_request import AsyncBoltRequest
 from slack_sdk.errors import SlackApiError
 from slack_sdk.signature import SignatureVerifier
 
-from bots.plugins import Address, BadConfig, Door
 from bots.slack.addresses import PLATFORM
 from bots.slack.events import notice
 from bots.slack.pages.manifest import SCOPES
 from bots.slack.settings import SlackSettings
 from bots.slack.workspaces import Workspaces
-from core.errors import AppError
+from core.errors import AppError, BadConfig
 from core.i18n.messages import resolve, say
+from core.platform import BotService
+from core.types import Address
 
 log = logging.getLogger(__name__)
 EVENTS, INSTALL, REDIRECT = "/slack/events", "/slack/install", "/slack/oauth_redirect"
@@ -46,7 +47,7 @@ _PAGE = (
 class Web:
     """One app's. With `app` it takes events; with a client id it can be installed."""
 
-    def __init__(self, settings: SlackSettings, app: AsyncApp, workspaces: Workspaces, door: Door) -> None:
+    def __init__(self, settings: SlackSettings, app: AsyncApp, workspaces: Workspaces, door: BotService) -> None:
         self._settings, self._app = settings, app
         self._workspaces, self._door = workspaces, door
         self._verifier = SignatureVerifier(settings.signing_secret) if settings.signing_secret else None

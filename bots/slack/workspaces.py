@@ -13,14 +13,14 @@ from aiohttp import ClientError
 from slack_sdk.errors import SlackApiError
 from slack_sdk.web.async_client import AsyncWebClient
 
-from bots.plugins import BadConfig, Door
 from bots.slack.addresses import PLATFORM
 from bots.slack.sending.api import SlackApi
 from bots.slack.sending.rate_limits import SlackRateLimiter
 from bots.slack.sending.sink import SlackSink
 from bots.slack.settings import SlackSettings
-from core.errors import Overloaded, StorageError
+from core.errors import BadConfig, Overloaded, StorageError
 from core.observability.logs import register_secret
+from core.platform import BotService
 
 log = logging.getLogger(__name__)
 _RENEW_S = 2 * 3600  # before a token ends; rotated ones live for twelve hours
@@ -64,7 +64,7 @@ class Workspaces:
         self,
         settings: SlackSettings,
         client: AsyncWebClient,
-        door: Door,
+        door: BotService,
         pace: Callable[[], SlackRateLimiter],
         told: Callable[[Workspace, str], None] = lambda _workspace, _user: None,
     ) -> None:

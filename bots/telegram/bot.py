@@ -18,7 +18,6 @@ from aiogram.exceptions import (
 from aiogram.methods import DeleteWebhook, GetMe, SetWebhook, TelegramMethod
 from aiogram.types import User
 
-from bots.plugins import BadConfig, Door
 from bots.telegram.addresses import PLATFORM
 from bots.telegram.housekeeping import TelegramHousekeeping
 from bots.telegram.receiver import TelegramReceiver
@@ -28,7 +27,8 @@ from bots.telegram.sending.sink import TelegramSink
 from bots.telegram.settings import TelegramSettings, read_settings
 from bots.telegram.updates import ALLOWED, UpdateReader
 from bots.telegram.webhook import Webhooks, path_of
-from core.errors import AppError
+from core.errors import AppError, BadConfig
+from core.platform import BotService
 
 log = logging.getLogger(__name__)
 _PAUSES_S = (1.0, 2.0, 5.0, 10.0, 30.0)
@@ -47,7 +47,7 @@ class TelegramBot:
     def configure(cls, settings: Mapping[str, object]) -> Self:
         return cls(read_settings(settings))
 
-    async def run(self, door: Door) -> None:
+    async def run(self, door: BotService) -> None:
         """Until cancelled. Raises BadConfig where Telegram does not know the token."""
         settings = self._settings
         bot = make_bot(settings.token, settings.api)
@@ -65,7 +65,7 @@ class TelegramBot:
             with suppress(Exception):
                 await end(bot)
 
-    async def _serve(self, door: Door, api: TelegramApi, me: User) -> None:
+    async def _serve(self, door: BotService, api: TelegramApi, me: User) -> None:
         settings, account = self._settings, (me.username or str(me.id)).lower()
         sink = TelegramSink(api, transport=settings.transport, rich=settings.rich)
         courtesy = TelegramHousekeeping(api, door)

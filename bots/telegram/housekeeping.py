@@ -21,13 +21,14 @@ from aiogram.types import (
     Message,
 )
 
-from bots.plugins import Door, Grant, Incoming, Kind
 from bots.telegram.sending.api import TelegramApi
 from bots.telegram.sending.buttons import DONE, pressed, reasons_keyboard
 from bots.telegram.updates import ReadUpdate
 from core.commands.table import COMMANDS
 from core.errors import AppError
 from core.i18n.messages import languages, resolve, say
+from core.platform import BotService
+from core.types import Grant, Incoming, Kind
 
 log = logging.getLogger(__name__)
 IN_GROUPS = frozenset({"help", "new", "stop", "usage", "privacy"})
@@ -39,7 +40,7 @@ _MEANING = 256  # characters that Telegram allows
 class TelegramHousekeeping:
     """One account's. `run` must be running."""
 
-    def __init__(self, api: TelegramApi, door: Door) -> None:
+    def __init__(self, api: TelegramApi, door: BotService) -> None:
         self._api, self._door = api, door
         self._queue: asyncio.Queue[ReadUpdate] = asyncio.Queue(_MOST)
         self._menus: OrderedDict[tuple[str, str], Grant] = OrderedDict()

@@ -23,12 +23,12 @@ from aiogram.exceptions import (
     TelegramUnauthorizedError,
 )
 
-from bots.plugins import Door
 from bots.telegram.addresses import PLATFORM
 from bots.telegram.housekeeping import TelegramHousekeeping
 from bots.telegram.sending.api import TelegramApi
 from bots.telegram.updates import ALLOWED, ReadUpdate, UnreadableUpdate, UpdateReader
 from core.errors import Overloaded, StorageError
+from core.platform import BotService
 
 log = logging.getLogger(__name__)
 POLL_S = 50
@@ -42,7 +42,7 @@ class TelegramReceiver:
     """One account's. `take` is for the webhook as well."""
 
     def __init__(
-        self, account: str, api: TelegramApi, reader: UpdateReader, courtesy: TelegramHousekeeping, door: Door
+        self, account: str, api: TelegramApi, reader: UpdateReader, courtesy: TelegramHousekeeping, door: BotService
     ) -> None:
         self._account, self._api, self._reader, self._courtesy, self._door = account, api, reader, courtesy, door
         self._albums: OrderedDict[str, None] = OrderedDict()  # those whose caption has been taken in

@@ -28,12 +28,12 @@ from aiogram.types import (
 )
 from pydantic import ValidationError
 
-from bots.plugins import Address, Attachment, Grant, Incoming, Kind, Lane
 from bots.telegram.addresses import PLATFORM, conversation, receipt, topic_of
 from bots.telegram.sending.api import RawMember
 from bots.telegram.sending.buttons import pressed
 from core.commands.table import COMMANDS, parse
 from core.errors import AppError, UserError
+from core.types import Address, Attachment, Grant, Incoming, Kind, Lane
 
 log = logging.getLogger(__name__)
 V = TypeVar("V")

@@ -20,10 +20,11 @@ from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
 
-from bots.plugins import Address, Attachment, BadConfig, Body, Door, Handle, Incoming, Kind, Lane, Receipt
 from bots.shared.render import printable
-from core.errors import AppError, Overloaded, StorageError
+from core.errors import AppError, BadConfig, Overloaded, StorageError
 from core.i18n.messages import duration, say
+from core.platform import BotService
+from core.types import Address, Attachment, Body, Handle, Incoming, Kind, Lane, Receipt
 
 if TYPE_CHECKING:
     from bots.terminal.screen import Screen
@@ -136,7 +137,7 @@ class TerminalBot:
     def configure(cls, settings: Mapping[str, object]) -> Self:
         return cls(read_settings(settings))
 
-    async def run(self, door: Door) -> None:
+    async def run(self, door: BotService) -> None:
         if self._interactive:
             await self._talk(door)
         else:
@@ -144,7 +145,7 @@ class TerminalBot:
 
     # --- a person ---
 
-    async def _talk(self, door: Door) -> None:
+    async def _talk(self, door: BotService) -> None:
         from bots.terminal.screen import Screen  # prompt_toolkit and rich are for people only
 
         screen = Screen(
@@ -166,7 +167,7 @@ class TerminalBot:
                     screen.notice(self._sentence(error))
             sweeper.cancel()
 
-    async def _sweep(self, door: Door, screen: Screen) -> None:
+    async def _sweep(self, door: BotService, screen: Screen) -> None:
         """A message may end without a reply of its own: what the service has settled waits for nothing."""
         while True:
             keys = screen.unanswered
@@ -177,7 +178,7 @@ class TerminalBot:
 
     # --- a pipe ---
 
-    async def _answer_lines(self, door: Door) -> None:
+    async def _answer_lines(self, door: BotService) -> None:
         sheet = _Paper()
         door.register(self.platform, ACCOUNT, TerminalSink(sheet))
         async with asyncio.TaskGroup() as tasks:
@@ -189,7 +190,7 @@ class TerminalBot:
         if sheet.gone.is_set():
             raise BrokenPipeError(errno.EPIPE, "standard output is closed")
 
-    async def _ask_lines(self, door: Door, sheet: _Paper) -> None:
+    async def _ask_lines(self, door: BotService, sheet: _Paper) -> None:
         async for line in _lines(0):
             text = line.decode("utf-8", "replace").strip()
             if not text:
@@ -201,7 +202,7 @@ class TerminalBot:
             await self._accept(door, await self._incoming(key, text))
         await door.settled(self.platform, ACCOUNT)
 
-    async def _wait_for_room(self, door: Door, sheet: _Paper) -> None:
+    async def _wait_for_room(self, door: BotService, sheet: _Paper) -> None:
         """Until one more is answered, or all are settled: a message may end without a reply of its own."""
         sheet.answered.clear()
         answered = asyncio.ensure_future(sheet.answered.wait())
@@ -215,7 +216,7 @@ class TerminalBot:
             answered.cancel()
             settled.cancel()
 
-    async def _accept(self, door: Door, incoming: Incoming) -> None:
+    async def _accept(self, door: BotService, incoming: Incoming) -> None:
         while True:
             try:
                 return await door.accept(incoming)

@@ -5,13 +5,11 @@ Knows no sentence and no platform. What a page shows decides nothing: commands a
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from core.adapters import registry
 from core.channels import directory
 from core.i18n.messages import resolve
 from core.jobs import jobs
-from core.jobs.jobs import Job
+from core.platform import Choice, JobLine, Overview
 from core.storage.database import Database, Tx
 from core.types import Address, Channel, Grant
 from core.usage.reports import daily
@@ -19,34 +17,6 @@ from core.usage.reports import daily
 DAYS = 14
 _JOBS, _CHOICES = 5, 99
 _HOUR_MS = 3_600_000
-
-
-@dataclass(frozen=True, slots=True)
-class Choice:
-    """A version that could be put into service. One that has not passed its test needs a reason."""
-
-    label: str
-    passed: bool = True
-
-
-@dataclass(frozen=True, slots=True)
-class Overview:
-    """One channel, as one person may see it. The last three are empty for who does not operate it.
-
-    `left_hour` is how many questions this person has left in this hour, None without a limit. `version` answers since
-    `age_s` seconds, None where no version was ever put into service. `days` are (YYYY-MM-DD, replies), oldest first;
-    `jobs` are the newest, each with its age in seconds.
-    """
-
-    channel: Channel
-    grant: Grant
-    language: str
-    left_hour: int | None
-    version: str
-    age_s: float | None
-    days: tuple[tuple[str, int], ...] = ()
-    jobs: tuple[tuple[Job, float], ...] = ()
-    choices: tuple[Choice, ...] = ()
 
 
 class Overviews:
@@ -93,7 +63,7 @@ def _overview(tx: Tx, at: Address, user: str) -> Overview | None:
         directory.version_label(tx, channel.adapter),
         _age_s(tx, channel.adapter),
         tuple((str(row["day"]), int(row["replies"])) for row in rows),
-        tuple((job, _ago_s(tx, job.created_ms)) for job in jobs.of_channel(tx, channel.id, _JOBS)) if operates else (),
+        _jobs(tx, channel.id) if operates else (),
         _choices(tx, channel.adapter) if operates else (),
     )
 
@@ -116,6 +86,13 @@ def _age_s(tx: Tx, adapter: str) -> float | None:
 
 def _ago_s(tx: Tx, at_ms: int) -> float:
     return max(tx.now_ms - at_ms, 0) / 1000
+
+
+def _jobs(tx: Tx, channel_id: int) -> tuple[JobLine, ...]:
+    return tuple(
+        JobLine(job.id, job.label, job.dataset, job.state, job.lasting, _ago_s(tx, job.created_ms))
+        for job in jobs.of_channel(tx, channel_id, _JOBS)
+    )
 
 
 def _choices(tx: Tx, adapter: str) -> tuple[Choice, ...]:

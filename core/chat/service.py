@@ -69,7 +69,7 @@ class Service:
         settings: ServiceSettings,
     ) -> None:
         self.installations = Installations(database)
-        self.lookups = Overviews(database)
+        self.places = Overviews(database)
         self._database = database
         self._home = home
         self._engine = engine

@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from core.errors import AppError, BadInput
-from core.platform import MessageSink, Reopen, SupportsChoose, SupportsFetch, SupportsOrphans
+from core.platform import MessageSink, Reopened, SupportsChoose, SupportsFetch, SupportsOrphans
 from core.storage.database import Database, Tx
 from core.types import Address, Attachment, Body, Button, Handle, Receipt
 
@@ -95,10 +95,7 @@ class Deliveries:
                 if handle is None:
                     handle = await sink.open(to)
                     await self.database.write(lambda tx, n=number, h=handle: _keep_handle(tx, delivery_id, n, h))  # type: ignore[misc]
-                try:
-                    receipt = await sink.finish(handle, part)
-                except Reopen:
-                    receipt = await sink.finish(await self._reopen(delivery_id, number, sink, handle), part)
+                receipt = await self._finish(delivery_id, number, sink, handle, part)
             await self.database.write(
                 lambda tx, n=number, r=receipt, last=last: _keep_receipt(  # type: ignore[misc]
                     tx, delivery_id, n, r, settle if last else None
@@ -108,10 +105,11 @@ class Deliveries:
     async def fail(self, delivery_id: int, to: Address, body: Body, settle: Callable[[Tx], None]) -> None:
         """End the delivery visibly, without a charge; `settle` runs in the transaction that closes it."""
         handle, sink = await self.open(delivery_id, to), self._sink(to)
-        try:
-            await sink.fail(handle, body)
-        except Reopen:
-            await sink.fail(await self._reopen(delivery_id, 1, sink, handle), body)
+        reopened = await sink.fail(handle, body)
+        if reopened is not None:
+            await self._keep_reopened(delivery_id, 1, reopened)
+            if await sink.fail(reopened.handle, body) is not None:
+                raise AppError(detail="a new message is gone as well")
 
         def close(tx: Tx) -> None:
             tx.run("UPDATE delivery SET state = 'failed', body = NULL WHERE id = ?", [delivery_id])
@@ -119,10 +117,17 @@ class Deliveries:
 
         await self.database.write(close)
 
-    async def _reopen(self, delivery_id: int, number: int, sink: MessageSink, left: Handle) -> Handle:
-        handle = await sink.recover(left)
-        await self.database.write(lambda tx: _keep_handle(tx, delivery_id, number, handle))
-        return handle
+    async def _finish(self, delivery_id: int, number: int, sink: MessageSink, handle: Handle, part: Body) -> Receipt:
+        ended = await sink.finish(handle, part)
+        if isinstance(ended, Reopened):
+            await self._keep_reopened(delivery_id, number, ended)
+            ended = await sink.finish(ended.handle, part)
+        if isinstance(ended, Reopened):
+            raise AppError(detail="a new message is gone as well")
+        return ended
+
+    async def _keep_reopened(self, delivery_id: int, number: int, reopened: Reopened) -> None:
+        await self.database.write(lambda tx: _keep_handle(tx, delivery_id, number, reopened.handle))
 
 
 # --- rows: run inside a transaction ---

@@ -19,7 +19,8 @@ import json
 from dataclasses import dataclass
 from pathlib import Path
 
-from bots.plugins import Address, BadConfig, Handle, Incoming, Kind, Lane, Receipt
+from core.errors import BadConfig
+from core.types import Address, Handle, Incoming, Kind, Lane, Receipt
 
 
 @dataclass

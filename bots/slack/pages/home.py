@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from bots.plugins import Address, Button, Grant, Overview
 from bots.slack.pages import blocks, modals
 from bots.slack.pages.blocks import Block
 from bots.slack.pages.text import escaped, spelled
 from core.i18n.messages import Lazy, duration, say
+from core.platform import Overview
+from core.types import Address, Button, Grant
 
 _EVERYONE = ("/usage", "/privacy", "/help")
 _OPERATORS = ("/usage chart", "/usage csv", "/channel show", "/operator list", "/privacy", "/help")
@@ -102,13 +103,13 @@ def _jobs(shown: Overview, at: Address) -> list[Block]:
             label=job.label,
             name=job.dataset,
             state=Lazy(f"training.state_{job.state}"),
-            age=duration(language, age_s),
+            age=duration(language, job.age_s),
         )
-        for job, age_s in shown.jobs
+        for job in shown.jobs
     ]
     told = "\n".join(f"• {line}" for line in lines) if lines else say(language, "slack.home_no_jobs")
     buttons = [Button(say(language, "slack.dataset_title"), modals.DATASET)]
-    open_ = next((job for job, _ in shown.jobs if job.state in _RUNNING), None)
+    open_ = next((job for job in shown.jobs if job.state in _RUNNING), None)
     if open_ is not None:
         status = Button(say(language, "slack.home_job"), "command", f"/finetune status {open_.id}")
         cancel = Button(say(language, "slack.home_cancel", id=open_.id), "command", f"/finetune cancel {open_.id}")

@@ -11,9 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bots.plugins import Attachment, Choice, Overview
 from bots.slack.pages.text import read as read_text
 from core.i18n.messages import say
+from core.platform import Choice, Overview
+from core.types import Attachment
 
 Values = Mapping[str, Mapping[str, Any]]
 View = dict[str, Any]

@@ -8,9 +8,9 @@ from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from bots.plugins import Address, Body, Handle
 from bots.slack.addresses import PLATFORM
 from bots.slack.pages.blocks import Block
+from core.types import Address, Body, Handle
 
 REMEMBERED = 2_000
 

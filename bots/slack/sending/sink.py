@@ -17,7 +17,6 @@ from typing import Any
 
 from slack_sdk.errors import SlackApiError
 
-from bots.plugins import Address, Attachment, Body, Handle, Receipt, Reopen, Unreachable
 from bots.slack.addresses import goes_to, is_dm, thread_of
 from bots.slack.pages import blocks, text
 from bots.slack.sending.api import ERRORS, SlackApi, SlackProblem, Unsure, name_of, trouble
@@ -25,6 +24,8 @@ from bots.slack.sending.handles import LiveMessage, Recipient, SlackHandle, Slac
 from bots.slack.sending.streams import Sessions
 from core.errors import AppError
 from core.i18n.messages import say
+from core.platform import Reopened, Unreachable
+from core.types import Address, Attachment, Body, Handle, Receipt
 
 log = logging.getLogger(__name__)
 WAITING = "…"
@@ -53,7 +54,7 @@ class SlackSink:
         self._sights: OrderedDict[Handle, LiveMessage] = OrderedDict()
         self._begun: OrderedDict[Address, None] = OrderedDict()
         self._unsure: OrderedDict[Address, int] = OrderedDict()  # first messages of which nobody knows, in a row
-        self._moved: OrderedDict[Handle, Handle | None] = OrderedDict()  # a message that is gone -> one for it
+        self._moved: OrderedDict[Handle, Handle] = OrderedDict()  # a message that is gone -> one for it
         self._pressed: OrderedDict[str, tuple[str, Mapping[str, Any]]] = OrderedDict()  # ts -> channel, message
 
     def asked(self, to: Address, asker: Recipient) -> None:
@@ -112,7 +113,7 @@ class SlackSink:
             elif shown.strip() and self._api.free("chat.update"):
                 await self._edit(where, sight, shown)
 
-    async def finish(self, handle: Handle, body: Body) -> Receipt:
+    async def finish(self, handle: Handle, body: Body) -> Receipt | Reopened:
         where, sight, body = SlackHandle.read(handle), self._sights.get(handle), _written(body)
         if sight is not None:
             async with sight.busy:
@@ -120,20 +121,17 @@ class SlackSink:
                 sight.broken = True
         else:
             done = False
-        if not done:
-            await self._settle(handle, body)
+        if not done and not await self._settle(handle, body):
+            return await self._reopened(handle)
         self._over(where, sight, told=done)
         return Receipt(json.dumps({"channel": where.channel, "ts": where.ts}))
 
     async def recover(self, handle: Handle) -> Handle:
-        """What this run began is written on; a stream of an earlier run is stopped, and edited from then on.
-
-        For a message that is gone another one is posted.
-        """
+        """What this run began is written on; a stream of an earlier run is stopped, and edited from then on."""
         where = SlackHandle.read(handle)
         remember(self._begun, where.to, None)
         if handle in self._moved:
-            return self._moved[handle] or await self._post_anew(handle)
+            return self._moved[handle]
         if handle in self._sights:
             return handle
         if not where.stream:
@@ -144,12 +142,14 @@ class SlackSink:
         remember(self._sights, made, LiveMessage())
         return made
 
-    async def fail(self, handle: Handle, body: Body) -> None:
+    async def fail(self, handle: Handle, body: Body) -> Reopened | None:
         where, sight = SlackHandle.read(handle), self._sights.get(handle)
         if sight is not None:
             sight.broken = True
-        await self._settle(handle, _written(self.split(body)[0]))
+        if not await self._settle(handle, _written(self.split(body)[0])):
+            return await self._reopened(handle)
         self._over(where, sight)
+        return None
 
     async def choose(self, to: Address, label: str) -> None:
         """Of a message that was pressed in this run: Slack takes the whole message or nothing."""
@@ -231,12 +231,15 @@ class SlackSink:
                 if self._doubt(to) > 1:
                     raise
 
-    async def _post_anew(self, gone: Handle) -> Handle:
+    async def _reopened(self, gone: Handle) -> Reopened:
+        """Another message for one that is gone; the same one where this is repeated."""
+        if gone in self._moved:
+            return Reopened(self._moved[gone])
         to, sight = SlackHandle.read(gone).to, self._sights.get(gone)
         made = (await self._post(to, self._askers.get(to))).handle()
         remember(self._moved, gone, made)
         remember(self._sights, made, LiveMessage(status=sight.status if sight else None))
-        return made
+        return Reopened(made)
 
     def _doubt(self, to: Address) -> int:
         """Note a first message that may stand there, its handle lost; how many in a row."""
@@ -311,8 +314,8 @@ class SlackSink:
             return False
         return True
 
-    async def _settle(self, handle: Handle, body: Body) -> None:
-        """Write the whole final text over whatever is there; repeatable. Raises Reopen where nothing is there."""
+    async def _settle(self, handle: Handle, body: Body) -> bool:
+        """Write the whole final text over whatever is there; repeatable. False where the message is gone."""
         where, sight = SlackHandle.read(handle), self._sights.get(handle)
         if where.stream and not (sight and sight.ended):
             await self._stop(where)
@@ -322,9 +325,8 @@ class SlackSink:
             if trouble(error) is not SlackProblem.GONE:
                 raise
             log.info("slack.gone", extra={"error": name_of(error)})
-            if handle not in self._moved:
-                remember(self._moved, handle, None)
-            raise Reopen from error
+            return False
+        return True
 
     async def _update(self, where: SlackHandle, body: Body) -> None:
         """In its best form; then, where Slack does not take that, in plainer ones."""

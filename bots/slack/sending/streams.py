@@ -7,10 +7,10 @@ import logging
 from collections.abc import Coroutine
 from typing import Any
 
-from bots.plugins import Address
 from bots.slack.sending.api import ERRORS, SlackApi, name_of
 from bots.slack.sending.handles import REMEMBERED
 from core.i18n.messages import say
+from core.types import Address
 
 log = logging.getLogger(__name__)
 

@@ -16,10 +16,10 @@ from typing import Any
 from aiogram.exceptions import TelegramAPIError, TelegramRetryAfter
 from aiogram.methods import EditMessageText, SendChatAction, SendMessageDraft, TelegramMethod
 
-from bots.plugins import Handle
 from bots.telegram.sending import text as texts
 from bots.telegram.sending.api import TelegramApi, TelegramProblem, trouble
 from bots.telegram.sending.buttons import stop_keyboard
+from core.types import Handle
 
 log = logging.getLogger(__name__)
 STOP_SIGN = "■"

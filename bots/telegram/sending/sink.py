@@ -1,8 +1,8 @@
 """Writes answers into Telegram: drafts or edits while they grow, then one final text for good. Knows no update.
 
 A handle is where one message is written: a chat with a message id, or with a draft id, which is no message yet. A
-draft becomes a message by `recover`: its first line is sent, its id committed, then edited to the full text. So a kill
-between any two calls leaves at most a first line with "…", never a second answer.
+draft becomes a message in `finish`: its first line is sent, its id returned to be committed (`Reopened`), then edited
+to the full text. So a kill between any two calls leaves at most a first line with "…", never a second answer.
 """
 
 from __future__ import annotations
@@ -38,13 +38,14 @@ from aiogram.types import (
     ReplyParameters,
 )
 
-from bots.plugins import Address, Attachment, Body, Handle, Receipt, Reopen
 from bots.telegram.addresses import receipt, spot
 from bots.telegram.sending import text as texts
 from bots.telegram.sending.api import Lost, TelegramApi, TelegramProblem, trouble
 from bots.telegram.sending.buttons import chosen_keyboard, keyboard
 from bots.telegram.sending.drafts import Draft, Drafts, TelegramHandle
 from core.errors import AppError
+from core.platform import Reopened
+from core.types import Address, Attachment, Body, Handle, Receipt
 
 log = logging.getLogger(__name__)
 K = TypeVar("K")
@@ -72,7 +73,6 @@ class TelegramSink:
         self._rich = rich
         self.sights = Drafts(api)
         self.orphans = 0
-        self._owed: OrderedDict[Handle, str] = OrderedDict()  # the text that a draft must become
         self._moved: OrderedDict[Handle, TelegramHandle] = OrderedDict()  # where a handle's message is now
         self._lost: OrderedDict[tuple[int, int | None, int | None], bool] = OrderedDict()  # places, twice in a row
         self._tried: OrderedDict[Handle, bool] = OrderedDict()  # sent directly, outcome unknown
@@ -106,42 +106,32 @@ class TelegramSink:
     async def show(self, handle: Handle, text: str) -> None:
         self.sights.show(handle, text)
 
-    async def finish(self, handle: Handle, body: Body) -> Receipt:
+    async def finish(self, handle: Handle, body: Body) -> Receipt | Reopened:
         part = body if isinstance(body, TelegramPart) else self.split(body)[0]
         assert isinstance(part, TelegramPart)
         sight = await self.sights.end(handle)
         where = self._moved.get(handle) or TelegramHandle.read(handle)
-        if not where.message and self._transport == "draft_direct":
-            where = await self._send_directly(handle, where, part, sight)
-        elif not where.message:
-            _remember(self._owed, handle, part.text)
-            raise Reopen
-        else:
+        if where.message:
             where = await self._write(handle, where, part)
+        elif self._transport == "draft_direct":
+            where = await self._send_directly(handle, where, part, sight)
+        else:
+            made = replace(await self._post(where, texts.first_line(part.text)), draft=0)
+            _remember(self._moved, handle, made)
+            return Reopened(made.handle())
         return receipt(where.chat, where.message)
 
     async def recover(self, handle: Handle) -> Handle:
-        """A message is written on. A draft of this run becomes one; that of an earlier run is drawn again."""
+        """A message is written on, and so is the message that a draft of this run became; other drafts are redrawn."""
         where = TelegramHandle.read(handle)
-        if where.message or self._transport == "draft_direct":
-            self.sights.look(handle, recovered=True)
-            return handle
-        if handle in self._moved:
+        if not where.message and handle in self._moved:
             return self._moved[handle].handle()
-        sight = self.sights.get(handle)
-        if sight is None and handle not in self._owed:
-            self.sights.look(handle, recovered=True)
-            return handle
-        first = texts.first_line(self._owed.get(handle) or (sight.text if sight else ""))
-        await self.sights.end(handle)
-        made = replace(await self._post(where, first), draft=0)
-        _remember(self._moved, handle, made)
-        self._owed.pop(handle, None)
-        self.sights.look(made.handle())
-        return made.handle()
+        self.sights.look(handle, recovered=True)
+        return handle
 
-    async def fail(self, handle: Handle, body: Body) -> None:
-        await self.finish(handle, self.split(body)[0])
+    async def fail(self, handle: Handle, body: Body) -> Reopened | None:
+        ended = await self.finish(handle, self.split(body)[0])
+        return ended if isinstance(ended, Reopened) else None
 
     async def choose(self, to: Address, label: str) -> None:
         """The message that was pressed is the one that a press is answered at."""

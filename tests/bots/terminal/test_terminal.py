@@ -18,9 +18,10 @@ from pathlib import Path
 import pytest
 from prompt_toolkit.history import FileHistory
 
-from bots.plugins import Address, BadConfig, Body, Handle
 from bots.terminal.bot import TerminalBot, TerminalSink, read_settings
+from core.errors import BadConfig
 from core.privacy.retention import _prune_history
+from core.types import Address, Body, Handle
 from tests.support.paths import ROOT
 
 ANSWERS = {

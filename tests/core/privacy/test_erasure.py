@@ -321,8 +321,8 @@ async def test_no_number_of_a_person_stays_anywhere_once_nothing_can_be_answered
             )
             await it.settled()
         at = Address("fake", "bot", "777000777", "777000777")
-        assert await it.service.lookups.heard(at, "777000777:0")
-        assert not await it.service.lookups.heard(at, "777000777:2")
+        assert await it.service.places.heard(at, "777000777:0")
+        assert not await it.service.places.heard(at, "777000777:2")
         clock.now_ms += 8 * DAY_MS
         await erasure.clean(it.database, it.home, Retention())
         assert found(tmp_path, ["777000777"]) == []

@@ -19,7 +19,7 @@ from pathlib import Path
 from bots import control, metrics_server
 from bots.plugins import find_bots
 from bots.provisioning import DESK, seed
-from core.channels import directory
+from core.adapters import registry
 from core.chat.service import Service, ServiceSettings
 from core.config.schema import BotTable, Config, GenerationDefaults
 from core.config.sections import EngineSettings, RemoteSettings
@@ -30,6 +30,7 @@ from core.jobs.supervisor import JobSupervisor, TrainingSettings
 from core.model import demo
 from core.model.onednn import keep_few_kernels
 from core.platform import Bot
+from core.storage import state
 from core.storage.database import Database
 from core.storage.home import Cipher, Home, Lock
 from core.types import Sampling
@@ -63,7 +64,7 @@ async def open_store(config: Config, home: Home) -> AsyncIterator[Database]:
         key = key_file(config, home)
         cipher = Cipher.open(key, create=not home.database.exists())
         async with Database(home.database, cipher) as database:
-            await database.write(lambda tx: directory.check_key(tx, key))
+            await database.write(lambda tx: state.check_key(tx, key))
             await database.write(lambda tx: seed(tx, config))
             yield database
 
@@ -72,7 +73,7 @@ async def open_store(config: Config, home: Home) -> AsyncIterator[Database]:
 async def open_parts(config: Config, home: Home, progress: Progress | None = None) -> AsyncIterator[Parts]:
     async with open_store(config, home) as database, make_engine(config, home, progress) as engine:
         deliveries = Deliveries(database)
-        await database.write(lambda tx: directory.keep_base(tx, engine.info.fingerprint))
+        await database.write(lambda tx: registry.keep_base(tx, engine.info.fingerprint))
         training = JobSupervisor(
             database, home, deliveries, engine.info, training_settings(config), asked=lambda: asked(engine)
         )

@@ -20,7 +20,7 @@ from typing import Any
 
 from bots.provisioning import apply, owner
 from core.channels.commands import run_command
-from core.channels.directory import TERMINAL
+from core.channels.terminal import TERMINAL
 from core.chat.handler import HANDLERS, prepare
 from core.commands.table import parse
 from core.config.loader import read_config

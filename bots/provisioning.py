@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import replace
 
-from core.channels import directory
+from core.channels import adapter_names, audit, bindings, directory, partners, terminal
 from core.chat import conversations
 from core.config.schema import ChannelSeed, Config, PartnerSeed
 from core.engine.protocol import EngineInfo
@@ -16,6 +16,7 @@ from core.errors import BadConfig, BadInput, UnknownThing
 from core.i18n.messages import say
 from core.storage.database import Tx, Value
 from core.types import Address, Caller, Json
+from core.usage import prices
 
 OWNER = Address("terminal", "home", "home", "home")
 DESK = Address("terminal", "desk", "", "desk")  # the command line, where nobody waits for a message
@@ -23,10 +24,10 @@ DESK = Address("terminal", "desk", "", "desk")  # the command line, where nobody
 
 def seed(tx: Tx, config: Config) -> None:
     """Make what is missing: the terminal's channel, and what the configuration names."""
-    directory.ensure_terminal(tx, OWNER.account)
+    terminal.ensure_terminal(tx, OWNER.account)
     for name, partner in _partners(config).items():
-        if tx.value("SELECT id FROM partner WHERE name = ?", [name]) is None:
-            tx.insert("partner", name=name, created_ms=tx.now_ms, **_partner_values(name, partner))
+        if partners.find(tx, name) is None:
+            partners.create(tx, name, **_partner_values(name, partner))
     for name, channel in config.channels.items():
         if directory.channel_by_name(tx, name) is None:
             made = directory.create_channel(tx, name, partner=channel.partner)
@@ -51,12 +52,12 @@ def apply(tx: Tx, config: Config) -> str:
     return "\n".join(changes) or say("en", "terminal.nothing_to_change")
 
 
-def owner(tx: Tx, name: str = directory.TERMINAL) -> Caller:
+def owner(tx: Tx, name: str = terminal.TERMINAL) -> Caller:
     """Who sits at the command line of this home, in the channel of that name: they operate everything.
 
     Raises UnknownThing, and BadInput for one that is archived.
     """
-    user = tx.cipher.hash_user(OWNER.platform, OWNER.account, directory.LOCAL_USER)
+    user = tx.cipher.hash_user(OWNER.platform, OWNER.account, terminal.LOCAL_USER)
     channel = directory.channel_by_name(tx, name)
     if channel is None:
         known = ", ".join(one.name for one in directory.channels(tx, user))
@@ -69,9 +70,9 @@ def owner(tx: Tx, name: str = directory.TERMINAL) -> Caller:
 
 def greeting(tx: Tx, info: EngineInfo, place: str, language: str, version: str) -> tuple[str, ...]:
     """What the terminal says first: what answers, and the three keys to know."""
-    channel = directory.channel_for(tx, OWNER.platform, OWNER.account, place)
+    channel = bindings.channel_for(tx, OWNER.platform, OWNER.account, place)
     name = channel.name if channel else "-"
-    label = directory.version_label(tx, channel.adapter) if channel else "-"
+    label = adapter_names.champion(tx, channel.adapter)[1] if channel else "-"
     fields = {"version": version, "model": info.model, "engine": info.description, "channel": name, "adapter": label}
     return say(language, "terminal.header", **fields), say(language, "terminal.ask")
 
@@ -123,10 +124,10 @@ def _bind(tx: Tx, channel: ChannelSeed, channel_id: int, name: str = "") -> list
     for place in channel.bind:
         platform, _, rest = place.partition(":")
         account, _, where = rest.partition("/")
-        before = directory.bound_to(tx, platform, account, where)
-        directory.bind(tx, platform, account, where, channel_id)
+        before = bindings.bound_to(tx, platform, account, where)
+        bindings.bind(tx, platform, account, where, channel_id)
         if name and before != name:
-            directory.audit(tx, owner(tx), "config apply", f"bind {place}", before, name)
+            audit.record(tx, owner(tx), "config apply", f"bind {place}", before, name)
             changes.append(f"{place}: {before or '-'} -> {name}")
     return changes
 
@@ -138,9 +139,9 @@ def _share_from_now_on(tx: Tx, partner: str) -> None:
         [partner],
     )
     for row in rows:
-        price = directory.price_now(tx, row["id"])
+        price = prices.price_now(tx, row["id"])
         if price.share_bps != row["share_bps"]:
-            directory.set_price(tx, row["id"], price.in_nano, price.out_nano, row["share_bps"], price.train_nano)
+            prices.set_price(tx, row["id"], price.in_nano, price.out_nano, row["share_bps"], price.train_nano)
 
 
 def _audited(tx: Tx, table: str, name: str, values: Mapping[str, Value]) -> list[str]:
@@ -153,5 +154,5 @@ def _audited(tx: Tx, table: str, name: str, values: Mapping[str, Value]) -> list
     tx.run(f"UPDATE {table} SET {marks} WHERE name = ?", [*changed.values(), name])
     before: Json = {key: now[key] for key in changed}
     after: Json = {key: str(value) if isinstance(value, bytes) else value for key, value in changed.items()}
-    directory.audit(tx, owner(tx), "config apply", f"{table} {name}", before, after)
+    audit.record(tx, owner(tx), "config apply", f"{table} {name}", before, after)
     return [f"{table} {name}: {key} = {now[key]!r} -> {value!r}" for key, value in changed.items()]

@@ -21,7 +21,7 @@ from bots.cli.doctor import Examined, Level, as_json, examine, report
 from bots.cli.usage import usage
 from bots.provisioning import greeting
 from bots.terminal.bot import Surroundings, TerminalBot, is_interactive, read_settings
-from core.channels.directory import TERMINAL
+from core.channels.terminal import TERMINAL
 from core.commands.table import COMMANDS, find
 from core.config.loader import FILE_NAME, load_config, show_config
 from core.config.schema import Config

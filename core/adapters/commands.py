@@ -9,8 +9,9 @@ from collections.abc import Mapping
 from typing import Any
 
 from core.adapters import registry
-from core.adapters.registry import BASE, Version
-from core.channels import directory
+from core.adapters.registry import Version
+from core.channels import adapter_names, audit, bindings, operators
+from core.channels.adapter_names import BASE
 from core.channels.commands import Handler
 from core.commands.table import Call
 from core.errors import BadInput, NotAllowed, UnknownThing
@@ -26,7 +27,7 @@ _SHOWN_VERSIONS = 20
 
 def list_versions(tx: Tx, caller: Caller, call: Call) -> Outcome:
     name = caller.channel.adapter
-    champion, _ = registry.champion(tx, name)
+    champion, _ = adapter_names.champion(tx, name)
     known = registry.versions(tx, name)
     lines = [_line(tx, caller, version, champion) for version in known[:_SHOWN_VERSIONS]]
     if len(known) > _SHOWN_VERSIONS:
@@ -44,7 +45,7 @@ def show(tx: Tx, caller: Caller, call: Call) -> Outcome:
         return Outcome(Body(say(caller.language, "adapter.shown_base")))
     made = version.manifest
     rows, hyper = made.get("rows") or {}, made.get("hyper") or {}
-    champion, _ = registry.champion(tx, version.name)
+    champion, _ = adapter_names.champion(tx, version.name)
     text = say(
         caller.language,
         "adapter.shown",
@@ -83,7 +84,7 @@ def promote(tx: Tx, caller: Caller, call: Call) -> Outcome:
         raise BadInput("adapter.reason_too_long", limit=_MAX_REASON)
     followers = _followers(tx, caller)
     name = caller.channel.adapter
-    before, label_before = registry.champion(tx, name)
+    before, label_before = adapter_names.champion(tx, name)
     if version is not None:
         check_usable(tx, version)
         _check_verdict(version, reason)
@@ -93,7 +94,7 @@ def promote(tx: Tx, caller: Caller, call: Call) -> Outcome:
         return Outcome(Body(say(caller.language, "adapter.already", label=label)))
     measured_against = _measured_against(tx, version)
     registry.promote(tx, name, sha256, caller.user, reason)
-    directory.audit(tx, caller, "adapter promote", name, label_before, {"version": label, "reason": reason})
+    audit.record(tx, caller, "adapter promote", name, label_before, {"version": label, "reason": reason})
     before_it = registry.undo_label(tx, name)
     key = "adapter.promoted" if before_it else "adapter.promoted_for_good"
     lines = [say(caller.language, key, channels=followers, label=label, before=before_it)]
@@ -107,12 +108,12 @@ def discard(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """Take a version out of use for good. Raises BadInput for one that answers, or that is base."""
     version = find_version(tx, caller, call.arguments["version"])
     followers = _followers(tx, caller)
-    champion, _ = registry.champion(tx, caller.channel.adapter)
+    champion, _ = adapter_names.champion(tx, caller.channel.adapter)
     if version is None or version.sha256 == champion:
         raise BadInput("adapter.in_use", label=version.label if version else BASE, channels=followers)
     if not version.unpublished:
         registry.unpublish(tx, version.sha256, DISCARDED)
-        directory.audit(tx, caller, "adapter discard", version.label, None, DISCARDED)
+        audit.record(tx, caller, "adapter discard", version.label, None, DISCARDED)
     return Outcome(Body(say(caller.language, "adapter.discarded", label=version.label)))
 
 
@@ -142,11 +143,11 @@ def rollback(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """Raises NotAllowed where a follower is not theirs."""
     followers = _followers(tx, caller)
     name = caller.channel.adapter
-    _, label_before = registry.champion(tx, name)
+    _, label_before = adapter_names.champion(tx, name)
     if registry.undo(tx, name) is None:
         return Outcome(Body(say(caller.language, "adapter.nothing_to_undo", label=label_before)))
-    _, label = registry.champion(tx, name)
-    directory.audit(tx, caller, "adapter rollback", name, label_before, {"version": label})
+    _, label = adapter_names.champion(tx, name)
+    audit.record(tx, caller, "adapter rollback", name, label_before, {"version": label})
     text = say(caller.language, "adapter.rolled_back", channels=followers, label=label, before=label_before)
     return Outcome(Body(text))
 
@@ -223,7 +224,7 @@ def _check_verdict(version: Version, reason: str) -> None:
 
 
 def _other_base(tx: Tx, version: Version) -> bool:
-    return directory.loaded_base(tx) not in (None, version.base_fingerprint)
+    return registry.loaded_base(tx) not in (None, version.base_fingerprint)
 
 
 def _followers(tx: Tx, caller: Caller) -> str:
@@ -232,9 +233,9 @@ def _followers(tx: Tx, caller: Caller) -> str:
         "SELECT id, title FROM channel WHERE adapter = ? AND archived_ms IS NULL ORDER BY name",
         [caller.channel.adapter],
     )
-    if any(directory.grant_of(tx, caller.user, row["id"]) < Grant.OPERATOR for row in rows):
+    if any(operators.grant_of(tx, caller.user, row["id"]) < Grant.OPERATOR for row in rows):
         raise NotAllowed
-    return ", ".join(_with_places(row["title"], directory.places(tx, row["id"])) for row in rows)
+    return ", ".join(_with_places(row["title"], bindings.places(tx, row["id"])) for row in rows)
 
 
 def _with_places(title: str, places: tuple[str, ...]) -> str:
@@ -255,7 +256,7 @@ def _line(tx: Tx, caller: Caller, version: Version, champion: str | None) -> str
 
 def state_now(tx: Tx, version: Version) -> Lazy | None:
     """What became of a version since it was made; None while it is just ready."""
-    champion, _ = registry.champion(tx, version.name)
+    champion, _ = adapter_names.champion(tx, version.name)
     state = _state(tx, version, champion)
     return None if state == "adapter.ready" else state
 
@@ -275,7 +276,7 @@ def _reason(version: Version) -> str:
 
 def _approved(tx: Tx, caller: Caller, put: Row) -> str:
     age = duration(caller.language, max(0, tx.now_ms - put["at_ms"]) / 1000)
-    who = Lazy("training.data_you") if put["actor"] == caller.user else directory.operator_label(tx, put["actor"])
+    who = Lazy("training.data_you") if put["actor"] == caller.user else operators.label_of(tx, put["actor"])
     if put["reason"]:
         return say(caller.language, "adapter.approved_because", who=who, age=age, reason=put["reason"])
     return say(caller.language, "adapter.approved", who=who, age=age)

@@ -16,15 +16,15 @@ from pathlib import Path
 from typing import Any
 
 from core import files
-from core.channels import directory
+from core.channels import adapter_names
 from core.errors import AdapterUnusable
 from core.model.weights import tensor_entries
+from core.storage import state
 from core.storage.database import Row, Tx
 from core.storage.home import Home
 from core.types import AdapterRef
 
 CONFIG, WEIGHTS, MANIFEST, CARD = "adapter_config.json", "adapter_model.safetensors", "manifest.json", "README.md"
-BASE = "base"
 _NEEDED = {CONFIG: 2**20, WEIGHTS: 16 * 2**30, MANIFEST: 2**20}
 _ALLOWED = {**_NEEDED, CARD: 2**20}
 _IDENTITY = tuple(sorted(_NEEDED))  # what it computes, and where it came from; the card may be edited
@@ -184,16 +184,6 @@ def publish(tx: Tx, candidate: Candidate, name: str, version: int) -> None:
     )
 
 
-def champion(tx: Tx, name: str) -> tuple[str | None, str]:
-    """What channels of this adapter name answer from: (sha256, name@version), or (None, "base")."""
-    row = tx.one(
-        "SELECT sha256, adapter.name, version FROM adapter_name JOIN adapter ON sha256 = champion"
-        " WHERE adapter_name.name = ?",
-        [name],
-    )
-    return (row["sha256"], f"{row['name']}@{row['version']}") if row else (None, BASE)
-
-
 def versions(tx: Tx, name: str) -> list[Version]:
     """Newest first."""
     return [_version(row) for row in tx.all("SELECT * FROM adapter WHERE name = ? ORDER BY version DESC", [name])]
@@ -212,9 +202,9 @@ def by_sha(tx: Tx, sha256: str) -> Version:
 
 def promote(tx: Tx, name: str, sha256: str | None, actor: str, reason: str) -> None:
     """Make the version (None is base) what the name's channels answer from. The caller has checked that it may."""
-    before, _ = champion(tx, name)
+    before, _ = adapter_names.champion(tx, name)
     tx.insert("promotion", name=name, from_sha256=before, to_sha256=sha256, actor=actor, reason=reason, at_ms=tx.now_ms)
-    tx.run("UPDATE adapter_name SET champion = ? WHERE name = ?", [sha256, name])
+    adapter_names.set_champion(tx, name, sha256)
 
 
 def put_into_service(tx: Tx, sha256: str) -> Row | None:
@@ -227,27 +217,27 @@ def undo(tx: Tx, name: str) -> tuple[str | None, str | None] | None:
 
     Versions that were unpublished meanwhile, or made for another base model, are skipped, down to base.
     """
-    now, _ = champion(tx, name)
+    now, _ = adapter_names.champion(tx, name)
     undone, back = _way_back(tx, name)
     for promotion in undone:
         tx.run("UPDATE promotion SET undone_ms = ? WHERE id = ?", [tx.now_ms, promotion])
     if back == now:
         return None
-    tx.run("UPDATE adapter_name SET champion = ? WHERE name = ?", [back, name])
+    adapter_names.set_champion(tx, name, back)
     return now, back
 
 
 def undo_label(tx: Tx, name: str) -> str:
     """What `undo` would bring back, as people call it; "" where there is nothing to undo."""
     _, back = _way_back(tx, name)
-    if back == champion(tx, name)[0]:
+    if back == adapter_names.champion(tx, name)[0]:
         return ""
-    return by_sha(tx, back).label if back else BASE
+    return by_sha(tx, back).label if back else adapter_names.BASE
 
 
 def _way_back(tx: Tx, name: str) -> tuple[list[int], str | None]:
     """The promotions that are undone to come to what answered before, newest first, and what that is: else as now."""
-    now, _ = champion(tx, name)
+    now, _ = adapter_names.champion(tx, name)
     standing = "SELECT id, from_sha256 FROM promotion WHERE name = ? AND undone_ms IS NULL ORDER BY id DESC"
     undone = []
     for row in tx.all(standing, [name]):
@@ -258,8 +248,18 @@ def _way_back(tx: Tx, name: str) -> tuple[list[int], str | None]:
     return undone, now
 
 
+def keep_base(tx: Tx, fingerprint: str) -> None:
+    """Record the base model that is loaded: adapters of another one cannot be put into service."""
+    state.put(tx, "base_fingerprint", fingerprint)
+
+
+def loaded_base(tx: Tx) -> str | None:
+    """The fingerprint recorded last; None before the first start."""
+    return state.get(tx, "base_fingerprint")
+
+
 def _serves(tx: Tx, version: Version) -> bool:
-    return not version.unpublished and directory.loaded_base(tx) in (None, version.base_fingerprint)
+    return not version.unpublished and loaded_base(tx) in (None, version.base_fingerprint)
 
 
 def unpublish(tx: Tx, sha256: str, reason: str) -> list[str]:
@@ -268,10 +268,10 @@ def unpublish(tx: Tx, sha256: str, reason: str) -> list[str]:
         "UPDATE adapter SET unpublished_ms = ?, unpublished_reason = ? WHERE sha256 = ? AND unpublished_ms IS NULL",
         [tx.now_ms, reason, sha256],
     )
-    names = [row["name"] for row in tx.all("SELECT name FROM adapter_name WHERE champion = ?", [sha256])]
+    names = adapter_names.championed(tx, sha256)
     for name in names:
         if undo(tx, name) is None:  # it never came here by a promotion
-            tx.run("UPDATE adapter_name SET champion = NULL WHERE name = ?", [name])
+            adapter_names.set_champion(tx, name, None)
     return names
 
 

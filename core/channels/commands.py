@@ -11,13 +11,13 @@ from collections.abc import Callable, Mapping
 from dataclasses import replace
 from typing import NoReturn
 
-from core.adapters import registry
-from core.channels import directory
+from core.channels import adapter_names, audit, bindings, directory, operators, terminal
 from core.commands.table import Call
 from core.errors import AppError, BadInput, NotAllowed, UnknownThing
 from core.i18n.messages import Lazy, language_name, languages, resolve, say
 from core.storage.database import Tx
 from core.types import Body, Caller, Channel, Choose, ForgetMemory, Grant, Outcome
+from core.usage import prices
 
 Handler = Callable[[Tx, Caller, Call], Outcome]
 ALL = "all"
@@ -56,7 +56,7 @@ def run_command(tx: Tx, caller: Caller, call: Call, handlers: Mapping[tuple[str,
         return _denied(tx, caller, call)
     tx.run("RELEASE command")
     if _last_audit(tx) == last:
-        directory.audit(tx, caller, _action(call), _target(caller, call))
+        audit.record(tx, caller, _action(call), _target(caller, call))
     return _answered(call, outcome)
 
 
@@ -66,15 +66,15 @@ def _answered(call: Call, outcome: Outcome) -> Outcome:
 
 def _may(tx: Tx, caller: Caller, call: Call) -> bool:
     """Whether the caller holds what the form asks for, in the channel that it names."""
-    if directory.grant_of(tx, caller.user, caller.channel.id) is Grant.OWNER:
+    if operators.grant_of(tx, caller.user, caller.channel.id) is Grant.OWNER:
         return True
     named = call.arguments.get("channel", caller.channel.name)
     channel = directory.channel_by_name(tx, named)
-    return channel is not None and directory.grant_of(tx, caller.user, channel.id) >= call.form.who
+    return channel is not None and operators.grant_of(tx, caller.user, channel.id) >= call.form.who
 
 
 def _denied(tx: Tx, caller: Caller, call: Call) -> Outcome:
-    directory.audit(tx, caller, _action(call), _target(caller, call), allowed=False)
+    audit.record(tx, caller, _action(call), _target(caller, call), allowed=False)
     return Outcome(Body(say(caller.language, NotAllowed.key)))
 
 
@@ -101,7 +101,7 @@ def channel_list(tx: Tx, caller: Caller, call: Call) -> Outcome:
     lines = [say(caller.language, "operators.channels"), ""]
     for channel in directory.channels(tx, caller.user):
         key = "operators.channel_line_archived" if channel.archived else "operators.channel_line"
-        version = directory.version_label(tx, channel.adapter)
+        version = adapter_names.champion(tx, channel.adapter)[1]
         told = say(
             caller.language, key, name=channel.name, title=channel.title, partner=channel.partner, version=version
         )
@@ -115,7 +115,7 @@ def channel_create(tx: Tx, caller: Caller, call: Call) -> Outcome:
     if title:
         _read_title("title", title)
     channel = directory.create_channel(tx, name, title=title)
-    directory.audit(tx, caller, _action(call), name, None, {**_settings(tx, channel)})
+    audit.record(tx, caller, _action(call), name, None, {**_settings(tx, channel)})
     return Outcome(Body(say(caller.language, "operators.created", name=name)))
 
 
@@ -136,8 +136,8 @@ def channel_show(tx: Tx, caller: Caller, call: Call) -> Outcome:
         "operators.shown",
         name=channel.name,
         partner=channel.partner,
-        version=directory.version_label(tx, channel.adapter),
-        places=", ".join(directory.places(tx, channel.id)) or none,
+        version=adapter_names.champion(tx, channel.adapter)[1],
+        places=", ".join(bindings.places(tx, channel.id)) or none,
         **shown,
     )
     return Outcome(Body(text.strip()))
@@ -147,21 +147,21 @@ def channel_set(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """All that was asked for, or nothing. Raises BadInput naming the setting, its value and what it must be."""
     channel = _editable(tx, caller, call)
     asked = {key: call.arguments[key].strip() for key in call.form.settings if key in call.arguments}
-    if _OWNERS_SETTINGS & set(asked) and directory.grant_of(tx, caller.user, channel.id) < Grant.OWNER:
+    if _OWNERS_SETTINGS & set(asked) and operators.grant_of(tx, caller.user, channel.id) < Grant.OWNER:
         raise NotAllowed
     now = _settings(tx, channel)
     bind = _read_bind(asked.pop("bind")) if "bind" in asked else None
     wanted = {key: _read(tx, channel, key, text) for key, text in asked.items()}
     before = {key: now[key] for key, value in wanted.items() if value != now[key]}
     after = {key: wanted[key] for key in before}
-    if bind is not None and (held := directory.bound_to(tx, *bind)) != channel.name:
+    if bind is not None and (held := bindings.bound_to(tx, *bind)) != channel.name:
         place = f"bind {bind[0]}:{bind[1]}" + (f"/{bind[2]}" if bind[2] else "")
         before[place], after[place] = held, channel.name
-        directory.bind(tx, *bind, channel.id)
+        bindings.bind(tx, *bind, channel.id)
     if not after:
         return Outcome(Body(say(caller.language, "operators.set_nothing", name=channel.name)))
     _store(tx, channel, {**now, **after}, set(after))
-    directory.audit(tx, caller, _action(call), channel.name, {**before}, {**after})
+    audit.record(tx, caller, _action(call), channel.name, {**before}, {**after})
     told = _changes(caller.language, channel, before, after)
     if "instructions" in after and (label := _trained_otherwise(tx, channel, str(after["instructions"]))):
         told = f"{told}\n\n{say(caller.language, 'operators.trained_otherwise', label=label)}"
@@ -170,17 +170,18 @@ def channel_set(tx: Tx, caller: Caller, call: Call) -> Outcome:
 
 def _trained_otherwise(tx: Tx, channel: Channel, instructions: str) -> str:
     """The version that answers, where it was trained and judged under other instructions; else ""."""
-    sha256, label = registry.champion(tx, channel.adapter)
-    known = registry.by_sha(tx, sha256).manifest.get("instructions_sha256") if sha256 else None
-    return "" if known in (None, hashlib.sha256(instructions.encode()).hexdigest()) else label
+    trained = adapter_names.champion_instructions(tx, channel.adapter)
+    if trained in (None, hashlib.sha256(instructions.encode()).hexdigest()):
+        return ""
+    return adapter_names.champion(tx, channel.adapter)[1]
 
 
 def channel_archive(tx: Tx, caller: Caller, call: Call) -> Outcome:
     channel = _editable(tx, caller, call)
-    if channel.name == directory.TERMINAL:
+    if channel.name == terminal.TERMINAL:
         raise BadInput("operators.archive_terminal")
     directory.archive(tx, channel.id)
-    directory.audit(tx, caller, _action(call), channel.name, {"archived": False}, {"archived": True})
+    audit.record(tx, caller, _action(call), channel.name, {"archived": False}, {"archived": True})
     told = say(caller.language, "operators.archived", name=channel.name)
     return Outcome(Body(told), (ForgetMemory(channel.name),))
 
@@ -207,7 +208,7 @@ def _editable(tx: Tx, caller: Caller, call: Call) -> Channel:
 
 def _settings(tx: Tx, channel: Channel) -> dict[str, Setting]:
     """As people write them; `share` in percent."""
-    price = directory.price_now(tx, channel.id)
+    price = prices.price_now(tx, channel.id)
     limits, sampling = channel.limits, channel.sampling
     return {
         "title": channel.title,
@@ -235,7 +236,7 @@ def _store(tx: Tx, channel: Channel, settings: Mapping[str, Setting], changed: s
     if changed & set(_PRICES):
         share_bps = round(float(settings["share"]) * 100)
         read, written, trained = (int(settings[name]) for name in ("price_in", "price_out", "price_train"))
-        directory.set_price(tx, channel.id, read, written, share_bps, trained)
+        prices.set_price(tx, channel.id, read, written, share_bps, trained)
 
 
 def _changes(language: str, channel: Channel, before: Mapping[str, Setting], after: Mapping[str, Setting]) -> str:
@@ -277,7 +278,7 @@ def _read(tx: Tx, channel: Channel, key: str, text: str) -> Setting:
         case "share":
             return round(_number(key, text.removesuffix("%").strip(), 0, 100), 2)
         case "adapter":
-            if not directory.adapter_is_of(tx, text, channel.partner):
+            if not adapter_names.belongs_to(tx, text, channel.partner):
                 _refuse(key, text, "operators.need_adapter")
             return text
         case _:
@@ -331,8 +332,8 @@ def operator_invite(tx: Tx, caller: Caller, call: Call) -> Outcome:
     label = " ".join(call.arguments.get("label", "").split())[:_MAX_LABEL]
     everywhere = call.arguments.get("channel", "").lower() == ALL
     channel = None if everywhere else _editable(tx, caller, call)
-    code = directory.invite(tx, channel.id if channel else None, label, caller.user)
-    directory.audit(tx, caller, _action(call), channel.name if channel else ALL, None, {"label": label})
+    code = operators.invite(tx, channel.id if channel else None, label, caller.user)
+    audit.record(tx, caller, _action(call), channel.name if channel else ALL, None, {"label": label})
     whom = label or say(caller.language, "operators.somebody")
     if channel is None:
         return Outcome(Body(say(caller.language, "operators.invited_all", code=code, label=whom).strip()))
@@ -342,9 +343,9 @@ def operator_invite(tx: Tx, caller: Caller, call: Call) -> Outcome:
 
 def operator_list(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """An owner sees all; an operator of this channel those of this channel."""
-    owner = directory.grant_of(tx, caller.user, caller.channel.id) is Grant.OWNER
+    owner = operators.grant_of(tx, caller.user, caller.channel.id) is Grant.OWNER
     lines = [say(caller.language, "operators.operators"), ""]
-    for one in directory.operators(tx, None if owner else caller.channel.id):
+    for one in operators.find(tx, None if owner else caller.channel.id):
         key = "operators.operator_line_you" if one.user_hash == caller.user else "operators.operator_line"
         lines.append(f"- {say(caller.language, key, id=str(one.id), **_named(caller, one))}")
     return Outcome(Body("\n".join(lines)))
@@ -352,9 +353,9 @@ def operator_list(tx: Tx, caller: Caller, call: Call) -> Outcome:
 
 def operator_remove(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """Raises NotAllowed for whoever the caller does not see, and UnknownThing for an owner who mistyped."""
-    owner = directory.grant_of(tx, caller.user, caller.channel.id) is Grant.OWNER
+    owner = operators.grant_of(tx, caller.user, caller.channel.id) is Grant.OWNER
     typed = call.arguments["operator"].removeprefix("#")
-    seen = directory.operators(tx, None if owner else caller.channel.id)
+    seen = operators.find(tx, None if owner else caller.channel.id)
     operator = next((one for one in seen if str(one.id) == typed), None)
     if operator is None:
         if not owner:
@@ -363,13 +364,13 @@ def operator_remove(tx: Tx, caller: Caller, call: Call) -> Outcome:
     named = _named(caller, operator)
     if operator.channel_id is None and sum(one.channel_id is None for one in seen) == 1:
         raise BadInput("operators.last_owner", **named)
-    directory.remove_operator(tx, operator)
+    operators.remove(tx, operator)
     was = {"operator": operator.user_hash, "label": operator.label}
-    directory.audit(tx, caller, _action(call), operator.channel or ALL, was, None)
+    audit.record(tx, caller, _action(call), operator.channel or ALL, was, None)
     return Outcome(Body(say(caller.language, "operators.removed", id=str(operator.id), **named)))
 
 
-def _named(caller: Caller, operator: directory.Operator) -> dict[str, str]:
+def _named(caller: Caller, operator: operators.Operator) -> dict[str, str]:
     return {
         "label": operator.label or operator.user_hash[:12],
         "scope": operator.channel or say(caller.language, "operators.scope_all"),

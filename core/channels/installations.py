@@ -9,7 +9,7 @@ import json
 import secrets
 from collections.abc import Mapping
 
-from core.channels import directory
+from core.channels import bindings
 from core.storage.database import Database, Tx
 
 STATE_MS = 10 * 60_000
@@ -75,9 +75,9 @@ class Installations:
 
 def _bind(tx: Tx, platform: str, account: str, link: str) -> None:
     """A link brings its channel; without one the default for new installations, where the account has none yet."""
-    linked = directory.channel_of_link(tx, platform, INSTALL, link) if link else None
-    if linked is None and directory.bound_to(tx, platform, account, ""):
+    linked = bindings.channel_of_link(tx, platform, INSTALL, link) if link else None
+    if linked is None and bindings.bound_to(tx, platform, account, ""):
         return
-    channel = linked or directory.channel_for(tx, platform, INSTALL, "")
+    channel = linked or bindings.channel_for(tx, platform, INSTALL, "")
     if channel is not None:
-        directory.bind(tx, platform, account, "", channel.id)
+        bindings.bind(tx, platform, account, "", channel.id)

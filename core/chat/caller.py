@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from core.channels import directory
+from core.channels import bindings, people
 from core.chat import conversations
 from core.chat.inbox import InboxRow
 from core.commands.table import parse
@@ -29,11 +29,11 @@ def lane_of(incoming: Incoming) -> Lane:
 def caller_of(tx: Tx, row: InboxRow) -> Caller:
     """Who is speaking, in which channel and language. Raises NotAllowed where no channel is bound to the place."""
     at = row.address
-    channel = directory.channel_of_person(tx, at.platform, at.account, at.place, row.user_hash)
-    language = directory.person_language(tx, row.user_hash) or resolve(row.language)
+    channel = bindings.channel_of_person(tx, at.platform, at.account, at.place, row.user_hash)
+    language = people.language_of(tx, row.user_hash) or resolve(row.language)
     if channel is None:
         raise NotAllowed("service.no_channel")
-    directory.touch_person(tx, row.user_hash, at.platform)
+    people.touch(tx, row.user_hash, at.platform)
     return Caller(
         user=row.user_hash,
         address=at,

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from pathlib import Path
 
-from core.channels import directory
+from core.channels import audit, bindings, operators, people
 from core.channels.commands import Handler
 from core.chat.stopping import reaches_all
 from core.commands.help import help_text
@@ -25,18 +25,18 @@ def start(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """Say who answers here. The payload of a channel's link brings the person to that channel."""
     at, payload = caller.address, call.arguments.get("link", "")
     own = tx.cipher.hash_user(at.platform, at.account, at.place) == caller.user
-    linked = directory.channel_of_link(tx, at.platform, at.account, payload) if payload and own else None
+    linked = bindings.channel_of_link(tx, at.platform, at.account, payload) if payload and own else None
     if linked is not None and linked.id != caller.channel.id:
-        directory.came_by_link(tx, caller.user, at.platform, linked.id)
+        people.came_by_link(tx, caller.user, at.platform, linked.id)
     channel = linked or caller.channel
-    language = directory.person_language(tx, caller.user) or caller.language
+    language = people.language_of(tx, caller.user) or caller.language
     kept = duration(language, retention_of(tx).conversation_hours * 3600)
     questions = tuple(Button(question, "say", question) for question in channel.questions)
     return Outcome(Body(say(language, "users.hello", title=channel.title, kept=kept), questions))
 
 
 def show_help(tx: Tx, caller: Caller, call: Call) -> Outcome:
-    grant = directory.grant_of(tx, caller.user, caller.channel.id)
+    grant = operators.grant_of(tx, caller.user, caller.channel.id)
     return Outcome(Body(help_text(caller.language, grant, call.arguments.get("command", ""))))
 
 
@@ -75,7 +75,7 @@ def usage(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """The caller's own, in this channel; for its operators the channel's as well."""
     today = day_of(tx.now_ms)
     lines = _own_usage(tx, caller, today)
-    if directory.grant_of(tx, caller.user, caller.channel.id) < Grant.OPERATOR:
+    if operators.grant_of(tx, caller.user, caller.channel.id) < Grant.OPERATOR:
         return Outcome(Body("\n".join(lines)))
     lines += ["", _channel_usage(tx, caller, today)]
     forms = ("chart", "csv")
@@ -136,7 +136,7 @@ def _channel_usage(tx: Tx, caller: Caller, today: str) -> str:
 
 
 def whoami(tx: Tx, caller: Caller, call: Call) -> Outcome:
-    grant = directory.grant_of(tx, caller.user, caller.channel.id)
+    grant = operators.grant_of(tx, caller.user, caller.channel.id)
     text = say(
         caller.language,
         "users.whoami",
@@ -160,7 +160,7 @@ def language(tx: Tx, caller: Caller, call: Call) -> Outcome:
     chosen = resolve(typed)
     if not chosen and typed.lower() != "auto":
         raise BadInput("users.language_unknown", typed=typed[:40], codes=codes)
-    directory.set_person_language(tx, caller.user, caller.address.platform, chosen)
+    people.set_language(tx, caller.user, caller.address.platform, chosen)
     if not chosen:
         return Outcome(Body(say(resolve(caller.channel.language) or caller.language, "users.language_auto")))
     return Outcome(Body(say(chosen, "users.language_set", name=language_name(chosen))))
@@ -168,11 +168,11 @@ def language(tx: Tx, caller: Caller, call: Call) -> Outcome:
 
 def claim(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """Raises BadInput for a code that is wrong, used or too old: which of these is not said."""
-    claimed = directory.claim(tx, call.arguments["code"], caller.user)
+    claimed = operators.claim(tx, call.arguments["code"], caller.user)
     if claimed is None:
         raise BadInput("users.claim_bad")
     channel = tx.value("SELECT name FROM channel WHERE id = ?", [claimed.channel_id])
-    directory.audit(tx, caller, "claim", channel or "all", None, {"operator": caller.user, "label": claimed.label})
+    audit.record(tx, caller, "claim", channel or "all", None, {"operator": caller.user, "label": claimed.label})
     key = "users.claim_all" if claimed.channel_id is None else "users.claim_channel"
     return Outcome(Body(say(caller.language, key, title=claimed.title)))
 

@@ -14,8 +14,9 @@ from dataclasses import dataclass, field, replace
 
 from core.adapters import registry
 from core.adapters.commands import check_usable, find_version, promote_button
-from core.adapters.registry import BASE, Version
-from core.channels import directory
+from core.adapters.registry import Version
+from core.channels import adapter_names, audit
+from core.channels.adapter_names import BASE
 from core.channels.commands import Handler
 from core.chat import inbox
 from core.chat.inbox import InboxRow
@@ -51,7 +52,7 @@ class Pair:
 def compare(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """Begin one. Raises UnknownThing, BadInput for a version that cannot be used, or where there is no question."""
     version = find_version(tx, caller, call.arguments["version"])
-    champion, label = registry.champion(tx, caller.channel.adapter)
+    champion, label = adapter_names.champion(tx, caller.channel.adapter)
     if version is None and champion is not None:
         candidate, other = registry.by_sha(tx, champion), None  # base has no row: it is the other one
     elif version is not None and version.sha256 != champion:
@@ -87,7 +88,7 @@ def choose(tx: Tx, caller: Caller, call: Call) -> Outcome:
         first = bool(row["candidate_first"])
         chosen = "same" if choice == "same" else "candidate" if (choice == "a") == first else "other"
         _settle(tx, row["id"], chosen)
-        directory.audit(tx, caller, "adapter choose", _label(tx, row["candidate"]), None, {"chosen": chosen})
+        audit.record(tx, caller, "adapter choose", _label(tx, row["candidate"]), None, {"chosen": chosen})
         head = _told(tx, caller.language, row, chosen)
     else:
         head = say(caller.language, "compare.chosen_already", what=_told(tx, caller.language, row, row["chosen"]))
@@ -152,7 +153,7 @@ def _with_score(tx: Tx, language: str, row: Row, head: str) -> Body:
     label, other = _label(tx, row["candidate"]), _label(tx, row["other"])
     better, worse, same = score(tx, row["candidate"], row["other"])
     told = say(language, "compare.score", label=label, other=other, better=better, worse=worse, same=same)
-    champion, _ = registry.champion(tx, registry.by_sha(tx, row["candidate"]).name)
+    champion, _ = adapter_names.champion(tx, registry.by_sha(tx, row["candidate"]).name)
     idle = other if row["candidate"] == champion else label
     another = Button(say(language, "compare.another"), "command", f"/adapter compare {idle}")
     return Body(f"{head}\n{told}", (another, promote_button(language, idle)))

@@ -62,3 +62,11 @@ def drop_last_answer(tx: Tx, conversation: int) -> None:
         " SELECT ifnull(max(id), 0) FROM turn WHERE conversation_id = ? AND role = 'user')",
         [conversation, conversation],
     )
+
+
+def move_place(tx: Tx, platform: str, account: str, before: str, now: str) -> None:
+    """Rename a place that the platform has renamed."""
+    tx.run(
+        "UPDATE OR IGNORE conversation SET place = ? WHERE platform = ? AND account = ? AND place = ?",
+        [now, platform, account, before],
+    )

@@ -12,7 +12,7 @@ import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
-from core.channels import directory
+from core.channels import audit, people
 from core.channels.commands import Handler
 from core.chat import conversations, inbox
 from core.chat.inbox import InboxRow
@@ -99,7 +99,7 @@ def vote(tx: Tx, row: InboxRow, *, slack: bool) -> bool:
         return False
     if found[2] == "1" or found[3] is None or _example(tx, reply) is not None:
         return False
-    language = directory.person_language(tx, row.user_hash) or resolve(row.language) or "en"
+    language = people.language_of(tx, row.user_hash) or resolve(row.language) or "en"
     buttons = [
         Button(say(language, f"feedback.{one}"), "command", f"/consent reply {reply.id} {one}") for one in ("yes", "no")
     ]
@@ -160,7 +160,7 @@ def correct(tx: Tx, caller: Caller, call: Call) -> Outcome:
         "UPDATE example SET correction = ?, corrected_by = ? WHERE generation_id = ?",
         [tx.cipher.seal(text), caller.user, reply.id],
     )
-    directory.audit(tx, caller, "correct", reply.id[:8])
+    audit.record(tx, caller, "correct", reply.id[:8])
     kept = _example(tx, reply)
     assert kept is not None
     asked = json.loads(tx.cipher.unseal(kept["said"]))[-2]["content"]

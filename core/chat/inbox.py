@@ -217,3 +217,11 @@ def _taken(tx: Tx, row: Row) -> InboxRow:
         oversize=payload.get("oversize", 0),
         readable=readable,
     )
+
+
+def move_place(tx: Tx, platform: str, account: str, before: str, now: str) -> None:
+    """Rename a place that the platform has renamed."""
+    tx.run(
+        "UPDATE OR IGNORE inbox SET place = ? WHERE platform = ? AND account = ? AND place = ?",
+        [now, platform, account, before],
+    )

@@ -6,7 +6,7 @@ Knows no sentence and no platform. What a page shows decides nothing: commands a
 from __future__ import annotations
 
 from core.adapters import registry
-from core.channels import directory
+from core.channels import adapter_names, bindings, operators, people
 from core.i18n.messages import resolve
 from core.jobs import jobs
 from core.platform import Choice, JobLine, Overview
@@ -32,8 +32,8 @@ class Overviews:
 
         def work(tx: Tx) -> str:
             who = tx.cipher.hash_user(at.platform, at.account, user)
-            channel = directory.channel_of_person(tx, at.platform, at.account, at.place, who)
-            return directory.person_language(tx, who) or (resolve(channel.language) if channel else "")
+            channel = bindings.channel_of_person(tx, at.platform, at.account, at.place, who)
+            return people.language_of(tx, who) or (resolve(channel.language) if channel else "")
 
         return await self._database.read(work)
 
@@ -49,18 +49,18 @@ class Overviews:
 
 def _overview(tx: Tx, at: Address, user: str) -> Overview | None:
     who = tx.cipher.hash_user(at.platform, at.account, user)
-    channel = directory.channel_of_person(tx, at.platform, at.account, at.place, who)
+    channel = bindings.channel_of_person(tx, at.platform, at.account, at.place, who)
     if channel is None:
         return None
-    grant = directory.grant_of(tx, who, channel.id)
+    grant = operators.grant_of(tx, who, channel.id)
     operates = grant >= Grant.OPERATOR
     rows = daily(tx, channel.id, DAYS) if operates else []
     return Overview(
         channel,
         grant,
-        directory.person_language(tx, who) or resolve(channel.language) or "en",
+        people.language_of(tx, who) or resolve(channel.language) or "en",
         _left(tx, channel, who),
-        directory.version_label(tx, channel.adapter),
+        adapter_names.champion(tx, channel.adapter)[1],
         _age_s(tx, channel.adapter),
         tuple((str(row["day"]), int(row["replies"])) for row in rows),
         _jobs(tx, channel.id) if operates else (),
@@ -97,8 +97,8 @@ def _jobs(tx: Tx, channel_id: int) -> tuple[JobLine, ...]:
 
 def _choices(tx: Tx, adapter: str) -> tuple[Choice, ...]:
     """What could answer instead of what does, newest first; base is the last."""
-    champion, _ = registry.champion(tx, adapter)
-    loaded = directory.loaded_base(tx)
+    champion, _ = adapter_names.champion(tx, adapter)
+    loaded = registry.loaded_base(tx)
     usable = (
         one
         for one in registry.versions(tx, adapter)
@@ -107,4 +107,4 @@ def _choices(tx: Tx, adapter: str) -> tuple[Choice, ...]:
     found = [
         Choice(one.label, (one.manifest.get("judged") or {}).get("verdict", "passed") == "passed") for one in usable
     ]
-    return (*found[:_CHOICES], *((Choice(registry.BASE),) if champion is not None else ()))
+    return (*found[:_CHOICES], *((Choice(adapter_names.BASE),) if champion is not None else ()))

@@ -5,11 +5,12 @@ Runs inside a transaction. Knows no model and no platform.
 
 from __future__ import annotations
 
-from core.channels import directory
-from core.chat import feedback, inbox
+from core.channels import bindings
+from core.chat import conversations, feedback, inbox
 from core.chat.inbox import InboxRow
 from core.delivery.deliveries import keep_body, new_delivery
 from core.i18n.messages import duration, say
+from core.jobs import jobs
 from core.privacy.retention import retention_of
 from core.storage.database import Tx
 from core.types import Body, Caller, Kind
@@ -22,7 +23,8 @@ def close(tx: Tx, row: InboxRow, *, slack: bool) -> bool:
     if row.action == "feedback" and feedback.vote(tx, row, slack=slack):
         return True
     if row.action == "moved":
-        directory.move_place(tx, row.address.platform, row.address.account, row.address.place, row.value)
+        for owner in (bindings, conversations, inbox, jobs):
+            owner.move_place(tx, row.address.platform, row.address.account, row.address.place, row.value)
     inbox.close(tx, row.id, {Kind.STOP: "stop", Kind.EDIT: "ignored"}.get(row.kind, "control"))
     return False
 

@@ -16,7 +16,7 @@ from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from core.adapters import registry
-from core.channels import directory
+from core.channels import adapter_names
 from core.chat import conversations, inbox
 from core.chat.inbox import InboxRow
 from core.chat.stopping import stopped_since
@@ -28,7 +28,7 @@ from core.i18n.messages import say
 from core.storage.database import Database, Tx
 from core.storage.home import Home
 from core.types import AdapterRef, Address, Body, Button, Caller, Handle, Message, Role, Sampling
-from core.usage import ledger
+from core.usage import ledger, prices
 
 log = logging.getLogger(__name__)
 _MINUTE_MS, _HOUR_MS = 60_000, 3_600_000
@@ -170,7 +170,7 @@ class Replies:
         found = tx.one("SELECT adapter, seed FROM generation WHERE id = ?", [generation_id])
         if found is None:
             _check_limits(tx, caller)
-            sha256, _ = registry.champion(tx, channel.adapter)
+            sha256, _ = adapter_names.champion(tx, channel.adapter)
             seed = int(generation_id[:8], 16)
             tx.insert(
                 "generation",
@@ -179,7 +179,7 @@ class Replies:
                 channel_id=channel.id,
                 user_hash=caller.user,
                 adapter=sha256,
-                price_id=directory.price_now(tx, channel.id).id,
+                price_id=prices.price_now(tx, channel.id).id,
                 seed=seed,
                 state="running",
                 started_ms=tx.now_ms,

@@ -17,7 +17,7 @@ import asyncio
 import logging
 from dataclasses import dataclass, field
 
-from core.channels import directory
+from core.channels import bindings, operators
 from core.channels.installations import Installations
 from core.chat import inbox
 from core.chat.caller import lane_of
@@ -114,8 +114,8 @@ class Service:
 
         def work(tx: Tx) -> Grant:
             who = tx.cipher.hash_user(at.platform, at.account, user)
-            channel = directory.channel_of_person(tx, at.platform, at.account, at.place, who)
-            return directory.grant_of(tx, who, channel.id) if channel else Grant.ANYONE
+            channel = bindings.channel_of_person(tx, at.platform, at.account, at.place, who)
+            return operators.grant_of(tx, who, channel.id) if channel else Grant.ANYONE
 
         return await self._database.read(work)
 

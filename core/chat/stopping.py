@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import re
 
-from core.channels import directory
+from core.channels import bindings, operators
 from core.chat import inbox
 from core.chat.inbox import InboxRow
 from core.storage.database import Tx
@@ -18,12 +18,12 @@ _STOP = re.compile(r"\s*[/／]stop\b", re.IGNORECASE)
 
 def reaches_all(tx: Tx, user_hash: str, channel_id: int, *, moderates: bool) -> bool:
     """Whether this person may stop what others asked for."""
-    return moderates or directory.grant_of(tx, user_hash, channel_id) >= Grant.OPERATOR
+    return moderates or operators.grant_of(tx, user_hash, channel_id) >= Grant.OPERATOR
 
 
 def reaches_all_at(tx: Tx, at: Address, user_hash: str, *, moderates: bool) -> bool:
     """The same, by the place."""
-    channel = directory.channel_of_person(tx, at.platform, at.account, at.place, user_hash)
+    channel = bindings.channel_of_person(tx, at.platform, at.account, at.place, user_hash)
     return reaches_all(tx, user_hash, channel.id if channel else 0, moderates=moderates)
 
 

@@ -14,7 +14,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from core.channels import directory
+from core.channels import operators
 from core.commands.table import Call
 from core.delivery.deliveries import keep_body, new_delivery
 from core.errors import JobError
@@ -123,7 +123,7 @@ async def prepare_job(home: Home, database: Database, caller: Caller, call: Call
     """
     if call.key not in (("finetune", "preview"), ("finetune", "status"), ("finetune", "resume")):
         return call
-    if await database.read(lambda tx: directory.grant_of(tx, caller.user, caller.channel.id)) < Grant.OPERATOR:
+    if await database.read(lambda tx: operators.grant_of(tx, caller.user, caller.channel.id)) < Grant.OPERATOR:
         return call  # refused and audited where all commands are
     job = await database.read(lambda tx: find_job(tx, caller, call))
     if job is None:

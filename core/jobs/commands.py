@@ -7,7 +7,7 @@ from dataclasses import replace
 
 from core.adapters import registry
 from core.adapters.commands import state_now
-from core.channels import directory
+from core.channels import audit, operators
 from core.channels.commands import Handler
 from core.commands.table import Call, parse
 from core.config.sections import PRESETS
@@ -55,7 +55,7 @@ def begin(tx: Tx, caller: Caller, call: Call) -> Outcome:
     if unreadable := int(given.get("unreadable", "0")):
         event_log.add_event(tx, job.id, LeftOut(unreadable))
     made: Json = {"job": job.id, "dataset": job.dataset_sha256, "state": job.state}
-    directory.audit(tx, caller, " ".join(call.key).strip(), job.label, None, made)
+    audit.record(tx, caller, " ".join(call.key).strip(), job.label, None, made)
     text = _queued(tx, caller, job) if agreed else say(caller.language, "training.validating", name=job.dataset)
     left_out = [f"- {line}" for line in data_messages.left_out_text(caller.language, event_log.events(tx, job.id))]
     return Outcome(Body("\n".join([text, *left_out])), (WakeTraining(),))
@@ -67,7 +67,7 @@ def start(tx: Tx, caller: Caller, call: Call) -> Outcome:
     if job is None:
         return Outcome(Body(say(caller.language, "training.none")))
     jobs.move(tx, job.id, "queued")
-    directory.audit(tx, caller, "finetune start", job.label, {"job": job.id, "state": job.state}, "queued")
+    audit.record(tx, caller, "finetune start", job.label, {"job": job.id, "state": job.state}, "queued")
     return Outcome(Body(_queued(tx, caller, job)), (WakeTraining(),))
 
 
@@ -80,7 +80,7 @@ def redact(tx: Tx, caller: Caller, call: Call) -> Outcome:
     if checked is None or not checked.personal:
         raise BadInput("training.nothing_personal", name=job.dataset)
     jobs.move(tx, job.id, "validating", redact=True)
-    directory.audit(tx, caller, "finetune redact", job.label, {"dataset": job.dataset_sha256}, "validating")
+    audit.record(tx, caller, "finetune redact", job.label, {"dataset": job.dataset_sha256}, "validating")
     return Outcome(Body(say(caller.language, "training.redacting", name=job.dataset)), (WakeTraining(),))
 
 
@@ -145,7 +145,7 @@ def cancel(tx: Tx, caller: Caller, call: Call) -> Outcome:
         return Outcome(Body(say(caller.language, "training.none")))
     if not jobs.cancel(tx, job.id, jobs.ASKED):
         return Outcome(Body(say(caller.language, "training.ended_already", id=job.id)))
-    directory.audit(tx, caller, "finetune cancel", job.label, {"job": job.id, "state": job.state}, "cancelled")
+    audit.record(tx, caller, "finetune cancel", job.label, {"job": job.id, "state": job.state}, "cancelled")
     return Outcome(
         Body(say(caller.language, job_messages.cancelled_key(job), id=job.id, title=job.title)),
         (WakeTraining(), EraseFiles()),
@@ -164,8 +164,8 @@ def resume(tx: Tx, caller: Caller, call: Call) -> Outcome:
         raise BadInput("training.not_resumable", id=job.id, state=Lazy(f"training.state_{job.state}"))
     check_room(tx, caller)
     jobs.resume(tx, job.id)
-    directory.audit(tx, caller, "finetune resume", job.label, {"job": job.id, "state": job.state}, "queued")
-    if (begun_on := call.arguments.get("base")) and directory.loaded_base(tx) not in (None, begun_on):
+    audit.record(tx, caller, "finetune resume", job.label, {"job": job.id, "state": job.state}, "queued")
+    if (begun_on := call.arguments.get("base")) and registry.loaded_base(tx) not in (None, begun_on):
         text = f"{_queued(tx, caller, job)} {say(caller.language, 'training.begins_anew')}"
         return Outcome(Body(text), (WakeTraining(),))
     before = jobs.before(tx, job.id)
@@ -195,7 +195,7 @@ def answer_to_question(tx: Tx, caller: Caller, text: str) -> Call | None:
     since it may be meant for them, and a bot may want more of who gives a command there (Telegram: an administrator).
     """
     word = text.strip().strip(".!。！").lower()
-    if caller.public or len(word) > 12 or directory.grant_of(tx, caller.user, caller.channel.id) < Grant.OPERATOR:
+    if caller.public or len(word) > 12 or operators.grant_of(tx, caller.user, caller.channel.id) < Grant.OPERATOR:
         return None
     job = next(
         (job for job in jobs.open_jobs(tx) if job.channel_id == caller.channel.id and job.state == "waiting"), None
@@ -277,9 +277,7 @@ def _data_line(tx: Tx, caller: Caller, data: datasets.Dataset) -> str:
         rows=data.rows or "?",
         size=f"{max(1, round(data.size_bytes / 1000))} kB",
         origin=Lazy("training.data_redacted", parent=data.parent[:12]) if data.parent else Lazy("training.data_file"),
-        who=Lazy("training.data_you")
-        if data.brought_by == caller.user
-        else directory.operator_label(tx, data.brought_by),
+        who=Lazy("training.data_you") if data.brought_by == caller.user else operators.label_of(tx, data.brought_by),
         licence=data.licence or Lazy("training.data_no_licence"),
         age=duration(caller.language, max(0, tx.now_ms - data.created_ms) / 1000),
     )

@@ -18,7 +18,7 @@ from pathlib import Path
 from typing import BinaryIO
 
 from core import files
-from core.channels import directory
+from core.channels import operators, terminal
 from core.commands.table import Call
 from core.errors import AppError, BadInput
 from core.i18n.messages import Lazy
@@ -52,7 +52,7 @@ async def prepare_finetune(
     """
     if call.key not in (("finetune", ""), ("finetune", "from")):
         return call
-    grant = await database.read(lambda tx: directory.grant_of(tx, caller.user, caller.channel.id))
+    grant = await database.read(lambda tx: operators.grant_of(tx, caller.user, caller.channel.id))
     if grant < Grant.OPERATOR:
         return call  # refused and audited where all commands are
     await database.read(lambda tx: check_room(tx, caller))
@@ -111,7 +111,7 @@ async def bring_named(
     home: Home, database: Database, fetch: Fetch, caller: Caller, typed: str, *, licence: str = ""
 ) -> tuple[str, str]:
     """(sha256, name) of a file that was sent, of a path on the terminal, or of a data set that was brought earlier."""
-    local = caller.address.platform == directory.TERMINAL  # where the person sits at this machine
+    local = caller.address.platform == terminal.TERMINAL  # where the person sits at this machine
     if caller.attachments and not local:
         sent = caller.attachments[0]
         file = await fetched(home, fetch(caller.address, sent), sent.name)

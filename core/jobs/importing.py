@@ -19,7 +19,7 @@ from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO, Self
 
 from core import files
-from core.channels import directory
+from core.channels import audit, operators, terminal
 from core.channels.commands import Handler
 from core.commands.table import Call
 from core.delivery.deliveries import new_delivery
@@ -53,7 +53,7 @@ async def prepare_import(home: Home, database: Database, fetch: Fetch, caller: C
     """
     if call.key != ("adapter", "import"):
         return call
-    if await database.read(lambda tx: directory.grant_of(tx, caller.user, caller.channel.id)) < Grant.OPERATOR:
+    if await database.read(lambda tx: operators.grant_of(tx, caller.user, caller.channel.id)) < Grant.OPERATOR:
         return call  # refused and audited where all commands are
     await database.read(lambda tx: check_room(tx, caller))
     source, typed = _named(caller, call)
@@ -75,7 +75,7 @@ def import_adapter(tx: Tx, caller: Caller, call: Call) -> Outcome:
     job = jobs.create(tx, caller, given["dataset"], given["name"])
     jobs.set_imported(tx, job.id, given["unpacked"])
     new_delivery(tx, job_id=job.id)
-    directory.audit(tx, caller, "adapter import", job.label, None, {"job": job.id, "file": given["title"]})
+    audit.record(tx, caller, "adapter import", job.label, None, {"job": job.id, "file": given["title"]})
     fields = {"id": job.id, "name": given["title"], "dataset": given["name"], "label": job.label, "before": before}
     return Outcome(Body(say(caller.language, "import.started", **fields)), (WakeTraining(),))
 
@@ -107,7 +107,7 @@ def _last_dataset(tx: Tx, caller: Caller) -> tuple[str, str]:
 async def _unpacked(home: Home, fetch: Fetch, caller: Caller, typed: str) -> tuple[Path, str]:
     """(a folder in jobs/ with the two files, what the person calls it). Raises BadInput."""
     aside = home.jobs / f"new-{os.urandom(8).hex()}"
-    local = caller.address.platform == directory.TERMINAL
+    local = caller.address.platform == terminal.TERMINAL
     if caller.attachments and not local:
         sent = caller.attachments[0]
         file = await fetched(home, fetch(caller.address, sent), sent.name, MOST_BYTES[WEIGHTS])

@@ -389,3 +389,11 @@ def _job(row: Row) -> Job:
         train_nano=row["train_nano"] or 0,
         charged=None if row["gross_nano"] is None else (row["tokens_trained"], row["gross_nano"]),
     )
+
+
+def move_place(tx: Tx, platform: str, account: str, before: str, now: str) -> None:
+    """Rename a place that the platform has renamed."""
+    tx.run(
+        "UPDATE OR IGNORE job SET place = ? WHERE platform = ? AND account = ? AND place = ?",
+        [now, platform, account, before],
+    )

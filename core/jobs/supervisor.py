@@ -17,6 +17,7 @@ from pathlib import Path
 from core import charts
 from core.adapters import registry
 from core.adapters.registry import Candidate
+from core.channels import adapter_names
 from core.delivery.deliveries import Deliveries, keep_body, new_delivery
 from core.engine.protocol import EngineInfo
 from core.errors import AdapterUnusable, StorageFull
@@ -120,7 +121,7 @@ class TrainingWorker(JobWorker):
 
     def _champion(self, tx: Tx, job: Job) -> AdapterRef | None:
         """What the channel answers from now, which the candidate has to beat; None is the base model."""
-        sha256, label = registry.champion(tx, job.adapter)
+        sha256, label = adapter_names.champion(tx, job.adapter)
         if sha256 is None or registry.by_sha(tx, sha256).base_fingerprint != self.shop.info.fingerprint:
             return None
         return AdapterRef(sha256, self._home.adapters / sha256, label)
@@ -139,7 +140,7 @@ class TrainingWorker(JobWorker):
         spec = replace(
             self._spec(job),
             champion=str(champion.folder) if champion else "",
-            champion_label=champion.label if champion else registry.BASE,
+            champion_label=champion.label if champion else adapter_names.BASE,
             candidate=CANDIDATE if job.imported else "",
         )
         if begun is None or begun.fingerprint != spec.fingerprint:

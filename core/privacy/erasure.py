@@ -12,7 +12,7 @@ from collections.abc import Mapping
 from dataclasses import replace
 
 from core.adapters import registry
-from core.channels import directory
+from core.channels import adapter_names, audit
 from core.channels.commands import Handler
 from core.chat import feedback
 from core.commands.table import Call
@@ -87,7 +87,7 @@ def forget(tx: Tx, caller: Caller, call: Call) -> Outcome:
     tx.insert("erasure", user_hash=caller.user, at_ms=tx.now_ms)
     unpublished = erase(tx, caller.user, tx.now_ms, keep_row=caller.inbox_id)
     for label, now in unpublished:
-        directory.audit(tx, replace(caller, user=ERASED), "adapter unpublish", label, label, now)
+        audit.record(tx, replace(caller, user=ERASED), "adapter unpublish", label, label, now)
     text = say(caller.language, "privacy.forgotten")
     return Outcome(Body(text), (StopReply(caller.user), *memories, EraseFiles(), WakeTraining(), Choose()))
 
@@ -195,6 +195,6 @@ def _unpublish(tx: Tx, datasets: list[str]) -> list[tuple[str, str]]:
         for row in tx.all("SELECT sha256 FROM adapter WHERE dataset_sha256 = ? AND unpublished_ms IS NULL", [sha256]):
             version = registry.by_sha(tx, row["sha256"])
             registry.unpublish(tx, version.sha256, ERASED)
-            unpublished.append((version.label, registry.champion(tx, version.name)[1]))
+            unpublished.append((version.label, adapter_names.champion(tx, version.name)[1]))
         tx.run("UPDATE adapter SET unpublished_reason = ? WHERE dataset_sha256 = ?", [ERASED, sha256])
     return unpublished

@@ -16,7 +16,7 @@ from dataclasses import asdict, dataclass
 from pathlib import Path
 
 from core import files
-from core.channels import directory
+from core.channels import terminal
 from core.config.schema import Retention
 from core.errors import AppError
 from core.jobs import jobs
@@ -247,7 +247,7 @@ def _rows(tx: Tx) -> _StoredFiles:
     def column(sql: str) -> frozenset[str]:
         return frozenset(str(row["value"]) for row in tx.all(sql))
 
-    local = tx.cipher.hash_user(directory.TERMINAL, "home", directory.LOCAL_USER)
+    local = tx.cipher.hash_user(terminal.TERMINAL, "home", terminal.LOCAL_USER)
     return _StoredFiles(
         datasets=column("SELECT sha256 AS value FROM dataset WHERE erased_ms IS NULL"),
         erased_datasets=column("SELECT sha256 AS value FROM dataset WHERE erased_ms IS NOT NULL"),

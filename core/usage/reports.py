@@ -12,7 +12,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from core import charts, files
-from core.channels import directory
+from core.channels import operators
 from core.commands.table import Call
 from core.storage.database import Database, Row, Tx
 from core.storage.home import Home
@@ -29,7 +29,7 @@ async def prepare_usage(home: Home, database: Database, caller: Caller, call: Ca
     """For `/usage chart` and `/usage csv`: the same call with the path of the file as `file`. Others as they are."""
     if call.key not in (("usage", "chart"), ("usage", "csv")):
         return call
-    grant = await database.read(lambda tx: directory.grant_of(tx, caller.user, caller.channel.id))
+    grant = await database.read(lambda tx: operators.grant_of(tx, caller.user, caller.channel.id))
     if grant < Grant.OPERATOR:
         return call  # refused and audited where all commands are
     rows = await database.read(lambda tx: daily(tx, caller.channel.id, DAYS))

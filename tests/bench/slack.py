@@ -23,7 +23,7 @@ from typing import Any
 from bots.app import open_parts
 from bots.slack.bot import SlackBot
 from bots.slack.web import EVENTS
-from core.channels import directory
+from core.channels import bindings, directory
 from core.config.loader import load_config
 from core.storage.database import Tx
 from core.storage.home import Home
@@ -64,7 +64,7 @@ async def crowd(seconds: float, listen: str, port: Path, result: Path) -> None:
 
 def bind(tx: Tx) -> None:
     channel = directory.create_channel(tx, "bench", title="Bench")
-    directory.bind(tx, "slack", "T1", "", channel.id)
+    bindings.bind(tx, "slack", "T1", "", channel.id)
     tx.run("UPDATE channel SET per_minute = 0, per_hour = 0, tokens_out = 64")
 
 

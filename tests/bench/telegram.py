@@ -21,7 +21,7 @@ from typing import Any
 
 from bots.app import open_parts
 from bots.telegram.bot import TelegramBot
-from core.channels import directory
+from core.channels import bindings, directory
 from core.config.loader import load_config
 from core.storage.database import Tx
 from core.storage.home import Home
@@ -75,7 +75,7 @@ async def lag(samples: list[float]) -> None:
 
 def bind(tx: Tx) -> None:
     channel = directory.create_channel(tx, "bench", title="Bench")
-    directory.bind(tx, "telegram", "acme_bot", "", channel.id)
+    bindings.bind(tx, "telegram", "acme_bot", "", channel.id)
     tx.run("UPDATE channel SET per_minute = 0, per_hour = 0, tokens_out = 64")
 
 

@@ -29,7 +29,7 @@ from pathlib import Path
 import torch
 
 from core.adapters import registry
-from core.channels import directory
+from core.channels import bindings, directory, terminal
 from core.chat import conversations
 from core.config.sections import HyperParameters
 from core.delivery.deliveries import Deliveries, new_delivery
@@ -43,7 +43,7 @@ from core.model.weights import fingerprint
 from core.storage.database import Database, Tx
 from core.storage.home import Cipher, Home, Lock
 from core.types import Address, Caller
-from core.usage import ledger
+from core.usage import ledger, prices
 from finetune.__main__ import run
 from finetune.training import checkpoints
 from finetune.training.checkpoint import BEST, NEWEST
@@ -220,10 +220,10 @@ def open_home(folder: Path, base: Path) -> tuple[Home, EngineInfo]:
     (home.datasets / sha256).write_bytes(DATA)
 
     def work(tx: Tx) -> None:
-        directory.ensure_terminal(tx, "home")
+        terminal.ensure_terminal(tx, "home")
         channel = directory.create_channel(tx, "drill", title="Drill")
-        directory.set_price(tx, channel.id, 0, 0, 3000, PRICE)
-        directory.bind(tx, "fake", "bot", "", channel.id)
+        prices.set_price(tx, channel.id, 0, 0, 3000, PRICE)
+        bindings.bind(tx, "fake", "bot", "", channel.id)
         at = Address("fake", "bot", "place", "c")
         caller = Caller(
             tx.cipher.hash_user("fake", "bot", "u"), at, channel, "en", 0, conversations.conversation_id(tx, at, 1)

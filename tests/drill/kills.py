@@ -25,7 +25,7 @@ from pathlib import Path
 
 import sqlite_utils
 
-from core.channels import directory
+from core.channels import bindings, directory, terminal
 from core.chat.service import Service, ServiceSettings
 from core.config.schema import Retention
 from core.delivery.deliveries import Deliveries
@@ -73,13 +73,13 @@ def prepare(home: Home) -> None:
     with Lock(home), Database(home.database, Cipher.open(home.key_file, create=True)) as database:
 
         def work(tx: Tx) -> None:
-            directory.ensure_terminal(tx, "home")
+            terminal.ensure_terminal(tx, "home")
             channel = directory.create_channel(tx, "drill", title="Drill")
             tx.run("UPDATE channel SET per_minute = 0, per_hour = 0 WHERE id = ?", [channel.id])
             tx.run(
                 "UPDATE price SET in_nano = 150, out_nano = 601, share_bps = 3333 WHERE channel_id = ?", [channel.id]
             )
-            directory.bind(tx, "fake", "bot", "", channel.id)
+            bindings.bind(tx, "fake", "bot", "", channel.id)
             tx.insert(
                 "operator",
                 user_hash=tx.cipher.hash_user("fake", "bot", OWNER),

@@ -31,7 +31,7 @@ from aiohttp import web
 from bots.slack.bot import SlackBot
 from bots.slack.sending.rate_limits import SlackRate, SlackRateLimiter
 from bots.slack.web import EVENTS
-from core.channels import directory
+from core.channels import bindings, directory, terminal
 from core.chat.service import Service, ServiceSettings
 from core.config.schema import Retention
 from core.delivery.deliveries import Deliveries
@@ -184,11 +184,11 @@ def prepare(home: Home) -> None:
     with Lock(home), Database(home.database, Cipher.open(home.key_file, create=True)) as database:
 
         def work(tx: Tx) -> None:
-            directory.ensure_terminal(tx, "home")
+            terminal.ensure_terminal(tx, "home")
             channel = directory.create_channel(tx, "drill", title="Drill")
             tx.run("UPDATE channel SET per_minute = 0, per_hour = 0, tokens_in = 0, tokens_out = 9999")
             tx.run("UPDATE price SET in_nano = 150, out_nano = 601, share_bps = 3333")
-            directory.bind(tx, "slack", "T1", "", channel.id)
+            bindings.bind(tx, "slack", "T1", "", channel.id)
 
         database.write_now(work)
 

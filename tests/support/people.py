@@ -7,7 +7,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 
-from core.channels import directory
+from core.channels import bindings, directory, operators, terminal
 from core.channels.commands import run_command
 from core.chat import conversations
 from core.chat.handler import HANDLERS
@@ -28,7 +28,7 @@ class Town:
 
     def caller(self, tx: Tx, who: str, place: str = "acme", language: str = "en") -> Caller:
         at = Address("fake", "bot", place, "c")
-        channel = directory.channel_for(tx, "fake", "bot", place)
+        channel = bindings.channel_for(tx, "fake", "bot", place)
         assert channel is not None
         return Caller(self.hash(who), at, channel, language, 0, conversations.conversation_id(tx, at, channel.id))
 
@@ -67,18 +67,18 @@ class Town:
 
 
 def _settle(tx: Tx, town: Town) -> None:
-    directory.ensure_terminal(tx, "home")
+    terminal.ensure_terminal(tx, "home")
     for name in ("acme", "delta"):
         channel = directory.create_channel(tx, name, title=name.title())
-        directory.bind(tx, "fake", "bot", name, channel.id)
+        bindings.bind(tx, "fake", "bot", name, channel.id)
     for who, name in (("other_operator", "delta"), ("operator", "acme"), ("removed", "acme")):
         operated = directory.channel_by_name(tx, name)
         assert operated is not None
-        directory.grant_operator(tx, town.hash(who), operated.id, who, "test")
-    directory.grant_operator(tx, town.hash("owner"), None, "owner", "test")
-    for one in directory.operators(tx):
+        operators.grant(tx, town.hash(who), operated.id, who, "test")
+    operators.grant(tx, town.hash("owner"), None, "owner", "test")
+    for one in operators.find(tx):
         if one.label == "removed":
-            directory.remove_operator(tx, one)
+            operators.remove(tx, one)
     for place in ("acme", "delta"):
         ask(tx, town.caller(tx, "user", place), f"a question in {place}", 1)
 

@@ -10,7 +10,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from core.channels import directory
+from core.channels import bindings, directory
 from core.chat import conversations
 from core.commands.table import Call, parse
 from core.delivery.deliveries import Deliveries
@@ -66,7 +66,7 @@ class Works:
 
     def caller(self, tx: Tx, place: str = "p", language: str = "en") -> Caller:
         at = Address("fake", "bot", place, "c")
-        channel = directory.channel_for(tx, "fake", "bot", place)
+        channel = bindings.channel_for(tx, "fake", "bot", place)
         assert channel is not None
         conversation = conversations.conversation_id(tx, at, channel.id)
         return Caller(tx.cipher.hash_user("fake", "bot", "owner-id"), at, channel, language, 0, conversation)
@@ -140,7 +140,7 @@ class Works:
 def _settle(tx: Tx) -> None:
     prepare(tx)
     second = directory.create_channel(tx, "delta", title="Delta")
-    directory.bind(tx, "fake", "bot", "q", second.id)
+    bindings.bind(tx, "fake", "bot", "q", second.id)
 
 
 @asynccontextmanager

@@ -9,7 +9,7 @@ from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from core.channels import directory
+from core.channels import bindings, directory, terminal
 from core.chat.service import Service, ServiceSettings
 from core.config.schema import Retention
 from core.delivery.deliveries import Deliveries
@@ -130,10 +130,10 @@ class World:
 
 
 def prepare(tx: Tx) -> None:
-    directory.ensure_terminal(tx, "home")
+    terminal.ensure_terminal(tx, "home")
     channel = directory.create_channel(tx, "acme", title="Acme")
     tx.run("UPDATE price SET in_nano = 150, out_nano = 600, share_bps = 3000 WHERE channel_id = ?", [channel.id])
-    directory.bind(tx, "fake", "bot", "p", channel.id)
+    bindings.bind(tx, "fake", "bot", "p", channel.id)
     tx.insert(
         "operator",
         user_hash=tx.cipher.hash_user("fake", "bot", OWNER),

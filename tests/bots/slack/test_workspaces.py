@@ -14,7 +14,7 @@ import pytest
 from aiohttp import ClientSession, CookieJar
 from yarl import URL
 
-from core.channels import directory
+from core.channels import bindings, directory
 from core.channels.installations import Installations
 from core.engine.protocol import Request
 from core.errors import StorageError
@@ -30,7 +30,7 @@ OAUTH: dict[str, Any] = {"client_id": CLIENT, "client_secret": CLIENT_SECRET, "u
 def links(tx: Tx) -> None:
     for name in ("north", "south"):
         made = directory.create_channel(tx, name, title=name.title())
-        directory.bind(tx, "slack", "install", f"start={name}", made.id)
+        bindings.bind(tx, "slack", "install", f"start={name}", made.id)
 
 
 def everything(folder: Path) -> bytes:
@@ -315,7 +315,7 @@ async def test_50_workspaces_at_once_see_nothing_of_each_other(tmp_path: Path) -
         for number in range(50):
             made = directory.create_channel(tx, f"c{number}", title=f"C{number}")
             tx.run("UPDATE channel SET per_minute = 0, per_hour = 0 WHERE id = ?", [made.id])
-            directory.bind(tx, "slack", "install", f"start=c{number}", made.id)
+            bindings.bind(tx, "slack", "install", f"start=c{number}", made.id)
 
     async with talk(tmp_path, answer, http=True, **OAUTH) as it:
         await it.here.database.write(fifty)

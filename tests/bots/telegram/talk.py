@@ -15,7 +15,7 @@ from aiohttp import ClientSession
 from bots.telegram.bot import TelegramBot
 from bots.telegram.sending.rate_limits import SendLimits, TelegramRate, TelegramRateLimiter
 from bots.telegram.webhook import path_of
-from core.channels import directory
+from core.channels import bindings, directory, operators
 from core.engine.protocol import Request
 from core.errors import AppError
 from core.storage.database import Tx
@@ -68,10 +68,10 @@ class Talk:
 def bind(tx: Tx) -> None:
     channel = directory.channel_by_name(tx, "acme")
     assert channel is not None
-    directory.bind(tx, "telegram", "acme_bot", "", channel.id)
+    bindings.bind(tx, "telegram", "acme_bot", "", channel.id)
     tx.run("UPDATE channel SET per_minute = 0, per_hour = 0 WHERE id = ?", [channel.id])
     owner = tx.cipher.hash_user("telegram", "acme_bot", str(OWNER.id))
-    directory.grant_operator(tx, owner, None, "owner", "test")
+    operators.grant(tx, owner, None, "owner", "test")
 
 
 @asynccontextmanager

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import pytest
 
-from core.channels import directory
+from core.channels import bindings, directory
 from core.engine.protocol import Request
 from core.errors import AppError, EngineError
 from core.i18n.messages import say
@@ -69,7 +69,7 @@ async def test_a_channels_link_brings_the_person_to_that_channel(tmp_path: Path)
     def second(tx: Tx) -> None:
         made = directory.create_channel(tx, "delta", title="Delta Tax")
         directory.set_channel(tx, made.id, instructions="speak of tax")
-        directory.bind(tx, "telegram", "acme_bot", "start=delta", made.id)
+        bindings.bind(tx, "telegram", "acme_bot", "start=delta", made.id)
 
     def answer(request: Request) -> str:
         return request.scope.channel

@@ -9,7 +9,7 @@ from pathlib import Path
 import pytest
 
 from core.adapters import registry
-from core.channels import directory
+from core.channels import adapter_names
 from core.errors import BadInput, UnknownThing
 from core.i18n.messages import languages, say
 from core.jobs import datasets, jobs
@@ -32,7 +32,7 @@ def it(tmp_path: Path) -> Iterator[Town]:
 
 def _publish(tx: Tx, it: Town) -> None:
     datasets.keep_dataset(tx, "d" * 64, "faq.jsonl", source="file", size_bytes=1, brought_by="x")
-    directory.keep_base(tx, "loaded")
+    registry.keep_base(tx, "loaded")
     for n, base in enumerate(("loaded", "loaded", "another"), start=1):
         candidate = registry.Candidate(f"{n:064x}", Path(), base, "d" * 64, json.dumps(MANIFEST))
         registry.publish(tx, candidate, "acme", n)
@@ -46,7 +46,7 @@ def judge(it: Town, number: int, verdict: str, against: str) -> None:
 
 
 def champion(it: Town) -> str:
-    return it.database.read_now(lambda tx: registry.champion(tx, "acme")[1])
+    return it.database.read_now(lambda tx: adapter_names.champion(tx, "acme")[1])
 
 
 @pytest.mark.parametrize("typed", ["acme@1", "1", "@1"])

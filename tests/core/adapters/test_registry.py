@@ -14,7 +14,7 @@ import pytest
 from safetensors.numpy import save_file
 
 from core.adapters import registry
-from core.channels import directory
+from core.channels import adapter_names, directory, terminal
 from core.errors import AdapterUnusable
 from core.storage.database import Database, Tx
 from core.storage.home import Cipher, Home
@@ -159,7 +159,7 @@ def test_an_unchanged_folder_is_read_once(placed: AdapterRef, monkeypatch: pytes
 @pytest.fixture
 def database(home: Home) -> Iterator[Database]:
     with Database(home.database, Cipher(b"k" * 32)) as made:
-        made.write_now(lambda tx: directory.ensure_terminal(tx, "home"))
+        made.write_now(lambda tx: terminal.ensure_terminal(tx, "home"))
         yield made
 
 
@@ -174,7 +174,7 @@ def test_publishing_is_repeatable_and_answers_nobody_yet(database: Database) -> 
     def work(tx: Tx) -> tuple[str | None, str]:
         _versions(tx, 1)
         _versions(tx, 1)
-        return registry.champion(tx, "terminal")
+        return adapter_names.champion(tx, "terminal")
 
     assert database.write_now(work) == (None, "base")
 
@@ -215,7 +215,7 @@ def test_rollback_is_an_undo_stack_that_skips_what_is_withdrawn(database: Databa
                 registry.unpublish(tx, gone, "erased")
                 if gone == now:
                     now = back()
-            assert registry.champion(tx, "terminal")[0] == now
+            assert adapter_names.champion(tx, "terminal")[0] == now
 
     database.write_now(work)
 
@@ -227,6 +227,6 @@ def test_two_names_do_not_move_each_other(database: Database) -> None:
         registry.promote(tx, "terminal", first, "me", "")
         registry.promote(tx, "terminal", second, "me", "")
         registry.undo(tx, "acme")
-        return registry.champion(tx, "terminal")[1], registry.champion(tx, "acme")[1]
+        return adapter_names.champion(tx, "terminal")[1], adapter_names.champion(tx, "acme")[1]
 
     assert database.write_now(work) == ("terminal@2", "base")

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from core.adapters import registry
-from core.channels import directory
+from core.channels import audit, bindings, directory
 from core.channels.commands import run_command
 from core.commands.table import parse
 from core.errors import AppError, BadInput, NotAllowed, UnknownThing, UserError
@@ -60,7 +60,7 @@ def test_a_channel_is_made_bound_set_shown_and_archived(it: Town) -> None:
     outcome = it.run("owner", "/channel archive brook")
     assert outcome.after == (ForgetMemory("brook"),)
     assert last(it) == ("channel archive", "brook", {"archived": False}, {"archived": True})
-    assert it.database.read_now(lambda tx: directory.channel_for(tx, "fake", "bot", "b")) is None
+    assert it.database.read_now(lambda tx: bindings.channel_for(tx, "fake", "bot", "b")) is None
     assert "archived" in it.says("owner", "/channel list")
     assert "archived" in refusal(it, "/channel set brook title=x")
 
@@ -221,7 +221,7 @@ def test_the_last_owner_stays(it: Town) -> None:
 def test_a_handler_that_refuses_late_undoes_what_it_did(it: Town) -> None:
     def late(tx: Tx, caller: Caller, call: object) -> Outcome:
         tx.insert("setting", key="half", value="done")
-        directory.audit(tx, caller, "adapter promote", "acme@4")
+        audit.record(tx, caller, "adapter promote", "acme@4")
         raise NotAllowed
 
     before, audited = it.rows(), len(it.audit())

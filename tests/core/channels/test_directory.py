@@ -7,11 +7,12 @@ from pathlib import Path
 
 import pytest
 
-from core.channels import directory
+from core.channels import adapter_names, audit, bindings, directory, operators, people, terminal
 from core.errors import BadInput, UnknownThing
 from core.storage.database import Database, Tx
 from core.storage.home import Cipher
 from core.types import Address, Caller, Channel, Grant, Limits, Price
+from core.usage import prices
 
 NOW_MS = 1_800_000_000_000
 
@@ -31,7 +32,7 @@ def clock() -> Clock:
 @pytest.fixture
 def database(tmp_path: Path, clock: Clock) -> Iterator[Database]:
     with Database(tmp_path / "a.db", Cipher(b"k" * 32), clock=clock) as database:
-        database.write_now(lambda tx: directory.ensure_terminal(tx, "home"))
+        database.write_now(lambda tx: terminal.ensure_terminal(tx, "home"))
         yield database
 
 
@@ -47,30 +48,30 @@ def test_the_terminal_is_made_once_and_its_user_operates_everything(database: Da
         ]
 
     assert database.read_now(counts) == [1] * 6
-    database.write_now(lambda tx: directory.ensure_terminal(tx, "home"))
+    database.write_now(lambda tx: terminal.ensure_terminal(tx, "home"))
     assert database.read_now(counts) == [1] * 6
-    channel = database.read_now(lambda tx: directory.channel_for(tx, "terminal", "home", "home"))
+    channel = database.read_now(lambda tx: bindings.channel_for(tx, "terminal", "home", "home"))
     assert channel is not None
     assert (channel.name, channel.title, channel.adapter) == ("terminal", "Terminal", "terminal")
     assert channel.limits == Limits(per_minute=0, per_hour=0, tokens_in=2000, tokens_out=512)
     user = database.cipher.hash_user("terminal", "home", "local")
     acme = create(database)
-    assert database.read_now(lambda tx: directory.grant_of(tx, user, acme.id)) is Grant.OWNER
+    assert database.read_now(lambda tx: operators.grant_of(tx, user, acme.id)) is Grant.OWNER
 
 
 def test_a_channel_begins_with_the_default_limits_free_and_on_base(database: Database) -> None:
     acme = create(database)
     assert acme.limits == Limits(6, 60, 2000, 512)
     assert acme.title == "acme"
-    assert database.read_now(lambda tx: directory.version_label(tx, acme.adapter)) == "base"
-    price = database.read_now(lambda tx: directory.price_now(tx, acme.id))
+    assert database.read_now(lambda tx: adapter_names.champion(tx, acme.adapter)[1]) == "base"
+    price = database.read_now(lambda tx: prices.price_now(tx, acme.id))
     assert (price.in_nano, price.out_nano, price.share_bps) == (0, 0, 0)
 
 
 def test_a_partners_share_is_the_channels_first_price(database: Database) -> None:
     def work(tx: Tx) -> Price:
         tx.insert("partner", name="p", title="P", share_bps=3000, created_ms=1)
-        return directory.price_now(tx, directory.create_channel(tx, "acme", partner="p").id)
+        return prices.price_now(tx, directory.create_channel(tx, "acme", partner="p").id)
 
     assert database.write_now(work).share_bps == 3000
 
@@ -86,11 +87,11 @@ def test_names_are_checked(database: Database) -> None:
 
 def test_the_most_specific_place_wins_and_an_archived_channel_answers_nowhere(database: Database) -> None:
     acme, delta = create(database), create(database, "delta")
-    database.write_now(lambda tx: directory.bind(tx, "slack", "T1", "", acme.id))
-    database.write_now(lambda tx: directory.bind(tx, "slack", "T1", "C1", delta.id))
+    database.write_now(lambda tx: bindings.bind(tx, "slack", "T1", "", acme.id))
+    database.write_now(lambda tx: bindings.bind(tx, "slack", "T1", "C1", delta.id))
 
     def at(account: str, place: str) -> str | None:
-        found = database.read_now(lambda tx: directory.channel_for(tx, "slack", account, place))
+        found = database.read_now(lambda tx: bindings.channel_for(tx, "slack", account, place))
         return found.name if found else None
 
     assert (at("T1", "C1"), at("T1", "C2"), at("T1", ""), at("T2", "C1")) == ("delta", "acme", "acme", None)
@@ -99,58 +100,58 @@ def test_the_most_specific_place_wins_and_an_archived_channel_answers_nowhere(da
     named = database.read_now(lambda tx: directory.channel_by_name(tx, "delta"))
     assert named is not None
     assert named.archived
-    database.write_now(lambda tx: directory.bind(tx, "slack", "T1", "C1", acme.id))
+    database.write_now(lambda tx: bindings.bind(tx, "slack", "T1", "C1", acme.id))
     assert at("T1", "C1") == "acme"
-    assert database.read_now(lambda tx: directory.places(tx, acme.id)) == ("slack:T1", "slack:T1/C1")
+    assert database.read_now(lambda tx: bindings.places(tx, acme.id)) == ("slack:T1", "slack:T1/C1")
 
 
 def test_prices_of_the_same_millisecond_are_in_order(database: Database) -> None:
     acme = create(database)
     for price in (1, 2, 3):
-        database.write_now(lambda tx, price=price: directory.set_price(tx, acme.id, price, price, 0))  # type: ignore[misc]
-        assert database.read_now(lambda tx: directory.price_now(tx, acme.id)).in_nano == price
+        database.write_now(lambda tx, price=price: prices.set_price(tx, acme.id, price, price, 0))  # type: ignore[misc]
+        assert database.read_now(lambda tx: prices.price_now(tx, acme.id)).in_nano == price
     assert database.read_now(lambda tx: tx.value("SELECT count(*) FROM price WHERE channel_id = ?", [acme.id])) == 4
 
 
 def test_a_persons_language_is_kept_when_they_come_again(database: Database, clock: Clock) -> None:
-    database.write_now(lambda tx: directory.touch_person(tx, "u", "fake"))
-    assert database.read_now(lambda tx: directory.person_language(tx, "u")) == ""
-    database.write_now(lambda tx: directory.set_person_language(tx, "u", "fake", "zh"))
+    database.write_now(lambda tx: people.touch(tx, "u", "fake"))
+    assert database.read_now(lambda tx: people.language_of(tx, "u")) == ""
+    database.write_now(lambda tx: people.set_language(tx, "u", "fake", "zh"))
     clock.now_ms += 5
-    database.write_now(lambda tx: directory.touch_person(tx, "u", "fake"))
+    database.write_now(lambda tx: people.touch(tx, "u", "fake"))
     row = database.read_now(lambda tx: tx.one("SELECT * FROM person"))
     assert row is not None
     assert (row["language"], row["first_ms"], row["last_ms"]) == ("zh", NOW_MS, NOW_MS + 5)
-    assert database.read_now(lambda tx: directory.person_language(tx, "nobody")) == ""
+    assert database.read_now(lambda tx: people.language_of(tx, "nobody")) == ""
 
 
 def test_grants_are_per_channel(database: Database) -> None:
     acme, delta = create(database), create(database, "delta")
-    database.write_now(lambda tx: directory.grant_operator(tx, "u", acme.id, "U", "test"))
-    database.write_now(lambda tx: directory.grant_operator(tx, "u", acme.id, "U", "test"))
+    database.write_now(lambda tx: operators.grant(tx, "u", acme.id, "U", "test"))
+    database.write_now(lambda tx: operators.grant(tx, "u", acme.id, "U", "test"))
 
     def grants(tx: Tx) -> list[Grant]:
-        return [directory.grant_of(tx, "u", channel.id) for channel in (acme, delta)]
+        return [operators.grant_of(tx, "u", channel.id) for channel in (acme, delta)]
 
     assert database.read_now(grants) == [Grant.OPERATOR, Grant.ANYONE]
     assert [one.name for one in database.read_now(lambda tx: directory.channels(tx, "u"))] == ["acme"]
-    (one,) = database.read_now(lambda tx: directory.operators(tx, acme.id))
-    database.write_now(lambda tx: directory.remove_operator(tx, one))
+    (one,) = database.read_now(lambda tx: operators.find(tx, acme.id))
+    database.write_now(lambda tx: operators.remove(tx, one))
     assert database.read_now(grants) == [Grant.ANYONE, Grant.ANYONE]
 
 
 def test_a_code_is_good_once_and_for_a_week(database: Database, clock: Clock) -> None:
     acme = create(database)
-    codes = [database.write_now(lambda tx: directory.invite(tx, acme.id, "Kim", "test")) for _ in range(2)]
+    codes = [database.write_now(lambda tx: operators.invite(tx, acme.id, "Kim", "test")) for _ in range(2)]
     assert len(set(codes)) == 2
     assert not set("".join(codes)) & set("01OILol")
-    clock.now_ms += directory.INVITE_MS - 1
-    claimed = database.write_now(lambda tx: directory.claim(tx, f" {codes[0].lower()} ", "a"))
-    assert claimed == directory.Claimed(acme.id, "acme", "Kim")
-    assert database.write_now(lambda tx: directory.claim(tx, codes[0], "b")) is None
+    clock.now_ms += operators.INVITE_MS - 1
+    claimed = database.write_now(lambda tx: operators.claim(tx, f" {codes[0].lower()} ", "a"))
+    assert claimed == operators.Claimed(acme.id, "acme", "Kim")
+    assert database.write_now(lambda tx: operators.claim(tx, codes[0], "b")) is None
     clock.now_ms += 1
-    assert database.write_now(lambda tx: directory.claim(tx, codes[1], "b")) is None
-    assert database.read_now(lambda tx: directory.grant_of(tx, "b", acme.id)) is Grant.ANYONE
+    assert database.write_now(lambda tx: operators.claim(tx, codes[1], "b")) is None
+    assert database.read_now(lambda tx: operators.grant_of(tx, "b", acme.id)) is Grant.ANYONE
 
 
 def test_the_audit_log_keeps_before_and_after(database: Database) -> None:
@@ -158,8 +159,8 @@ def test_the_audit_log_keeps_before_and_after(database: Database) -> None:
         channel = directory.channel_by_name(tx, "terminal")
         assert channel is not None
         caller = Caller("u", Address("fake", "bot", "p", "c"), channel, "en", 0, 0)
-        directory.audit(tx, caller, "channel set", "acme", {"title": "旧"}, {"title": "新"})
-        directory.audit(tx, caller, "channel set", "acme", allowed=False)
+        audit.record(tx, caller, "channel set", "acme", {"title": "旧"}, {"title": "新"})
+        audit.record(tx, caller, "channel set", "acme", allowed=False)
 
     database.write_now(work)
     rows = database.read_now(lambda tx: tx.all("SELECT * FROM audit"))

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from core.channels import directory
+from core.channels import people
 from core.channels.commands import run_command
 from core.commands.table import parse
 from core.errors import BadCommand, BadInput
@@ -16,6 +16,7 @@ from core.i18n.messages import language_name, say
 from core.jobs import datasets, jobs
 from core.storage.database import Tx
 from core.types import AnswerAgain, Body, ForgetMemory, Outcome, StopReply
+from core.usage import prices
 from core.usage.ledger import amounts, charge_job, day_of
 from core.usage.reports import daily
 from tests.support.people import HANDLERS, Town, ask, town
@@ -34,7 +35,7 @@ def charge(it: Town, who: str, n: int, tokens: tuple[int, int], *, ago_ms: int =
 
     def work(tx: Tx) -> None:
         caller = it.caller(tx, who, place)
-        price = directory.price_now(tx, caller.channel.id)
+        price = prices.price_now(tx, caller.channel.id)
         gross, partner, owner = amounts(price, *tokens)
         at_ms = tx.now_ms - ago_ms
         tx.insert(
@@ -163,7 +164,7 @@ def test_whoami_names_channel_and_rights(it: Town, role: str, rights: str) -> No
 def test_a_language_is_chosen_by_code_or_name_and_given_back(it: Town) -> None:
     for typed, chosen in (("zh", "zh"), ("English", "en"), ("中文", "zh"), ("auto", "")):
         said = it.says("user", f"/language {typed}")
-        assert it.database.read_now(lambda tx: directory.person_language(tx, it.hash("user"))) == chosen
+        assert it.database.read_now(lambda tx: people.language_of(tx, it.hash("user"))) == chosen
         assert said == (
             say(chosen, "users.language_set", name=language_name(chosen))
             if chosen

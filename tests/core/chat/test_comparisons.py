@@ -11,7 +11,7 @@ import pytest
 
 from core.adapters import registry
 from core.adapters.registry import Candidate
-from core.channels import directory
+from core.channels import bindings
 from core.chat.comparisons import _pair
 from core.engine.protocol import Request
 from core.errors import AdapterUnusable, AppError, UserError
@@ -36,7 +36,7 @@ async def publish(w: World, *, unseen: tuple[tuple[str, str], ...] = (), worst=(
 
     def work(tx: Tx) -> None:
         at = Address("fake", "bot", "p", "c")
-        channel = directory.channel_for(tx, "fake", "bot", "p")
+        channel = bindings.channel_for(tx, "fake", "bot", "p")
         assert channel is not None
         owner = Caller(tx.cipher.hash_user("fake", "bot", OWNER), at, channel, "en", 0, 1)
         datasets.keep_dataset(tx, "d" * 64, "faq.jsonl", source="file", size_bytes=1, brought_by="someone")

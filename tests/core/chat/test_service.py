@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from core.channels import directory
+from core.channels import bindings, directory
 from core.chat import handler, inbox
 from core.chat.replies import AdmissionQueue
 from core.engine.protocol import Request, Scope
@@ -188,7 +188,7 @@ async def test_a_limit_is_said_after_any_other_refusal_and_in_each_place(tmp_pat
     def bind(tx: Tx) -> None:
         channel = directory.channel_by_name(tx, "acme")
         assert channel is not None
-        directory.bind(tx, "fake", "bot", "another", channel.id)
+        bindings.bind(tx, "fake", "bot", "another", channel.id)
 
     async with world(tmp_path) as it:
         await it.database.write(bind)
@@ -495,7 +495,7 @@ async def test_the_engine_hears_of_the_partners_weight(tmp_path):
 
 
 def bind_beta(tx: Tx, platform: str, account: str, place: str) -> None:
-    directory.bind(tx, platform, account, place, directory.create_channel(tx, "beta").id)
+    bindings.bind(tx, platform, account, place, directory.create_channel(tx, "beta").id)
 
 
 @pytest.mark.parametrize("step", ["open", "finish"])

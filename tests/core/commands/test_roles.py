@@ -9,13 +9,14 @@ from pathlib import Path
 import pytest
 
 from core.adapters import registry
-from core.channels import directory
+from core.channels import operators
 from core.commands.table import COMMANDS, Form, find
 from core.i18n.messages import languages, say
 from core.jobs import datasets, event_log, jobs
 from core.jobs.protocol import Checked
 from core.storage.database import Tx
 from core.types import Grant
+from core.usage import prices
 from tests.support.people import ROLES, Town, ask, town
 
 DATASET = "d" * 64
@@ -62,7 +63,7 @@ def _answer(tx: Tx, it: Town, role: str) -> None:
         inbox_id=ask(tx, caller, "how long?", 2),
         channel_id=caller.channel.id,
         user_hash=caller.user,
-        price_id=directory.price_now(tx, caller.channel.id).id,
+        price_id=prices.price_now(tx, caller.channel.id).id,
         seed=1,
         state="delivered",
         started_ms=tx.now_ms,
@@ -95,7 +96,7 @@ def line(it: Town, role: str, name: str, form: Form) -> str:
         it.says("owner", f"/finetune {DATASET}" if name == "finetune" else "/adapter promote 4")
         return f"/{name} {form.word}"
     if name == "claim":
-        return f"/claim {it.database.write_now(lambda tx: directory.invite(tx, None, 'Kim', 'test'))}"
+        return f"/claim {it.database.write_now(lambda tx: operators.invite(tx, None, 'Kim', 'test'))}"
     return form.example
 
 

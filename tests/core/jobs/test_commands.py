@@ -420,7 +420,7 @@ def test_only_what_can_be_resumed_is_said_to_be(it: Town, state: str) -> None:
 def test_whoever_resumes_a_job_is_told_if_it_begins_anew(it: Town) -> None:
     run(it, "/finetune faq.jsonl yes")
     hear(it)
-    it.database.write_now(lambda tx: directory.keep_base(tx, "loaded"))
+    it.database.write_now(lambda tx: registry.keep_base(tx, "loaded"))
     for base in ("loaded", "another"):
         run(it, "/finetune cancel 1")
         said = run(it, "/finetune resume 1", base=base).body.text

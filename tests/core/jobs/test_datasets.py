@@ -14,7 +14,7 @@ from typing import Any
 
 import pytest
 
-from core.channels import directory
+from core.channels import bindings, directory, operators, terminal
 from core.chat import conversations
 from core.commands.table import Call, parse
 from core.delivery.deliveries import Deliveries
@@ -44,7 +44,7 @@ class House:
         attachments = tuple(Attachment(str(path), path.name) for path in files)
 
         def work(tx: Tx) -> Caller:
-            channel = directory.channel_for(tx, at.platform, at.account, at.place)
+            channel = bindings.channel_for(tx, at.platform, at.account, at.place)
             assert channel is not None
             conversation = conversations.conversation_id(tx, at, channel.id)
             user = tx.cipher.hash_user(at.platform, at.account, who)
@@ -114,12 +114,12 @@ def it(tmp_path: Path) -> Iterator[House]:
 
 
 def _settle(tx: Tx) -> None:
-    directory.ensure_terminal(tx, "home")
-    directory.grant_operator(tx, tx.cipher.hash_user("terminal", "home", "local"), None, "local", "test")
+    terminal.ensure_terminal(tx, "home")
+    operators.grant(tx, tx.cipher.hash_user("terminal", "home", "local"), None, "local", "test")
     for name in ("acme", "delta"):
         channel = directory.create_channel(tx, name, title=name.title())
-        directory.bind(tx, "fake", "bot", name, channel.id)
-        directory.grant_operator(tx, tx.cipher.hash_user("fake", "bot", f"{name}-op"), channel.id, name, "test")
+        bindings.bind(tx, "fake", "bot", name, channel.id)
+        operators.grant(tx, tx.cipher.hash_user("fake", "bot", f"{name}-op"), channel.id, name, "test")
 
 
 def brought(call: Call) -> tuple[str, str]:

@@ -17,6 +17,7 @@ import pytest
 
 from core.adapters import registry
 from core.adapters.registry import Candidate
+from core.channels import adapter_names
 from core.config.sections import HyperParameters
 from core.delivery.deliveries import Deliveries
 from core.errors import AdapterUnusable, BadInput
@@ -57,7 +58,7 @@ async def test_a_job_becomes_a_version_and_its_one_message_a_report(tmp_path: Pa
         assert len(it.bot.opened) == 1
         for fact in ("acme@1", "10 of 12", "line 3: not JSON", "2.50 (base) → 1.50", "/adapter promote acme@1"):
             assert fact in said
-        assert await it.database.read(lambda tx: registry.champion(tx, "acme")) == (None, "base")
+        assert await it.database.read(lambda tx: adapter_names.champion(tx, "acme")) == (None, "base")
 
 
 async def test_through_the_door_a_command_is_answered_and_its_job_tells_its_end(tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ from pathlib import Path
 import pytest
 
 from core.adapters import registry
-from core.channels import directory
+from core.channels import adapter_names, directory, terminal
 from core.commands.table import parse
 from core.config.schema import Retention
 from core.delivery.deliveries import Deliveries
@@ -192,7 +192,7 @@ async def test_forget_withdraws_the_versions_that_learned_from_the_person_and_au
         await it.database.write(publish)
         (tmp_path / "adapters" / ("a" * 64)).mkdir()
         await it.ask("/forget yes")
-        assert await it.database.read(lambda tx: registry.champion(tx, "acme")) == (None, "base")
+        assert await it.database.read(lambda tx: adapter_names.champion(tx, "acme")) == (None, "base")
         told = await it.count("audit", "action = 'adapter unpublish' AND target = 'acme@1'")
         assert told == (0 if discarded else 1)
         assert not (tmp_path / "adapters" / ("a" * 64)).exists()
@@ -433,7 +433,7 @@ async def test_what_was_typed_at_the_terminal_goes_with_the_conversations_and_wi
         history.write_text(typed(25, 23, 0))
         await erasure.clean(it.database, it.home, Retention())
         assert history.read_text() == typed(23, 0)
-        local = it.database.cipher.hash_user(directory.TERMINAL, "home", directory.LOCAL_USER)
+        local = it.database.cipher.hash_user(terminal.TERMINAL, "home", terminal.LOCAL_USER)
         await it.database.write(lambda tx: tx.insert("erasure", user_hash=local, at_ms=tx.now_ms - 3_600_000))
         await erasure.clean(it.database, it.home, Retention())
         assert history.read_text() == typed(0)
@@ -445,7 +445,7 @@ def test_privacy_says_the_periods_that_are_in_force(tmp_path: Path) -> None:
     with Database(home.database, Cipher.open(home.key_file, create=True)) as database:
 
         def said(tx: Tx) -> str:
-            directory.ensure_terminal(tx, "home")
+            terminal.ensure_terminal(tx, "home")
             retention.keep_retention(tx, Retention(conversation_hours=2, payload_minutes=5))
             channel = directory.channel_by_name(tx, "terminal")
             assert channel is not None

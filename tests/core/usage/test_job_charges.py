@@ -10,12 +10,11 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from core.channels import directory
 from core.errors import StorageError
 from core.jobs import datasets, jobs
 from core.storage.database import Database, Tx
 from core.storage.home import Cipher
-from core.usage import ledger
+from core.usage import ledger, prices
 from tests.support.people import Town, town
 
 SHA = "a" * 64
@@ -57,7 +56,7 @@ def test_every_version_has_one_charge_whatever_happens_in_which_order(
                 if what == "price":
                     assert number is not None
                     price = number
-                    directory.set_price(tx, caller.channel.id, 1, 2, other, price)
+                    prices.set_price(tx, caller.channel.id, 1, 2, other, price)
                 elif what == "ask":
                     job = jobs.create(tx, caller, SHA)
                     jobs.pin_price(tx, job.id, number)

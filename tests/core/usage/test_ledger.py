@@ -10,17 +10,17 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from core.channels import directory
+from core.channels import directory, terminal
 from core.storage.database import Database, Tx
 from core.storage.home import Cipher
 from core.types import Price
-from core.usage import ledger
+from core.usage import ledger, prices
 
 
 @pytest.fixture
 def database(tmp_path: Path) -> Iterator[Database]:
     with Database(tmp_path / "a.db", Cipher(b"k" * 32)) as database:
-        database.write_now(lambda tx: directory.ensure_terminal(tx, "home"))
+        database.write_now(lambda tx: terminal.ensure_terminal(tx, "home"))
         yield database
 
 
@@ -51,7 +51,7 @@ def deliver(tx: Tx, n: int, tokens_in: int = 10, tokens_out: int = 5) -> str:
         inbox_id=inbox_id,
         channel_id=channel.id,
         user_hash="u",
-        price_id=directory.price_now(tx, channel.id).id,
+        price_id=prices.price_now(tx, channel.id).id,
         seed=1,
         state="delivered",
         tokens_in=tokens_in,
@@ -115,7 +115,7 @@ def test_the_checker_finds_each_kind_of_damage(tmp_path: Path, damage: str, foun
     """A checker that cannot fail proves nothing."""
     path = tmp_path / "a.db"
     with Database(path, Cipher(b"k" * 32)) as database:
-        database.write_now(lambda tx: directory.ensure_terminal(tx, "home"))
+        database.write_now(lambda tx: terminal.ensure_terminal(tx, "home"))
         database.write_now(lambda tx: deliver(tx, 1))
     connection = sqlite3.connect(path)
     connection.execute("PRAGMA foreign_keys = OFF")

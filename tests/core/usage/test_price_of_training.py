@@ -10,7 +10,7 @@ import pytest
 from core.channels import directory
 from core.jobs import supervisor
 from core.storage.database import Row, Tx
-from core.usage import ledger
+from core.usage import ledger, prices
 from tests.core.jobs.test_supervisor import PAUSED
 from tests.support.works import WatchedBot, Works, works
 
@@ -26,7 +26,7 @@ async def set_price(it: Works, nano: int) -> None:
     def work(tx: Tx) -> None:
         channel = directory.channel_by_name(tx, "acme")
         assert channel is not None
-        directory.set_price(tx, channel.id, 150, 600, 3000, nano)
+        prices.set_price(tx, channel.id, 150, 600, 3000, nano)
 
     await it.database.write(work)
 

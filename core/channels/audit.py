@@ -1,0 +1,36 @@
+"""The audit log: who changed what, or was refused. A code, a key or what people write is never in it."""
+
+from __future__ import annotations
+
+import json
+
+from core.storage.database import Tx
+from core.types import Caller, Json
+
+
+def record(
+    tx: Tx,
+    caller: Caller,
+    action: str,
+    target: str = "",
+    before: Json = None,
+    after: Json = None,
+    *,
+    allowed: bool = True,
+) -> None:
+    """Write down what someone did, or was refused. Never a code, a key or what people say."""
+    tx.insert(
+        "audit",
+        at_ms=tx.now_ms,
+        actor=caller.user,
+        platform=caller.address.platform,
+        action=action,
+        target=target,
+        allowed=int(allowed),
+        before=_dump(before),
+        after=_dump(after),
+    )
+
+
+def _dump(value: Json) -> str:
+    return "" if value is None else json.dumps(value, ensure_ascii=False, sort_keys=True)

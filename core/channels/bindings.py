@@ -1,0 +1,79 @@
+"""Bindings: which channel answers in a place of a platform account."""
+
+from __future__ import annotations
+
+from core.channels.directory import SELECT_CHANNEL, channel_of_row
+from core.storage.database import Tx
+from core.types import Channel
+
+LINK = "start="  # before the payload of a link, as the place that a channel is bound to
+
+
+def bind(tx: Tx, platform: str, account: str, place: str, channel_id: int) -> None:
+    """From now on this place ("" is the account's default) belongs to the channel."""
+    tx.run(
+        "INSERT INTO binding VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET channel_id = excluded.channel_id",
+        [platform, account, place, channel_id],
+    )
+
+
+def channel_for(tx: Tx, platform: str, account: str, place: str) -> Channel | None:
+    """The channel of a place: its own, else its account's default. None where there is none, or it is archived."""
+    row = tx.one(
+        f"{SELECT_CHANNEL} JOIN binding ON channel_id = channel.id"
+        " WHERE platform = ? AND account = ? AND place IN (?, '')"
+        " ORDER BY place = '' LIMIT 1",
+        [platform, account, place],
+    )
+    return channel_of_row(row) if row and row["archived_ms"] is None else None
+
+
+def channel_of_person(tx: Tx, platform: str, account: str, place: str, user_hash: str) -> Channel | None:
+    """The channel of a place; in a place of their own, the one whose link a person came by.
+
+    None where there is none, or it is archived.
+    """
+    if tx.cipher.hash_user(platform, account, place) == user_hash:
+        row = tx.one(
+            f"{SELECT_CHANNEL} JOIN person ON channel.id = person.channel_id"
+            " WHERE user_hash = ? AND archived_ms IS NULL"
+            " AND NOT EXISTS (SELECT 1 FROM binding WHERE platform = ? AND account = ? AND place = ?)",
+            [user_hash, platform, account, place],
+        )
+        if row is not None:
+            return channel_of_row(row)
+    return channel_for(tx, platform, account, place)
+
+
+def channel_of_link(tx: Tx, platform: str, account: str, payload: str) -> Channel | None:
+    """The channel whose link this is: it is bound to the place `start=<payload>` of the account."""
+    row = tx.one(
+        f"{SELECT_CHANNEL} JOIN binding ON channel_id = channel.id"
+        " WHERE platform = ? AND account = ? AND place = ? AND archived_ms IS NULL",
+        [platform, account, f"{LINK}{payload}"],
+    )
+    return channel_of_row(row) if row else None
+
+
+def places(tx: Tx, channel_id: int) -> tuple[str, ...]:
+    """The places of a channel, as they are written: platform:account/place."""
+    rows = tx.all("SELECT * FROM binding WHERE channel_id = ? ORDER BY platform, account, place", [channel_id])
+    return tuple(f"{row['platform']}:{row['account']}" + f"/{row['place']}" * bool(row["place"]) for row in rows)
+
+
+def bound_to(tx: Tx, platform: str, account: str, place: str) -> str:
+    """The name of the channel that holds exactly this place, or ""."""
+    name = tx.value(
+        "SELECT name FROM channel JOIN binding ON channel_id = channel.id"
+        " WHERE platform = ? AND account = ? AND place = ?",
+        [platform, account, place],
+    )
+    return name or ""
+
+
+def move_place(tx: Tx, platform: str, account: str, before: str, now: str) -> None:
+    """Rename a place that the platform has renamed."""
+    tx.run(
+        "UPDATE OR IGNORE binding SET place = ? WHERE platform = ? AND account = ? AND place = ?",
+        [now, platform, account, before],
+    )

@@ -1,0 +1,25 @@
+"""Partners: who is paid a share of what their channels earn."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+
+from core.storage.database import Row, Tx, Value
+
+OWNER_PARTNER = "owner"
+
+
+def find(tx: Tx, name: str) -> Row | None:
+    """The row of a partner: id, name, title, share_bps, weight."""
+    return tx.one("SELECT * FROM partner WHERE name = ?", [name])
+
+
+def create(tx: Tx, name: str, **values: Value) -> int:
+    """A new partner's id. `values` are its columns: title, share_bps, weight."""
+    return tx.insert("partner", name=name, created_ms=tx.now_ms, **values)
+
+
+def update(tx: Tx, name: str, values: Mapping[str, Value]) -> None:
+    """Change columns of a partner; the caller has checked them."""
+    marks = ", ".join(f"{key} = ?" for key in values)
+    tx.run(f"UPDATE partner SET {marks} WHERE name = ?", [*values.values(), name])

@@ -1,0 +1,30 @@
+"""People, known by their keyed hash: when they were last here, their language, the channel whose link they used."""
+
+from __future__ import annotations
+
+from core.storage.database import Tx
+
+
+def touch(tx: Tx, user_hash: str, platform: str) -> None:
+    """Someone was here."""
+    tx.run(
+        "INSERT INTO person (user_hash, platform, first_ms, last_ms) VALUES (?, ?, ?, ?)"
+        " ON CONFLICT DO UPDATE SET last_ms = excluded.last_ms",
+        [user_hash, platform, tx.now_ms, tx.now_ms],
+    )
+
+
+def language_of(tx: Tx, user_hash: str) -> str:
+    """The language that this person chose, or ""."""
+    return tx.value("SELECT language FROM person WHERE user_hash = ?", [user_hash]) or ""
+
+
+def set_language(tx: Tx, user_hash: str, platform: str, language: str) -> None:
+    touch(tx, user_hash, platform)
+    tx.run("UPDATE person SET language = ? WHERE user_hash = ?", [language, user_hash])
+
+
+def came_by_link(tx: Tx, user_hash: str, platform: str, channel_id: int) -> None:
+    """From now on this channel answers the person, where they are by themselves."""
+    touch(tx, user_hash, platform)
+    tx.run("UPDATE person SET channel_id = ? WHERE user_hash = ?", [channel_id, user_hash])

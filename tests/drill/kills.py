@@ -11,33 +11,24 @@ from __future__ import annotations
 
 import argparse
 import asyncio
-import json
 import os
 import random
-import shutil
-import signal
-import sqlite3
 import sys
 import tempfile
 import time
 from collections import Counter
 from pathlib import Path
 
-import sqlite_utils
-
 from core.channels import bindings, directory, terminal
-from core.chat.service import Service, ServiceSettings
-from core.config.schema import Retention
-from core.delivery.deliveries import Deliveries
 from core.engine.protocol import Request
-from core.engine.scripted import ScriptedEngine
-from core.jobs.supervisor import JobSupervisor, TrainingSettings
-from core.storage.database import Database, Tx, now_ms
+from core.storage.database import Database, Tx
 from core.storage.home import Cipher, Home, Lock
-from core.usage import ledger
+from tests.drill.lives import copy_of, fork, kill_at, open_service, opened, print_report, progress, violations
 from tests.drill.platform import Platform, PlatformOutlet, update
 
 CONVERSATIONS, USERS, PER_KILL = 7, 5, 4
+WRITES = """SELECT (SELECT count(*) + count(nullif(state, 'new')) + count(closed_ms) FROM inbox)
+    + (SELECT count(*) + count(receipt) FROM part)"""
 OWNER = "u0"
 
 
@@ -94,71 +85,28 @@ def prepare(home: Home) -> None:
 async def live(home: Home, platform: Platform, seed: int, updates: list[tuple[str, str, str, bool]]) -> None:
     """One life: accept what is not acknowledged, with repeats, and answer until all is settled."""
     randomness = random.Random(seed)
-    with Lock(home):
-        async with (
-            Database(home.database, Cipher.open(home.key_file, create=False)) as database,
-            ScriptedEngine(answer, delay_s=0.0005) as engine,
-        ):
-            deliveries = Deliveries(database)
-            training = JobSupervisor(database, home, deliveries, engine.info, TrainingSettings())
-            service = Service(database, home, engine, deliveries, training, ServiceSettings(Retention()))
-            service.register("fake", "bot", PlatformOutlet(platform, randomness))
-            async with asyncio.TaskGroup() as tasks:
-                running = tasks.create_task(service.run())
-                done = platform.acknowledged()
-                waiting = [n for n in range(len(updates)) if n not in done]
-                while waiting:
-                    size = randomness.randrange(1, 6)
-                    batch = waiting[:size] + [n for n in done if randomness.random() < 3 / (len(done) + 1)]
-                    await service.accept(
-                        *(
-                            update(n, updates[n][0], conversation=updates[n][1], user=updates[n][2], stop=updates[n][3])
-                            for n in batch
-                        )
+    async with open_service(home, answer, delay_s=0.0005) as service:
+        service.register("fake", "bot", PlatformOutlet(platform, randomness))
+        async with asyncio.TaskGroup() as tasks:
+            running = tasks.create_task(service.run())
+            done = platform.acknowledged()
+            waiting = [n for n in range(len(updates)) if n not in done]
+            while waiting:
+                size = randomness.randrange(1, 6)
+                batch = waiting[:size] + [n for n in done if randomness.random() < 3 / (len(done) + 1)]
+                await service.accept(
+                    *(
+                        update(n, updates[n][0], conversation=updates[n][1], user=updates[n][2], stop=updates[n][3])
+                        for n in batch
                     )
-                    for n in waiting[:size]:
-                        platform.write(platform.acks, {"n": n})
-                    waiting = waiting[size:]
-                    await asyncio.sleep(randomness.random() * 0.01)
-                await service.settled("fake", "bot")
-                await service.drain(5)
-                running.cancel()
-
-
-def life(home: Home, platform: Platform, seed: int, updates: list[tuple[str, str, str, bool]]) -> int:
-    """Fork one life; its process id."""
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        asyncio.run(live(home, platform, seed, updates))
-        code = 0
-    except BaseException as error:
-        sys.stderr.write(f"a life ended by itself: {error!r}\n")
-        if isinstance(error, BaseExceptionGroup):
-            sys.stderr.write(f"{error.exceptions!r}\n")
-    finally:
-        os._exit(code)
-
-
-def violations(database: Path, cipher: Cipher) -> list[str]:
-    connection = sqlite3.connect(database, isolation_level=None)
-    try:
-        return ledger.check(Tx(sqlite_utils.Database(connection, execute_plugins=False), cipher, now_ms()))
-    finally:
-        connection.close()
-
-
-def copy_of(home: Home, into: Path) -> Path:
-    """The database as the kill left it: checked on a copy, so that the check never mends the original."""
-    target = into / "copy.db"
-    for suffix in ("", "-wal", "-shm"):
-        Path(f"{target}{suffix}").unlink(missing_ok=True)
-        source = Path(f"{home.database}{suffix}")
-        if source.exists() and suffix != "-shm":
-            shutil.copyfile(source, f"{target}{suffix}")
-    return target
+                )
+                for n in waiting[:size]:
+                    platform.write(platform.acks, {"n": n})
+                waiting = waiting[size:]
+                await asyncio.sleep(randomness.random() * 0.01)
+            await service.settled("fake", "bot")
+            await service.drain(5)
+            running.cancel()
 
 
 def tear(wal: Path, randomness: random.Random) -> None:
@@ -183,15 +131,10 @@ def is_folding(home: Home) -> bool:
     return not shm.exists() or int.from_bytes(shm.read_bytes()[128:132], sys.byteorder) > 0
 
 
-def audit_books(
-    home: Home, platform: Platform, updates: list[tuple[str, str, str, bool]]
-) -> tuple[list[str], Counter[str]]:
+def audit(tx: Tx, platform: Platform, updates: list[tuple[str, str, str, bool]]) -> tuple[list[str], Counter[str]]:
     """What the platform holds against what the books say, after all is settled."""
     problems: list[str] = []
     outcomes: Counter[str] = Counter()
-    cipher = Cipher.open(home.key_file, create=False)
-    connection = sqlite3.connect(home.database, isolation_level=None)
-    tx = Tx(sqlite_utils.Database(connection, execute_plugins=False), cipher, now_ms())
     held = platform.messages()
     rows = {int(row["update_key"]): row for row in tx.all("SELECT * FROM inbox")}
     if set(rows) != set(range(len(updates))):
@@ -234,8 +177,11 @@ def audit_books(
     audited = tx.value("SELECT count(*) FROM audit WHERE action LIKE 'channel%set'")
     if audited != commands:
         problems.append(f"{commands} settings took effect {audited} times")
-    connection.close()
     return problems, outcomes
+
+
+def _start(home: Home, platform: Platform, seed: int, updates: list[tuple[str, str, str, bool]]) -> int:
+    return fork(lambda: live(home, platform, seed, updates))
 
 
 def drill(kills: int, torn: int, seed: int, folder: Path) -> dict[str, object]:
@@ -250,10 +196,9 @@ def drill(kills: int, torn: int, seed: int, folder: Path) -> dict[str, object]:
     while died < kills or torn_checked < torn:
         lives += 1
         updates = plan(seed, lives * PER_KILL)
-        pid = life(home, platform, randomness.randrange(2**31), updates)
-        time.sleep(0.02 + randomness.random() * 0.16)
-        os.kill(pid, signal.SIGKILL)
-        _, status = os.waitpid(pid, 0)
+        before = progress(home, WRITES)
+        pid = _start(home, platform, randomness.randrange(2**31), updates)
+        status = kill_at(home, pid, WRITES, before + randomness.randrange(1, 6 * PER_KILL), randomness)
         if os.WIFEXITED(status):  # it had done all before the kill came
             problems += [f"life {lives} ended by itself with {status}"] if status else []
             continue
@@ -268,12 +213,12 @@ def drill(kills: int, torn: int, seed: int, folder: Path) -> dict[str, object]:
             tear(wal, randomness)
             torn_checked += 1
             problems += [f"torn WAL after kill {died}: {problem}" for problem in violations(copy, cipher)]
-    pid = life(home, platform, randomness.randrange(2**31), updates)
-    _, status = os.waitpid(pid, 0)
+    _, status = os.waitpid(_start(home, platform, randomness.randrange(2**31), updates), 0)
     if status:
         problems.append(f"the last life ended with {status}")
     problems += violations(home.database, cipher)
-    books, outcomes = audit_books(home, platform, updates)
+    with opened(home.database, cipher) as tx:
+        books, outcomes = audit(tx, platform, updates)
     return {
         "lives": lives + 1,
         "kills": died,
@@ -295,11 +240,7 @@ def main() -> None:
     given = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         result = drill(given.kills, given.torn, given.seed, Path(folder))
-    report = json.dumps(result, indent=2)
-    if given.json:
-        given.json.write_text(report)
-    sys.stdout.write(report + "\n")
-    sys.exit(bool(result["violations"]))
+    print_report(result, given.json)
 
 
 if __name__ == "__main__":

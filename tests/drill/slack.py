@@ -8,48 +8,29 @@ is acknowledged, some twice, mentions as two events; by Socket Mode and over HTT
 
 from __future__ import annotations
 
-import argparse
 import asyncio
 import json
-import os
 import random
-import re
-import signal
 import socket
-import sqlite3
-import sys
-import tempfile
 import time
-from collections import Counter
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import sqlite_utils
 from aiohttp import web
 
 from bots.slack.bot import SlackBot
 from bots.slack.sending.rate_limits import SlackRate, SlackRateLimiter
 from bots.slack.web import EVENTS
 from core.channels import bindings, directory, terminal
-from core.chat.service import Service, ServiceSettings
-from core.config.schema import Retention
-from core.delivery.deliveries import Deliveries
-from core.engine.protocol import Request
-from core.engine.scripted import ScriptedEngine
-from core.jobs.supervisor import JobSupervisor, TrainingSettings
-from core.observability import logs
-from core.storage.database import Database, Tx, now_ms
+from core.storage.database import Database, Tx
 from core.storage.home import Cipher, Home, Lock
-from tests.drill.kills import copy_of, violations
-from tests.drill.telegram import fork, get
+from tests.drill import lives
 from tests.fakes.slack import FakeSlack
 from tests.fakes.slack.held import APP_TOKEN, SIGNING
 
 USERS = [f"U{n}" for n in range(5)]
 ROOMS = ["C1", "C2", "C3"]
 WORKERS = 8
-LONG = "\n\n".join(f"Paragraph {n} of a long answer. " + f"{'word' * 12} " * 10 for n in range(25))
 METHODS = ("chat.startStream", "chat.stopStream", "chat.appendStream", "chat.update", "chat.postMessage")
 
 
@@ -102,12 +83,6 @@ def _stopped(fake: FakeSlack, user: str, place: str, thread: str) -> dict[str, A
     )
 
 
-def answer(request: Request) -> str:
-    asked = request.messages[-1].text
-    found = re.match(r"question \d+", asked)
-    return f"answer to {found[0] if found else asked}: {LONG if asked.endswith('long') else 'done'}"
-
-
 # --- the platform's process ---
 
 
@@ -125,7 +100,7 @@ async def stand(happenings: list[list[dict[str, Any]]], seed: int, port: Path) -
             attempt = 0
             while True:
                 try:
-                    async with asyncio.timeout(2):
+                    async with asyncio.timeout(3):  # as Slack waits
                         if await there.send(payload, attempt) is not None:
                             break
                 except (TimeoutError, OSError):
@@ -164,17 +139,7 @@ async def stand(happenings: list[list[dict[str, Any]]], seed: int, port: Path) -
     async with there.open(), asyncio.TaskGroup() as tasks:
         for _ in range(WORKERS):
             tasks.create_task(deliver())
-        app = web.Application()
-        app.router.add_get("/more/{upto}", more)
-        app.router.add_get("/events", events)
-        app.router.add_get("/state", state)
-        runner = web.AppRunner(app, access_log=None)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        aside = port.with_suffix(".new")
-        aside.write_text(f"{there.url} http://127.0.0.1:{runner.addresses[0][1]}")
-        aside.rename(port)
-        await asyncio.Event().wait()
+        await lives.serve_controls(there.url, {"/more/{upto}": more, "/events": events, "/state": state}, port)
 
 
 # --- the program's process ---
@@ -193,163 +158,74 @@ def prepare(home: Home) -> None:
         database.write_now(work)
 
 
-async def live(home: Home, url: str, listen: str, *, to_the_end: bool) -> None:
-    """The program: by Socket Mode, or (with `listen`) over HTTP. Ends by SIGTERM, or when nothing is left to do."""
-    with Lock(home):
-        async with (
-            Database(home.database, Cipher.open(home.key_file, create=False)) as database,
-            ScriptedEngine(answer, delay_s=0.0, max_rows=16, max_waiting=10_000) as engine,
-        ):
-            deliveries = Deliveries(database)
-            training = JobSupervisor(database, home, deliveries, engine.info, TrainingSettings())
-            service = Service(database, home, engine, deliveries, training, ServiceSettings(Retention()))
-            way = {"signing_secret": SIGNING, "listen": listen} if listen else {"app_token": APP_TOKEN}
-            bot = SlackBot.configure({"token": "xoxb-T1-secret", "api": f"{url}/api/", **way})
-            bot._pace = fast
-            stop = asyncio.Event()
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-            async with asyncio.TaskGroup() as tasks:
-                running = [tasks.create_task(service.run()), tasks.create_task(bot.run(service))]
-                if to_the_end:
-                    tasks.create_task(_watch(service, stop))
-                await stop.wait()
-                await service.drain(20)
-                for task in running:
-                    task.cancel()
-
-
-async def _watch(service: Service, stop: asyncio.Event) -> None:
-    """Say stop when nothing is open, and still is not for some seconds: what was not acknowledged comes again."""
-    quiet = 0
-    while quiet < 15:
-        await asyncio.sleep(0.2)
-        try:
-            async with asyncio.timeout(0.2):
-                await service.settled("slack", "T1")
-            quiet += 1
-        except TimeoutError:
-            quiet = 0
-    stop.set()
+async def live(home: Home, url: str, listen: str = "", *, to_the_end: bool) -> None:
+    """By Socket Mode, or (with `listen`) over HTTP."""
+    way = {"signing_secret": SIGNING, "listen": listen} if listen else {"app_token": APP_TOKEN}
+    bot = SlackBot.configure({"token": "xoxb-T1-secret", "api": f"{url}/api/", **way})
+    bot._pace = fast
+    await lives.run_bot(home, bot, "T1", to_the_end=to_the_end)
 
 
 # --- the check ---
 
 
-def audit_books(
-    home: Home, state: dict[str, Any], happenings: list[list[dict[str, Any]]]
-) -> tuple[list[str], Counter[str]]:
+def audit(tx: Tx, state: lives.Report, happenings: list[list[dict[str, Any]]]) -> tuple[list[str], dict[str, int]]:
     """What Slack holds against what the books say, after all is settled."""
-    problems: list[str] = [f"{state['early']} calls before Retry-After was over"] if state["early"] else []
-    outcomes: Counter[str] = Counter()
-    cipher = Cipher.open(home.key_file, create=False)
-    connection = sqlite3.connect(home.database, isolation_level=None)
-    tx = Tx(sqlite_utils.Database(connection, execute_plugins=False), cipher, now_ms())
+    sent = {_key(payload): payload for one in happenings for payload in one}
     held = {(one["channel"], one["ts"]): one for one in state["held"]}
-    rows = tx.all("SELECT * FROM inbox ORDER BY id")
-    by_update = {row["update_key"]: row for row in rows}
-    asked = {
-        str(payload.get("event_id") or payload.get("trigger_id")): payload for one in happenings for payload in one
-    }
-    if lost := sum(
-        not any(str(p.get("event_id") or p.get("trigger_id")) in by_update for p in one) for one in happenings
-    ):
+    problems, outcomes, booked = lives.audit_books(
+        tx, held, lambda row: _text(sent[row["update_key"]]), lambda receipt: (receipt["channel"], receipt["ts"])
+    )
+    taken = {row["update_key"] for row in tx.all("SELECT update_key FROM inbox")}
+    if lost := sum(not any(_key(payload) in taken for payload in one) for one in happenings):
         problems.append(f"{lost} events are not in the inbox")
-    if len(rows) != len(happenings):
-        problems.append(f"{len(rows)} rows for {len(happenings)} happenings")
-    booked: set[tuple[str, str]] = set()
-    for row in rows:
-        key = row["update_key"]
-        outcomes[row["outcome"]] += 1
-        parts = tx.all(
-            "SELECT receipt FROM part JOIN delivery ON delivery.id = delivery_id WHERE inbox_id = ? ORDER BY number",
-            [row["id"]],
-        )
-        receipts = [json.loads(part["receipt"]) for part in parts if part["receipt"]]
-        places = [(at["channel"], at["ts"]) for at in receipts]
-        if row["state"] not in ("done", "dead"):
-            problems.append(f"{key} is {row['state']}")
-        if row["outcome"] in ("replied", "command") and (not places or len(places) != len(parts)):
-            problems.append(f"{key} is {row['outcome']} without its messages")
-        if doubled := [place for place in places if place in booked]:
-            problems.append(f"{key} wrote into another's message {doubled}")
-        booked.update(places)
-        said = "\n".join(held[place]["text"] for place in places if place in held)
-        payload = asked[key]
-        text = payload.get("text") or (payload.get("event") or {}).get("text", "")
-        found = re.search(r"question \d+", text)
-        complete = tx.value("SELECT finish FROM generation WHERE inbox_id = ?", [row["id"]]) == "end"
-        if row["outcome"] == "replied" and found and complete:
-            right = f"answer to {found[0]}: {LONG if text.endswith('long') else 'done'}"
-            if said.split() != right.split():
-                problems.append(f"{key} was answered {said[:80]!r}, {len(said)} characters")
-            if places and not held[places[-1]]["labels"]:
-                problems.append(f"{key} has no buttons")
-    finals = Counter(one["text"] for one in held.values() if one["text"].endswith(": done"))
-    problems += [f"{text!r} stands there {count} times" for text, count in finals.items() if count > 1]
+    if len(taken) != len(happenings):
+        problems.append(f"{len(taken)} rows for {len(happenings)} happenings")
     problems += [f"{place} is a stream that never ended" for place in booked if held[place]["streaming"]]
-    outcomes["orphans"] = sum(place not in booked for place in held)
-    replied = sum(row["outcome"] == "replied" for row in rows)
-    charged = tx.value("SELECT count(*) FROM ledger")
-    if charged != replied:
-        problems.append(f"{charged} charges for {replied} replies")
-    outcomes["charged"] = charged
-    connection.close()
-    return problems, outcomes
+    problems += [f"{state['early']} calls before Retry-After was over"] if state["early"] else []
+    problems += [f"{state['open']} events were never acknowledged"] if state["open"] else []
+    return problems, dict(outcomes)
 
 
-def drill(count: int, kills: int, seed: int, folder: Path) -> dict[str, Any]:
-    draw, home, port = random.Random(seed), Home(folder / "home"), folder / "port"
+def _key(payload: dict[str, Any]) -> str:
+    return str(payload.get("event_id") or payload.get("trigger_id"))
+
+
+def _text(payload: dict[str, Any]) -> str:
+    return str(payload.get("text") or (payload.get("event") or {}).get("text", ""))
+
+
+def drill(count: int, kills: int, seed: int, folder: Path) -> lives.Report:
+    home, port = Home(folder / "home"), folder / "port"
     home.create()
     prepare(home)
-    cipher = Cipher.open(home.key_file, create=False)
     happenings = plan(seed, count)
-    platform = fork(lambda: stand(happenings, seed, port))
     listen = f"127.0.0.1:{_free_port()}"
     began = time.monotonic()
-    problems: list[str] = []
-    try:
-        while not port.exists():
-            time.sleep(0.05)
-        url, desk = port.read_text().split()
+    with lives.forked_platform(lambda: stand(happenings, seed, port), port) as (url, controls):
 
-        def start(by_http: bool, *, to_the_end: bool) -> int:
-            get(f"{desk}/events" + (f"?url=http://{listen}{EVENTS}" if by_http else ""))
+        def start(draw: random.Random, to_the_end: bool) -> int:
+            by_http = to_the_end or draw.random() < 0.4
+            lives.get(f"{controls}/events" + (f"?url=http://{listen}{EVENTS}" if by_http else ""))
             at = listen if by_http else ""
-            return fork(_life(home, url, at, to_the_end=to_the_end))
+            return lives.fork(lambda: live(home, url, at, to_the_end=to_the_end))
 
-        died = 0
-        for number in range(kills):
-            get(f"{desk}/more/{(number + 1) * count // kills}")
-            pid = start(draw.random() < 0.4, to_the_end=False)
-            time.sleep(0.15 + draw.random() * 0.9)
-            os.kill(pid, signal.SIGKILL)
-            _, status = os.waitpid(pid, 0)
-            died += os.WIFSIGNALED(status)
-            problems += [f"after kill {died}: {one}" for one in violations(copy_of(home, folder), cipher)]
-        _, status = os.waitpid(start(by_http=True, to_the_end=True), 0)
-        problems += [f"the last life ended with {status}"] if status else []
-        state = json.loads(get(f"{desk}/state"))
-        problems += [f"{state['open']} events were never acknowledged"] if state["open"] else []
-        books, outcomes = audit_books(home, state, happenings)
-    finally:
-        os.kill(platform, signal.SIGKILL)
-        os.waitpid(platform, 0)
+        problems, died = lives.drill_bot(home, seed, count, kills, controls, start, folder)
+        state = json.loads(lives.get(f"{controls}/state"))
+    with lives.opened(home.database, Cipher.open(home.key_file, create=False)) as tx:
+        found, outcomes = audit(tx, state, happenings)
     return {
         "events": sum(len(one) for one in happenings),
         "happenings": count,
         "kills": died,
-        "outcomes": dict(outcomes),
+        "outcomes": outcomes,
         "streams": state["streams"],
         "retries": state["retries"],
         "requests": state["calls"],
-        "violations": problems + violations(home.database, cipher) + books,
+        "violations": problems + found,
         "seconds": round(time.monotonic() - began, 1),
         "seed": seed,
     }
-
-
-def _life(home: Home, url: str, listen: str, *, to_the_end: bool) -> Callable[[], Any]:
-    return lambda: live(home, url, listen, to_the_end=to_the_end)
 
 
 def _free_port() -> int:
@@ -358,27 +234,5 @@ def _free_port() -> int:
         return int(one.getsockname()[1])
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--events", type=int, default=1000)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--live", nargs=2, metavar=("HOME", "URL"), help="be the program, until SIGTERM")
-    parser.add_argument("--to-the-end", action="store_true", help="... or until nothing is left to do")
-    given = parser.parse_args()
-    logs.install("warning")
-    if given.live:
-        asyncio.run(live(Home(Path(given.live[0])), given.live[1], "", to_the_end=given.to_the_end))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        result = drill(given.events, given.kills, given.seed, Path(folder))
-    report = json.dumps(result, indent=2)
-    if given.json:
-        given.json.write_text(report)
-    sys.stdout.write(report + "\n")
-    sys.exit(bool(result["violations"]))
-
-
 if __name__ == "__main__":
-    main()
+    lives.main("events", drill, live, __doc__)

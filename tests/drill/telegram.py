@@ -3,45 +3,25 @@
     python -m tests.drill.telegram --updates 1000 --kills 20 --seed 1 [--json FILE]
 
 The fake Telegram lives in a process of its own and outlives every program that is killed. It repeats updates, hands
-them out in another order, and takes drafts and edits. A program is forked from this one, which has imported
-everything and started no thread, and is cut by SIGKILL.
+them out in another order, and takes drafts and edits.
 """
 
 from __future__ import annotations
 
-import argparse
-import asyncio
 import json
-import os
 import random
-import re
-import signal
-import sqlite3
-import sys
-import tempfile
 import time
-import urllib.request
-from collections import Counter, defaultdict
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import sqlite_utils
 from aiohttp import web
 
 from bots.telegram.bot import TelegramBot
 from bots.telegram.sending.rate_limits import SendLimits, TelegramRate, TelegramRateLimiter
 from core.channels import bindings, directory, terminal
-from core.chat.service import Service, ServiceSettings
-from core.config.schema import Retention
-from core.delivery.deliveries import Deliveries
-from core.engine.protocol import Request
-from core.engine.scripted import ScriptedEngine
-from core.jobs.supervisor import JobSupervisor, TrainingSettings
-from core.observability import logs
-from core.storage.database import Database, Tx, now_ms
+from core.storage.database import Database, Tx
 from core.storage.home import Cipher, Home, Lock
-from tests.drill.kills import copy_of, violations
+from tests.drill import lives
 from tests.fakes.telegram import FakeTelegram, Person
 from tests.fakes.telegram.people import message
 from tests.fakes.telegram.server import TOKEN
@@ -49,7 +29,6 @@ from tests.fakes.telegram.server import TOKEN
 PEOPLE = [Person(100 + n, f"P{n}") for n in range(5)]
 GROUPS = [-200 - n for n in range(3)]
 FAST = TelegramRate(1e6, 1e6)
-LONG = "\n\n".join(f"Paragraph {n} of a long answer. " + "word " * 60 for n in range(24))
 
 
 def plan(seed: int, count: int) -> list[dict[str, Any]]:
@@ -72,12 +51,6 @@ def plan(seed: int, count: int) -> list[dict[str, Any]]:
             text = f"{name}question {n} " + "word " * draw.randrange(1, 12)
         made.append({"message": message(chat, person, 10_000 + n, text.strip())})
     return [{"update_id": n + 1} | update for n, update in enumerate(made)]
-
-
-def answer(request: Request) -> str:
-    asked = request.messages[-1].text
-    found = re.match(r"question \d+", asked)
-    return f"answer to {found[0] if found else asked}: {LONG if asked.endswith('long') else 'done'}"
 
 
 # --- the platform's process ---
@@ -113,16 +86,7 @@ async def stand(updates: list[dict[str, Any]], seed: int, port: Path) -> None:
         return web.json_response(told | {"drafts": len(there.drafted), "calls": len(there.calls)})
 
     async with there.open():
-        app = web.Application()
-        app.router.add_get("/more/{upto}", more)
-        app.router.add_get("/state", state)
-        runner = web.AppRunner(app, access_log=None)
-        await runner.setup()
-        await web.TCPSite(runner, "127.0.0.1", 0).start()
-        aside = port.with_suffix(".new")
-        aside.write_text(f"{there.url} http://127.0.0.1:{runner.addresses[0][1]}")
-        aside.rename(port)
-        await asyncio.Event().wait()
+        await lives.serve_controls(there.url, {"/more/{upto}": more, "/state": state}, port)
 
 
 # --- the program's process ---
@@ -141,118 +105,35 @@ def prepare(home: Home) -> None:
         database.write_now(work)
 
 
-async def live(home: Home, url: str, transport: str, *, to_the_end: bool) -> None:
-    """The program. Ends by SIGTERM, or (`to_the_end`) when nothing is left to do."""
-    with Lock(home):
-        async with (
-            Database(home.database, Cipher.open(home.key_file, create=False)) as database,
-            ScriptedEngine(answer, delay_s=0.0, max_rows=16, max_waiting=10_000) as engine,
-        ):
-            deliveries = Deliveries(database)
-            training = JobSupervisor(database, home, deliveries, engine.info, TrainingSettings())
-            service = Service(database, home, engine, deliveries, training, ServiceSettings(Retention()))
-            bot = TelegramBot.configure({"token": TOKEN, "api": url, "transport": transport})
-            bot._pace = TelegramRateLimiter(SendLimits(FAST, FAST, FAST, FAST))
-            stop = asyncio.Event()
-            asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
-            async with asyncio.TaskGroup() as tasks:
-                running = [tasks.create_task(service.run()), tasks.create_task(bot.run(service))]
-                if to_the_end:
-                    tasks.create_task(_watch(service, stop))
-                await stop.wait()
-                await service.drain(20)
-                for task in running:
-                    task.cancel()
-
-
-async def _watch(service: Service, stop: asyncio.Event) -> None:
-    """Say stop when nothing is open, and still is not a moment later."""
-    quiet = 0
-    while quiet < 5:
-        await asyncio.sleep(0.2)
-        try:
-            async with asyncio.timeout(0.2):
-                await service.settled("telegram", "acme_bot")
-            quiet += 1
-        except TimeoutError:
-            quiet = 0
-    stop.set()
-
-
-def fork(work: Callable[[], Any]) -> int:
-    pid = os.fork()
-    if pid:
-        return pid
-    code = 1
-    try:
-        asyncio.run(work())
-        code = 0
-    except BaseException as error:
-        sys.stderr.write(f"a process ended by itself: {error!r} {getattr(error, 'exceptions', '')!r}\n")
-    finally:
-        os._exit(code)
+async def live(home: Home, url: str, transport: str = "draft", *, to_the_end: bool) -> None:
+    bot = TelegramBot.configure({"token": TOKEN, "api": url, "transport": transport})
+    bot._pace = TelegramRateLimiter(SendLimits(FAST, FAST, FAST, FAST))
+    await lives.run_bot(home, bot, "acme_bot", to_the_end=to_the_end)
 
 
 # --- the check ---
 
 
-def audit_books(home: Home, state: dict[str, Any], updates: list[dict[str, Any]]) -> tuple[list[str], Counter[str]]:
+def audit(tx: Tx, state: lives.Report, updates: list[dict[str, Any]]) -> tuple[list[str], dict[str, int]]:
     """What Telegram holds against what the books say, after all is settled."""
-    problems: list[str] = list(state["violations"])
-    outcomes: Counter[str] = Counter()
-    cipher = Cipher.open(home.key_file, create=False)
-    connection = sqlite3.connect(home.database, isolation_level=None)
-    tx = Tx(sqlite_utils.Database(connection, execute_plugins=False), cipher, now_ms())
     held = {(one["chat"], one["id"]): one for one in state["held"]}
-    rows = {int(row["update_key"]): row for row in tx.all("SELECT * FROM inbox")}
-    if set(rows) != {update["update_id"] for update in updates}:
-        problems.append(f"{len(updates) - len(rows)} updates are not in the inbox")
-    booked: set[tuple[int, int]] = set()
-    for number, row in sorted(rows.items()):
-        outcomes[row["outcome"]] += 1
-        parts = tx.all(
-            "SELECT receipt FROM part JOIN delivery ON delivery.id = delivery_id WHERE inbox_id = ? ORDER BY number",
-            [row["id"]],
-        )
-        places = [
-            (at["chat"], at["message"]) for part in parts if part["receipt"] and (at := json.loads(part["receipt"]))
-        ]
-        if row["state"] not in ("done", "dead"):
-            problems.append(f"update {number} is {row['state']}")
-        if row["outcome"] in ("replied", "command") and (not places or len(places) != len(parts)):
-            problems.append(f"update {number} is {row['outcome']} without its messages")
-        if doubled := [place for place in places if place in booked]:
-            problems.append(f"update {number} wrote into another's message {doubled}")
-        booked.update(places)
-        said = "\n".join(held[place]["text"] for place in places if place in held)
-        asked = (updates[number - 1].get("message") or {}).get("text", "")
-        found = re.search(r"question \d+", asked)
-        complete = tx.value("SELECT finish FROM generation WHERE inbox_id = ?", [row["id"]]) == "end"
-        if row["outcome"] == "replied" and found and complete:
-            right = f"answer to {found[0]}: {LONG if asked.endswith('long') else 'done'}"
-            if said.split() != right.split():
-                problems.append(f"update {number} was answered {said[:80]!r}, {len(said)} characters")
-            if places and not held[places[-1]]["labels"]:
-                problems.append(f"update {number} has no buttons")
-    texts: dict[str, int] = defaultdict(int)
+    problems, outcomes, booked = lives.audit_books(
+        tx,
+        held,
+        lambda row: (updates[int(row["update_key"]) - 1].get("message") or {}).get("text", ""),
+        lambda receipt: (receipt["chat"], receipt["message"]),
+    )
+    taken = {int(row["update_key"]) for row in tx.all("SELECT update_key FROM inbox")}
+    if taken != {update["update_id"] for update in updates}:
+        problems.append(f"{len(updates) - len(taken)} updates are not in the inbox")
     for place, one in held.items():
-        if place not in booked:
-            outcomes["orphans"] += 1
-        if place not in booked and not one["text"].endswith("…") and not _refusal(tx, place):
+        if place not in booked and not one["text"].endswith("…") and not _is_refusal(tx, place):
             problems.append(f"{place} is final but in no book: {one['text'][:60]!r}")
-        if one["labels"] and one["text"].endswith(": done"):
-            texts[one["text"]] += 1
-    problems += [f"{text!r} stands there {count} times" for text, count in texts.items() if count > 1]
-    replied = sum(row["outcome"] == "replied" for row in rows.values())
-    charged = tx.value("SELECT count(*) FROM ledger")
-    if charged != replied:
-        problems.append(f"{charged} charges for {replied} replies")
-    outcomes["charged"] = charged
-    connection.close()
-    return problems, outcomes
+    problems += [f"{state['pending']} updates were never confirmed"] if state["pending"] else []
+    return [*state["violations"], *problems], dict(outcomes)
 
 
-def _refusal(tx: Tx, place: tuple[int, int]) -> bool:
+def _is_refusal(tx: Tx, place: tuple[int, int]) -> bool:
     """Whether a refusal was written there: it has a handle, and no receipt."""
     return bool(
         tx.value(
@@ -263,76 +144,33 @@ def _refusal(tx: Tx, place: tuple[int, int]) -> bool:
     )
 
 
-def drill(count: int, kills: int, seed: int, folder: Path) -> dict[str, Any]:
-    draw, home, port = random.Random(seed), Home(folder / "home"), folder / "port"
+def drill(count: int, kills: int, seed: int, folder: Path) -> lives.Report:
+    home, port = Home(folder / "home"), folder / "port"
     home.create()
     prepare(home)
-    cipher = Cipher.open(home.key_file, create=False)
     updates = plan(seed, count)
-    platform = fork(lambda: stand(updates, seed, port))
     began = time.monotonic()
-    problems: list[str] = []
-    try:
-        while not port.exists():
-            time.sleep(0.05)
-        url, desk = port.read_text().split()
-        died = 0
-        for number in range(kills):
-            get(f"{desk}/more/{(number + 1) * count // kills}")
-            transport = draw.choice(("draft", "draft", "edit"))
-            pid = fork(lambda transport=transport: live(home, url, transport, to_the_end=False))  # type: ignore[misc]
-            time.sleep(0.1 + draw.random() * 0.9)
-            os.kill(pid, signal.SIGKILL)
-            _, status = os.waitpid(pid, 0)
-            died += os.WIFSIGNALED(status)
-            problems += [f"after kill {died}: {one}" for one in violations(copy_of(home, folder), cipher)]
-        pid = fork(lambda: live(home, url, "draft", to_the_end=True))
-        _, status = os.waitpid(pid, 0)
-        problems += [f"the last life ended with {status}"] if status else []
-        state = json.loads(get(f"{desk}/state"))
-        problems += [f"{state['pending']} updates were never confirmed"] if state["pending"] else []
-        books, outcomes = audit_books(home, state, updates)
-    finally:
-        os.kill(platform, signal.SIGKILL)
-        os.waitpid(platform, 0)
+    with lives.forked_platform(lambda: stand(updates, seed, port), port) as (url, controls):
+
+        def start(draw: random.Random, to_the_end: bool) -> int:
+            transport = "draft" if to_the_end else draw.choice(("draft", "draft", "edit"))
+            return lives.fork(lambda: live(home, url, transport, to_the_end=to_the_end))
+
+        problems, died = lives.drill_bot(home, seed, count, kills, controls, start, folder)
+        state = json.loads(lives.get(f"{controls}/state"))
+    with lives.opened(home.database, Cipher.open(home.key_file, create=False)) as tx:
+        found, outcomes = audit(tx, state, updates)
     return {
         "updates": count,
         "kills": died,
-        "outcomes": dict(outcomes),
+        "outcomes": outcomes,
         "drafts": state["drafts"],
         "requests": state["calls"],
-        "violations": problems + violations(home.database, cipher) + books,
+        "violations": problems + found,
         "seconds": round(time.monotonic() - began, 1),
         "seed": seed,
     }
 
 
-def get(url: str) -> str:
-    with urllib.request.urlopen(url, timeout=30) as answered:
-        return str(answered.read().decode())
-
-
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--updates", type=int, default=1000)
-    parser.add_argument("--kills", type=int, default=20)
-    parser.add_argument("--seed", type=int, default=1)
-    parser.add_argument("--json", type=Path)
-    parser.add_argument("--live", nargs=2, metavar=("HOME", "URL"), help="be the program, until SIGTERM")
-    parser.add_argument("--to-the-end", action="store_true", help="... or until nothing is left to do")
-    given = parser.parse_args()
-    logs.install("warning")
-    if given.live:
-        asyncio.run(live(Home(Path(given.live[0])), given.live[1], "draft", to_the_end=given.to_the_end))
-        return
-    with tempfile.TemporaryDirectory() as folder:
-        result = drill(given.updates, given.kills, given.seed, Path(folder))
-    report = json.dumps(result, indent=2)
-    if given.json:
-        given.json.write_text(report)
-    sys.stdout.write(report + "\n")
-    sys.exit(bool(result["violations"]))
-
-
 if __name__ == "__main__":
-    main()
+    lives.main("updates", drill, live, __doc__)

@@ -29,7 +29,6 @@ from typing import Any
 import sqlite_utils
 from aiohttp import web
 
-from core.platform import Bot
 from core.chat.service import Service, ServiceSettings
 from core.config.schema import Retention
 from core.delivery.deliveries import Deliveries
@@ -37,6 +36,7 @@ from core.engine.protocol import Request
 from core.engine.scripted import ScriptedEngine
 from core.jobs.supervisor import JobSupervisor, TrainingSettings
 from core.observability import logs
+from core.platform import Bot
 from core.storage.database import Database, Row, Tx, now_ms
 from core.storage.home import Cipher, Home, Lock
 from core.usage import ledger

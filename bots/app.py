@@ -99,7 +99,7 @@ def make_engine(config: Config, home: Home, progress: Progress | None) -> Engine
         there = RemoteSettings(**{one.name: getattr(config.engine, one.name) for one in fields(RemoteSettings)})
         return RemoteEngine(config.model, there, home.models, progress=progress)
     keep_few_kernels()
-    from core.engine.runtime.local import LocalEngine
+    from core.engine.local import LocalEngine
 
     settings = EngineSettings(**{one.name: getattr(config.engine, one.name) for one in fields(EngineSettings)})
     return LocalEngine(config.model, settings, home.models, progress=progress)

@@ -137,9 +137,9 @@ def _torch(patient: Examined) -> Iterator[Finding]:
 
 
 def _operators(patient: Examined) -> Finding:
-    from core.engine.cpu.compiled import why_not
+    from core.engine.cpu.compiled import unavailable_reason
 
-    reason = why_not()
+    reason = unavailable_reason()
     if reason:
         return patient.finding(Level.WARNING, "operators", "not_compiled", reason=reason.splitlines()[0])
     return patient.finding(Level.GOOD, "operators", "compiled")
@@ -237,10 +237,10 @@ def _server(patient: Examined) -> Iterator[Finding]:
 
 
 async def _ask_server(patient: Examined, settings: RemoteSettings) -> Finding:
-    from core.engine.openai.client import Server
+    from core.engine.openai.client import OpenAIServer
     from core.engine.openai.preflight import find_base
 
-    server = Server(settings)
+    server = OpenAIServer(settings)
     try:
         await server.check_health()
         models = await server.models()

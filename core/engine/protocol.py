@@ -64,7 +64,7 @@ class Request:
     deadline_s: float = 120.0
 
 
-def check(request: Request) -> None:
+def check_request(request: Request) -> None:
     """Raise BadInput for numbers that no engine can draw by, NaN among them."""
     sampling = request.sampling
     rules = {
@@ -136,7 +136,7 @@ class EngineInfo:
 
 
 @dataclass(frozen=True, slots=True)
-class Spread:
+class Histogram:
     """How long something took, many times: counts[i] times up to bounds[i] seconds, the last count above all bounds."""
 
     bounds: tuple[float, ...] = ()
@@ -160,9 +160,9 @@ class EngineStats:
     prompt_tokens: int = 0  # taken in, without those reused
     reused_tokens: int = 0
     ended: Mapping[str, int] = field(default_factory=dict)  # requests, by FinishReason or the error's class
-    waited_s: Spread = field(default_factory=Spread)  # from submit to a row
-    first_token_s: Spread = field(default_factory=Spread)  # from submit
-    inter_token_s: Spread = field(default_factory=Spread)  # between two tokens of a row
+    waited_s: Histogram = field(default_factory=Histogram)  # from submit to a row
+    first_token_s: Histogram = field(default_factory=Histogram)  # from submit
+    inter_token_s: Histogram = field(default_factory=Histogram)  # between two tokens of a row
     positions_read: int = 0  # of keys and values, once per row and pass
     positions_held: int = 0  # of these, such as hold a token of their row
     decode_s: float = 0.0  # in passes that take one token of each row

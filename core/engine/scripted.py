@@ -23,7 +23,7 @@ from core.engine.protocol import (
     FinishReason,
     Request,
     Started,
-    check,
+    check_request,
 )
 from core.engine.scheduling.detokenizer import StopScanner
 from core.engine.scheduling.stats import StatsCounter
@@ -108,7 +108,7 @@ class ScriptedEngine:
         generation = ScriptedGeneration()
         self.requests.append(request)
         try:
-            check(request)
+            check_request(request)
         except BadInput as error:
             generation.put(error)
             return generation

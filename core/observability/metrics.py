@@ -11,7 +11,7 @@ from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from itertools import accumulate
 
-from core.engine.protocol import EngineInfo, EngineStats, Spread
+from core.engine.protocol import EngineInfo, EngineStats, Histogram
 
 CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
 MAX_LABELS = 500  # different label sets of one family; what comes later is counted as "other"
@@ -40,7 +40,7 @@ def counter(name: str, help: str, *samples: tuple[Labels, float]) -> Family:
     return Family(f"distributary_{name}", "counter", help, tuple(("", labels, value) for labels, value in samples))
 
 
-def histogram(name: str, help: str, spread: Spread) -> Family:
+def histogram(name: str, help: str, spread: Histogram) -> Family:
     """How often something took how long."""
     edges = [*(f"{bound:g}" for bound in spread.bounds), "+Inf"]
     samples: list[tuple[str, Labels, float]] = [

@@ -27,10 +27,10 @@ from safetensors.torch import save_file
 from transformers import AutoModelForCausalLM, LlamaConfig
 
 from core.config.sections import EngineSettings, ModelSettings
-from core.engine.lora.stacks import shapes
+from core.engine.local import LocalEngine
+from core.engine.lora.slots import linear_shapes
 from core.engine.protocol import Delta, Request, Scope
 from core.engine.runtime import attention, loop
-from core.engine.runtime.local import LocalEngine
 from core.engine.runtime.runner import Runner
 from core.model.base import BaseModel
 from core.model.chat_format import render
@@ -87,7 +87,7 @@ def make_adapter(model: BaseModel, folder: Path, seed: int) -> AdapterRef:
     """Rank 8 on all linear layers but the head, random, in PEFT's format."""
     dice = torch.Generator().manual_seed(seed)
     tensors = {}
-    for name, (out, size) in shapes(model.module).items():
+    for name, (out, size) in linear_shapes(model.module).items():
         if name != "lm_head":
             tensors[f"base_model.model.{name}.lora_A.weight"] = torch.randn(RANK, size, generator=dice) * size**-0.5
             tensors[f"base_model.model.{name}.lora_B.weight"] = torch.randn(out, RANK, generator=dice) * 0.02

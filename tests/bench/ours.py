@@ -11,10 +11,10 @@ from pathlib import Path
 from typing import Any
 
 from core.config.sections import EngineSettings, ModelSettings
-from core.engine.diagnostics.benchmark import spent
+from core.engine.diagnostics.benchmark import stats_between
+from core.engine.local import LocalEngine
 from core.engine.protocol import Delta, Request, Scope, Started
-from core.engine.runtime.loading import load_served
-from core.engine.runtime.local import LocalEngine
+from core.engine.runtime.loading import load_for_serving
 from core.types import AdapterRef, Message, Role, Sampling
 from tests.bench.worker import Case, Spec, serve
 
@@ -23,7 +23,7 @@ def make(spec: Spec):
     settings = ModelSettings(name=spec.folder, device="cpu", quantization=os.environ.get("QUANTIZATION", "none"))
     # On a thread that ends, as the engine itself does it: see LocalEngine.
     with ThreadPoolExecutor(1) as loader:
-        model = loader.submit(load_served, settings, Path(spec.folder), threads=spec.threads).result()
+        model = loader.submit(load_for_serving, settings, Path(spec.folder), threads=spec.threads).result()
     model = dataclasses.replace(model, eos_ids=frozenset())  # every answer has its 64 tokens
     refs = [AdapterRef(sha256=str(i), folder=Path(folder), label=f"a{i}@1") for i, folder in enumerate(spec.adapters)]
     loop = asyncio.new_event_loop()
@@ -63,7 +63,7 @@ def make(spec: Spec):
             "ttft_p95_s": round(firsts[len(firsts) * 95 // 100], 4),
             "gap_p50_s": round(gaps[len(gaps) // 2], 4),
             "gap_p95_s": round(gaps[len(gaps) * 95 // 100], 4),
-            "padding_waste": round(spent(before, engine.stats()).padding_waste, 3),
+            "padding_waste": round(stats_between(before, engine.stats()).padding_waste, 3),
         }
 
     return lambda case: loop.run_until_complete(all_rows(case))

@@ -23,9 +23,9 @@ from typing import Any
 
 from core.config.sections import EngineSettings, ModelSettings
 from core.engine.diagnostics.benchmark import random_adapters
+from core.engine.local import LocalEngine
 from core.engine.protocol import Delta, Finished, Request, Scope, Started
-from core.engine.runtime.loading import load_served
-from core.engine.runtime.local import LocalEngine
+from core.engine.runtime.loading import load_for_serving
 from core.errors import Overloaded
 from core.model.base import BaseModel
 from core.model.chat_format import render
@@ -240,7 +240,7 @@ def make(spec: Spec):
     # On a thread that ends, as the engine itself does it: see LocalEngine.
     with ThreadPoolExecutor(1) as loader:
         settings = ModelSettings(name=spec.folder, device="cpu")
-        model = loader.submit(load_served, settings, Path(spec.folder), threads=spec.threads).result()
+        model = loader.submit(load_for_serving, settings, Path(spec.folder), threads=spec.threads).result()
     scenarios = Scenarios(spec, dataclasses.replace(model, eos_ids=frozenset()))
     loop = asyncio.new_event_loop()
 

@@ -28,8 +28,8 @@ from platformdirs import user_cache_path
 
 from bots.app import asked
 from core.config.sections import EngineSettings, ModelSettings
+from core.engine.local import LocalEngine
 from core.engine.protocol import Delta, Request, Scope
-from core.engine.runtime.local import LocalEngine
 from core.jobs.process import TrainerProcess, usher
 from core.jobs.protocol import JobEvent, Progress, Spec
 from core.model.demo import demo_folder

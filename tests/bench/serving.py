@@ -26,7 +26,7 @@ import torch
 from platformdirs import user_cache_path
 
 from core.config.sections import ModelSettings
-from core.engine.runtime.loading import load_served
+from core.engine.runtime.loading import load_for_serving
 from core.model.chat_format import render
 from core.model.demo import demo_folder
 from core.model.onednn import KEPT
@@ -115,7 +115,7 @@ class Result:
 def prepare(folder: Path, threads: int) -> Spec:
     """The demo model, eight random adapters of rank 8 on all linear layers, and prompts of 64 tokens."""
     model_folder = demo_folder(user_cache_path("distributary") / "bench")
-    tokenizer = load_served(ModelSettings(name=str(model_folder)), folder).tokenizer
+    tokenizer = load_for_serving(ModelSettings(name=str(model_folder)), folder).tokenizer
     adapters = [save_adapter(model_folder, folder / f"a{i}", seed=i, std=0.01, r=8).folder for i in range(ADAPTERS)]
     texts = [_text(tokenizer, row) for row in range(ROWS)]
     prompts = [list(render([Message(Role.USER, text)], tokenizer, 1024).ids) for text in texts]

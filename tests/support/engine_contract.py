@@ -11,9 +11,9 @@ from pathlib import Path
 from typing import Any
 
 from core.config.sections import EngineSettings, ModelSettings, RemoteSettings
+from core.engine.local import LocalEngine
 from core.engine.openai.remote import RemoteEngine
 from core.engine.protocol import Engine, Request
-from core.engine.runtime.local import LocalEngine
 from core.engine.scripted import ScriptedEngine
 from core.model.base import BaseModel
 from core.types import AdapterRef

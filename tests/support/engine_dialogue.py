@@ -9,8 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from core.config.sections import EngineSettings, ModelSettings
+from core.engine.local import LocalEngine
 from core.engine.protocol import Delta, Finished, Generation, Request, Scope, Started
-from core.engine.runtime.local import LocalEngine
 from core.model.base import BaseModel
 from core.types import AdapterRef, Message, Role, Sampling
 

@@ -8,7 +8,7 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from core.engine.cpu.compiled import Compiled
+from core.engine.cpu.compiled import CompiledOperators
 
 P, N, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 ARGUMENTS = {
@@ -19,35 +19,35 @@ ARGUMENTS = {
 }
 
 
-def call(operators: Compiled, name: str, *arguments: Tensor | float | None) -> None:
+def call(operators: CompiledOperators, name: str, *arguments: Tensor | float | None) -> None:
     function = getattr(operators.library, name)
     function.argtypes, function.restype = ARGUMENTS[name], None
     assert all(one.is_contiguous() for one in arguments if isinstance(one, Tensor))
     function(*(one.data_ptr() if isinstance(one, Tensor) else one for one in arguments))
 
 
-def add_norm(operators: Compiled, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
+def add_norm(operators: CompiledOperators, x: Tensor, delta: Tensor | None, weight: Tensor, eps: float) -> Tensor:
     """x (N, n) += delta, in place, if there is one; returns x / sqrt(mean(x^2) + eps) * weight."""
     out = torch.empty_like(x)
     call(operators, "add_norm", x, delta, weight, eps, out, *x.shape)
     return out
 
 
-def silu_mul(operators: Compiled, gate_up: Tensor) -> Tensor:
+def silu_mul(operators: CompiledOperators, gate_up: Tensor) -> Tensor:
     """(N, 2 n), gates before ups -> (N, n)."""
     out = torch.empty(len(gate_up), gate_up.shape[1] // 2)
     call(operators, "silu_mul", gate_up, out, *out.shape)
     return out
 
 
-def turn(operators: Compiled, qkv: Tensor, cos: Tensor, sin: Tensor, turned: int) -> None:
+def turn(operators: CompiledOperators, qkv: Tensor, cos: Tensor, sin: Tensor, turned: int) -> None:
     """The first heads of qkv (N, heads, n), in place."""
     rows, heads, size = qkv.shape
     call(operators, "turn", qkv, cos, sin, rows, turned, heads, size)
 
 
 def attend(
-    operators: Compiled,
+    operators: CompiledOperators,
     qkv: Tensor,
     keys: Tensor,
     values: Tensor,

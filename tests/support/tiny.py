@@ -16,7 +16,7 @@ from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
 
 from core.config.sections import ModelSettings
-from core.engine.runtime.loading import load_served
+from core.engine.runtime.loading import load_for_serving
 from core.model.base import BaseModel
 from core.types import AdapterRef
 
@@ -69,7 +69,7 @@ def save_tiny(folder: Path, *, seed: int = 0, **changes: Any) -> Path:
 
 
 def load_tiny(folder: Path, **changes: Any) -> BaseModel:
-    return load_served(ModelSettings(name=str(save_tiny(folder, **changes)), device="cpu"), folder)
+    return load_for_serving(ModelSettings(name=str(save_tiny(folder, **changes)), device="cpu"), folder)
 
 
 def quietly(make: Callable[[], Any]) -> Any:

@@ -2,7 +2,7 @@
 
 A step on a CPU is some 2,000 of torch's operators, most of them shorter than the call that starts them. These do the
 work of some five each, their products read weights as fast as memory gives them, however few rows there are, and a
-whole pass over a model's layers is one call (core.engine.cpu.layers). They are called through ctypes, on the tensors'
+whole pass over a model's layers is one call (core.engine.runtime.compiled_layers). They are called through ctypes, on the tensors'
 own memory. Without a compiler `compiled` gives None, and its users run torch's operators instead: the same numbers, to
 rounding.
 
@@ -36,7 +36,7 @@ _ARGUMENTS = {
 }
 
 
-class Compiled:
+class CompiledOperators:
     """The operators on tensors: float32, contiguous, on the CPU. What is said to be changed is changed in place."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -52,7 +52,7 @@ class Compiled:
         self.library.room_of.argtypes, self.library.room_of.restype = (_P,), _N
         self.together: int = library.together()  # int8 weights of an output that are multiplied at once
 
-    def __deepcopy__(self, memo: dict[int, object]) -> Compiled:
+    def __deepcopy__(self, memo: dict[int, object]) -> CompiledOperators:
         """What holds operators may be copied; they are the process's."""
         return self
 
@@ -123,22 +123,22 @@ def _at_or_none(tensor: Tensor | None) -> int | None:
     return None if tensor is None else _at(tensor)
 
 
-def compiled() -> Compiled | None:
+def compiled() -> CompiledOperators | None:
     """The operators, built if they are not there yet; None, and the log says why, where that fails."""
     found = _outcome()
-    return found if isinstance(found, Compiled) else None
+    return found if isinstance(found, CompiledOperators) else None
 
 
-def why_not() -> str:
+def unavailable_reason() -> str:
     """Why there are none; empty if there are."""
     found = _outcome()
-    return "" if isinstance(found, Compiled) else found
+    return "" if isinstance(found, CompiledOperators) else found
 
 
 @cache
-def _outcome() -> Compiled | str:
+def _outcome() -> CompiledOperators | str:
     try:
-        return Compiled(ctypes.CDLL(str(built_library())))
+        return CompiledOperators(ctypes.CDLL(str(built_library())))
     except (OSError, subprocess.SubprocessError, AttributeError) as error:
         reason = str(getattr(error, "stderr", None) or error)[:500]
         log.warning("engine.not_compiled", extra={"reason": reason})

@@ -28,7 +28,7 @@ ENGINE = "fbgemm"
 STEP, ZERO = 2 / 255, 128  # [-1, 1] as unsigned bytes
 
 
-class ByBlocks:
+class BlockedKernel:
     """Our own product."""
 
     def __init__(self, weight_q: Tensor) -> None:
@@ -60,11 +60,11 @@ class ByBlocks:
         return self.operators.multiply_bytes(x.contiguous(), self.packed, self.scales, bias, self.outs)
 
 
-class ByBytes:
+class FbgemmKernel:
     """fbgemm's product."""
 
     def __init__(self, weight_q: Tensor) -> None:
-        with _quantising():
+        with _fbgemm():
             self._packed = torch.ops.quantized.linear_prepack(weight_q, None)
 
     @staticmethod
@@ -73,10 +73,10 @@ class ByBytes:
 
     @staticmethod
     def heaviest() -> int:
-        return _heaviest()
+        return _fbgemm_absmax()
 
     def unpacked(self) -> tuple[Tensor, Tensor]:
-        with _quantising():
+        with _fbgemm():
             weight: Tensor = torch.ops.quantized.linear_unpack(self._packed)[0]
         return weight.int_repr(), weight.q_per_channel_scales()
 
@@ -87,26 +87,26 @@ class ByBytes:
         return y if bias is None else y.add_(bias)
 
 
-Kernel = ByBlocks | ByBytes
-KERNELS: tuple[type[Kernel], ...] = (ByBlocks, ByBytes)
+Int8Kernel = BlockedKernel | FbgemmKernel
+KERNELS: tuple[type[Int8Kernel], ...] = (BlockedKernel, FbgemmKernel)
 
 
 class Int8Linear(nn.Module):
     """y = W x + b with W as int8. `weight_q` is (out, in), quantised per output."""
 
-    def __init__(self, weight_q: Tensor, bias: Tensor | None, *, kernel: type[Kernel] | None = None) -> None:
+    def __init__(self, weight_q: Tensor, bias: Tensor | None, *, kernel: type[Int8Kernel] | None = None) -> None:
         super().__init__()
         self.out_features, self.in_features = weight_q.shape
         self.bias = bias
-        self.kernel = (kernel or chosen())(weight_q)
+        self.kernel = (kernel or chosen_kernel())(weight_q)
 
     @classmethod
-    def of(cls, linear: nn.Linear, *, kernel: type[Kernel] | None = None) -> Int8Linear:
-        kernel = kernel or chosen()
+    def of(cls, linear: nn.Linear, *, kernel: type[Int8Kernel] | None = None) -> Int8Linear:
+        kernel = kernel or chosen_kernel()
         weight = linear.weight.detach().float()
         scales = (weight.abs().amax(dim=1) / kernel.heaviest()).clamp_min(1e-12)
         zeros = torch.zeros(len(weight), dtype=torch.long)
-        with _quantising():
+        with _fbgemm():
             weight_q = torch.quantize_per_channel(weight, scales.double(), zeros, 0, torch.qint8)
         return cls(weight_q, None if linear.bias is None else linear.bias.detach().float(), kernel=kernel)
 
@@ -117,17 +117,17 @@ class Int8Linear(nn.Module):
 
 
 @cache
-def chosen() -> type[Kernel]:
+def chosen_kernel() -> type[Int8Kernel]:
     return next(kernel for kernel in KERNELS if kernel.works_here())
 
 
 @cache
-def _heaviest() -> int:
+def _fbgemm_absmax() -> int:
     """Without AVX512-VNNI fbgemm adds products two by two in 16 bits, which bytes times bytes overflow. Weights of
     7 bits do not, and cost less than inputs of 7 bits would, which have outliers.
     """
     ones = torch.ones(1, 64)
-    with _quantising():
+    with _fbgemm():
         weight = torch.quantize_per_channel(ones, torch.tensor([1 / 127.0]), torch.tensor([0]), 0, torch.qint8)
         found = _multiply(ones, torch.ops.quantized.linear_prepack(weight, None))
     return 127 if abs(float(found) - 64) < 1 else 64
@@ -160,7 +160,7 @@ def merge_int8(parts: Sequence[Int8Linear]) -> Int8Linear:
     """The linears side by side. Exact: scales are per output."""
     values, scales = (torch.cat(both) for both in zip(*(part.kernel.unpacked() for part in parts), strict=True))
     zeros = torch.zeros(len(scales), dtype=torch.long)
-    with _quantising():
+    with _fbgemm():
         whole = torch._make_per_channel_quantized_tensor(values, scales.double(), zeros, 0)
     biases = [part.bias for part in parts if part.bias is not None]
     return Int8Linear(whole, torch.cat(biases) if biases else None, kernel=type(parts[0].kernel))
@@ -175,7 +175,7 @@ def quantize(module: nn.Module) -> None:
 
 
 @contextmanager
-def _quantising() -> Iterator[None]:
+def _fbgemm() -> Iterator[None]:
     """Around everything that makes a quantised tensor.
 
     The kernels are chosen by a process-wide setting that is read when weights are packed. torch calls its quantised

@@ -88,7 +88,7 @@ async def _speed(engine: Engine, rows: int, adapters: Sequence[AdapterRef] = (),
     requests = [_request(row, adapters[row % len(adapters)] if adapters else None, tokens) for row in range(rows)]
     heard = await asyncio.gather(*(_hear(engine, one, began) for one in requests))
     seconds = time.perf_counter() - began
-    passes = spent(before, engine.stats())
+    passes = stats_between(before, engine.stats())
     firsts = [first for first, _, _ in heard]
     gaps = [gap for _, found, _ in heard for gap in found]
     return Speed(
@@ -123,7 +123,7 @@ async def _hear(engine: Engine, request: Request, began: float) -> tuple[float, 
     return (times or [0.0])[0], [b - a for a, b in pairwise(times)], tokens
 
 
-def spent(before: EngineStats, after: EngineStats) -> EngineStats:
+def stats_between(before: EngineStats, after: EngineStats) -> EngineStats:
     """What passes took in between, for the shares that EngineStats makes of it."""
     return replace(
         after,

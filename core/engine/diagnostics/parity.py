@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from core.engine.cpu.int8 import Int8Linear
 from core.engine.lora.adapter_files import AdapterWeights
-from core.engine.lora.stacks import linear_modules
+from core.engine.lora.slots import linear_modules
 from core.engine.runtime import attention
 from core.engine.runtime.runner import Runner
 from core.errors import ModelLoadFailed
@@ -28,7 +28,7 @@ LORA_STD = 0.05
 
 
 @torch.inference_mode()
-def check_exact(model: BaseModel) -> None:
+def check_parity(model: BaseModel) -> None:
     """Compare the engine with the model alone: two rows, chunked prefill, a step together. ~0.3 s, warms up as well.
 
     Raises ModelLoadFailed if they differ by more than rounding.
@@ -79,7 +79,7 @@ def _alone(model: BaseModel, texts: Sequence[Sequence[int]], adapter: AdapterWei
     """The same by the model itself, each text at once."""
     module: Any = model.module
     found = []
-    with attention.transformers_own(module):
+    with attention.eager_attention(module):
         for ids, pairs in zip(texts, (adapter.pairs if adapter else {}, {}), strict=True):
             hooks = [module.get_submodule(name).register_forward_hook(_adding(*pair)) for name, pair in pairs.items()]
             try:

@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, nn
 
 from core.engine.cpu.compiled import tiles_of
-from core.engine.lora.segments import Groups, Plans, Segment
+from core.engine.lora.segments import LoraSegment, SegmentPlanner, SlotGroups
 
 
-class Stack:
+class StackedLora:
     """A and B of the linear modules that share an input, so that one product takes it in for all of them.
 
     a is (S, P * R, in), module by module within a slot. b holds one (S, R, out) per module; or, `joined`, a single
@@ -34,7 +34,7 @@ class Stack:
         self,
         in_features: int,
         outs: Sequence[int],
-        plans: Plans,
+        plans: SegmentPlanner,
         *,
         device: torch.device,
         dtype: torch.dtype,
@@ -64,14 +64,14 @@ class Stack:
             else:
                 self._add_masked(piece, x[piece.tokens], ys)
 
-    def _add_tiles(self, piece: Segment, tiles: Tensor, x: Tensor, y: Tensor) -> None:
+    def _add_tiles(self, piece: LoraSegment, tiles: Tensor, x: Tensor, y: Tensor) -> None:
         assert self.plans.operators is not None
         if len(x) != piece.tokens.stop:  # a model's own head, which sees the last token of a row that runs alone
             assert piece.stop == piece.start + 1
             tiles = tiles_of([piece.start] * len(x))
         self.plans.operators.add_lora(x, y, self.a, self.b[0], tiles, self.outs)
 
-    def _add_groups(self, groups: Groups, x: Tensor, ys: Sequence[Tensor]) -> None:
+    def _add_groups(self, groups: SlotGroups, x: Tensor, ys: Sequence[Tensor]) -> None:
         a, moves = self.a[groups.slots], groups.moves
         x = x if moves is None else x.index_select(0, moves.gather)
         h = torch.bmm(x.view(len(a), -1, x.shape[1]), a.transpose(1, 2))
@@ -82,7 +82,7 @@ class Stack:
             added = torch.bmm(own, b[groups.slots]).view(-1, y.shape[1]).index_select(0, moves.place)
             y += added if moves.bare is None else added.masked_fill_(moves.bare, 0.0)
 
-    def _add_masked(self, piece: Segment, x: Tensor, ys: Sequence[Tensor]) -> None:
+    def _add_masked(self, piece: LoraSegment, x: Tensor, ys: Sequence[Tensor]) -> None:
         slots = slice(piece.start, piece.stop)
         h = nn.functional.linear(x, self.a[slots].flatten(0, 1)).view(len(x), piece.stop - piece.start, -1)
         if piece.foreign is not None:

@@ -17,7 +17,7 @@ from itertools import groupby
 import torch
 from torch import Tensor
 
-from core.engine.cpu.compiled import Compiled, tiles_of
+from core.engine.cpu.compiled import CompiledOperators, tiles_of
 
 Runs = tuple[tuple[int | None, int], ...]  # (slot, how many tokens) in turn; None is bare
 
@@ -26,15 +26,15 @@ LONG = 16  # tokens of one adapter in a row from which a slice of their own is q
 
 
 @dataclass(frozen=True, slots=True)
-class Groups:
+class SlotGroups:
     """Tokens of a piece by slot: they lie so already, in groups of one length, or `moves` bring them there."""
 
     slots: slice | Tensor
-    moves: Moves | None = None
+    moves: Permutation | None = None
 
 
 @dataclass(frozen=True, slots=True)
-class Moves:
+class Permutation:
     """All groups are made as long as the longest; what fills them is not used."""
 
     gather: Tensor  # (slots * longest,), the token at each place
@@ -43,7 +43,7 @@ class Moves:
 
 
 @dataclass(frozen=True, slots=True)
-class Order:
+class TokenOrder:
     """The rows' tokens in an order of their own."""
 
     rows: Sequence[int]
@@ -52,7 +52,7 @@ class Order:
 
 
 @dataclass(frozen=True, slots=True)
-class Segment:
+class LoraSegment:
     """Consecutive tokens of a pass, and the slots [start, stop) that they use.
 
     Each has its own by `groups`, by `foreign`, bool (T, stop - start, 1), or by `tiles`; by none
@@ -62,25 +62,25 @@ class Segment:
     tokens: slice
     start: int
     stop: int
-    groups: Groups | None = None
+    groups: SlotGroups | None = None
     foreign: Tensor | None = None
     tiles: Tensor | None = None
 
 
-class Plans:
+class SegmentPlanner:
     """The pieces of each pass. `current` are those of the running one: tokens that run bare are in none."""
 
-    def __init__(self, device: torch.device, operators: Compiled | None) -> None:
+    def __init__(self, device: torch.device, operators: CompiledOperators | None) -> None:
         self.device = device
         self.operators = operators
         self.grouped = device.type == "cpu"
-        self.current: Sequence[Segment] = ()
-        self._kept: dict[Runs, list[Segment]] = {}  # of the last passes: from step to step they are mostly the same
+        self.current: Sequence[LoraSegment] = ()
+        self._kept: dict[Runs, list[LoraSegment]] = {}  # of the last passes: from step to step they are mostly the same
         self._ordered_for: list[int | None] = []
-        self._order: Order | None = None
+        self._order: TokenOrder | None = None
 
     @contextmanager
-    def tokens(self, runs: Iterable[tuple[int | None, int]]) -> Iterator[Sequence[Segment]]:
+    def tokens(self, runs: Iterable[tuple[int | None, int]]) -> Iterator[Sequence[LoraSegment]]:
         """Let the forward pass inside run its tokens with adapters: (slot, how many tokens) in turn; None is bare."""
         key = tuple(runs)
         if key not in self._kept:
@@ -94,31 +94,31 @@ class Plans:
             self.current = ()
 
     @contextmanager
-    def masked(self, own: Tensor, slots: int) -> Iterator[Sequence[Segment]]:
+    def masked(self, own: Tensor, slots: int) -> Iterator[Sequence[LoraSegment]]:
         """As `tokens`, one token each, with slots (T,) that the device alone knows, -1 for bare, all below `slots`."""
         foreign = (torch.arange(slots, device=own.device)[None, :] != own[:, None])[:, :, None]
-        self.current = [Segment(slice(0, len(own)), 0, slots, foreign=foreign)] if slots else []
+        self.current = [LoraSegment(slice(0, len(own)), 0, slots, foreign=foreign)] if slots else []
         try:
             yield self.current
         finally:
             self.current = ()
 
-    def order(self, slots: Sequence[int | None]) -> Order | None:
+    def order(self, slots: Sequence[int | None]) -> TokenOrder | None:
         """How to order one token of each row so that none is moved for its adapter's sake; None: as they are."""
         if list(slots) != self._ordered_for:
             self._ordered_for, self._order = list(slots), self._find_order(slots)
         return self._order
 
-    def _find_order(self, slots: Sequence[int | None]) -> Order | None:
+    def _find_order(self, slots: Sequence[int | None]) -> TokenOrder | None:
         order = sorted(range(len(slots)), key=lambda row: (slots[row] is None, slots[row] or 0))
         if not self.grouped or self.operators is not None or order == list(range(len(slots))):
             return None
         if any(piece.groups and piece.groups.moves for piece in self._plan(tuple((slots[row], 1) for row in order))):
             return None
         back = sorted(range(len(order)), key=order.__getitem__)
-        return Order(order, torch.tensor(order, device=self.device), torch.tensor(back, device=self.device))
+        return TokenOrder(order, torch.tensor(order, device=self.device), torch.tensor(back, device=self.device))
 
-    def _plan(self, runs: Runs) -> list[Segment]:
+    def _plan(self, runs: Runs) -> list[LoraSegment]:
         if self.operators is not None:
             return self._tiled([slot for slot, tokens in runs for _ in range(tokens)])
         pieces, short, token = [], [], 0
@@ -128,17 +128,17 @@ class Plans:
                 short += [slot] * count
             else:
                 pieces += [self._short(token - len(short), short)] if short else []
-                pieces += [] if slot is None else [Segment(slice(token, token + count), slot, slot + 1)]
+                pieces += [] if slot is None else [LoraSegment(slice(token, token + count), slot, slot + 1)]
                 short = []
             token += count
         pieces += [self._short(token - len(short), short)] if short else []
         return [piece for piece in pieces if piece is not None]
 
-    def _tiled(self, slots: Sequence[int | None]) -> list[Segment]:
+    def _tiled(self, slots: Sequence[int | None]) -> list[LoraSegment]:
         used = {slot for slot in slots if slot is not None}
-        return [Segment(slice(0, len(slots)), min(used), max(used) + 1, tiles=tiles_of(slots))] if used else []
+        return [LoraSegment(slice(0, len(slots)), min(used), max(used) + 1, tiles=tiles_of(slots))] if used else []
 
-    def _short(self, first: int, slots: Sequence[int | None]) -> Segment | None:
+    def _short(self, first: int, slots: Sequence[int | None]) -> LoraSegment | None:
         """One piece for tokens of any slots; bare ones at its ends are left out."""
         used = {slot for slot in slots if slot is not None}
         if not used:
@@ -149,14 +149,14 @@ class Plans:
             first, slots = first + 1, slots[1:]
         tokens, start, stop = slice(first, first + len(slots)), min(used), max(used) + 1
         if len(set(slots)) == 1:
-            return Segment(tokens, start, stop)
+            return LoraSegment(tokens, start, stop)
         if self.grouped:
-            return Segment(tokens, start, stop, groups=self._groups(slots, sorted(used)))
+            return LoraSegment(tokens, start, stop, groups=self._groups(slots, sorted(used)))
         own = torch.tensor([-1 if slot is None else slot for slot in slots], device=self.device)
         foreign = torch.arange(start, stop, device=self.device)[None, :] != own[:, None]
-        return Segment(tokens, start, stop, foreign=foreign[:, :, None])
+        return LoraSegment(tokens, start, stop, foreign=foreign[:, :, None])
 
-    def _groups(self, slots: Sequence[int | None], used: Sequence[int]) -> Groups:
+    def _groups(self, slots: Sequence[int | None], used: Sequence[int]) -> SlotGroups:
         """`used` in order; slots that lie close together are a view, with empty groups for those between."""
         span = range(used[0], used[-1] + 1)
         dense = len(span) <= 2 * len(used)
@@ -165,7 +165,7 @@ class Plans:
         longest = max(size for slot, size in sizes.items() if slot is not None)
         chosen = slice(span.start, span.stop) if dense else torch.tensor(used, device=self.device)
         if list(slots) == [slot for slot in number for _ in range(longest)]:
-            return Groups(chosen)
+            return SlotGroups(chosen)
         gather, place, filled = [0] * (len(number) * longest), [0] * len(slots), Counter[int]()
         for token, slot in enumerate(slots):
             if slot is not None:
@@ -173,5 +173,5 @@ class Plans:
                 gather[place[token]] = token
                 filled[slot] += 1
         bare = torch.tensor([slot is None for slot in slots], device=self.device)[:, None] if None in slots else None
-        moves = Moves(torch.tensor(gather, device=self.device), torch.tensor(place, device=self.device), bare)
-        return Groups(chosen, moves)
+        moves = Permutation(torch.tensor(gather, device=self.device), torch.tensor(place, device=self.device), bare)
+        return SlotGroups(chosen, moves)

@@ -43,12 +43,12 @@ class ServerRefused(EngineError):
         self.status, self.said = status, said
 
 
-class NotThere(ServerRefused):
+class NotServed(ServerRefused):
     """404: the server has no model (or adapter) of that name, or no such path at all."""
 
 
 @dataclass(frozen=True, slots=True)
-class Model:
+class ServedModel:
     """One entry of /v1/models; adapters have a parent. `context` is 0 where the server does not say."""
 
     id: str
@@ -57,7 +57,7 @@ class Model:
     owner: str = ""
 
 
-class Server:
+class OpenAIServer:
     """`refused` are those of EXTRAS that `probe` found out not to send."""
 
     def __init__(self, settings: RemoteSettings) -> None:
@@ -86,15 +86,15 @@ class Server:
         """Raises EngineError or Overloaded if the server cannot answer; one without /health is asked for its models."""
         try:
             await self._call("GET", "/health")
-        except NotThere:
+        except NotServed:
             await self.models()
 
-    async def models(self) -> list[Model]:
+    async def models(self) -> list[ServedModel]:
         found = (await self._call("GET", "/v1/models")).get("data")
         if not isinstance(found, list) or not all(isinstance(one, dict) for one in found):
             raise EngineError(detail=f"{self} does not list its models as an OpenAI-compatible server does")
         return [
-            Model(
+            ServedModel(
                 id=str(one.get("id", "")),
                 parent=str(one.get("parent") or ""),
                 context=sse.count(one.get("max_model_len")) or 0,
@@ -116,7 +116,7 @@ class Server:
         """Whether it can be told at run time to load an adapter."""
         try:
             await self._call("GET", "/v1/load_lora_adapter")
-        except NotThere:
+        except NotServed:
             return False
         except EngineError:  # 405: there is such a thing, but it wants a POST
             return True
@@ -278,7 +278,7 @@ class Server:
         if status in (401, 403):
             return ServerRefused(f"{self} refuses the key ({status}): set engine.api_key", status, said)
         if status == 404:
-            return NotThere(f"{self} knows no {model[:80]!r}: {said}", status, said)
+            return NotServed(f"{self} knows no {model[:80]!r}: {said}", status, said)
         return ServerRefused(f"{self} refused ({status}): {said}", status, said)
 
 

@@ -9,7 +9,7 @@ from __future__ import annotations
 import secrets
 
 from core.config.sections import RemoteSettings
-from core.engine.openai.client import Model, Server
+from core.engine.openai.client import OpenAIServer, ServedModel
 from core.engine.openai.sse import CompletionRequest
 from core.engine.protocol import EngineInfo
 from core.errors import ModelLoadFailed
@@ -19,7 +19,7 @@ from core.types import Sampling
 SAMPLE = "The river branches: 3 < 5, 我们在这里。\n\n  def f(x):\treturn x ** 2  # naïve Größe 🐟"
 
 
-async def meet(server: Server, settings: RemoteSettings, files: ModelFiles) -> tuple[str, EngineInfo]:
+async def check_server(server: OpenAIServer, settings: RemoteSettings, files: ModelFiles) -> tuple[str, EngineInfo]:
     """The base model's id at the server, and what the engine is with it. Raises AppError with what is wrong."""
     await server.check_health()
     base = find_base(server, await server.models(), settings.model_there)
@@ -44,7 +44,7 @@ async def meet(server: Server, settings: RemoteSettings, files: ModelFiles) -> t
     return base.id, info
 
 
-def find_base(server: Server, models: list[Model], wanted: str) -> Model:
+def find_base(server: OpenAIServer, models: list[ServedModel], wanted: str) -> ServedModel:
     """The base model that is named, or the only one. Raises ModelLoadFailed."""
     bases = [model for model in models if not model.parent]
     found = [model for model in bases if model.id == wanted] if wanted else bases

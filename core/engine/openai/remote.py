@@ -18,8 +18,8 @@ from types import TracebackType
 from typing import Self
 
 from core.config.sections import ModelSettings, RemoteSettings
-from core.engine.openai.client import Server
-from core.engine.openai.preflight import meet
+from core.engine.openai.client import OpenAIServer
+from core.engine.openai.preflight import check_server
 from core.engine.openai.request_builder import RequestBuilder
 from core.engine.openai.sse import Chunk
 from core.engine.protocol import Delta, EngineInfo, EngineStats, Finished, FinishReason, Request, Started
@@ -38,7 +38,7 @@ FIRST_GUESS_S = 10.0  # of how long one request takes, before any has been seen
 
 
 @dataclass(eq=False, slots=True)
-class _RemoteRequest:
+class RemoteRequestState:
     """One request on its way. `task` is there while the server has it."""
 
     request: Request
@@ -69,21 +69,21 @@ class RemoteEngine:
     ) -> None:
         self.model_settings, self.settings = model_settings, settings
         self._cache, self._progress = cache, progress
-        self._scheduler: Scheduler[_RemoteRequest] = Scheduler(settings.max_waiting)
+        self._scheduler: Scheduler[RemoteRequestState] = Scheduler(settings.max_waiting)
         self._running = 0
         self._tally = StatsCounter()
-        self._desk: OpenRequests[_RemoteRequest] = OpenRequests(self._tally, self.cancel)
+        self._desk: OpenRequests[RemoteRequestState] = OpenRequests(self._tally, self.cancel)
         self._mean_s = FIRST_GUESS_S
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
         self._workers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="render")
-        self._server = Server(self.settings)
+        self._server = OpenAIServer(self.settings)
         try:
             files = await self._loop.run_in_executor(
                 self._workers, partial(read_model, self.model_settings, self._cache, progress=self._progress)
             )
-            base, info = await meet(self._server, self.settings, files)
+            base, info = await check_server(self._server, self.settings, files)
         except BaseException as error:
             await self._close()
             if isinstance(error, AppError) and not isinstance(error, ModelLoadFailed):
@@ -114,13 +114,13 @@ class RemoteEngine:
     def info(self) -> EngineInfo:
         return self._desk.info
 
-    def submit(self, request: Request) -> RunningGeneration[_RemoteRequest]:
+    def submit(self, request: Request) -> RunningGeneration[RemoteRequestState]:
         """Begin a request; returns at once. What goes wrong is raised out of the iteration."""
         return self._desk.begin(
-            request, lambda: _RemoteRequest(request, StopScanner(request.sampling.stop)), self._enter
+            request, lambda: RemoteRequestState(request, StopScanner(request.sampling.stop)), self._enter
         )
 
-    def cancel(self, job: _RemoteRequest) -> None:
+    def cancel(self, job: RemoteRequestState) -> None:
         if job.task is not None:
             job.task.cancel()
         else:
@@ -153,7 +153,7 @@ class RemoteEngine:
 
     # --- requests
 
-    def _enter(self, job: _RemoteRequest) -> None:
+    def _enter(self, job: RemoteRequestState) -> None:
         try:
             displaced = self._scheduler.add(job, job.request.scope)
         except QueueFull:
@@ -176,12 +176,12 @@ class RemoteEngine:
             job.task = self._tasks.create_task(self._run(job), name="completion")
             job.task.add_done_callback(partial(self._left, job))
 
-    def _late(self, job: _RemoteRequest) -> None:
+    def _late(self, job: RemoteRequestState) -> None:
         """The deadline of one that may still wait; one that runs is ended by its task."""
         if job.task is None:
             self._end(job, FinishReason.DEADLINE)
 
-    def _left(self, job: _RemoteRequest, task: asyncio.Task[FinishReason | AppError]) -> None:
+    def _left(self, job: RemoteRequestState, task: asyncio.Task[FinishReason | AppError]) -> None:
         """The task is over, however that came; cancelled before its first step it has not run at all."""
         self._running -= 1
         self._mean_s += 0.1 * (time.monotonic() - job.begun - self._mean_s)
@@ -189,7 +189,7 @@ class RemoteEngine:
         self._scheduler.done(job.request.scope)
         self._fill()
 
-    def _end(self, job: _RemoteRequest, outcome: FinishReason | AppError) -> None:
+    def _end(self, job: RemoteRequestState, outcome: FinishReason | AppError) -> None:
         """Say the last that is said of a job; what comes after that is not heard."""
         if not self._desk.is_open(job):
             return
@@ -210,7 +210,7 @@ class RemoteEngine:
         self._tally.prompt_tokens += job.prompt_tokens - job.cached_tokens if job.completion_tokens else 0
         self._desk.put(job, last)
 
-    async def _run(self, job: _RemoteRequest) -> FinishReason | AppError:
+    async def _run(self, job: RemoteRequestState) -> FinishReason | AppError:
         left_s = job.submitted + job.request.deadline_s - time.monotonic()
         try:
             async with asyncio.timeout(left_s):
@@ -224,7 +224,7 @@ class RemoteEngine:
             log.exception("remote.broke")
             return EngineError(detail=type(error).__name__)
 
-    async def _answer(self, job: _RemoteRequest) -> FinishReason:
+    async def _answer(self, job: RemoteRequestState) -> FinishReason:
         request = job.request
         rendered = await self._asker.render(request, self._workers)
         job.prompt_tokens = len(rendered.ids)
@@ -241,7 +241,7 @@ class RemoteEngine:
         assert reason is not None  # a stream ends with a finish or an error
         return reason
 
-    def _take(self, job: _RemoteRequest, chunk: Chunk) -> None:
+    def _take(self, job: RemoteRequestState, chunk: Chunk) -> None:
         """Count what came, and show what of it is certain."""
         job.cached_tokens = max(job.cached_tokens, chunk.cached_tokens)
         if chunk.completion_tokens is None:
@@ -252,7 +252,7 @@ class RemoteEngine:
         if text := job.scanner.push(chunk.text):
             self._desk.put(job, Delta(text))
 
-    def _count(self, job: _RemoteRequest, tokens: int) -> None:
+    def _count(self, job: RemoteRequestState, tokens: int) -> None:
         """So many there are now; those that came together shared their time."""
         now, new = time.monotonic(), tokens - job.completion_tokens
         gap_s = None if job.last_token is None else (now - job.last_token) / max(new, 1)
@@ -263,7 +263,7 @@ class RemoteEngine:
         self._scheduler.charge(job.request.scope, COMPLETION_COST * new)
 
 
-def _reason(job: _RemoteRequest, chunk: Chunk) -> FinishReason | None:
+def _reason(job: RemoteRequestState, chunk: Chunk) -> FinishReason | None:
     """Why the answer ends with this chunk, if it does."""
     if job.scanner.hit or chunk.stopped_by:
         return FinishReason.STOP

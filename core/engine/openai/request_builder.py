@@ -15,7 +15,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
 
 from core.config.sections import RemoteSettings
-from core.engine.openai.client import NotThere, Server, ServerRefused
+from core.engine.openai.client import NotServed, OpenAIServer, ServerRefused
 from core.engine.openai.sse import Chunk, CompletionRequest
 from core.engine.protocol import Request, prompt_limit
 from core.errors import AdapterUnusable, EngineError, PromptTooLong
@@ -33,7 +33,9 @@ TOO_LONG = ("context length", "max_model_len")
 class RequestBuilder:
     """Asks one server for answers of its base model and of adapters. `base` is the base model's id there."""
 
-    def __init__(self, server: Server, settings: RemoteSettings, files: ModelFiles, base: str, context: int) -> None:
+    def __init__(
+        self, server: OpenAIServer, settings: RemoteSettings, files: ModelFiles, base: str, context: int
+    ) -> None:
         self.server, self.settings, self.files = server, settings, files
         self.base, self.context = base, context
         self.adapters: set[str] = set()  # that have answered
@@ -62,7 +64,7 @@ class RequestBuilder:
         while True:
             try:
                 chunks = await stack.enter_async_context(self.server.stream(ask))
-            except NotThere as error:
+            except NotServed as error:
                 if ref is None:
                     raise
                 if loads == LOADS:
@@ -108,7 +110,7 @@ class RequestBuilder:
         path = f"{there.rstrip('/')}/{ref.sha256}" if there else str(ref.folder.absolute())
         try:
             await self.server.load_adapter(ref.sha256, path)
-        except NotThere as error:
+        except NotServed as error:
             hint = "start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, and let it see the adapters"
             raise _unusable(ref, f"{error.detail}; it does not load {path}: {hint}") from error
         except ServerRefused as error:

@@ -18,14 +18,14 @@ from transformers import AttentionInterface, AttentionMaskInterface
 from transformers.integrations.sdpa_attention import sdpa_attention_forward
 from transformers.masking_utils import sdpa_mask
 
-from core.engine.runtime.kv_cache import SlotSegment, running
+from core.engine.runtime.kv_cache import SlotSegment, active
 from core.model.base import attends_by_mask
 
 NAME = "distributary"
 
 
 @contextmanager
-def transformers_own(module: Any) -> Iterator[None]:
+def eager_attention(module: Any) -> Iterator[None]:
     """Let the model attend by its own code, written out, within the block."""
     if attends_by_mask(module.config):
         yield
@@ -57,7 +57,7 @@ def attend(
     The mask is the segment's own. s_aux (H,) are scores of sinks, which take part in the softmax and give nothing.
     Raises ValueError for what the engine cannot do.
     """
-    segment = running.segment
+    segment = active.segment
     if position_bias is not None:
         raise ValueError("its attention adds a bias by position to the scores")
     if segment is None:
@@ -74,7 +74,7 @@ def attend(
     query = query.reshape(rows, kv, heads // kv * count, size)
     scale = size**-0.5 if scaling is None else scaling
     if softcap is None and s_aux is None:
-        result = look_up(query, key, value, segment, sliding_window, scale)
+        result = attention_over_slots(query, key, value, segment, sliding_window, scale)
     else:
         bias = segment.bias(sliding_window, 1, heads // kv, query.dtype)
         scores = query @ key.transpose(-1, -2) * scale
@@ -85,7 +85,7 @@ def attend(
     return result.view(rows, heads, count, -1).transpose(1, 2).contiguous(), None
 
 
-def look_up(
+def attention_over_slots(
     query: Tensor, key: Tensor, value: Tensor, segment: SlotSegment, window: int | None, scale: float
 ) -> Tensor:
     """query (B, kv_heads, group * T, D), heads that share a key packed, over (B, kv_heads, length, D) -> as query.

@@ -17,7 +17,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.engine.lora.stacks import LoraStacks
+from core.engine.lora.slots import AdapterSlots
 from core.engine.runtime.kv_cache import SlotCache
 
 log = logging.getLogger(__name__)
@@ -27,7 +27,7 @@ IDS, POSITIONS, ROWS, SLOTS = range(4)  # of the inputs
 
 
 @dataclass(frozen=True, slots=True)
-class Shape:
+class GraphShape:
     """All that decides which kernels a step launches, and over what.
 
     `rows` of the cache with `length` keys each; adapter slots [0, slots) of `rank` are multiplied: none of them if all
@@ -41,19 +41,19 @@ class Shape:
 
 
 # inputs int64 (4, rows): ids, positions, the cache row to write, the adapter slot or -1; -> logits (rows, V)
-Step = Callable[[Tensor, Shape], Tensor]
+Step = Callable[[Tensor, GraphShape], Tensor]
 
 
-class Steps:
+class DecodeGraphs:
     """The captured steps of one runner. All methods belong to the model thread."""
 
-    def __init__(self, step: Step, cache: SlotCache, lora: LoraStacks, *, device: torch.device) -> None:
+    def __init__(self, step: Step, cache: SlotCache, lora: AdapterSlots, *, device: torch.device) -> None:
         self.step, self.cache, self.lora, self.device = step, cache, lora, device
         self.captures = device.type == "cuda"
         self.usable = True
-        self.graphs: OrderedDict[Shape, torch.cuda.CUDAGraph | None] = OrderedDict()
-        self.refused: set[Shape] = set()  # no memory for them
-        self.shape = Shape(0, 0, 0, 0)  # of the last step
+        self.graphs: OrderedDict[GraphShape, torch.cuda.CUDAGraph | None] = OrderedDict()
+        self.refused: set[GraphShape] = set()  # no memory for them
+        self.shape = GraphShape(0, 0, 0, 0)  # of the last step
         self._versions = (cache.version, lora.version)
         self._host = torch.zeros(4, cache.max_rows, dtype=torch.long, pin_memory=self.captures)
         self._inputs = torch.zeros(4, cache.max_rows, dtype=torch.long, device=device)
@@ -89,16 +89,18 @@ class Steps:
         assert self._logits is not None
         return self._logits[: len(ids)]
 
-    def _shape(self, rows: int, length: int, slots: Sequence[int | None]) -> Shape:
+    def _shape(self, rows: int, length: int, slots: Sequence[int | None]) -> GraphShape:
         used = max((slot + 1 for slot in slots if slot is not None), default=0)
-        return Shape(
+        return GraphShape(
             min(row_bucket(rows), self.cache.slots),
             min(length_bucket(length), self.cache.length),
             min(1 << (used - 1).bit_length(), self.lora.slot_count) if used else 0,
             self.lora.rank if used else 0,
         )
 
-    def _fill(self, shape: Shape, ids: Sequence[int], positions: Sequence[int], slots: Sequence[int | None]) -> None:
+    def _fill(
+        self, shape: GraphShape, ids: Sequence[int], positions: Sequence[int], slots: Sequence[int | None]
+    ) -> None:
         """One copy to the device. Rows beyond the given ones write to the spare row, and their logits go nowhere."""
         if self._copied is not None:
             self._copied.synchronize()  # of the call before: long done
@@ -115,13 +117,13 @@ class Steps:
         if self._copied is not None:
             self._copied.record(torch.cuda.current_stream(self.device))
 
-    def _compute(self, shape: Shape) -> None:
+    def _compute(self, shape: GraphShape) -> None:
         logits = self.step(self._inputs[:, : shape.rows], shape)
         if self._logits is None:
             self._logits = logits.new_empty(self.cache.max_rows, logits.shape[1])
         self._logits[: shape.rows] = logits  # out of the graphs' common memory, which the next one overwrites
 
-    def _add(self, shape: Shape) -> bool:
+    def _add(self, shape: GraphShape) -> bool:
         """Capture a step; whether that went well. Running it twice writes the same keys and values twice."""
         if not self.captures:
             self.graphs[shape] = None
@@ -142,7 +144,7 @@ class Steps:
             self.graphs.popitem(last=False)
         return True
 
-    def _capture(self, shape: Shape) -> torch.cuda.CUDAGraph:
+    def _capture(self, shape: GraphShape) -> torch.cuda.CUDAGraph:
         stream = self._stream
         assert stream is not None
         stream.wait_stream(torch.cuda.current_stream(self.device))

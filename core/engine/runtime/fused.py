@@ -3,7 +3,7 @@
 What is special to a family lives here: Llama, Mistral, Qwen2, Qwen3 and what shares their classes (SmolLM2 among
 them). q/k/v and gate/up are one product each, with weights that the model's own modules view (or packed ones, see
 core.engine.cpu.packed); one rotary product turns queries and keys together; grouped heads are packed as further
-queries of one key. On a CPU with compiled operators core.engine.cpu.layers runs the same layers in one call. `fuse`
+queries of one key. On a CPU with compiled operators core.engine.runtime.compiled_layers runs the same layers in one call. `fuse`
 gives None for any other model, which runs its own forward the plain way. The numbers are proved at load whichever way
 it is.
 """
@@ -20,8 +20,8 @@ from torch.nn import functional
 
 from core.engine.cpu.int8 import Int8Linear, merge_int8, part_of
 from core.engine.cpu.packed import PackedLinear, packable
-from core.engine.lora.segments import Order
-from core.engine.runtime.attention import look_up
+from core.engine.lora.segments import TokenOrder
+from core.engine.runtime.attention import attention_over_slots
 from core.engine.runtime.kv_cache import SlotCache, SlotLayer, SlotSegment
 
 FAMILY = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qwen3"}  # model_type -> class prefix
@@ -70,7 +70,7 @@ class DecoderLayer:
     k_norm: RmsNormWeights | None
 
 
-class Fused:
+class FusedModel:
     """The model's forward pass in two: tokens of any rows to each row's last state, and these to logits."""
 
     def __init__(self, module: Any) -> None:
@@ -126,7 +126,7 @@ class Fused:
         segments: Sequence[SlotSegment],
         cache: SlotCache,
         lora: AddLora | None,
-        order: Order | None = None,
+        order: TokenOrder | None = None,
     ) -> Tensor:
         """ids (N,), segment by segment and row by row -> (B, hidden), the head's input for the last token of each row.
 
@@ -158,7 +158,7 @@ class Fused:
         segments: Sequence[SlotSegment],
         cache: SlotCache,
         lora: AddLora | None,
-        order: Order | None,
+        order: TokenOrder | None,
     ) -> Tensor:
         heads, kv = self.heads, self.kv_heads
         qkv = _product(layer.qkv, layer.names[0], x, lora)
@@ -181,7 +181,7 @@ class Fused:
         # Heads that share a key become further queries of it: (rows, kv, group * T, head_dim).
         q = qk[:, :heads].view(segment.rows, -1, kv, heads // kv, self.head_dim)
         q = q.permute(0, 2, 3, 1, 4).flatten(2, 3)
-        out = look_up(q, keys, values, segment, window, self.scale)
+        out = attention_over_slots(q, keys, values, segment, window, self.scale)
         out = out.view(segment.rows, kv, heads // kv, -1, self.head_dim).permute(0, 3, 1, 2, 4)
         return out.reshape(-1, heads * self.head_dim)
 
@@ -193,7 +193,7 @@ class Fused:
         return torch.addcmul(qk * cos[:, None], qk.roll(self.head_dim // 2, -1), sin[:, None]), v
 
 
-def fuse(module: nn.Module) -> Fused | None:
+def fuse(module: nn.Module) -> FusedModel | None:
     """The model's fused forward; None if it is not exactly of the family. Its linear weights become views of merged."""
     config: Any = module.config
     prefix = FAMILY.get(config.model_type)
@@ -203,9 +203,9 @@ def fuse(module: nn.Module) -> Fused | None:
     known = {"Linear", "Int8Linear", "Part", "Embedding", f"{prefix}RMSNorm", f"{prefix}RotaryEmbedding"}
     if kinds - known - {"SiLU", "SiLUActivation"}:
         return None  # quantised by others, or a layer that this forward does not know
-    fused: Fused | None = getattr(module, MADE, None)
+    fused: FusedModel | None = getattr(module, MADE, None)
     if fused is None:
-        fused = Fused(module)
+        fused = FusedModel(module)
         setattr(module, MADE, fused)  # once per model: merging again would copy its weights
     fused.windows = [_window(config, layer.self_attn) for layer in fused.inner.layers]
     return fused

@@ -1,7 +1,7 @@
 """Key/value slots: one slot per running row, rows compact, positions per row. Knows no requests and no text.
 
 Memory outside the used part of the running rows is always zero: a row is wiped when it is released, so nothing of a
-finished conversation lingers. Where untouched memory costs nothing (core.engine.runtime.lazy_zeros) all slots are laid
+finished conversation lingers. Where untouched memory costs nothing (core.engine.cpu.lazy_zeros) all slots are laid
 out once, for the longest context, and nothing ever waits for them; elsewhere they grow with what runs.
 """
 
@@ -18,8 +18,8 @@ import torch
 from torch import Tensor
 from transformers.cache_utils import Cache, CacheLayerMixin
 
-from core.engine.runtime.lazy_zeros import untouched_zeros
-from core.engine.runtime.out_of_memory import is_shortage
+from core.engine.cpu.lazy_zeros import lazy_zeros
+from core.engine.out_of_memory import is_out_of_memory
 
 LENGTH_STEP = 16  # views are cut to a multiple of this
 FIRST_LENGTH = 256  # longer slots are multiples of it
@@ -64,17 +64,17 @@ class _ActiveSegment(threading.local):
     segment: SlotSegment | None = None
 
 
-running = _ActiveSegment()
+active = _ActiveSegment()
 
 
 @contextmanager
-def over(segment: SlotSegment) -> Iterator[None]:
+def segment_scope(segment: SlotSegment) -> Iterator[None]:
     """Let the plain forward pass inside read and write that segment."""
-    running.segment = segment
+    active.segment = segment
     try:
         yield
     finally:
-        running.segment = None
+        active.segment = None
 
 
 class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not typed
@@ -95,12 +95,12 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not t
         """like is (rows, kv_heads, T, head_dim)."""
         slots, length = self.capacity
         shape = (slots, like.shape[1], length, like.shape[3])
-        return untouched_zeros(shape, like.dtype) if self.untouched else like.new_zeros(shape)
+        return lazy_zeros(shape, like.dtype) if self.untouched else like.new_zeros(shape)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As `put`, at the running segment."""
-        assert running.segment is not None
-        return self.put(running.segment, key_states, value_states)
+        assert active.segment is not None
+        return self.put(active.segment, key_states, value_states)
 
     def whole(self, like: Tensor) -> tuple[Tensor, Tensor]:
         """Keys and values of all slots, for what is to be written to them; like is (rows, kv_heads, head_dim)."""
@@ -133,8 +133,8 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not t
         return self.get_seq_length(), 0
 
     def get_seq_length(self) -> int:
-        assert running.segment is not None
-        return running.segment.length
+        assert active.segment is not None
+        return active.segment.length
 
     def get_max_length(self) -> int:
         return self.capacity[1]
@@ -205,7 +205,7 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
             self._resize(*wished)
             return
         except Exception as error:
-            if wished == needed or not is_shortage(error):
+            if wished == needed or not is_out_of_memory(error):
                 raise
         self._resize(*needed)  # here, where the error no longer holds what was laid out already
 

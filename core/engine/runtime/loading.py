@@ -11,7 +11,7 @@ from core.model.base import BaseModel, attends_by_mask, load_model
 from core.model.demo import Progress
 
 
-def load_served(
+def load_for_serving(
     settings: ModelSettings, cache: Path, *, progress: Progress | None = None, threads: int = 0
 ) -> BaseModel:
     """The model as `LocalEngine` runs it. Raises as core.model.base.load_model does."""

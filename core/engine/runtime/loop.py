@@ -17,8 +17,8 @@ import torch
 from torch import Tensor
 
 from core.config.sections import EngineSettings
+from core.engine.out_of_memory import is_out_of_memory
 from core.engine.protocol import Delta, Event, Finished, FinishReason, Started
-from core.engine.runtime.out_of_memory import is_shortage
 from core.engine.runtime.runner import Runner, translate
 from core.engine.runtime.running_batch import RunningBatch
 from core.engine.runtime.sampling import NOT_FINITE, sample
@@ -231,7 +231,7 @@ class ModelThread:
 
     def _not_admitted(self, job: RequestState, error: Exception) -> None:
         """It waits, if all that it lacks is memory, and others' ends or what is kept of them may give some."""
-        if is_shortage(error) and self.rows.seek_memory():
+        if is_out_of_memory(error) and self.rows.seek_memory():
             log.warning("engine.admit_no_memory", extra={"rows": self.running, "reason": str(error)[:200]})
             self.lobby.put_back(job)
         else:
@@ -273,7 +273,7 @@ class ModelThread:
                 [(*job.prompt, *job.answer) if job.request.sampling.repetition_penalty != 1 else () for job in jobs],
             )
         except Exception as error:
-            if len(jobs) == 1 or not is_shortage(error):
+            if len(jobs) == 1 or not is_out_of_memory(error):
                 raise
             self.rows.drop_kept()
         half = len(jobs) // 2

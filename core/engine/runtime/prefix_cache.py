@@ -17,7 +17,7 @@ from core.engine.protocol import Scope
 
 
 @dataclass(frozen=True, slots=True)
-class Kept:
+class CachedPrefix:
     """The tokens of a conversation so far, and what the model made of them.
 
     `tensors` are (kv_heads, len(ids), head_dim), keys and values of each layer in turn.
@@ -36,12 +36,12 @@ class Kept:
             tensor.zero_()  # freed memory may lie in an allocator's pool for long
 
 
-class PrefixStore:
+class PrefixCache:
     """What is kept, by (channel, conversation)."""
 
     def __init__(self, limit_bytes: int) -> None:
         self.limit, self.size = limit_bytes, 0
-        self._kept: OrderedDict[tuple[str, str], Kept] = OrderedDict()
+        self._kept: OrderedDict[tuple[str, str], CachedPrefix] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._kept)
@@ -50,7 +50,7 @@ class PrefixStore:
         """Whether an entry of that many bytes would be kept: without a conversation there is no next turn."""
         return bool(scope.conversation) and size <= self.limit
 
-    def put(self, scope: Scope, kept: Kept) -> None:
+    def put(self, scope: Scope, kept: CachedPrefix) -> None:
         """Keep it in place of what was there; the least recently used make room."""
         self._drop((scope.channel, scope.conversation))
         while self._kept and self.size + kept.size > self.limit:
@@ -58,7 +58,7 @@ class PrefixStore:
         self._kept[scope.channel, scope.conversation] = kept
         self.size += kept.size
 
-    def find(self, scope: Scope, adapter: str, prompt: Sequence[int]) -> tuple[Kept, int] | None:
+    def find(self, scope: Scope, adapter: str, prompt: Sequence[int]) -> tuple[CachedPrefix, int] | None:
         """What is kept of the conversation, and how many of the prompt's first tokens it covers; never all of them.
 
         An entry of another adapter is dropped.

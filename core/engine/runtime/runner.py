@@ -1,7 +1,7 @@
 """Forward passes over rows: single tokens of many beside chunks of prompts. Knows no requests, fairness or text.
 
 A model of a known family runs the forward pass of core.engine.runtime.fused, on a CPU with compiled operators in one
-call (core.engine.cpu.layers); any other one runs its own, the plain way. That each gives the model's own numbers is
+call (core.engine.runtime.compiled_layers); any other one runs its own, the plain way. That each gives the model's own numbers is
 proved at load (core.engine.diagnostics.parity).
 """
 
@@ -13,13 +13,13 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from core.engine.cpu.layers import Layers, layers_of
-from core.engine.lora.stacks import LoraStacks
-from core.engine.runtime.cuda_graphs import Shape, Steps
+from core.engine.cpu.lazy_zeros import lazy_zeros_available
+from core.engine.lora.slots import AdapterSlots
+from core.engine.out_of_memory import is_out_of_memory
+from core.engine.runtime.compiled_layers import CompiledLayers, compiled_layers
+from core.engine.runtime.cuda_graphs import DecodeGraphs, GraphShape
 from core.engine.runtime.fused import fuse
-from core.engine.runtime.kv_cache import SlotCache, SlotSegment, over
-from core.engine.runtime.lazy_zeros import untouched_is_free
-from core.engine.runtime.out_of_memory import is_shortage
+from core.engine.runtime.kv_cache import SlotCache, SlotSegment, segment_scope
 from core.errors import AppError, EngineError, OutOfMemory
 from core.model.base import BaseModel, attends_by_mask
 
@@ -49,19 +49,19 @@ class Runner:
             max_rows=max_rows,
             max_length=context,
             spare=static,
-            untouched=on_cpu and not static and untouched_is_free(),
+            untouched=on_cpu and not static and lazy_zeros_available(),
             # Of a model that runs its own forward, each segment is a forward pass.
             segment_cost=SEGMENT_COST if on_cpu and self.fused else None,
         )
-        self.lora = LoraStacks(
+        self.lora = AdapterSlots(
             model.module,
             max_slots=min(adapters or max_rows, max_rows),
             device=model.device,
             dtype=model.dtype,
             groups=self.fused.groups if self.fused else (),
         )
-        self.layers = None if self.fused is None or static else layers_of(self.fused, self.cache, self.lora)
-        self.steps = Steps(self._step, self.cache, self.lora, device=self.device) if static else None
+        self.layers = None if self.fused is None or static else compiled_layers(self.fused, self.cache, self.lora)
+        self.steps = DecodeGraphs(self._step, self.cache, self.lora, device=self.device) if static else None
         self.positions_read = self.positions_held = 0  # as in EngineStats
 
     def run(self, first: int, parts: Sequence[Sequence[int]], slots: Sequence[int | None]) -> Tensor:
@@ -93,7 +93,7 @@ class Runner:
         self.positions_held += held
         return logits
 
-    def _step(self, inputs: Tensor, shape: Shape) -> Tensor:
+    def _step(self, inputs: Tensor, shape: GraphShape) -> Tensor:
         """One token of each row, all of it on the device: what graphs capture."""
         ids, positions, row_index, own = inputs
         segment = self.cache.static(positions, row_index, shape.length)
@@ -103,7 +103,9 @@ class Runner:
                 return self.fused.logits(self.fused.states(ids, [segment], self.cache, add), add)
             return self._own(ids, segment)
 
-    def _in_one(self, layers: Layers, ids: Tensor, first: int, runs: Sequence[tuple[int | None, int]]) -> Tensor:
+    def _in_one(
+        self, layers: CompiledLayers, ids: Tensor, first: int, runs: Sequence[tuple[int | None, int]]
+    ) -> Tensor:
         assert self.fused is not None
         counts = [count for _, count in runs]
         used = self.cache.enter(first, counts)
@@ -132,7 +134,7 @@ class Runner:
 
     def _own(self, ids: Tensor, segment: SlotSegment) -> Tensor:
         """The model's own forward pass: (rows, V) after the last token of each."""
-        with over(segment):
+        with segment_scope(segment):
             out = self.module(
                 input_ids=ids.view(segment.rows, -1),
                 attention_mask=segment.bias(None, 1, 1, self.module.dtype) if self.by_mask else segment.mask,
@@ -149,6 +151,6 @@ def translate(error: BaseException) -> AppError:
     """What a request hears of an error out of a forward pass."""
     if isinstance(error, AppError):
         return error
-    if is_shortage(error):
+    if is_out_of_memory(error):
         return OutOfMemory(detail=str(error))
     return EngineError(detail=f"{type(error).__name__}: {error}")

@@ -12,15 +12,15 @@ from collections.abc import Sequence
 import torch
 from torch import Tensor
 
-from core.engine.diagnostics.roofline import weight_bytes
-from core.engine.runtime.out_of_memory import is_shortage
-from core.engine.runtime.prefix_cache import Kept, PrefixStore
+from core.engine.out_of_memory import is_out_of_memory
+from core.engine.runtime.prefix_cache import CachedPrefix, PrefixCache
+from core.engine.runtime.roofline import weight_bytes
 from core.engine.runtime.runner import Runner
 from core.engine.scheduling.request_state import RequestPhase, RequestState
 
 log = logging.getLogger(__name__)
 
-Taken = tuple[RequestState, Sequence[int]]  # the ids that a pass takes in for a job
+RowTokens = tuple[RequestState, Sequence[int]]  # the ids that a pass takes in for a job
 
 
 class RunningBatch:
@@ -31,7 +31,7 @@ class RunningBatch:
 
     def __init__(self, runner: Runner, *, most: int, reuse_bytes: int) -> None:
         self.runner, self.most = runner, most
-        self.prefixes = PrefixStore(reuse_bytes)
+        self.prefixes = PrefixCache(reuse_bytes)
         self.jobs: list[RequestState] = []  # index is the row; past their prompt but perhaps the last
         self._short = False  # of memory, for a row more
         self._weight_bytes = weight_bytes(runner.module)
@@ -69,11 +69,13 @@ class RunningBatch:
         self._short = bool(self.jobs) and not dropped
         return dropped or self._short
 
-    def run(self, parts: Sequence[Taken]) -> list[tuple[Sequence[Taken], Tensor | Exception]]:
+    def run(self, parts: Sequence[RowTokens]) -> list[tuple[Sequence[RowTokens], Tensor | Exception]]:
         """Logits of the first rows, which take in these parts; an error for each that cannot go on."""
         return self._by_halves(0, parts) if parts else []
 
-    def _by_halves(self, first: int, parts: Sequence[Taken]) -> list[tuple[Sequence[Taken], Tensor | Exception]]:
+    def _by_halves(
+        self, first: int, parts: Sequence[RowTokens]
+    ) -> list[tuple[Sequence[RowTokens], Tensor | Exception]]:
         """Logits of rows [first, first + len(parts)). A pass that fails, for memory or for one row's sake, is run again
         in halves, so that only those end that cannot go on alone."""
         try:
@@ -81,7 +83,7 @@ class RunningBatch:
             return [(parts, self.runner.run(first, [part for _, part in parts], slots))]
         except Exception as error:
             log.exception("engine.pass_failed", extra={"rows": len(parts)})
-            again = is_shortage(error) and self.drop_kept()
+            again = is_out_of_memory(error) and self.drop_kept()
             if len(parts) == 1 and not again:
                 return [(parts, error)]
         if again:
@@ -162,7 +164,7 @@ class RunningBatch:
             return
         ids = (*job.prompt, *job.answer)[: cache.used[row]]
         try:
-            self.prefixes.put(scope, Kept(job.adapter_sha256, ids, cache.take_out(row)))
+            self.prefixes.put(scope, CachedPrefix(job.adapter_sha256, ids, cache.take_out(row)))
         except (torch.OutOfMemoryError, MemoryError, RuntimeError):
             log.warning("engine.reuse_no_memory", extra={"kept": len(self.prefixes)})
             self.prefixes.clear()

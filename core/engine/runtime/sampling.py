@@ -50,7 +50,7 @@ def uniform(seed: int, position: int) -> float:
     return (int.from_bytes(digest, "big") >> 11) / 2**53
 
 
-class Columns:
+class RowParameters:
     """Parameters of N rows on their device, (N, 1) each."""
 
     def __init__(self, params: Sequence[Sampling], uniforms: Sequence[float], device: torch.device) -> None:
@@ -63,7 +63,7 @@ class Columns:
         self.uniform = double[5]
 
 
-Draw = Callable[[Tensor, Columns], Tensor]  # scores (N, V), penalised -> ids (N,)
+Draw = Callable[[Tensor, RowParameters], Tensor]  # scores (N, V), penalised -> ids (N,)
 
 
 def _by_way(params: Sequence[Sampling]) -> dict[Draw, list[int]]:
@@ -86,7 +86,7 @@ def _draw(
     seen: Sequence[Sequence[int]],
 ) -> Tensor:
     chosen = [params[i] for i in rows]
-    columns = Columns(chosen, [uniform(params[i].seed, positions[i]) for i in rows], logits.device)
+    columns = RowParameters(chosen, [uniform(params[i].seed, positions[i]) for i in rows], logits.device)
     scores = logits[_on(rows, logits.device)].float()  # a copy
     if any(one.repetition_penalty != 1 for one in chosen):
         _penalise(scores, columns.penalty, [seen[i] if params[i].repetition_penalty != 1 else () for i in rows])
@@ -117,18 +117,18 @@ def _best(scores: Tensor) -> Tensor:
     return chosen * block + within
 
 
-def _of_one(scores: Tensor, columns: Columns) -> Tensor:
+def _of_one(scores: Tensor, columns: RowParameters) -> Tensor:
     return _best(scores)
 
 
-def _of_all(scores: Tensor, columns: Columns) -> Tensor:
+def _of_all(scores: Tensor, columns: RowParameters) -> Tensor:
     """Of the whole vocabulary in its own order, but for min-p."""
     weights = torch.softmax(scores / columns.temperature, dim=-1)
     weights.masked_fill_(weights < columns.min_p * weights.amax(dim=-1, keepdim=True), 0.0)
     return _index(weights, columns.uniform)[:, 0]
 
 
-def _of_likely(scores: Tensor, columns: Columns) -> Tensor:
+def _of_likely(scores: Tensor, columns: RowParameters) -> Tensor:
     """Of the most likely tokens; _UNDECIDED where CANDIDATES of them are too few."""
     weights, ids = torch.topk(torch.softmax(scores / columns.temperature, dim=-1), min(CANDIDATES, scores.shape[1]))
     by_k = columns.top_k > 0
@@ -137,17 +137,17 @@ def _of_likely(scores: Tensor, columns: Columns) -> Tensor:
     return drawn if weights.shape[1] == scores.shape[1] else torch.where(enough[:, 0], drawn, _UNDECIDED)
 
 
-def _of_sorted(scores: Tensor, columns: Columns) -> Tensor:
+def _of_sorted(scores: Tensor, columns: RowParameters) -> Tensor:
     """As `_of_likely`, of the whole vocabulary."""
     weights, ids = torch.sort(torch.softmax(scores / columns.temperature, dim=-1), descending=True)
     return _of_ordered(weights, ids, columns)
 
 
-def _of_ordered(weights: Tensor, ids: Tensor, columns: Columns) -> Tensor:
+def _of_ordered(weights: Tensor, ids: Tensor, columns: RowParameters) -> Tensor:
     return ids.gather(1, _index(_kept(weights, columns), columns.uniform))[:, 0]
 
 
-def _kept(weights: Tensor, columns: Columns) -> Tensor:
+def _kept(weights: Tensor, columns: RowParameters) -> Tensor:
     """Probabilities in falling order, (N, W) -> the same, 0 where not to be drawn: by top-k, then top-p, then min-p."""
     beyond = (columns.top_k > 0) & (torch.arange(weights.shape[1], device=weights.device) >= columns.top_k)
     weights = weights.masked_fill(beyond, 0.0)

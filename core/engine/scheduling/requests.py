@@ -11,7 +11,7 @@ import logging
 from collections.abc import Callable
 from typing import Generic, TypeVar
 
-from core.engine.protocol import EngineInfo, Event, Finished, Request, check
+from core.engine.protocol import EngineInfo, Event, Finished, Request, check_request
 from core.engine.scheduling.stats import StatsCounter
 from core.engine.scheduling.stream import EventStream
 from core.errors import AppError, EngineError, Overloaded
@@ -78,7 +78,7 @@ class OpenRequests(Generic[J]):
             _ = self.info
             if self._draining:
                 raise Overloaded(detail="the engine is shutting down", retry_after_s=DRAIN_S)
-            check(request)
+            check_request(request)
             job = make()
             self._open[job] = stream  # before another thread can end it
             try:

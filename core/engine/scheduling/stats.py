@@ -9,13 +9,13 @@ from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field
 
-from core.engine.protocol import EngineStats, FinishReason, Spread
+from core.engine.protocol import EngineStats, FinishReason, Histogram
 
 WAITS_S = (0.01, 0.025, 0.05, 0.1, 0.25, 0.5, 1.0, 2.5, 5.0, 10.0, 30.0, 60.0, 120.0)
 GAPS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 0.5, 1.0, 2.5)
 
 
-class Times:
+class TimeHistogram:
     """Counts times into buckets."""
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
@@ -26,8 +26,8 @@ class Times:
         self.counts[bisect_left(self.bounds, seconds)] += 1
         self.total_s += seconds
 
-    def spread(self) -> Spread:
-        return Spread(self.bounds, tuple(self.counts), self.total_s)
+    def spread(self) -> Histogram:
+        return Histogram(self.bounds, tuple(self.counts), self.total_s)
 
 
 @dataclass(slots=True)
@@ -38,9 +38,9 @@ class StatsCounter:
     prompt_tokens: int = 0
     reused_tokens: int = 0
     ended: Counter[str] = field(default_factory=Counter)
-    waited: Times = field(default_factory=lambda: Times(WAITS_S))
-    first_token: Times = field(default_factory=lambda: Times(WAITS_S))
-    inter_token: Times = field(default_factory=lambda: Times(GAPS_S))
+    waited: TimeHistogram = field(default_factory=lambda: TimeHistogram(WAITS_S))
+    first_token: TimeHistogram = field(default_factory=lambda: TimeHistogram(WAITS_S))
+    inter_token: TimeHistogram = field(default_factory=lambda: TimeHistogram(GAPS_S))
     decode_s: float = 0.0
     decode_bytes: int = 0
 

@@ -22,8 +22,8 @@ from core.config.loader import read_config
 from core.config.sections import EngineSettings, ModelSettings
 from core.engine.cpu.compiled import compiled
 from core.engine.diagnostics.benchmark import measure, random_adapters
-from core.engine.runtime.loading import load_served
-from core.engine.runtime.local import LocalEngine
+from core.engine.local import LocalEngine
+from core.engine.runtime.loading import load_for_serving
 from core.model.base import BaseModel
 from core.storage.database import Database
 from core.storage.home import Cipher, Home, Lock
@@ -237,7 +237,7 @@ def test_a_gpu_beyond_the_last_is_told_with_those_that_are_there(home, monkeypat
 
 @pytest.mark.parametrize(("language", "said"), [("en", "could not be built"), ("zh", "无法为本机处理器编译")])
 def test_without_a_compiler_it_says_what_to_install(home, monkeypatch, language, said):
-    monkeypatch.setattr("core.engine.cpu.compiled.why_not", lambda: "no C++ compiler is installed\nmore")
+    monkeypatch.setattr("core.engine.cpu.compiled.unavailable_reason", lambda: "no C++ compiler is installed\nmore")
     patient = Examined(home, read_config({"model": {"device": "cpu"}}, {}), language=language)
     _, found = doctor._torch(patient)
     assert found.level is Level.WARNING
@@ -251,7 +251,7 @@ def load_gpt2(folder: Path) -> BaseModel:
     config = GPT2Config(vocab_size=259, n_embd=32, n_layer=2, n_head=4, n_positions=256, bos_token_id=1, eos_token_id=2)
     GPT2LMHeadModel(config).save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    return load_served(ModelSettings(name=str(folder), device="cpu"), folder)
+    return load_for_serving(ModelSettings(name=str(folder), device="cpu"), folder)
 
 
 @pytest.mark.parametrize("load", [load_tiny, load_gpt2])

@@ -27,8 +27,8 @@ from transformers import (
 )
 
 from core.config.sections import ModelSettings
-from core.engine.diagnostics.parity import check_exact
-from core.engine.runtime.loading import load_served
+from core.engine.diagnostics.parity import check_parity
+from core.engine.runtime.loading import load_for_serving
 from core.errors import ModelLoadFailed
 from core.model import base as module
 from core.model import demo
@@ -57,7 +57,7 @@ def folder(tmp_path: Path) -> Path:
 
 
 def load(folder: Path | str, **settings: str) -> module.BaseModel:
-    return load_served(ModelSettings(**{"name": str(folder), "device": "cpu", **settings}), Path("unused"))
+    return load_for_serving(ModelSettings(**{"name": str(folder), "device": "cpu", **settings}), Path("unused"))
 
 
 def refusal(folder: Path | str, **settings: str) -> str:
@@ -75,7 +75,7 @@ def test_a_local_folder_is_loaded_with_what_people_and_machines_ask_of_it(folder
     assert model.description.endswith("fp32")
     assert not model.module.training
     assert not any(parameter.requires_grad for parameter in model.module.parameters())
-    check_exact(model)
+    check_parity(model)
 
 
 def test_dtype_is_chosen_by_the_settings(folder: Path) -> None:
@@ -207,7 +207,7 @@ def test_other_architectures_are_proved_exact(config: Any, tmp_path: Path) -> No
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     model = load(tmp_path)
-    check_exact(model)
+    check_parity(model)
     assert model.context == 512
 
 
@@ -243,7 +243,7 @@ def test_what_the_configuration_does_not_tell_is_found_by_proof(folder: Path, mo
 
     attention.forward = dizzy
     with pytest.raises(ModelLoadFailed, match="exactly"):
-        check_exact(model)
+        check_parity(model)
 
 
 @pytest.mark.parametrize(
@@ -320,7 +320,7 @@ def test_a_half_written_cache_is_replaced_and_leftovers_are_removed(converted: P
 
 
 def test_the_converted_model_is_a_plain_folder_that_speaks(converted: Path) -> None:
-    model = load_served(ModelSettings(), converted)
+    model = load_for_serving(ModelSettings(), converted)
     assert model.name == "SmolLM2-135M-Instruct"
     assert (model.context, model.eos_ids) == (8192, {2})
     tokenizer = model.tokenizer

@@ -16,7 +16,7 @@ import pytest
 from bots import metrics_server
 from bots.app import Parts
 from core.config.loader import read_config
-from core.engine.protocol import Request, Spread
+from core.engine.protocol import Histogram, Request
 from core.errors import AppError, BadConfig, EngineError
 from core.observability import metrics
 from core.observability.metrics import Counts, counter, gauge, histogram, render
@@ -168,7 +168,7 @@ def test_the_format_escapes_and_keeps_every_digit() -> None:
 
 
 def test_a_histogram_counts_upwards() -> None:
-    told = parsed(render([histogram("h_seconds", "h", Spread((0.1, 1.0), (2, 3, 1), 7.5))]))
+    told = parsed(render([histogram("h_seconds", "h", Histogram((0.1, 1.0), (2, 3, 1), 7.5))]))
     assert list(told.values()) == [2, 5, 6, 7.5, 6]
 
 

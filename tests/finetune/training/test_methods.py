@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from transformers import AutoTokenizer
 
 from core.config.sections import ModelSettings
-from core.engine.runtime.loading import load_served
+from core.engine.runtime.loading import load_for_serving
 from core.errors import JobError
 from core.jobs.protocol import Done, Estimated, Fresh, Judged, Spec
 from finetune.check import check
@@ -95,7 +95,7 @@ def test_a_model_with_all_weights_trained_is_a_folder_that_is_served(make_job, t
     manifest = json.loads((out / "manifest.json").read_text())
     assert (manifest["method"], manifest["layers"]) == ("full", ["all weights"])
     assert "all its weights" in (out / "README.md").read_text()
-    assert load_served(ModelSettings(name=str(out), device="cpu"), folder).tokenizer.chat_template
+    assert load_for_serving(ModelSettings(name=str(out), device="cpu"), folder).tokenizer.chat_template
 
 
 def test_weight_decay_is_that_of_adamw(make_job, tiny_folder):
@@ -135,7 +135,7 @@ def test_a_model_from_nothing_learns_a_text_and_is_served(make_job):
     assert done.test_loss < done.test_loss_base - 1
     (judged,) = heard.of(Judged)
     assert judged.lift > 0  # it looks at what came before
-    served = load_served(ModelSettings(name=str(folder / "out"), device="cpu"), folder)
+    served = load_for_serving(ModelSettings(name=str(folder / "out"), device="cpu"), folder)
     assert len(served.tokenizer) <= 300
     assert "from a fresh configuration" in (folder / "out" / "README.md").read_text()
     assert json.loads((folder / "base" / "fresh.json").read_text())["hidden"] == 32

@@ -1,5 +1,5 @@
 // The layers of a llama-like model over the tokens of a pass, in one call. Knows nothing of a product's or attention's
-// inside; core/engine/cpu/layers.py fills in what is told here.
+// inside; core/engine/runtime/compiled_layers.py fills in what is told here.
 
 #include "operators.h"
 

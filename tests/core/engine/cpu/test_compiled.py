@@ -20,7 +20,7 @@ from torch.nn import functional
 
 from core.engine.cpu import build as building
 from core.engine.cpu import compiled as module
-from core.engine.cpu.compiled import Compiled, compiled, in_blocks, tiles_of, why_not
+from core.engine.cpu.compiled import CompiledOperators, compiled, in_blocks, tiles_of, unavailable_reason
 from core.engine.runtime.runner import Runner
 from tests.core.engine.runtime.test_fused import FAMILY, adapter, answers, made
 from tests.support.engine_operators import add_norm, attend, silu_mul, turn
@@ -32,7 +32,7 @@ WIDTHS = [1, 5, 16, 48, 576, 577]
 
 
 @pytest.fixture
-def operators() -> Compiled:
+def operators() -> CompiledOperators:
     assert found is not None
     return found
 
@@ -55,7 +55,7 @@ def assert_close(value: Tensor, truth: Tensor) -> None:
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("rows", [1, 70])
-def test_add_norm(operators: Compiled, rows: int, width: int, threads: int) -> None:
+def test_add_norm(operators: CompiledOperators, rows: int, width: int, threads: int) -> None:
     x, delta, weight = random(rows, width), random(rows, width, seed=1), random(width, seed=2)
     truth = x.double() + delta
     own = x.clone()
@@ -67,7 +67,7 @@ def test_add_norm(operators: Compiled, rows: int, width: int, threads: int) -> N
 
 @pytest.mark.parametrize("width", WIDTHS)
 @pytest.mark.parametrize("rows", [1, 70])
-def test_silu_mul(operators: Compiled, rows: int, width: int, threads: int) -> None:
+def test_silu_mul(operators: CompiledOperators, rows: int, width: int, threads: int) -> None:
     gate_up = random(rows, 2 * width) * 5
     made = silu_mul(operators, gate_up)
     gate, up = gate_up.double().chunk(2, dim=1)
@@ -75,7 +75,7 @@ def test_silu_mul(operators: Compiled, rows: int, width: int, threads: int) -> N
     assert torch.equal(silu_mul(operators, gate_up[-1:]), made[-1:])
 
 
-def test_silu_is_right_for_every_size_of_number(operators: Compiled) -> None:
+def test_silu_is_right_for_every_size_of_number(operators: CompiledOperators) -> None:
     gates = torch.cat([sign * torch.logspace(-38, 38, 4000) for sign in (1, -1)] + [torch.linspace(-104, 104, 4001)])
     made = silu_mul(operators, torch.stack([gates, torch.ones_like(gates)], dim=1)).flatten()
     truth = functional.silu(gates.double())
@@ -90,7 +90,9 @@ def test_silu_is_right_for_every_size_of_number(operators: Compiled) -> None:
 @pytest.mark.parametrize("outs", [1, 32, 47, 200])
 @pytest.mark.parametrize("bias", [False, True])
 @pytest.mark.parametrize("rows", [1, 7, 8, 19])
-def test_multiply_floats(operators: Compiled, rows: int, bias: bool, outs: int, width: int, threads: int) -> None:
+def test_multiply_floats(
+    operators: CompiledOperators, rows: int, bias: bool, outs: int, width: int, threads: int
+) -> None:
     x, weight, added = random(rows, width), random(outs, width, seed=1), random(outs, seed=2) if bias else None
     packed = in_blocks(weight, operators.float_block)
     y = operators.multiply_floats(x, packed, added, outs)
@@ -110,7 +112,7 @@ def test_blocks_hold_all_weights_and_blanks(some: int, multiple: int, blank: int
 
 
 @pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_stays_in_its_row(operators: Compiled, wrong: float) -> None:
+def test_what_is_not_finite_stays_in_its_row(operators: CompiledOperators, wrong: float) -> None:
     x = random(3, 33)
     x[1, 7] = wrong
     normed = add_norm(operators, x, None, torch.ones(33), 1e-5)
@@ -120,7 +122,7 @@ def test_what_is_not_finite_stays_in_its_row(operators: Compiled, wrong: float) 
 
 
 @pytest.mark.parametrize("size", [2, 16, 64, 80])
-def test_turn(operators: Compiled, size: int, threads: int) -> None:
+def test_turn(operators: CompiledOperators, size: int, threads: int) -> None:
     qkv, angles = random(70, 7, size), random(70, size // 2, seed=1).repeat(1, 2)
     cos, sin = angles.cos(), angles.sin()
     signed = torch.cat((-sin[:, : size // 2], sin[:, size // 2 :]), dim=1)
@@ -134,7 +136,7 @@ def test_turn(operators: Compiled, size: int, threads: int) -> None:
 
 @pytest.mark.parametrize(("group", "kv", "size"), [(1, 1, 64), (2, 3, 16), (3, 3, 64), (5, 2, 33), (8, 1, 128)])
 @pytest.mark.parametrize("window", [None, 1, 4, 20, 1000])
-def test_attend(operators: Compiled, group: int, kv: int, size: int, window: int | None, threads: int) -> None:
+def test_attend(operators: CompiledOperators, group: int, kv: int, size: int, window: int | None, threads: int) -> None:
     """Single tokens and prompts' chunks, at a row's begin and within it, beside each other and alone."""
     slots, capacity = 6, 91
     keys, values = random(slots, kv, capacity, size), random(slots, kv, capacity, size, seed=1)
@@ -167,7 +169,7 @@ def test_attend(operators: Compiled, group: int, kv: int, size: int, window: int
 
 
 @pytest.mark.parametrize("window", [None, 7])
-def test_how_a_prompt_is_cut_changes_nothing(operators: Compiled, window: int | None) -> None:
+def test_how_a_prompt_is_cut_changes_nothing(operators: CompiledOperators, window: int | None) -> None:
     keys, values, qkv = torch.zeros(1, 2, 64, 16), torch.zeros(1, 2, 64, 16), random(60, 3 * 2 + 2 * 2, 16)
     whole = attend(operators, qkv, keys, values, [(0, 0, 60)], window, 0.3)
     for cut in (2, 31, 33, 58):
@@ -178,7 +180,7 @@ def test_how_a_prompt_is_cut_changes_nothing(operators: Compiled, window: int | 
 
 @pytest.mark.parametrize(("rank", "outs"), [(1, (7,)), (8, (576, 192, 192)), (5, (33, 48)), (64, (40,))])
 @pytest.mark.parametrize("width", [3, 64, 577])
-def test_add_lora(operators: Compiled, rank: int, outs: tuple[int, ...], width: int, threads: int) -> None:
+def test_add_lora(operators: CompiledOperators, rank: int, outs: tuple[int, ...], width: int, threads: int) -> None:
     slots = [2, None, 0, 2, 2, None, 2, 2, 2, 1, 0, 2]
     parts, total = len(outs), sum(outs)
     x, y = random(len(slots), width), random(len(slots), total, seed=1)
@@ -204,7 +206,7 @@ def test_add_lora(operators: Compiled, rank: int, outs: tuple[int, ...], width: 
     assert torch.equal(alone[0], own[9])
 
 
-def test_a_tokens_share_of_a_tile_changes_nothing(operators: Compiled) -> None:
+def test_a_tokens_share_of_a_tile_changes_nothing(operators: CompiledOperators) -> None:
     x, a, b = random(4, 100), random(1, 8, 100, seed=1), random(1, 8, 60, seed=2)
     for count in range(1, 5):
         y = torch.zeros(count, 60)
@@ -214,7 +216,7 @@ def test_a_tokens_share_of_a_tile_changes_nothing(operators: Compiled) -> None:
         assert torch.equal(y[-1:], alone)
 
 
-def test_what_holds_operators_can_be_copied(operators: Compiled) -> None:
+def test_what_holds_operators_can_be_copied(operators: CompiledOperators) -> None:
     assert copy.deepcopy({"held": operators})["held"] is operators
 
 
@@ -286,7 +288,7 @@ def test_without_a_compiler_the_log_says_so(
     (record,) = caplog.records
     assert record.msg == "engine.not_compiled"
     reason = str(record.reason)  # type: ignore[attr-defined]  # an extra
-    assert reason == why_not()
+    assert reason == unavailable_reason()
     assert {
         "none installed": "g++",
         "refuses the source": "no such thing",

@@ -17,9 +17,9 @@ from torch import Tensor, nn
 from torch.nn import functional
 
 from core.config.sections import ModelSettings
-from core.engine.cpu.int8 import KERNELS, ByBlocks, ByBytes, Int8Linear, Kernel, merge_int8, part_of
-from core.engine.diagnostics.parity import check_exact
-from core.engine.runtime.loading import load_served
+from core.engine.cpu.int8 import KERNELS, BlockedKernel, FbgemmKernel, Int8Kernel, Int8Linear, merge_int8, part_of
+from core.engine.diagnostics.parity import check_parity
+from core.engine.runtime.loading import load_for_serving
 from core.engine.runtime.runner import Runner
 from core.model.base import BaseModel
 from core.types import AdapterRef
@@ -38,7 +38,7 @@ print(Int8Linear.of(linear, kernel=ByBytes)(torch.tensor([[1.0], [-1.0]]).expand
 @pytest.fixture(scope="module")
 def int8(tmp_path_factory: pytest.TempPathFactory) -> BaseModel:
     folder = save_tiny(tmp_path_factory.mktemp("int8"))
-    return load_served(ModelSettings(name=str(folder), device="cpu", quantization="int8"), folder)
+    return load_for_serving(ModelSettings(name=str(folder), device="cpu", quantization="int8"), folder)
 
 
 def linear(out: int, size: int, *, bias: bool = True) -> nn.Linear:
@@ -55,12 +55,12 @@ each_kernel = pytest.mark.parametrize(
 )
 
 
-def steps_of(kernel: type[Kernel]) -> int:
+def steps_of(kernel: type[Int8Kernel]) -> int:
     """Of inputs, from the largest below zero to that above."""
-    return 255 if kernel is ByBytes else 2 * kernel.heaviest()
+    return 255 if kernel is FbgemmKernel else 2 * kernel.heaviest()
 
 
-def by_hand(layer: nn.Linear, x: Tensor, kernel: type[Kernel]) -> Tensor:
+def by_hand(layer: nn.Linear, x: Tensor, kernel: type[Int8Kernel]) -> Tensor:
     """The definition in float64: weights in steps of their own output, inputs in steps of their own row."""
     weight = layer.weight.double()
     scale = weight.abs().amax(1, keepdim=True) / kernel.heaviest()
@@ -75,7 +75,7 @@ def by_hand(layer: nn.Linear, x: Tensor, kernel: type[Kernel]) -> Tensor:
 
 @each_kernel
 @pytest.mark.parametrize("rows", [1, 2, 7, 33])
-def test_it_computes_what_it_says(rows: int, kernel: type[Kernel]) -> None:
+def test_it_computes_what_it_says(rows: int, kernel: type[Int8Kernel]) -> None:
     layer = linear(48, 64)
     x = torch.randn(rows, 64) * torch.logspace(-6, 6, rows)[:, None]
     found, expected = Int8Linear.of(layer, kernel=kernel)(x).double(), by_hand(layer, x, kernel)
@@ -84,7 +84,7 @@ def test_it_computes_what_it_says(rows: int, kernel: type[Kernel]) -> None:
     assert ((found - expected).abs() <= 1.01 * step + 1e-5 * expected.abs()).all()
 
 
-@pytest.mark.skipif(not ByBlocks.works_here(), reason="not with this processor and compiler")
+@pytest.mark.skipif(not BlockedKernel.works_here(), reason="not with this processor and compiler")
 @pytest.mark.parametrize("width", [1, 40, 64, 200])
 @pytest.mark.parametrize("outs", [1, 32, 45, 130])
 @pytest.mark.parametrize("rows", [1, 5, 6, 13])
@@ -92,14 +92,14 @@ def test_each_group_of_inputs_has_its_own_steps(rows: int, outs: int, width: int
     layer = linear(outs, width)
     x = torch.randn(rows, width) * torch.logspace(-3, 3, width)
     groups = [slice(begin, begin + 64) for begin in range(0, width, 64)]
-    weight = Int8Linear.of(layer, kernel=ByBlocks).kernel.unpacked()
+    weight = Int8Linear.of(layer, kernel=BlockedKernel).kernel.unpacked()
     values = weight[0].double() * weight[1].double()[:, None]
     expected = layer.bias.double().repeat(rows, 1)
     for group in groups:
-        largest = ByBlocks.heaviest()
+        largest = BlockedKernel.heaviest()
         step = x[:, group].double().abs().amax(1, keepdim=True) / largest
         expected += (x[:, group] / (step * largest).float() * largest).round().double() * step @ values[:, group].t()
-    found = Int8Linear.of(layer, kernel=ByBlocks)(x)
+    found = Int8Linear.of(layer, kernel=BlockedKernel)(x)
     assert ((found - expected).abs() <= 1e-5 * float(expected.abs().max())).all()
 
 
@@ -114,19 +114,19 @@ def test_the_largest_products_overflow_on_no_processor(instructions: str) -> Non
 
 
 def test_our_own_largest_products_do_not_overflow_either() -> None:
-    if not ByBlocks.works_here():
+    if not BlockedKernel.works_here():
         pytest.skip("no compiler here")
     for sign in (1.0, -1.0):
         layer = linear(8, 64, bias=False)
         layer.weight.fill_(sign)
-        ours = Int8Linear.of(layer, kernel=ByBlocks)
+        ours = Int8Linear.of(layer, kernel=BlockedKernel)
         found = ours(torch.tensor([[1.0], [-1.0]]).expand(2, 64))
         assert found[:, 0].tolist() == pytest.approx([64 * sign, -64 * sign])
 
 
 @each_kernel
 @pytest.mark.parametrize("outlier", [1000.0, 1e30, 1e-44, float("inf"), float("nan"), 0.0])
-def test_an_outlier_in_one_row_moves_no_other(outlier: float, kernel: type[Kernel]) -> None:
+def test_an_outlier_in_one_row_moves_no_other(outlier: float, kernel: type[Int8Kernel]) -> None:
     layer = Int8Linear.of(linear(48, 64), kernel=kernel)
     x = torch.randn(5, 64)
     calm = layer(x)
@@ -141,7 +141,7 @@ def test_an_outlier_in_one_row_moves_no_other(outlier: float, kernel: type[Kerne
 
 
 @each_kernel
-def test_merged_linears_are_the_parts_side_by_side(kernel: type[Kernel]) -> None:
+def test_merged_linears_are_the_parts_side_by_side(kernel: type[Int8Kernel]) -> None:
     parts = [Int8Linear.of(linear(out, 32), kernel=kernel) for out in (16, 8, 8)]
     x = torch.randn(3, 4, 32)
     whole = merge_int8(parts)
@@ -178,7 +178,7 @@ def test_an_outlier_in_one_rows_embedding_moves_no_other_rows_logits(
 
 @torch.inference_mode()
 def test_weights_are_merged_once_and_the_models_own_forward_still_runs(int8: BaseModel) -> None:
-    check_exact(int8)
+    check_parity(int8)
     runners = [Runner(int8, max_rows=1, context=64) for _ in range(2)]
     assert runners[0].fused is not None
     assert runners[0].fused is runners[1].fused
@@ -203,7 +203,7 @@ def test_int8_says_200_answers_as_well_as_fp32(demo_cache: Path) -> None:
 
 @torch.inference_mode()
 def _mean_nll(quantization: str, cache: Path) -> float:
-    model = load_served(ModelSettings(quantization=quantization), cache)
+    model = load_for_serving(ModelSettings(quantization=quantization), cache)
     text = resources.files("zaragoza_construction_faq").joinpath("data/faq-en.jsonl").read_text(encoding="utf-8")
     rows = [json.loads(line) for line in text.splitlines()[:200]]
     assert len(rows) == 200

@@ -24,8 +24,8 @@ from core.engine.lora.adapter_files import (
     _by_pattern,
     load_adapter,
 )
-from core.engine.lora.layers import Stack
-from core.engine.lora.stacks import LoraStacks, shapes
+from core.engine.lora.layers import StackedLora
+from core.engine.lora.slots import AdapterSlots, linear_shapes
 from core.engine.runtime.runner import Runner
 from core.errors import AdapterUnusable
 from core.i18n.messages import Lazy
@@ -38,7 +38,7 @@ WEIGHTS = "adapter_model.safetensors"
 
 @pytest.fixture
 def fits(base: BaseModel) -> AdapterTarget:
-    return AdapterTarget(base.fingerprint, shapes(base.module))
+    return AdapterTarget(base.fingerprint, linear_shapes(base.module))
 
 
 @pytest.fixture
@@ -386,17 +386,17 @@ def test_few_files_are_read_at_once_and_each_of_them_once(
 def test_without_memory_for_twice_the_slots_an_idle_one_or_one_more_will_do(
     base: BaseModel, adapters: list[AdapterRef], fits: AdapterTarget
 ) -> None:
-    stacks = LoraStacks(base.module, max_slots=4, device=base.device, dtype=base.dtype)
+    stacks = AdapterSlots(base.module, max_slots=4, device=base.device, dtype=base.dtype)
     a, b, c, _ = (load_adapter(ref, fits) for ref in adapters)
-    resize, most = Stack.resize, 1
+    resize, most = StackedLora.resize, 1
 
-    def bounded(stack: Stack, slots: int, rank: int) -> None:
+    def bounded(stack: StackedLora, slots: int, rank: int) -> None:
         if slots > most and stack is list(stacks.stacks.values())[-1]:  # after the others were laid out anew
             raise torch.OutOfMemoryError("CUDA out of memory")
         resize(stack, slots, rank)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Stack, "resize", bounded)
+        patch.setattr(StackedLora, "resize", bounded)
         assert stacks.acquire(a) == 0
         with pytest.raises(torch.OutOfMemoryError):
             stacks.acquire(b)
@@ -413,7 +413,7 @@ def test_a_high_rank_costs_the_others_nothing_once_its_adapter_lies_idle(
     base: BaseModel, adapters: list[AdapterRef], fits: AdapterTarget, tmp_path: Path, max_slots: int
 ) -> None:
     stacks, fresh = (
-        LoraStacks(base.module, max_slots=max_slots, device=base.device, dtype=base.dtype) for _ in range(2)
+        AdapterSlots(base.module, max_slots=max_slots, device=base.device, dtype=base.dtype) for _ in range(2)
     )
     small = load_adapter(adapters[0], fits)
     big = load_adapter(save_adapter(base, tmp_path / "big", seed=5, r=64), fits)
@@ -438,12 +438,12 @@ def test_a_high_rank_costs_the_others_nothing_once_its_adapter_lies_idle(
 def test_a_rank_that_is_lowered_half_way_for_lack_of_memory_is_raised_as_any_other(
     base: BaseModel, adapters: list[AdapterRef], fits: AdapterTarget, tmp_path: Path
 ) -> None:
-    stacks, fresh = (LoraStacks(base.module, max_slots=2, device=base.device, dtype=base.dtype) for _ in range(2))
+    stacks, fresh = (AdapterSlots(base.module, max_slots=2, device=base.device, dtype=base.dtype) for _ in range(2))
     small = load_adapter(adapters[0], fits)
     big = load_adapter(save_adapter(base, tmp_path / "big", seed=5, r=64), fits)
-    resize = Stack.resize
+    resize = StackedLora.resize
 
-    def bounded(stack: Stack, slots: int, rank: int) -> None:
+    def bounded(stack: StackedLora, slots: int, rank: int) -> None:
         if rank == small.rank and stack is list(stacks.stacks.values())[-1]:  # after the others were laid out anew
             raise torch.OutOfMemoryError("CUDA out of memory")
         resize(stack, slots, rank)
@@ -452,7 +452,7 @@ def test_a_rank_that_is_lowered_half_way_for_lack_of_memory_is_raised_as_any_oth
         stacks.acquire(one)
     stacks.release(big.sha256)
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(Stack, "resize", bounded)
+        patch.setattr(StackedLora, "resize", bounded)
         stacks.acquire(small)
     slot, own = stacks.acquire(big), fresh.acquire(big)
     for name, stack in fresh.stacks.items():
@@ -463,7 +463,7 @@ def test_a_rank_that_is_lowered_half_way_for_lack_of_memory_is_raised_as_any_oth
 def test_slots_are_reused_only_when_nobody_runs_with_them(
     base: BaseModel, adapters: list[AdapterRef], fits: AdapterTarget
 ) -> None:
-    stacks = LoraStacks(base.module, max_slots=2, device=base.device, dtype=base.dtype)
+    stacks = AdapterSlots(base.module, max_slots=2, device=base.device, dtype=base.dtype)
     a, b, c, _ = (load_adapter(ref, fits) for ref in adapters)
     assert stacks.acquire(a) == stacks.acquire(a) == 0
     assert stacks.acquire(b) == 1

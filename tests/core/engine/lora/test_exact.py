@@ -10,8 +10,8 @@ import pytest
 import torch
 
 from core.config.sections import EngineSettings, ModelSettings
-from core.engine.runtime.loading import load_served
-from core.engine.runtime.local import LocalEngine
+from core.engine.local import LocalEngine
+from core.engine.runtime.loading import load_for_serving
 from core.model.base import BaseModel
 from core.model.chat_format import render
 from core.types import AdapterRef, Message, Role
@@ -106,7 +106,7 @@ async def test_a_seed_gives_the_same_text_alone_and_in_company(base: BaseModel, 
 
 @pytest.mark.timeout(120)
 async def test_the_demo_model_with_an_adapter_equals_peft(tmp_path: Path, demo_cache: Path) -> None:
-    model = load_served(ModelSettings(), demo_cache)
+    model = load_for_serving(ModelSettings(), demo_cache)
     ref = save_adapter(model, tmp_path / "small", seed=1, std=0.02, r=4, target_modules=["q_proj", "down_proj"])
     texts = ["What is a river?", "Name three colours."]
     expected = peft_answers(model, [ref, None], prompts(model, texts), 8)

@@ -12,9 +12,9 @@ from peft import PeftModel
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
 from core.config.sections import EngineSettings, ModelSettings, RemoteSettings
-from core.engine.openai.client import Server
+from core.engine.local import LocalEngine
+from core.engine.openai.client import OpenAIServer
 from core.engine.protocol import Engine, Request
-from core.engine.runtime.local import LocalEngine
 from core.errors import AdapterUnusable
 from core.model.chat_format import render
 from core.types import AdapterRef
@@ -100,7 +100,7 @@ async def test_an_adapter_of_too_high_a_rank_is_refused_with_vllms_reason(vllm_s
 
 
 async def test_every_extra_is_known_to_vllm(vllm_server: Vllm) -> None:
-    server = Server(RemoteSettings(url=vllm_server.url))
+    server = OpenAIServer(RemoteSettings(url=vllm_server.url))
     try:
         await server.check_health()
         assert await server.loads_adapters()

@@ -11,8 +11,8 @@ from pathlib import Path
 
 import pytest
 
+from core.engine.local import LocalEngine
 from core.engine.protocol import Request
-from core.engine.runtime.local import LocalEngine
 from core.errors import AdapterUnusable, AppError, BadInput, PromptTooLong
 from core.model.base import BaseModel
 from core.types import AdapterRef

@@ -16,9 +16,9 @@ from hypothesis import strategies as st
 
 from core.config.sections import ModelSettings
 from core.engine.runtime import cuda_graphs
-from core.engine.runtime.cuda_graphs import Shape, Steps, length_bucket, row_bucket
+from core.engine.runtime.cuda_graphs import DecodeGraphs, GraphShape, length_bucket, row_bucket
 from core.engine.runtime.kv_cache import LENGTH_STEP
-from core.engine.runtime.loading import load_served
+from core.engine.runtime.loading import load_for_serving
 from core.engine.runtime.runner import Runner
 from core.model.base import BaseModel
 from core.types import AdapterRef
@@ -37,9 +37,9 @@ async def test_any_mix_over_static_buffers_equals_peft(
 ) -> None:
     """Rows join and leave, the base alone, one adapter, many: the oracle's tokens, and no row's leftovers."""
     monkeypatch.setattr("core.engine.runtime.loop.Runner", partial(Runner, static=True))
-    shapes: set[Shape] = set()
-    add = Steps._add
-    monkeypatch.setattr(Steps, "_add", lambda self, shape: shapes.add(shape) or add(self, shape))
+    shapes: set[GraphShape] = set()
+    add = DecodeGraphs._add
+    monkeypatch.setattr(DecodeGraphs, "_add", lambda self, shape: shapes.add(shape) or add(self, shape))
     refs: list[AdapterRef | None] = [None, adapters[0], *adapters, None, *adapters]
     texts = [f"{i} " + "long question " * (7 * i % 25) for i in range(len(refs))]
     lengths = [N - 3 * (i % 5) for i in range(len(refs))]
@@ -124,7 +124,7 @@ def test_rows_that_run_bare_have_a_step_without_adapters(base: BaseModel) -> Non
         runner.run(runner.cache.add_row(), [[5, 6, 7]], [None])
     runner.run(0, [[5]] * 3, [None] * 3)
     runner.run(0, [[5]] * 3, [None, slot, None])
-    assert list(runner.steps.graphs) == [Shape(4, 128, 0, 0), Shape(4, 128, 1, 4)]
+    assert list(runner.steps.graphs) == [GraphShape(4, 128, 0, 0), GraphShape(4, 128, 1, 4)]
     chunks, steps = 3 * LENGTH_STEP, 2 * 4 * 128  # what was read, padding and all
     assert runner.positions_read == chunks + steps
     assert runner.positions_held == 3 * 3 + 3 * 4 + 3 * 5
@@ -153,14 +153,14 @@ def test_a_capture_that_fails_leaves_the_plain_way(
     monkeypatch: pytest.MonkeyPatch,
     caplog: pytest.LogCaptureFixture,
 ) -> None:
-    def fail(self: Steps, shape: Shape) -> None:
+    def fail(self: DecodeGraphs, shape: GraphShape) -> None:
         raise error
 
     runner, fresh = Runner(base, max_rows=2, context=128, static=True), Runner(base, max_rows=2, context=128)
     fresh.layers = None
     assert runner.steps is not None
     runner.steps.captures = True
-    monkeypatch.setattr(Steps, "_capture", fail)
+    monkeypatch.setattr(DecodeGraphs, "_capture", fail)
     for one in (runner, fresh):
         one.run(one.cache.add_row(), [[5, 6, 7]], [None])
     for _ in range(2):
@@ -178,7 +178,7 @@ def test_a_shape_without_memory_is_not_tried_again_when_another_has_none_either(
 ) -> None:
     tried: list[int] = []
 
-    def fail(self: Steps, shape: Shape) -> None:
+    def fail(self: DecodeGraphs, shape: GraphShape) -> None:
         tried.append(shape.rows)
         raise torch.OutOfMemoryError("full")
 
@@ -187,7 +187,7 @@ def test_a_shape_without_memory_is_not_tried_again_when_another_has_none_either(
     for _ in range(2):
         runner.run(runner.cache.add_row(), [[5, 6, 7]], [None])
     runner.steps.captures = True
-    monkeypatch.setattr(Steps, "_capture", fail)
+    monkeypatch.setattr(DecodeGraphs, "_capture", fail)
     for rows in (1, 2, 1, 2):
         runner.run(0, [[5]] * rows, [None] * rows)
     assert tried == [1, 2]
@@ -200,7 +200,7 @@ def test_graphs_never_share_memory_with_dropped_ones(base: BaseModel, monkeypatc
     steps = runner.steps
     assert steps is not None
     pools = iter(range(1, 9))
-    monkeypatch.setattr(Steps, "_new_pool", lambda self: (0, next(pools)))
+    monkeypatch.setattr(DecodeGraphs, "_new_pool", lambda self: (0, next(pools)))
     runner.run(runner.cache.add_row(), [[5, 6, 7]], [None])
     runner.run(0, [[5]], [None])
     first = steps._pool
@@ -312,7 +312,7 @@ def test_buckets_hold_what_they_are_for_and_waste_little(number: int) -> None:
 @torch.inference_mode()
 def test_replayed_graphs_give_what_plain_steps_give(kind: str, tmp_path: Path) -> None:
     folder = made(kind, tmp_path / "base", FAMILIES[kind][0]).folder
-    model = load_served(ModelSettings(name=str(folder), device="cuda", dtype="float32"), tmp_path)
+    model = load_for_serving(ModelSettings(name=str(folder), device="cuda", dtype="float32"), tmp_path)
     captured = Runner(model, max_rows=12, context=400)
     plain = Runner(model, max_rows=12, context=400, static=False)
     assert captured.steps is not None

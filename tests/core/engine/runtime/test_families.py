@@ -11,10 +11,10 @@ import torch
 import transformers
 
 from core.config.sections import ModelSettings
-from core.engine.diagnostics.parity import TOKENS, check_exact
+from core.engine.diagnostics.parity import TOKENS, check_parity
 from core.engine.runtime import kv_cache
 from core.engine.runtime.fused import fuse
-from core.engine.runtime.loading import load_served
+from core.engine.runtime.loading import load_for_serving
 from core.engine.runtime.runner import Runner
 from core.errors import ModelLoadFailed
 from core.model.base import BaseModel
@@ -113,7 +113,7 @@ def made(kind: str, folder: Path, changes: dict[str, Any]) -> BaseModel:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    return load_served(ModelSettings(name=str(folder), device="cpu"), folder)
+    return load_for_serving(ModelSettings(name=str(folder), device="cpu"), folder)
 
 
 @pytest.mark.parametrize("kind", FAMILIES)
@@ -143,7 +143,7 @@ def test_attention_that_a_mask_would_break_is_refused(kind: str, tmp_path: Path)
     """Local windows that a configuration names otherwise, and biases by position."""
     changes = {"GPTNeo": {"num_layers": 4, "attention_types": [[["global", "local"], 2]], "window_size": WINDOW}}
     with pytest.raises(ModelLoadFailed, match=r"code of its own|name another model"):
-        check_exact(made(kind, tmp_path, {"head_dim": None, "alibi": True, **changes.get(kind, {})}))
+        check_parity(made(kind, tmp_path, {"head_dim": None, "alibi": True, **changes.get(kind, {})}))
 
 
 @pytest.mark.parametrize("kind", ["Mistral", "Qwen3", "Gemma2", "SmolLM3", "GptOss"])
@@ -183,7 +183,7 @@ def test_a_window_that_got_lost_is_found_at_load_however_long_it_is(
     monkeypatch.setattr(kv_cache.SlotSegment, "bias", lambda self, window, *rest: bias(self, None, *rest))
     monkeypatch.setattr("core.engine.runtime.fused._window", lambda config, attention: None)
     with pytest.raises(ModelLoadFailed, match="exactly"):
-        check_exact(base)
+        check_parity(base)
     text: Any = base.module.config
     assert text.sliding_window == WINDOW  # as it was, whatever came out
 
@@ -198,4 +198,4 @@ def test_adapters_that_a_model_would_apply_otherwise_are_found_at_load(
     forward = mlp.forward
     mlp.forward = lambda x: forward(x.flip(0)).flip(0)  # rows in another order: the same numbers, but for adapters
     with pytest.raises(ModelLoadFailed, match="adapters on"):
-        check_exact(base)
+        check_parity(base)

@@ -11,13 +11,13 @@ from torch import nn
 
 from core.config.sections import ModelSettings
 from core.engine.cpu.compiled import compiled
-from core.engine.diagnostics.parity import check_exact
+from core.engine.diagnostics.parity import check_parity
 from core.engine.lora.adapter_files import AdapterWeights
-from core.engine.lora.layers import Stack
-from core.engine.lora.segments import Plans
-from core.engine.lora.stacks import shapes
+from core.engine.lora.layers import StackedLora
+from core.engine.lora.segments import SegmentPlanner
+from core.engine.lora.slots import linear_shapes
 from core.engine.runtime.fused import fuse
-from core.engine.runtime.loading import load_served
+from core.engine.runtime.loading import load_for_serving
 from core.engine.runtime.runner import Runner
 from core.errors import ModelLoadFailed
 from core.model.base import BaseModel
@@ -64,7 +64,7 @@ def made(kind: str, folder: Path, **changes: Any) -> BaseModel:
                 parameter.add_(torch.randn_like(parameter) * 0.2)
     model.save_pretrained(folder)
     tiny_tokenizer().save_pretrained(folder)
-    return load_served(ModelSettings(name=str(folder), device="cpu"), folder)
+    return load_for_serving(ModelSettings(name=str(folder), device="cpu"), folder)
 
 
 def answers(runner: Runner, slots: list[int | None]) -> torch.Tensor:
@@ -81,7 +81,7 @@ def adapter(model: BaseModel, name: str, rank: int, only: str = "") -> AdapterWe
     torch.manual_seed(rank)
     pairs = {
         module: (torch.randn(rank, size) * 0.2, torch.randn(out, rank) * 0.2)
-        for module, (out, size) in shapes(model.module).items()
+        for module, (out, size) in linear_shapes(model.module).items()
         if only in module
     }
     return AdapterWeights(name, rank, pairs)
@@ -93,7 +93,7 @@ def test_the_fused_forward_gives_the_models_own_numbers(kind: str, tmp_path: Pat
     model = made(kind, tmp_path, **FAMILY[kind])
     ids = torch.tensor([[5, 9, 100, 7, 31, 8]])
     before = model.module(input_ids=ids).logits
-    check_exact(model)
+    check_parity(model)
     assert fuse(model.module) is not None
     assert torch.allclose(model.module(input_ids=ids).logits, before, atol=1e-5 * float(before.abs().max()))
 
@@ -141,10 +141,10 @@ def test_all_ways_give_the_product_that_is_meant(way: str, mix: tuple[int | None
     if way == "tiles" and operators is None:
         pytest.skip("no compiler here")
     torch.manual_seed(0)
-    plans = Plans(torch.device("cpu"), operators if way == "tiles" else None)
+    plans = SegmentPlanner(torch.device("cpu"), operators if way == "tiles" else None)
     plans.grouped = way != "mask"
     outs, ranks = (96, 32, 32), (8, 3, 1)
-    stack = Stack(64, outs, plans, device=plans.device, dtype=torch.float32, joined=plans.grouped)
+    stack = StackedLora(64, outs, plans, device=plans.device, dtype=torch.float32, joined=plans.grouped)
     stack.resize(3, 8)
     x, y = torch.randn(len(mix), 64), torch.randn(len(mix), sum(outs))
     truth, begin = y.double(), 0
@@ -187,7 +187,7 @@ def test_tokens_are_ordered_where_none_need_be_gathered_then(base: BaseModel) ->
 def test_other_models_run_the_plain_way(kind: str, tmp_path: Path) -> None:
     model = made(kind, tmp_path, **OTHERS[kind])
     assert fuse(model.module) is None
-    check_exact(model)
+    check_parity(model)
 
 
 def test_a_module_that_the_family_does_not_know_runs_the_plain_way(base: BaseModel) -> None:
@@ -203,4 +203,4 @@ def test_a_module_that_the_family_does_not_know_runs_the_plain_way(base: BaseMod
 def test_a_fused_forward_that_differs_is_refused(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("core.engine.runtime.fused._signed", lambda sin: sin)
     with pytest.raises(ModelLoadFailed, match="exactly"):
-        check_exact(base)
+        check_parity(base)

@@ -12,8 +12,8 @@ import torch
 from hypothesis import given
 from hypothesis import strategies as st
 
+from core.engine.cpu.lazy_zeros import lazy_zeros, lazy_zeros_available
 from core.engine.runtime.kv_cache import FIRST_LENGTH, SlotCache
-from core.engine.runtime.lazy_zeros import untouched_is_free, untouched_zeros
 from core.engine.runtime.runner import Runner
 from core.model.base import BaseModel
 from tests.core.engine.runtime.test_fused import made
@@ -31,9 +31,9 @@ def resident() -> int:
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux hands out memory so")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_untouched_zeros_hold_what_was_written_and_give_it_back(dtype: torch.dtype) -> None:
-    assert untouched_is_free()
+    assert lazy_zeros_available()
     before = resident()
-    zeros = untouched_zeros((64, 8 * MIB // dtype.itemsize), dtype)
+    zeros = lazy_zeros((64, 8 * MIB // dtype.itemsize), dtype)
     assert resident() - before < 16 * MIB
     zeros[3] = 1
     zeros[:, :7] = 2  # a little of each row
@@ -49,7 +49,7 @@ def test_untouched_zeros_hold_what_was_written_and_give_it_back(dtype: torch.dty
 
 def test_more_than_the_system_may_promise_is_a_memory_error() -> None:
     with pytest.raises(MemoryError):
-        untouched_zeros((2**46,), torch.float32)
+        lazy_zeros((2**46,), torch.float32)
 
 
 def rows_of(lengths: list[int], segment_cost: int | None) -> SlotCache:
@@ -126,7 +126,7 @@ def test_a_new_layout_is_made_for_rows_and_length_at_once_and_with_room_to_go_on
     assert 2000 % FIRST_LENGTH
 
 
-@pytest.mark.skipif(not untouched_is_free(), reason="slots grow here")
+@pytest.mark.skipif(not lazy_zeros_available(), reason="slots grow here")
 async def test_a_long_prompt_among_running_rows_lays_out_nothing_anew(base: BaseModel) -> None:
     endless = dataclasses.replace(base, eos_ids=frozenset())
     async with running(endless) as engine:

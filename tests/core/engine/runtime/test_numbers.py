@@ -11,10 +11,10 @@ from torch import nn
 
 from core.engine.cpu.compiled import compiled
 from core.engine.cpu.int8 import Int8Linear, quantize
-from core.engine.diagnostics.roofline import bandwidth, weight_bytes
 from core.engine.protocol import EngineStats, Scope
 from core.engine.runtime.kv_cache import LENGTH_STEP
-from core.engine.scheduling.stats import Times
+from core.engine.runtime.roofline import bandwidth, weight_bytes
+from core.engine.scheduling.stats import TimeHistogram
 from core.errors import BadInput
 from core.model.base import BaseModel
 from core.types import AdapterRef
@@ -104,7 +104,7 @@ def test_nothing_done_is_no_waste_and_no_speed() -> None:
 
 
 def test_times_fall_into_the_first_bucket_that_holds_them() -> None:
-    times = Times((0.1, 1.0))
+    times = TimeHistogram((0.1, 1.0))
     for seconds in (0.05, 0.1, 0.5, 1.0, 7.0):
         times.add(seconds)
     assert times.spread().counts == (2, 2, 1)

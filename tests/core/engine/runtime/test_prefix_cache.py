@@ -9,9 +9,9 @@ import itertools
 import pytest
 import torch
 
+from core.engine.local import LocalEngine
 from core.engine.protocol import Request, Scope
-from core.engine.runtime.local import LocalEngine
-from core.engine.runtime.prefix_cache import Kept, PrefixStore
+from core.engine.runtime.prefix_cache import CachedPrefix, PrefixCache
 from core.errors import EngineError
 from core.model.base import BaseModel
 from core.types import AdapterRef, Message, Role
@@ -105,12 +105,12 @@ async def test_a_stopped_answer_leaves_nothing_of_a_forgotten_conversation(base:
         assert len(engine.thread.rows.prefixes) == 0
 
 
-def kept(size: int, adapter: str = "") -> Kept:
-    return Kept(adapter, (1, 2, 3), [torch.ones(size, dtype=torch.uint8)])
+def kept(size: int, adapter: str = "") -> CachedPrefix:
+    return CachedPrefix(adapter, (1, 2, 3), [torch.ones(size, dtype=torch.uint8)])
 
 
 def test_memory_is_bounded_and_the_least_recently_used_go_first() -> None:
-    store = PrefixStore(100)
+    store = PrefixCache(100)
     scopes = [Scope(channel="c", conversation=str(i)) for i in range(4)]
     entries = [kept(40) for _ in scopes]
     for scope, entry in zip(scopes[:2], entries, strict=False):
@@ -129,7 +129,7 @@ def test_memory_is_bounded_and_the_least_recently_used_go_first() -> None:
 
 
 def test_the_last_token_of_a_prompt_is_always_run() -> None:
-    store = PrefixStore(100)
+    store = PrefixCache(100)
     store.put(SCOPE, kept(3))
     found = store.find(SCOPE, "", (1, 2, 3))
     assert found is not None

@@ -16,7 +16,7 @@ import pytest
 import torch
 
 from core.config.sections import ModelSettings
-from core.engine.runtime.loading import load_served
+from core.engine.runtime.loading import load_for_serving
 from core.model.base import BaseModel
 from core.types import AdapterRef
 from tests.core.engine.lora.test_exact import prompts, spy_answers
@@ -77,4 +77,4 @@ async def test_any_request_says_what_peft_says(base: BaseModel, tmp_path: Path) 
 
 @pytest.mark.drill
 async def test_any_request_to_the_demo_model_says_what_peft_says(demo_cache: Path, tmp_path: Path) -> None:
-    await compare(load_served(ModelSettings(), demo_cache), tmp_path, std=0.02, most=48)
+    await compare(load_for_serving(ModelSettings(), demo_cache), tmp_path, std=0.02, most=48)

@@ -12,7 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from core.engine.lora.adapter_files import AdapterTarget, AdapterWeights, load_adapter
-from core.engine.lora.stacks import shapes
+from core.engine.lora.slots import linear_shapes
 from core.engine.protocol import Finished, FinishReason, Scope
 from core.engine.scheduling.request_state import RequestState
 from core.errors import EngineError, Overloaded
@@ -30,7 +30,7 @@ def endless(base: BaseModel) -> BaseModel:
 
 @pytest.fixture(scope="module")
 def weights(base: BaseModel, adapters: list[AdapterRef]) -> Mapping[str, AdapterWeights]:
-    fits = AdapterTarget(base.fingerprint, shapes(base.module))
+    fits = AdapterTarget(base.fingerprint, linear_shapes(base.module))
     loaded = load_adapter(adapters[2], fits)
     return {name: dataclasses.replace(loaded, sha256=name) for name in "ABCDEFGH"}
 

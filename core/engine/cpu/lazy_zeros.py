@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 
-def untouched_is_free() -> bool:
+def lazy_zeros_available() -> bool:
     """Whether this system promises more memory than it has: Linux does, unless it is told to count promises."""
     if sys.platform != "linux":
         return False
@@ -27,7 +27,7 @@ def untouched_is_free() -> bool:
     return not limited and counted.exists() and counted.read_text(encoding="ascii").strip() != "2"
 
 
-def untouched_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
+def lazy_zeros(shape: tuple[int, ...], dtype: torch.dtype) -> Tensor:
     """Zeros on the CPU; their memory goes back when the tensor and all views of it are gone. Raises MemoryError."""
     try:
         block = mmap.mmap(-1, max(1, math.prod(shape) * dtype.itemsize), flags=mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS)

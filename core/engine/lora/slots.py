@@ -15,14 +15,14 @@ from torch.utils.hooks import RemovableHandle
 from core.engine.cpu.compiled import compiled
 from core.engine.cpu.int8 import Int8Linear, LinearSlice
 from core.engine.lora.adapter_files import AdapterWeights
-from core.engine.lora.layers import Stack
-from core.engine.lora.segments import Plans
-from core.engine.runtime.out_of_memory import is_shortage
+from core.engine.lora.layers import StackedLora
+from core.engine.lora.segments import SegmentPlanner
+from core.engine.out_of_memory import is_out_of_memory
 
 MOST_PADDED = 4  # times the rank that the adapters in use need: from there on all are laid out anew
 
 
-class LoraStacks:
+class AdapterSlots:
     """The slots: which adapter lies in which, and who uses it. All methods belong to the model thread."""
 
     def __init__(
@@ -37,10 +37,10 @@ class LoraStacks:
         """`groups` are the modules whose products are merged, in order; they are given their part by `add`."""
         self.linears = dict(linear_modules(module))
         self.max_slots, self.device, self.dtype = max_slots, device, dtype
-        self.plans = Plans(device, compiled() if device.type == "cpu" and dtype is torch.float32 else None)
+        self.plans = SegmentPlanner(device, compiled() if device.type == "cpu" and dtype is torch.float32 else None)
         self.merged = bool(groups)
         self.places = {name: (group, part) for group in groups for part, name in enumerate(group)}
-        self.stacks: dict[str, Stack] = {}  # by the first module of the group
+        self.stacks: dict[str, StackedLora] = {}  # by the first module of the group
         self.hooks: list[RemovableHandle] = []  # of a model that runs its own forward
         self.slots: dict[str, int] = {}  # adapter sha256 -> slot, least recently used first
         self.ranks: dict[str, int] = {}  # of those in the slots
@@ -97,7 +97,7 @@ class LoraStacks:
                 self._resize(min(max(1, 2 * count), self.max_slots), self.rank)
                 return count
             except Exception as error:
-                if not is_shortage(error):
+                if not is_out_of_memory(error):
                     raise
             if idle is None:
                 self._resize(count + 1, self.rank)
@@ -124,7 +124,7 @@ class LoraStacks:
         try:
             self._resize(self.slot_count, needed)
         except Exception as error:
-            if not is_shortage(error):
+            if not is_out_of_memory(error):
                 raise
 
     def _fill(self, slot: int, adapter: AdapterWeights) -> None:
@@ -134,13 +134,13 @@ class LoraStacks:
             group, part = self.places.get(name, ((name,), 0))
             self._stack(group).fill(slot, part, a, b)
 
-    def _stack(self, group: tuple[str, ...]) -> Stack:
+    def _stack(self, group: tuple[str, ...]) -> StackedLora:
         stack = self.stacks.get(group[0])
         if stack is None:
             linears = [self.linears[name] for name in group]
             outs = [linear.out_features for linear in linears]
             size, device, dtype = linears[0].in_features, self.device, self.dtype
-            stack = Stack(size, outs, self.plans, device=device, dtype=dtype, joined=self.plans.grouped)
+            stack = StackedLora(size, outs, self.plans, device=device, dtype=dtype, joined=self.plans.grouped)
             stack.resize(self.slot_count, self.rank)
             if not self.merged:
                 self.hooks.append(linears[0].register_forward_hook(stack))
@@ -173,7 +173,7 @@ def linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Linear | Int8Lin
             yield name, child
 
 
-def shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
+def linear_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
     """(out, in) of every module that an adapter may change."""
     return {name: (child.out_features, child.in_features) for name, child in linear_modules(module)}
 

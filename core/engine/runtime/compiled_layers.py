@@ -11,12 +11,12 @@ import ctypes
 import torch
 from torch import Tensor, nn
 
-from core.engine.cpu.compiled import Compiled
-from core.engine.cpu.int8 import ByBlocks, Int8Linear
+from core.engine.cpu.compiled import CompiledOperators
+from core.engine.cpu.int8 import BlockedKernel, Int8Linear
 from core.engine.cpu.packed import PackedLinear
-from core.engine.lora.layers import Stack
-from core.engine.lora.stacks import LoraStacks
-from core.engine.runtime.fused import Fused, RmsNormWeights
+from core.engine.lora.layers import StackedLora
+from core.engine.lora.slots import AdapterSlots
+from core.engine.runtime.fused import FusedModel, RmsNormWeights
 from core.engine.runtime.kv_cache import SlotCache
 
 _P, _N, _F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
@@ -54,10 +54,10 @@ class _Pass(ctypes.Structure):
     )
 
 
-class Layers:
+class CompiledLayers:
     """A fused model's, with the slots and adapters of one runner."""
 
-    def __init__(self, fused: Fused, operators: Compiled, cache: SlotCache, lora: LoraStacks) -> None:
+    def __init__(self, fused: FusedModel, operators: CompiledOperators, cache: SlotCache, lora: AdapterSlots) -> None:
         self.fused, self.operators, self.cache, self.lora = fused, operators, cache, lora
         self._layers = (_LayerPointers * len(fused.layers))()
         for told, layer in zip(self._layers, fused.layers, strict=True):
@@ -112,7 +112,7 @@ class Layers:
                 self._tell_adapters(linear, self.lora.stacks.get(name))
         self._versions = versions
 
-    def _tell_adapters(self, linear: _LinearPointers, stack: Stack | None) -> None:
+    def _tell_adapters(self, linear: _LinearPointers, stack: StackedLora | None) -> None:
         if stack is None:
             linear.a = linear.b = None
             return
@@ -122,15 +122,15 @@ class Layers:
         linear.parts, linear.rank = len(stack.outs), stack.rank
 
 
-def layers_of(fused: Fused, cache: SlotCache, lora: LoraStacks) -> Layers | None:
+def compiled_layers(fused: FusedModel, cache: SlotCache, lora: AdapterSlots) -> CompiledLayers | None:
     """None where there are no operators, or weights that they do not know."""
     operators = lora.plans.operators
     linears = [one for layer in fused.layers for one in (layer.qkv, layer.out, layer.gate_up, layer.down)]
     known = all(
-        isinstance(one, PackedLinear) or (isinstance(one, Int8Linear) and isinstance(one.kernel, ByBlocks))
+        isinstance(one, PackedLinear) or (isinstance(one, Int8Linear) and isinstance(one.kernel, BlockedKernel))
         for one in linears
     )
-    return Layers(fused, operators, cache, lora) if operators is not None and known else None
+    return CompiledLayers(fused, operators, cache, lora) if operators is not None and known else None
 
 
 def _norm(norm: RmsNormWeights | None) -> _NormPointers:
@@ -140,7 +140,7 @@ def _norm(norm: RmsNormWeights | None) -> _NormPointers:
 def _linear(linear: nn.Module) -> _LinearPointers:
     told = _LinearPointers()
     if isinstance(linear, Int8Linear):
-        assert isinstance(linear.kernel, ByBlocks)
+        assert isinstance(linear.kernel, BlockedKernel)
         told.bytes, told.scales = _at(linear.kernel.packed), _at(linear.kernel.scales)
     else:
         assert isinstance(linear, PackedLinear)

@@ -14,11 +14,11 @@ import pytest
 import torch
 
 from core.config.sections import EngineSettings, ModelSettings
+from core.engine.local import LocalEngine
 from core.engine.lora import adapter_files
 from core.engine.lora.adapter_files import AdapterTarget, AdapterWeights
 from core.engine.protocol import Delta, Finished, FinishReason, Request, Scope, Started
 from core.engine.runtime.kv_cache import IDLE_BYTES, SlotCache
-from core.engine.runtime.local import LocalEngine
 from core.engine.scheduling.admission import LOOKAHEAD
 from core.engine.scheduling.request_state import RequestState
 from core.errors import EngineError, OutOfMemory, Overloaded, PromptTooLong

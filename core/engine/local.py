@@ -19,13 +19,13 @@ from typing import Self
 import torch
 
 from core.config.sections import EngineSettings, ModelSettings
-from core.engine.diagnostics.parity import check_exact
-from core.engine.diagnostics.roofline import bandwidth
+from core.engine.diagnostics.parity import check_parity
 from core.engine.lora.adapter_files import AdapterStore, AdapterTarget, AdapterWeights
-from core.engine.lora.stacks import head_name, shapes
+from core.engine.lora.slots import head_name, linear_shapes
 from core.engine.protocol import EngineInfo, EngineStats, Request, prompt_limit
-from core.engine.runtime.loading import load_served
+from core.engine.runtime.loading import load_for_serving
 from core.engine.runtime.loop import ModelThread, Output
+from core.engine.runtime.roofline import bandwidth
 from core.engine.scheduling.detokenizer import Detokenizer, StopScanner
 from core.engine.scheduling.request_state import RequestState
 from core.engine.scheduling.requests import DRAIN_S, OpenRequests, RunningGeneration
@@ -73,7 +73,7 @@ class LocalEngine:
             loader.shutdown(wait=False)
         context = min(model.context, self.settings.max_context)
         info = EngineInfo(model.name, model.fingerprint, model.description, context, model.folder, str(model.device))
-        self.base = AdapterTarget(model.fingerprint, shapes(model.module), model.dtype, head_name(model.module))
+        self.base = AdapterTarget(model.fingerprint, linear_shapes(model.module), model.dtype, head_name(model.module))
         self._adapters = AdapterStore(self.base, limit=self.settings.adapters_in_memory)
         self._model = model
         self._workers = ThreadPoolExecutor(max_workers=2, thread_name_prefix="engine")
@@ -148,10 +148,10 @@ class LocalEngine:
     # --- other threads
 
     def _load(self) -> BaseModel:
-        model = self._model or load_served(
+        model = self._model or load_for_serving(
             self.model_settings, self._cache, progress=self._progress, threads=self.settings.threads
         )
-        check_exact(model)
+        check_parity(model)
         self._bandwidth = bandwidth(model.device, torch.get_num_threads())
         return model
 

@@ -65,7 +65,7 @@ def _findings(patient: Examined, trial: Benchmark, name: str) -> Iterator[Findin
         yield patient.finding(Level.GOOD, "memory", "bench_memory", gb=gb)
     speeds = {"one": f"{trial.one.tokens_per_s:.0f}", "many": f"{trial.many.tokens_per_s:.0f}"}
     yield patient.finding(Level.GOOD, "model", "bench_model", name=name, rows=trial.many.rows, **speeds)
-    slow = 0 < trial.one.floor_fraction < _SLOW
+    slow = 0 < trial.one.roofline_fraction < _SLOW
     yield _speed(patient, trial.one, "bench_slow" if slow else "bench_one")
     yield _speed(patient, trial.many, "bench_many")
     if trial.adapted is not None:
@@ -83,7 +83,7 @@ def _speed(patient: Examined, speed: Speed, key: str, **more: int) -> Finding:
         first=f"{speed.first_token_p50_s:.2f}",
         gap=round(1000 * speed.inter_token_p50_s),
         gap95=round(1000 * speed.inter_token_p95_s),
-        floor=round(100 * speed.floor_fraction),
+        floor=round(100 * speed.roofline_fraction),
         waste=round(100 * speed.padding_waste),
         **more,
     )

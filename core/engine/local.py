@@ -59,8 +59,8 @@ class LocalEngine:
         self._cache, self._progress = cache, progress
         self._model = model
         self._bandwidth = 0.0
-        self.tally = StatsCounter()
-        self._desk: OpenRequests[RequestState] = OpenRequests(self.tally, self.cancel)
+        self.counter = StatsCounter()
+        self._requests: OpenRequests[RequestState] = OpenRequests(self.counter, self.cancel)
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -84,10 +84,10 @@ class LocalEngine:
             prepare=self._prepare,
             spawn=self._workers.submit,
             emit=self._emit,
-            tally=self.tally,
+            counter=self.counter,
         )
         self.thread.start()
-        self._desk.unlock(info)
+        self._requests.unlock(info)
         return self
 
     async def __aexit__(
@@ -98,31 +98,31 @@ class LocalEngine:
         finally:
             await self._loop.run_in_executor(None, self.thread.stop)
             self._workers.shutdown(wait=False, cancel_futures=True)
-            self._desk.lock()
+            self._requests.lock()
 
     @property
     def info(self) -> EngineInfo:
-        return self._desk.info
+        return self._requests.info
 
     def submit(self, request: Request) -> RunningGeneration[RequestState]:
         """Begin a request; returns at once. What goes wrong is raised out of the iteration."""
-        return self._desk.begin(request, lambda: self._job(request), lambda job: self.thread.submit(job))
+        return self._requests.begin(request, lambda: self._new_state(request), lambda state: self.thread.submit(state))
 
-    def cancel(self, job: RequestState) -> None:
-        if self._desk.running:
-            self.thread.cancel(job)
+    def cancel(self, state: RequestState) -> None:
+        if self._requests.running:
+            self.thread.cancel(state)
 
     async def forget(self, channel: str, conversation: str = "") -> None:
         """Wipe what memory holds of a conversation; what runs or waits for it ends as cancelled."""
-        if self._desk.running:
+        if self._requests.running:
             await asyncio.wrap_future(self.thread.forget(channel, conversation))
 
     def stats(self) -> EngineStats:
-        if not self._desk.running:
+        if not self._requests.running:
             return EngineStats()
         thread = self.thread
         return replace(
-            self.tally.stats(),
+            self.counter.stats(),
             running=thread.running,
             waiting=thread.waiting,
             resident_adapters=len(thread.runner.lora.slots),
@@ -134,9 +134,9 @@ class LocalEngine:
 
     async def drain(self, deadline_s: float) -> None:
         """Take no more; finish what runs within the deadline, then cancel the rest."""
-        await self._desk.drain(deadline_s, CANCEL_S)
+        await self._requests.drain(deadline_s, CANCEL_S)
 
-    def _job(self, request: Request) -> RequestState:
+    def _new_state(self, request: Request) -> RequestState:
         assert self._model is not None
         return RequestState(
             request,
@@ -155,10 +155,10 @@ class LocalEngine:
         self._bandwidth = bandwidth(model.device, torch.get_num_threads())
         return model
 
-    def _prepare(self, job: RequestState) -> tuple[RenderedPrompt, Future[AdapterWeights] | None]:
+    def _prepare(self, state: RequestState) -> tuple[RenderedPrompt, Future[AdapterWeights] | None]:
         """Render the prompt and have the adapter read."""
         assert self._model is not None
-        request = job.request
+        request = state.request
         rendered = render(request.messages, self._model.tokenizer, prompt_limit(request, self.info.context))
         return rendered, None if request.adapter is None else self._adapters.get(request.adapter)
 
@@ -166,8 +166,8 @@ class LocalEngine:
         try:
             self._loop.call_soon_threadsafe(self._deliver, outputs)
         except RuntimeError:  # the event loop is closed: nobody listens
-            log.warning("engine.nobody_listens", extra={"events": len(outputs)})
+            log.warning("engine.loop_closed", extra={"events": len(outputs)})
 
     def _deliver(self, outputs: list[Output]) -> None:
-        for job, event in outputs:
-            self._desk.put(job, event)
+        for state, event in outputs:
+            self._requests.put(state, event)

@@ -175,7 +175,7 @@ class EngineStats:
         return 1 - self.positions_held / self.positions_read if self.positions_read else 0.0
 
     @property
-    def floor_fraction(self) -> float:
+    def roofline_fraction(self) -> float:
         """How near decoding comes to the bandwidth floor: 1 is memory read once at full speed, and nothing else."""
         return self.decode_bytes / self.bandwidth / self.decode_s if self.bandwidth and self.decode_s else 0.0
 

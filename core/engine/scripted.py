@@ -71,7 +71,7 @@ class ScriptedEngine:
         self._rows = asyncio.Semaphore(max_rows)
         self._open: dict[ScriptedGeneration, tuple[Request, asyncio.Task[None]]] = {}
         self._waiting = self._running = 0
-        self._tally = StatsCounter()
+        self._counter = StatsCounter()
         self._draining = False
 
     @classmethod
@@ -114,7 +114,7 @@ class ScriptedEngine:
             return generation
         if self._draining or self._waiting >= self.max_waiting:
             generation.put(busy := Overloaded(retry_after_s=1.0))
-            self._tally.end(busy)
+            self._counter.end(busy)
             return generation
         self._waiting += 1
         task = asyncio.get_running_loop().create_task(self._run(request, generation))
@@ -130,7 +130,7 @@ class ScriptedEngine:
         await asyncio.gather(*tasks)
 
     def stats(self) -> EngineStats:
-        return replace(self._tally.stats(), running=self._running, waiting=self._waiting)
+        return replace(self._counter.stats(), running=self._running, waiting=self._waiting)
 
     async def drain(self, deadline_s: float) -> None:
         self._draining = True
@@ -142,7 +142,7 @@ class ScriptedEngine:
         await asyncio.gather(*tasks)
 
     async def _run(self, request: Request, generation: ScriptedGeneration) -> None:
-        script = _Script(request, generation, self._tally)
+        script = _Script(request, generation, self._counter)
         waiting = True
         try:
             row = asyncio.create_task(self._rows.acquire())
@@ -159,7 +159,7 @@ class ScriptedEngine:
                 self._running -= 1
                 self._rows.release()
         except Exception as error:  # injected by the table, or raised by its function: the reader's to handle
-            self._tally.end(error)
+            self._counter.end(error)
             generation.put(error)
         finally:
             self._waiting -= waiting
@@ -193,8 +193,8 @@ class ScriptedEngine:
 class _Script:
     """One answer being said."""
 
-    def __init__(self, request: Request, generation: ScriptedGeneration, tally: StatsCounter) -> None:
-        self.request, self.generation, self.tally = request, generation, tally
+    def __init__(self, request: Request, generation: ScriptedGeneration, counter: StatsCounter) -> None:
+        self.request, self.generation, self.counter = request, generation, counter
         self.submitted = asyncio.get_running_loop().time()
         self.last_word: float | None = None
         self.scanner = StopScanner(request.sampling.stop)
@@ -213,8 +213,8 @@ class _Script:
             dropped += following[0] - head
             del messages[head : following[0]]
         self.prompt_tokens = tokens
-        self.tally.prompt_tokens += tokens
-        self.tally.waited.add(asyncio.get_running_loop().time() - self.submitted)
+        self.counter.prompt_tokens += tokens
+        self.counter.waited.add(asyncio.get_running_loop().time() - self.submitted)
         self.generation.put(Started(tokens, dropped=dropped))
 
     async def pause_until(self, row: asyncio.Task[Literal[True]]) -> FinishReason | None:
@@ -243,7 +243,7 @@ class _Script:
     def say(self, word: str) -> FinishReason | None:
         self.completion_tokens += 1
         now = asyncio.get_running_loop().time()
-        self.tally.token(now - self.submitted, None if self.last_word is None else now - self.last_word)
+        self.counter.token(now - self.submitted, None if self.last_word is None else now - self.last_word)
         self.last_word = now
         self._show(self.scanner.push(word))
         if self.scanner.hit:
@@ -252,7 +252,7 @@ class _Script:
 
     def finish(self, reason: FinishReason) -> None:
         self._show(self.scanner.flush())
-        self.tally.end(reason)
+        self.counter.end(reason)
         self.generation.put(Finished(reason, TokenUsage(self.prompt_tokens, self.completion_tokens)))
 
     def _show(self, text: str) -> None:

@@ -133,7 +133,7 @@ def engine_families(info: EngineInfo, stats: EngineStats) -> list[Family]:
             gauge(
                 "engine_bandwidth_floor_ratio",
                 "Time that decoding takes at least, by its bytes and the bandwidth, over the time that it took.",
-                ({}, stats.floor_fraction),
+                ({}, stats.roofline_fraction),
             ),
         ]
     return families

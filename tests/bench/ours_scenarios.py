@@ -117,7 +117,7 @@ class Scenarios:
         text = self.text_of(2000)
         async with self.engine(max_rows=17, max_context=2176, reuse_mib=0) as engine:
             passes: list[tuple[float, int]] = []  # when its tokens were drawn, and the tokens of the longest part
-            run, accept = engine.thread.runner.run, engine.thread._accept
+            run, accept = engine.thread.runner.run, engine.thread._accept_logits
             size = 0
 
             def counted(first: int, parts: Any, slots: Any) -> Any:
@@ -133,7 +133,7 @@ class Scenarios:
                 passes.append((time.perf_counter(), size))
 
             alone: list[tuple[float, int]] = []
-            engine.thread.runner.run, engine.thread._accept = counted, noted  # type: ignore[method-assign]
+            engine.thread.runner.run, engine.thread._accept_logits = counted, noted  # type: ignore[method-assign]
             await hear(engine, ask(text, Scope("alone"), 2))
             chunk = max(seconds for seconds, tokens in alone if tokens > 1)
             rows = [asyncio.create_task(hear(engine, ask(self.spec.texts[i], Scope(str(i)), 200))) for i in range(16)]

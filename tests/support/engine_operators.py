@@ -14,7 +14,7 @@ P, N, F = ctypes.c_void_p, ctypes.c_int64, ctypes.c_float
 ARGUMENTS = {
     "add_norm": (P, P, P, F, P, N, N),
     "silu_mul": (P, P, N, N),
-    "turn": (P, P, P, N, N, N, N),
+    "rope": (P, P, P, N, N, N, N),
     "attend": (P, P, P, P, N, P, N, N, N, N, N, F, P, N),
 }
 
@@ -40,10 +40,10 @@ def silu_mul(operators: CompiledOperators, gate_up: Tensor) -> Tensor:
     return out
 
 
-def turn(operators: CompiledOperators, qkv: Tensor, cos: Tensor, sin: Tensor, turned: int) -> None:
+def rope(operators: CompiledOperators, qkv: Tensor, cos: Tensor, sin: Tensor, rotated: int) -> None:
     """The first heads of qkv (N, heads, n), in place."""
     rows, heads, size = qkv.shape
-    call(operators, "turn", qkv, cos, sin, rows, turned, heads, size)
+    call(operators, "rope", qkv, cos, sin, rows, rotated, heads, size)
 
 
 def attend(

@@ -36,7 +36,7 @@ class Steps:
             prepare=self._prepare,
             spawn=lambda work: work(),
             emit=self._emit,
-            tally=StatsCounter(),
+            counter=StatsCounter(),
         )
 
     def submit(self, name: str, scope: Scope, *, adapter: str = "", **sampling: float) -> None:
@@ -56,8 +56,8 @@ class Steps:
             assert self.now < within, f"{set(names) - self.over.keys()} still wait"
             self.step()
 
-    def _prepare(self, job: RequestState) -> tuple[RenderedPrompt, Future[AdapterWeights] | None]:
-        count, adapter = int(job.request.id.partition(":")[0]), job.request.adapter
+    def _prepare(self, state: RequestState) -> tuple[RenderedPrompt, Future[AdapterWeights] | None]:
+        count, adapter = int(state.request.id.partition(":")[0]), state.request.adapter
         ids = tuple(3 + (7 * i + count) % 250 for i in range(count))
         if adapter is None:
             return RenderedPrompt(ids, 0), None
@@ -66,8 +66,8 @@ class Steps:
         return RenderedPrompt(ids, 0), read
 
     def _emit(self, outputs: list[Output]) -> None:
-        for job, event in outputs:
-            name = job.request.id
+        for state, event in outputs:
+            name = state.request.id
             if isinstance(event, Started):
                 assert name not in self.begun, "it began twice"
                 self.begun[name] = self.now

@@ -29,8 +29,8 @@ TILE = 4  # tokens that read an adapter's weights together; as in lanes.h
 
 _P, _N = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS = {
-    "multiply_floats": (_P, _P, _P, _P, _N, _N, _N),
-    "multiply_bytes": (_P, _P, _P, _P, _P, _N, _N, _N),
+    "float_matmul": (_P, _P, _P, _P, _N, _N, _N),
+    "int8_matmul": (_P, _P, _P, _P, _P, _N, _N, _N),
     "add_lora": (_P, _N, _P, _N, _P, _P, _P, _N, _N, _N, _N, _P),
     "run_layers": (_P, _N, _P, _P, _P, _P),
 }
@@ -46,32 +46,32 @@ class CompiledOperators:
             function.argtypes, function.restype = arguments, None
         # Outputs of a product that are computed together.
         self.float_block: int = library.float_block()
-        self.byte_block: int = library.byte_block()
+        self.int8_block: int = library.int8_block()
         self.group: int = library.group_size()  # inputs that go as int8 by one scale
-        self.largest: int = library.largest()  # what an int8 weight may be; it lies there as largest + 1 more
-        self.library.room_of.argtypes, self.library.room_of.restype = (_P,), _N
-        self.together: int = library.together()  # int8 weights of an output that are multiplied at once
+        self.absmax: int = library.absmax()  # what an int8 weight may be; it lies there as largest + 1 more
+        self.library.scratch_size.argtypes, self.library.scratch_size.restype = (_P,), _N
+        self.unroll: int = library.unroll()  # int8 weights of an output that are multiplied at once
 
     def __deepcopy__(self, memo: dict[int, object]) -> CompiledOperators:
         """What holds operators may be copied; they are the process's."""
         return self
 
-    def multiply_floats(self, x: Tensor, weights: Tensor, bias: Tensor | None, outs: int) -> Tensor:
+    def float_matmul(self, x: Tensor, weights: Tensor, bias: Tensor | None, outs: int) -> Tensor:
         """x (N, in), weights (out, in) `in_blocks` of float_block, bias (out,) -> (N, out)."""
         rows, size = x.shape
         y = x.new_empty(rows, outs)
-        self.library.multiply_floats(_at(x), _at(weights), _at_or_none(bias), _at(y), rows, size, outs)
+        self.library.float_matmul(_at(x), _at(weights), _at_or_none(bias), _at(y), rows, size, outs)
         return y
 
-    def multiply_bytes(self, x: Tensor, weights: Tensor, scales: Tensor, bias: Tensor | None, outs: int) -> Tensor:
-        """x (N, in), weights uint8 (out, in), largest + 1 more than they are, in_blocks of byte_block, together.
+    def int8_matmul(self, x: Tensor, weights: Tensor, scales: Tensor, bias: Tensor | None, outs: int) -> Tensor:
+        """x (N, in), weights uint8 (out, in), largest + 1 more than they are, in_blocks of int8_block, together.
 
         x goes as int8, each `group` of a row's inputs by its own largest value. The weights are blank with zeros to
         whole groups, their scales float32 to whole blocks.
         """
         rows, size = x.shape
         y = x.new_empty(rows, outs)
-        self.library.multiply_bytes(*(_at(x), _at(weights), _at(scales), _at_or_none(bias), _at(y), rows, size, outs))
+        self.library.int8_matmul(*(_at(x), _at(weights), _at(scales), _at_or_none(bias), _at(y), rows, size, outs))
         return y
 
     def add_lora(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, tiles: Tensor, outs: Sequence[int]) -> None:

@@ -36,10 +36,10 @@ class BlockedKernel:
         assert operators is not None
         self.operators = operators
         self.outs, self.size = weight_q.shape
-        zero = operators.largest + 1
+        zero = operators.absmax + 1
         values = (weight_q.int_repr().short() + zero).to(torch.uint8)
-        self.packed = in_blocks(values, operators.byte_block, operators.together, multiple=operators.group, blank=zero)
-        self.scales = torch.zeros(len(self.packed) * operators.byte_block)
+        self.packed = in_blocks(values, operators.int8_block, operators.unroll, multiple=operators.group, blank=zero)
+        self.scales = torch.zeros(len(self.packed) * operators.int8_block)
         self.scales[: self.outs] = weight_q.q_per_channel_scales()
 
     @staticmethod
@@ -47,17 +47,17 @@ class BlockedKernel:
         return compiled() is not None
 
     @staticmethod
-    def heaviest() -> int:
+    def absmax() -> int:
         operators = compiled()
         assert operators is not None
-        return operators.largest
+        return operators.absmax
 
     def unpacked(self) -> tuple[Tensor, Tensor]:
-        values = self.packed.transpose(1, 2).flatten(0, 1).flatten(1).short() - (self.operators.largest + 1)
+        values = self.packed.transpose(1, 2).flatten(0, 1).flatten(1).short() - (self.operators.absmax + 1)
         return values.to(torch.int8)[: self.outs, : self.size].contiguous(), self.scales[: self.outs]
 
     def __call__(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        return self.operators.multiply_bytes(x.contiguous(), self.packed, self.scales, bias, self.outs)
+        return self.operators.int8_matmul(x.contiguous(), self.packed, self.scales, bias, self.outs)
 
 
 class FbgemmKernel:
@@ -72,7 +72,7 @@ class FbgemmKernel:
         return True
 
     @staticmethod
-    def heaviest() -> int:
+    def absmax() -> int:
         return _fbgemm_absmax()
 
     def unpacked(self) -> tuple[Tensor, Tensor]:
@@ -104,7 +104,7 @@ class Int8Linear(nn.Module):
     def of(cls, linear: nn.Linear, *, kernel: type[Int8Kernel] | None = None) -> Int8Linear:
         kernel = kernel or chosen_kernel()
         weight = linear.weight.detach().float()
-        scales = (weight.abs().amax(dim=1) / kernel.heaviest()).clamp_min(1e-12)
+        scales = (weight.abs().amax(dim=1) / kernel.absmax()).clamp_min(1e-12)
         zeros = torch.zeros(len(weight), dtype=torch.long)
         with _fbgemm():
             weight_q = torch.quantize_per_channel(weight, scales.double(), zeros, 0, torch.qint8)

@@ -39,7 +39,7 @@ class PackedLinear(nn.Module):
             y: Tensor = torch.ops.mkldnn._linear_pointwise(x, self.packed, self.bias, "none", [], "")
             return y
         flat = x.reshape(-1, self.in_features).contiguous()
-        y = self.operators.multiply_floats(flat, self.packed, self.bias, self.out_features)
+        y = self.operators.float_matmul(flat, self.packed, self.bias, self.out_features)
         return y.view(*x.shape[:-1], self.out_features)
 
 

@@ -38,7 +38,7 @@ class Speed:
     first_token_p95_s: float
     inter_token_p50_s: float
     inter_token_p95_s: float
-    floor_fraction: float
+    roofline_fraction: float
     padding_waste: float
 
 
@@ -99,7 +99,7 @@ async def _speed(engine: Engine, rows: int, adapters: Sequence[AdapterRef] = (),
         first_token_p95_s=_quantile(firsts, 0.95),
         inter_token_p50_s=_quantile(gaps, 0.5),
         inter_token_p95_s=_quantile(gaps, 0.95),
-        floor_fraction=passes.floor_fraction,
+        roofline_fraction=passes.roofline_fraction,
         padding_waste=passes.padding_waste,
     )
 

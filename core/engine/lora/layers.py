@@ -34,13 +34,13 @@ class StackedLora:
         self,
         in_features: int,
         outs: Sequence[int],
-        plans: SegmentPlanner,
+        planner: SegmentPlanner,
         *,
         device: torch.device,
         dtype: torch.dtype,
         joined: bool,
     ) -> None:
-        self.plans = plans
+        self.planner = planner
         self.outs, self.joined = tuple(outs), joined
         self.widths = (sum(outs),) if joined else self.outs  # of the tensors in b
         self.rank = 0
@@ -54,40 +54,40 @@ class StackedLora:
     def add(self, x: Tensor, y: Tensor) -> None:
         """Add to y (..., sum of outs), in place, what the plan's adapters make of x (..., in); tokens in any shape."""
         x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
-        for piece in self.plans.current:
-            if piece.tiles is not None:
-                self._add_tiles(piece, piece.tiles, x, y)
+        for segment in self.planner.current:
+            if segment.tiles is not None:
+                self._add_tiles(segment, segment.tiles, x, y)
                 continue
-            ys = y[piece.tokens].split_with_sizes(self.widths, dim=1)
-            if piece.groups is not None:
-                self._add_groups(piece.groups, x[piece.tokens], ys)
+            ys = y[segment.tokens].split_with_sizes(self.widths, dim=1)
+            if segment.groups is not None:
+                self._add_groups(segment.groups, x[segment.tokens], ys)
             else:
-                self._add_masked(piece, x[piece.tokens], ys)
+                self._add_masked(segment, x[segment.tokens], ys)
 
-    def _add_tiles(self, piece: LoraSegment, tiles: Tensor, x: Tensor, y: Tensor) -> None:
-        assert self.plans.operators is not None
-        if len(x) != piece.tokens.stop:  # a model's own head, which sees the last token of a row that runs alone
-            assert piece.stop == piece.start + 1
-            tiles = tiles_of([piece.start] * len(x))
-        self.plans.operators.add_lora(x, y, self.a, self.b[0], tiles, self.outs)
+    def _add_tiles(self, segment: LoraSegment, tiles: Tensor, x: Tensor, y: Tensor) -> None:
+        assert self.planner.operators is not None
+        if len(x) != segment.tokens.stop:  # a model's own head, which sees the last token of a row that runs alone
+            assert segment.stop == segment.start + 1
+            tiles = tiles_of([segment.start] * len(x))
+        self.planner.operators.add_lora(x, y, self.a, self.b[0], tiles, self.outs)
 
     def _add_groups(self, groups: SlotGroups, x: Tensor, ys: Sequence[Tensor]) -> None:
-        a, moves = self.a[groups.slots], groups.moves
-        x = x if moves is None else x.index_select(0, moves.gather)
+        a, permutation = self.a[groups.slots], groups.permutation
+        x = x if permutation is None else x.index_select(0, permutation.gather)
         h = torch.bmm(x.view(len(a), -1, x.shape[1]), a.transpose(1, 2))
         for y, b, own in zip(ys, self.b, h.chunk(len(ys), dim=2), strict=True):
-            if moves is None:
+            if permutation is None:
                 y.view(len(a), -1, y.shape[1]).baddbmm_(own, b[groups.slots])
                 continue
-            added = torch.bmm(own, b[groups.slots]).view(-1, y.shape[1]).index_select(0, moves.place)
-            y += added if moves.bare is None else added.masked_fill_(moves.bare, 0.0)
+            added = torch.bmm(own, b[groups.slots]).view(-1, y.shape[1]).index_select(0, permutation.place)
+            y += added if permutation.bare is None else added.masked_fill_(permutation.bare, 0.0)
 
-    def _add_masked(self, piece: LoraSegment, x: Tensor, ys: Sequence[Tensor]) -> None:
-        slots = slice(piece.start, piece.stop)
-        h = nn.functional.linear(x, self.a[slots].flatten(0, 1)).view(len(x), piece.stop - piece.start, -1)
-        if piece.foreign is not None:
+    def _add_masked(self, segment: LoraSegment, x: Tensor, ys: Sequence[Tensor]) -> None:
+        slots = slice(segment.start, segment.stop)
+        h = nn.functional.linear(x, self.a[slots].flatten(0, 1)).view(len(x), segment.stop - segment.start, -1)
+        if segment.foreign is not None:
             # Filled, not multiplied: another tenant's overflow times zero would be NaN.
-            h.masked_fill_(piece.foreign, 0.0)
+            h.masked_fill_(segment.foreign, 0.0)
         for y, b, own in zip(ys, self.b, h.chunk(len(ys), dim=2), strict=True):
             y.addmm_(own.flatten(1), b[slots].flatten(0, 1))
 

@@ -1,7 +1,7 @@
 """The tokens of a pass, parted by the adapters that they run with. Knows no weights and no requests.
 
-With compiled operators all tokens are one piece, in tiles: a few of one slot read its weights together. Otherwise long
-runs of one adapter are pieces of their own, short neighbours share one, and what shares a piece is told apart in one of
+With compiled operators all tokens are one segment, in tiles: a few of one slot read its weights together. Otherwise long
+runs of one adapter are segments of their own, short neighbours share one, and what shares a segment is told apart in one of
 two ways. On a CPU by groups, one for each slot; a step may take its tokens in an `Order` in which they lie so already.
 On a GPU by a mask, of one shape whatever the mix: there a shape for every mix would be a graph for every mix.
 """
@@ -27,10 +27,10 @@ LONG = 16  # tokens of one adapter in a row from which a slice of their own is q
 
 @dataclass(frozen=True, slots=True)
 class SlotGroups:
-    """Tokens of a piece by slot: they lie so already, in groups of one length, or `moves` bring them there."""
+    """Tokens of a segment by slot: they lie so already, in groups of one length, or `permutation` bring them there."""
 
     slots: slice | Tensor
-    moves: Permutation | None = None
+    permutation: Permutation | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,7 +68,7 @@ class LoraSegment:
 
 
 class SegmentPlanner:
-    """The pieces of each pass. `current` are those of the running one: tokens that run bare are in none."""
+    """The segments of each pass. `current` are those of the running one: tokens that run bare are in none."""
 
     def __init__(self, device: torch.device, operators: CompiledOperators | None) -> None:
         self.device = device
@@ -80,7 +80,7 @@ class SegmentPlanner:
         self._order: TokenOrder | None = None
 
     @contextmanager
-    def tokens(self, runs: Iterable[tuple[int | None, int]]) -> Iterator[Sequence[LoraSegment]]:
+    def segments(self, runs: Iterable[tuple[int | None, int]]) -> Iterator[Sequence[LoraSegment]]:
         """Let the forward pass inside run its tokens with adapters: (slot, how many tokens) in turn; None is bare."""
         key = tuple(runs)
         if key not in self._kept:
@@ -113,7 +113,7 @@ class SegmentPlanner:
         order = sorted(range(len(slots)), key=lambda row: (slots[row] is None, slots[row] or 0))
         if not self.grouped or self.operators is not None or order == list(range(len(slots))):
             return None
-        if any(piece.groups and piece.groups.moves for piece in self._plan(tuple((slots[row], 1) for row in order))):
+        if any(segment.groups and segment.groups.permutation for segment in self._plan(tuple((slots[row], 1) for row in order))):
             return None
         back = sorted(range(len(order)), key=order.__getitem__)
         return TokenOrder(order, torch.tensor(order, device=self.device), torch.tensor(back, device=self.device))
@@ -121,25 +121,25 @@ class SegmentPlanner:
     def _plan(self, runs: Runs) -> list[LoraSegment]:
         if self.operators is not None:
             return self._tiled([slot for slot, tokens in runs for _ in range(tokens)])
-        pieces, short, token = [], [], 0
+        segments, short, token = [], [], 0
         for slot, group in groupby(runs, key=lambda run: run[0]):
             count = sum(tokens for _, tokens in group)
             if count < LONG:
                 short += [slot] * count
             else:
-                pieces += [self._short(token - len(short), short)] if short else []
-                pieces += [] if slot is None else [LoraSegment(slice(token, token + count), slot, slot + 1)]
+                segments += [self._short(token - len(short), short)] if short else []
+                segments += [] if slot is None else [LoraSegment(slice(token, token + count), slot, slot + 1)]
                 short = []
             token += count
-        pieces += [self._short(token - len(short), short)] if short else []
-        return [piece for piece in pieces if piece is not None]
+        segments += [self._short(token - len(short), short)] if short else []
+        return [segment for segment in segments if segment is not None]
 
     def _tiled(self, slots: Sequence[int | None]) -> list[LoraSegment]:
         used = {slot for slot in slots if slot is not None}
         return [LoraSegment(slice(0, len(slots)), min(used), max(used) + 1, tiles=tiles_of(slots))] if used else []
 
     def _short(self, first: int, slots: Sequence[int | None]) -> LoraSegment | None:
-        """One piece for tokens of any slots; bare ones at its ends are left out."""
+        """One segment for tokens of any slots; bare ones at its ends are left out."""
         used = {slot for slot in slots if slot is not None}
         if not used:
             return None
@@ -173,5 +173,5 @@ class SegmentPlanner:
                 gather[place[token]] = token
                 filled[slot] += 1
         bare = torch.tensor([slot is None for slot in slots], device=self.device)[:, None] if None in slots else None
-        moves = Permutation(torch.tensor(gather, device=self.device), torch.tensor(place, device=self.device), bare)
-        return SlotGroups(chosen, moves)
+        permutation = Permutation(torch.tensor(gather, device=self.device), torch.tensor(place, device=self.device), bare)
+        return SlotGroups(chosen, permutation)

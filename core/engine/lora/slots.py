@@ -37,7 +37,7 @@ class AdapterSlots:
         """`groups` are the modules whose products are merged, in order; they are given their part by `add`."""
         self.linears = dict(linear_modules(module))
         self.max_slots, self.device, self.dtype = max_slots, device, dtype
-        self.plans = SegmentPlanner(device, compiled() if device.type == "cpu" and dtype is torch.float32 else None)
+        self.planner = SegmentPlanner(device, compiled() if device.type == "cpu" and dtype is torch.float32 else None)
         self.merged = bool(groups)
         self.places = {name: (group, part) for group in groups for part, name in enumerate(group)}
         self.stacks: dict[str, StackedLora] = {}  # by the first module of the group
@@ -54,7 +54,7 @@ class AdapterSlots:
         if stack is not None:
             stack.add(x, y)
 
-    def has_room(self, key: str) -> bool:
+    def has_slot(self, key: str) -> bool:
         """Whether `acquire` would find a slot: the adapter's own, an empty one, or one that nobody uses."""
         return key in self.slots or len(self.slots) < self.max_slots or len(self.users) < len(self.slots)
 
@@ -140,7 +140,7 @@ class AdapterSlots:
             linears = [self.linears[name] for name in group]
             outs = [linear.out_features for linear in linears]
             size, device, dtype = linears[0].in_features, self.device, self.dtype
-            stack = StackedLora(size, outs, self.plans, device=device, dtype=dtype, joined=self.plans.grouped)
+            stack = StackedLora(size, outs, self.planner, device=device, dtype=dtype, joined=self.planner.grouped)
             stack.resize(self.slot_count, self.rank)
             if not self.merged:
                 self.hooks.append(linears[0].register_forward_hook(stack))

@@ -21,18 +21,18 @@ import httpx2
 
 from core.config.sections import RemoteSettings
 from core.engine.openai import sse
-from core.engine.openai.sse import EXTRAS, Chunk, CompletionRequest
+from core.engine.openai.sse import OPTIONAL_FIELDS, Chunk, CompletionRequest
 from core.errors import AppError, EngineError, Overloaded
 
 log = logging.getLogger(__name__)
 
 RETRY_S = (0.2, 1.0)  # before the second and the third attempt
-BUSY, PASSING = (429, 503), (429, 502, 503)
+BUSY, RETRIED = (429, 503), (429, 502, 503)
 BUSY_S = 5.0  # when a busy server does not say for how long
-LONGEST_BUSY_S = 3600.0
-PATIENCE_S = 2.0  # of a busy server's wait, before its answer is passed on
+MAX_BUSY_S = 3600.0
+MAX_RETRY_WAIT_S = 2.0  # of a busy server's wait, before its answer is passed on
 LOAD_S = 120.0  # an adapter from a network disk
-LONGEST_BODY = 2**22
+MAX_BODY = 2**22
 
 
 class ServerRefused(EngineError):
@@ -40,7 +40,7 @@ class ServerRefused(EngineError):
 
     def __init__(self, detail: str, status: int, said: str) -> None:
         super().__init__(detail=detail)
-        self.status, self.said = status, said
+        self.status, self.message = status, said
 
 
 class NotServed(ServerRefused):
@@ -58,12 +58,12 @@ class ServedModel:
 
 
 class OpenAIServer:
-    """`refused` are those of EXTRAS that `probe` found out not to send."""
+    """`refused` are those of OPTIONAL_FIELDS that `probe` found out not to send."""
 
     def __init__(self, settings: RemoteSettings) -> None:
         url = httpx2.URL(settings.url.rstrip("/").removesuffix("/v1"))
         self.address = f"{url.host}:{url.port or (443 if url.scheme == 'https' else 80)}"
-        self.refused: frozenset[str] = frozenset()
+        self.dropped_fields: frozenset[str] = frozenset()
         self._settings = settings
         # The environment's proxies are not for this: prompts go to the configured machine and nowhere else.
         self._client = httpx2.AsyncClient(
@@ -97,7 +97,7 @@ class OpenAIServer:
             ServedModel(
                 id=str(one.get("id", "")),
                 parent=str(one.get("parent") or ""),
-                context=sse.count(one.get("max_model_len")) or 0,
+                context=sse.token_count(one.get("max_model_len")) or 0,
                 owner=str(one.get("owned_by") or ""),
             )
             for one in found
@@ -127,13 +127,13 @@ class OpenAIServer:
         try:
             await self._call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}, limit_s=LOAD_S)
         except ServerRefused as error:
-            if "already" not in error.said:  # another request was faster
+            if "already" not in error.message:  # another request was faster
                 raise
 
     # --- completions
 
     @asynccontextmanager
-    async def stream(self, ask: CompletionRequest) -> AsyncIterator[AsyncIterator[Chunk]]:
+    async def stream(self, completion: CompletionRequest) -> AsyncIterator[AsyncIterator[Chunk]]:
         """The answer's chunks; left early, the connection is closed, and with that the server drops the request.
 
         Nothing is asked again once an answer has begun. Raises EngineError, NotThere, Refused, Overloaded, on
@@ -141,7 +141,7 @@ class OpenAIServer:
         """
         by = asyncio.get_running_loop().time() + self._settings.first_token_s
         try:
-            body = sse.body(ask, self.refused)
+            body = sse.body(completion, self.dropped_fields)
         except ValueError as error:
             raise EngineError(detail=f"{self} {error}") from None
         response = await self._send("POST", "/v1/completions", body, by)
@@ -152,29 +152,29 @@ class OpenAIServer:
             async with (
                 aclosing(response.aiter_bytes()) as parts,
                 aclosing(sse.events(parts)) as events,
-                aclosing(self._chunks(events, ask, by)) as chunks,
+                aclosing(self._chunks(events, completion, by)) as chunks,
             ):
                 yield chunks
         finally:
             await response.aclose()
 
-    async def probe(self, ask: CompletionRequest) -> None:
-        """Have one answer, to learn which of EXTRAS the server takes. Raises as `stream` does."""
+    async def probe(self, completion: CompletionRequest) -> None:
+        """Have one answer, to learn which of OPTIONAL_FIELDS the server takes. Raises as `stream` does."""
         while True:
             try:
-                async with self.stream(ask) as chunks:
+                async with self.stream(completion) as chunks:
                     async for _ in chunks:
                         pass
                 return
             except ServerRefused as error:
-                left = [extra for extra in EXTRAS if extra not in self.refused]
-                drop = [extra for extra in left if extra in error.said] or left[:1]
+                left = [extra for extra in OPTIONAL_FIELDS if extra not in self.dropped_fields]
+                drop = [extra for extra in left if extra in error.message] or left[:1]
                 if error.status not in (400, 422) or not drop:
                     raise
-                self.refused |= set(drop)
-                log.warning("server.refuses", extra={"server": self.address, "fields": ", ".join(drop)})
+                self.dropped_fields |= set(drop)
+                log.warning("server.fields_dropped", extra={"server": self.address, "fields": ", ".join(drop)})
 
-    async def _chunks(self, events: AsyncIterator[str], ask: CompletionRequest, by: float) -> AsyncGenerator[Chunk]:
+    async def _chunks(self, events: AsyncIterator[str], completion: CompletionRequest, by: float) -> AsyncGenerator[Chunk]:
         loop = asyncio.get_running_loop()
         began = finished = False
         tokens: int | None = None
@@ -184,7 +184,7 @@ class OpenAIServer:
                     data = await anext(events, None)
                 if data is None or data == "[DONE]":
                     break
-                chunk = self._chunk(data, ask, tokens or 0)
+                chunk = self._chunk(data, completion, tokens or 0)
             except TimeoutError:
                 silence = self._settings.next_token_s if began else self._settings.first_token_s
                 raise EngineError(detail=f"{self} said nothing for {silence:g} s") from None
@@ -201,12 +201,12 @@ class OpenAIServer:
         if tokens is None:
             raise EngineError(detail=f"{self} does not tell usage (stream_options.include_usage): it cannot be charged")
 
-    def _chunk(self, data: str, ask: CompletionRequest, tokens: int) -> Chunk:
+    def _chunk(self, data: str, completion: CompletionRequest, tokens: int) -> Chunk:
         event = sse.read_object(data)
         if error := event.get("error"):
             code = error.get("code") if isinstance(error, dict) else None
-            raise self._failure(code if isinstance(code, int) else 500, sse.said(event), ask.model)
-        return sse.read_chunk(event, ask, tokens)
+            raise self._failure(code if isinstance(code, int) else 500, sse.error_message(event), completion.model)
+        return sse.read_chunk(event, completion, tokens)
 
     def _cut(self, tokens: int | None) -> EngineError:
         return EngineError(detail=f"{self} cut the stream in the middle of an answer, after {tokens or 0} tokens")
@@ -237,19 +237,19 @@ class OpenAIServer:
                 raise EngineError(detail=f"{self} did not answer {method} {path} in time") from None
             except httpx2.TransportError as error:
                 failure: AppError = EngineError(detail=f"{self} cannot be reached: {_why(error)}")
-                told_s = 0.0
+                retry_after_s = 0.0
             else:
                 if response.status_code == 200:
                     return response
                 failure = await self._refusal(response, str((body or {}).get("model", path)), by)
-                told_s = _retry_after_s(response.headers) or 0.0
-                if response.status_code not in PASSING:
+                retry_after_s = _retry_after_s(response.headers) or 0.0
+                if response.status_code not in RETRIED:
                     raise failure
             wait_s = next(waits, None)
-            if wait_s is None or told_s > PATIENCE_S:
+            if wait_s is None or retry_after_s > MAX_RETRY_WAIT_S:
                 raise failure
-            log.info("server.asked_again", extra={"server": self.address, "why": failure.detail})
-            await asyncio.sleep(max(told_s, wait_s * random.uniform(0.75, 1.25)))  # noqa: S311 - spread, no secret
+            log.info("server.retry", extra={"server": self.address, "why": failure.detail})
+            await asyncio.sleep(max(retry_after_s, wait_s * random.uniform(0.75, 1.25)))  # noqa: S311 - spread, no secret
 
     async def _refusal(self, response: httpx2.Response, model: str, by: float) -> AppError:
         """What a response of another status than 200 means."""
@@ -257,7 +257,7 @@ class OpenAIServer:
             text = await self._read(response, by)
         finally:
             await response.aclose()
-        said = sse.said(sse.read_object(text)) or " ".join(text.split())[: sse.LONGEST_SAID]
+        said = sse.error_message(sse.read_object(text)) or " ".join(text.split())[: sse.MAX_MESSAGE]
         return self._failure(response.status_code, said, model, _retry_after_s(response.headers))
 
     async def _read(self, response: httpx2.Response, by: float) -> str:
@@ -266,15 +266,15 @@ class OpenAIServer:
             async with asyncio.timeout_at(by):
                 async for part in response.aiter_bytes():
                     found += part
-                    if len(found) > LONGEST_BODY:
-                        raise EngineError(detail=f"{self} sent an answer longer than {LONGEST_BODY} bytes")
+                    if len(found) > MAX_BODY:
+                        raise EngineError(detail=f"{self} sent an answer longer than {MAX_BODY} bytes")
         except (TimeoutError, httpx2.HTTPError) as error:
             raise EngineError(detail=f"{self} cut an answer: {_why(error)}") from None
         return found.decode("utf-8", "replace")
 
-    def _failure(self, status: int, said: str, model: str, told_s: float | None = None) -> AppError:
+    def _failure(self, status: int, said: str, model: str, retry_after_s: float | None = None) -> AppError:
         if status in BUSY:
-            return Overloaded(detail=f"{self} is busy ({status}): {said}", retry_after_s=told_s or BUSY_S)
+            return Overloaded(detail=f"{self} is busy ({status}): {said}", retry_after_s=retry_after_s or BUSY_S)
         if status in (401, 403):
             return ServerRefused(f"{self} refuses the key ({status}): set engine.api_key", status, said)
         if status == 404:
@@ -296,4 +296,4 @@ def _retry_after_s(headers: Mapping[str, str]) -> float | None:
             seconds = parsedate_to_datetime(value).timestamp() - time.time()
         except ValueError:
             return None
-    return min(max(seconds, 1.0), LONGEST_BUSY_S) if math.isfinite(seconds) else None
+    return min(max(seconds, 1.0), MAX_BUSY_S) if math.isfinite(seconds) else None

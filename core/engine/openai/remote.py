@@ -71,8 +71,8 @@ class RemoteEngine:
         self._cache, self._progress = cache, progress
         self._scheduler: Scheduler[RemoteRequestState] = Scheduler(settings.max_waiting)
         self._running = 0
-        self._tally = StatsCounter()
-        self._desk: OpenRequests[RemoteRequestState] = OpenRequests(self._tally, self.cancel)
+        self._counter = StatsCounter()
+        self._requests: OpenRequests[RemoteRequestState] = OpenRequests(self._counter, self.cancel)
         self._mean_s = FIRST_GUESS_S
 
     async def __aenter__(self) -> Self:
@@ -89,9 +89,9 @@ class RemoteEngine:
             if isinstance(error, AppError) and not isinstance(error, ModelLoadFailed):
                 raise ModelLoadFailed(detail=error.detail or str(error)) from error  # only an operator hears of it
             raise
-        self._asker = RequestBuilder(self._server, self.settings, files, base, info.context)
+        self._builder = RequestBuilder(self._server, self.settings, files, base, info.context)
         self._tasks = await asyncio.TaskGroup().__aenter__()
-        self._desk.unlock(info)
+        self._requests.unlock(info)
         return self
 
     async def __aexit__(
@@ -100,67 +100,67 @@ class RemoteEngine:
         try:
             await self.drain(DRAIN_S if kind is None else 0.0)
         finally:
-            for job in self._desk.jobs:
-                self.cancel(job)
+            for state in self._requests.states:
+                self.cancel(state)
             await self._tasks.__aexit__(None, None, None)
             await self._close()
 
     async def _close(self) -> None:
-        self._desk.lock()
+        self._requests.lock()
         self._workers.shutdown(wait=False, cancel_futures=True)
         await self._server.close()
 
     @property
     def info(self) -> EngineInfo:
-        return self._desk.info
+        return self._requests.info
 
     def submit(self, request: Request) -> RunningGeneration[RemoteRequestState]:
         """Begin a request; returns at once. What goes wrong is raised out of the iteration."""
-        return self._desk.begin(
+        return self._requests.begin(
             request, lambda: RemoteRequestState(request, StopScanner(request.sampling.stop)), self._enter
         )
 
-    def cancel(self, job: RemoteRequestState) -> None:
-        if job.task is not None:
-            job.task.cancel()
+    def cancel(self, state: RemoteRequestState) -> None:
+        if state.task is not None:
+            state.task.cancel()
         else:
-            self._end(job, FinishReason.CANCELLED)
+            self._end(state, FinishReason.CANCELLED)
 
     async def forget(self, channel: str, conversation: str = "") -> None:
         """End what runs or waits for a conversation; what the server keeps of it is never found again."""
-        if not self._desk.running:
+        if not self._requests.running:
             return
-        self._asker.forget(channel, conversation)
-        scopes = {job: job.request.scope for job in self._desk.jobs}
-        jobs = [job for job, at in scopes.items() if at.channel == channel and conversation in ("", at.conversation)]
-        tasks = [job.task for job in jobs if job.task is not None]
-        for job in jobs:
-            self.cancel(job)
+        self._builder.forget(channel, conversation)
+        scopes = {state: state.request.scope for state in self._requests.states}
+        states = [state for state, at in scopes.items() if at.channel == channel and conversation in ("", at.conversation)]
+        tasks = [state.task for state in states if state.task is not None]
+        for state in states:
+            self.cancel(state)
         if tasks:
             await asyncio.wait(tasks)
 
     def stats(self) -> EngineStats:
         return replace(
-            self._tally.stats(),
+            self._counter.stats(),
             running=self._running,
             waiting=len(self._scheduler),
-            resident_adapters=len(self._asker.adapters) if self._desk.running else 0,
+            resident_adapters=len(self._builder.adapters) if self._requests.running else 0,
         )
 
     async def drain(self, deadline_s: float) -> None:
         """Take no more; finish what runs within the deadline, then cancel the rest."""
-        await self._desk.drain(deadline_s, DRAIN_S)
+        await self._requests.drain(deadline_s, DRAIN_S)
 
     # --- requests
 
-    def _enter(self, job: RemoteRequestState) -> None:
+    def _enter(self, state: RemoteRequestState) -> None:
         try:
-            displaced = self._scheduler.add(job, job.request.scope)
+            displaced = self._scheduler.add(state, state.request.scope)
         except QueueFull:
             raise self._overloaded() from None
         if displaced is not None:
             self._end(displaced, self._overloaded())
-        job.timer = self._loop.call_later(job.request.deadline_s, self._late, job)
+        state.timer = self._loop.call_later(state.request.deadline_s, self._late, state)
         self._fill()
 
     def _overloaded(self) -> Overloaded:
@@ -169,103 +169,103 @@ class RemoteEngine:
 
     def _fill(self) -> None:
         """Hand over to the server what fits."""
-        while self._running < self.settings.max_rows and (job := self._scheduler.take()) is not None:
+        while self._running < self.settings.max_rows and (state := self._scheduler.take()) is not None:
             self._running += 1
-            job.begun = time.monotonic()
-            self._tally.waited.add(job.begun - job.submitted)
-            job.task = self._tasks.create_task(self._run(job), name="completion")
-            job.task.add_done_callback(partial(self._left, job))
+            state.begun = time.monotonic()
+            self._counter.waited.add(state.begun - state.submitted)
+            state.task = self._tasks.create_task(self._run(state), name="completion")
+            state.task.add_done_callback(partial(self._left, state))
 
-    def _late(self, job: RemoteRequestState) -> None:
+    def _late(self, state: RemoteRequestState) -> None:
         """The deadline of one that may still wait; one that runs is ended by its task."""
-        if job.task is None:
-            self._end(job, FinishReason.DEADLINE)
+        if state.task is None:
+            self._end(state, FinishReason.DEADLINE)
 
-    def _left(self, job: RemoteRequestState, task: asyncio.Task[FinishReason | AppError]) -> None:
+    def _left(self, state: RemoteRequestState, task: asyncio.Task[FinishReason | AppError]) -> None:
         """The task is over, however that came; cancelled before its first step it has not run at all."""
         self._running -= 1
-        self._mean_s += 0.1 * (time.monotonic() - job.begun - self._mean_s)
-        self._end(job, FinishReason.CANCELLED if task.cancelled() else task.result())
-        self._scheduler.done(job.request.scope)
+        self._mean_s += 0.1 * (time.monotonic() - state.begun - self._mean_s)
+        self._end(state, FinishReason.CANCELLED if task.cancelled() else task.result())
+        self._scheduler.done(state.request.scope)
         self._fill()
 
-    def _end(self, job: RemoteRequestState, outcome: FinishReason | AppError) -> None:
-        """Say the last that is said of a job; what comes after that is not heard."""
-        if not self._desk.is_open(job):
+    def _end(self, state: RemoteRequestState, outcome: FinishReason | AppError) -> None:
+        """Say the last that is said of a state; what comes after that is not heard."""
+        if not self._requests.is_open(state):
             return
-        if job.timer is not None:
-            job.timer.cancel()
-        if job.task is None:
-            self._scheduler.remove(job)
+        if state.timer is not None:
+            state.timer.cancel()
+        if state.task is None:
+            self._scheduler.remove(state)
         last: Finished | AppError
         if isinstance(outcome, FinishReason):
-            if held := job.scanner.flush():
-                self._desk.put(job, Delta(held))
-            if job.uncounted:  # it was left before the server counted it
-                self._count(job, job.completion_tokens + self._asker.count(job.uncounted))
-            last = Finished(outcome, job.usage)
+            if held := state.scanner.flush():
+                self._requests.put(state, Delta(held))
+            if state.uncounted:  # it was left before the server counted it
+                self._count(state, state.completion_tokens + self._builder.count(state.uncounted))
+            last = Finished(outcome, state.usage)
         else:
             last = outcome
-        self._tally.reused_tokens += job.cached_tokens
-        self._tally.prompt_tokens += job.prompt_tokens - job.cached_tokens if job.completion_tokens else 0
-        self._desk.put(job, last)
+        self._counter.reused_tokens += state.cached_tokens
+        self._counter.prompt_tokens += state.prompt_tokens - state.cached_tokens if state.completion_tokens else 0
+        self._requests.put(state, last)
 
-    async def _run(self, job: RemoteRequestState) -> FinishReason | AppError:
-        left_s = job.submitted + job.request.deadline_s - time.monotonic()
+    async def _run(self, state: RemoteRequestState) -> FinishReason | AppError:
+        left_s = state.submitted + state.request.deadline_s - time.monotonic()
         try:
             async with asyncio.timeout(left_s):
-                return await self._answer(job)
+                return await self._answer(state)
         except TimeoutError:
             return FinishReason.DEADLINE
         except AppError as error:
-            log.warning("remote.failed", extra={"id": job.request.id, "why": error.detail or type(error).__name__})
+            log.warning("remote.failed", extra={"id": state.request.id, "why": error.detail or type(error).__name__})
             return error
         except Exception as error:  # whatever it is, this request alone ends by it
-            log.exception("remote.broke")
+            log.exception("remote.request_broke")
             return EngineError(detail=type(error).__name__)
 
-    async def _answer(self, job: RemoteRequestState) -> FinishReason:
-        request = job.request
-        rendered = await self._asker.render(request, self._workers)
-        job.prompt_tokens = len(rendered.ids)
-        self._scheduler.charge(request.scope, PROMPT_COST * job.prompt_tokens)
+    async def _answer(self, state: RemoteRequestState) -> FinishReason:
+        request = state.request
+        rendered = await self._builder.render(request, self._workers)
+        state.prompt_tokens = len(rendered.ids)
+        self._scheduler.charge(request.scope, PROMPT_COST * state.prompt_tokens)
         reason: FinishReason | None = None
         async with AsyncExitStack() as stack:
-            chunks = await self._asker.begin(stack, self._asker.ask(request, rendered.ids), request.adapter)
-            self._desk.put(job, Started(len(rendered.ids), dropped=rendered.dropped))
+            chunks = await self._builder.begin(stack, self._builder.build(request, rendered.ids), request.adapter)
+            self._requests.put(state, Started(len(rendered.ids), dropped=rendered.dropped))
             async for chunk in chunks:
-                self._take(job, chunk)
-                reason = reason or _reason(job, chunk)
+                self._take(state, chunk)
+                reason = reason or _reason(state, chunk)
                 if reason is FinishReason.STOP and not chunk.finish:
                     break  # found here before the server found it: it need not go on
         assert reason is not None  # a stream ends with a finish or an error
         return reason
 
-    def _take(self, job: RemoteRequestState, chunk: Chunk) -> None:
+    def _take(self, state: RemoteRequestState, chunk: Chunk) -> None:
         """Count what came, and show what of it is certain."""
-        job.cached_tokens = max(job.cached_tokens, chunk.cached_tokens)
+        state.cached_tokens = max(state.cached_tokens, chunk.cached_tokens)
         if chunk.completion_tokens is None:
-            job.uncounted += chunk.text
+            state.uncounted += chunk.text
         else:
-            job.uncounted = ""
-            self._count(job, chunk.completion_tokens)
-        if text := job.scanner.push(chunk.text):
-            self._desk.put(job, Delta(text))
+            state.uncounted = ""
+            self._count(state, chunk.completion_tokens)
+        if text := state.scanner.push(chunk.text):
+            self._requests.put(state, Delta(text))
 
-    def _count(self, job: RemoteRequestState, tokens: int) -> None:
+    def _count(self, state: RemoteRequestState, tokens: int) -> None:
         """So many there are now; those that came together shared their time."""
-        now, new = time.monotonic(), tokens - job.completion_tokens
-        gap_s = None if job.last_token is None else (now - job.last_token) / max(new, 1)
+        now, new = time.monotonic(), tokens - state.completion_tokens
+        gap_s = None if state.last_token is None else (now - state.last_token) / max(new, 1)
         for _ in range(new):
-            self._tally.token(now - job.submitted, gap_s)
-            job.last_token, gap_s = now, gap_s or 0.0
-        job.completion_tokens = tokens
-        self._scheduler.charge(job.request.scope, COMPLETION_COST * new)
+            self._counter.token(now - state.submitted, gap_s)
+            state.last_token, gap_s = now, gap_s or 0.0
+        state.completion_tokens = tokens
+        self._scheduler.charge(state.request.scope, COMPLETION_COST * new)
 
 
-def _reason(job: RemoteRequestState, chunk: Chunk) -> FinishReason | None:
+def _reason(state: RemoteRequestState, chunk: Chunk) -> FinishReason | None:
     """Why the answer ends with this chunk, if it does."""
-    if job.scanner.hit or chunk.stopped_by:
+    if state.scanner.hit or chunk.stopped_by:
         return FinishReason.STOP
     match chunk.finish:
         case "":

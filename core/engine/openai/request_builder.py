@@ -46,7 +46,7 @@ class RequestBuilder:
         loop = asyncio.get_running_loop()
         return await loop.run_in_executor(workers, render, request.messages, self.files.tokenizer, limit)
 
-    def ask(self, request: Request, prompt: tuple[int, ...]) -> CompletionRequest:
+    def build(self, request: Request, prompt: tuple[int, ...]) -> CompletionRequest:
         return CompletionRequest(
             model=self.base if request.adapter is None else request.adapter.sha256,
             prompt=prompt,
@@ -57,13 +57,13 @@ class RequestBuilder:
         )
 
     async def begin(
-        self, stack: AsyncExitStack, ask: CompletionRequest, ref: AdapterRef | None
+        self, stack: AsyncExitStack, completion: CompletionRequest, ref: AdapterRef | None
     ) -> AsyncIterator[Chunk]:
         """The answer's chunks; an adapter that the server does not know is loaded into it first."""
         loads = 0
         while True:
             try:
-                chunks = await stack.enter_async_context(self.server.stream(ask))
+                chunks = await stack.enter_async_context(self.server.stream(completion))
             except NotServed as error:
                 if ref is None:
                     raise
@@ -72,9 +72,9 @@ class RequestBuilder:
                 await self._load(ref)
                 loads += 1
             except ServerRefused as error:
-                if any(words in error.said for words in TOO_LONG):
-                    raise PromptTooLong(tokens=len(ask.prompt), limit=self.context) from error
-                if ref is not None and ref.sha256 in error.said:
+                if any(words in error.message for words in TOO_LONG):
+                    raise PromptTooLong(tokens=len(completion.prompt), limit=self.context) from error
+                if ref is not None and ref.sha256 in error.message:
                     raise _unusable(ref, error.detail) from error
                 raise
             else:

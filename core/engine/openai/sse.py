@@ -13,9 +13,9 @@ from typing import Any
 
 from core.types import Sampling
 
-LONGEST_LINE = 2**20
-LONGEST_SAID = 300  # of a server's words in a detail
-EXTRAS = (  # what strict servers may refuse, dropped in this order if they do not say what it is
+MAX_LINE = 2**20
+MAX_MESSAGE = 300  # of a server's words in a detail
+OPTIONAL_FIELDS = (  # what strict servers may refuse, dropped in this order if they do not say what it is
     "continuous_usage_stats",
     "cache_salt",
     "include_stop_str_in_output",
@@ -53,24 +53,24 @@ class Chunk:
     cached_tokens: int = 0
 
 
-def body(ask: CompletionRequest, refused: Collection[str]) -> dict[str, Any]:
-    """The request, without those of EXTRAS that the server refuses. Raises ValueError where it needs one of them.
+def body(completion: CompletionRequest, refused: Collection[str]) -> dict[str, Any]:
+    """The request, without those of OPTIONAL_FIELDS that the server refuses. Raises ValueError where it needs one of them.
 
     Every parameter is sent, always: defaults are the server's own (vLLM's come with the model).
     """
-    sampling = ask.sampling
+    sampling = completion.sampling
     extras = {name: getattr(sampling, name) for name in NEUTRAL}
     for name, neutral in NEUTRAL.items():
         if name in refused and extras[name] != neutral:
             raise ValueError(f"does not know {name}, which is set to {extras[name]} here")
-    extras |= {"cache_salt": ask.salt, "stop_token_ids": list(ask.stop_ids)}
+    extras |= {"cache_salt": completion.salt, "stop_token_ids": list(completion.stop_ids)}
     options = {"include_usage": True, "continuous_usage_stats": True}
     if sampling.stop:  # what it found is cut off here, as everywhere
         extras |= {"stop": list(sampling.stop), "include_stop_str_in_output": True}
     return {
-        "model": ask.model,
-        "prompt": list(ask.prompt),
-        "max_tokens": ask.max_tokens,
+        "model": completion.model,
+        "prompt": list(completion.prompt),
+        "max_tokens": completion.max_tokens,
         "temperature": sampling.temperature,
         "top_p": sampling.top_p,
         "presence_penalty": 0.0,
@@ -90,8 +90,8 @@ async def events(parts: AsyncIterator[bytes]) -> AsyncGenerator[str]:
     buffer = b""
     async for part in parts:
         *lines, buffer = (buffer + part).split(b"\n")
-        if len(buffer) > LONGEST_LINE:
-            raise ValueError(f"sent an event longer than {LONGEST_LINE} bytes")
+        if len(buffer) > MAX_LINE:
+            raise ValueError(f"sent an event longer than {MAX_LINE} bytes")
         for line in lines:
             if line.startswith(b"data:"):
                 try:
@@ -109,19 +109,19 @@ def read_object(text: str) -> dict[str, Any]:
     return found if isinstance(found, dict) else {}
 
 
-def said(answer: Mapping[str, Any]) -> str:
+def error_message(answer: Mapping[str, Any]) -> str:
     """The message of an error in OpenAI's form, in FastAPI's, or none."""
     error = answer.get("error", answer)
     found = (error.get("message") or error.get("detail") or "") if isinstance(error, dict) else error
-    return " ".join(str(found).split())[:LONGEST_SAID]
+    return " ".join(str(found).split())[:MAX_MESSAGE]
 
 
-def read_chunk(event: Mapping[str, Any], ask: CompletionRequest, tokens: int) -> Chunk:
-    """One event of the answer to `ask`, of which `tokens` were counted before. Raises ValueError."""
+def read_chunk(event: Mapping[str, Any], completion: CompletionRequest, tokens: int) -> Chunk:
+    """One event of the answer to `completion`, of which `tokens` were counted before. Raises ValueError."""
     if not event:
         raise ValueError("sent an event that is no JSON object")
-    if event.get("model") != ask.model:
-        raise ValueError(f"answered from {str(event.get('model'))[:80]!r} when asked for {ask.model!r}")
+    if event.get("model") != completion.model:
+        raise ValueError(f"answered from {str(event.get('model'))[:80]!r} when asked for {completion.model!r}")
     choices, usage = event.get("choices") or [], event.get("usage") or {}
     if not (isinstance(choices, list) and len(choices) <= 1 and isinstance(usage, dict)):
         raise ValueError("sent an event with neither one choice nor usage")
@@ -134,20 +134,20 @@ def read_chunk(event: Mapping[str, Any], ask: CompletionRequest, tokens: int) ->
         text=text,
         finish=str(choice.get("finish_reason") or ""),
         stopped_by=stopped_by if isinstance(stopped_by, str) else "",
-        completion_tokens=_counted(usage, ask, tokens) if usage else None,
-        cached_tokens=count(details.get("cached_tokens")) or 0 if isinstance(details, dict) else 0,
+        completion_tokens=_checked_count(usage, completion, tokens) if usage else None,
+        cached_tokens=token_count(details.get("cached_tokens")) or 0 if isinstance(details, dict) else 0,
     )
 
 
-def count(value: object) -> int | None:
+def token_count(value: object) -> int | None:
     return value if isinstance(value, int) and not isinstance(value, bool) and value >= 0 else None
 
 
-def _counted(usage: Mapping[str, Any], ask: CompletionRequest, tokens: int) -> int:
+def _checked_count(usage: Mapping[str, Any], completion: CompletionRequest, tokens: int) -> int:
     """Completion tokens so far; people are charged by them, so they must be possible."""
-    prompt, completion = count(usage.get("prompt_tokens")), count(usage.get("completion_tokens"))
-    if prompt != len(ask.prompt):
-        raise ValueError(f"counts {prompt} prompt tokens where {len(ask.prompt)} were sent")
-    if completion is None or not tokens <= completion <= ask.max_tokens:
-        raise ValueError(f"counts {completion} tokens after {tokens} where {ask.max_tokens} were allowed")
-    return completion
+    prompt, answered = token_count(usage.get("prompt_tokens")), token_count(usage.get("completion_tokens"))
+    if prompt != len(completion.prompt):
+        raise ValueError(f"counts {prompt} prompt tokens where {len(completion.prompt)} were sent")
+    if answered is None or not tokens <= answered <= completion.max_tokens:
+        raise ValueError(f"counts {answered} tokens after {tokens} where {completion.max_tokens} were allowed")
+    return answered

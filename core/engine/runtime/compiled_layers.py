@@ -68,7 +68,7 @@ class CompiledLayers:
         self._norm = _norm(fused.norm)
         self._versions = (-1, -1)  # of slots and adapters, as they were told
         self._widths: list[object] = []
-        self._room = torch.empty(0)
+        self._scratch = torch.empty(0)
 
     def __call__(self, x: Tensor, turn: tuple[Tensor, Tensor], rows: Tensor, tiles: Tensor | None) -> Tensor:
         """Embeddings x (N, hidden), changed in place, to each row's last state (B, hidden), normed.
@@ -85,14 +85,14 @@ class CompiledLayers:
         if tiles is not None:
             given.tile, given.tiles = _at(tiles), len(tiles)
         library = self.operators.library
-        needed: int = library.room_of(ctypes.byref(given))
-        if needed > len(self._room):
-            self._room = torch.empty(0)  # first: not both at once
-            self._room = torch.empty(needed)
+        needed: int = library.scratch_size(ctypes.byref(given))
+        if needed > len(self._scratch):
+            self._scratch = torch.empty(0)  # first: not both at once
+            self._scratch = torch.empty(needed)
         states = torch.empty(len(rows), x.shape[1])
         library.run_layers(
             *(self._layers, len(self._layers), ctypes.byref(self._norm), ctypes.byref(given)),
-            *(_at(self._room), _at(states)),
+            *(_at(self._scratch), _at(states)),
         )
         return states
 
@@ -124,7 +124,7 @@ class CompiledLayers:
 
 def compiled_layers(fused: FusedModel, cache: SlotCache, lora: AdapterSlots) -> CompiledLayers | None:
     """None where there are no operators, or weights that they do not know."""
-    operators = lora.plans.operators
+    operators = lora.planner.operators
     linears = [one for layer in fused.layers for one in (layer.qkv, layer.out, layer.gate_up, layer.down)]
     known = all(
         isinstance(one, PackedLinear) or (isinstance(one, Int8Linear) and isinstance(one.kernel, BlockedKernel))

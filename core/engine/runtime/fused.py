@@ -200,7 +200,7 @@ def fuse(module: nn.Module) -> FusedModel | None:
     if prefix is None or type(module).__name__ != f"{prefix}ForCausalLM" or config.hidden_act != "silu":
         return None
     kinds = {type(child).__name__ for child in module.modules() if not list(child.children())}
-    known = {"Linear", "Int8Linear", "Part", "Embedding", f"{prefix}RMSNorm", f"{prefix}RotaryEmbedding"}
+    known = {"Linear", "Int8Linear", "LinearSlice", "Embedding", f"{prefix}RMSNorm", f"{prefix}RotaryEmbedding"}
     if kinds - known - {"SiLU", "SiLUActivation"}:
         return None  # quantised by others, or a layer that this forward does not know
     fused: FusedModel | None = getattr(module, MADE, None)

@@ -1,7 +1,7 @@
 """Key/value slots: one slot per running row, rows compact, positions per row. Knows no requests and no text.
 
 Memory outside the used part of the running rows is always zero: a row is wiped when it is released, so nothing of a
-finished conversation lingers. Where untouched memory costs nothing (core.engine.cpu.lazy_zeros) all slots are laid
+finished conversation lingers. Where lazy memory costs nothing (core.engine.cpu.lazy_zeros) all slots are laid
 out once, for the longest context, and nothing ever waits for them; elsewhere they grow with what runs.
 """
 
@@ -82,9 +82,9 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not t
 
     is_sliding = False
 
-    def __init__(self, *, untouched: bool = False) -> None:
+    def __init__(self, *, lazy: bool = False) -> None:
         super().__init__()
-        self.untouched = untouched
+        self.lazy = lazy
         self.capacity = (0, 0)  # slots, length
 
     def lazy_initialization(self, key_states: Tensor, value_states: Tensor) -> None:
@@ -95,7 +95,7 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not t
         """like is (rows, kv_heads, T, head_dim)."""
         slots, length = self.capacity
         shape = (slots, like.shape[1], length, like.shape[3])
-        return lazy_zeros(shape, like.dtype) if self.untouched else like.new_zeros(shape)
+        return lazy_zeros(shape, like.dtype) if self.lazy else like.new_zeros(shape)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
         """As `put`, at the running segment."""
@@ -144,7 +144,7 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
     """The slots of all layers. Rows [0, rows) are running; `used[row]` tokens of each are filled.
 
     With a `spare` there is one more slot, of index `slots`, for what static steps compute for no row at all.
-    `untouched`: in memory that costs nothing before it is written, all slots at once; only on a CPU, without a spare.
+    `lazy`: in memory that costs nothing before it is written, all slots at once; only on a CPU, without a spare.
     `segment_cost`: one more segment of a pass takes as long as to read so many keys of one row; None: longer than any.
     """
 
@@ -155,18 +155,18 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         max_rows: int,
         max_length: int,
         spare: bool = False,
-        untouched: bool = False,
+        lazy: bool = False,
         segment_cost: int | None = None,
     ) -> None:
-        assert not (spare and untouched)
-        super().__init__(layers=[SlotLayer(untouched=untouched) for _ in range(layers)])
+        assert not (spare and lazy)
+        super().__init__(layers=[SlotLayer(lazy=lazy) for _ in range(layers)])
         self.max_rows, self.max_length = max_rows, max_length
-        self.spare, self.untouched, self.segment_cost = spare, untouched, segment_cost
+        self.spare, self.lazy, self.segment_cost = spare, lazy, segment_cost
         self.slots, self.length = 0, 0  # capacity
         self.version = 0  # of the tensors: another one, other tensors
         self.used: list[int] = []
         self.reach: list[int] = []  # how far each row may have been written
-        self.touched: dict[int, int] = {}  # row: the longest that was wiped there
+        self.dirty: dict[int, int] = {}  # row: the longest that was wiped there
         self._position_bytes = 0
 
     @property
@@ -174,23 +174,23 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         return len(self.used)
 
     @property
-    def room(self) -> tuple[int, int]:
+    def capacity(self) -> tuple[int, int]:
         """What memory is laid out for: slots, and their length."""
         return self.slots, self.length
 
     def add_row(self, length: int = 0) -> int:
         """An empty row after the others, with room for that length. May raise as `reserve`."""
         assert self.rows < self.max_rows
-        self._make_room(self.rows + 1, max(length, 1))
+        self._ensure_capacity(self.rows + 1, max(length, 1))
         self.used.append(0)
         self.reach.append(0)
         return self.rows - 1
 
     def reserve(self, length: int) -> None:
         """Make room for rows of that length. May raise an out-of-memory error; the rows stay as they are."""
-        self._make_room(self.rows, length)
+        self._ensure_capacity(self.rows, length)
 
-    def _make_room(self, slots: int, length: int) -> None:
+    def _ensure_capacity(self, slots: int, length: int) -> None:
         """Both at once: each new layout copies all rows. Both double, so that few are made, if memory is enough."""
         assert slots <= self.max_rows
         assert length <= self.max_length
@@ -199,7 +199,7 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         length = min(-(-length // FIRST_LENGTH) * FIRST_LENGTH, self.max_length)
         needed = max(slots, self.slots), max(length, self.length)
         wished = _grown(slots, self.slots, self.max_rows), _grown(length, self.length, self.max_length)
-        if self.untouched:
+        if self.lazy:
             wished = self.max_rows, self.max_length
         try:
             self._resize(*wished)
@@ -288,7 +288,7 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
     @property
     def held_bytes(self) -> int:
         """What the slots hold while no row runs."""
-        return self._bytes_of(sum(self.touched.values()) if self.untouched else self.slots * self.length)
+        return self._bytes_of(sum(self.dirty.values()) if self.lazy else self.slots * self.length)
 
     def _bytes_of(self, positions: int) -> int:
         if not self._position_bytes:
@@ -328,7 +328,7 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         """Zero a row, also what a pass that failed half-way wrote beyond its used part."""
         for tensor in self._tensors():
             tensor[row, :, : self.reach[row]] = 0
-        self.touched[row] = max(self.touched.get(row, 0), self.reach[row])
+        self.dirty[row] = max(self.dirty.get(row, 0), self.reach[row])
         self.used[row] = self.reach[row] = 0
 
     def drop_last(self) -> None:
@@ -344,7 +344,7 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         """Give all memory back."""
         self.used, self.reach = [], []
         self.slots, self.length = 0, 0
-        self.touched.clear()
+        self.dirty.clear()
         self.version += 1
         for layer in self.layers:
             layer.keys = layer.values = None

@@ -1,6 +1,6 @@
-"""The model thread: admit, run passes, emit, cancel. Takes jobs, gives events; knows no asyncio, chats or SQLite.
+"""The model thread: admit, run passes, emit, cancel. Takes states, gives events; knows no asyncio, chats or SQLite.
 
-One step is: end what is cancelled or late, let prepared jobs in, then one pass: a token for every row that is past its
+One step is: end what is cancelled or late, let prepared states in, then one pass: a token for every row that is past its
 prompt, beside at most one chunk of prompts. Requests join and leave between steps, and a row of who has many makes room
 for who has none.
 """
@@ -54,19 +54,19 @@ class ModelThread:
         prepare: Prepare,
         spawn: Spawn,
         emit: Callable[[list[Output]], None],
-        tally: StatsCounter,
+        counter: StatsCounter,
     ) -> None:
         self.model, self.settings, self.context = model, settings, context
         self.runner = Runner(model, max_rows=settings.max_rows, context=context, adapters=settings.adapters_at_once)
         self.rows = RunningBatch(self.runner, most=settings.max_rows, reuse_bytes=settings.reuse_mib * 2**20)
         self.chunk = CHUNK_CUDA if model.device.type == "cuda" else CHUNK_CPU
-        self.tally = tally
+        self.counter = counter
         self._emit = emit
         self._outputs: list[Output] = []
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
         # Under the lock: what other threads touch.
         self._wake = threading.Condition()
-        self.lobby = WaitingQueue(settings, self._wake, prepare=prepare, spawn=spawn, translate=translate)
+        self.queue = WaitingQueue(settings, self._wake, prepare=prepare, spawn=spawn, translate=translate)
         self._forgets: list[tuple[str, str, Future[None]]] = []
         self._stopping = self._over = False
 
@@ -74,26 +74,26 @@ class ModelThread:
 
     @property
     def running(self) -> int:
-        return len(self.rows.jobs)
+        return len(self.rows.states)
 
     @property
     def waiting(self) -> int:
-        return len(self.lobby)
+        return len(self.queue)
 
     def start(self) -> None:
         self._thread.start()
 
-    def submit(self, job: RequestState) -> None:
-        """Let a job wait for its turn. Raises Overloaded; may end another job with it, see Scheduler.add."""
+    def submit(self, state: RequestState) -> None:
+        """Let a state wait for its turn. Raises Overloaded; may end another state with it, see Scheduler.add."""
         with self._wake:
             if self._over:
                 raise EngineError(detail="the model thread has ended: start the program again")
-            self.lobby.add(job)
+            self.queue.add(state)
 
-    def cancel(self, job: RequestState) -> None:
-        """End the job within one step; Finished still comes."""
+    def cancel(self, state: RequestState) -> None:
+        """End the state within one step; Finished still comes."""
         with self._wake:
-            job.cancelled = True
+            state.cancelled = True
             self._wake.notify()
 
     def forget(self, channel: str, conversation: str) -> Future[None]:
@@ -109,7 +109,7 @@ class ModelThread:
         return done
 
     def stop(self) -> None:
-        """End all jobs as cancelled, then the thread."""
+        """End all states as cancelled, then the thread."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -140,39 +140,39 @@ class ModelThread:
         """Sleep until there is something to do; False when the thread is to stop."""
         with self._wake:
             while not self._stopping:
-                jobs = self.lobby.jobs()
-                if self.rows.jobs or self._forgets or self.lobby.has_work(self.rows.jobs):
+                states = self.queue.states()
+                if self.rows.states or self._forgets or self.queue.has_work(self.rows.states):
                     break
-                if any(job.cancelled for job in jobs):
+                if any(state.cancelled for state in states):
                     break
-                left = min((job.deadline - time.monotonic() for job in jobs), default=None)
+                left = min((state.deadline - time.monotonic() for state in states), default=None)
                 if left is not None and left <= 0:
                     break
                 self._wake.wait(None if left is None else min(left, LONGEST_SLEEP_S))
             return not self._stopping
 
     def _step(self) -> None:
-        self._end_unwanted()
-        self.lobby.prepare_next(self.rows.jobs, self.rows.has_room)
-        row = self.lobby.yielding(self.rows.jobs, self.rows.has_room)
+        self._end_cancelled_and_late()
+        self.queue.prepare_next(self.rows.states, self.rows.has_slot)
+        row = self.queue.preemptible_row(self.rows.states, self.rows.has_slot)
         if row is not None:
-            self._pause(self.rows.jobs[row])
+            self._preempt(self.rows.states[row])
         self._pass()
 
-    def _end_unwanted(self) -> None:
+    def _end_cancelled_and_late(self) -> None:
         """One by one: an error on the way leaves the rest to the next step."""
-        while self.lobby.failed:
-            self._end(*self.lobby.failed.pop(0))
+        while self.queue.failed:
+            self._end(*self.queue.failed.pop(0))
         with self._wake:
             forgets = list(self._forgets)
-            jobs = [*self.lobby.jobs(), *self.rows.jobs]
+            states = [*self.queue.states(), *self.rows.states]
         now = time.monotonic()
-        for job in jobs:
-            forgotten = any(_concerns(job, channel, conversation) for channel, conversation, _ in forgets)
-            if job.cancelled or forgotten:
-                self._end(job, FinishReason.CANCELLED)
-            elif now >= job.deadline:
-                self._end(job, FinishReason.DEADLINE)
+        for state in states:
+            forgotten = any(_concerns(state, channel, conversation) for channel, conversation, _ in forgets)
+            if state.cancelled or forgotten:
+                self._end(state, FinishReason.CANCELLED)
+            elif now >= state.deadline:
+                self._end(state, FinishReason.DEADLINE)
         for channel, conversation, done in forgets:
             self.rows.prefixes.forget(channel, conversation)
             done.set_result(None)
@@ -180,160 +180,160 @@ class ModelThread:
 
     def _pass(self) -> None:
         """One token for every row past its prompt, beside a chunk of prompts: of the row that is taking its own in,
-        then of jobs that are ready. A prompt that is cut leaves the steps' tokens room in the chunk."""
-        rows = self.rows.jobs
-        parts: list[Sequence[int]] = [job.next_ids(1) for job in rows if job.behind == 1]
+        then of states that are ready. A prompt that is cut leaves the steps' tokens room in the chunk."""
+        rows = self.rows.states
+        parts: list[Sequence[int]] = [state.next_ids(1) for state in rows if state.uncomputed == 1]
         stepping, budget = len(parts), self.chunk
         while budget > 0:
             if len(parts) == len(rows):
-                room = self.runner.cache.room
-                if self._admit() is None or (parts and self.runner.cache.room != room):
+                room = self.runner.cache.capacity
+                if self._admit() is None or (parts and self.runner.cache.capacity != room):
                     break  # making room took its time: the others step before the new row begins
-            job = rows[len(parts)]
-            cut = job.behind > budget
-            parts.append(job.next_ids(max(budget - stepping, 1) if cut else budget))
+            state = rows[len(parts)]
+            cut = state.uncomputed > budget
+            parts.append(state.next_ids(max(budget - stepping, 1) if cut else budget))
             budget = 0 if cut else budget - len(parts[-1])
         began = time.monotonic()
         results = self.rows.run(list(zip(rows[: len(parts)], parts, strict=True)))
-        least_bytes = self.rows.least_bytes() if parts and all(len(part) == 1 for part in parts) else 0
+        minimum_bytes = self.rows.minimum_bytes() if parts and all(len(part) == 1 for part in parts) else 0
         for taken, result in results:
-            for job, part in taken if isinstance(result, Tensor) else ():
-                self.tally.prompt_tokens += job.take_in(len(part))
+            for state, part in taken if isinstance(result, Tensor) else ():
+                self.counter.prompt_tokens += state.mark_computed(len(part))
         for taken, result in results:  # these first: only what is past its prompt may lie before the others
             if isinstance(result, Exception):
                 self._end(taken[0][0], translate(result))
         for taken, result in results:
-            past_prompt = [job for job, _ in taken if not job.behind]  # all, but perhaps the last
+            past_prompt = [state for state, _ in taken if not state.uncomputed]  # all, but perhaps the last
             if isinstance(result, Tensor) and past_prompt:
-                self._accept(past_prompt, result[: len(past_prompt)])
-        if least_bytes:
-            self.tally.decode_s += time.monotonic() - began  # until the ids are read: a GPU works behind our back
-            self.tally.decode_bytes += least_bytes
+                self._accept_logits(past_prompt, result[: len(past_prompt)])
+        if minimum_bytes:
+            self.counter.decode_s += time.monotonic() - began  # until the ids are read: a GPU works uncomputed our back
+            self.counter.decode_bytes += minimum_bytes
 
     def _admit(self) -> RequestState | None:
-        """Give the next ready job a row. One for which memory is short waits until another row has ended."""
-        job = None if self.rows.full else self.lobby.next_ready(self.rows.jobs, self.rows.has_room)
-        if job is None:
+        """Give the next ready state a row. One for which memory is short waits until another row has ended."""
+        state = None if self.rows.full else self.queue.next_ready(self.rows.states, self.rows.has_slot)
+        if state is None:
             return None
-        waited_s = time.monotonic() - job.submitted
+        waited_s = time.monotonic() - state.submitted
         try:
-            self.rows.enter(job)
+            self.rows.enter(state)
         except Exception as error:
-            self._not_admitted(job, error)
+            self._not_admitted(state, error)
         else:
-            if not job.started:
-                job.started, job.reused = True, job.filled
-                self.tally.waited.add(waited_s)
-                self.tally.reused_tokens += job.reused
-                self._outputs.append((job, Started(len(job.prompt), job.reused, job.dropped)))
-            return job
+            if not state.started:
+                state.started, state.reused = True, state.computed
+                self.counter.waited.add(waited_s)
+                self.counter.reused_tokens += state.reused
+                self._outputs.append((state, Started(len(state.prompt), state.reused, state.dropped)))
+            return state
         return self._admit()  # here, where the error no longer holds what was laid out already
 
-    def _not_admitted(self, job: RequestState, error: Exception) -> None:
+    def _not_admitted(self, state: RequestState, error: Exception) -> None:
         """It waits, if all that it lacks is memory, and others' ends or what is kept of them may give some."""
-        if is_out_of_memory(error) and self.rows.seek_memory():
+        if is_out_of_memory(error) and self.rows.free_memory():
             log.warning("engine.admit_no_memory", extra={"rows": self.running, "reason": str(error)[:200]})
-            self.lobby.put_back(job)
+            self.queue.put_back(state)
         else:
             log.error("engine.admit_failed", exc_info=error)
-            self._end(job, translate(error))
+            self._end(state, translate(error))
 
-    def _pause(self, job: RequestState) -> None:
-        """Take a job out of its row for another's sake. It goes on later where it was: from what is kept, or anew."""
-        self.rows.leave(job, keep=True)
-        self.lobby.put_back(job)
-        log.debug("engine.paused", extra={"answered": len(job.answer)})
+    def _preempt(self, state: RequestState) -> None:
+        """Take a state out of its row for another's sake. It goes on later where it was: from what is kept, or anew."""
+        self.rows.leave(state, keep=True)
+        self.queue.put_back(state)
+        log.debug("engine.preempted", extra={"answered": len(state.answer)})
 
-    def _accept(self, jobs: Sequence[RequestState], logits: Tensor) -> None:
+    def _accept_logits(self, states: Sequence[RequestState], logits: Tensor) -> None:
         """Draw one token per row from (B, V), and show or end."""
-        ids = self._draw(jobs, logits)
+        ids = self._sample(states, logits)
         now = time.monotonic()
-        for job, token in zip(jobs, ids, strict=True):
+        for state, token in zip(states, ids, strict=True):
             if token == NOT_FINITE:
-                self._end(job, EngineError(detail="the model's output is not finite; its adapter may be damaged"))
+                self._end(state, EngineError(detail="the model's output is not finite; its adapter may be damaged"))
                 continue
-            job.answer.append(token)
-            self.tally.token(now - job.submitted, None if job.last_token is None else now - job.last_token)
-            job.last_token = now
-            self.lobby.charge(job, COMPLETION_COST)
+            state.answer.append(token)
+            self.counter.token(now - state.submitted, None if state.last_token is None else now - state.last_token)
+            state.last_token = now
+            self.queue.charge(state, COMPLETION_COST)
             try:
-                outcome: FinishReason | AppError | None = self._show(job, token)
+                outcome: FinishReason | AppError | None = self._emit_token(state, token)
             except Exception as error:
-                outcome = _untold(error)
+                outcome = _text_error(error)
             if outcome is not None:
-                self._end(job, outcome)
+                self._end(state, outcome)
 
-    def _draw(self, jobs: Sequence[RequestState], logits: Tensor) -> list[int]:
+    def _sample(self, states: Sequence[RequestState], logits: Tensor) -> list[int]:
         """One token per row of (B, V); where memory is short for all at once, by halves, which draw the same."""
         try:
             return sample(
                 logits,
-                [job.request.sampling for job in jobs],
-                [len(job.answer) for job in jobs],
-                [(*job.prompt, *job.answer) if job.request.sampling.repetition_penalty != 1 else () for job in jobs],
+                [state.request.sampling for state in states],
+                [len(state.answer) for state in states],
+                [(*state.prompt, *state.answer) if state.request.sampling.repetition_penalty != 1 else () for state in states],
             )
         except Exception as error:
-            if len(jobs) == 1 or not is_out_of_memory(error):
+            if len(states) == 1 or not is_out_of_memory(error):
                 raise
-            self.rows.drop_kept()
-        half = len(jobs) // 2
-        return self._draw(jobs[:half], logits[:half]) + self._draw(jobs[half:], logits[half:])
+            self.rows.drop_prefixes()
+        half = len(states) // 2
+        return self._sample(states[:half], logits[:half]) + self._sample(states[half:], logits[half:])
 
-    def _show(self, job: RequestState, token: int) -> FinishReason | None:
+    def _emit_token(self, state: RequestState, token: int) -> FinishReason | None:
         """Emit what became certain; the reason to end, if there is one."""
         if token in self.model.eos_ids:
             return FinishReason.END
-        self._emit_text(job, job.scanner.push(job.detokenizer.push(token)))
-        if job.scanner.hit:
+        self._emit_text(state, state.scanner.push(state.detokenizer.push(token)))
+        if state.scanner.hit:
             return FinishReason.STOP
-        total = len(job.prompt) + len(job.answer)
-        full = len(job.answer) >= job.request.sampling.max_tokens or total >= self.context
+        total = len(state.prompt) + len(state.answer)
+        full = len(state.answer) >= state.request.sampling.max_tokens or total >= self.context
         return FinishReason.LENGTH if full else None
 
-    def _emit_text(self, job: RequestState, text: str) -> None:
+    def _emit_text(self, state: RequestState, text: str) -> None:
         if text:
-            self._outputs.append((job, Delta(text)))
+            self._outputs.append((state, Delta(text)))
 
-    def _end(self, job: RequestState, outcome: FinishReason | AppError) -> None:
-        """Take a job out of wherever it is; say why, with usage."""
-        if job.state is RequestPhase.ENDED:
+    def _end(self, state: RequestState, outcome: FinishReason | AppError) -> None:
+        """Take a state out of wherever it is; say why, with usage."""
+        if state.phase is RequestPhase.ENDED:
             return
         if isinstance(outcome, FinishReason):
             try:
-                outcome = self._last_text(job, outcome)
+                outcome = self._last_text(state, outcome)
             except Exception as error:
-                outcome = _untold(error)
-        self._outputs.append((job, Finished(outcome, job.usage) if isinstance(outcome, FinishReason) else outcome))
-        if job.state is RequestPhase.RUNNING:
-            self.rows.leave(job, keep=outcome in KEPT_AFTER)
-        self.lobby.leave(job)
-        job.prompt, job.answer, job.adapter = (), [], None
+                outcome = _text_error(error)
+        self._outputs.append((state, Finished(outcome, state.usage) if isinstance(outcome, FinishReason) else outcome))
+        if state.phase is RequestPhase.RUNNING:
+            self.rows.leave(state, keep=outcome in KEPT_AFTER)
+        self.queue.leave(state)
+        state.prompt, state.answer, state.adapter = (), [], None
 
-    def _last_text(self, job: RequestState, reason: FinishReason) -> FinishReason:
+    def _last_text(self, state: RequestState, reason: FinishReason) -> FinishReason:
         """Show what was held back, unless a stop string ended the answer; it may itself complete one."""
         if reason is FinishReason.STOP:
             return reason
-        self._emit_text(job, job.scanner.push(job.detokenizer.flush()))
-        if job.scanner.hit:
+        self._emit_text(state, state.scanner.push(state.detokenizer.flush()))
+        if state.scanner.hit:
             return FinishReason.STOP
-        self._emit_text(job, job.scanner.flush())
+        self._emit_text(state, state.scanner.flush())
         return reason
 
     def _fail_running(self, error: AppError) -> None:
         """A step broke: nothing is known of the rows any more."""
-        for job in self.rows.clear():
-            self._end(job, error)
+        for state in self.rows.clear():
+            self._end(state, error)
 
     def _end_all(self, outcome: FinishReason | AppError) -> None:
         with self._wake:  # whoever comes meanwhile finds the thread over
             self._over = True
-            self._outputs += self.lobby.failed
-            for job in [*self.lobby.jobs(), *self.rows.jobs]:
+            self._outputs += self.queue.failed
+            for state in [*self.queue.states(), *self.rows.states]:
                 try:
-                    self._end(job, outcome)
+                    self._end(state, outcome)
                 except Exception as error:  # the others must end too
                     log.exception("engine.end_failed")
-                    self._outputs.append((job, translate(error)))
+                    self._outputs.append((state, translate(error)))
             self._flush()
             try:
                 self.runner.cache.clear()
@@ -348,12 +348,12 @@ class ModelThread:
             self._emit(outputs)
 
 
-def _untold(error: Exception) -> AppError:
+def _text_error(error: Exception) -> AppError:
     """A tokenizer's own error over one answer is of no matter to the others."""
     log.error("engine.text_failed", exc_info=error)
     return translate(error)
 
 
-def _concerns(job: RequestState, channel: str, conversation: str) -> bool:
-    scope = job.request.scope
+def _concerns(state: RequestState, channel: str, conversation: str) -> bool:
+    scope = state.request.scope
     return scope.channel == channel and (not conversation or scope.conversation == conversation)

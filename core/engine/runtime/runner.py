@@ -49,7 +49,7 @@ class Runner:
             max_rows=max_rows,
             max_length=context,
             spare=static,
-            untouched=on_cpu and not static and lazy_zeros_available(),
+            lazy=on_cpu and not static and lazy_zeros_available(),
             # Of a model that runs its own forward, each segment is a forward pass.
             segment_cost=SEGMENT_COST if on_cpu and self.fused else None,
         )
@@ -97,7 +97,7 @@ class Runner:
         """One token of each row, all of it on the device: what graphs capture."""
         ids, positions, row_index, own = inputs
         segment = self.cache.static(positions, row_index, shape.length)
-        with self.lora.plans.masked(own, shape.slots) as plan:
+        with self.lora.planner.masked(own, shape.slots) as plan:
             if self.fused is not None:
                 add = self.lora.add if plan else None
                 return self.fused.logits(self.fused.states(ids, [segment], self.cache, add), add)
@@ -111,23 +111,23 @@ class Runner:
         used = self.cache.enter(first, counts)
         rows = [(first + i, start, count, 0, 0) for i, (start, count) in enumerate(zip(used, counts, strict=True))]
         positions = torch.tensor([start + i for start, count in zip(used, counts, strict=True) for i in range(count)])
-        with self.lora.plans.tokens(runs) as plan:
+        with self.lora.planner.segments(runs) as plan:
             states = layers(*self.fused.begin(ids, positions), torch.tensor(rows), plan[0].tiles if plan else None)
-        with self.lora.plans.tokens([(slot, 1) for slot, _ in runs]) as plan:
+        with self.lora.planner.segments([(slot, 1) for slot, _ in runs]) as plan:
             return self.fused.logits(states, self.lora.add if plan else None)
 
     def _fused(self, ids: Tensor, segments: Sequence[SlotSegment], runs: Sequence[tuple[int | None, int]]) -> Tensor:
         assert self.fused is not None
-        order = self.lora.plans.order([slot for slot, _ in runs]) if len(ids) == len(runs) else None
-        with self.lora.plans.tokens(runs if order is None else [runs[row] for row in order.rows]) as plan:
+        order = self.lora.planner.order([slot for slot, _ in runs]) if len(ids) == len(runs) else None
+        with self.lora.planner.segments(runs if order is None else [runs[row] for row in order.rows]) as plan:
             states = self.fused.states(ids, segments, self.cache, self.lora.add if plan else None, order)
-        with self.lora.plans.tokens([(slot, 1) for slot, _ in runs]) as plan:
+        with self.lora.planner.segments([(slot, 1) for slot, _ in runs]) as plan:
             return self.fused.logits(states, self.lora.add if plan else None)
 
     def _plain(self, ids: Tensor, segments: Sequence[SlotSegment], runs: Sequence[tuple[int | None, int]]) -> Tensor:
         logits, begin = [], 0
         for segment in segments:
-            with self.lora.plans.tokens(runs[begin : begin + segment.rows]):
+            with self.lora.planner.segments(runs[begin : begin + segment.rows]):
                 logits.append(self._own(ids[segment.tokens], segment))
             begin += segment.rows
         return torch.cat(logits)

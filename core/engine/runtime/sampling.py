@@ -18,8 +18,8 @@ from core.types import Sampling
 
 NOT_FINITE = -1
 CANDIDATES = 1024  # of the most likely tokens, before a whole vocabulary is sorted
-BLOCK, SMALL_BLOCK = 256, 16  # logits in which the largest of all is looked for
-COLDEST = 1e-5  # up to here nothing but the most likely token has a chance, and float32 an end
+BLOCK, MIN_BLOCK = 256, 16  # logits in which the largest of all is looked for
+MIN_TEMPERATURE = 1e-5  # up to here nothing but the most likely token has a chance, and float32 an end
 
 _UNDECIDED = -2  # more of the vocabulary must be sorted to draw this row
 
@@ -32,14 +32,14 @@ def sample(
     logits (B, V); positions count from the first generated token; seen[i] are the ids of row i's prompt and answer so
     far, needed for the repetition penalty alone. Rows do not influence each other.
     """
-    ids = _best(logits)
+    ids = _argmax(logits)
     # NaN and +inf show in the maximum; a row of -inf alone cannot be drawn from either.
     finite = logits.gather(1, ids[:, None])[:, 0].isfinite()
-    for draw, rows in _by_way(params).items():
-        ids[_on(rows, logits.device)] = _draw(draw, logits, rows, params, positions, seen)
+    for draw, rows in _rows_by_method(params).items():
+        ids[_to_device(rows, logits.device)] = _draw(draw, logits, rows, params, positions, seen)
     found: list[int] = torch.where(finite, ids, NOT_FINITE).tolist()  # the one wait for a GPU
     if rows := [i for i, one in enumerate(found) if one == _UNDECIDED]:  # seldom: it is nearly all the same to them
-        for i, one in zip(rows, _draw(_of_sorted, logits, rows, params, positions, seen).tolist(), strict=True):
+        for i, one in zip(rows, _draw(_sample_sorted, logits, rows, params, positions, seen).tolist(), strict=True):
             found[i] = one
     return found
 
@@ -58,7 +58,7 @@ class RowParameters:
             (one.temperature, one.top_p, one.top_k, one.min_p, one.repetition_penalty, drawn)
             for one, drawn in zip(params, uniforms, strict=True)
         ]
-        double = _on(torch.tensor(rows, dtype=torch.float64), device).unsqueeze(2).unbind(1)
+        double = _to_device(torch.tensor(rows, dtype=torch.float64), device).unsqueeze(2).unbind(1)
         self.temperature, self.top_p, self.top_k, self.min_p, self.penalty = (one.float() for one in double[:5])
         self.uniform = double[5]
 
@@ -66,14 +66,14 @@ class RowParameters:
 Draw = Callable[[Tensor, RowParameters], Tensor]  # scores (N, V), penalised -> ids (N,)
 
 
-def _by_way(params: Sequence[Sampling]) -> dict[Draw, list[int]]:
+def _rows_by_method(params: Sequence[Sampling]) -> dict[Draw, list[int]]:
     """Which rows are drawn in which way; the others have their most likely token."""
     ways: dict[Draw, list[int]] = {}
     for i, one in enumerate(params):
-        if one.temperature > COLDEST:
-            ways.setdefault(_of_all if one.top_k <= 0 and one.top_p >= 1 else _of_likely, []).append(i)
+        if one.temperature > MIN_TEMPERATURE:
+            ways.setdefault(_sample_full if one.top_k <= 0 and one.top_p >= 1 else _sample_top, []).append(i)
         elif one.repetition_penalty != 1:
-            ways.setdefault(_of_one, []).append(i)
+            ways.setdefault(_greedy, []).append(i)
     return ways
 
 
@@ -87,29 +87,29 @@ def _draw(
 ) -> Tensor:
     chosen = [params[i] for i in rows]
     columns = RowParameters(chosen, [uniform(params[i].seed, positions[i]) for i in rows], logits.device)
-    scores = logits[_on(rows, logits.device)].float()  # a copy
+    scores = logits[_to_device(rows, logits.device)].float()  # a copy
     if any(one.repetition_penalty != 1 for one in chosen):
-        _penalise(scores, columns.penalty, [seen[i] if params[i].repetition_penalty != 1 else () for i in rows])
+        _penalize(scores, columns.penalty, [seen[i] if params[i].repetition_penalty != 1 else () for i in rows])
     return draw(scores, columns)
 
 
-def _penalise(scores: Tensor, penalty: Tensor, seen: Sequence[Sequence[int]]) -> None:
+def _penalize(scores: Tensor, penalty: Tensor, seen: Sequence[Sequence[int]]) -> None:
     """Make ids that were seen less likely, in place (Keskar et al. 2019, arXiv 1909.05858, as transformers does it)."""
     at = [(row, one) for row, ids in enumerate(seen) for one in set(ids)]
     if not at:
         return
-    row, one = _on(torch.tensor(at), scores.device).unbind(1)
+    row, one = _to_device(torch.tensor(at), scores.device).unbind(1)
     values, by = scores[row, one], penalty[row, 0]
     scores[row, one] = torch.where(values < 0, values * by, values / by)
 
 
-def _best(scores: Tensor) -> Tensor:
+def _argmax(scores: Tensor) -> Tensor:
     """Where the largest of each row is, the first of equal ones; a NaN is larger than all: (N, V) -> (N,).
 
     On a CPU argmax takes some 15 times as long as amax, so it is asked only for the block of the maximum.
     """
     block = math.gcd(scores.shape[1], BLOCK)
-    if scores.device.type != "cpu" or block < SMALL_BLOCK:
+    if scores.device.type != "cpu" or block < MIN_BLOCK:
         return scores.argmax(dim=-1)
     blocks = scores.view(len(scores), -1, block)
     chosen = blocks.amax(dim=-1).argmax(dim=-1)
@@ -117,37 +117,37 @@ def _best(scores: Tensor) -> Tensor:
     return chosen * block + within
 
 
-def _of_one(scores: Tensor, columns: RowParameters) -> Tensor:
-    return _best(scores)
+def _greedy(scores: Tensor, columns: RowParameters) -> Tensor:
+    return _argmax(scores)
 
 
-def _of_all(scores: Tensor, columns: RowParameters) -> Tensor:
+def _sample_full(scores: Tensor, columns: RowParameters) -> Tensor:
     """Of the whole vocabulary in its own order, but for min-p."""
     weights = torch.softmax(scores / columns.temperature, dim=-1)
     weights.masked_fill_(weights < columns.min_p * weights.amax(dim=-1, keepdim=True), 0.0)
-    return _index(weights, columns.uniform)[:, 0]
+    return _inverse_cdf(weights, columns.uniform)[:, 0]
 
 
-def _of_likely(scores: Tensor, columns: RowParameters) -> Tensor:
+def _sample_top(scores: Tensor, columns: RowParameters) -> Tensor:
     """Of the most likely tokens; _UNDECIDED where CANDIDATES of them are too few."""
     weights, ids = torch.topk(torch.softmax(scores / columns.temperature, dim=-1), min(CANDIDATES, scores.shape[1]))
     by_k = columns.top_k > 0
     enough = torch.where(by_k, columns.top_k <= weights.shape[1], weights.sum(dim=-1, keepdim=True) >= columns.top_p)
-    drawn = _of_ordered(weights, ids, columns)
+    drawn = _sample_ordered(weights, ids, columns)
     return drawn if weights.shape[1] == scores.shape[1] else torch.where(enough[:, 0], drawn, _UNDECIDED)
 
 
-def _of_sorted(scores: Tensor, columns: RowParameters) -> Tensor:
-    """As `_of_likely`, of the whole vocabulary."""
+def _sample_sorted(scores: Tensor, columns: RowParameters) -> Tensor:
+    """As `_sample_top`, of the whole vocabulary."""
     weights, ids = torch.sort(torch.softmax(scores / columns.temperature, dim=-1), descending=True)
-    return _of_ordered(weights, ids, columns)
+    return _sample_ordered(weights, ids, columns)
 
 
-def _of_ordered(weights: Tensor, ids: Tensor, columns: RowParameters) -> Tensor:
-    return ids.gather(1, _index(_kept(weights, columns), columns.uniform))[:, 0]
+def _sample_ordered(weights: Tensor, ids: Tensor, columns: RowParameters) -> Tensor:
+    return ids.gather(1, _inverse_cdf(_filtered(weights, columns), columns.uniform))[:, 0]
 
 
-def _kept(weights: Tensor, columns: RowParameters) -> Tensor:
+def _filtered(weights: Tensor, columns: RowParameters) -> Tensor:
     """Probabilities in falling order, (N, W) -> the same, 0 where not to be drawn: by top-k, then top-p, then min-p."""
     beyond = (columns.top_k > 0) & (torch.arange(weights.shape[1], device=weights.device) >= columns.top_k)
     weights = weights.masked_fill(beyond, 0.0)
@@ -158,14 +158,14 @@ def _kept(weights: Tensor, columns: RowParameters) -> Tensor:
     return weights.masked_fill(dropped, 0.0)
 
 
-def _index(weights: Tensor, drawn: Tensor) -> Tensor:
+def _inverse_cdf(weights: Tensor, drawn: Tensor) -> Tensor:
     """weights (N, W), drawn (N, 1) in [0, 1) -> (N, 1): where in the running total that number falls, on no zero."""
     total = weights.double().cumsum(dim=-1)
     below = torch.minimum(drawn * total[:, -1:], total[:, -1:].nextafter(torch.zeros_like(drawn)))
     return torch.searchsorted(total, below, right=True).clamp_max_(weights.shape[1] - 1)  # beyond: not finite
 
 
-def _on(values: Tensor | Sequence[int], device: torch.device) -> Tensor:
+def _to_device(values: Tensor | Sequence[int], device: torch.device) -> Tensor:
     """On the device, without waiting for it."""
     values = values if isinstance(values, Tensor) else torch.tensor(values)
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

@@ -2,7 +2,7 @@
 
 Whose turn it is, the scheduler says. Two things may stand between a turn and a row. All rows may run: then, if another
 party holds two more rows than the one whose turn it is, one of them makes room (`urgent`). Or an adapter may find no
-slot: then those behind it go first, but after so many the adapter with the fewest rows gets no more of them, until its
+slot: then those uncomputed it go first, but after so many the adapter with the fewest rows gets no more of them, until its
 slot is free: so none is passed for ever, and the other rows are filled all the while.
 """
 
@@ -17,13 +17,13 @@ from concurrent.futures import Future
 from core.config.sections import EngineSettings
 from core.engine.lora.adapter_files import AdapterWeights
 from core.engine.scheduling.request_state import RequestPhase, RequestState
-from core.engine.scheduling.scheduler import PROMPT_COST, QueueFull, Scheduler, yields_to
+from core.engine.scheduling.scheduler import PROMPT_COST, QueueFull, Scheduler, row_to_preempt
 from core.errors import AppError, Overloaded
 from core.model.chat_format import RenderedPrompt
 
 log = logging.getLogger(__name__)
 
-LOOKAHEAD = 2  # jobs prepared beyond the free rows, so that none waits for its adapter file while a row is free
+LOOKAHEAD = 2  # states prepared beyond the free rows, so that none waits for its adapter file while a row is free
 FIRST_GUESS_S = 10.0  # of how long one request takes, before any has been seen
 
 Prepare = Callable[[RequestState], tuple[RenderedPrompt, Future[AdapterWeights] | None]]
@@ -53,99 +53,99 @@ class WaitingQueue:
     def __len__(self) -> int:
         return len(self._scheduler) + len(self._preparing) + len(self._ready)
 
-    def jobs(self) -> list[RequestState]:
+    def states(self) -> list[RequestState]:
         with self.lock:
             return [*self._scheduler.items(), *self._preparing, *self._ready]
 
-    def add(self, job: RequestState) -> None:
-        """Let a job wait for its turn. Raises Overloaded; another job may have to go for it, see Scheduler.add."""
+    def add(self, state: RequestState) -> None:
+        """Let a state wait for its turn. Raises Overloaded; another state may have to go for it, see Scheduler.add."""
         with self.lock:
             try:
-                displaced = self._scheduler.add(job, job.request.scope)
+                displaced = self._scheduler.add(state, state.request.scope)
             except QueueFull:
                 raise self._overloaded() from None
             if displaced is not None:
                 self.failed.append((displaced, self._overloaded()))
             self.lock.notify()
 
-    def charge(self, job: RequestState, cost: int) -> None:
+    def charge(self, state: RequestState, cost: int) -> None:
         with self.lock:
-            self._scheduler.charge(job.request.scope, cost)
+            self._scheduler.charge(state.request.scope, cost)
 
-    def put_back(self, job: RequestState) -> None:
-        """A paused row's job: the first to go on after the one that it made room for."""
+    def put_back(self, state: RequestState) -> None:
+        """A paused row's state: the first to go on after the one that it made room for."""
         with self.lock:
-            job.state, job.urgent = RequestPhase.READY, False
-            self._ready.insert(sum(other.urgent for other in self._ready), job)
+            state.phase, state.urgent = RequestPhase.READY, False
+            self._ready.insert(sum(other.urgent for other in self._ready), state)
 
-    def leave(self, job: RequestState) -> None:
-        """The job is over, wherever it was."""
+    def leave(self, state: RequestState) -> None:
+        """The state is over, wherever it was."""
         with self.lock:
-            if job.row_s:
-                self._mean_row_s += 0.1 * (job.row_s - self._mean_row_s)
-            self._preparing.discard(job)
-            if job in self._ready:
-                self._ready.remove(job)
-            # Displaced jobs have left the scheduler already, others than waiting ones count as running in it.
-            if not self._scheduler.remove(job) and job.state is not RequestPhase.WAITING:
-                self._scheduler.done(job.request.scope)
-            job.state = RequestPhase.ENDED
+            if state.row_s:
+                self._mean_row_s += 0.1 * (state.row_s - self._mean_row_s)
+            self._preparing.discard(state)
+            if state in self._ready:
+                self._ready.remove(state)
+            # Displaced states have left the scheduler already, others than waiting ones count as running in it.
+            if not self._scheduler.remove(state) and state.phase is not RequestPhase.WAITING:
+                self._scheduler.done(state.request.scope)
+            state.phase = RequestPhase.ENDED
 
     def has_work(self, rows: Sequence[RequestState]) -> bool:
         """Whether the model thread, with these rows, has anything to do here."""
         return bool(self._ready or self.failed or self._takeable(len(rows)))
 
-    def prepare_next(self, rows: Sequence[RequestState], has_room: Callable[[RequestState], bool]) -> None:
+    def prepare_next(self, rows: Sequence[RequestState], has_slot: Callable[[RequestState], bool]) -> None:
         """Send those whose turn it is to be prepared. On the model thread."""
         with self.lock:
-            held_up = len(self._ready) - len(self._may_go(rows, has_room))
+            held_up = len(self._ready) - len(self._may_go(rows, has_slot))
             for _ in range(self._takeable(len(rows), held_up)):
                 self._begin_next()
             begun = (*self._preparing, *self._ready)
-            for job in begun:  # the rows may be others than when room was to be made for it
-                job.urgent = job.urgent and self._yielding(job, rows) is not None
-            if len(rows) == self.settings.max_rows and not any(job.urgent for job in begun):
+            for state in begun:  # the rows may be others than when room was to be made for it
+                state.urgent = state.urgent and self._preemptible(state, rows) is not None
+            if len(rows) == self.settings.max_rows and not any(state.urgent for state in begun):
                 following = self._scheduler.peek()
-                if following is not None and self._yielding(following, rows) is not None:
+                if following is not None and self._preemptible(following, rows) is not None:
                     self._begin_next().urgent = True
 
-    def yielding(self, rows: Sequence[RequestState], has_room: Callable[[RequestState], bool]) -> int | None:
-        """The row that is to make room for a ready job, which is the first then. On the model thread."""
+    def preemptible_row(self, rows: Sequence[RequestState], has_slot: Callable[[RequestState], bool]) -> int | None:
+        """The row that is to make room for a ready state, which is the first then. On the model thread."""
         if len(rows) < self.settings.max_rows:
             return None
         with self.lock:
-            for job in self._ready:
-                row = self._yielding(job, rows) if has_room(job) else None
+            for state in self._ready:
+                row = self._preemptible(state, rows) if has_slot(state) else None
                 if row is not None:
-                    self._ready.remove(job)
-                    self._ready.appendleft(job)
-                    job.urgent = True
+                    self._ready.remove(state)
+                    self._ready.appendleft(state)
+                    state.urgent = True
                     return row
         return None
 
-    def next_ready(self, rows: Sequence[RequestState], has_room: Callable[[RequestState], bool]) -> RequestState | None:
-        """The job that gets a free row beside these, out of the lobby. On the model thread.
+    def next_ready(self, rows: Sequence[RequestState], has_slot: Callable[[RequestState], bool]) -> RequestState | None:
+        """The state that gets a free row beside these, out of the queue. On the model thread.
 
         One whose adapter finds no slot lets others pass, as many as there are rows; after that they still pass, but
         none with the adapter that has the fewest rows: these end, and it goes on in their slot.
         """
         with self.lock:
-            job = next(iter(self._may_go(rows, has_room)), None)
-            if job is not None:
+            state = next(iter(self._may_go(rows, has_slot)), None)
+            if state is not None:
                 for other in self._ready:
-                    if other is job:
+                    if other is state:
                         break
-                    other.passed += 1
-                self._ready.remove(job)
-            return job
+                    other.bypassed += 1
+                self._ready.remove(state)
+            return state
 
-    def _may_go(self, rows: Sequence[RequestState], has_room: Callable[[RequestState], bool]) -> list[RequestState]:
+    def _may_go(self, rows: Sequence[RequestState], has_slot: Callable[[RequestState], bool]) -> list[RequestState]:
         """Those that are ready and would find a slot, in order, without those of the adapter that is to end."""
         found, ending = [], ""
-        for job in self._ready:
-            if has_room(job) and not (ending and job.adapter_sha256 == ending):
-                found.append(job)
-            elif job.passed >= self.settings.max_rows:
+        for state in self._ready:
+            if has_slot(state) and not (ending and state.adapter_sha256 == ending):
+                found.append(state)
+            elif state.bypassed >= self.settings.max_rows:
                 ending = ending or _least_used(rows)
         return found
 
@@ -153,66 +153,66 @@ class WaitingQueue:
         """How many may be taken from the queue now. Those that wait for a slot or for their adapter's file hold up no
         others, within a bound."""
         begun = len(self._preparing) + len(self._ready)
-        held_up += sum(job.state is RequestPhase.READING for job in self._preparing)
+        held_up += sum(state.phase is RequestPhase.READING for state in self._preparing)
         free = min(self.settings.max_rows - rows + LOOKAHEAD - begun + held_up, 2 * self.settings.max_rows - begun)
         return max(0, min(len(self._scheduler), free))
 
-    def _yielding(self, job: RequestState, rows: Sequence[RequestState]) -> int | None:
-        return yields_to(job.request.scope, [row.request.scope for row in rows])
+    def _preemptible(self, state: RequestState, rows: Sequence[RequestState]) -> int | None:
+        return row_to_preempt(state.request.scope, [row.request.scope for row in rows])
 
     def _begin_next(self) -> RequestState:
-        job = self._scheduler.take()
-        assert job is not None
-        job.state = RequestPhase.PREPARING
-        self._preparing.add(job)
+        state = self._scheduler.take()
+        assert state is not None
+        state.phase = RequestPhase.PREPARING
+        self._preparing.add(state)
         try:
-            self._spawn(lambda: self._prepare_job(job))
+            self._spawn(lambda: self._prepare_request(state))
         except RuntimeError as error:  # no more threads
-            self._fail(job, error)
-        return job
+            self._fail(state, error)
+        return state
 
-    def _prepare_job(self, job: RequestState) -> None:
+    def _prepare_request(self, state: RequestState) -> None:
         """On another thread: render the prompt. Nothing here waits for an adapter's file."""
         try:
-            prompt, adapter = self._prepare(job)
-        except Exception as error:  # a tokenizer's own error must not leave the job hanging
-            self._fail(job, error)
+            prompt, adapter = self._prepare(state)
+        except Exception as error:  # a tokenizer's own error must not leave the state hanging
+            self._fail(state, error)
         else:
             if adapter is None:
-                self._make_ready(job, prompt, None)
+                self._make_ready(state, prompt, None)
                 return
             with self.lock:
-                if job.state is RequestPhase.PREPARING:
-                    job.state = RequestPhase.READING
+                if state.phase is RequestPhase.PREPARING:
+                    state.phase = RequestPhase.READING
                     self.lock.notify()
-            adapter.add_done_callback(lambda read: self._attach(job, prompt, read))
+            adapter.add_done_callback(lambda read: self._attach(state, prompt, read))
 
-    def _attach(self, job: RequestState, prompt: RenderedPrompt, read: Future[AdapterWeights]) -> None:
+    def _attach(self, state: RequestState, prompt: RenderedPrompt, read: Future[AdapterWeights]) -> None:
         error = read.exception()
         if error is None:
-            self._make_ready(job, prompt, read.result())
+            self._make_ready(state, prompt, read.result())
         else:
-            self._fail(job, error)
+            self._fail(state, error)
 
-    def _make_ready(self, job: RequestState, prompt: RenderedPrompt, weights: AdapterWeights | None) -> None:
+    def _make_ready(self, state: RequestState, prompt: RenderedPrompt, weights: AdapterWeights | None) -> None:
         with self.lock:
-            if job not in self._preparing:
+            if state not in self._preparing:
                 return  # cancelled or late meanwhile
-            self._preparing.remove(job)
-            job.prompt, job.dropped, job.adapter = prompt.ids, prompt.dropped, weights
-            job.adapter_bytes = 0 if weights is None else weights.nbytes
-            job.state = RequestPhase.READY
-            self._scheduler.charge(job.request.scope, PROMPT_COST * len(job.prompt))
-            self._ready.append(job)
+            self._preparing.remove(state)
+            state.prompt, state.dropped, state.adapter = prompt.ids, prompt.dropped, weights
+            state.adapter_bytes = 0 if weights is None else weights.nbytes
+            state.phase = RequestPhase.READY
+            self._scheduler.charge(state.request.scope, PROMPT_COST * len(state.prompt))
+            self._ready.append(state)
             self.lock.notify()
 
-    def _fail(self, job: RequestState, error: BaseException) -> None:
+    def _fail(self, state: RequestState, error: BaseException) -> None:
         if not isinstance(error, AppError):
             log.error("engine.prepare_failed", exc_info=error)
         with self.lock:
-            if job in self._preparing:
-                self._preparing.remove(job)
-                self.failed.append((job, self._translate(error)))
+            if state in self._preparing:
+                self._preparing.remove(state)
+                self.failed.append((state, self._translate(error)))
                 self.lock.notify()
 
     def _overloaded(self) -> Overloaded:
@@ -222,5 +222,5 @@ class WaitingQueue:
 
 def _least_used(rows: Sequence[RequestState]) -> str:
     """The adapter with the fewest rows. As long as it gets no more, the fewest become fewer."""
-    counts = Counter(job.adapter_sha256 for job in rows if job.adapter is not None)
+    counts = Counter(state.adapter_sha256 for state in rows if state.adapter is not None)
     return min(counts, key=lambda adapter: counts[adapter], default="")

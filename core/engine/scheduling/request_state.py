@@ -24,7 +24,7 @@ class RequestPhase(Enum):
 
 @dataclass(eq=False, slots=True)
 class RequestState:
-    """One request on its way through the engine. The lobby writes it under its lock until it is ready, then the model
+    """One request on its way through the engine. The queue writes it under its lock until it is ready, then the model
     thread; `cancelled` any thread."""
 
     request: Request
@@ -32,11 +32,11 @@ class RequestState:
     detokenizer: Detokenizer
     scanner: StopScanner
     submitted: float = field(default_factory=time.monotonic)
-    state: RequestPhase = RequestPhase.WAITING
+    phase: RequestPhase = RequestPhase.WAITING
     cancelled: bool = False
     prompt: tuple[int, ...] = ()
     dropped: int = 0
-    filled: int = 0  # tokens of prompt and answer in the cache
+    computed: int = 0  # tokens of prompt and answer in the cache
     reused: int = 0  # of the prompt's, those that an earlier turn left
     answer: list[int] = field(default_factory=list)
     last_token: float | None = None  # time.monotonic()
@@ -44,28 +44,28 @@ class RequestState:
     slot: int | None = None
     adapter_bytes: int = 0
     urgent: bool = False  # another row makes room for it
-    passed: int = 0  # how many went before it because their adapter had a slot
+    bypassed: int = 0  # how many went before it because their adapter had a slot
     admitted: float | None = None  # when it last got a row
     row_s: float = 0.0  # in rows before that: it may be paused
     started: bool = False  # the reader knows
 
     @property
-    def behind(self) -> int:
+    def uncomputed(self) -> int:
         """Tokens to take in before the next one is drawn. One: it steps with the others; none: it has just been run."""
-        return len(self.prompt) + len(self.answer) - self.filled
+        return len(self.prompt) + len(self.answer) - self.computed
 
     def next_ids(self, count: int) -> Sequence[int]:
         """At most `count` of the tokens to take in."""
-        if self.filled >= len(self.prompt):
-            start = self.filled - len(self.prompt)
+        if self.computed >= len(self.prompt):
+            start = self.computed - len(self.prompt)
             return self.answer[start : start + count]
-        ids = self.prompt[self.filled : self.filled + count]
+        ids = self.prompt[self.computed : self.computed + count]
         return ids if len(ids) == count else (*ids, *self.answer[: count - len(ids)])
 
-    def take_in(self, count: int) -> int:
+    def mark_computed(self, count: int) -> int:
         """So many were taken in; how many of them were the prompt's."""
-        before, self.filled = self.filled, self.filled + count
-        return max(0, min(self.filled, len(self.prompt)) - before)
+        before, self.computed = self.computed, self.computed + count
+        return max(0, min(self.computed, len(self.prompt)) - before)
 
     @property
     def adapter_sha256(self) -> str:

@@ -1,6 +1,6 @@
 """Where requests are begun and ended: each has one stream of events until its last one. Knows no rows and no server.
 
-On the event loop alone. What a job is, and how it runs, is the engine's affair.
+On the event loop alone. What a state is, and how it runs, is the engine's affair.
 """
 
 from __future__ import annotations
@@ -29,18 +29,18 @@ class RunningGeneration(EventStream, Generic[J]):
     def __init__(self, cancel: Callable[[J], None]) -> None:
         super().__init__()
         self._cancel = cancel
-        self.job: J | None = None  # None: refused at submit
+        self.state: J | None = None  # None: refused at submit
 
     def cancel(self) -> None:
-        if self.job is not None:
-            self._cancel(self.job)
+        if self.state is not None:
+            self._cancel(self.state)
 
 
 class OpenRequests(Generic[J]):
-    """The open requests of one engine. `cancel` soon leads to the job's last event."""
+    """The open requests of one engine. `cancel` soon leads to the state's last event."""
 
-    def __init__(self, tally: StatsCounter, cancel: Callable[[J], None]) -> None:
-        self.tally = tally
+    def __init__(self, counter: StatsCounter, cancel: Callable[[J], None]) -> None:
+        self.counter = counter
         self._cancel = cancel
         self._info: EngineInfo | None = None
         self._draining = False
@@ -65,49 +65,49 @@ class OpenRequests(Generic[J]):
         return self._info
 
     @property
-    def jobs(self) -> list[J]:
+    def states(self) -> list[J]:
         return list(self._open)
 
-    def is_open(self, job: J) -> bool:
-        return job in self._open
+    def is_open(self, state: J) -> bool:
+        return state in self._open
 
     def begin(self, request: Request, make: Callable[[], J], enter: Callable[[J], None]) -> RunningGeneration[J]:
-        """A stream at once. `enter` lets the job wait for its turn; an AppError of either is raised at the reader."""
+        """A stream at once. `enter` lets the state wait for its turn; an AppError of either is raised at the reader."""
         stream: RunningGeneration[J] = RunningGeneration(self._cancel)
         try:
             _ = self.info
             if self._draining:
                 raise Overloaded(detail="the engine is shutting down", retry_after_s=DRAIN_S)
             check_request(request)
-            job = make()
-            self._open[job] = stream  # before another thread can end it
+            state = make()
+            self._open[state] = stream  # before another thread can end it
             try:
-                enter(job)
+                enter(state)
             except AppError:
-                self._close(job)
+                self._close(state)
                 raise
-            stream.job = job
+            stream.state = state
         except AppError as error:
-            self.tally.end(error)
+            self.counter.end(error)
             stream.put(error)
         return stream
 
-    def put(self, job: J, event: Event | AppError) -> None:
+    def put(self, state: J, event: Event | AppError) -> None:
         """Tell an open request's reader; `Finished` or an error closes it, and what comes after that is not heard."""
-        stream = self._open.get(job)
+        stream = self._open.get(state)
         if stream is None:
             return
         stream.put(event)
         if isinstance(event, Finished | AppError):
-            self.tally.end(event.reason if isinstance(event, Finished) else event)
-            self._close(job)
+            self.counter.end(event.reason if isinstance(event, Finished) else event)
+            self._close(state)
 
     async def drain(self, deadline_s: float, cancel_s: float) -> None:
         """Take no more; finish what runs within the deadline, then cancel the rest, which takes `cancel_s` at most."""
         self._draining = True
         if not await self._all_over(deadline_s):
-            for job in self.jobs:
-                self._cancel(job)
+            for state in self.states:
+                self._cancel(state)
             if not await self._all_over(cancel_s):
                 log.error("engine.drain_stuck", extra={"open": len(self._open)})
 
@@ -119,7 +119,7 @@ class OpenRequests(Generic[J]):
                 await asyncio.wait_for(self._none_open.wait(), deadline_s)
         return not self._open
 
-    def _close(self, job: J) -> None:
-        del self._open[job]
+    def _close(self, state: J) -> None:
+        del self._open[state]
         if not self._open:
             self._none_open.set()

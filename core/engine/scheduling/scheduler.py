@@ -192,7 +192,7 @@ class Scheduler(Generic[T]):
         return item
 
 
-def yields_to(newcomer: Scope, running: Sequence[Scope]) -> int | None:
+def row_to_preempt(newcomer: Scope, running: Sequence[Scope]) -> int | None:
     """Which running item makes room for the newcomer: the last of who still runs most without it, by weight. None:
     nobody owes it.
 

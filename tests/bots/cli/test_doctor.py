@@ -265,7 +265,7 @@ async def test_the_trial_runs_adapters_of_its_own(tmp_path, load):
     assert trial.adapted is not None
     assert (trial.adapted.rows, trial.adapted.adapters) == (2, 3)
     assert trial.bandwidth > 1e8
-    assert 0 < trial.many.floor_fraction < 1
+    assert 0 < trial.many.roofline_fraction < 1
     assert 0 <= trial.many.padding_waste < 1
     assert (trial.many.padding_waste > 0) is (load is load_gpt2 or compiled() is None)  # in one call nothing is padded
     assert 0 < trial.one.inter_token_p50_s <= trial.one.inter_token_p95_s

@@ -126,12 +126,12 @@ def test_cancel_in_prefill_frees_the_row_within_a_step(endless: BaseModel) -> No
     steps.submit("200:long", Scope("p"))
     for _ in range(3):
         steps.step()
-    (job,) = steps.thread.rows.jobs
-    assert job.filled == 3 * 16
-    steps.thread.cancel(job)
+    (state,) = steps.thread.rows.states
+    assert state.computed == 3 * 16
+    steps.thread.cancel(state)
     steps.step()
     assert steps.over["200:long"] == Finished(FinishReason.CANCELLED, TokenUsage(200, 0, 0))
-    assert not steps.thread.rows.jobs
+    assert not steps.thread.rows.states
     assert steps.thread.runner.cache.is_blank()
 
 
@@ -187,7 +187,7 @@ async def test_a_deadline_keeps_what_exists(endless: BaseModel) -> None:
 async def test_a_deadline_also_ends_what_waits_while_nothing_runs(endless: BaseModel) -> None:
     async with running(endless) as engine:
         stuck = threading.Event()
-        engine.thread.lobby._prepare = lambda job: stuck.wait(30)  # type: ignore[assignment, return-value]
+        engine.thread.queue._prepare = lambda state: stuck.wait(30)  # type: ignore[assignment, return-value]
         heard = await hear(engine.submit(ask("x", deadline_s=0.1)))
         stuck.set()
         assert heard.finished is not None
@@ -251,7 +251,7 @@ async def test_a_prompt_for_which_there_is_no_thread_fails_alone(
         good = engine.submit(ask("good", **LONG))
         await anext(good)
         with monkeypatch.context() as patch:
-            patch.setattr(engine.thread.lobby, "_spawn", none_left)
+            patch.setattr(engine.thread.queue, "_spawn", none_left)
             with pytest.raises(EngineError, match="can't start new thread"):
                 await hear(engine.submit(ask("x")))
         assert (await hear(good)).text == alone.text
@@ -309,8 +309,8 @@ async def test_a_pass_that_fails_for_one_row_ends_that_row_alone(endless: BaseMo
         forward = engine.thread.runner.run
 
         def poisoned(first: int, parts: Any, slots: Any) -> Any:
-            rows = engine.thread.rows.jobs[first : first + len(parts)]
-            if any(job.request.id == "bad" and len(job.answer) > 5 for job in rows):
+            rows = engine.thread.rows.states[first : first + len(parts)]
+            if any(state.request.id == "bad" and len(state.answer) > 5 for state in rows):
                 raise ValueError("poisoned")
             return forward(first, parts, slots)
 
@@ -331,15 +331,15 @@ def nameless(*_: object) -> str:
 async def test_a_token_without_a_text_is_an_error_of_its_row_alone(endless: BaseModel, method: str) -> None:
     """Whether it shows at the token or only with what is held back to the end."""
     async with running(endless) as engine:
-        alone, job_of = await hear(engine.submit(ask("good", max_tokens=40))), engine._job
+        alone, job_of = await hear(engine.submit(ask("good", max_tokens=40))), engine._new_state
 
         def made(request: Request) -> RequestState:
-            job = job_of(request)
+            state = job_of(request)
             if request.id == "bad":
-                setattr(job.detokenizer, method, nameless)
-            return job
+                setattr(state.detokenizer, method, nameless)
+            return state
 
-        engine._job = made  # type: ignore[method-assign]
+        engine._new_state = made  # type: ignore[method-assign]
         good = engine.submit(ask("good", max_tokens=40))
         await anext(good)
         with pytest.raises(EngineError, match="NoneType"):
@@ -353,13 +353,13 @@ async def test_a_crash_of_the_model_thread_fails_what_runs_and_the_thread_goes_o
         crashing = [engine.submit(ask(f"{i}", **LONG)) for i in range(3)]
         for generation in crashing:
             await anext(generation)
-        accept = engine.thread._accept
+        accept = engine.thread._accept_logits
 
         def crash(*args: Any) -> None:
-            engine.thread._accept = accept  # type: ignore[method-assign]
+            engine.thread._accept_logits = accept  # type: ignore[method-assign]
             raise RuntimeError("boom")
 
-        engine.thread._accept = crash  # type: ignore[method-assign]
+        engine.thread._accept_logits = crash  # type: ignore[method-assign]
         outcomes = await asyncio.gather(*map(hear, crashing), return_exceptions=True)
         assert all(isinstance(outcome, EngineError) for outcome in outcomes)
         assert (await hear(engine.submit(ask("x")))).text == before.text
@@ -401,9 +401,9 @@ def test_whoever_had_to_go_hears_of_it_also_at_the_end_of_the_thread(endless: Ba
 
 async def test_a_far_deadline_does_not_end_the_model_thread(endless: BaseModel) -> None:
     async with running(endless) as engine:
-        stuck, job_of = threading.Event(), engine._job
-        engine.thread.lobby._prepare = lambda job: stuck.wait(30)  # type: ignore[assignment, return-value]
-        engine._job = lambda request: dataclasses.replace(job_of(request), deadline=math.inf)  # type: ignore[method-assign]
+        stuck, job_of = threading.Event(), engine._new_state
+        engine.thread.queue._prepare = lambda state: stuck.wait(30)  # type: ignore[assignment, return-value]
+        engine._new_state = lambda request: dataclasses.replace(job_of(request), deadline=math.inf)  # type: ignore[method-assign]
         generation = engine.submit(ask("x"))
         await asyncio.sleep(0.1)
         generation.cancel()
@@ -434,7 +434,7 @@ def bounded(cache: SlotCache, slots: int) -> None:
             raise torch.OutOfMemoryError("CUDA out of memory")
         resize(wished, length)
 
-    cache.untouched = False
+    cache.lazy = False
     cache._resize = no_memory  # type: ignore[method-assign]
 
 
@@ -514,7 +514,7 @@ def test_what_is_kept_makes_room_beside_a_row_that_runs(endless: BaseModel) -> N
     assert len(rows.prefixes) == 1
     steps.submit("5:x", Scope("q"), max_tokens=2)
     steps.until_over("5:x", within=steps.now + 5)
-    assert len(rows.jobs) == 1
+    assert len(rows.states) == 1
 
 
 async def test_forget_ends_and_wipes_a_conversation_and_leaves_the_others(endless: BaseModel) -> None:

@@ -1,12 +1,12 @@
-// Attention of each token over its row, up to itself. Knows no weights.
+// Causal attention of a batch's tokens over the key/value slots of their rows.
 
 #include <omp.h>
 
 #include <algorithm>
 
-#include "lanes.h"
-#include "operators.h"
-#include "power.h"
+#include "simd.h"
+#include "kernels.h"
+#include "exp.h"
 
 namespace {
 
@@ -18,26 +18,26 @@ struct Past {
 
 int64_t whole_blocks(int64_t length) { return (length + BLOCK - 1) / BLOCK * BLOCK; }
 
-// The length of scores that all rows' fit into.
-int64_t longest_of(const Row *rows, int64_t count) {
+// Length of a score buffer that fits every row, in whole blocks.
+int64_t score_stride(const Row *rows, int64_t count) {
     int64_t longest = 0;
     for (const Row *row = rows; row < rows + count; ++row) longest = std::max(longest, row->start + row->tokens);
     return whole_blocks(longest);
 }
 
-// Scores become shares of 1.
-void share(float *scores, int64_t length, float scale) {
+// Softmax of scale * scores, in place.
+void softmax(float *scores, int64_t length, float scale) {
     float most = -INFINITY, whole = 0;
 #pragma omp simd reduction(max : most)
     for (int64_t i = 0; i < length; ++i) most = scores[i] > most ? scores[i] : most;
 #pragma omp simd reduction(+ : whole)
-    for (int64_t i = 0; i < length; ++i) whole += scores[i] = power((scores[i] - most) * scale);
+    for (int64_t i = 0; i < length; ++i) whole += scores[i] = fast_exp((scores[i] - most) * scale);
     for (int64_t i = 0; i < length; ++i) scores[i] /= whole;
 }
 
-// One token of COUNT heads (COUNT, size) that share keys: out (COUNT, size). They are read once, as memory gives them.
+// One token, COUNT query heads (COUNT, size) that share a key head -> out (COUNT, size). Keys are read once, in order.
 template <int COUNT>
-void look_up(const Past &past, int64_t length, const float *queries, float *out, float *scores) {
+void decode_attention(const Past &past, int64_t length, const float *queries, float *out, float *scores) {
     const int64_t size = past.size;
     const float *query[COUNT];
     float *to[COUNT];
@@ -48,13 +48,13 @@ void look_up(const Past &past, int64_t length, const float *queries, float *out,
         dots<TILE, COUNT>(past.keys + at * size, query, size, scores + at, length);
     }
     for (; at < length; ++at) dots<1, COUNT>(past.keys + at * size, query, size, scores + at, length);
-    for (int t = 0; t < COUNT; ++t) share(scores + t * length, length, past.scale);
+    for (int t = 0; t < COUNT; ++t) softmax(scores + t * length, length, past.scale);
     std::fill(out, out + COUNT * size, 0.0f);
     add_products<COUNT>(to, scores, length, past.values, length, size, size);
 }
 
-// Keys from the block of `from` on, each BLOCK of them as (size, BLOCK): what a product reads one by one.
-void pack(const float *keys, int64_t from, int64_t stop, int64_t size, float *to) {
+// Copies keys [from, stop) to `to`, each block of BLOCK keys transposed to (size, BLOCK).
+void pack_keys(const float *keys, int64_t from, int64_t stop, int64_t size, float *to) {
     for (int64_t first = from / BLOCK * BLOCK; first < stop; first += BLOCK)
         for (int64_t key = first; key < first + BLOCK; ++key)
             for (int64_t i = 0; i < size; ++i)
@@ -64,12 +64,12 @@ void pack(const float *keys, int64_t from, int64_t stop, int64_t size, float *to
 struct Query {
     const float *from;
     float *to;
-    int64_t start, stop;  // what it sees of its row
+    int64_t start, stop;  // visible positions of its row
 };
 
-// COUNT queries of a prompt, in the order of their tokens. Scores are (COUNT, stride).
+// COUNT queries of a prompt, ordered by token, over packed keys. scores is (COUNT, stride).
 template <int COUNT>
-void look_back(const Past &past, const float *packed, const Query *queries, float *scores, int64_t stride) {
+void prefill_attention(const Past &past, const float *packed, const Query *queries, float *scores, int64_t stride) {
     const int64_t size = past.size, start = queries[0].start, stop = queries[COUNT - 1].stop;
     const float *from[COUNT];
     float *to[COUNT];
@@ -92,7 +92,7 @@ void look_back(const Past &past, const float *packed, const Query *queries, floa
     for (int t = 0; t < COUNT; ++t) {
         float *own = scores + t * stride;
         std::fill(own + start, own + queries[t].start, 0.0f);
-        share(own + queries[t].start, queries[t].stop - queries[t].start, past.scale);
+        softmax(own + queries[t].start, queries[t].stop - queries[t].start, past.scale);
         std::fill(own + queries[t].stop, own + stop, 0.0f);
         std::fill(to[t], to[t] + size, 0.0f);
     }
@@ -101,34 +101,34 @@ void look_back(const Past &past, const float *packed, const Query *queries, floa
 
 }  // namespace
 
-// Says where rows lie, one after another. Returns how many numbers `attend` needs room for: each thread's scores, and
+// Fills in `first` and `packed` of each row. Returns the floats of scratch that `attend` needs: scores per thread, then
 // the packed keys of rows with more than one token.
 extern "C" int64_t lay_out(Row *rows, int64_t count, int64_t kv, int64_t size, int64_t threads) {
-    int64_t tokens = 0, room = threads * ROWS * longest_of(rows, count);
+    int64_t tokens = 0, scratch = threads * ROWS * score_stride(rows, count);
     for (Row *row = rows; row < rows + count; ++row) {
         row->first = tokens;
-        row->packed = room;
+        row->packed = scratch;
         tokens += row->tokens;
-        if (row->tokens > 1) room += kv * size * whole_blocks(row->start + row->tokens);
+        if (row->tokens > 1) scratch += kv * size * whole_blocks(row->start + row->tokens);
     }
-    return room;
+    return scratch;
 }
 
-// All tokens' keys and values are written to their rows' slots, and their queries look at those rows up to their own
-// token, or at the last `window` of that, if that is not zero.
+// Writes the keys and values of all tokens to their rows' slots, then attends: each query sees its row up to its own
+// token, or the last `window` tokens of that if window > 0.
 //
-// qkv (tokens, heads + 2 * kv, size), turned; keys and values (slots, kv, capacity, size); out (tokens, heads * size).
+// qkv (tokens, heads + 2 * kv, size), rotated; keys and values (slots, kv, capacity, size); out (tokens, heads * size).
 extern "C" void attend(const float *qkv, float *keys, float *values, const Row *rows, int64_t count, float *out,
                        int64_t heads, int64_t kv, int64_t size, int64_t capacity, int64_t window, float scale,
-                       float *room, int64_t threads) {
-    const int64_t group = heads / kv, all = heads + 2 * kv, stride = longest_of(rows, count);
+                       float *scratch, int64_t threads) {
+    const int64_t group = heads / kv, all = heads + 2 * kv, stride = score_stride(rows, count);
     int64_t read = 0;
     for (const Row *row = rows; row < rows + count; ++row) read += row->tokens * (row->start + row->tokens) * kv * size;
     const auto start_of = [&](int64_t stop) { return window > 0 && window < stop ? stop - window : 0; };
-#pragma omp parallel num_threads(threads) if (read >= SHARED / 2)
+#pragma omp parallel num_threads(threads) if (read >= MIN_PARALLEL / 2)
     {
-        float *const scores = room + omp_get_thread_num() * ROWS * stride;
-        // A single token looks at once. The keys of more are packed first, since each of them is read by many.
+        float *const scores = scratch + omp_get_thread_num() * ROWS * stride;
+        // Rows with one token attend here. Longer ones pack their keys first, since many queries read each key.
 #pragma omp for collapse(2) schedule(dynamic)
         for (int64_t one = 0; one < count; ++one)
             for (int64_t shared = 0; shared < kv; ++shared) {
@@ -141,15 +141,15 @@ extern "C" void attend(const float *qkv, float *keys, float *values, const Row *
                     std::memcpy(values + at + (row.start + token) * size, from + kv * size, size * sizeof(float));
                 }
                 if (row.tokens > 1) {
-                    pack(keys + at, start_of(row.start + 1), stop, size,
-                         room + row.packed + shared * size * whole_blocks(stop));
+                    pack_keys(keys + at, start_of(row.start + 1), stop, size,
+                         scratch + row.packed + shared * size * whole_blocks(stop));
                     continue;
                 }
                 const int64_t start = start_of(stop);
                 const Past past{keys + at + start * size, values + at + start * size, size, scale};
                 for (int64_t head = shared * group; head < (shared + 1) * group; head += TILE)
-                    with_constant<TILE>((shared + 1) * group - head, [&](auto queries) {
-                        look_up<decltype(queries)::value>(past, stop - start, own + head * size,
+                    dispatch_count<TILE>((shared + 1) * group - head, [&](auto queries) {
+                        decode_attention<decltype(queries)::value>(past, stop - start, own + head * size,
                                                           out + (row.first * heads + head) * size, scores);
                     });
             }
@@ -168,9 +168,9 @@ extern "C" void attend(const float *qkv, float *keys, float *values, const Row *
                         some[query - first] = {qkv + ((row->first + token) * all + head) * size,
                                                out + ((row->first + token) * heads + head) * size, start_of(stop), stop};
                     }
-                    with_constant<ROWS>(queries - first, [&](auto together) {
-                        look_back<decltype(together)::value>(
-                            past, room + row->packed + shared * size * whole_blocks(row->start + row->tokens), some,
+                    dispatch_count<ROWS>(queries - first, [&](auto count) {
+                        prefill_attention<decltype(count)::value>(
+                            past, scratch + row->packed + shared * size * whole_blocks(row->start + row->tokens), some,
                             scores, stride);
                     });
                 }

@@ -1,17 +1,17 @@
-// LoRA: to each token of a batch what its own adapter adds. Knows no base weights.
+// LoRA for a batch whose tokens use different adapters.
 
 #include <algorithm>
 #include <vector>
 
-#include "lanes.h"
-#include "operators.h"
+#include "simd.h"
+#include "kernels.h"
 
 namespace {
 
 struct Stack {
-    const float *a, *b;  // (slots, parts * rank, in) and (slots, parts * rank, all outs)
+    const float *a, *b;  // (slots, parts * rank, in) and (slots, parts * rank, all)
     int64_t in, parts, rank, all;
-    const int64_t *outs;  // of each part
+    const int64_t *outs;  // width of each part; they sum to `all`
 };
 
 template <int COUNT>
@@ -33,9 +33,9 @@ void add_tile(const Stack &stack, int64_t slot, const float *const *x, float *co
 
 }  // namespace
 
-// y += B (A x), each token with the adapter in its slot. x lies x_stride apart by token, y y_stride.
+// y += B (A x), each token with the adapter of its slot. Tokens of x and y are x_stride and y_stride floats apart.
 //
-// tiles (count, 2 + TILE) are a slot, how many tokens read it together, and which. outs holds the width of each part.
+// tiles (count, 2 + TILE): slot, number of tokens, their indices. outs (parts,): width of each part.
 extern "C" void add_lora(const float *x, int64_t x_stride, float *y, int64_t y_stride, const float *a, const float *b,
                          const int64_t *tiles, int64_t count, int64_t in, int64_t parts, int64_t rank,
                          const int64_t *outs) {
@@ -54,7 +54,7 @@ extern "C" void add_lora(const float *x, int64_t x_stride, float *y, int64_t y_s
                 from[t] = x + tile[2 + t] * x_stride;
                 to[t] = y + tile[2 + t] * y_stride;
             }
-            with_constant<TILE>(tile[1], [&](auto tokens) {
+            dispatch_count<TILE>(tile[1], [&](auto tokens) {
                 add_tile<decltype(tokens)::value>(stack, tile[0], from, to, h);
             });
         }

@@ -23,7 +23,7 @@ from core.engine.cpu import compiled as module
 from core.engine.cpu.compiled import CompiledOperators, compiled, in_blocks, tiles_of, unavailable_reason
 from core.engine.runtime.runner import Runner
 from tests.core.engine.runtime.test_fused import FAMILY, adapter, answers, made
-from tests.support.engine_operators import add_norm, attend, silu_mul, turn
+from tests.support.engine_operators import add_norm, attend, rope, silu_mul
 
 CLOSE = 2e-6  # of the largest value
 found = compiled()
@@ -95,9 +95,9 @@ def test_multiply_floats(
 ) -> None:
     x, weight, added = random(rows, width), random(outs, width, seed=1), random(outs, seed=2) if bias else None
     packed = in_blocks(weight, operators.float_block)
-    y = operators.multiply_floats(x, packed, added, outs)
+    y = operators.float_matmul(x, packed, added, outs)
     assert_close(y, functional.linear(x.double(), weight.double(), None if added is None else added.double()))
-    assert torch.equal(operators.multiply_floats(x[-1:], packed, added, outs), y[-1:])
+    assert torch.equal(operators.float_matmul(x[-1:], packed, added, outs), y[-1:])
 
 
 @pytest.mark.parametrize(("some", "multiple"), [(1, 1), (4, 16)])
@@ -117,7 +117,7 @@ def test_what_is_not_finite_stays_in_its_row(operators: CompiledOperators, wrong
     x[1, 7] = wrong
     normed = add_norm(operators, x, None, torch.ones(33), 1e-5)
     assert normed.isfinite().all(1).tolist() == [True, False, True]
-    y = operators.multiply_floats(x, in_blocks(random(40, 33), operators.float_block), None, 40)
+    y = operators.float_matmul(x, in_blocks(random(40, 33), operators.float_block), None, 40)
     assert y.isfinite().any(1).tolist() == [True, False, True]
 
 
@@ -129,7 +129,7 @@ def test_turn(operators: CompiledOperators, size: int, threads: int) -> None:
     first, second = qkv.double().chunk(2, dim=-1)
     truth = qkv * cos.double()[:, None] + torch.cat((-second, first), dim=-1) * sin.double()[:, None]
     own = qkv.clone()
-    turn(operators, own, cos, signed, 5)
+    rope(operators, own, cos, signed, 5)
     assert_close(own[:, :5], truth[:, :5])
     assert torch.equal(own[:, 5:], qkv[:, 5:])
 
@@ -231,7 +231,7 @@ def test_tiles() -> None:
 def test_a_model_gives_the_same_numbers_without(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     logits = []
     for built in (found, None):
-        for user in ("lora.stacks", "cpu.packed"):
+        for user in ("lora.slots", "cpu.packed"):
             monkeypatch.setattr(f"core.engine.{user}.compiled", lambda built=built: built)
         model = made(kind, tmp_path / str(built is None), **FAMILY[kind])
         runner = Runner(model, max_rows=5, context=256)

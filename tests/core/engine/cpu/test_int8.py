@@ -28,10 +28,10 @@ from tests.support.tiny import save_tiny
 
 LARGEST_PRODUCTS = """
 import torch
-from core.engine.cpu.int8 import ByBytes, Int8Linear
+from core.engine.cpu.int8 import FbgemmKernel, Int8Linear
 linear = torch.nn.Linear(64, 8, bias=False).requires_grad_(False)
 linear.weight.fill_(1.0)
-print(Int8Linear.of(linear, kernel=ByBytes)(torch.tensor([[1.0], [-1.0]]).expand(2, 64))[:, 0].tolist())
+print(Int8Linear.of(linear, kernel=FbgemmKernel)(torch.tensor([[1.0], [-1.0]]).expand(2, 64))[:, 0].tolist())
 """
 
 
@@ -57,13 +57,13 @@ each_kernel = pytest.mark.parametrize(
 
 def steps_of(kernel: type[Int8Kernel]) -> int:
     """Of inputs, from the largest below zero to that above."""
-    return 255 if kernel is FbgemmKernel else 2 * kernel.heaviest()
+    return 255 if kernel is FbgemmKernel else 2 * kernel.absmax()
 
 
 def by_hand(layer: nn.Linear, x: Tensor, kernel: type[Int8Kernel]) -> Tensor:
     """The definition in float64: weights in steps of their own output, inputs in steps of their own row."""
     weight = layer.weight.double()
-    scale = weight.abs().amax(1, keepdim=True) / kernel.heaviest()
+    scale = weight.abs().amax(1, keepdim=True) / kernel.absmax()
     weight = (weight / scale).round() * scale
     steps = steps_of(kernel)
     largest = x.double().abs().amax(1, keepdim=True)
@@ -96,7 +96,7 @@ def test_each_group_of_inputs_has_its_own_steps(rows: int, outs: int, width: int
     values = weight[0].double() * weight[1].double()[:, None]
     expected = layer.bias.double().repeat(rows, 1)
     for group in groups:
-        largest = BlockedKernel.heaviest()
+        largest = BlockedKernel.absmax()
         step = x[:, group].double().abs().amax(1, keepdim=True) / largest
         expected += (x[:, group] / (step * largest).float() * largest).round().double() * step @ values[:, group].t()
     found = Int8Linear.of(layer, kernel=BlockedKernel)(x)

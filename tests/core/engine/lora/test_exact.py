@@ -33,13 +33,13 @@ def text_of(base: BaseModel, ids: list[int]) -> str:
 def spy_answers(engine: LocalEngine) -> dict[str, list[int]]:
     """The ids of every answer by request id, as the model thread draws them."""
     answers: dict[str, list[int]] = {}
-    accept = engine.thread._show
+    accept = engine.thread._emit_token
 
-    def show(job: Any, token: int) -> Any:
-        answers.setdefault(job.request.id, []).append(token)
-        return accept(job, token)
+    def show(state: Any, token: int) -> Any:
+        answers.setdefault(state.request.id, []).append(token)
+        return accept(state, token)
 
-    engine.thread._show = show  # type: ignore[method-assign]
+    engine.thread._emit_token = show  # type: ignore[method-assign]
     return answers
 
 

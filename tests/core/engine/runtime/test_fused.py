@@ -110,9 +110,9 @@ def test_fused_and_plain_agree_with_adapters(kind: str, tmp_path: Path, monkeypa
                 patch.setattr("core.engine.runtime.runner.fuse", lambda module: None)
             for mix in ("mixed", "in turn", "far apart", "single", "bare"):
                 runner = Runner(model, max_rows=9, context=256)
-                runner.lora.plans.grouped = "masked" not in way
+                runner.lora.planner.grouped = "masked" not in way
                 if "," in way:
-                    runner.lora.plans.operators = runner.layers = None
+                    runner.lora.planner.operators = runner.layers = None
                 held = [adapter(model, "a", 8), adapter(model, "b", 3, only="v_proj"), adapter(model, "c", 1)]
                 held += [adapter(model, f"unused {i}", 1) for i in range(5)] + [adapter(model, "d", 5)]
                 a, b, c, *_, d = (runner.lora.acquire(one) for one in held)
@@ -141,10 +141,10 @@ def test_all_ways_give_the_product_that_is_meant(way: str, mix: tuple[int | None
     if way == "tiles" and operators is None:
         pytest.skip("no compiler here")
     torch.manual_seed(0)
-    plans = SegmentPlanner(torch.device("cpu"), operators if way == "tiles" else None)
-    plans.grouped = way != "mask"
+    planner = SegmentPlanner(torch.device("cpu"), operators if way == "tiles" else None)
+    planner.grouped = way != "mask"
     outs, ranks = (96, 32, 32), (8, 3, 1)
-    stack = StackedLora(64, outs, plans, device=plans.device, dtype=torch.float32, joined=plans.grouped)
+    stack = StackedLora(64, outs, planner, device=planner.device, dtype=torch.float32, joined=planner.grouped)
     stack.resize(3, 8)
     x, y = torch.randn(len(mix), 64), torch.randn(len(mix), sum(outs))
     truth, begin = y.double(), 0
@@ -155,7 +155,7 @@ def test_all_ways_give_the_product_that_is_meant(way: str, mix: tuple[int | None
             for token in (i for i, one in enumerate(mix) if one == slot):
                 truth[token, begin : begin + out] += b.double() @ (a.double() @ x[token].double())
         begin += out
-    with plans.tokens([(slot, 1) for slot in mix]):
+    with planner.segments([(slot, 1) for slot in mix]):
         stack.add(x, y)
     assert float((y - truth).abs().max()) <= 1e-5 * float(truth.abs().max())
 
@@ -163,7 +163,7 @@ def test_all_ways_give_the_product_that_is_meant(way: str, mix: tuple[int | None
 @torch.inference_mode()
 def test_tokens_are_ordered_where_none_need_be_gathered_then(base: BaseModel) -> None:
     lora = Runner(base, max_rows=9, context=64).lora
-    lora.plans.operators = None
+    lora.planner.operators = None
     for number in range(3):
         lora.acquire(adapter(base, str(number), 2))
     for slots, rows in {
@@ -174,12 +174,12 @@ def test_tokens_are_ordered_where_none_need_be_gathered_then(base: BaseModel) ->
         (0, 0, 1, 1): None,  # they lie so
         (None, None): None,
     }.items():
-        found = lora.plans.order(slots)
+        found = lora.planner.order(slots)
         assert (found and found.rows) == rows, slots
         if found is not None:
             assert found.there[found.back].tolist() == list(range(len(slots)))
-            with lora.plans.tokens([(slots[row], 1) for row in found.rows]) as pieces:
-                assert not any(piece.groups and piece.groups.moves for piece in pieces)
+            with lora.planner.segments([(slots[row], 1) for row in found.rows]) as segments:
+                assert not any(one.groups and one.groups.permutation for one in segments)
 
 
 @pytest.mark.parametrize("kind", OTHERS)

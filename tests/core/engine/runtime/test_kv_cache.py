@@ -122,7 +122,7 @@ def test_a_new_layout_is_made_for_rows_and_length_at_once_and_with_room_to_go_on
     cache.reserve(2001)
     cache.add_row()
     assert cache.version == version + 1
-    assert cache.room == (4, 2048)
+    assert cache.capacity == (4, 2048)
     assert 2000 % FIRST_LENGTH
 
 

@@ -81,7 +81,7 @@ async def test_the_floor_is_weights_adapters_and_what_rows_hold(endless: BaseMod
     held = [heard.started.prompt_tokens + i for i in range(1, 6)]  # the first token comes with the prompt
     assert stats.decode_bytes == 5 * (weight_bytes(endless.module) + adapter) + position * sum(held)
     assert stats.bandwidth == bandwidth(endless.device, torch.get_num_threads()) > 1e8
-    assert 0 < stats.floor_fraction < 1
+    assert 0 < stats.roofline_fraction < 1
 
 
 @pytest.mark.parametrize("tied", [True, False])
@@ -100,7 +100,7 @@ def test_int8_weights_count_a_byte_each() -> None:
 
 
 def test_nothing_done_is_no_waste_and_no_speed() -> None:
-    assert (EngineStats().padding_waste, EngineStats().floor_fraction) == (0.0, 0.0)
+    assert (EngineStats().padding_waste, EngineStats().roofline_fraction) == (0.0, 0.0)
 
 
 def test_times_fall_into_the_first_bucket_that_holds_them() -> None:

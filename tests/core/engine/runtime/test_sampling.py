@@ -83,19 +83,19 @@ def test_only_tokens_that_transformers_would_draw_are_drawn(
 def weights_of(row: Tensor, param: Sampling, seen: tuple[int, ...]) -> Tensor:
     """(V,): how likely each id is drawn."""
     found: list[Tensor] = []
-    index = sampling._index
+    index = sampling._inverse_cdf
 
     def spied(weights: Tensor, drawn: Tensor) -> Tensor:
         found.append(weights)
         return index(weights, drawn)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(sampling, "_index", spied)
+        patch.setattr(sampling, "_inverse_cdf", spied)
         drawn(row, param, seen=seen)
     (weights,) = found
     if param.top_k > 0 or param.top_p < 1:
         scores = row.clone()
-        sampling._penalise(scores, torch.tensor([[param.repetition_penalty]]), [seen])
+        sampling._penalize(scores, torch.tensor([[param.repetition_penalty]]), [seen])
         ids = scores.argsort(descending=True)
         weights = torch.zeros_like(weights).scatter(1, ids[:, : weights.shape[1]], weights)
     return weights[0] / weights.sum()

@@ -57,7 +57,7 @@ def waits_of_the_others(model: BaseModel, *, flooded: bool) -> list[float]:
         steps.step()
     while asked.keys() - steps.begun.keys():
         steps.step()
-    assert len(steps.thread.lobby) <= 256 + 8
+    assert len(steps.thread.queue) <= 256 + 8
     return [(steps.begun[name] - at) * STEP_S for name, at in asked.items()]
 
 
@@ -113,13 +113,13 @@ def test_what_made_room_is_the_next_to_go_on(endless: BaseModel) -> None:
         steps.submit(f"30:f{i}", Scope("flood"), max_tokens=100)
     for _ in range(5):
         steps.step()
-    victim = steps.thread.rows.jobs[-1]
+    victim = steps.thread.rows.states[-1]
     steps.submit("5:calm", Scope("calm"), max_tokens=3)
     steps.step()
-    assert victim not in steps.thread.rows.jobs
+    assert victim not in steps.thread.rows.states
     steps.until_over("5:calm", within=15)
     steps.step()
-    assert victim in steps.thread.rows.jobs
+    assert victim in steps.thread.rows.states
     assert steps.begun.keys() == {"30:f0", "30:f1", "5:calm"}
 
 
@@ -129,11 +129,11 @@ def who_made_room(steps: Steps) -> RequestState:
         steps.submit(f"30:f{i}", Scope("flood"), max_tokens=400)
     for _ in range(5):
         steps.step()
-    victim = steps.thread.rows.jobs[-1]
+    victim = steps.thread.rows.states[-1]
     steps.submit("5:calm", Scope("calm"), max_tokens=20)
     for _ in range(3):
         steps.step()
-    assert victim not in steps.thread.rows.jobs
+    assert victim not in steps.thread.rows.states
     return victim
 
 
@@ -146,7 +146,7 @@ def test_one_that_nobody_owes_a_row_any_more_holds_up_nobody(endless: BaseModel)
     while len(steps.begun) < 3:
         steps.step()
     later: list[Callable[[], None]] = []
-    steps.thread.lobby._spawn = later.append
+    steps.thread.queue._spawn = later.append
     for i, name in ((3, "23:d"), (4, "24:e"), (5, "25:urgent")):
         steps.submit(name, flood[i], max_tokens=300)
     steps.step()
@@ -154,7 +154,7 @@ def test_one_that_nobody_owes_a_row_any_more_holds_up_nobody(endless: BaseModel)
     assert len(later) == 3
     for work in later:
         work()
-    steps.thread.lobby._spawn = lambda work: work()
+    steps.thread.queue._spawn = lambda work: work()
     steps.step()
     assert "25:urgent" not in steps.begun  # three channels have a row each
     steps.submit("26:calm", Scope("calm", "c", "u", ""), max_tokens=4)
@@ -236,7 +236,7 @@ def test_any_order_of_adapters_is_answered(
     steps.until_over(*(f"4:{i}" for i in range(len(asked))), within=30 * (6 + 4))
     assert all(isinstance(one, Finished) for one in steps.over.values())
     assert steps.thread.runner.lora.slot_count <= slots
-    assert len(steps.thread.lobby) == 0
+    assert len(steps.thread.queue) == 0
     assert steps.thread.runner.cache.is_blank()
 
 
@@ -248,13 +248,13 @@ def test_busy_comes_with_the_time_that_those_who_wait_will_take(
     monkeypatch.setattr("core.engine.runtime.loop.time.monotonic", lambda: steps.now * 0.5)
     asked = 0
     while len(steps.over) < 40:
-        while len(steps.thread.lobby) < 4:
+        while len(steps.thread.queue) < 4:
             asked += 1
             steps.submit(f"5:{asked}", Scope("p"))
         steps.step()
-    while len(steps.thread.lobby._scheduler) < 4:
+    while len(steps.thread.queue._scheduler) < 4:
         asked += 1
         steps.submit(f"5:{asked}", Scope("p"))
     with pytest.raises(Overloaded) as caught:
         steps.submit("5:too many", Scope("p"))
-    assert caught.value.retry_after_s == pytest.approx(len(steps.thread.lobby) / 2 * 8 * 0.5, rel=0.25)
+    assert caught.value.retry_after_s == pytest.approx(len(steps.thread.queue) / 2 * 8 * 0.5, rel=0.25)

@@ -10,7 +10,7 @@ from hypothesis import strategies as st
 
 from core.engine.protocol import Scope
 from core.engine.scheduling import scheduler as module
-from core.engine.scheduling.scheduler import QueueFull, Scheduler, yields_to
+from core.engine.scheduling.scheduler import QueueFull, Scheduler, row_to_preempt
 
 
 class Item:
@@ -171,7 +171,7 @@ def test_counters_of_those_who_left_are_bounded(monkeypatch: pytest.MonkeyPatch)
 
 @given(st.lists(SCOPES, max_size=12), SCOPES)
 def test_who_makes_room_has_two_more_and_the_last_of_its_items_goes(running: list[Scope], newcomer: Scope) -> None:
-    index = yields_to(newcomer, running)
+    index = row_to_preempt(newcomer, running)
     levels = [lambda s: (s.partner,), lambda s: (s.partner, s.channel), lambda s: (s.partner, s.channel, s.user)]
     owed = []
     for name in levels:
@@ -193,10 +193,10 @@ def test_making_room_ends_at_shares_by_weight(rows: int, mine: int, theirs: int)
     """A flood that holds all rows gives them up one by one, and never gets one back that way."""
     running = [Scope("flood", weight=theirs)] * rows
     newcomer = Scope("calm", weight=mine)
-    while (index := yields_to(newcomer, running)) is not None:
+    while (index := row_to_preempt(newcomer, running)) is not None:
         del running[index]
         running.append(newcomer)
-        assert yields_to(Scope("flood", weight=theirs), running) is None
+        assert row_to_preempt(Scope("flood", weight=theirs), running) is None
     fair = rows * mine / (mine + theirs)
     assert abs(sum(scope.partner == "calm" for scope in running) - fair) <= 1
 
@@ -204,7 +204,7 @@ def test_making_room_ends_at_shares_by_weight(rows: int, mine: int, theirs: int)
 def test_a_light_partner_with_one_row_hides_no_heavy_one_with_many() -> None:
     flood, light = Scope("flood"), Scope("light", weight=0.1)
     for running in ([flood] * 7 + [light], [light] + [flood] * 7):
-        index = yields_to(Scope("calm"), running)
+        index = row_to_preempt(Scope("calm"), running)
         assert index is not None
         assert running[index] == flood
 
@@ -217,7 +217,7 @@ def test_a_light_partner_with_one_row_hides_no_heavy_one_with_many() -> None:
 def test_whoever_owes_room_by_weight_is_found(weights: dict[str, float], rows: list[str], weight: float) -> None:
     counts = Counter(name for name in rows if name in weights)
     running = [Scope(name, weight=weights[name]) for name in rows if name in weights]
-    index = yields_to(Scope("newcomer", weight=weight), running)
+    index = row_to_preempt(Scope("newcomer", weight=weight), running)
     owing = [name for name, count in counts.items() if (count - 1) / weights[name] >= 1 / weight]
     assert (index is not None) is bool(owing)
     assert index is None or running[index].partner in owing

@@ -1,8 +1,8 @@
-// Registers full of float32, and the two products that operators are made of. Knows no operators.
+// Vectors of float32 and the two products that the kernels are built from.
 //
-// What is here and beside it goes by rows: a row is what one token has, in float32. What it becomes depends on that row
-// alone, whichever others there are, and is the same to the last bit on any number of threads. core/engine/cpu/build.py
-// makes one library of it, core/engine/cpu/compiled.py calls that.
+// The kernels work on rows: the float32 values of one token. A row's result depends on that row alone and is the same to
+// the last bit whatever the batch and the number of threads. core/engine/cpu/build.py compiles the kernels into one
+// library, core/engine/cpu/compiled.py calls it.
 #pragma once
 
 #include <cstdint>
@@ -18,32 +18,32 @@ constexpr int LANES = 4;
 #endif
 
 #if defined(__AVX512F__) || defined(__aarch64__)
-constexpr int ROWS = 8;  // that read a block of bytes or keys together: twice as many sums fit into the registers
+constexpr int ROWS = 8;  // rows per block of weights or keys; their sums fill half of the vector registers
 #else
 constexpr int ROWS = 6;
 #endif
 
-constexpr int BLOCK = 2 * LANES;   // outputs of a product that are computed together
-constexpr int LINE = 16;           // numbers that memory brings at once
-constexpr int TILE = 4;            // tokens, or heads, that read the same numbers together
-constexpr int64_t SHARED = 32768;  // numbers from which a second thread pays
+constexpr int BLOCK = 2 * LANES;         // outputs of a product that are computed at once
+constexpr int LINE = 16;                 // floats of a cache line
+constexpr int TILE = 4;                  // tokens or heads that share one read of weights or keys
+constexpr int64_t MIN_PARALLEL = 32768;  // floats from which a second thread pays off
 
-// Of no alignment but a float's: a load or store wherever it is dereferenced.
+// Aligned as one float, so that every dereference is an unaligned load or store.
 typedef float Lanes __attribute__((vector_size(LANES * sizeof(float)), aligned(4), may_alias));
 
 static inline Lanes load(const float *from) { return *reinterpret_cast<const Lanes *>(from); }
 static inline void store(float *to, Lanes lanes) { *reinterpret_cast<Lanes *>(to) = lanes; }
 
-// Calls with count, or with MOST if that is less, as a constant of the compiler's.
+// Calls call(integral_constant<min(count, MOST)>).
 template <int MOST, typename Call>
-static inline void with_constant(int64_t count, Call call) {
+static inline void dispatch_count(int64_t count, Call call) {
     if constexpr (MOST > 1)
-        if (count < MOST) return with_constant<MOST - 1>(count, call);
+        if (count < MOST) return dispatch_count<MOST - 1>(count, call);
     call(std::integral_constant<int, MOST>());
 }
 
-// a * b + c, rounded once wherever the processor can: left to itself a compiler fuses some loops and not others, and a
-// row's result would depend on how many rows are computed together.
+// a * b + c with one rounding where the processor has FMA. Left to itself the compiler fuses some loops and not others,
+// and a row's result would depend on the size of the batch.
 static inline float fused(float a, float b, float c) {
 #if defined(__FMA__) || defined(__AVX512F__) || defined(__aarch64__)
     return __builtin_fmaf(a, b, c);
@@ -60,7 +60,7 @@ static inline float sum(Lanes lanes) {
     return parts[0];
 }
 
-// out[r][t] = a[r] . x[t] for ROWS rows of a and COUNT tokens of x; out lies `step` apart by token.
+// out[t * step + r] = a[r] . x[t] for ROWS rows of a and COUNT tokens.
 template <int ROWS, int COUNT>
 static inline void dots(const float *a, const float *const *x, int64_t width, float *out, int64_t step) {
     Lanes sums[ROWS][COUNT];
@@ -87,7 +87,7 @@ static inline void dots(const float *a, const float *const *x, int64_t width, fl
                 out[t * step + r] = fused(a[r * width + i], x[t][i], out[t * step + r]);
 }
 
-// y[t][0, width) += h[t][0, rank) b, b of (rank, stride).
+// y[t][0, width) += h[t][0, rank) b for COUNT tokens, b (rank, stride).
 template <int COUNT>
 static inline void add_products(float *const *y, const float *h, int64_t step, const float *b, int64_t rank,
                                 int64_t stride, int64_t width) {

@@ -1,21 +1,21 @@
-// The layers of a llama-like model over the tokens of a pass, in one call. Knows nothing of a product's or attention's
-// inside; core/engine/runtime/compiled_layers.py fills in what is told here.
+// All layers of a llama-like model over the tokens of one forward pass. core/engine/runtime/compiled_layers.py mirrors
+// the structs.
 
-#include "operators.h"
+#include "kernels.h"
 
 namespace {
 
 struct Norm {
-    const float *weight;  // or none: nothing is to be done
+    const float *weight;  // null: no norm
     float eps;
 };
 
 struct Linear {
-    const float *floats;  // or none: then weights are bytes
+    const float *floats;  // null: the weights are int8
     const uint8_t *bytes;
     const float *scales, *bias;
     int64_t in, outs;
-    const float *a, *b;  // of the adapters, or none
+    const float *a, *b;  // stacked LoRA weights, or null
     int64_t parts, rank;
     const int64_t *widths;
 };
@@ -34,14 +34,14 @@ struct Pass {
     Row *row;
     const int64_t *tile;
     const float *cos, *sin;
-    float *x;  // (tokens, hidden): the embeddings, changed in place
+    float *x;  // (tokens, hidden): embeddings, overwritten
 };
 
-// Where what is between two steps lies, one behind another; `end` is the number of all of them.
-struct Room {
+// Offsets of the intermediate results in scratch; `end` is its size in floats.
+struct ScratchLayout {
     int64_t normed, qkv, mixed, gate_up, active, delta, attention, end;
 
-    explicit Room(const Pass &pass) {
+    explicit ScratchLayout(const Pass &pass) {
         const int64_t tokens = pass.tokens;
         normed = 0;
         qkv = normed + tokens * pass.hidden;
@@ -57,14 +57,14 @@ struct Room {
 void multiply(const Linear &linear, const Pass &pass, const float *x, float *y) {
     const int64_t in = linear.in, outs = linear.outs;
     if (linear.floats != nullptr)
-        multiply_floats(x, linear.floats, linear.bias, y, pass.tokens, in, outs);
+        float_matmul(x, linear.floats, linear.bias, y, pass.tokens, in, outs);
     else
-        multiply_bytes(x, linear.bytes, linear.scales, linear.bias, y, pass.tokens, in, outs);
+        int8_matmul(x, linear.bytes, linear.scales, linear.bias, y, pass.tokens, in, outs);
     if (linear.a != nullptr)
         add_lora(x, in, y, outs, linear.a, linear.b, pass.tile, pass.tiles, in, linear.parts, linear.rank, linear.widths);
 }
 
-// Each head by itself.
+// RMSNorm of each head.
 void norm_heads(const Norm &norm, const Pass &pass, float *qkv, int64_t first, int64_t count) {
     if (norm.weight == nullptr) return;
 #pragma omp parallel for
@@ -76,26 +76,26 @@ void norm_heads(const Norm &norm, const Pass &pass, float *qkv, int64_t first, i
 
 }  // namespace
 
-// How many numbers `run_layers` needs room for.
-extern "C" int64_t room_of(const Pass *pass) { return Room(*pass).end; }
+// Floats of scratch that run_layers needs.
+extern "C" int64_t scratch_size(const Pass *pass) { return ScratchLayout(*pass).end; }
 
-// states (rows, hidden): of the last token of each row, normed by `last`.
-extern "C" void run_layers(const Layer *layers, int64_t count, const Norm *last, const Pass *given, float *numbers,
+// states (rows, hidden): the last token of each row, normed by `last`.
+extern "C" void run_layers(const Layer *layers, int64_t count, const Norm *last, const Pass *given, float *scratch,
                            float *states) {
     const Pass &pass = *given;
-    const Room room(pass);
-    float *const normed = numbers + room.normed, *const qkv = numbers + room.qkv, *const mixed = numbers + room.mixed;
-    float *const gate_up = numbers + room.gate_up, *const active = numbers + room.active;
-    float *const delta = numbers + room.delta;
+    const ScratchLayout layout(pass);
+    float *const normed = scratch + layout.normed, *const qkv = scratch + layout.qkv, *const mixed = scratch + layout.mixed;
+    float *const gate_up = scratch + layout.gate_up, *const active = scratch + layout.active;
+    float *const delta = scratch + layout.delta;
     const int64_t tokens = pass.tokens, hidden = pass.hidden, heads = pass.heads, kv = pass.kv;
     for (const Layer *layer = layers; layer < layers + count; ++layer) {
         add_norm(pass.x, layer == layers ? nullptr : delta, layer->norm.weight, layer->norm.eps, normed, tokens, hidden);
         multiply(layer->qkv, pass, normed, qkv);
         norm_heads(layer->q_norm, pass, qkv, 0, heads);
         norm_heads(layer->k_norm, pass, qkv, heads, kv);
-        turn(qkv, pass.cos, pass.sin, tokens, heads + kv, heads + 2 * kv, pass.size);
+        rope(qkv, pass.cos, pass.sin, tokens, heads + kv, heads + 2 * kv, pass.size);
         attend(qkv, layer->keys, layer->values, pass.row, pass.rows, mixed, heads, kv, pass.size,
-               layer->capacity, layer->window, pass.scale, numbers + room.attention, pass.threads);
+               layer->capacity, layer->window, pass.scale, scratch + layout.attention, pass.threads);
         multiply(layer->out, pass, mixed, delta);
         add_norm(pass.x, delta, layer->mlp_norm.weight, layer->mlp_norm.eps, normed, tokens, hidden);
         multiply(layer->gate_up, pass, normed, gate_up);

@@ -1,6 +1,4 @@
-// y = W x + b with int8 weights. Knows no adapters.
-//
-// Sums of integers are exact, so a row's numbers do not depend on what a processor multiplies at once.
+// y = W x + b with int8 weights. Integer sums are exact, so a row's result does not depend on the processor's width.
 
 #if defined(__SSE2__)
 #include <immintrin.h>
@@ -10,99 +8,99 @@
 #include <cmath>
 #include <vector>
 
-#include "lanes.h"
-#include "operators.h"
+#include "simd.h"
+#include "kernels.h"
 
 namespace {
 
 typedef int32_t Ints __attribute__((vector_size(LANES * sizeof(int32_t))));
 
-// 32 bits of a row's inputs go to each output, which has its own weights for them: `widened` is these weights for LANES
-// outputs, and `added` what they make of the inputs, on top of sums. Both lie within LARGEST of zero.
+// load_weights reads the weights of LANES outputs for 32 bits of inputs; multiply_add returns sums + weights * x.
+// Weights and inputs lie within [-ABSMAX, ABSMAX].
 #if defined(__AVX512VNNI__)
-constexpr int LARGEST = 127;
+constexpr int ABSMAX = 127;
 using Input = int8_t;
-inline __m512i widened(const uint8_t *weights) { return _mm512_loadu_si512(weights); }
-inline Ints added(Ints sums, __m512i weights, int32_t x) {
+inline __m512i load_weights(const uint8_t *weights) { return _mm512_loadu_si512(weights); }
+inline Ints multiply_add(Ints sums, __m512i weights, int32_t x) {
     return (Ints)_mm512_dpbusd_epi32((__m512i)sums, weights, _mm512_set1_epi32(x));
 }
 #elif defined(__AVX2__)
-constexpr int LARGEST = 90;  // two products of (90 + 91) * 90 fit into the 16 bits that they are added in
+constexpr int ABSMAX = 90;  // maddubs adds two products in int16: 2 * (90 + 91) * 90 fits
 using Input = int8_t;
 #if defined(__AVX512BW__)
-inline __m512i widened(const uint8_t *weights) { return _mm512_loadu_si512(weights); }
-inline Ints added(Ints sums, __m512i weights, int32_t x) {
+inline __m512i load_weights(const uint8_t *weights) { return _mm512_loadu_si512(weights); }
+inline Ints multiply_add(Ints sums, __m512i weights, int32_t x) {
     const __m512i pairs = _mm512_maddubs_epi16(weights, _mm512_set1_epi32(x));
     return sums + (Ints)_mm512_madd_epi16(pairs, _mm512_set1_epi16(1));
 }
 #else
-inline __m256i widened(const uint8_t *weights) {
+inline __m256i load_weights(const uint8_t *weights) {
     return _mm256_loadu_si256(reinterpret_cast<const __m256i *>(weights));
 }
-inline Ints added(Ints sums, __m256i weights, int32_t x) {
+inline Ints multiply_add(Ints sums, __m256i weights, int32_t x) {
     const __m256i pairs = _mm256_maddubs_epi16(weights, _mm256_set1_epi32(x));
     return sums + (Ints)_mm256_madd_epi16(pairs, _mm256_set1_epi16(1));
 }
 #endif
 #else
-constexpr int LARGEST = 127;
+constexpr int ABSMAX = 127;
 using Input = int32_t;
-inline Ints widened(const uint8_t *weights) {
+inline Ints load_weights(const uint8_t *weights) {
     Ints wide;
     for (int i = 0; i < LANES; ++i) wide[i] = weights[i];
     return wide;
 }
-inline Ints added(Ints sums, Ints weights, int32_t x) { return sums + weights * x; }
+inline Ints multiply_add(Ints sums, Ints weights, int32_t x) { return sums + weights * x; }
 #endif
 
-constexpr int ZERO = LARGEST + 1;  // a weight of zero, as its byte
-constexpr int TOGETHER = sizeof(int32_t) / sizeof(Input);  // inputs that are multiplied at once
-constexpr int GROUP = 64;  // inputs with a scale of their own: an outlier costs its neighbours alone their precision
+constexpr int ZERO = ABSMAX + 1;  // zero point of the weights' bytes
+constexpr int UNROLL = sizeof(int32_t) / sizeof(Input);  // inputs per multiply_add
+constexpr int GROUP = 64;  // inputs per scale: an outlier costs only its group precision
 
 struct Weights {
-    const uint8_t *bytes;  // (outs / BLOCK, in / TOGETHER, BLOCK, TOGETHER), ZERO more than they are, filled with it
-    const float *scales;   // of each output, filled up to whole blocks
-    const float *bias;     // or none
+    const uint8_t *bytes;  // (outs / BLOCK, in / UNROLL, BLOCK, UNROLL), weight + ZERO, padded with ZERO
+    const float *scales;   // per output, padded to whole blocks
+    const float *bias;     // may be null
     int64_t groups;
 };
 
-// Rows as integers, each group of inputs by its own largest value.
+// Rows quantized to integers, one scale per group of inputs.
 struct Inputs {
     std::vector<Input> values;   // (rows, groups, GROUP)
     std::vector<float> scales;   // (rows, groups)
-    std::vector<int32_t> start;  // (rows, groups): what the ZERO more adds to a sum, negated
+    std::vector<int32_t> start;  // (rows, groups): -ZERO * sum of the group, cancels the weights' zero point
 
     Inputs(int64_t rows, int64_t groups)
         : values(rows * groups * GROUP), scales(rows * groups), start(rows * groups) {}
 };
 
-// The bits of |x|. In their order as integers what is no number is the largest of all.
+// The bits of |x|. Ordered as integers, NaN is the largest.
 inline int32_t magnitude(float x) {
     int32_t bits;
     std::memcpy(&bits, &x, sizeof bits);
     return bits & 0x7fffffff;
 }
 
-// Up to GROUP numbers as integers, the largest of them as LARGEST; returns the size of a step. What is not finite makes that
-// not finite either, and so all that is multiplied by it.
-float to_integers(const float *from, int64_t width, Input *to, int32_t *start) {
+// Quantizes up to GROUP floats to [-ABSMAX, ABSMAX] and returns the scale. A non-finite input makes the scale, and so
+// every output of the row, non-finite.
+float quantize(const float *from, int64_t width, Input *to, int32_t *start) {
     int32_t bits = 0;
     for (int64_t i = 0; i < width; ++i) bits = std::max(bits, magnitude(from[i]));
-    float largest;
-    std::memcpy(&largest, &bits, sizeof largest);
-    const float divisor = largest == 0 ? 1 : largest;
+    float absmax;
+    std::memcpy(&absmax, &bits, sizeof absmax);
+    const float divisor = absmax == 0 ? 1 : absmax;
     int32_t sum = 0;
 #pragma omp simd reduction(+ : sum)
     for (int64_t i = 0; i < width; ++i) {
-        const int32_t near = static_cast<int32_t>(std::nearbyint(from[i] / divisor * LARGEST));
+        const int32_t near = static_cast<int32_t>(std::nearbyint(from[i] / divisor * ABSMAX));
         to[i] = static_cast<int8_t>(near);
         sum += to[i];
     }
     *start = -ZERO * sum;
-    return largest / LARGEST;
+    return absmax / ABSMAX;
 }
 
-// COUNT rows by one block of outputs.
+// COUNT rows, one block of outputs.
 template <int COUNT>
 inline void multiply(const Inputs &x, int64_t row, const Weights &w, int64_t block, float *y, int64_t outs) {
     const uint8_t *weights = w.bytes + block * w.groups * GROUP * BLOCK;
@@ -115,13 +113,13 @@ inline void multiply(const Inputs &x, int64_t row, const Weights &w, int64_t blo
             own[r] = x.values.data() + at * GROUP;
             sums[r][0] = sums[r][1] = Ints{} + x.start[at];
         }
-        for (int i = 0; i < GROUP; i += TOGETHER, weights += TOGETHER * BLOCK) {
-            const auto low = widened(weights), high = widened(weights + TOGETHER * LANES);
+        for (int i = 0; i < GROUP; i += UNROLL, weights += UNROLL * BLOCK) {
+            const auto low = load_weights(weights), high = load_weights(weights + UNROLL * LANES);
             for (int r = 0; r < COUNT; ++r) {
                 int32_t seen;
                 std::memcpy(&seen, own[r] + i, sizeof seen);
-                sums[r][0] = added(sums[r][0], low, seen);
-                sums[r][1] = added(sums[r][1], high, seen);
+                sums[r][0] = multiply_add(sums[r][0], low, seen);
+                sums[r][1] = multiply_add(sums[r][1], high, seen);
             }
         }
         for (int r = 0; r < COUNT; ++r) {
@@ -141,37 +139,37 @@ inline void multiply(const Inputs &x, int64_t row, const Weights &w, int64_t blo
 }  // namespace
 
 // y (rows, outs) = W x + bias for x (rows, in); the layout of W is that of `Weights`.
-extern "C" void multiply_bytes(const float *x, const uint8_t *bytes, const float *scales, const float *bias, float *y,
+extern "C" void int8_matmul(const float *x, const uint8_t *bytes, const float *scales, const float *bias, float *y,
                                int64_t rows, int64_t in, int64_t outs) {
     const int64_t groups = (in + GROUP - 1) / GROUP;
     const Weights w{bytes, scales, bias, groups};
     Inputs inputs(rows, groups);
-#pragma omp parallel if (rows * in * outs >= SHARED)
+#pragma omp parallel if (rows * in * outs >= MIN_PARALLEL)
     {
 #pragma omp for
         for (int64_t row = 0; row < rows; ++row)
             for (int64_t group = 0; group < groups; ++group) {
                 const int64_t at = row * groups + group, begin = group * GROUP;
-                inputs.scales[at] = to_integers(x + row * in + begin, std::min<int64_t>(in - begin, GROUP),
+                inputs.scales[at] = quantize(x + row * in + begin, std::min<int64_t>(in - begin, GROUP),
                                                 inputs.values.data() + at * GROUP, &inputs.start[at]);
             }
 #pragma omp for
         for (int64_t block = 0; block < (outs + BLOCK - 1) / BLOCK; ++block)
             for (int64_t row = 0; row < rows; row += ROWS)
-                with_constant<ROWS>(rows - row, [&](auto count) {
+                dispatch_count<ROWS>(rows - row, [&](auto count) {
                     multiply<decltype(count)::value>(inputs, row, w, block, y, outs);
                 });
     }
 }
 
-// How many outputs a block of int8 weights has.
-extern "C" int byte_block() { return BLOCK; }
+// Outputs per block.
+extern "C" int int8_block() { return BLOCK; }
 
-// What a weight, as an integer, may be at most.
-extern "C" int largest() { return LARGEST; }
+// Largest absolute value of an int8 weight.
+extern "C" int absmax() { return ABSMAX; }
 
-// How many inputs share a scale.
+// Inputs per scale.
 extern "C" int group_size() { return GROUP; }
 
-// How many inputs of an output lie together.
-extern "C" int together() { return TOGETHER; }
+// Inputs of one output that lie side by side.
+extern "C" int unroll() { return UNROLL; }

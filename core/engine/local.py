@@ -1,8 +1,7 @@
-"""The engine of this process: a model thread behind the protocol. Knows no chats, users' texts or SQLite.
+"""The engine of this process: a model thread behind the protocol.
 
-Threads and what they may touch: the event loop submits and reads events; the model thread owns all tensors of rows;
-two more render prompts; adapter files are read by threads that end, and so is the model. Events cross to the loop once
-per step.
+Threads: the event loop submits requests and reads events; the model thread owns all tensors of rows; two workers render
+prompts; adapter files and the model are loaded by threads that end afterwards. Events cross to the loop once per step.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""What an error says of memory: that another layout, or waiting, would help. Knows no tensors."""
+"""Recognizes errors that another layout, or waiting, would avoid."""
 
 from __future__ import annotations
 

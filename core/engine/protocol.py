@@ -1,12 +1,12 @@
-"""The engine protocol: submit a request, get a stream of events. Knows no torch, no chats, no SQLite.
+"""The engine protocol: submit a request, read a stream of events.
 
     async with engine:                              # loads; leaving it drains
         generation = engine.submit(request)         # returns at once; never blocks the event loop
         async for event in generation: ...          # Started, Delta*, Finished
         generation.cancel()                         # takes effect within one step; Finished still comes, with usage
 
-Errors are raised out of the iteration, as core.errors types: BadInput, PromptTooLong, Overloaded, AdapterUnusable,
-OutOfMemory, EngineError. Failure of one request never harms another.
+The iteration raises core.errors: BadInput, PromptTooLong, Overloaded, AdapterUnusable, OutOfMemory, EngineError. A
+failed request never harms another.
 """
 
 from __future__ import annotations
@@ -34,10 +34,10 @@ class FinishReason(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Scope:
-    """Who a request runs for. Fairness counts by partner, channel, user; nothing cached is shared across channels.
+    """Who a request runs for. Fairness counts by partner, channel and user; nothing cached is shared across channels.
 
-    `conversation` keys what may be reused on its next turn; `Engine.forget` drops it. A partner of weight 2 is served
-    twice as much as one of weight 1 while both wait.
+    `conversation` keys what the next turn may reuse; `Engine.forget` drops it. While both wait, a partner of weight 2
+    gets twice the tokens of one of weight 1.
     """
 
     partner: str = ""
@@ -51,8 +51,9 @@ class Scope:
 class Request:
     """One generation. Messages are rendered by the chat template; the oldest turns are dropped to fit.
 
-    adapter None is the bare base model. `max_prompt_tokens` bounds the rendered prompt (0: the model's context).
-    `deadline_s` is counted from submit, MAX_DEADLINE_S at most; what exists by then is the answer, Finished(DEADLINE).
+    adapter None is the base model. `max_prompt_tokens` bounds the rendered prompt (0: the model's context).
+    `deadline_s` counts from submit, at most MAX_DEADLINE_S; at the deadline the text so far is the answer,
+    Finished(DEADLINE).
     """
 
     id: str
@@ -65,7 +66,7 @@ class Request:
 
 
 def check_request(request: Request) -> None:
-    """Raise BadInput for numbers that no engine can draw by, NaN among them."""
+    """Raise BadInput for parameters that no engine can use, NaN among them."""
     sampling = request.sampling
     rules = {
         "temperature": 0 <= sampling.temperature < math.inf,
@@ -81,7 +82,7 @@ def check_request(request: Request) -> None:
 
 
 def prompt_limit(request: Request, context: int) -> int:
-    """Tokens that the prompt may have: max_tokens are left to the answer, of at most half the context."""
+    """Maximum tokens of the prompt: the context less max_tokens, of which at most half the context is reserved."""
     limit = context - min(request.sampling.max_tokens, context // 2)
     return min(limit, request.max_prompt_tokens or limit)
 
@@ -97,7 +98,7 @@ class Started:
 
 @dataclass(frozen=True, slots=True)
 class Delta:
-    """Text that was added since the last event. Whole characters only; never part of a stop string."""
+    """Text added since the last event: whole characters, never part of a stop string."""
 
     text: str
 
@@ -123,8 +124,8 @@ class Generation(Protocol):
 class EngineInfo:
     """What is loaded. `fingerprint` identifies the base model's weights: adapters trained on another are refused.
 
-    `folder` is where the weights lie, for a trainer on this machine; `device` is where they run ("cpu", "cuda:0"), or
-    would run here if they run on another machine.
+    `folder` holds the weights for a trainer on this machine. `device` is where the model runs ("cpu", "cuda:0"), or
+    where this machine would run it if the engine is remote.
     """
 
     model: str
@@ -137,7 +138,7 @@ class EngineInfo:
 
 @dataclass(frozen=True, slots=True)
 class Histogram:
-    """How long something took, many times: counts[i] times up to bounds[i] seconds, the last count above all bounds."""
+    """Durations in buckets: counts[i] of at most bounds[i] seconds, the last count above all bounds."""
 
     bounds: tuple[float, ...] = ()
     counts: tuple[int, ...] = (0,)
@@ -150,23 +151,23 @@ class Histogram:
 
 @dataclass(frozen=True, slots=True)
 class EngineStats:
-    """What runs now, and totals since the start. What an engine cannot know of the machine that it uses stays zero."""
+    """Current load and totals since the start. Fields that an engine cannot measure stay zero."""
 
     running: int = 0
     waiting: int = 0
-    resident_adapters: int = 0  # that rows run with, or could at once
+    resident_adapters: int = 0  # in slots, ready for a row
     adapters_in_memory: int = 0
     generated_tokens: int = 0
-    prompt_tokens: int = 0  # taken in, without those reused
+    prompt_tokens: int = 0  # computed; reused ones are not counted
     reused_tokens: int = 0
     ended: Mapping[str, int] = field(default_factory=dict)  # requests, by FinishReason or the error's class
     waited_s: Histogram = field(default_factory=Histogram)  # from submit to a row
     first_token_s: Histogram = field(default_factory=Histogram)  # from submit
     inter_token_s: Histogram = field(default_factory=Histogram)  # between two tokens of a row
-    positions_read: int = 0  # of keys and values, once per row and pass
-    positions_held: int = 0  # of these, such as hold a token of their row
-    decode_s: float = 0.0  # in passes that take one token of each row
-    decode_bytes: int = 0  # that such passes cannot do without: weights, adapters, keys and values held
+    positions_read: int = 0  # keys read, per row and pass
+    positions_held: int = 0  # of these, keys of the row's own tokens
+    decode_s: float = 0.0  # time in passes of one token per row
+    decode_bytes: int = 0  # minimum reads of those passes: weights, adapters, keys and values
     bandwidth: float = 0.0  # bytes/s, measured at load
 
     @property
@@ -176,7 +177,7 @@ class EngineStats:
 
     @property
     def roofline_fraction(self) -> float:
-        """How near decoding comes to the bandwidth floor: 1 is memory read once at full speed, and nothing else."""
+        """Decoding speed as a fraction of the bandwidth bound: 1 means that memory is read once at full speed."""
         return self.decode_bytes / self.bandwidth / self.decode_s if self.bandwidth and self.decode_s else 0.0
 
 
@@ -187,13 +188,13 @@ class Engine(Protocol):
     def submit(self, request: Request) -> Generation: ...
 
     async def forget(self, channel: str, conversation: str = "") -> None:
-        """Drop all that is kept of a conversation (of all of the channel's, if none is named) from memory."""
+        """Drop everything kept in memory of a conversation, or of all of the channel's if none is named."""
         ...
 
     def stats(self) -> EngineStats: ...
 
     async def drain(self, deadline_s: float) -> None:
-        """Take no more; finish what runs within the deadline, then cancel the rest."""
+        """Accept no more requests; finish running ones within the deadline, then cancel the rest."""
         ...
 
     async def __aenter__(self) -> Self: ...

@@ -1,6 +1,6 @@
-"""The engine protocol with answers from a table: for tests, load drills and demonstrations of bots. No torch, no model.
+"""An engine that answers from a table, for tests, load drills and demonstrations of bots.
 
-A token is a word with the space before it. Adapters are accepted unseen.
+A token is a word with the space before it. Adapters are accepted unchecked.
 """
 
 from __future__ import annotations

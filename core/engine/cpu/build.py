@@ -1,7 +1,6 @@
-"""The library of kernels/: built by this machine's compiler for its processor, once, and kept. Knows no operators.
+"""Builds the library of kernels/ with this machine's compiler, for its processor, once.
 
-It lies in the user's cache folder, by the hash of all that it was made of, so that another source, compiler or
-processor finds none and builds its own.
+The library lies in the user's cache folder under the hash of its sources, flags, compiler and processor features.
 """
 
 from __future__ import annotations

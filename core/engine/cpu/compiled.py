@@ -1,13 +1,12 @@
-"""The operators in kernels/, on tensors. Knows no models, adapters' files or requests.
+"""The compiled kernels on tensors, called through ctypes.
 
-A step on a CPU is some 2,000 of torch's operators, most of them shorter than the call that starts them. These do the
-work of some five each, their products read weights as fast as memory gives them, however few rows there are, and a
-whole pass over a model's layers is one call (core.engine.runtime.compiled_layers). They are called through ctypes, on the tensors'
-own memory. Without a compiler `compiled` gives None, and its users run torch's operators instead: the same numbers, to
-rounding.
+A decode step on a CPU is some 2,000 torch operators, most of them shorter than their dispatch. Each kernel replaces
+about five; products read weights at memory bandwidth however few the rows, and a whole pass over the layers is one call
+(core.engine.runtime.compiled_layers). Without a compiler `compiled` returns None and torch operators run instead, with
+the same numbers up to rounding.
 
-torch.compile would need the whole step as one graph for the same gain: it knows nothing of packed weights, and it would
-compile anew for each mix of adapters.
+torch.compile would need the whole step as one graph for the same gain, cannot use packed weights, and would recompile
+for each mix of adapters.
 """
 
 from __future__ import annotations

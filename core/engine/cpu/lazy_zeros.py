@@ -1,8 +1,7 @@
-"""Zeros that cost nothing before they are written. Knows no rows and no model.
+"""Zero tensors whose memory is allocated page by page as it is written.
 
-Fresh memory of the operating system is zero, and pages of it are handed out one by one as they are first written. A
-tensor over it is there at once, however large, and holds no more memory than what was written to it. `torch.zeros`
-writes all of it.
+The operating system hands out zeroed pages on first write, so a tensor over a fresh mapping is there at once, however
+large, and uses only the memory that was written. `torch.zeros` writes all of it.
 """
 
 from __future__ import annotations

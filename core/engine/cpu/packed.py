@@ -1,11 +1,10 @@
-"""Linear layers with float32 weights packed for the CPU. Knows no families, rows or requests.
+"""Linear layers with float32 weights packed for the CPU.
 
-torch's own product packs its weights anew at each call. Compiled operators keep them in blocks of outputs: on two Zen 4
-cores the products of all layers of SmolLM2-135M take 0.63, 0.72, 0.82 and 0.98 of oneDNN's packed ones' time for 8, 16,
-32 and 256 rows. Without a compiler oneDNN packs them. Which of the two follows from the machine alone and nothing is
-measured, so that the same question has the same answer, to the last bit, also after a restart on a busy machine. The
-packed weights are a copy: the plain ones are mapped from their file, so the system takes their pages back when memory
-is short.
+torch's own product packs its weights again at each call. The compiled operators keep them in blocks of outputs: on two
+Zen 4 cores the products of all layers of SmolLM2-135M take 0.63, 0.72, 0.82 and 0.98 of the time of oneDNN's packed
+ones for 8, 16, 32 and 256 rows. Without a compiler oneDNN packs them. The choice follows from the machine alone,
+without measuring, so that a restart on a busy machine gives the same answers to the last bit. Packed weights are a
+copy; the plain ones are mapped from their file, so the system can drop their pages.
 """
 
 from __future__ import annotations

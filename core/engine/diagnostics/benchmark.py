@@ -1,7 +1,8 @@
-"""How fast an engine answers here: a bounded trial through its protocol. Knows no console, store or configuration file.
+"""Bounded benchmark of an engine through its protocol.
 
-The same requests for one row, for all rows, and for all rows with an adapter each (where the engine reads adapters from
-folders). Speeds count generated tokens from the first submit to the last token, prompts included.
+The same requests run with one row, with all rows, and with all rows and an adapter each (where the engine reads
+adapters from folders). Speeds are generated tokens per second from the first submit to the last token, prompts
+included.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""Proof at load that the engine computes what the model computes. Knows no requests, fairness or text.
+"""Parity check at load: the engine's logits against the model's own forward pass.
 
-What comes out of slots, chunks and mixed passes is compared with the model's own forward pass, written out, without a
-cache: bare, with windows so short that they matter, and with an adapter. So a model whose attention works otherwise is
+Logits computed through slots, chunks and mixed passes are compared with the model's own attention without a cache:
+bare, with sliding windows short enough to matter, and with an adapter. A model whose attention works otherwise is
 refused, whatever its configuration says.
 """
 

@@ -1,7 +1,7 @@
-"""Adapter folders in PEFT's format -> checked LoRA weights in host memory. Knows no requests, no rows and no peft.
+"""Adapter folders in PEFT's format to checked LoRA weights in host memory.
 
-Read are adapter_config.json and adapter_model.safetensors alone. What the engine would not compute exactly as PEFT
-does is refused with its reason, never approximated.
+Only adapter_config.json and adapter_model.safetensors are read, without peft. Whatever the engine would not compute
+exactly as PEFT does is refused with its reason, never approximated.
 """
 
 from __future__ import annotations

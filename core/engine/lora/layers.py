@@ -1,14 +1,14 @@
-"""LoRA for any mix of adapters in one batch: y = W x + B (A x), each token with its own. Knows no requests or text.
+"""LoRA for any mix of adapters in one batch: y = W x + B (A x), each token with its own.
 
-A (S*R, in) and B (S*R, out) stack the adapters that rows run with, one slot each, scale folded into B, lower ranks
-padded with zeros. There are four ways to the same numbers. On a CPU with compiled operators tiles: a few tokens of one
-slot read its weights together (as in Punica, arXiv 2310.18547). Without them the slice of one adapter, or rows gathered
-in groups, one per slot, and multiplied group by group. On a GPU all slots for all rows, and a mask that keeps to each
-row its own slot: more arithmetic, but of one shape whatever the mix. Rows that run bare alone compute nothing.
+A (S*R, in) and B (S*R, out) stack the adapters in use, one slot each, with the scale folded into B and lower ranks
+padded with zeros. Four ways compute the same result. CPU with compiled operators: tiles, a few tokens of one slot that
+share a read of its weights (as in Punica, arXiv 2310.18547). CPU without: the slice of one adapter, or rows gathered by
+slot and multiplied in groups. GPU: all slots for all rows and a mask, more arithmetic but one shape whatever the mix.
+Bare rows compute nothing.
 
-Measured on one Zen 5 core over all products of a layer of SmolLM2-135M: groups take 0.69 to 1.09 of the mask's time
-with 2 adapters (less with more rows and higher ranks), half of it with 8, a quarter with 32. So a CPU never masks. On
-two Zen 4 cores tiles take a third of the time of groups, in steps of 32 rows over 8 adapters and in chunks of prompts.
+Measured over all products of a layer of SmolLM2-135M. One Zen 5 core: groups take 0.69 to 1.09 of the mask's time with
+2 adapters (less with more rows and higher ranks), half with 8, a quarter with 32; so a CPU never masks. Two Zen 4
+cores: tiles take a third of the groups' time in steps of 32 rows over 8 adapters and in chunks of prompts.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""The tokens of a pass, parted by the adapters that they run with. Knows no weights and no requests.
+"""The tokens of a pass grouped by adapter.
 
-With compiled operators all tokens are one segment, in tiles: a few of one slot read its weights together. Otherwise long
-runs of one adapter are segments of their own, short neighbours share one, and what shares a segment is told apart in one of
-two ways. On a CPU by groups, one for each slot; a step may take its tokens in an `Order` in which they lie so already.
-On a GPU by a mask, of one shape whatever the mix: there a shape for every mix would be a graph for every mix.
+With compiled operators all tokens are one segment in tiles. Otherwise long runs of one adapter are segments of their
+own, short neighbours share one, and a shared segment separates its adapters in one of two ways: on a CPU by groups, one
+per slot (a decode step may order its tokens so that the groups are contiguous, see TokenOrder); on a GPU by a mask,
+whose shape does not depend on the mix, since each shape needs a CUDA graph of its own.
 """
 
 from __future__ import annotations
@@ -113,7 +113,10 @@ class SegmentPlanner:
         order = sorted(range(len(slots)), key=lambda row: (slots[row] is None, slots[row] or 0))
         if not self.grouped or self.operators is not None or order == list(range(len(slots))):
             return None
-        if any(segment.groups and segment.groups.permutation for segment in self._plan(tuple((slots[row], 1) for row in order))):
+        if any(
+            segment.groups and segment.groups.permutation
+            for segment in self._plan(tuple((slots[row], 1) for row in order))
+        ):
             return None
         back = sorted(range(len(order)), key=order.__getitem__)
         return TokenOrder(order, torch.tensor(order, device=self.device), torch.tensor(back, device=self.device))
@@ -173,5 +176,7 @@ class SegmentPlanner:
                 gather[place[token]] = token
                 filled[slot] += 1
         bare = torch.tensor([slot is None for slot in slots], device=self.device)[:, None] if None in slots else None
-        permutation = Permutation(torch.tensor(gather, device=self.device), torch.tensor(place, device=self.device), bare)
+        permutation = Permutation(
+            torch.tensor(gather, device=self.device), torch.tensor(place, device=self.device), bare
+        )
         return SlotGroups(chosen, permutation)

@@ -1,6 +1,6 @@
-"""Which adapter lies in which slot, and who runs with it; which modules of a model adapters may change.
+"""Adapter slots: which adapter is in which slot and who uses it, and which modules adapters may change.
 
-What a slot holds is multiplied by core.engine.lora.layers. Knows no requests, rows or text.
+core.engine.lora.layers multiplies what the slots hold.
 """
 
 from __future__ import annotations

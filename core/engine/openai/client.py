@@ -1,7 +1,7 @@
-"""One OpenAI-compatible server over HTTP: its models, adapters, and completions as streams. Knows no queue and no chat.
+"""HTTP client of one OpenAI-compatible server: models, adapters, completions as streams.
 
-Prompts go as token ids, so nothing is rendered or tokenised there. Whatever the server does wrong becomes an error of
-core.errors here, once; its detail names the server and what it did, and never quotes an answer.
+Prompts are sent as token ids, so the server renders and tokenizes nothing. Server failures become core.errors here; the
+detail names the server and what it did, and never quotes an answer.
 """
 
 from __future__ import annotations
@@ -174,7 +174,9 @@ class OpenAIServer:
                 self.dropped_fields |= set(drop)
                 log.warning("server.fields_dropped", extra={"server": self.address, "fields": ", ".join(drop)})
 
-    async def _chunks(self, events: AsyncIterator[str], completion: CompletionRequest, by: float) -> AsyncGenerator[Chunk]:
+    async def _chunks(
+        self, events: AsyncIterator[str], completion: CompletionRequest, by: float
+    ) -> AsyncGenerator[Chunk]:
         loop = asyncio.get_running_loop()
         began = finished = False
         tokens: int | None = None

@@ -1,7 +1,7 @@
-"""Before the first request: whether a server serves our base model, and serves it so that it can be charged.
+"""Checks before the first request that a server serves our base model and that its usage can be charged.
 
-It must name one base model, cut text into the tokens that we cut it into, and answer one prompt of token ids with
-usage. Weights cannot be compared from afar. Knows no requests and no queue.
+The server must serve one matching base model, tokenize as our tokenizer does, and answer one prompt of token ids with
+usage. Weights cannot be compared from here.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The engine protocol over an OpenAI-compatible server: vLLM and what stands above it. Knows no HTTP and no chats.
+"""The engine protocol over an OpenAI-compatible server such as vLLM.
 
-Fairness and bounds hold in front of the server: at most `max_rows` requests are with it, the others wait in
+Fairness and bounds apply in front of the server: at most `max_rows` requests are sent to it, the others wait in
 core.engine.scheduling.scheduler.
 """
 
@@ -132,7 +132,9 @@ class RemoteEngine:
             return
         self._builder.forget(channel, conversation)
         scopes = {state: state.request.scope for state in self._requests.states}
-        states = [state for state, at in scopes.items() if at.channel == channel and conversation in ("", at.conversation)]
+        states = [
+            state for state, at in scopes.items() if at.channel == channel and conversation in ("", at.conversation)
+        ]
         tasks = [state.task for state in states if state.task is not None]
         for state in states:
             self.cancel(state)

@@ -1,7 +1,7 @@
-"""How a request is put to an OpenAI-compatible server: rendered, salted, its adapter loaded. Knows no queue, no HTTP.
+"""Requests as an OpenAI-compatible server gets them: rendered, salted, with the adapter loaded.
 
-Prompts are rendered here, by the base model's own tokenizer and template, and go as token ids: they are the very ones
-that the local engine would run and that training saw. The model's id there is the adapter's sha256.
+Prompts are rendered by the base model's own tokenizer and template and sent as token ids: the same ids that the local
+engine would run and that training saw. An adapter's model id at the server is its sha256.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""OpenAI's completions on the wire: what is asked, as JSON; what streams back, checked. Pure; knows no sockets.
+"""OpenAI's completions format: request bodies, server-sent events, checked response chunks.
 
-What a server sends that cannot be is a ValueError whose text goes on after the server's name: "counts 3 tokens ...".
-It never quotes an answer.
+An impossible response raises ValueError, whose text continues a sentence that begins with the server's name ("counts 3
+tokens ..."). It never quotes an answer.
 """
 
 from __future__ import annotations
@@ -54,9 +54,9 @@ class Chunk:
 
 
 def body(completion: CompletionRequest, refused: Collection[str]) -> dict[str, Any]:
-    """The request, without those of OPTIONAL_FIELDS that the server refuses. Raises ValueError where it needs one of them.
+    """The request body without the OPTIONAL_FIELDS that the server refuses. Raises ValueError if it needs one of them.
 
-    Every parameter is sent, always: defaults are the server's own (vLLM's come with the model).
+    Every parameter is sent explicitly: defaults are the server's own (vLLM's come with the model).
     """
     sampling = completion.sampling
     extras = {name: getattr(sampling, name) for name in NEUTRAL}

@@ -1,8 +1,8 @@
-"""Attention over slots: `look_up`, and `attend` for models that run their own forward. Knows no families or requests.
+"""Attention over KV slots: `attention_over_slots`, and `attend` for models that run their own forward pass.
 
-transformers calls `attend` by name in place of its own kernels (its AttentionInterface), with what the layer asks for:
-a sliding window, a cap on scores, sinks. So these come from the model's own code, layer by layer, and not from a guess
-at its configuration. A 4-D mask given to the model would silently remove a window.
+transformers calls `attend` through its AttentionInterface with what the layer asks for: sliding window, soft cap,
+sinks. These come from the model's own code, layer by layer, instead of an interpretation of its configuration. A 4-D
+mask passed to the model would silently remove a window.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""The layers of a llama-like model over a pass, in one call of the compiled operators. Knows no requests or files.
+"""All layers of a llama-like model in one call of the compiled kernels, without the GIL.
 
-The structures are those of kernels/pass.cpp. What stays is told once, where adapters and slots lie whenever they have
-moved, and a pass's own with each call. Python holds no lock meanwhile.
+The ctypes structures mirror kernels/layers.cpp. Weight pointers are set once, pointers to KV and adapter slots whenever
+those are reallocated, and the pass's own with each call.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Decode steps over static buffers, on a GPU captured as CUDA graphs and replayed. Knows no requests and no families.
+"""Decode steps over static buffers, captured as CUDA graphs and replayed on a GPU.
 
-A step launches some hundreds of kernels, each of a few microseconds: replayed as one graph they cost no time of the
-host's. A graph is good for exactly one shape and for the very tensors that it was captured with, so its key holds all
-that a shape is made of, and all graphs are dropped when slots of rows or of adapters are laid out anew. Without a GPU
-the same step runs as a plain call, which is how its static buffers are tested.
+A step launches hundreds of kernels of a few microseconds each; a replayed graph costs no host time. A graph is valid
+for one shape and for the tensors it was captured with, so its key holds the whole shape, and all graphs are dropped
+when the KV cache or the adapter slots are reallocated. Without a GPU the same step runs uncaptured, which is how the
+static buffers are tested.
 """
 
 from __future__ import annotations

@@ -1,11 +1,10 @@
-"""The forward pass of the llama-like family in fewer, larger operators. Knows no rows, requests or adapters' files.
+"""Forward pass of llama-like models in fewer, larger operators.
 
-What is special to a family lives here: Llama, Mistral, Qwen2, Qwen3 and what shares their classes (SmolLM2 among
-them). q/k/v and gate/up are one product each, with weights that the model's own modules view (or packed ones, see
-core.engine.cpu.packed); one rotary product turns queries and keys together; grouped heads are packed as further
-queries of one key. On a CPU with compiled operators core.engine.runtime.compiled_layers runs the same layers in one call. `fuse`
-gives None for any other model, which runs its own forward the plain way. The numbers are proved at load whichever way
-it is.
+Family specifics live here: Llama, Mistral, Qwen2, Qwen3 and models that share their classes (SmolLM2). q/k/v and
+gate/up are one product each, over weights that the model's own modules view (or packed ones, core.engine.cpu.packed);
+one rotary product covers queries and keys; grouped heads become further queries of one key. On a CPU with compiled
+operators core.engine.runtime.compiled_layers runs the same layers in one call. `fuse` returns None for other models,
+which run their own forward pass. The parity check at load covers both.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Key/value slots: one slot per running row, rows compact, positions per row. Knows no requests and no text.
+"""Key/value cache: one slot per running row, rows compact, positions per row.
 
 Memory outside the used part of the running rows is always zero: a row is wiped when it is released, so nothing of a
-finished conversation lingers. Where lazy memory costs nothing (core.engine.cpu.lazy_zeros) all slots are laid
-out once, for the longest context, and nothing ever waits for them; elsewhere they grow with what runs.
+finished conversation remains. Where untouched memory is free (core.engine.cpu.lazy_zeros) all slots are allocated once
+for the longest context; elsewhere they grow with the load.
 """
 
 from __future__ import annotations

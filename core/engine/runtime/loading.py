@@ -1,4 +1,4 @@
-"""Loads a base model for serving: its attention reads the engine's slots, its weights are held as the settings say."""
+"""Loads a base model for serving: attention over KV slots, int8 weights if configured."""
 
 from __future__ import annotations
 

@@ -1,8 +1,8 @@
-"""The model thread: admit, run passes, emit, cancel. Takes states, gives events; knows no asyncio, chats or SQLite.
+"""The model thread: admit, run a pass, emit, cancel.
 
-One step is: end what is cancelled or late, let prepared states in, then one pass: a token for every row that is past its
-prompt, beside at most one chunk of prompts. Requests join and leave between steps, and a row of who has many makes room
-for who has none.
+One step ends cancelled and late requests, admits ready ones and runs one pass: one token for each row past its prompt,
+beside at most one chunk of prompts. Requests join and leave between steps; a row of a party with many may be preempted
+for a party with none.
 """
 
 from __future__ import annotations
@@ -109,7 +109,7 @@ class ModelThread:
         return done
 
     def stop(self) -> None:
-        """End all states as cancelled, then the thread."""
+        """End all requests as cancelled, then the thread."""
         with self._wake:
             self._stopping = True
             self._wake.notify()
@@ -270,7 +270,10 @@ class ModelThread:
                 logits,
                 [state.request.sampling for state in states],
                 [len(state.answer) for state in states],
-                [(*state.prompt, *state.answer) if state.request.sampling.repetition_penalty != 1 else () for state in states],
+                [
+                    (*state.prompt, *state.answer) if state.request.sampling.repetition_penalty != 1 else ()
+                    for state in states
+                ],
             )
         except Exception as error:
             if len(states) == 1 or not is_out_of_memory(error):

@@ -1,7 +1,7 @@
-"""Keys and values of conversations between their turns, so that turn n takes in only its new tokens.
+"""Keys and values of conversations between turns, so that the next turn computes only its new tokens.
 
-One entry per conversation of a channel, with the adapter that made it: another adapter never meets it, it drops it.
-Bounded in bytes, least recently used first. Knows no requests' texts and no rows. All methods: the model thread.
+One entry per conversation of a channel, tied to the adapter that computed it: a request with another adapter drops the
+entry. Bounded in bytes, least recently used first. All methods belong to the model thread.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
-"""What the hardware allows: bytes that decoding cannot do without, and how fast this device reads memory.
+"""Roofline of decoding: bytes that a pass must read, and the bandwidth of this device.
 
-A pass that takes in one token of each row reads every weight once, whatever the rows: at 1 to some dozen rows it is
-bound by memory, and bytes / bandwidth is the least time it can take. Knows no requests and no rows.
+A decode pass reads every weight once, whatever the number of rows: up to some dozen rows it is bound by memory, and
+bytes / bandwidth is its minimum time.
 """
 
 from __future__ import annotations

@@ -1,8 +1,8 @@
-"""Forward passes over rows: single tokens of many beside chunks of prompts. Knows no requests, fairness or text.
+"""Forward passes over KV slots: single tokens of many rows beside chunks of prompts.
 
-A model of a known family runs the forward pass of core.engine.runtime.fused, on a CPU with compiled operators in one
-call (core.engine.runtime.compiled_layers); any other one runs its own, the plain way. That each gives the model's own numbers is
-proved at load (core.engine.diagnostics.parity).
+Llama-like models run core.engine.runtime.fused, on a CPU with compiled operators in one call
+(core.engine.runtime.compiled_layers); other models run their own forward pass. core.engine.diagnostics.parity checks at
+load that each gives the model's own numbers.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
-"""The rows that run: which state has which, what it begins with, what it leaves uncomputed. Knows no queue, threads or text.
+"""Rows of the running batch: which request has which, what it starts from, what it leaves behind.
 
-Rows past their prompt come first, then the one that is still taking it in; when one ends, later rows move up.
+Rows past their prompt come first, then the one that is still in prefill; when a row ends, later rows move up.
 """
 
 from __future__ import annotations
@@ -46,8 +46,7 @@ class RunningBatch:
         return state.adapter is None or self.runner.lora.has_slot(state.adapter.sha256)
 
     def enter(self, state: RequestState) -> None:
-        """Give a state the next row, with its adapter and what is kept of its conversation. All of it or, after an error,
-        nothing."""
+        """Give a request the next row with its adapter and its conversation's prefix. On an error nothing changes."""
         state.admitted = time.monotonic()
         try:
             state.slot = None if state.adapter is None else self.runner.lora.acquire(state.adapter)
@@ -103,7 +102,9 @@ class RunningBatch:
         return self._weight_bytes + sum(adapters.values()) + self.runner.cache.used_bytes
 
     def leave(self, state: RequestState, *, keep: bool) -> None:
-        """Take a state out of its row; with `keep`, the next turn or its own rest may begin with what it leaves there."""
+        """Take a request out of its row. With `keep`, its keys and values are stored for the next turn or its
+        resumption.
+        """
         row = self.states.index(state)
         if keep:
             self._keep(state, row)

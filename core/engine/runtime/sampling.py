@@ -1,8 +1,7 @@
-"""Logits (B, V) -> token ids, parameters per row. Random numbers depend on seed and position alone.
+"""Logits (B, V) to token ids, with parameters per row. Random numbers depend on seed and position only.
 
-All rows of a step are drawn together, so that a GPU is waited for once, however many rows there are. Each row is cut
-and summed in widths of its own, so that what it draws does not depend on its company. Knows nothing of models, rows in
-the cache or text.
+All rows of a step are sampled together, so the GPU is synchronized once per step. Each row is cut and summed in widths
+of its own, so its result does not depend on the rest of the batch.
 """
 
 from __future__ import annotations

@@ -1,9 +1,9 @@
-"""Where requests are between submit and a row: waiting in fair order, being prepared, ready. Knows no tensors of rows.
+"""The waiting queue: requests between submit and a row.
 
-Whose turn it is, the scheduler says. Two things may stand between a turn and a row. All rows may run: then, if another
-party holds two more rows than the one whose turn it is, one of them makes room (`urgent`). Or an adapter may find no
-slot: then those uncomputed it go first, but after so many the adapter with the fewest rows gets no more of them, until its
-slot is free: so none is passed for ever, and the other rows are filled all the while.
+The scheduler decides whose turn it is. Two cases need more than that. When every row is taken and another party holds
+two more rows than the next one, one of its rows is preempted (`urgent`). A request whose adapter finds no slot lets
+others pass, at most `max_rows` of them; then the adapter with the fewest rows gets no more, so that its slot becomes
+free, while the other rows are filled as before.
 """
 
 from __future__ import annotations

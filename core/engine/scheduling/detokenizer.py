@@ -1,4 +1,4 @@
-"""Token ids -> text that may be shown. Whole characters only, never part of a stop string. Knows no torch, no model."""
+"""Token ids to text: whole characters only, never part of a stop string."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is known of one request on its way through the engine. Knows no threads, no tensors of rows."""
+"""State of one request in the local engine."""
 
 from __future__ import annotations
 

@@ -1,6 +1,6 @@
-"""Where requests are begun and ended: each has one stream of events until its last one. Knows no rows and no server.
+"""Open requests of one engine and their event streams. Everything here runs on the event loop.
 
-On the event loop alone. What a state is, and how it runs, is the engine's affair.
+The type variable S is the engine's own state of a request.
 """
 
 from __future__ import annotations

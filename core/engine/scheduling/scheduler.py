@@ -1,9 +1,9 @@
-"""Which waiting request runs next: fair by tokens, bounded. Plain Python; knows no torch, no model, no text.
+"""Fair order of waiting requests, by tokens, bounded.
 
-Virtual token counters (Sheng et al., "Fairness in Serving Large Language Models", arXiv 2401.00588), one routine at
-three levels: among partners the one served least so far goes first, inside it the channel, inside that the user, whose
-requests go in order. Who returns after a pause is lifted to the least counter of those present: no credit is saved up.
-A partner's tokens count by its weight: of two that always wait, one of weight 2 is served twice as much as one of 1.
+Virtual token counters (Sheng et al., "Fairness in Serving Large Language Models", arXiv 2401.00588) at three levels:
+the partner with the least service goes first, within it the channel, within that the user, whose requests run in order
+of arrival. A party that returns after a pause is lifted to the least counter of those present, so idle time earns no
+credit. A partner's tokens count divided by its weight: while both wait, weight 2 gets twice the tokens of weight 1.
 """
 
 from __future__ import annotations

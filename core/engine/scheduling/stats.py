@@ -1,6 +1,6 @@
-"""What an engine counts while it runs. Knows no engine: each tells it what happens; any thread may read.
+"""Counters of a running engine. Any thread may read them.
 
-`end` is told on the event loop, the rest by the thread that makes the tokens.
+`end` is called on the event loop, everything else by the thread that produces tokens.
 """
 
 from __future__ import annotations

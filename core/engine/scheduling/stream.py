@@ -1,4 +1,4 @@
-"""The events of one request on their way to its reader. Knows no engine and no torch."""
+"""Event stream of one request."""
 
 from __future__ import annotations
 

@@ -12,7 +12,7 @@ import signal
 import sys
 from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, asynccontextmanager, contextmanager
-from dataclasses import asdict, dataclass, fields
+from dataclasses import asdict, dataclass
 from itertools import chain, repeat
 from pathlib import Path
 
@@ -22,13 +22,13 @@ from bots.provisioning import DESK, seed
 from core.adapters import registry
 from core.chat.service import Service, ServiceSettings
 from core.config.schema import BotTable, Config, GenerationDefaults
-from core.config.sections import EngineSettings, RemoteSettings
 from core.delivery.deliveries import Deliveries
+from core.engine import plugins
+from core.engine.plugins import EngineContext
 from core.engine.protocol import Engine
 from core.errors import BadConfig
 from core.jobs.supervisor import JobSupervisor, TrainingSettings
 from core.model import demo
-from core.model.onednn import keep_few_kernels
 from core.platform import Bot
 from core.storage import state
 from core.storage.database import Database
@@ -88,21 +88,9 @@ def asked(engine: Engine) -> int:
 
 
 def make_engine(config: Config, home: Home, progress: Progress | None) -> Engine:
-    """torch is imported here or not at all."""
-    if config.engine.kind == "scripted":
-        from core.engine.scripted import ScriptedEngine
-
-        return ScriptedEngine.from_file(Path(config.engine.script)) if config.engine.script else ScriptedEngine()
-    if config.engine.kind == "remote":
-        from core.engine.openai.remote import RemoteEngine
-
-        there = RemoteSettings(**{one.name: getattr(config.engine, one.name) for one in fields(RemoteSettings)})
-        return RemoteEngine(config.model, there, home.models, progress=progress)
-    keep_few_kernels()
-    from core.engine.local import LocalEngine
-
-    settings = EngineSettings(**{one.name: getattr(config.engine, one.name) for one in fields(EngineSettings)})
-    return LocalEngine(config.model, settings, home.models, progress=progress)
+    """The engine that `engine.kind` names. Raises BadConfig."""
+    context = EngineContext(config.model, config.engine, home.models, progress, config.engine.script)
+    return plugins.make_engine(config.engine.kind, context)
 
 
 def key_file(config: Config, home: Home) -> Path:

@@ -28,7 +28,7 @@ from core.engine.protocol import Engine
 from core.errors import AppError, BadConfig, BadInput, StorageError
 from core.i18n.messages import say
 from core.jobs.supervisor import JobSupervisor
-from core.privacy import erasure
+from core.privacy.retention import try_sweep
 from core.storage.database import Database
 from core.storage.home import Home
 from core.types import (
@@ -86,7 +86,7 @@ class CommandRunner:
             case WakeTraining() if self.training is not None:
                 self.training.wake()
             case EraseFiles():
-                await erasure.try_sweep(self.database, self.home)
+                await try_sweep(self.database, self.home)
 
 
 def _no_file(to: Address, attachment: Attachment) -> AsyncIterator[bytes]:

@@ -11,6 +11,7 @@ import json
 import os
 import threading
 from collections import OrderedDict
+from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -19,9 +20,10 @@ from core import files
 from core.channels import adapter_names
 from core.errors import AdapterUnusable
 from core.model.weights import tensor_entries
-from core.storage import state
+from core.storage import lifecycle, state
 from core.storage.database import Row, Tx
 from core.storage.home import Home
+from core.storage.lifecycle import Erasure, Periods, Stage
 from core.types import AdapterRef
 
 CONFIG, WEIGHTS, MANIFEST, CARD = "adapter_config.json", "adapter_model.safetensors", "manifest.json", "README.md"
@@ -29,6 +31,7 @@ _NEEDED = {CONFIG: 2**20, WEIGHTS: 16 * 2**30, MANIFEST: 2**20}
 _ALLOWED = {**_NEEDED, CARD: 2**20}
 _IDENTITY = tuple(sorted(_NEEDED))  # what it computes, and where it came from; the card may be edited
 _REMEMBERED = 256
+ERASED = "erased"  # why a version was unpublished: its data set was erased
 
 
 @dataclass(frozen=True, slots=True)
@@ -286,3 +289,22 @@ def _version(row: Row) -> Version:
         created_ms=row["created_ms"],
         unpublished=row["unpublished_reason"] or "",
     )
+
+
+@lifecycle.erases(Stage.ADAPTERS)
+def _erase(tx: Tx, erasure: Erasure) -> None:
+    """Unpublish what was trained on erased data sets; the weights go with the next sweep, discarded before or not."""
+    for dataset in erasure.datasets:
+        for row in tx.all("SELECT * FROM adapter WHERE dataset_sha256 = ? AND unpublished_ms IS NULL", [dataset]):
+            version = _version(row)
+            unpublish(tx, version.sha256, ERASED)
+            erasure.unpublished.append((version.label, adapter_names.champion(tx, version.name)[1]))
+        tx.run("UPDATE adapter SET unpublished_reason = ? WHERE dataset_sha256 = ?", [ERASED, dataset])
+
+
+@lifecycle.sweeps
+def _sweep(tx: Tx, kept: Periods) -> Callable[[Home], None]:
+    rows = tx.all("SELECT sha256, unpublished_reason FROM adapter")
+    known = {row["sha256"] for row in rows}
+    gone = {row["sha256"] for row in rows if row["unpublished_reason"] == ERASED}
+    return lambda home: lifecycle.remove_files(home.adapters, gone=gone, known=known)

@@ -4,7 +4,9 @@ from __future__ import annotations
 
 import json
 
+from core.storage import lifecycle
 from core.storage.database import Tx
+from core.storage.lifecycle import Periods, Prune
 from core.types import Caller, Json
 
 
@@ -34,3 +36,8 @@ def record(
 
 def _dump(value: Json) -> str:
     return "" if value is None else json.dumps(value, ensure_ascii=False, sort_keys=True)
+
+
+@lifecycle.prunes
+def _prunes(kept: Periods) -> list[Prune]:
+    return [lifecycle.batch("DELETE FROM audit", "audit", "id", "at_ms <= ?", kept.audit)]

@@ -5,7 +5,9 @@ from __future__ import annotations
 import secrets
 from dataclasses import dataclass
 
+from core.storage import lifecycle
 from core.storage.database import Tx
+from core.storage.lifecycle import Periods, Prune
 from core.types import Grant
 
 INVITE_MS = 7 * 24 * 3_600_000
@@ -110,3 +112,8 @@ def claim(tx: Tx, code: str, user_hash: str) -> Claimed | None:
     assert row is not None
     grant(tx, user_hash, row["channel_id"], row["label"], row["made_by"])
     return Claimed(row["channel_id"], row["title"] or "", row["label"])
+
+
+@lifecycle.prunes
+def _prunes(kept: Periods) -> list[Prune]:
+    return [lifecycle.batch("DELETE FROM invite", "invite", "code_hash", "expires_ms <= ?", kept.audit)]

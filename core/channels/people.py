@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+from core.storage import lifecycle
 from core.storage.database import Tx
+from core.storage.lifecycle import Erasure, Periods, Prune, Stage
 
 
 def touch(tx: Tx, user_hash: str, platform: str) -> None:
@@ -28,3 +30,17 @@ def came_by_link(tx: Tx, user_hash: str, platform: str, channel_id: int) -> None
     """From now on this channel answers the person, where they are by themselves."""
     touch(tx, user_hash, platform)
     tx.run("UPDATE person SET channel_id = ? WHERE user_hash = ?", [channel_id, user_hash])
+
+
+@lifecycle.erases(Stage.TEXT)
+def _erase(tx: Tx, erasure: Erasure) -> None:
+    tx.run("DELETE FROM person WHERE user_hash = ? AND first_ms <= ?", [erasure.user_hash, erasure.until_ms])
+
+
+@lifecycle.prunes
+def _prunes(kept: Periods) -> list[Prune]:
+    idle = (
+        "last_ms <= ? AND user_hash NOT IN (SELECT user_hash FROM operator)"
+        " AND user_hash NOT IN (SELECT user_hash FROM consent)"
+    )
+    return [lifecycle.batch("DELETE FROM person", "person", "user_hash", idle, max(kept.conversation, kept.dataset))]

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from core.channels import audit, bindings, operators, people
 from core.channels.commands import Handler
+from core.chat import conversations
 from core.chat.stopping import reaches_all
 from core.commands.help import help_text
 from core.commands.table import Call
@@ -41,8 +42,7 @@ def show_help(tx: Tx, caller: Caller, call: Call) -> Outcome:
 
 
 def new(tx: Tx, caller: Caller, call: Call) -> Outcome:
-    tx.run("DELETE FROM turn WHERE conversation_id = ?", [caller.conversation_id])
-    tx.run("UPDATE conversation SET started_ms = ? WHERE id = ?", [tx.now_ms, caller.conversation_id])
+    conversations.restart(tx, caller.conversation_id)
     forget = ForgetMemory(caller.channel.name, str(caller.conversation_id))
     return Outcome(Body(say(caller.language, "users.new")), (forget,))
 

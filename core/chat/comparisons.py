@@ -28,7 +28,9 @@ from core.engine.protocol import Delta, Finished, FinishReason, Generation, Requ
 from core.errors import AdapterUnusable, BadInput, EngineError, UnknownThing, UserError
 from core.i18n.messages import say
 from core.jobs import jobs
+from core.storage import lifecycle
 from core.storage.database import Row, Tx
+from core.storage.lifecycle import Erasure, Periods, Prune, Stage
 from core.types import AdapterRef, Body, Button, Caller, CompareBlind, Handle, Message, Outcome, Role
 
 log = logging.getLogger(__name__)
@@ -308,3 +310,17 @@ def _body(tx: Tx, caller: Caller, pair: Pair, answers: list[str]) -> Body:
         Button(say(language, f"compare.choose_{key}"), "command", f"/adapter choose {pair.id} {key}") for key in CHOICES
     )
     return Body(text, buttons)
+
+
+@lifecycle.erases(Stage.TEXT)
+def _erase(tx: Tx, erasure: Erasure) -> None:
+    tx.run(
+        "UPDATE comparison SET question = NULL WHERE actor = ? AND at_ms <= ?", [erasure.user_hash, erasure.until_ms]
+    )
+
+
+@lifecycle.prunes
+def _prunes(kept: Periods) -> list[Prune]:
+    """A typed question is a message of a person; one from a test row goes with its data set, by a trigger."""
+    typed = "question IS NOT NULL AND typed = 1 AND at_ms <= ?"
+    return [lifecycle.batch("UPDATE comparison SET question = NULL", "comparison", "id", typed, kept.conversation)]

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from core.storage import lifecycle
 from core.storage.database import Tx
-from core.types import Address, Message, Role
+from core.storage.lifecycle import Erasure, Periods, Prune, Stage
+from core.types import Address, ForgetMemory, Message, Role
 
 MAX_TURNS = 64
 
@@ -64,9 +66,51 @@ def drop_last_answer(tx: Tx, conversation: int) -> None:
     )
 
 
+def restart(tx: Tx, conversation: int) -> None:
+    """Delete its turns; retention counts from now."""
+    tx.run("DELETE FROM turn WHERE conversation_id = ?", [conversation])
+    tx.run("UPDATE conversation SET started_ms = ? WHERE id = ?", [tx.now_ms, conversation])
+
+
+def set_refused(tx: Tx, conversation: int, user_hash: str, answer: int, *, refused: bool) -> None:
+    """Mark an answer and the question before it, which may be of an earlier message: nothing is learned from them."""
+    tx.run(
+        "UPDATE turn SET refused = ? WHERE conversation_id = ? AND user_hash = ? AND id <= ? AND id >="
+        " (SELECT ifnull(max(id), 0) FROM turn WHERE conversation_id = ? AND user_hash = ? AND role = 'user'"
+        " AND id < ?)",
+        [refused, conversation, user_hash, answer, conversation, user_hash, answer],
+    )
+
+
 def move_place(tx: Tx, platform: str, account: str, before: str, now: str) -> None:
     """Rename a place that the platform has renamed."""
     tx.run(
         "UPDATE OR IGNORE conversation SET place = ? WHERE platform = ? AND account = ? AND place = ?",
         [now, platform, account, before],
     )
+
+
+@lifecycle.erases(Stage.TEXT)
+def _erase(tx: Tx, erasure: Erasure) -> None:
+    rows = tx.all(
+        "SELECT DISTINCT channel.name, conversation_id FROM turn JOIN conversation ON conversation.id = conversation_id"
+        " JOIN channel ON channel.id = channel_id WHERE turn.user_hash = ?",
+        [erasure.user_hash],
+    )
+    erasure.after += [ForgetMemory(row["name"], str(row["conversation_id"])) for row in rows]
+    tx.run("DELETE FROM turn WHERE user_hash = ? AND at_ms <= ?", [erasure.user_hash, erasure.until_ms])
+
+
+@lifecycle.prunes
+def _prunes(kept: Periods) -> list[Prune]:
+    unused = (
+        "started_ms <= ? AND NOT EXISTS (SELECT 1 FROM turn WHERE conversation_id = conversation.id)"
+        " AND NOT EXISTS (SELECT 1 FROM inbox"
+        " WHERE inbox.platform = conversation.platform AND inbox.account = conversation.account"
+        " AND inbox.place = conversation.place AND inbox.conversation = conversation.conversation"
+        " AND inbox.state NOT IN ('done', 'dead'))"
+    )
+    return [
+        lifecycle.batch("DELETE FROM turn", "turn", "id", "at_ms <= ?", kept.conversation),
+        lifecycle.batch("DELETE FROM conversation", "conversation", "id", unused, kept.conversation),
+    ]

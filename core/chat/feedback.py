@@ -20,9 +20,12 @@ from core.commands.table import Call
 from core.delivery.deliveries import keep_body, new_delivery
 from core.errors import BadInput, UnknownThing
 from core.i18n.messages import resolve, say
+from core.jobs import jobs
 from core.jobs.examples import NOT_FOR_TRAINING
-from core.storage.database import Row, Tx
-from core.types import Body, Button, Caller, Outcome
+from core.storage import lifecycle
+from core.storage.database import Row, Tx, Value
+from core.storage.lifecycle import Erasure, Periods, Prune, Stage
+from core.types import After, Body, Button, Caller, Outcome
 
 REASONS = ("untrue", "unhelpful", "other")
 _VOTE = re.compile(r"([0-9a-f]{32}):(-?1)(?::([a-z]*))?")  # the third part: no other press follows, a reason or not
@@ -121,6 +124,18 @@ def refuse(tx: Tx, reply: DeliveredReply) -> bool:
     """Nothing is learned from this reply, whatever else its person allows. Whether it may have been until now."""
     _mark(tx, reply, refused=True)
     return bool(tx.run("DELETE FROM example WHERE generation_id = ?", [reply.id]) or reply.consent_ms)
+
+
+def consent_reply(tx: Tx, caller: Caller, call: Call) -> Outcome:
+    """For one reply that the caller was given. Withdrawing also erases the data sets that may hold it."""
+    reply = own_reply(tx, caller.user, call.arguments["reply"])
+    if reply is None:
+        raise UnknownThing("feedback.no_reply_of_yours")
+    if call.arguments["choice"] == "yes":
+        share(tx, reply)
+        return Outcome(Body(say(caller.language, "feedback.shared")))
+    after = jobs.withdraw(tx, caller.user, reply.channel_id) if refuse(tx, reply) else ()
+    return Outcome(Body(say(caller.language, "feedback.not_shared")), tuple(after))
 
 
 # --- corrections ---
@@ -241,12 +256,7 @@ def _mark(tx: Tx, reply: DeliveredReply, *, refused: bool) -> None:
     """The answer and its question, which may be of an earlier message; of a text that is gone there is nothing."""
     answer = _answer(tx, reply)
     if answer is not None:
-        tx.run(
-            "UPDATE turn SET refused = ? WHERE conversation_id = ? AND user_hash = ? AND id <= ? AND id >="
-            " (SELECT ifnull(max(id), 0) FROM turn WHERE conversation_id = ? AND user_hash = ? AND role = 'user'"
-            " AND id < ?)",
-            [refused, *[answer["conversation_id"], reply.user, answer["id"]] * 2],
-        )
+        conversations.set_refused(tx, answer["conversation_id"], reply.user, answer["id"], refused=refused)
 
 
 def _said(tx: Tx, reply: DeliveredReply) -> list[dict[str, str]]:
@@ -282,4 +292,23 @@ def _keep(tx: Tx, reply: DeliveredReply, said: list[dict[str, str]], *, shared: 
     )
 
 
-HANDLERS: Mapping[tuple[str, str], Handler] = {("correct", ""): correct}
+HANDLERS: Mapping[tuple[str, str], Handler] = {("correct", ""): correct, ("consent", "reply"): consent_reply}
+
+
+@lifecycle.erases(Stage.TEXT)
+def _erase(tx: Tx, erasure: Erasure) -> None:
+    who: list[Value] = [erasure.user_hash, erasure.until_ms]
+    tx.run("DELETE FROM feedback WHERE user_hash = ? AND at_ms <= ?", who)
+    tx.run("DELETE FROM example WHERE user_hash = ? AND at_ms <= ?", who)
+    tx.run("UPDATE example SET correction = NULL, corrected_by = NULL WHERE corrected_by = ? AND at_ms <= ?", who)
+
+
+@lifecycle.withdraws
+def _withdraw(tx: Tx, user_hash: str, channel_id: int) -> tuple[After, ...]:
+    tx.run("DELETE FROM example WHERE user_hash = ? AND channel_id = ?", [user_hash, channel_id])
+    return ()
+
+
+@lifecycle.prunes
+def _prunes(kept: Periods) -> list[Prune]:
+    return [lifecycle.batch("DELETE FROM example", "example", "generation_id", "at_ms <= ?", kept.dataset)]

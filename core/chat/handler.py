@@ -23,6 +23,7 @@ from core.chat.replies import settle as settle_reply
 from core.chat.stopping import stopped_since, stopped_user
 from core.commands.table import Call, parse
 from core.delivery.deliveries import Deliveries, keep_body, kept_body, new_delivery
+from core.delivery.deliveries import give_up as give_up_delivery
 from core.engine.protocol import Engine
 from core.errors import (
     AppError,
@@ -44,7 +45,8 @@ from core.jobs.importing import prepare_import
 from core.jobs.supervisor import JobSupervisor
 from core.observability.metrics import Counts
 from core.platform import Unreachable
-from core.privacy import erasure
+from core.privacy import commands as privacy_commands
+from core.privacy.retention import try_sweep
 from core.storage.database import Database, Tx
 from core.storage.home import Home
 from core.types import (
@@ -67,7 +69,7 @@ log = logging.getLogger(__name__)
 
 HANDLERS: Mapping[tuple[str, str], channel_commands.Handler] = {
     **chat_commands.HANDLERS,
-    **erasure.HANDLERS,
+    **privacy_commands.HANDLERS,
     **channel_commands.HANDLERS,
     **job_commands.HANDLERS,
     **adapter_commands.HANDLERS,
@@ -226,7 +228,7 @@ class MessageHandler:
             case WakeTraining():
                 self._training.wake()
             case EraseFiles():
-                await erasure.try_sweep(self._database, self._home)
+                await try_sweep(self._database, self._home)
             case AnswerAgain():
                 await self._replies.generate(row, caller, "", again=True)
             case CompareBlind():
@@ -303,7 +305,7 @@ class MessageHandler:
 
         def give_up(tx: Tx) -> None:
             fail_reply(tx, row)
-            tx.run("UPDATE delivery SET state = 'failed', body = NULL WHERE inbox_id = ?", [row.id])
+            give_up_delivery(tx, new_delivery(tx, inbox_id=row.id))
             inbox.close(tx, row.id, "unconfirmed", dead=True)
 
         await self._until_stored(lambda: self._database.write(give_up))

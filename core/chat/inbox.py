@@ -7,7 +7,9 @@ from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 
 from core.errors import Overloaded, StoredUnreadable
+from core.storage import lifecycle
 from core.storage.database import Row, Tx, Value
+from core.storage.lifecycle import HOUR_MS, Erasure, Periods, Prune, Stage
 from core.types import Address, Attachment, Incoming, Kind, Lane
 
 MAX_OPEN = 10_000
@@ -225,3 +227,39 @@ def move_place(tx: Tx, platform: str, account: str, before: str, now: str) -> No
         "UPDATE OR IGNORE inbox SET place = ? WHERE platform = ? AND account = ? AND place = ?",
         [now, platform, account, before],
     )
+
+
+@lifecycle.erases(Stage.TEXT)
+def _erase(tx: Tx, erasure: Erasure) -> None:
+    rows = "WHERE user_hash = ? AND received_ms <= ? AND id <> ?"
+    who: list[Value] = [erasure.user_hash, erasure.until_ms, erasure.keep_row]
+    tx.run(f"UPDATE inbox SET payload = NULL {rows}", who)
+    tx.run(
+        f"UPDATE inbox SET state = 'done', outcome = 'forgotten', closed_ms = ? {rows}"
+        " AND state IN ('new', 'running', 'generated')",
+        [tx.now_ms, *who],
+    )
+
+
+@lifecycle.prunes
+def _prunes(kept: Periods) -> list[Prune]:
+    """Addresses go when nothing can be written there any more; a forgotten person's hash after the longest limit."""
+    payload = "UPDATE inbox SET payload = NULL"
+    forgotten = (
+        "user_hash <> '' AND received_ms <= ? AND EXISTS (SELECT 1 FROM erasure"
+        " WHERE erasure.user_hash = inbox.user_hash AND erasure.at_ms >= received_ms)"
+    )
+    return [
+        lifecycle.batch(
+            payload, "inbox", "id", "payload IS NOT NULL AND state = 'done' AND closed_ms <= ?", kept.payload
+        ),
+        lifecycle.batch(payload, "inbox", "id", "payload IS NOT NULL AND state = 'dead' AND closed_ms <= ?", kept.dead),
+        lifecycle.batch(
+            "UPDATE inbox SET place = '', conversation = '', reply_to = ''",
+            "inbox",
+            "id",
+            "place <> '' AND state IN ('done', 'dead') AND closed_ms <= ?",
+            kept.dead,
+        ),
+        lifecycle.batch("UPDATE inbox SET user_hash = ''", "inbox", "id", forgotten, HOUR_MS),
+    ]

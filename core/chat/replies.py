@@ -23,15 +23,16 @@ from core.chat.stopping import stopped_since
 from core.delivery.deliveries import Deliveries, keep_body, new_delivery
 from core.engine.protocol import Delta, Engine, Finished, FinishReason, Generation, Request, Scope
 from core.engine.scheduling.scheduler import Scheduler
-from core.errors import AdapterUnusable, AppError, EngineError, LimitReached, UserError
+from core.errors import AdapterUnusable, AppError, EngineError, UserError
 from core.i18n.messages import say
+from core.storage import lifecycle
 from core.storage.database import Database, Tx
 from core.storage.home import Home
+from core.storage.lifecycle import HOUR_MS, Erasure, Periods, Prune, Stage
 from core.types import AdapterRef, Address, Body, Button, Caller, Handle, Message, Role, Sampling
-from core.usage import ledger, prices
+from core.usage import ledger, limits, prices
 
 log = logging.getLogger(__name__)
-_MINUTE_MS, _HOUR_MS = 60_000, 3_600_000
 _RETRY_TEMPERATURE = 0.7  # another answer to the same question must be able to differ
 _LAST_SHOW_S = 10.0
 
@@ -169,7 +170,7 @@ class Replies:
         ).hexdigest()[:32]
         found = tx.one("SELECT adapter, seed FROM generation WHERE id = ?", [generation_id])
         if found is None:
-            _check_limits(tx, caller)
+            limits.check(tx, caller)
             sha256, _ = adapter_names.champion(tx, channel.adapter)
             seed = int(generation_id[:8], 16)
             tx.insert(
@@ -329,25 +330,6 @@ def _count(tx: Tx, pinned: PinnedReply, finished: Finished) -> None:
     )
 
 
-def _check_limits(tx: Tx, caller: Caller) -> None:
-    """Raises LimitReached where this person has used up the minute or the hour in this channel."""
-    limits = caller.channel.limits
-    for limit, window_ms, key in (
-        (limits.per_minute, _MINUTE_MS, "error.limit_minute"),
-        (limits.per_hour, _HOUR_MS, "error.limit_hour"),
-    ):
-        if not limit:
-            continue
-        recent = tx.all(
-            "SELECT started_ms FROM generation WHERE user_hash = ? AND channel_id = ?"
-            " AND started_ms > ? AND started_ms <= ? ORDER BY started_ms DESC LIMIT ?",
-            [caller.user, caller.channel.id, tx.now_ms - window_ms, tx.now_ms, limit],
-        )
-        if len(recent) == limit:
-            wait_s = (recent[-1]["started_ms"] + window_ms - tx.now_ms) / 1000
-            raise LimitReached(key, retry_after_s=max(wait_s, 1.0), limit=limit)
-
-
 class _LiveView:
     """Shows the newest text, one call at a time: what grows faster than the platform takes it is coalesced."""
 
@@ -379,3 +361,22 @@ class _LiveView:
                     log.warning("reply.show_failed", extra={"error": type(error).__name__})
             if self._ended:
                 return
+
+
+@lifecycle.erases(Stage.REPLIES)
+def _erase(tx: Tx, erasure: Erasure) -> None:
+    tx.run(
+        "UPDATE generation SET state = 'failed', ended_ms = ? WHERE state <> 'delivered' AND inbox_id IN (SELECT id"
+        " FROM inbox WHERE user_hash = ? AND received_ms <= ? AND id <> ? AND state IN ('new', 'running', 'generated'))",
+        [tx.now_ms, erasure.user_hash, erasure.until_ms, erasure.keep_row],
+    )
+
+
+@lifecycle.prunes
+def _prunes(kept: Periods) -> list[Prune]:
+    """A forgotten person's hash stays for an hour, the longest limit: /forget must not reset a limit."""
+    forgotten = (
+        "user_hash <> '' AND started_ms <= ? AND EXISTS (SELECT 1 FROM erasure"
+        " WHERE erasure.user_hash = generation.user_hash AND at_ms >= started_ms)"
+    )
+    return [lifecycle.batch("UPDATE generation SET user_hash = ''", "generation", "id", forgotten, HOUR_MS)]

@@ -33,6 +33,7 @@ from core.errors import Overloaded, StorageError
 from core.jobs.supervisor import JobSupervisor
 from core.platform import MessageSink
 from core.privacy import erasure
+from core.privacy.retention import keep_clean
 from core.storage.database import Database, Tx
 from core.storage.home import Home
 from core.types import Address, Grant, Incoming, Sampling
@@ -144,9 +145,7 @@ class Service:
         await erasure.reapply(self._database, self._home)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._training.run(), name="training")
-            tasks.create_task(
-                erasure.keep_clean(self._database, self._home, self._settings.retention), name="retention"
-            )
+            tasks.create_task(keep_clean(self._database, self._home, self._settings.retention), name="retention")
             while True:
                 self._work.clear()
                 for row in await self._take():

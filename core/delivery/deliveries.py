@@ -16,7 +16,9 @@ from pathlib import Path
 
 from core.errors import AppError, BadInput
 from core.platform import MessageSink, Reopened, SupportsChoose, SupportsFetch, SupportsOrphans
+from core.storage import lifecycle
 from core.storage.database import Database, Tx
+from core.storage.lifecycle import Erasure, Periods, Prune, Stage
 from core.types import Address, Attachment, Body, Button, Handle, Receipt
 
 log = logging.getLogger(__name__)
@@ -112,7 +114,7 @@ class Deliveries:
                 raise AppError(detail="a new message is gone as well")
 
         def close(tx: Tx) -> None:
-            tx.run("UPDATE delivery SET state = 'failed', body = NULL WHERE id = ?", [delivery_id])
+            give_up(tx, delivery_id)
             settle(tx)
 
         await self.database.write(close)
@@ -151,6 +153,23 @@ def kept_body(tx: Tx, delivery_id: int) -> Body | None:
     """The body that `keep_body` stored, if this delivery has come that far."""
     sealed = tx.value("SELECT body FROM delivery WHERE id = ? AND state = 'generated'", [delivery_id])
     return load_body(tx.cipher.unseal(sealed)) if sealed else None
+
+
+def give_up(tx: Tx, delivery_id: int) -> None:
+    """End it undelivered: the platform does not take it."""
+    tx.run("UPDATE delivery SET state = 'failed', body = NULL WHERE id = ?", [delivery_id])
+
+
+def skip(tx: Tx, delivery_id: int) -> None:
+    """End it as done without a message."""
+    tx.run("UPDATE delivery SET state = 'done', body = NULL WHERE id = ?", [delivery_id])
+
+
+def renew_for_job(tx: Tx, job_id: int) -> None:
+    """The job's next message is a new one; what was written stays as it is."""
+    tx.run("DELETE FROM part WHERE delivery_id IN (SELECT id FROM delivery WHERE job_id = ?)", [job_id])
+    tx.run("DELETE FROM delivery WHERE job_id = ?", [job_id])
+    new_delivery(tx, job_id=job_id)
 
 
 def dump_body(body: Body) -> str:
@@ -203,3 +222,45 @@ def _keep_receipt(tx: Tx, delivery_id: int, number: int, receipt: Receipt, settl
     if settle is not None:
         tx.run("UPDATE delivery SET state = 'done', body = NULL WHERE id = ?", [delivery_id])
         settle(tx)
+
+
+@lifecycle.erases(Stage.TEXT)
+def _erase(tx: Tx, erasure: Erasure) -> None:
+    tx.run(
+        "UPDATE delivery SET body = NULL WHERE inbox_id IN"
+        " (SELECT id FROM inbox WHERE user_hash = ? AND received_ms <= ? AND id <> ?)",
+        [erasure.user_hash, erasure.until_ms, erasure.keep_row],
+    )
+
+
+@lifecycle.prunes
+def _prunes(kept: Periods) -> list[Prune]:
+    """Bodies go with the text of their message; handles and receipts name a place, and go with the place."""
+    closed = "inbox.state IN ('done', 'dead') AND closed_ms <= ?"
+    parts = "UPDATE part SET handle = '', receipt = ''"
+    told = "NOT EXISTS (SELECT 1 FROM delivery WHERE job_id = job.id AND state IN ('open', 'generated'))"
+    return [
+        lifecycle.batch(
+            "UPDATE delivery SET body = NULL",
+            "delivery",
+            "id",
+            f"body IS NOT NULL AND EXISTS (SELECT 1 FROM inbox WHERE inbox.id = inbox_id AND {closed})",
+            kept.payload,
+        ),
+        lifecycle.batch(
+            parts,
+            "part",
+            "delivery_id",
+            "handle <> '' AND delivery_id IN"
+            f" (SELECT delivery.id FROM delivery JOIN inbox ON inbox.id = inbox_id WHERE {closed})",
+            kept.dead,
+        ),
+        lifecycle.batch(
+            parts,
+            "part",
+            "delivery_id",
+            "handle <> '' AND delivery_id IN"
+            f" (SELECT delivery.id FROM delivery JOIN job ON job.id = job_id WHERE ended_ms <= ? AND {told})",
+            kept.dead,
+        ),
+    ]

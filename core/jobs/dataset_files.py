@@ -251,7 +251,7 @@ async def _bring_sayings(
             raise AppError("training.consent_changed")  # taken back meanwhile
         datasets.keep_dataset(tx, sha256, source, source=source, size_bytes=size, brought_by=caller.user)
         for user in sorted(set().union(*(one.people for one in said))):
-            tx.run("INSERT OR IGNORE INTO dataset_person VALUES (?, ?)", [sha256, user])
+            datasets.add_person(tx, sha256, user)
 
     try:
         await database.write(keep)

@@ -2,9 +2,13 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
+from core.storage import lifecycle
 from core.storage.database import Row, Tx
+from core.storage.home import Home
+from core.storage.lifecycle import Periods, Prune
 
 CONVERSATIONS, FEEDBACK = "conversations", "feedback"  # sources: what people said, and what they said of answers
 OF_PEOPLE = (CONVERSATIONS, FEEDBACK)
@@ -105,3 +109,58 @@ def _dataset(row: Row) -> Dataset:
         created_ms=row["created_ms"],
         parent=row["parent"] or "",
     )
+
+
+def erase_unneeded(tx: Tx, sha256: str) -> None:
+    """Erase a data set of people's messages when its last job ends. Whose messages they were stays recorded."""
+    marks = ", ".join("?" * len(OF_PEOPLE))
+    tx.run(
+        f"UPDATE dataset SET erased_ms = ? WHERE erased_ms IS NULL AND source IN ({marks}) AND sha256 = ?"
+        " AND NOT EXISTS (SELECT 1 FROM job WHERE dataset_sha256 = dataset.sha256 AND ended_ms IS NULL)",
+        [tx.now_ms, *OF_PEOPLE, sha256],
+    )
+
+
+def add_person(tx: Tx, sha256: str, user_hash: str) -> None:
+    """Record that a data set holds messages of this person."""
+    tx.run("INSERT OR IGNORE INTO dataset_person VALUES (?, ?)", [sha256, user_hash])
+
+
+def of_person(tx: Tx, user_hash: str, channel_id: int | None = None) -> list[str]:
+    """The data sets that hold messages of this person: those that jobs of one channel alone read, or all."""
+    rows = tx.all(
+        "SELECT DISTINCT dataset_sha256 FROM dataset_person WHERE user_hash = ? AND (? IS NULL OR NOT EXISTS"
+        " (SELECT 1 FROM job WHERE job.dataset_sha256 = dataset_person.dataset_sha256 AND job.channel_id <> ?))",
+        [user_hash, channel_id, channel_id],
+    )
+    return [row["dataset_sha256"] for row in rows]
+
+
+def drop_person(tx: Tx, user_hash: str) -> None:
+    tx.run("DELETE FROM dataset_person WHERE user_hash = ?", [user_hash])
+
+
+def erase(tx: Tx, sha256: str) -> None:
+    """Its file goes with the next sweep."""
+    tx.run("UPDATE dataset SET erased_ms = ? WHERE sha256 = ? AND erased_ms IS NULL", [tx.now_ms, sha256])
+
+
+@lifecycle.prunes
+def _prunes(kept: Periods) -> list[Prune]:
+    def expire(tx: Tx) -> int:
+        return tx.run(
+            "UPDATE dataset SET erased_ms = ? WHERE sha256 IN (SELECT sha256 FROM dataset"
+            " WHERE erased_ms IS NULL AND created_ms <= ? AND NOT EXISTS (SELECT 1 FROM job"
+            " WHERE dataset_sha256 = dataset.sha256 AND (ended_ms IS NULL OR ended_ms > ?)) LIMIT ?)",
+            [tx.now_ms, tx.now_ms - kept.dataset, tx.now_ms - kept.dataset, lifecycle.BATCH],
+        )
+
+    return [expire]
+
+
+@lifecycle.sweeps
+def _sweep(tx: Tx, kept: Periods) -> Callable[[Home], None]:
+    rows = tx.all("SELECT sha256, erased_ms FROM dataset")
+    known = {row["sha256"] for row in rows if row["erased_ms"] is None}
+    gone = {row["sha256"] for row in rows if row["erased_ms"] is not None}
+    return lambda home: lifecycle.remove_files(home.datasets, gone=gone, known=known)

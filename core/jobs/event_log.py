@@ -16,31 +16,34 @@ from core.jobs.protocol import (
     dump_event,
     load_event,
 )
+from core.storage import lifecycle
 from core.storage.database import Tx
+from core.storage.lifecycle import Periods, Prune
 
 MAX_EVENTS = 200
 CURVE_POINTS = 100  # of progress, from the first step to the last: as many as a picture shows
 
 
-def add_event(tx: Tx, job_id: int, event: JobEvent) -> None:
+def add_event(tx: Tx, job_id: int, event: JobEvent) -> bool:
     """Keep what the trainer said: each thing once, of its progress the newest and what a curve needs, within a bound.
 
-    A step that it had not come to before means that it is alive and well.
+    Whether it is a step beyond the last one.
     """
     data = dump_event(event)
+    forward = False
     of_kind = "FROM job_event WHERE job_id = ? AND kind = ?"
     if isinstance(event, Progress):
         last = newest_progress(tx, job_id)
-        if last is None or event.step > last.step:
-            tx.run("UPDATE job SET attempts = 0 WHERE id = ?", [job_id])
+        forward = last is None or event.step > last.step
         _make_room(tx, job_id, event.steps)
     elif isinstance(event, Checked | Estimated | Redacted | LeftOut | Answered | Planned | Done | Failed):
         tx.run(f"DELETE {of_kind}", [job_id, event.kind])
     elif tx.value(
         f"SELECT count(*) >= ? OR ifnull(max(data = ?), 0) {of_kind}", [MAX_EVENTS, data, job_id, event.kind]
     ):
-        return
+        return False
     note(tx, job_id, event.kind, data)
+    return forward
 
 
 def _make_room(tx: Tx, job_id: int, steps: int) -> None:
@@ -76,3 +79,9 @@ def note(tx: Tx, job_id: int, kind: str, data: str) -> None:
     """Append to it, whatever it is."""
     seq = int(tx.value("SELECT ifnull(max(seq), 0) + 1 FROM job_event WHERE job_id = ?", [job_id]))
     tx.insert("job_event", job_id=job_id, seq=seq, at_ms=tx.now_ms, kind=kind, data=data)
+
+
+@lifecycle.prunes
+def _prunes(kept: Periods) -> list[Prune]:
+    ended = "job_id IN (SELECT id FROM job WHERE ended_ms <= ?)"
+    return [lifecycle.batch("DELETE FROM job_event", "job_event", "job_id", ended, kept.dataset)]

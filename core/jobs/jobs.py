@@ -7,19 +7,25 @@ validating; waiting is for somebody's yes, without which nothing is trained.
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 
-from core.jobs import event_log
+from core.delivery import deliveries
+from core.jobs import datasets, event_log
 from core.jobs.datasets import CONVERSATIONS, FEEDBACK, OF_PEOPLE
-from core.jobs.protocol import Shown
+from core.jobs.protocol import JobEvent, Shown
+from core.storage import lifecycle
 from core.storage.database import Row, Tx
-from core.types import Address, Caller
+from core.storage.home import Home
+from core.storage.lifecycle import Erasure, Periods, Prune, Stage
+from core.types import Address, After, Caller, EraseFiles, WakeTraining
 
 BEFORE = ("validating", "waiting")  # nobody has agreed to it yet
 AT_WORK = ("queued", "running", "publishing")
 OPEN = (*BEFORE, *AT_WORK)
 ASKED, EXPIRED, REPLACED = "asked", "expired", "replaced"  # why a job was cancelled
+ERASED = "erased"  # the same, where the data set was erased
+_LOG_S = 30 * 86_400.0
 KEPT = "kept"  # the fault of a job that failed on our side, where what it had learned is kept
 _OPEN = "('validating', 'waiting', 'queued', 'running', 'publishing')"
 _AT_WORK = "('queued', 'running', 'publishing')"
@@ -209,14 +215,14 @@ def is_asking(tx: Tx, job_id: int) -> bool:
 def move(tx: Tx, job_id: int, state: str, *, redact: bool = False) -> None:
     """Out of waiting: to be trained, or to be checked again. What it says next is another message."""
     tx.run("UPDATE job SET state = ?, redact = ?, asked_ms = NULL, attempts = 0 WHERE id = ?", [state, redact, job_id])
-    _renew_message(tx, job_id)
+    deliveries.renew_for_job(tx, job_id)
 
 
 def read_from(tx: Tx, job_id: int, dataset_sha256: str) -> None:
     """The job is for this data set from now on, whose columns have our own names; it needs the other one no more."""
     before = str(tx.value("SELECT dataset_sha256 FROM job WHERE id = ?", [job_id]))
     tx.run("UPDATE job SET dataset_sha256 = ?, columns = '', redact = 0 WHERE id = ?", [dataset_sha256, job_id])
-    _erase_sayings(tx, before)
+    datasets.erase_unneeded(tx, before)
 
 
 def expired(tx: Tx, age_ms: int) -> list[int]:
@@ -274,23 +280,13 @@ def end(tx: Tx, job_id: int, state: str, reason: str = "", result: str | None = 
         f"UPDATE job SET state = ?, reason = ?, result = ?, ended_ms = ? WHERE id = ? AND state IN {_OPEN}",
         [state, reason, result, tx.now_ms, job_id],
     )
-    _erase_sayings(tx, str(tx.value("SELECT dataset_sha256 FROM job WHERE id = ?", [job_id])))
+    datasets.erase_unneeded(tx, str(tx.value("SELECT dataset_sha256 FROM job WHERE id = ?", [job_id])))
     return bool(changed)
 
 
 def fail(tx: Tx, job_id: int, fault: str, reason: str, *, learned: bool) -> bool:
     """End it as failed; whether it was open. `learned`: there is something that it may go on from."""
     return end(tx, job_id, "failed", f"{KEPT if learned and fault == 'ours' else fault}: {reason}"[:500])
-
-
-def _erase_sayings(tx: Tx, sha256: str) -> None:
-    """What people said is needed by its job alone: that data set is erased with it. Whose it was stays written down."""
-    marks = ", ".join("?" * len(OF_PEOPLE))
-    tx.run(
-        f"UPDATE dataset SET erased_ms = ? WHERE erased_ms IS NULL AND source IN ({marks}) AND sha256 = ?"
-        f" AND NOT EXISTS (SELECT 1 FROM job WHERE dataset_sha256 = dataset.sha256 AND state IN {_OPEN})",
-        [tx.now_ms, *OF_PEOPLE, sha256],
-    )
 
 
 def cancel(tx: Tx, job_id: int, reason: str) -> bool:
@@ -303,9 +299,9 @@ def cancel(tx: Tx, job_id: int, reason: str) -> bool:
         return False
     if was in (*BEFORE, "queued"):
         if reason in (ASKED, REPLACED):
-            tx.run("UPDATE delivery SET state = 'done', body = NULL WHERE job_id = ?", [job_id])
+            deliveries.skip(tx, deliveries.new_delivery(tx, job_id=job_id))
         elif was == "waiting":
-            _renew_message(tx, job_id)
+            deliveries.renew_for_job(tx, job_id)
     return True
 
 
@@ -317,19 +313,12 @@ def resumable(tx: Tx, job_id: int) -> bool:
 def resume(tx: Tx, job_id: int) -> None:
     """Queue a resumable job again. What was said of its end stays as it is; what it says next is another message."""
     tx.run("UPDATE job SET state = 'queued', reason = '', ended_ms = NULL, attempts = 0 WHERE id = ?", [job_id])
-    _renew_message(tx, job_id)
-
-
-def _renew_message(tx: Tx, job_id: int) -> None:
-    """What was written stays as it is; what the job says next is written anew."""
-    tx.run("DELETE FROM part WHERE delivery_id IN (SELECT id FROM delivery WHERE job_id = ?)", [job_id])
-    tx.run("DELETE FROM delivery WHERE job_id = ?", [job_id])
-    tx.insert("delivery", job_id=job_id, state="open")
+    deliveries.renew_for_job(tx, job_id)
 
 
 def give_up_message(tx: Tx, job_id: int) -> None:
     """The platform does not take what is said of this job; /finetune status still tells it."""
-    tx.run("UPDATE delivery SET state = 'failed', body = NULL WHERE job_id = ?", [job_id])
+    deliveries.give_up(tx, deliveries.new_delivery(tx, job_id=job_id))
 
 
 def is_told(tx: Tx, job_id: int) -> bool:
@@ -397,3 +386,60 @@ def move_place(tx: Tx, platform: str, account: str, before: str, now: str) -> No
         "UPDATE OR IGNORE job SET place = ? WHERE platform = ? AND account = ? AND place = ?",
         [now, platform, account, before],
     )
+
+
+def add_event(tx: Tx, job_id: int, event: JobEvent) -> None:
+    """Store what the trainer reported. A step beyond the last one resets the count of failed attempts."""
+    if event_log.add_event(tx, job_id, event):
+        tx.run("UPDATE job SET attempts = 0 WHERE id = ?", [job_id])
+
+
+# --- erasure and retention ---
+
+
+def withdraw(tx: Tx, user_hash: str, channel_id: int) -> tuple[After, ...]:
+    """Erase the data sets of this channel that hold messages of a person, and cancel the jobs that read them."""
+    erased = _erase_datasets(tx, datasets.of_person(tx, user_hash, channel_id))
+    return (EraseFiles(), WakeTraining()) if erased else ()
+
+
+lifecycle.withdraws(withdraw)
+
+
+def _erase_datasets(tx: Tx, erased: list[str]) -> bool:
+    for sha256 in erased:
+        datasets.erase(tx, sha256)
+        for row in tx.all("SELECT id FROM job WHERE dataset_sha256 = ? AND ended_ms IS NULL", [sha256]):
+            cancel(tx, row["id"], ERASED)
+    return bool(erased)
+
+
+@lifecycle.erases(Stage.DATASETS)
+def _erase(tx: Tx, erasure: Erasure) -> None:
+    erasure.datasets = datasets.of_person(tx, erasure.user_hash)
+    _erase_datasets(tx, erasure.datasets)
+    datasets.drop_person(tx, erasure.user_hash)
+
+
+@lifecycle.prunes
+def _prunes(kept: Periods) -> list[Prune]:
+    told = "NOT EXISTS (SELECT 1 FROM delivery WHERE job_id = job.id AND state IN ('open', 'generated'))"
+    where = f"place <> '' AND ended_ms <= ? AND {told} AND NOT ({RESUMABLE})"
+    return [lifecycle.batch("UPDATE job SET place = '', conversation = ''", "job", "id", where, kept.dead)]
+
+
+@lifecycle.sweeps
+def _sweep(tx: Tx, kept: Periods) -> Callable[[Home], None]:
+    known = {
+        str(row["name"])
+        for row in tx.all("SELECT id AS name FROM job UNION SELECT imported FROM job WHERE ended_ms IS NULL")
+    }
+    gone = {str(row["id"]) for row in tx.all(f"SELECT id FROM job WHERE ended_ms IS NOT NULL AND NOT ({RESUMABLE})")}
+
+    def remove(home: Home) -> None:
+        lifecycle.remove_files(home.jobs, gone=gone, known=known)
+        for path in lifecycle.entries(home.logs):
+            if path.name.startswith("job-") and lifecycle.age_s(path) > _LOG_S:
+                path.unlink(missing_ok=True)
+
+    return remove

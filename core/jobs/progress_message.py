@@ -11,7 +11,7 @@ import time
 
 from core.delivery.deliveries import Deliveries
 from core.errors import StorageError
-from core.jobs import event_log, job_messages
+from core.jobs import event_log, job_messages, jobs
 from core.jobs.jobs import Job
 from core.jobs.protocol import JobEvent, Progress
 from core.storage.database import Database
@@ -52,7 +52,7 @@ class ProgressMessage:
             return
         if isinstance(event, Progress):
             self._kept = time.monotonic()
-        await self._database.write(lambda tx: event_log.add_event(tx, self._job.id, event))
+        await self._database.write(lambda tx: jobs.add_event(tx, self._job.id, event))
         self._news.set()
 
     async def paint(self) -> None:

@@ -19,8 +19,8 @@ import pytest
 from prompt_toolkit.history import FileHistory
 
 from bots.terminal.bot import TerminalBot, TerminalSink, read_settings
+from core.channels.terminal import prune_history
 from core.errors import BadConfig
-from core.privacy.retention import _prune_history
 from core.types import Address, Body, Handle
 from tests.support.paths import ROOT
 
@@ -421,11 +421,11 @@ def test_what_was_typed_long_ago_is_forgotten(tmp_path):
         with path.open("a") as file:
             file.write(f"\n# {at}.000000\n" + "".join(f"+{line}\n" for line in text.split("\n")))
     now_ms = time.time_ns() // 1_000_000
-    _prune_history(path, now_ms - 3_600_000)
+    prune_history(path, now_ms - 3_600_000)
     assert list(FileHistory(path).load_history_strings()) == ["new\n\nlines"]
-    _prune_history(path, now_ms + 3_600_000)
+    prune_history(path, now_ms + 3_600_000)
     assert path.read_text() == ""
-    _prune_history(tmp_path / "none", 1)
+    prune_history(tmp_path / "none", 1)
 
 
 def test_the_history_is_for_this_user_only(person, tmp_path):

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from core.channels import bindings, directory
+from core.channels import bindings, directory, people
 from core.chat import handler, inbox
 from core.chat.replies import AdmissionQueue
 from core.engine.protocol import Request, Scope
@@ -390,7 +390,7 @@ async def test_what_the_tables_forbid_is_no_full_disk(
 
     async with world(tmp_path) as it:
         with monkeypatch.context() as patched:
-            patched.setattr(*((directory, "touch_person") if step == "begun" else (ledger, "charge")), twice)
+            patched.setattr(*((people, "touch") if step == "begun" else (ledger, "charge")), twice)
             await it.send("hello")
             async with asyncio.timeout(10):
                 await it.settled()

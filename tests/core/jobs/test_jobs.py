@@ -52,7 +52,7 @@ def events(it: Town, job: Job) -> list[JobEvent]:
 def hear(it: Town, job: Job, *heard: JobEvent) -> None:
     def work(tx: Tx) -> None:
         for event in heard:
-            event_log.add_event(tx, job.id, event)
+            jobs.add_event(tx, job.id, event)
 
     it.database.write_now(work)
 

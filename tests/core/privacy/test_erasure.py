@@ -19,7 +19,7 @@ from core.config.schema import Retention
 from core.delivery.deliveries import Deliveries
 from core.jobs import datasets, jobs
 from core.jobs.dataset_files import prepare_finetune
-from core.privacy import erasure, retention
+from core.privacy import commands, erasure, retention, tombstones
 from core.storage.database import Database, Tx
 from core.storage.home import Cipher, Home
 from core.types import Address, Body, Caller, Handle, Incoming, Kind, Lane, Receipt
@@ -120,7 +120,7 @@ async def test_50_people_are_forgotten_to_the_last_byte_and_the_others_stay(tmp_
         for n in range(PEOPLE):
             await it.send("/forget yes", user=f"person-{n}", conversation=f"c{n}")
         await it.settled()
-        await erasure.sweep(it.database, it.home)
+        await retention.sweep(it.database, it.home)
         assert found(tmp_path, [marker(n) for n in range(PEOPLE)]) == []
         turns = await it.database.read(
             lambda tx: [tx.cipher.unseal(r["text"]) for r in tx.all("SELECT text FROM turn")]
@@ -271,13 +271,13 @@ async def test_files_that_a_full_disk_or_a_crash_has_left_go_later_and_the_answe
         await it.ask("/consent on")
         await it.ask(marker(0))
         await bring(it)
-        monkeypatch.setattr(retention, "_keep_tombstones", full)
+        monkeypatch.setattr(tombstones, "append_to_file", full)
         assert "is erased" in await it.ask("/forget yes")
         assert await it.count("inbox", "outcome = 'failed'") == 0
         assert found(tmp_path / "datasets", [marker(0)]) == [marker(0)]
         monkeypatch.undo()
         if not restarted:
-            await erasure.clean(it.database, it.home, Retention())
+            await retention.clean(it.database, it.home, Retention())
     async with world(tmp_path, running=False) as it:
         if restarted:
             await erasure.reapply(it.database, it.home)
@@ -299,7 +299,7 @@ async def test_an_hour_later_no_count_says_whose_it_was(tmp_path: Path) -> None:
         await it.ask("hello")
         await it.ask("/forget yes")
         clock.now_ms += 2 * 3_600_000
-        await erasure.clean(it.database, it.home, Retention())
+        await retention.clean(it.database, it.home, Retention())
         assert await it.count("generation", "user_hash <> ''") == 0
         assert await it.count("inbox", "user_hash <> ''") == 0
 
@@ -324,7 +324,7 @@ async def test_no_number_of_a_person_stays_anywhere_once_nothing_can_be_answered
         assert await it.service.places.heard(at, "777000777:0")
         assert not await it.service.places.heard(at, "777000777:2")
         clock.now_ms += 8 * DAY_MS
-        await erasure.clean(it.database, it.home, Retention())
+        await retention.clean(it.database, it.home, Retention())
         assert found(tmp_path, ["777000777"]) == []
 
 
@@ -347,8 +347,8 @@ async def test_a_job_keeps_its_address_while_it_may_be_resumed_or_has_something_
         ):
             clock.now_ms = Clock().now_ms + age_days * DAY_MS
             await it.database.write(lambda tx, change=change: tx.run(change))
-            await erasure.clean(it.database, it.home, Retention())
-            await erasure.clean(it.database, it.home, Retention())  # the data set went in the pass before
+            await retention.clean(it.database, it.home, Retention())
+            await retention.clean(it.database, it.home, Retention())  # the data set went in the pass before
             assert await it.count("job", "place <> ''") == kept
 
 
@@ -386,10 +386,10 @@ async def test_what_is_kept_goes_when_its_time_is_over_and_not_before(
         await it.database.write(lambda tx: _compared(tx, typed=True))
         await it.database.write(lambda tx: _compared(tx, typed=False))
         clock.now_ms += age_ms - 1000
-        await erasure.clean(it.database, it.home, Retention())
+        await retention.clean(it.database, it.home, Retention())
         assert await it.count(table, where) > 0
         clock.now_ms += 2000
-        await erasure.clean(it.database, it.home, Retention())
+        await retention.clean(it.database, it.home, Retention())
         assert await it.count(table, where) == 0
         assert await it.count("ledger") == 1
 
@@ -431,11 +431,11 @@ async def test_what_was_typed_at_the_terminal_goes_with_the_conversations_and_wi
 
     async with world(tmp_path, clock=clock, running=False) as it:
         history.write_text(typed(25, 23, 0))
-        await erasure.clean(it.database, it.home, Retention())
+        await retention.clean(it.database, it.home, Retention())
         assert history.read_text() == typed(23, 0)
         local = it.database.cipher.hash_user(terminal.TERMINAL, "home", terminal.LOCAL_USER)
         await it.database.write(lambda tx: tx.insert("erasure", user_hash=local, at_ms=tx.now_ms - 3_600_000))
-        await erasure.clean(it.database, it.home, Retention())
+        await retention.clean(it.database, it.home, Retention())
         assert history.read_text() == typed(0)
 
 
@@ -450,7 +450,7 @@ def test_privacy_says_the_periods_that_are_in_force(tmp_path: Path) -> None:
             channel = directory.channel_by_name(tx, "terminal")
             assert channel is not None
             caller = Caller("u", Address("terminal", "home", "home", "home"), channel, "en", 0, 0)
-            return erasure.privacy(tx, caller, parse("/privacy")).body.text
+            return commands.privacy(tx, caller, parse("/privacy")).body.text
 
         text = database.write_now(said)
     assert "120 min" in text or "2 h" in text

@@ -367,7 +367,8 @@ class _LiveView:
 def _erase(tx: Tx, erasure: Erasure) -> None:
     tx.run(
         "UPDATE generation SET state = 'failed', ended_ms = ? WHERE state <> 'delivered' AND inbox_id IN (SELECT id"
-        " FROM inbox WHERE user_hash = ? AND received_ms <= ? AND id <> ? AND state IN ('new', 'running', 'generated'))",
+        " FROM inbox WHERE user_hash = ? AND received_ms <= ? AND id <> ?"
+        " AND state IN ('new', 'running', 'generated'))",
         [tx.now_ms, erasure.user_hash, erasure.until_ms, erasure.keep_row],
     )
 

@@ -22,7 +22,7 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from core.engine.lora.patterns import expression
+from core.engine.lora.patterns import compile_pattern
 from core.errors import AdapterUnusable
 from core.i18n.messages import Lazy, Refusal
 from core.types import AdapterRef
@@ -227,10 +227,10 @@ def _check_names(config: Mapping[str, Any]) -> None:
             most_expressions=MOST_EXPRESSIONS,
         )
     for one in expressions:
-        expression(one)
+        compile_pattern(one)
     for one in (targets, config.get("exclude_modules")):
         if isinstance(one, str):
-            expression(one)
+            compile_pattern(one)
 
 
 def _check_numbers(config: Mapping[str, Any]) -> None:
@@ -332,7 +332,7 @@ def _is_target(module: str, config: Mapping[str, Any]) -> bool:
 
 def _named(module: str, names: Any) -> bool:
     if isinstance(names, str):
-        return expression(names).matches(module)
+        return compile_pattern(names).fullmatch(module) is not None
     return any(module == name or module.endswith(f".{name}") for name in names)
 
 
@@ -344,7 +344,7 @@ def _by_pattern(modules: Iterable[str], pattern: Mapping[str, Any] | None, defau
 
 def _ending(key: str) -> Callable[[str], object]:
     whole = rf"(.*\.)?({key})$"
-    return re.compile(whole).match if PLAIN_KEY.fullmatch(key) else expression(whole).matches
+    return re.compile(whole).match if PLAIN_KEY.fullmatch(key) else compile_pattern(whole).fullmatch
 
 
 def _fold(

@@ -20,6 +20,7 @@ from bots import control, metrics_server
 from bots.plugins import find_bots
 from bots.provisioning import DESK, seed
 from core.adapters import registry
+from core.channels.training_permission import declare, set_exceptions
 from core.chat.service import Service, ServiceSettings
 from core.config.schema import BotTable, Config, GenerationDefaults
 from core.delivery.deliveries import Deliveries
@@ -66,6 +67,7 @@ async def open_store(config: Config, home: Home) -> AsyncIterator[Database]:
         async with Database(home.database, cipher) as database:
             await database.write(lambda tx: state.check_key(tx, key))
             await database.write(lambda tx: seed(tx, config))
+            await database.write(lambda tx: set_exceptions(tx, config.finetune.allow_training_on))
             yield database
 
 
@@ -111,7 +113,6 @@ def service_settings(config: Config) -> ServiceSettings:
         retention=config.privacy.retention,
         sampling=_sampling(config.generation),
         deadline_s=config.generation.deadline_s,
-        allow_slack_training=config.finetune.allow_slack_training,
     )
 
 
@@ -168,8 +169,9 @@ async def run_bots(parts: Parts, bots: Mapping[str, Bot], *, drain_s: float, res
     With `restart` a bot that fails is started again and stops no other; else its error ends the program.
     """
     told = _Signals()
-    slack = parts.config.finetune.allow_slack_training
-    desk = control.CommandRunner(parts.database, parts.home, parts.engine, parts.training, slack)
+    desk = control.CommandRunner(parts.database, parts.home, parts.engine, parts.training)
+    for bot in bots.values():
+        await parts.database.write(lambda tx, bot=bot: declare(tx, bot.platform, allowed=bot.training_allowed))  # type: ignore[misc]
     parts.deliveries.register(DESK.platform, DESK.account, control.NullSink())
     async with asyncio.TaskGroup() as tasks:
         background = [

@@ -19,10 +19,10 @@ from pathlib import Path
 from typing import Any
 
 from bots.provisioning import apply, owner
-from core.channels.commands import run_command
 from core.channels.terminal import TERMINAL
-from core.chat.handler import HANDLERS, prepare
-from core.commands.table import parse
+from core.chat.dispatch import dispatch
+from core.commands.parser import parse
+from core.commands.registry import CommandContext
 from core.config.loader import read_config
 from core.engine.protocol import Engine
 from core.errors import AppError, BadConfig, BadInput, StorageError
@@ -39,7 +39,6 @@ from core.types import (
     EraseFiles,
     ForgetMemory,
     Handle,
-    Outcome,
     Receipt,
     WakeTraining,
 )
@@ -58,7 +57,6 @@ class CommandRunner:
     home: Home
     engine: Engine | None = None
     training: JobSupervisor | None = None
-    slack: bool = False  # whether what people said in Slack may be learned from
 
     async def run(self, text: str, channel: str = TERMINAL) -> Body:
         """Raises what the command raises."""
@@ -66,8 +64,7 @@ class CommandRunner:
         if call.key in _NEEDS_A_CHAT:
             raise BadInput("terminal.needs_a_chat", command=f"/{call.command.name} {call.form.word}")
         caller = await self.database.write(lambda tx: owner(tx, channel))
-        call = await prepare(self.home, self.database, _no_file, caller, call, slack=self.slack)
-        outcome: Outcome = await self.database.write(lambda tx: run_command(tx, caller, call, HANDLERS))
+        outcome = await dispatch(CommandContext(self.home, self.database, _no_file), caller, call)
         for after in outcome.after:
             await self._follow(after)
         if self.training is None and WakeTraining() in outcome.after:

@@ -33,7 +33,7 @@ def find_bots(broken: dict[str, str] | None = None, *, wanted: Collection[str] |
 
 def _load(entry: EntryPoint) -> type[Bot]:
     bot: type[Bot] = entry.load()
-    missing = [name for name in ("platform", "configure", "run") if not hasattr(bot, name)]
+    missing = [name for name in ("platform", "training_allowed", "configure", "run") if not hasattr(bot, name)]
     if missing:
         raise TypeError(f"it has no {', '.join(missing)}")
     return bot

@@ -212,9 +212,13 @@ class BotService(Protocol):
 
 
 class Bot(Protocol):
-    """One platform. Constructed once for each table [bots.NAME] of the configuration."""
+    """One platform. Constructed once for each table [bots.NAME] of the configuration.
+
+    `training_allowed`: whether the platform's terms permit training on what consenting people say there.
+    """
 
     platform: str
+    training_allowed: bool
 
     @classmethod
     def configure(cls, settings: Mapping[str, object]) -> Self:

@@ -22,7 +22,8 @@ from bots.cli.usage import usage
 from bots.provisioning import greeting
 from bots.terminal.bot import Surroundings, TerminalBot, is_interactive, read_settings
 from core.channels.terminal import TERMINAL
-from core.commands.table import COMMANDS, find
+from core.commands.parser import find
+from core.commands.table import COMMANDS
 from core.config.loader import FILE_NAME, load_config, show_config
 from core.config.schema import Config
 from core.errors import AppError, BadConfig, UserError
@@ -185,7 +186,7 @@ def _ask(given: argparse.Namespace, request: dict[str, Any]) -> int:
 
 async def _do_here(config: Config, home: Home, request: dict[str, Any]) -> str:
     async with open_store(config, home) as database:
-        desk = control.CommandRunner(database, home, slack=config.finetune.allow_slack_training)
+        desk = control.CommandRunner(database, home)
         if "apply" in request:
             return await desk.apply(request["apply"])
         return (await desk.run(request["command"], request.get("channel", TERMINAL))).text

@@ -33,6 +33,7 @@ class SlackBot:
     """One Slack app: a table [bots.NAME]."""
 
     platform = PLATFORM
+    training_allowed = False  # API terms, "Data usage", since 2025-05-29
 
     def __init__(self, settings: SlackSettings, pace: Callable[[], SlackRateLimiter] = SlackRateLimiter) -> None:
         self._settings, self._pace = settings, pace

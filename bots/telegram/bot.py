@@ -38,6 +38,7 @@ class TelegramBot:
     """One account: a table [bots.NAME] with a token. Several tables are several accounts in one process."""
 
     platform = PLATFORM
+    training_allowed = True
 
     def __init__(self, settings: TelegramSettings, pace: TelegramRateLimiter | None = None) -> None:
         self._settings, self._pace = settings, pace

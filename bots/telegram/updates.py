@@ -31,7 +31,8 @@ from pydantic import ValidationError
 from bots.telegram.addresses import PLATFORM, conversation, receipt, topic_of
 from bots.telegram.sending.api import RawMember
 from bots.telegram.sending.buttons import pressed
-from core.commands.table import COMMANDS, parse
+from core.commands.parser import parse
+from core.commands.table import COMMANDS
 from core.errors import AppError, UserError
 from core.types import Address, Attachment, Grant, Incoming, Kind, Lane
 

@@ -120,6 +120,7 @@ class TerminalBot:
     """`interactive` None means: if standard input and output are a terminal."""
 
     platform = "terminal"
+    training_allowed = True
 
     def __init__(
         self,

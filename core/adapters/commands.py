@@ -12,7 +12,7 @@ from core.adapters import registry
 from core.adapters.registry import Version
 from core.channels import adapter_names, audit, bindings, operators
 from core.channels.adapter_names import BASE
-from core.channels.commands import Handler
+from core.commands.registry import command
 from core.commands.table import Call
 from core.errors import BadInput, NotAllowed, UnknownThing
 from core.i18n.messages import Lazy, duration, say
@@ -25,6 +25,7 @@ _MAX_REASON = 200
 _SHOWN_VERSIONS = 20
 
 
+@command("adapter", "list")
 def list_versions(tx: Tx, caller: Caller, call: Call) -> Outcome:
     name = caller.channel.adapter
     champion, _ = adapter_names.champion(tx, name)
@@ -38,6 +39,7 @@ def list_versions(tx: Tx, caller: Caller, call: Call) -> Outcome:
     return Outcome(Body("\n".join([head, "", *(f"- {line}" for line in lines)])))
 
 
+@command("adapter", "show")
 def show(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """Raises UnknownThing."""
     version = find_version(tx, caller, call.arguments["version"])
@@ -76,6 +78,7 @@ def show(tx: Tx, caller: Caller, call: Call) -> Outcome:
     return Outcome(Body(text, buttons))
 
 
+@command("adapter", "promote")
 def promote(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """Raises UnknownThing, BadInput for a version that cannot be used, NotAllowed where a follower is not theirs."""
     version = find_version(tx, caller, call.arguments["version"])
@@ -104,6 +107,7 @@ def promote(tx: Tx, caller: Caller, call: Call) -> Outcome:
     return Outcome(Body("\n".join(lines)))
 
 
+@command("adapter", "discard")
 def discard(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """Take a version out of use for good. Raises BadInput for one that answers, or that is base."""
     version = find_version(tx, caller, call.arguments["version"])
@@ -117,6 +121,7 @@ def discard(tx: Tx, caller: Caller, call: Call) -> Outcome:
     return Outcome(Body(say(caller.language, "adapter.discarded", label=version.label)))
 
 
+@command("adapter", "worst")
 def worst(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """The unseen rows on which a version lost most: where to look for what is wrong with the data. Raises BadInput."""
     version = find_version(tx, caller, call.arguments["version"])
@@ -139,6 +144,7 @@ def worst(tx: Tx, caller: Caller, call: Call) -> Outcome:
     return Outcome(Body("\n".join(lines)))
 
 
+@command("adapter", "rollback")
 def rollback(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """Raises NotAllowed where a follower is not theirs."""
     followers = _followers(tx, caller)
@@ -150,16 +156,6 @@ def rollback(tx: Tx, caller: Caller, call: Call) -> Outcome:
     audit.record(tx, caller, "adapter rollback", name, label_before, {"version": label})
     text = say(caller.language, "adapter.rolled_back", channels=followers, label=label, before=label_before)
     return Outcome(Body(text))
-
-
-HANDLERS: Mapping[tuple[str, str], Handler] = {
-    ("adapter", "list"): list_versions,
-    ("adapter", "show"): show,
-    ("adapter", "promote"): promote,
-    ("adapter", "rollback"): rollback,
-    ("adapter", "discard"): discard,
-    ("adapter", "worst"): worst,
-}
 
 
 def promote_button(language: str, label: str) -> Button:

@@ -1,25 +1,21 @@
-"""Runs every command under its grant, and does what /channel and /operator say. Knows no model and no bot.
-
-Whatever needs a grant leaves a row in the audit log: refused, or allowed with what was before and after.
-"""
+"""/channel and /operator."""
 
 from __future__ import annotations
 
 import hashlib
 import re
-from collections.abc import Callable, Mapping
-from dataclasses import replace
+from collections.abc import Mapping
 from typing import NoReturn
 
 from core.channels import adapter_names, audit, bindings, directory, operators, terminal
+from core.commands.registry import command
 from core.commands.table import Call
-from core.errors import AppError, BadInput, NotAllowed, UnknownThing
+from core.errors import BadInput, NotAllowed, UnknownThing
 from core.i18n.messages import Lazy, language_name, languages, resolve, say
 from core.storage.database import Tx
-from core.types import Body, Caller, Channel, Choose, ForgetMemory, Grant, Outcome
+from core.types import Body, Caller, Channel, ForgetMemory, Grant, Outcome
 from core.usage import prices
 
-Handler = Callable[[Tx, Caller, Call], Outcome]
 ALL = "all"
 _OWNERS_SETTINGS = frozenset({"adapter", "price_in", "price_out", "price_train", "share", "bind"})
 _PRICES = ("price_in", "price_out", "price_train", "share")
@@ -31,72 +27,10 @@ _BIND = re.compile(r"([^\s:/]+):([^\s:/]+)(?:[:/](\S+))?")
 Setting = str | int | float
 
 
-# --- every command ---
-
-
-def run_command(tx: Tx, caller: Caller, call: Call, handlers: Mapping[tuple[str, str], Handler]) -> Outcome:
-    """Run one command, if this person may. What is refused is undone, audited, and answered the same for all targets.
-
-    Raises the UserError of a handler for what cannot be done as it was asked; then nothing was changed.
-    """
-    handler = handlers.get(call.key)
-    if handler is None:
-        raise AppError(detail=f"no handler for {call.key}")
-    if call.form.who is Grant.ANYONE:
-        return _answered(call, handler(tx, caller, call))
-    if not _may(tx, caller, call):
-        return _denied(tx, caller, call)
-    last = _last_audit(tx)
-    tx.run("SAVEPOINT command")
-    try:
-        outcome = handler(tx, caller, call)
-    except NotAllowed:
-        tx.run("ROLLBACK TO command")
-        tx.run("RELEASE command")
-        return _denied(tx, caller, call)
-    tx.run("RELEASE command")
-    if _last_audit(tx) == last:
-        audit.record(tx, caller, _action(call), _target(caller, call))
-    return _answered(call, outcome)
-
-
-def _answered(call: Call, outcome: Outcome) -> Outcome:
-    return replace(outcome, after=(*outcome.after, Choose())) if call.form.answers else outcome
-
-
-def _may(tx: Tx, caller: Caller, call: Call) -> bool:
-    """Whether the caller holds what the form asks for, in the channel that it names."""
-    if operators.grant_of(tx, caller.user, caller.channel.id) is Grant.OWNER:
-        return True
-    named = call.arguments.get("channel", caller.channel.name)
-    channel = directory.channel_by_name(tx, named)
-    return channel is not None and operators.grant_of(tx, caller.user, channel.id) >= call.form.who
-
-
-def _denied(tx: Tx, caller: Caller, call: Call) -> Outcome:
-    audit.record(tx, caller, _action(call), _target(caller, call), allowed=False)
-    return Outcome(Body(say(caller.language, NotAllowed.key)))
-
-
-def _action(call: Call) -> str:
-    return " ".join(call.key).strip()
-
-
-def _target(caller: Caller, call: Call) -> str:
-    """What was named first, or the channel that it was said in. Never free text: it is not kept in the open."""
-    named = next(
-        (call.arguments[one.name] for one in call.form.parameters if one.name in call.arguments and not one.rest), ""
-    )
-    return (named or caller.channel.name)[:_MAX_SHOWN]
-
-
-def _last_audit(tx: Tx) -> int:
-    return int(tx.value("SELECT ifnull(max(id), 0) FROM audit"))
-
-
 # --- /channel ---
 
 
+@command("channel", "list")
 def channel_list(tx: Tx, caller: Caller, call: Call) -> Outcome:
     lines = [say(caller.language, "operators.channels"), ""]
     for channel in directory.channels(tx, caller.user):
@@ -109,16 +43,18 @@ def channel_list(tx: Tx, caller: Caller, call: Call) -> Outcome:
     return Outcome(Body("\n".join(lines)))
 
 
+@command("channel", "create")
 def channel_create(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """Raises BadInput for a name that is taken or not allowed, or a title that is too long."""
     name, title = call.arguments["name"], call.arguments.get("title", "").strip()
     if title:
         _read_title("title", title)
     channel = directory.create_channel(tx, name, title=title)
-    audit.record(tx, caller, _action(call), name, None, {**_settings(tx, channel)})
+    audit.record(tx, caller, call.action, name, None, {**_settings(tx, channel)})
     return Outcome(Body(say(caller.language, "operators.created", name=name)))
 
 
+@command("channel", "show")
 def channel_show(tx: Tx, caller: Caller, call: Call) -> Outcome:
     channel = _channel(tx, caller, call)
     language = caller.language
@@ -143,6 +79,7 @@ def channel_show(tx: Tx, caller: Caller, call: Call) -> Outcome:
     return Outcome(Body(text.strip()))
 
 
+@command("channel", "set")
 def channel_set(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """All that was asked for, or nothing. Raises BadInput naming the setting, its value and what it must be."""
     channel = _editable(tx, caller, call)
@@ -161,7 +98,7 @@ def channel_set(tx: Tx, caller: Caller, call: Call) -> Outcome:
     if not after:
         return Outcome(Body(say(caller.language, "operators.set_nothing", name=channel.name)))
     _store(tx, channel, {**now, **after}, set(after))
-    audit.record(tx, caller, _action(call), channel.name, {**before}, {**after})
+    audit.record(tx, caller, call.action, channel.name, {**before}, {**after})
     told = _changes(caller.language, channel, before, after)
     if "instructions" in after and (label := _trained_otherwise(tx, channel, str(after["instructions"]))):
         told = f"{told}\n\n{say(caller.language, 'operators.trained_otherwise', label=label)}"
@@ -176,12 +113,13 @@ def _trained_otherwise(tx: Tx, channel: Channel, instructions: str) -> str:
     return adapter_names.champion(tx, channel.adapter)[1]
 
 
+@command("channel", "archive")
 def channel_archive(tx: Tx, caller: Caller, call: Call) -> Outcome:
     channel = _editable(tx, caller, call)
     if channel.name == terminal.TERMINAL:
         raise BadInput("operators.archive_terminal")
     directory.archive(tx, channel.id)
-    audit.record(tx, caller, _action(call), channel.name, {"archived": False}, {"archived": True})
+    audit.record(tx, caller, call.action, channel.name, {"archived": False}, {"archived": True})
     told = say(caller.language, "operators.archived", name=channel.name)
     return Outcome(Body(told), (ForgetMemory(channel.name),))
 
@@ -327,13 +265,14 @@ def _refuse(key: str, text: str, need: str, **fields: str | int) -> NoReturn:
 # --- /operator ---
 
 
+@command("operator", "invite")
 def operator_invite(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """A code that is shown once, to the one who asked."""
     label = " ".join(call.arguments.get("label", "").split())[:_MAX_LABEL]
     everywhere = call.arguments.get("channel", "").lower() == ALL
     channel = None if everywhere else _editable(tx, caller, call)
     code = operators.invite(tx, channel.id if channel else None, label, caller.user)
-    audit.record(tx, caller, _action(call), channel.name if channel else ALL, None, {"label": label})
+    audit.record(tx, caller, call.action, channel.name if channel else ALL, None, {"label": label})
     whom = label or say(caller.language, "operators.somebody")
     if channel is None:
         return Outcome(Body(say(caller.language, "operators.invited_all", code=code, label=whom).strip()))
@@ -341,6 +280,7 @@ def operator_invite(tx: Tx, caller: Caller, call: Call) -> Outcome:
     return Outcome(Body(told.strip()))
 
 
+@command("operator", "list")
 def operator_list(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """An owner sees all; an operator of this channel those of this channel."""
     owner = operators.grant_of(tx, caller.user, caller.channel.id) is Grant.OWNER
@@ -351,6 +291,7 @@ def operator_list(tx: Tx, caller: Caller, call: Call) -> Outcome:
     return Outcome(Body("\n".join(lines)))
 
 
+@command("operator", "remove")
 def operator_remove(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """Raises NotAllowed for whoever the caller does not see, and UnknownThing for an owner who mistyped."""
     owner = operators.grant_of(tx, caller.user, caller.channel.id) is Grant.OWNER
@@ -366,7 +307,7 @@ def operator_remove(tx: Tx, caller: Caller, call: Call) -> Outcome:
         raise BadInput("operators.last_owner", **named)
     operators.remove(tx, operator)
     was = {"operator": operator.user_hash, "label": operator.label}
-    audit.record(tx, caller, _action(call), operator.channel or ALL, was, None)
+    audit.record(tx, caller, call.action, operator.channel or ALL, was, None)
     return Outcome(Body(say(caller.language, "operators.removed", id=str(operator.id), **named)))
 
 
@@ -375,15 +316,3 @@ def _named(caller: Caller, operator: operators.Operator) -> dict[str, str]:
         "label": operator.label or operator.user_hash[:12],
         "scope": operator.channel or say(caller.language, "operators.scope_all"),
     }
-
-
-HANDLERS: Mapping[tuple[str, str], Handler] = {
-    ("channel", "list"): channel_list,
-    ("channel", "create"): channel_create,
-    ("channel", "show"): channel_show,
-    ("channel", "set"): channel_set,
-    ("channel", "archive"): channel_archive,
-    ("operator", "invite"): operator_invite,
-    ("operator", "list"): operator_list,
-    ("operator", "remove"): operator_remove,
-}

@@ -7,7 +7,7 @@ from dataclasses import replace
 from core.channels import bindings, people
 from core.chat import conversations
 from core.chat.inbox import InboxRow
-from core.commands.table import parse
+from core.commands.parser import parse
 from core.errors import NotAllowed, UserError
 from core.i18n.messages import resolve
 from core.storage.database import Tx

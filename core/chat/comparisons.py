@@ -9,7 +9,7 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
 from core.adapters import registry
@@ -17,11 +17,11 @@ from core.adapters.commands import check_usable, find_version, promote_button
 from core.adapters.registry import Version
 from core.channels import adapter_names, audit
 from core.channels.adapter_names import BASE
-from core.channels.commands import Handler
 from core.chat import inbox
 from core.chat.inbox import InboxRow
 from core.chat.replies import PendingReply, Replies, RunningReply
 from core.chat.stopping import stopped_since
+from core.commands.registry import command
 from core.commands.table import Call
 from core.delivery.deliveries import keep_body, new_delivery
 from core.engine.protocol import Delta, Finished, FinishReason, Generation, Request, Scope
@@ -51,6 +51,7 @@ class Pair:
 # --- rows and commands: run inside a transaction ---
 
 
+@command("adapter", "compare")
 def compare(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """Begin one. Raises UnknownThing, BadInput for a version that cannot be used, or where there is no question."""
     version = find_version(tx, caller, call.arguments["version"])
@@ -82,6 +83,7 @@ def compare(tx: Tx, caller: Caller, call: Call) -> Outcome:
     return Outcome(Body(""), (CompareBlind(),))
 
 
+@command("adapter", "choose")
 def choose(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """Count a choice, once, and say whose answer it was. Raises UnknownThing."""
     typed, choice = call.arguments["comparison"], call.arguments["choice"]
@@ -95,9 +97,6 @@ def choose(tx: Tx, caller: Caller, call: Call) -> Outcome:
     else:
         head = say(caller.language, "compare.chosen_already", what=_told(tx, caller.language, row, row["chosen"]))
     return Outcome(_with_score(tx, caller.language, row, head))
-
-
-HANDLERS: Mapping[tuple[str, str], Handler] = {("adapter", "compare"): compare, ("adapter", "choose"): choose}
 
 
 def score(tx: Tx, candidate: str, other: str | None) -> tuple[int, int, int]:

@@ -9,19 +9,17 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
-from core.channels import audit, people
-from core.channels.commands import Handler
+from core.channels import audit, people, training_permission
 from core.chat import conversations, inbox
 from core.chat.inbox import InboxRow
+from core.commands.registry import command
 from core.commands.table import Call
 from core.delivery.deliveries import keep_body, new_delivery
 from core.errors import BadInput, UnknownThing
 from core.i18n.messages import resolve, say
 from core.jobs import jobs
-from core.jobs.examples import NOT_FOR_TRAINING
 from core.storage import lifecycle
 from core.storage.database import Row, Tx, Value
 from core.storage.lifecycle import Erasure, Periods, Prune, Stage
@@ -32,7 +30,6 @@ _VOTE = re.compile(r"([0-9a-f]{32}):(-?1)(?::([a-z]*))?")  # the third part: no 
 _SHORT = 8  # of a reply's number, as people see it
 _NAMED = re.compile(r"#([0-9a-f]{8})\s+(\S.*)", re.DOTALL)
 _MOST, _CUT = 5, 300
-_SLACK = "slack"  # among the arguments of a call: what was said there may be learned from
 
 
 @dataclass(frozen=True, slots=True)
@@ -79,7 +76,7 @@ def own_reply(tx: Tx, user_hash: str, typed: str) -> DeliveredReply | None:
 # --- thumbs ---
 
 
-def vote(tx: Tx, row: InboxRow, *, slack: bool) -> bool:
+def vote(tx: Tx, row: InboxRow) -> bool:
     """Keep a thumb, and why; the last one counts. Only who was answered has a vote. Whether something is to be said.
 
     After a thumb down, whoever has not allowed all is asked for this one reply: by buttons, where it could be used.
@@ -95,7 +92,7 @@ def vote(tx: Tx, row: InboxRow, *, slack: bool) -> bool:
         [reply.id, row.user_hash, int(found[2]), tx.now_ms, reason],
     )
     said = _said(tx, reply)
-    if not said or (reply.platform in NOT_FOR_TRAINING and not slack):
+    if not said or reply.platform in training_permission.forbidden(tx):
         return False
     if reply.consent_ms:
         _keep(tx, reply, said, shared=False)
@@ -126,6 +123,7 @@ def refuse(tx: Tx, reply: DeliveredReply) -> bool:
     return bool(tx.run("DELETE FROM example WHERE generation_id = ?", [reply.id]) or reply.consent_ms)
 
 
+@command("consent", "reply")
 def consent_reply(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """For one reply that the caller was given. Withdrawing also erases the data sets that may hold it."""
     reply = own_reply(tx, caller.user, call.arguments["reply"])
@@ -141,11 +139,7 @@ def consent_reply(tx: Tx, caller: Caller, call: Call) -> Outcome:
 # --- corrections ---
 
 
-def prepare_correct(call: Call, *, slack: bool) -> Call:
-    """With `slack`, a reply that was given in Slack may be corrected too. Any other call comes back as it is."""
-    return replace(call, arguments={**call.arguments, _SLACK: "yes"}) if call.key == ("correct", "") and slack else call
-
-
+@command("correct")
 def correct(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """Keep what should have been answered. Without a text: which replies people have given away, and wait for one.
 
@@ -156,12 +150,12 @@ def correct(tx: Tx, caller: Caller, call: Call) -> Outcome:
     if caller.public and (not text or _NAMED.fullmatch(text)):
         raise BadInput("feedback.in_private")
     if not text:
-        return Outcome(Body(_waiting(tx, caller, slack=_SLACK in call.arguments)))
+        return Outcome(Body(_waiting(tx, caller)))
     reply, text = _meant(tx, caller, text)
     if reply is None or reply.channel_id != caller.channel.id:
         raise UnknownThing("feedback.no_reply")
-    if reply.platform in NOT_FOR_TRAINING and _SLACK not in call.arguments:
-        raise BadInput("feedback.slack_stays_out")
+    if reply.platform in training_permission.forbidden(tx):
+        raise BadInput("feedback.platform_stays_out", platform=reply.platform)
     kept, own = _example(tx, reply), reply.user == caller.user
     if not own and not reply.consent_ms and not (kept and kept["shared"]):
         raise BadInput("feedback.not_allowed")
@@ -207,9 +201,9 @@ def _meant(tx: Tx, caller: Caller, text: str) -> tuple[DeliveredReply | None, st
     return reply_of(tx, found or ""), text
 
 
-def _waiting(tx: Tx, caller: Caller, *, slack: bool) -> str:
+def _waiting(tx: Tx, caller: Caller) -> str:
     """What people have given away and nobody has corrected: not what they liked. Oldest first."""
-    forbidden = () if slack else NOT_FOR_TRAINING
+    forbidden = training_permission.forbidden(tx)
     rows = tx.all(
         "SELECT example.generation_id, said, ifnull(reason, '') AS reason FROM example"
         " LEFT JOIN feedback ON feedback.generation_id = example.generation_id"
@@ -290,9 +284,6 @@ def _keep(tx: Tx, reply: DeliveredReply, said: list[dict[str, str]], *, shared: 
             tx.now_ms,
         ],
     )
-
-
-HANDLERS: Mapping[tuple[str, str], Handler] = {("correct", ""): correct, ("consent", "reply"): consent_reply}
 
 
 @lifecycle.erases(Stage.TEXT)

@@ -8,20 +8,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Callable, Mapping
+from collections.abc import Awaitable, Callable
 
-from core.adapters import commands as adapter_commands
-from core.channels import commands as channel_commands
-from core.chat import commands as chat_commands
-from core.chat import comparisons, feedback, inbox, quiet_updates
+from core.chat import inbox, quiet_updates
 from core.chat.caller import caller_of
 from core.chat.comparisons import Comparisons
+from core.chat.dispatch import dispatch
 from core.chat.inbox import InboxRow
 from core.chat.replies import Replies
 from core.chat.replies import fail as fail_reply
 from core.chat.replies import settle as settle_reply
 from core.chat.stopping import stopped_since, stopped_user
-from core.commands.table import Call, parse
+from core.commands.parser import parse
+from core.commands.registry import CommandContext
+from core.commands.table import Call
 from core.delivery.deliveries import Deliveries, keep_body, kept_body, new_delivery
 from core.delivery.deliveries import give_up as give_up_delivery
 from core.engine.protocol import Engine
@@ -36,16 +36,10 @@ from core.errors import (
     UserError,
 )
 from core.i18n.messages import duration, resolve, say
-from core.jobs import commands as job_commands
-from core.jobs import importing
-from core.jobs.checks import prepare_job
 from core.jobs.commands import answer_to_question
-from core.jobs.dataset_files import Fetch, prepare_finetune
-from core.jobs.importing import prepare_import
 from core.jobs.supervisor import JobSupervisor
 from core.observability.metrics import Counts
 from core.platform import Unreachable
-from core.privacy import commands as privacy_commands
 from core.privacy.retention import try_sweep
 from core.storage.database import Database, Tx
 from core.storage.home import Home
@@ -63,34 +57,12 @@ from core.types import (
     StopReply,
     WakeTraining,
 )
-from core.usage.reports import prepare_usage
 
 log = logging.getLogger(__name__)
 
-HANDLERS: Mapping[tuple[str, str], channel_commands.Handler] = {
-    **chat_commands.HANDLERS,
-    **privacy_commands.HANDLERS,
-    **channel_commands.HANDLERS,
-    **job_commands.HANDLERS,
-    **adapter_commands.HANDLERS,
-    **comparisons.HANDLERS,
-    **importing.HANDLERS,
-    **feedback.HANDLERS,
-}
 STORAGE_RETRY_S = 2.0
 _DELIVERY_RETRIES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0)
 _NOTICE_WINDOW_MS = 60_000
-
-
-async def prepare(
-    home: Home, database: Database, fetch: Fetch, caller: Caller, call: Call, *, slack: bool = False
-) -> Call:
-    """What a command needs of files, read or written before its transaction. Raises what is wrong with them."""
-    call = await prepare_finetune(home, database, fetch, caller, call, slack=slack)
-    call = await prepare_job(home, database, caller, call)
-    call = feedback.prepare_correct(call, slack=slack)
-    call = await prepare_usage(home, database, caller, call)
-    return await prepare_import(home, database, fetch, caller, call)
 
 
 class MessageHandler:
@@ -104,8 +76,6 @@ class MessageHandler:
         deliveries: Deliveries,
         training: JobSupervisor,
         replies: Replies,
-        *,
-        slack: bool,
     ) -> None:
         self.draining = False
         self.counts = Counts("channel", "outcome")  # delivered, refused, failed or unconfirmed
@@ -115,7 +85,7 @@ class MessageHandler:
         self._deliveries = deliveries
         self._training = training
         self._replies = replies
-        self._slack = slack  # whether consenting people's words in Slack may be learned from
+        self._commands = CommandContext(home, database, deliveries.fetch)
 
     async def handle(self, row: InboxRow) -> None:
         """A store that cannot write now is waited for; any other failure is told to the person."""
@@ -148,7 +118,7 @@ class MessageHandler:
                 self._replies.stop(row.address, await self._database.read(lambda tx: stopped_user(tx, row)))
             if not await self._database.read(lambda tx: inbox.is_generated(tx, row.id)):
                 if row.kind in quiet_updates.QUIET or row.action == "feedback":
-                    if not await self._database.write(lambda tx: quiet_updates.close(tx, row, slack=self._slack)):
+                    if not await self._database.write(lambda tx: quiet_updates.close(tx, row)):
                         return
                 else:
                     caller = await self._database.write(lambda tx: caller_of(tx, row))
@@ -204,17 +174,13 @@ class MessageHandler:
 
     async def _command(self, row: InboxRow, caller: Caller, call: Call) -> bool:
         """Run a command and store what it says in one transaction; then do what follows from it, but for `Choose`."""
-        call = await prepare(self._home, self._database, self._deliveries.fetch, caller, call, slack=self._slack)
 
-        def work(tx: Tx) -> Outcome:
-            outcome = channel_commands.run_command(tx, caller, call, HANDLERS)
-            later = any(isinstance(after, AnswerAgain | CompareBlind) for after in outcome.after)
-            if not later:
+        def keep(tx: Tx, outcome: Outcome) -> None:
+            if not any(isinstance(after, AnswerAgain | CompareBlind) for after in outcome.after):
                 keep_body(tx, new_delivery(tx, inbox_id=row.id), outcome.body)
                 inbox.mark_generated(tx, row.id)
-            return outcome
 
-        outcome = await self._database.write(work)
+        outcome = await dispatch(self._commands, caller, call, keep)
         for after in outcome.after:
             await self._follow(row, caller, after)
         return row.kind is Kind.PRESS and Choose() in outcome.after

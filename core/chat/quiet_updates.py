@@ -18,9 +18,9 @@ from core.types import Body, Caller, Kind
 QUIET = (Kind.STOP, Kind.EDIT, Kind.MEMBERSHIP)  # nothing is said to these
 
 
-def close(tx: Tx, row: InboxRow, *, slack: bool) -> bool:
+def close(tx: Tx, row: InboxRow) -> bool:
     """Do what a quiet update asks for, and end it; or keep what is to be said to it, and return True."""
-    if row.action == "feedback" and feedback.vote(tx, row, slack=slack):
+    if row.action == "feedback" and feedback.vote(tx, row):
         return True
     if row.action == "moved":
         for owner in (bindings, conversations, inbox, jobs):

@@ -54,7 +54,6 @@ class ServiceSettings:
     sampling: Sampling = field(default_factory=Sampling)
     max_replies: int = 256
     deadline_s: float = 120.0
-    allow_slack_training: bool = False
 
 
 class Service:
@@ -79,9 +78,7 @@ class Service:
         self._settings = settings
         places = AdmissionQueue(settings.max_replies)
         self._replies = Replies(database, home, engine, deliveries, places, settings.sampling, settings.deadline_s)
-        self._rows = MessageHandler(
-            database, home, engine, deliveries, training, self._replies, slack=settings.allow_slack_training
-        )
+        self._rows = MessageHandler(database, home, engine, deliveries, training, self._replies)
         self.replies = self._rows.counts
         self._accounts: set[tuple[str, str]] = set()
         self._active: set[int] = set()

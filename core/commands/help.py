@@ -1,16 +1,14 @@
-"""What is said of the commands: `/help`, and the table of the README. Made from core.commands.table alone."""
+"""The texts of the command table: `/help`, the right form in an error, and the table of the README."""
 
 from __future__ import annotations
 
-from core.commands.table import COMMANDS, Command, find, help_key, usage
+from core.commands.table import COMMANDS, Command, Form
 from core.i18n.messages import say
 from core.types import Grant
 
 
-def help_text(language: str, grant: Grant, topic: str = "") -> str:
-    """Markdown: the commands that a person with this grant may use, or all about one of them. Raises BadCommand."""
-    if topic:
-        return _help_of(language, find(topic), grant)
+def overview(language: str, grant: Grant) -> str:
+    """Markdown: the commands that are allowed with this grant."""
     lines = [say(language, "help.intro"), ""]
     lines += [
         say(language, "help.line", form=f"/{command.name}", meaning=command.help(language))
@@ -20,21 +18,25 @@ def help_text(language: str, grant: Grant, topic: str = "") -> str:
     return "\n".join([*lines, "", say(language, "help.more")])
 
 
-def _help_of(language: str, command: Command, grant: Grant) -> str:
-    lines = [f"**/{command.name}**", ""]
-    for form in command.forms:
-        meaning = say(language, help_key(command, form))
-        lines.append(say(language, "help.line", form=usage(language, command, form), meaning=meaning))
-        lines.append(say(language, "help.example", example=form.example))
-    if any(form.settings for form in command.forms):
+def details(language: str, grant: Grant, command: Command, word: str = "") -> str:
+    """Markdown: the form of that word, or all forms of the command."""
+    form = command.form(word) if word else None
+    shown = (form,) if form else command.forms
+    lines = [f"**/{command.name}{f' {form.word}' if form else ''}**", ""]
+    for one in shown:
+        meaning = say(language, help_key(command, one))
+        lines.append(say(language, "help.line", form=usage(language, command, one), meaning=meaning))
+        lines.append(say(language, "help.example", example=one.example))
+    if any(one.settings for one in shown):
         lines += ["", say(language, f"help.settings_{command.name}")]
-    if command.who > grant:
-        lines += ["", say(language, f"help.who_{command.who.name.lower()}")]
+    needed = min(one.who for one in shown)
+    if needed > grant:
+        lines += ["", say(language, f"help.who_{needed.name.lower()}")]
     return "\n".join(lines)
 
 
 def table_markdown(language: str = "en") -> str:
-    """The table of the README: every form, what it does, and who may."""
+    """The table of the README: every form, its purpose, and the grant that it needs."""
     lines = ["| command | what it does | who |", "|---|---|---|"]
     for command in COMMANDS:
         for form in command.forms:
@@ -42,3 +44,22 @@ def table_markdown(language: str = "en") -> str:
             shown = usage(language, command, form).replace("|", "\\|")
             lines.append(f"| `{shown}` | {say(language, help_key(command, form))} | {who} |")
     return "\n".join(lines) + "\n"
+
+
+def usage(language: str, command: Command, form: Form) -> str:
+    """The form with its parameters named in that language: `/adapter promote <version> [reason]`."""
+    words = [f"/{command.name}", form.word] if form.word else [f"/{command.name}"]
+    for parameter in form.parameters:
+        named = "|".join(parameter.choices) or say(language, f"parameter.{parameter.name}")
+        words.append(f"[{named}]" if parameter.optional else f"<{named}>")
+    if form.settings:
+        setting = say(language, "parameter.setting")
+        words.append(f"[{setting}]" if form.bare else setting)
+    return " ".join(words)
+
+
+def help_key(command: Command, form: Form) -> str:
+    """The key of a form's sentence; a form without a word shares the sentence of the form with the same parameters."""
+    same = (one.word for one in command.forms if (one.parameters, one.who) == (form.parameters, form.who) and one.word)
+    word = form.word or next(same, "")
+    return f"help.{command.name}_{word}" if word else f"help.{command.name}"

@@ -45,7 +45,7 @@ class Finetune(HyperParameters):
 
     threads: int = 1
     nice: int = 10
-    allow_slack_training: bool = False
+    allow_training_on: tuple[str, ...] = ()
 
     @property
     def hyper(self) -> HyperParameters:
@@ -242,11 +242,9 @@ KEYS: Mapping[str, Mapping[str, Key]] = {
         "seed": Key("of order and dropout", low=0, high=2**32 - 1),
         "threads": Key("CPU threads of the trainer", low=1, high=1024),
         "nice": Key("how far the trainer stands back for chat", low=0, high=19),
-        "allow_slack_training": Key(
-            "whether consenting people's words in Slack may be learned from. Slack on its developer policy: \"we are "
-            'making explicit that the use of data to train an LLM is prohibited" (api.slack.com/changelog/2024-12-dev-'
-            'policy-update); its API terms have it under "Data usage" since 2025-05-29. Set it only where other terms '
-            "hold for you"
+        "allow_training_on": Key(
+            "platforms whose terms forbid training and on which other terms apply to you: consenting people's words "
+            "there may be used. A platform's bot declares what its terms forbid"
         ),
     },
     "privacy": {

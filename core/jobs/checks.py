@@ -14,22 +14,17 @@ from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
 
-from core.channels import operators
-from core.commands.table import Call
 from core.delivery.deliveries import keep_body, new_delivery
 from core.errors import JobError
 from core.i18n.messages import Lazy
 from core.jobs import data_messages, datasets, event_log, jobs
-from core.jobs.commands import find_job
 from core.jobs.dataset_files import keep_file
 from core.jobs.jobs import Job
 from core.jobs.progress_message import ProgressMessage
 from core.jobs.protocol import EXIT_FINISHED, PREVIEW, Checked, Estimated, JobEvent, Preview, Redacted
-from core.jobs.resumable import begun_with
 from core.jobs.worker import JobWorker, WorkerContext, with_line
-from core.storage.database import Database, Tx
+from core.storage.database import Tx
 from core.storage.home import Home
-from core.types import Caller, Grant
 
 log = logging.getLogger(__name__)
 
@@ -115,23 +110,6 @@ class CheckWorker(JobWorker):
 
 def check_folder(home: Home, job_id: int) -> Path:
     return home.jobs / str(job_id) / "check"
-
-
-async def prepare_job(home: Home, database: Database, caller: Caller, call: Call) -> Call:
-    """For commands about what lies in a job's folder: the call with the rows that the check chose to show as `preview`,
-    and for one that resumes it with the base model that it was begun on as `base`. Raises UnknownThing.
-    """
-    if call.key not in (("finetune", "preview"), ("finetune", "status"), ("finetune", "resume")):
-        return call
-    if await database.read(lambda tx: operators.grant_of(tx, caller.user, caller.channel.id)) < Grant.OPERATOR:
-        return call  # refused and audited where all commands are
-    job = await database.read(lambda tx: find_job(tx, caller, call))
-    if job is None:
-        return call
-    if call.form.word == "resume":
-        begun = await asyncio.to_thread(begun_with, home.jobs / str(job.id))
-        return replace(call, arguments={**call.arguments, "base": begun.fingerprint if begun else ""})
-    return replace(call, arguments={**call.arguments, "preview": await asyncio.to_thread(read_preview, home, job.id)})
 
 
 def read_preview(home: Home, job_id: int) -> str:

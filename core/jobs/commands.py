@@ -2,47 +2,62 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+import asyncio
 from dataclasses import replace
 
 from core.adapters import registry
 from core.adapters.commands import state_now
 from core.channels import audit, operators
-from core.channels.commands import Handler
-from core.commands.table import Call, parse
+from core.commands.parser import parse
+from core.commands.registry import CommandContext, command
+from core.commands.table import Call
 from core.config.sections import PRESETS
 from core.delivery.deliveries import new_delivery
 from core.errors import BadInput, UnknownThing
 from core.i18n.messages import Lazy, duration, languages, say
 from core.jobs import data_messages, datasets, event_log, job_messages, jobs
-from core.jobs.dataset_files import COLUMNS, check_room
+from core.jobs.checks import read_preview
+from core.jobs.dataset_files import COLUMNS, BroughtData, bring_data, check_room
 from core.jobs.jobs import Job
 from core.jobs.protocol import Checked, LeftOut, Preview, load_judged
+from core.jobs.resumable import begun_with
 from core.storage.database import Tx
 from core.types import Body, Caller, EraseFiles, Grant, Json, Outcome, WakeTraining
 
 _LISTED = 10
 
 
-def begin(tx: Tx, caller: Caller, call: Call) -> Outcome:
-    """A job on a data set that core.jobs.dataset_files has brought: its sha256 is the argument, and what they call it.
+async def read_rows(context: CommandContext, caller: Caller, call: Call) -> tuple[Preview, ...]:
+    """The rows that the check chose to show; none where they are gone, as with a job that has ended."""
+    job = await context.database.read(lambda tx: find_job(tx, caller, call))
+    return Preview.load(await asyncio.to_thread(read_preview, context.home, job.id)) if job else ()
 
-    It is checked, and then it asks; with `yes` it is to be trained at once. Raises BadInput where the channel is being
-    improved already, too many jobs wait, or the preset is none.
+
+async def read_base(context: CommandContext, caller: Caller, call: Call) -> str:
+    """The fingerprint of the base model that the job was started on; "" where it has learned nothing."""
+    job = await context.database.read(lambda tx: find_job(tx, caller, call))
+    begun = await asyncio.to_thread(begun_with, context.home.jobs / str(job.id)) if job else None
+    return begun.fingerprint if begun else ""
+
+
+@command("finetune", prepare=bring_data, check=check_room)
+@command("finetune", "from", prepare=bring_data, check=check_room)
+def begin(tx: Tx, caller: Caller, call: Call, data: BroughtData) -> Outcome:
+    """Create a job for a data set: it is checked, then it asks; with `yes` it trains at once.
+
+    Raises BadInput for an unknown preset.
     """
-    check_room(tx, caller)
     preset = call.arguments.get("preset", "").lower()
     if preset and preset not in PRESETS:
         raise BadInput("training.no_preset", typed=preset[:40], presets=", ".join(PRESETS))
     unanswered = [job.id for job in jobs.open_jobs(tx) if job.channel_id == caller.channel.id]
-    given = call.arguments
-    agreed = given.get("go") == "yes"
+    given, agreed = call.arguments, data.agreed
     columns = {key: given[key] for key in COLUMNS if given.get(key)}
     job = jobs.create(
         tx,
         caller,
-        given["dataset"],
-        given.get("name", ""),
+        data.sha256,
+        data.name,
         state="queued" if agreed else "validating",
         columns=columns,
         preset=preset,
@@ -52,15 +67,16 @@ def begin(tx: Tx, caller: Caller, call: Call) -> Outcome:
     if agreed:
         jobs.pin_price(tx, job.id)
     new_delivery(tx, job_id=job.id)
-    if unreadable := int(given.get("unreadable", "0")):
-        event_log.add_event(tx, job.id, LeftOut(unreadable))
+    if data.unreadable:
+        event_log.add_event(tx, job.id, LeftOut(data.unreadable))
     made: Json = {"job": job.id, "dataset": job.dataset_sha256, "state": job.state}
-    audit.record(tx, caller, " ".join(call.key).strip(), job.label, None, made)
+    audit.record(tx, caller, call.action, job.label, None, made)
     text = _queued(tx, caller, job) if agreed else say(caller.language, "training.validating", name=job.dataset)
     left_out = [f"- {line}" for line in data_messages.left_out_text(caller.language, event_log.events(tx, job.id))]
     return Outcome(Body("\n".join([text, *left_out])), (WakeTraining(),))
 
 
+@command("finetune", "start")
 def start(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """Somebody's yes. Raises UnknownThing, and BadInput for a job that does not wait for one."""
     job = _asking(tx, caller, call)
@@ -71,6 +87,7 @@ def start(tx: Tx, caller: Caller, call: Call) -> Outcome:
     return Outcome(Body(_queued(tx, caller, job)), (WakeTraining(),))
 
 
+@command("finetune", "redact")
 def redact(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """The same job on another data set, without the personal data that was found. Raises UnknownThing, BadInput."""
     job = _asking(tx, caller, call)
@@ -84,18 +101,19 @@ def redact(tx: Tx, caller: Caller, call: Call) -> Outcome:
     return Outcome(Body(say(caller.language, "training.redacting", name=job.dataset)), (WakeTraining(),))
 
 
-def preview(tx: Tx, caller: Caller, call: Call) -> Outcome:
+@command("finetune", "preview", prepare=read_rows)
+def preview(tx: Tx, caller: Caller, call: Call, rows: tuple[Preview, ...]) -> Outcome:
     """The rows that the check has read; a job that has been started or has ended has none. Raises UnknownThing."""
     job = find_job(tx, caller, call)
     if job is None:
         return Outcome(Body(say(caller.language, "training.none")))
-    rows = Preview.load(call.arguments.get("preview", ""))
     if not rows:
         return Outcome(Body(say(caller.language, "training.no_preview", id=job.id)))
     return Outcome(Body(data_messages.preview_text(caller.language, job.dataset, rows)))
 
 
-def status(tx: Tx, caller: Caller, call: Call) -> Outcome:
+@command("finetune", "status", prepare=read_rows)
+def status(tx: Tx, caller: Caller, call: Call, rows: tuple[Preview, ...]) -> Outcome:
     """Raises UnknownThing."""
     job = find_job(tx, caller, call)
     if job is None:
@@ -106,7 +124,6 @@ def status(tx: Tx, caller: Caller, call: Call) -> Outcome:
     if job.state == "waiting" and not jobs.is_told(tx, job.id):  # nothing can be started before its question stands
         return Outcome(Body(say(caller.language, "training.still_checking", name=job.dataset)))
     if job.state == "waiting":
-        rows = Preview.load(call.arguments.get("preview", ""))
         asked = data_messages.question(job, events, rows)
         return Outcome(replace(asked, text=f"{line}\n\n{asked.text}"))
     lines = [line]
@@ -121,6 +138,7 @@ def status(tx: Tx, caller: Caller, call: Call) -> Outcome:
     return Outcome(Body("\n\n".join(lines)))
 
 
+@command("finetune", "list")
 def list_jobs(tx: Tx, caller: Caller, call: Call) -> Outcome:
     found = jobs.of_channel(tx, caller.channel.id, _LISTED)
     if not found:
@@ -129,6 +147,7 @@ def list_jobs(tx: Tx, caller: Caller, call: Call) -> Outcome:
     return Outcome(Body("\n".join([head, "", *(f"- {_line(tx, caller, job)}" for job in found)])))
 
 
+@command("finetune", "data")
 def list_data(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """The data sets that this person may know of, each a version that never changes."""
     found = datasets.known_datasets(tx, caller.user, _LISTED)
@@ -138,6 +157,7 @@ def list_data(tx: Tx, caller: Caller, call: Call) -> Outcome:
     return Outcome(Body("\n".join([head, "", *(f"- {_data_line(tx, caller, one)}" for one in found)])))
 
 
+@command("finetune", "cancel")
 def cancel(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """Raises UnknownThing."""
     job = find_job(tx, caller, call)
@@ -152,7 +172,8 @@ def cancel(tx: Tx, caller: Caller, call: Call) -> Outcome:
     )
 
 
-def resume(tx: Tx, caller: Caller, call: Call) -> Outcome:
+@command("finetune", "resume", prepare=read_base)
+def resume(tx: Tx, caller: Caller, call: Call, begun_on: str) -> Outcome:
     """Go on with a job that has ended, from its last checkpoint; on another base model it begins anew.
 
     Raises UnknownThing, BadInput.
@@ -165,27 +186,13 @@ def resume(tx: Tx, caller: Caller, call: Call) -> Outcome:
     check_room(tx, caller)
     jobs.resume(tx, job.id)
     audit.record(tx, caller, "finetune resume", job.label, {"job": job.id, "state": job.state}, "queued")
-    if (begun_on := call.arguments.get("base")) and registry.loaded_base(tx) not in (None, begun_on):
+    if begun_on and registry.loaded_base(tx) not in (None, begun_on):
         text = f"{_queued(tx, caller, job)} {say(caller.language, 'training.begins_anew')}"
         return Outcome(Body(text), (WakeTraining(),))
     before = jobs.before(tx, job.id)
     fields = {"id": job.id, "title": job.title, "label": job.label, "before": before}
     key = "training.resumed_behind" if before else "training.resumed"
     return Outcome(Body(say(caller.language, key, **fields)), (WakeTraining(),))
-
-
-HANDLERS: Mapping[tuple[str, str], Handler] = {
-    ("finetune", ""): begin,
-    ("finetune", "from"): begin,
-    ("finetune", "start"): start,
-    ("finetune", "preview"): preview,
-    ("finetune", "redact"): redact,
-    ("finetune", "status"): status,
-    ("finetune", "list"): list_jobs,
-    ("finetune", "data"): list_data,
-    ("finetune", "cancel"): cancel,
-    ("finetune", "resume"): resume,
-}
 
 
 def answer_to_question(tx: Tx, caller: Caller, text: str) -> Call | None:

@@ -12,13 +12,14 @@ import hashlib
 import json
 import os
 import tempfile
-from collections.abc import AsyncIterator, Callable, Iterator, Mapping
-from dataclasses import replace
+from collections.abc import AsyncIterator, Iterator, Mapping
+from dataclasses import dataclass
 from pathlib import Path
 from typing import BinaryIO
 
 from core import files
-from core.channels import operators, terminal
+from core.channels import terminal
+from core.commands.registry import CommandContext, Fetch
 from core.commands.table import Call
 from core.errors import AppError, BadInput
 from core.i18n.messages import Lazy
@@ -27,7 +28,7 @@ from core.jobs.datasets import CONVERSATIONS, FEEDBACK
 from core.jobs.examples import MOST_TURNS, ConsentedExample, conversations_of, examples_of
 from core.storage.database import Database, Tx
 from core.storage.home import Home
-from core.types import Address, Attachment, Caller, Grant
+from core.types import Caller
 
 MAX_BYTES = 200 * 10**6
 MAX_OPEN = 8
@@ -37,40 +38,35 @@ _CHUNK = 2**20
 _FETCH_S = 300.0
 
 
-Fetch = Callable[[Address, Attachment], AsyncIterator[bytes]]
+@dataclass(frozen=True, slots=True)
+class BroughtData:
+    """A data set in the home. `agreed`: train without asking; `unreadable`: stored texts that cannot be decrypted."""
+
+    sha256: str
+    name: str
+    agreed: bool
+    unreadable: int = 0
 
 
-async def prepare_finetune(
-    home: Home, database: Database, fetch: Fetch, caller: Caller, call: Call, *, slack: bool = False
-) -> Call:
-    """For `/finetune FILE`: the same call with the data set's sha256 as `dataset` and its name as `name`;
-    for one that is made of what people said, how many stored texts could not be read as `unreadable`.
+async def bring_data(context: CommandContext, caller: Caller, call: Call) -> BroughtData:
+    """Copy the data set of `/finetune` into the home: a file that was named or sent, or what consenting people said.
 
-    Any other call comes back as it is. With `slack`, what consenting people said in Slack may be among it. Raises
-    BadInput for a data set that is not there, cannot be read or is too large, or where no job can be taken in; AppError
-    for a disk that is full or cannot be written.
+    Raises BadInput for a data set that is missing, unreadable or too large, AppError for a disk that is full.
     """
-    if call.key not in (("finetune", ""), ("finetune", "from")):
-        return call
-    grant = await database.read(lambda tx: operators.grant_of(tx, caller.user, caller.channel.id))
-    if grant < Grant.OPERATOR:
-        return call  # refused and audited where all commands are
-    await database.read(lambda tx: check_room(tx, caller))
-    given = dict(call.arguments)
-    typed = given.get("source", given.get("dataset", ""))
+    given, home, database = call.arguments, context.home, context.database
+    typed, agreed = given.get("source", given.get("dataset", "")), given.get("go") == "yes"
     if caller.attachments and typed == "yes":  # below a file that was sent, which needs no name
-        typed, given["go"] = "", "yes"
+        typed, agreed = "", True
     _check_settings(given)
     try:
         if typed in (CONVERSATIONS, FEEDBACK) and not caller.attachments:
-            (sha256, unreadable), name = await _bring_sayings(home, database, caller, typed, slack=slack), typed
-            given["unreadable"] = str(unreadable)
-        else:
-            licence = given.get("licence", "")
-            sha256, name = await bring_named(home, database, fetch, caller, typed, licence=licence)
-    except OSError as error:  # of the home: what is wrong with the file itself is told as such
+            sha256, unreadable = await _bring_sayings(home, database, caller, typed)
+            return BroughtData(sha256, typed, agreed, unreadable)
+        licence = given.get("licence", "")
+        sha256, name = await bring_named(home, database, context.fetch, caller, typed, licence=licence)
+        return BroughtData(sha256, name, agreed)
+    except OSError as error:  # of the home: an error of the file itself is a BadInput
         raise no_storage(error) from error
-    return replace(call, arguments={**given, "dataset": sha256, "name": name})
 
 
 def check_room(tx: Tx, caller: Caller) -> int:
@@ -224,16 +220,14 @@ def _keep(chunks: Iterator[bytes], home: Home) -> tuple[str, int]:
 # --- what people said ---
 
 
-async def _bring_sayings(
-    home: Home, database: Database, caller: Caller, source: str, *, slack: bool
-) -> tuple[str, int]:
+async def _bring_sayings(home: Home, database: Database, caller: Caller, source: str) -> tuple[str, int]:
     """What consenting people said in this channel, or what became of their answers' thumbs and corrections.
 
     Its sha256, and how many stored texts could not be read. Raises BadInput, and AppError where none could.
     """
     channel = caller.channel.id
     read = conversations_of if source == CONVERSATIONS else examples_of
-    sayings = await database.read(lambda tx: read(tx, channel, slack=slack))
+    sayings = await database.read(lambda tx: read(tx, channel))
     said = sayings.said
     if not said and sayings.unreadable:
         raise BadInput("training.none_readable", n=sayings.unreadable)
@@ -246,7 +240,7 @@ async def _bring_sayings(
     sha256, size = await asyncio.to_thread(_keep, iter(lines), home)
 
     def keep(tx: Tx) -> None:
-        now = read(tx, channel, slack=slack, most=2 * MOST_TURNS).said  # more may have been said meanwhile
+        now = read(tx, channel, most=2 * MOST_TURNS).said  # more may have been said meanwhile
         if not {_identity(one) for one in said} <= {_identity(one) for one in now}:
             raise AppError("training.consent_changed")  # taken back meanwhile
         datasets.keep_dataset(tx, sha256, source, source=source, size_bytes=size, brought_by=caller.user)

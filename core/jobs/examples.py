@@ -1,9 +1,7 @@
 """What people said in a channel and allow to be learned from, as conversations. Reads rows; knows no file and no job.
 
 Two sources: whole conversations of those who gave /consent, and single replies that they rated or that an operator
-corrected (core.chat.feedback keeps those). Telegram asks for each person's consent, Slack's API terms (section "Data
-usage", since 2025-05-29) forbid to train language models on what came through its API, consent or not: it stays out
-unless the owner says that other terms hold for them (finetune.allow_slack_training).
+corrected (core.chat.feedback keeps those). Platforms that forbid training stay out (core.channels.training_permission).
 """
 
 from __future__ import annotations
@@ -11,10 +9,10 @@ from __future__ import annotations
 import json
 from dataclasses import dataclass, field
 
+from core.channels import training_permission
 from core.errors import StoredUnreadable
 from core.storage.database import Tx
 
-NOT_FOR_TRAINING = ("slack",)
 MOST_TURNS = 40_000  # the newest of them
 
 
@@ -44,12 +42,12 @@ class ConsentedExamples:
     unreadable: int
 
 
-def conversations_of(tx: Tx, channel_id: int, *, slack: bool = False, most: int | None = None) -> ConsentedExamples:
+def conversations_of(tx: Tx, channel_id: int, *, most: int | None = None) -> ConsentedExamples:
     """What was asked since the person consented and not refused, each question with its answer; people stay apart.
 
     Of `most` turns, the newest; None is MOST_TURNS. Raises StoredUnreadable where not one of them can be read.
     """
-    forbidden = () if slack else NOT_FOR_TRAINING
+    forbidden = training_permission.forbidden(tx)
     marks = ", ".join("?" * len(forbidden))
     rows = tx.all(
         "SELECT * FROM (SELECT conversation_id, turn.user_hash, role, text, turn.id FROM turn"
@@ -78,14 +76,14 @@ def conversations_of(tx: Tx, channel_id: int, *, slack: bool = False, most: int 
     return _counted(list(said.values()), unreadable, len(rows))
 
 
-def examples_of(tx: Tx, channel_id: int, *, slack: bool = False, most: int | None = None) -> ConsentedExamples:
+def examples_of(tx: Tx, channel_id: int, *, most: int | None = None) -> ConsentedExamples:
     """Replies with a thumb up as they were given, and corrected ones with the correction in the place of the answer.
 
     Of people who consented, for all that they say here or for this one reply. What came before an answer is read by the
     model and not learned. Of `most` replies, the newest; None is MOST_TURNS. Raises StoredUnreadable where not one of
     them can be read.
     """
-    forbidden = () if slack else NOT_FOR_TRAINING
+    forbidden = training_permission.forbidden(tx)
     marks = ", ".join("?" * len(forbidden))
     rows = tx.all(
         "SELECT example.generation_id, example.user_hash, said, correction, corrected_by FROM example"

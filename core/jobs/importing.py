@@ -12,25 +12,25 @@ import os
 import shutil
 import tarfile
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import suppress
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO, Self
 
 from core import files
-from core.channels import audit, operators, terminal
-from core.channels.commands import Handler
+from core.channels import audit, terminal
+from core.commands.registry import CommandContext, Fetch, command
 from core.commands.table import Call
 from core.delivery.deliveries import new_delivery
 from core.errors import BadInput
 from core.i18n.messages import Lazy, say
 from core.jobs import jobs
-from core.jobs.dataset_files import Fetch, bring_named, check_room, fetched, no_storage, typed_path
+from core.jobs.dataset_files import bring_named, check_room, fetched, no_storage, typed_path
 from core.model.weights import tensor_entries
-from core.storage.database import Database, Tx
+from core.storage.database import Tx
 from core.storage.home import Home
-from core.types import Body, Caller, Grant, Outcome, WakeTraining
+from core.types import Body, Caller, Outcome, WakeTraining
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MOST_BYTES = {CONFIG: 2**20, WEIGHTS: 2 * 2**30}
@@ -46,41 +46,41 @@ _LONG_HEADERS = (
 )
 
 
-async def prepare_import(home: Home, database: Database, fetch: Fetch, caller: Caller, call: Call) -> Call:
-    """For `/adapter import`: the same call with where the adapter was unpacked, and the data set that it is judged on.
+@dataclass(frozen=True, slots=True)
+class UnpackedAdapter:
+    """A folder in jobs/ with the two files of an adapter, its title, and the data set that it is evaluated on."""
 
-    Any other call comes back as it is. Raises BadInput, AppError.
-    """
-    if call.key != ("adapter", "import"):
-        return call
-    if await database.read(lambda tx: operators.grant_of(tx, caller.user, caller.channel.id)) < Grant.OPERATOR:
-        return call  # refused and audited where all commands are
-    await database.read(lambda tx: check_room(tx, caller))
+    folder: str
+    title: str
+    dataset_sha256: str
+    dataset: str
+
+
+async def unpack_adapter(context: CommandContext, caller: Caller, call: Call) -> UnpackedAdapter:
+    """Unpack the adapter of `/adapter import` and find its data set. Raises BadInput, AppError."""
+    home, database = context.home, context.database
     source, typed = _named(caller, call)
     try:
         if typed:
-            sha256, name = await bring_named(home, database, fetch, replace(caller, attachments=()), typed)
+            sha256, name = await bring_named(home, database, context.fetch, replace(caller, attachments=()), typed)
         else:
             sha256, name = await database.read(lambda tx: _last_dataset(tx, caller))
-        unpacked, title = await _unpacked(home, fetch, caller, source)
-    except OSError as error:  # of the home: what is wrong with the file itself is told as such
+        unpacked, title = await _unpacked(home, context.fetch, caller, source)
+    except OSError as error:  # of the home: an error of the file itself is a BadInput
         raise no_storage(error) from error
-    return replace(call, arguments={"unpacked": unpacked.name, "title": title, "dataset": sha256, "name": name})
+    return UnpackedAdapter(unpacked.name, title, sha256, name)
 
 
-def import_adapter(tx: Tx, caller: Caller, call: Call) -> Outcome:
-    """Queue the job that examines it. Raises BadInput where the channel has an open job already."""
-    given = call.arguments
-    before = check_room(tx, caller)
-    job = jobs.create(tx, caller, given["dataset"], given["name"])
-    jobs.set_imported(tx, job.id, given["unpacked"])
+@command("adapter", "import", prepare=unpack_adapter, check=check_room)
+def import_adapter(tx: Tx, caller: Caller, call: Call, given: UnpackedAdapter) -> Outcome:
+    """Queue the job that examines it."""
+    job = jobs.create(tx, caller, given.dataset_sha256, given.dataset)
+    jobs.set_imported(tx, job.id, given.folder)
     new_delivery(tx, job_id=job.id)
-    audit.record(tx, caller, "adapter import", job.label, None, {"job": job.id, "file": given["title"]})
-    fields = {"id": job.id, "name": given["title"], "dataset": given["name"], "label": job.label, "before": before}
+    audit.record(tx, caller, call.action, job.label, None, {"job": job.id, "file": given.title})
+    before = jobs.before(tx, job.id)
+    fields = {"id": job.id, "name": given.title, "dataset": given.dataset, "label": job.label, "before": before}
     return Outcome(Body(say(caller.language, "import.started", **fields)), (WakeTraining(),))
-
-
-HANDLERS: Mapping[tuple[str, str], Handler] = {("adapter", "import"): import_adapter}
 
 
 def _named(caller: Caller, call: Call) -> tuple[str, str]:

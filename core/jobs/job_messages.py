@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import asdict
 
 from core.adapters.commands import anyway_button, compare_button, discard_button, promote_button, worst_button
-from core.commands.words import as_word
+from core.commands.parser import as_word
 from core.i18n.messages import Lazy, duration, money, say
 from core.jobs.data_messages import data_text, last, left_out_text, rows_text, short
 from core.jobs.datasets import OF_PEOPLE

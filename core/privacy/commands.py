@@ -2,11 +2,10 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping
 from dataclasses import replace
 
 from core.channels import audit
-from core.channels.commands import Handler
+from core.commands.registry import command
 from core.commands.table import Call
 from core.i18n.messages import Lazy, duration, say
 from core.privacy import consent
@@ -18,6 +17,7 @@ from core.types import Body, Button, Caller, Choose, EraseFiles, Outcome, StopRe
 ERASED = "erased"  # the actor in the audit log of what an erasure did
 
 
+@command("privacy")
 def privacy(tx: Tx, caller: Caller, call: Call) -> Outcome:
     kept = retention_of(tx)
     language = caller.language
@@ -32,6 +32,7 @@ def privacy(tx: Tx, caller: Caller, call: Call) -> Outcome:
     return Outcome(Body(text))
 
 
+@command("consent")
 def set_consent(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """Per person and channel; without a choice, show the current one."""
     choice = call.arguments.get("choice", "")
@@ -46,6 +47,7 @@ def set_consent(tx: Tx, caller: Caller, call: Call) -> Outcome:
     return Outcome(Body(say(caller.language, "privacy.consent_off", title=title)), after)
 
 
+@command("forget")
 def forget(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """Erase the caller; asks first."""
     if call.arguments.get("choice") != "yes":
@@ -63,10 +65,3 @@ def _consent_state(tx: Tx, caller: Caller) -> Lazy:
         return Lazy("privacy.consent_is_on")
     shared = consent.shared_replies(tx, caller.user, caller.channel.id)
     return Lazy("privacy.consent_is_for_some", n=shared) if shared else Lazy("privacy.consent_is_off")
-
-
-HANDLERS: Mapping[tuple[str, str], Handler] = {
-    ("privacy", ""): privacy,
-    ("consent", ""): set_consent,
-    ("forget", ""): forget,
-}

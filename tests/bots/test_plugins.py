@@ -52,6 +52,7 @@ class FileOutlet:
 
 class FileBot:
     platform = "file"
+    training_allowed = True
 
     def __init__(self, inbox, outbox):
         self.inbox, self.outbox = Path(inbox), Path(outbox)
@@ -100,7 +101,7 @@ def test_installed_bots_are_found_and_broken_ones_named(site, monkeypatch):
     assert {"terminal", "file"} <= set(found)
     assert set(broken) == {"broken", "none"}
     assert "no_such_module" in broken["broken"]
-    assert "it has no platform, configure, run" in broken["none"]
+    assert "it has no platform, training_allowed, configure, run" in broken["none"]
     sys.modules.pop("file_bot", None)
 
 

@@ -16,6 +16,7 @@ import pytest
 
 from core.adapters.commands import promote_button
 from core.channels import directory
+from core.channels.training_permission import set_exceptions
 from core.engine.protocol import Request
 from core.errors import AppError, EngineError
 from core.i18n.messages import say
@@ -273,7 +274,7 @@ async def test_after_a_thumb_down_this_one_conversation_can_be_given_and_is_corr
     tmp_path: Path, way: str, language: str
 ) -> None:
     async with place(way, tmp_path) as it:
-        it.here.service._rows._slack = True
+        await it.here.database.write(lambda tx: set_exceptions(tx, ["slack"]))
         for who in (0, 1, 2):
             await it.meet(who, language)
         for who, answer in ((1, "yes"), (2, "no")):
@@ -294,10 +295,10 @@ async def test_after_a_thumb_down_this_one_conversation_can_be_given_and_is_corr
         assert bare(say(language, "feedback.corrected")) in bare(corrected.text)
         await it.tell(0, "and without a plan?")
         await it.tell(0, "/correct Never.")  # the last reply here, the operator's own
-        learned = await it.here.database.read(lambda tx: examples_of(tx, _channel(tx), slack=True).said)
+        learned = await it.here.database.read(lambda tx: examples_of(tx, _channel(tx)).said)
         assert [one.messages[-1]["content"] for one in learned] == ["It takes 20 days.", "Never."]
         await it.tell(1, "/consent off")
-        learned = await it.here.database.read(lambda tx: examples_of(tx, _channel(tx), slack=True).said)
+        learned = await it.here.database.read(lambda tx: examples_of(tx, _channel(tx)).said)
         assert [one.messages[-1]["content"] for one in learned] == ["Never."]
 
 
@@ -314,7 +315,9 @@ async def test_what_may_never_be_used_is_not_asked_for_nor_kept(tmp_path: Path, 
         await it.press(0, reply, "👍")
         await it.dislike(0, reply, "en")
         assert it.all(0)[-1].text == reply.text
-        assert bare((await it.tell(0, "/correct 20 days")).text) == bare(say("en", "feedback.slack_stays_out"))
+        assert bare((await it.tell(0, "/correct 20 days")).text) == bare(
+            say("en", "feedback.platform_stays_out", platform="slack")
+        )
         assert await it.here.count("example") == 0
 
 

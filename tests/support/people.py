@@ -2,20 +2,22 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 from core.channels import bindings, directory, operators, terminal
-from core.channels.commands import run_command
-from core.chat import conversations
-from core.chat.handler import HANDLERS
-from core.commands.table import parse
+from core.chat import conversations, dispatch
+from core.commands.parser import parse
+from core.commands.table import Call
+from core.jobs.dataset_files import BroughtData
+from core.jobs.importing import UnpackedAdapter
 from core.storage.database import Database, Tx
 from core.storage.home import Cipher
 from core.types import Address, Caller, Outcome, Role
 
+DATASET = "d" * 64
 ROLES = ("stranger", "user", "other_operator", "operator", "owner", "removed")
 
 
@@ -32,18 +34,14 @@ class Town:
         assert channel is not None
         return Caller(self.hash(who), at, channel, language, 0, conversations.conversation_id(tx, at, channel.id))
 
-    def run(
-        self, who: str, text: str, place: str = "acme", language: str = "en", brought: Mapping[str, str] | None = None
-    ) -> Outcome:
+    def run(self, who: str, text: str, place: str = "acme", language: str = "en", prepared: object = None) -> Outcome:
         """Give one command, in a transaction as the service does. Raises what the command raises.
 
-        `brought` are the arguments that files and other machinery add before it.
+        `prepared` is what the command's `prepare` returns; by default a plain value of its type.
         """
         call = parse(text)
-        call = replace(call, arguments={**call.arguments, **(brought or {})})
-        return self.database.write_now(
-            lambda tx: run_command(tx, self.caller(tx, who, place, language), call, HANDLERS)
-        )
+        value = prepared_for(call) if prepared is None else prepared
+        return self.database.write_now(lambda tx: dispatch.run(tx, self.caller(tx, who, place, language), call, value))
 
     def says(self, who: str, text: str, place: str = "acme", language: str = "en") -> str:
         return self.run(who, text, place, language).body.text
@@ -64,6 +62,23 @@ class Town:
         return int(
             self.database.read_now(lambda tx: tx.value("SELECT id FROM operator WHERE user_hash = ?", [self.hash(who)]))
         )
+
+
+def prepared_for(call: Call) -> object:
+    """What `prepare` would return, where no files are involved: a data set is named by its hash."""
+    given = call.arguments
+    match call.key:
+        case ("finetune", ""):
+            return BroughtData(given.get("dataset", DATASET), given.get("dataset", ""), given.get("go") == "yes")
+        case ("finetune", "from"):
+            return BroughtData(DATASET, given["source"], given.get("go") == "yes")
+        case ("adapter", "import"):
+            return UnpackedAdapter("new-1", "my-adapter.zip", DATASET, "faq.jsonl")
+        case ("finetune", "preview" | "status"):
+            return ()
+        case ("usage", "chart" | "csv"):
+            return Path("usage.x")
+    return ""
 
 
 def _settle(tx: Tx, town: Town) -> None:

@@ -11,16 +11,18 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 from core.channels import bindings, directory
-from core.chat import conversations
-from core.commands.table import Call, parse
+from core.chat import conversations, dispatch
+from core.commands.parser import parse
 from core.delivery.deliveries import Deliveries
 from core.engine.protocol import EngineInfo
 from core.jobs import commands, datasets
+from core.jobs.dataset_files import BroughtData
 from core.jobs.supervisor import JobSupervisor, TrainingSettings
 from core.storage.database import Database, Row, Tx
 from core.storage.home import Cipher, Home
 from core.types import Address, Body, Caller, Handle, Receipt
 from tests.support.fake_trainer import COMMAND
+from tests.support.people import prepared_for
 from tests.support.world import FakeBot, prepare
 
 INFO = EngineInfo("fake", "f" * 64, "fake", 1000)
@@ -76,12 +78,11 @@ class Works:
         data = (json.dumps({"word": word, "q": "a question", "a": "an answer"}) + "\n").encode()
         sha256 = hashlib.sha256(data).hexdigest()
         await asyncio.to_thread((self.home.datasets / sha256).write_bytes, data)
-        given = {"dataset": sha256, "name": "faq.jsonl", **({"go": "yes"} if agreed else {})}
-        call = Call(parse("/finetune").command, parse("/finetune").form, given)
+        brought = BroughtData(sha256, "faq.jsonl", agreed)
 
         def work(tx: Tx) -> int:
             datasets.keep_dataset(tx, sha256, "faq.jsonl", source="file", size_bytes=len(data), brought_by="someone")
-            commands.begin(tx, self.caller(tx, place, language), call)
+            commands.begin(tx, self.caller(tx, place, language), parse("/finetune"), brought)
             return int(tx.value("SELECT max(id) FROM job"))
 
         job_id = await self.database.write(work)
@@ -93,7 +94,7 @@ class Works:
 
         def work(tx: Tx) -> str:
             call = parse(text)
-            return commands.HANDLERS[call.key](tx, self.caller(tx, place), call).body.text
+            return dispatch.run(tx, self.caller(tx, place), call, prepared_for(call)).body.text
 
         answer = await self.database.write(work)
         self.training.wake()

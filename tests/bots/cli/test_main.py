@@ -15,7 +15,7 @@ from bots import control
 from bots.app import open_store
 from bots.provisioning import DESK, owner, seed
 from core.chat import inbox
-from core.commands.table import parse
+from core.commands.parser import parse
 from core.config.loader import read_config
 from core.config.schema import Config
 from core.errors import BadInput, StorageError, UnknownThing

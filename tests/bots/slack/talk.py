@@ -13,7 +13,7 @@ from typing import Any
 from bots.slack.bot import SlackBot
 from bots.slack.sending.rate_limits import SlackRate, SlackRateLimiter
 from bots.slack.web import EVENTS
-from core.channels import bindings, directory, operators
+from core.channels import bindings, directory, operators, training_permission
 from core.engine.protocol import Request
 from core.errors import AppError
 from core.storage.database import Tx
@@ -96,6 +96,7 @@ def bind(tx: Tx) -> None:
     channel = directory.channel_by_name(tx, "acme")
     assert channel is not None
     bindings.bind(tx, "slack", "T1", "", channel.id)
+    training_permission.declare(tx, "slack", allowed=SlackBot.training_allowed)
     tx.run("UPDATE channel SET per_minute = 0, per_hour = 0 WHERE id = ?", [channel.id])
     owner = tx.cipher.hash_user("slack", "T1", "UOWNER")
     operators.grant(tx, owner, None, "owner", "test")

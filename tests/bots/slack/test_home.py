@@ -11,7 +11,7 @@ import pytest
 from bots.slack.pages.modals import MAX_INSTRUCTIONS, Filled, filled
 from bots.slack.pages.text import spelled
 from core.channels import directory
-from core.commands.table import parse
+from core.commands.parser import parse
 from core.i18n.messages import say
 from core.storage.database import Tx
 from tests.bots.slack.talk import Talk, talk

@@ -9,8 +9,8 @@ from pathlib import Path
 import pytest
 
 from core.channels import people
-from core.channels.commands import run_command
-from core.commands.table import parse
+from core.chat import dispatch
+from core.commands.parser import parse
 from core.errors import BadCommand, BadInput
 from core.i18n.messages import language_name, say
 from core.jobs import datasets, jobs
@@ -19,7 +19,7 @@ from core.types import AnswerAgain, Body, ForgetMemory, Outcome, StopReply
 from core.usage import prices
 from core.usage.ledger import amounts, charge_job, day_of
 from core.usage.reports import daily
-from tests.support.people import HANDLERS, Town, ask, town
+from tests.support.people import Town, ask, town
 
 DAY_MS = 86_400_000
 
@@ -214,7 +214,7 @@ async def test_two_who_claim_one_code_at_once_one_wins(it: Town) -> None:
     call = parse(f"/claim {code}")
 
     def claim(who: str) -> asyncio.Future[Outcome]:
-        work = it.database.write(lambda tx: run_command(tx, it.caller(tx, who), call, HANDLERS))
+        work = it.database.write(lambda tx: dispatch.run(tx, it.caller(tx, who), call))
         return asyncio.ensure_future(work)
 
     results = await asyncio.gather(*(claim(f"person {n}") for n in range(20)), return_exceptions=True)

@@ -34,7 +34,7 @@ async def press(it: World, value: str, *, user: str = STRANGER) -> str:
 
 async def examples(it: World) -> list[ConsentedExample]:
     return await it.database.read(
-        lambda tx: examples_of(tx, tx.value("SELECT id FROM channel WHERE name = 'acme'"), slack=False).said
+        lambda tx: examples_of(tx, tx.value("SELECT id FROM channel WHERE name = 'acme'")).said
     )
 
 

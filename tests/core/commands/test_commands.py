@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 import shlex
+from itertools import product
 
 import pytest
 from hypothesis import example, given
 from hypothesis import strategies as st
 
-from core.commands.help import help_text, table_markdown
-from core.commands.table import COMMANDS, SETTINGS, Command, Form, find, parse
+from core.commands import registry
+from core.commands.help import details, table_markdown
+from core.commands.parser import find, lane_of, parse
+from core.commands.table import COMMANDS, SETTINGS
 from core.errors import BadCommand
 from core.i18n.messages import languages, say
-from core.types import Grant, Lane
+from core.types import Body, Grant, Lane, Outcome
 
 FORMS = [(command, form) for command in COMMANDS for form in command.forms]
 
@@ -23,25 +26,50 @@ def refusal(text: str, language: str = "en") -> str:
     return say(language, raised.value.key, **raised.value.fields)
 
 
-@pytest.mark.parametrize(("command", "form"), FORMS)
-def test_every_example_is_read_as_its_form(command: Command, form: Form) -> None:
-    call = parse(form.example)
-    assert (call.command, call.form) == (command, form)
-    assert call.key == (command.name, form.word)
+def test_every_example_is_read_as_its_form() -> None:
+    for command, form in FORMS:
+        call = parse(form.example)
+        assert (call.command, call.form) == (command, form)
+        assert call.key == (command.name, form.word)
 
 
-@pytest.mark.parametrize("language", languages())
-@pytest.mark.parametrize(("command", "form"), FORMS)
-def test_every_form_has_help_with_its_example(command: Command, form: Form, language: str) -> None:
-    said = help_text(language, Grant.OWNER, command.name)
-    assert form.example in said
-    assert "help." not in said
-    assert "parameter." not in said
-    assert command.help(language) != f"help.{command.name}"
+def test_every_form_has_help_with_its_example() -> None:
+    for language, (command, form) in product(languages(), FORMS):
+        for said in (details(language, Grant.OWNER, command), details(language, Grant.OWNER, command, form.word)):
+            assert form.example in said
+            assert "help." not in said
+            assert "parameter." not in said
+        assert command.help(language) != f"help.{command.name}"
+
+
+def test_help_of_one_form_shows_that_form_alone() -> None:
+    said = details("en", Grant.ANYONE, find("channel"), "set")
+    assert "/channel set" in said
+    assert "/channel archive" not in said
+    assert say("en", "help.who_operator") in said
+
+
+def test_every_form_has_a_handler_and_a_missing_one_is_named(monkeypatch: pytest.MonkeyPatch) -> None:
+    import core.chat.dispatch  # noqa: F401 - registers all handlers
+
+    monkeypatch.delitem(registry._registered, ("adapter", "promote"))
+    with pytest.raises(LookupError, match="/adapter promote"):
+        registry.check_complete()
+
+
+def test_a_handler_for_no_form_or_a_second_one_is_refused() -> None:
+    import core.chat.dispatch  # noqa: F401 - registers all handlers
+
+    for name, word in (("adapter", "praise"), ("adapter", "promote")):
+        with pytest.raises(LookupError, match=f"/adapter {word}"):
+            registry.command(name, word)(lambda tx, caller, call: Outcome(Body("")))
 
 
 def test_only_stop_is_in_the_control_lane() -> None:
     assert [command.name for command in COMMANDS if command.lane is Lane.CONTROL] == ["stop"]
+    assert [lane_of(line) for line in ("/stop now", " ／STOP@acme_bot", "/stopp", "/")] == [Lane.CONTROL] * 2 + [
+        Lane.TURN
+    ] * 2
 
 
 @pytest.mark.parametrize(
@@ -145,9 +173,8 @@ def test_what_the_command_line_quotes_arrives_as_it_was(key: str, value: str) ->
     assert call.arguments == {"channel": "acme", key: value}
 
 
-@pytest.mark.parametrize("name", ["finetune", "/finetune", "FINETUNE", "／finetune"])
-def test_a_command_is_found_with_and_without_its_slash(name: str) -> None:
-    assert find(name).name == "finetune"
+def test_a_command_is_found_with_and_without_its_slash() -> None:
+    assert {find(name).name for name in ("finetune", "/finetune", "FINETUNE", "／finetune")} == {"finetune"}
 
 
 def test_the_table_for_the_readme_has_every_form() -> None:
@@ -158,5 +185,5 @@ def test_the_table_for_the_readme_has_every_form() -> None:
 
 def test_settings_are_explained() -> None:
     for language in languages():
-        said = help_text(language, Grant.OWNER, "channel")
+        said = details(language, Grant.OWNER, find("channel"))
         assert [name for name in SETTINGS if f"`{name}`" not in said] == []

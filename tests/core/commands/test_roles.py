@@ -3,26 +3,28 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Iterator, Mapping
+import shutil
+from collections.abc import Iterator
+from itertools import product
 from pathlib import Path
 
 import pytest
 
 from core.adapters import registry
 from core.channels import operators
-from core.commands.table import COMMANDS, Form, find
+from core.commands.parser import find
+from core.commands.table import COMMANDS, Form
 from core.i18n.messages import languages, say
 from core.jobs import datasets, event_log, jobs
 from core.jobs.protocol import Checked
-from core.storage.database import Tx
+from core.storage.database import Database, Tx
+from core.storage.home import Cipher
 from core.types import Grant
 from core.usage import prices
-from tests.support.people import ROLES, Town, ask, town
+from tests.support.people import DATASET, ROLES, Town, ask, town
 
-DATASET = "d" * 64
 GRANTS = dict.fromkeys(ROLES, Grant.ANYONE) | {"operator": Grant.OPERATOR, "owner": Grant.OWNER}
 FORMS = [(command.name, form) for command in COMMANDS for form in command.forms]
-NEED_GRANT = [(name, form) for name, form in FORMS if form.who is not Grant.ANYONE]
 
 
 @pytest.fixture
@@ -39,12 +41,6 @@ def _train(tx: Tx, it: Town) -> None:
     for version in (4, 5):
         candidate = registry.Candidate(f"{version:064x}", Path(), "base", DATASET, judged)
         registry.publish(tx, candidate, "acme", version)
-
-
-BROUGHT: Mapping[tuple[str, str], Mapping[str, str]] = {  # what files add before the command's transaction
-    ("finetune", "from"): {"dataset": DATASET, "name": "feedback"},
-    ("adapter", "import"): {"dataset": DATASET, "name": "faq.jsonl", "unpacked": "new-1", "title": "my-adapter.zip"},
-}
 
 
 def _ask(tx: Tx) -> None:
@@ -101,12 +97,22 @@ def line(it: Town, role: str, name: str, form: Form) -> str:
 
 
 @pytest.mark.parametrize("role", ROLES)
-@pytest.mark.parametrize(("name", "form"), FORMS, ids=[f"{name} {form.word}".strip() for name, form in FORMS])
-def test_no_effect_without_a_grant_and_all_is_audited(it: Town, role: str, name: str, form: Form) -> None:
+def test_no_effect_without_a_grant_and_all_is_audited(tmp_path: Path, role: str) -> None:
+    (tmp_path / "first").mkdir()
+    with town(tmp_path / "first") as made:
+        made.database.write_now(lambda tx: _train(tx, made))
+    for number, (name, form) in enumerate(FORMS):
+        folder = tmp_path / str(number)  # a database for each form: an earlier one would change what it meets
+        shutil.copytree(tmp_path / "first", folder)
+        with Database(folder / "a.db", Cipher(b"k" * 32)) as database:
+            _check(Town(database), role, name, form)
+
+
+def _check(it: Town, role: str, name: str, form: Form) -> None:
     text = line(it, role, name, form)
     allowed = GRANTS[role] >= form.who
     before, audited = it.rows(), len(it.audit())
-    said = it.run(role, text, brought=BROUGHT.get((name, form.word))).body.text
+    said = it.says(role, text)
     rows = it.audit()[audited:]
     if form.who is not Grant.ANYONE:
         assert len(rows) == 1
@@ -118,20 +124,17 @@ def test_no_effect_without_a_grant_and_all_is_audited(it: Town, role: str, name:
         assert it.rows() == before
 
 
-@pytest.mark.parametrize("role", [role for role in ROLES if GRANTS[role] is Grant.ANYONE])
-@pytest.mark.parametrize(
-    ("here", "nowhere"),
-    [
+def test_a_refusal_does_not_tell_what_exists(it: Town) -> None:
+    for here, nowhere in (
         ("/channel show acme", "/channel show nothing"),
         ("/channel set acme title=x", "/channel set nothing title=x"),
         ("/channel archive terminal", "/channel archive nothing"),
         ("/channel create acme", "/channel create nothing"),
         ("/operator invite terminal", "/operator invite nothing"),
         ("/operator remove 1", "/operator remove 999"),
-    ],
-)
-def test_a_refusal_does_not_tell_what_exists(it: Town, role: str, here: str, nowhere: str) -> None:
-    assert it.says(role, here) == it.says(role, nowhere) == say("en", "error.not_allowed")
+    ):
+        for role in ("stranger", "other_operator", "removed"):
+            assert it.says(role, here) == it.says(role, nowhere) == say("en", "error.not_allowed")
 
 
 def test_an_operator_is_one_of_the_named_channel_wherever_it_is_said(it: Town) -> None:
@@ -140,19 +143,19 @@ def test_an_operator_is_one_of_the_named_channel_wherever_it_is_said(it: Town) -
     assert it.says("other_operator", "/channel show delta", place="acme").startswith("**Delta**")
 
 
-@pytest.mark.parametrize("setting", ["adapter=delta", "price_in=1", "price_out=1", "share=50", "bind=fake:bot"])
-def test_money_places_and_adapter_names_are_the_owners_to_set(it: Town, setting: str) -> None:
-    before = it.rows()
-    assert it.says("operator", f"/channel set acme title=New {setting}") == say("en", "error.not_allowed")
-    assert it.rows() == before
-    assert it.audit()[-1]["allowed"] == 0
-    assert it.says("owner", f"/channel set acme title=New {setting}").startswith("Changed")
+def test_money_places_and_adapter_names_are_the_owners_to_set(it: Town) -> None:
+    for n, setting in enumerate(("adapter=delta", "price_in=1", "price_out=1", "share=50", "bind=fake:bot")):
+        before = it.rows()
+        assert it.says("operator", f"/channel set acme title=New{n} {setting}") == say("en", "error.not_allowed")
+        assert it.rows() == before
+        assert it.audit()[-1]["allowed"] == 0
+        assert it.says("owner", f"/channel set acme title=New{n} {setting}").startswith("Changed")
 
 
-@pytest.mark.parametrize("what", ["/operator invite all", "/operator invite delta Kim"])
-def test_nobody_invites_to_more_than_they_operate(it: Town, what: str) -> None:
-    assert it.says("operator", what) == say("en", "error.not_allowed")
-    assert it.rows()["invite"] == []
+def test_nobody_invites_to_more_than_they_operate(it: Town) -> None:
+    for what in ("/operator invite all", "/operator invite delta Kim"):
+        assert it.says("operator", what) == say("en", "error.not_allowed")
+        assert it.rows()["invite"] == []
 
 
 def test_an_operator_sees_and_removes_those_of_the_own_channel_alone(it: Town) -> None:
@@ -162,11 +165,10 @@ def test_an_operator_sees_and_removes_those_of_the_own_channel_alone(it: Town) -
     assert "other_operator" in it.says("owner", "/operator list")
 
 
-@pytest.mark.parametrize("language", languages())
-@pytest.mark.parametrize("role", ROLES)
-def test_help_shows_what_one_may_do(it: Town, role: str, language: str) -> None:
-    said = it.says(role, "/help", language=language)
-    for command in COMMANDS:
-        assert (f"`/{command.name}`" in said) is (command.who <= GRANTS[role])
-    assert say(language, "help.who_operator") in it.says("stranger", "/help adapter", language=language)
-    assert find("adapter").help(language) in it.says("operator", "/help", language=language)
+def test_help_shows_what_one_may_do(it: Town) -> None:
+    for role, language in product(("stranger", "other_operator", "operator", "owner"), languages()):
+        said = it.says(role, "/help", language=language)
+        for command in COMMANDS:
+            assert (f"`/{command.name}`" in said) is (command.who <= GRANTS[role])
+        assert say(language, "help.who_operator") in it.says("stranger", "/help adapter", language=language)
+        assert find("adapter").help(language) in it.says("operator", "/help", language=language)

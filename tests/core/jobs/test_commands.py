@@ -12,12 +12,11 @@ import pytest
 
 from core.adapters import registry
 from core.channels import directory
-from core.channels.commands import run_command
-from core.commands.table import parse
+from core.commands.parser import parse
 from core.errors import BadInput, UnknownThing
 from core.i18n.messages import Lazy, languages, say
-from core.jobs import commands, datasets, event_log, job_messages, jobs
-from core.jobs.dataset_files import MAX_OPEN
+from core.jobs import datasets, event_log, job_messages, jobs
+from core.jobs.dataset_files import MAX_OPEN, BroughtData
 from core.jobs.protocol import (
     Answered,
     Checked,
@@ -52,15 +51,12 @@ def it(tmp_path: Path) -> Iterator[Town]:
 
 
 def run(
-    it: Town, text: str, who: str = "operator", place: str = "acme", language: str = "en", **brought: str
+    it: Town, text: str, who: str = "operator", place: str = "acme", language: str = "en", prepared: object = None
 ) -> Outcome:
     call = parse(text)
-    call = replace(call, arguments={**call.arguments, **brought})
-    if call.form.word == "":  # as core.jobs.dataset_files leaves it
-        call = replace(call, arguments={**call.arguments, "dataset": SHA, "name": call.arguments["dataset"]})
-    return it.database.write_now(
-        lambda tx: run_command(tx, it.caller(tx, who, place, language), call, commands.HANDLERS)
-    )
+    if call.form.word == "" and prepared is None:  # as core.jobs.dataset_files leaves it
+        prepared = BroughtData(SHA, call.arguments["dataset"], call.arguments.get("go") == "yes")
+    return it.run(who, text, place, language, prepared)
 
 
 def says(it: Town, text: str, who: str = "operator", place: str = "acme", language: str = "en") -> str:
@@ -423,7 +419,7 @@ def test_whoever_resumes_a_job_is_told_if_it_begins_anew(it: Town) -> None:
     it.database.write_now(lambda tx: registry.keep_base(tx, "loaded"))
     for base in ("loaded", "another"):
         run(it, "/finetune cancel 1")
-        said = run(it, "/finetune resume 1", base=base).body.text
+        said = run(it, "/finetune resume 1", prepared=base).body.text
         assert (say("en", "training.begins_anew") in said) == (base == "another")
         assert ("goes on from where it was" in said) == (base == "loaded")
 
@@ -444,7 +440,7 @@ def test_what_cannot_be_read_where_it_is_stored_is_told_at_once_in_the_question_
     it: Town, language: str
 ) -> None:
     line = f"- {say(language, 'training.left_out', n=3)}"
-    run(it, "/finetune feedback", unreadable="3")
+    run(it, "/finetune feedback", prepared=BroughtData(SHA, "feedback", False, 3))
 
     def work(tx: Tx) -> None:
         for event in (CHECKED, Estimated(90, 0, 2, 60, 9000)):
@@ -460,7 +456,8 @@ def test_what_cannot_be_read_where_it_is_stored_is_told_at_once_in_the_question_
     assert line in says(it, "/finetune status", language=language).splitlines()
     assert says(it, "/finetune feedback yes", language=language).count("- ") == 0
     run(it, "/finetune cancel")
-    assert run(it, "/finetune feedback yes", language=language, unreadable="3").body.text.splitlines()[-1] == line
+    again = run(it, "/finetune feedback yes", language=language, prepared=BroughtData(SHA, "feedback", True, 3))
+    assert again.body.text.splitlines()[-1] == line
 
 
 @pytest.mark.parametrize("verdict", ["too_few", "no_better", "style_only", "forgets"])

@@ -14,14 +14,16 @@ from typing import Any
 
 import pytest
 
-from core.channels import bindings, directory, operators, terminal
+from core.channels import bindings, directory, operators, terminal, training_permission
 from core.chat import conversations
-from core.commands.table import Call, parse
+from core.chat.dispatch import dispatch
+from core.commands.parser import parse
+from core.commands.registry import CommandContext
 from core.delivery.deliveries import Deliveries
 from core.errors import AppError, BadInput, StoredUnreadable
 from core.i18n.messages import say
 from core.jobs import dataset_files, examples, jobs
-from core.jobs.dataset_files import prepare_finetune, stored
+from core.jobs.dataset_files import BroughtData, bring_data, check_room, stored
 from core.storage.database import Database, Tx
 from core.storage.home import Cipher, Home
 from core.types import Address, Attachment, Caller, Role
@@ -37,7 +39,6 @@ class House:
         self.home = home
         self.database = database
         self.now = 1_000_000
-        self.slack = False  # finetune.allow_slack_training
 
     def caller(self, who: str = "local", place: str = "home", *files: Path) -> Caller:
         at = Address("terminal", "home", "home", "c") if place == "home" else Address("fake", "bot", place, "c")
@@ -52,11 +53,12 @@ class House:
 
         return self.database.write_now(work)
 
-    async def prepare(self, text: str, caller: Caller | None = None) -> Call:
-        deliveries = Deliveries(self.database)
+    async def prepare(self, text: str, caller: Caller | None = None) -> BroughtData:
+        """What `/finetune` would train on; nothing of it is kept in a job."""
+        deliveries, who = Deliveries(self.database), caller or self.caller()
         deliveries.register("fake", "bot", FakeBot())
-        who, fetch = caller or self.caller(), deliveries.fetch
-        return await prepare_finetune(self.home, self.database, fetch, who, parse(text), slack=self.slack)
+        self.database.read_now(lambda tx: check_room(tx, who))
+        return await bring_data(CommandContext(self.home, self.database, deliveries.fetch), who, parse(text))
 
     async def refused(self, text: str, caller: Caller | None = None) -> BadInput:
         """The refusal; nothing may be left of it in the store."""
@@ -122,8 +124,8 @@ def _settle(tx: Tx) -> None:
         operators.grant(tx, tx.cipher.hash_user("fake", "bot", f"{name}-op"), channel.id, name, "test")
 
 
-def brought(call: Call) -> tuple[str, str]:
-    return call.arguments["dataset"], call.arguments["name"]
+def brought(data: BroughtData) -> tuple[str, str]:
+    return data.sha256, data.name
 
 
 # --- files ---
@@ -253,16 +255,11 @@ async def test_without_a_file_the_right_form_is_said(it: House) -> None:
 # --- who may, and where ---
 
 
-@pytest.mark.parametrize("text", ["/finetune status", "/finetune list", "/finetune cancel 1", "/help", "/new"])
-async def test_other_commands_pass_as_they_are(it: House, text: str) -> None:
-    call = parse(text)
-    assert await prepare_finetune(it.home, it.database, Deliveries(it.database).fetch, it.caller(), call) is call
-
-
-async def test_who_may_not_is_left_to_the_refusal_and_no_file_is_looked_at(it: House, tmp_path: Path) -> None:
+async def test_who_may_not_is_refused_and_no_file_is_looked_at(it: House, tmp_path: Path) -> None:
     call = parse(f"/finetune {tmp_path}/nothing.jsonl")
+    context = CommandContext(it.home, it.database, Deliveries(it.database).fetch)
     for caller in (it.caller("stranger"), it.caller("delta-op", "acme")):
-        assert await prepare_finetune(it.home, it.database, Deliveries(it.database).fetch, caller, call) is call
+        assert (await dispatch(context, caller, call)).body.text == say("en", "error.not_allowed")
 
 
 async def test_a_path_is_a_path_at_the_terminal_only(it: House, tmp_path: Path) -> None:
@@ -350,9 +347,10 @@ async def test_what_was_said_in_slack_stays_out_with_consent_too(it: House) -> N
     it.consent(ann)
     it.say(ann, "a question", "an answer")
     it.database.write_now(lambda tx: tx.run("UPDATE conversation SET platform = 'slack'"))
+    it.database.write_now(lambda tx: training_permission.declare(tx, "slack", allowed=False))
     refusal = await it.refused("/finetune conversations", it.caller("acme-op", "acme"))
     assert refusal.key == "training.no_conversations"
-    it.slack = True
+    it.database.write_now(lambda tx: training_permission.set_exceptions(tx, ["slack"]))
     sha256, _ = brought(await it.prepare("/finetune conversations", it.caller("acme-op", "acme")))
     assert b"a question" in await asyncio.to_thread(stored(it.home, sha256).read_bytes)
 
@@ -384,7 +382,7 @@ async def test_a_turn_that_cannot_be_read_is_left_out_with_its_other_half_and_co
     it.say(ann, "one", "1", "two", "2", "three", "3")
     damage(it, *damaged)
     call = await it.prepare("/finetune conversations", it.caller("acme-op", "acme"))
-    assert call.arguments["unreadable"] == str(len(damaged))
+    assert call.unreadable == len(damaged)
     (line,) = (await asyncio.to_thread(stored(it.home, brought(call)[0]).read_text)).splitlines()
     assert [one["content"] for one in json.loads(line)["messages"]] == learned
 

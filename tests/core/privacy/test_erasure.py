@@ -14,11 +14,12 @@ import pytest
 
 from core.adapters import registry
 from core.channels import adapter_names, directory, terminal
-from core.commands.table import parse
+from core.commands.parser import parse
+from core.commands.registry import CommandContext
 from core.config.schema import Retention
 from core.delivery.deliveries import Deliveries
 from core.jobs import datasets, jobs
-from core.jobs.dataset_files import prepare_finetune
+from core.jobs.dataset_files import bring_data
 from core.privacy import commands, erasure, retention, tombstones
 from core.storage.database import Database, Tx
 from core.storage.home import Cipher, Home
@@ -88,9 +89,8 @@ async def bring(it: World) -> str:
         return Caller(user, Address("fake", "bot", "p", "c"), channel, "en", 0, 0)
 
     who = await it.database.read(caller)
-    fetch = Deliveries(it.database).fetch
-    call = await prepare_finetune(it.home, it.database, fetch, who, parse("/finetune conversations"))
-    return call.arguments["dataset"]
+    context = CommandContext(it.home, it.database, Deliveries(it.database).fetch)
+    return (await bring_data(context, who, parse("/finetune conversations"))).sha256
 
 
 async def test_text_lies_in_no_file_in_the_clear_before_anyone_asks(tmp_path: Path) -> None:

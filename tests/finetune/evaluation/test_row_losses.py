@@ -9,7 +9,8 @@ from pathlib import Path
 import pytest
 
 from core.adapters import registry
-from core.commands.table import Call, parse
+from core.commands.parser import parse
+from core.commands.table import Call
 from core.config.sections import HyperParameters
 from core.engine.protocol import EngineInfo
 from core.jobs import datasets

@@ -1,0 +1,56 @@
+"""/whoami, /language and /claim: a person's own settings and grants."""
+
+from __future__ import annotations
+
+from core.channels import audit, operators, people
+from core.commands.registry import command
+from core.commands.table import Call
+from core.errors import BadInput
+from core.i18n.messages import language_name, languages, resolve, say
+from core.storage.database import Tx
+from core.types import Body, Caller, Outcome
+
+
+@command("whoami")
+def whoami(tx: Tx, caller: Caller, call: Call) -> Outcome:
+    grant = operators.grant_of(tx, caller.user, caller.channel.id)
+    text = say(
+        caller.language,
+        "users.whoami",
+        user=caller.user[:12],
+        platform=caller.address.platform,
+        title=caller.channel.title,
+        channel=caller.channel.name,
+        rights=say(caller.language, f"users.rights_{grant.name.lower()}"),
+        language=language_name(caller.language),
+    )
+    return Outcome(Body(text.strip()))
+
+
+@command("language")
+def language(tx: Tx, caller: Caller, call: Call) -> Outcome:
+    """Raises BadInput for a language that there is no file of."""
+    typed = call.arguments.get("language", "")
+    codes = ", ".join((*languages(), "auto"))
+    if not typed:
+        name = language_name(caller.language)
+        return Outcome(Body(say(caller.language, "users.language_is", name=name, codes=codes)))
+    chosen = resolve(typed)
+    if not chosen and typed.lower() != "auto":
+        raise BadInput("users.language_unknown", typed=typed[:40], codes=codes)
+    people.set_language(tx, caller.user, caller.address.platform, chosen)
+    if not chosen:
+        return Outcome(Body(say(resolve(caller.channel.language) or caller.language, "users.language_auto")))
+    return Outcome(Body(say(chosen, "users.language_set", name=language_name(chosen))))
+
+
+@command("claim")
+def claim(tx: Tx, caller: Caller, call: Call) -> Outcome:
+    """Raises BadInput for a code that is wrong, used or too old: which of these is not said."""
+    claimed = operators.claim(tx, call.arguments["code"], caller.user)
+    if claimed is None:
+        raise BadInput("users.claim_bad")
+    channel = tx.value("SELECT name FROM channel WHERE id = ?", [claimed.channel_id])
+    audit.record(tx, caller, "claim", channel or "all", None, {"operator": caller.user, "label": claimed.label})
+    key = "users.claim_all" if claimed.channel_id is None else "users.claim_channel"
+    return Outcome(Body(say(caller.language, key, title=claimed.title)))

@@ -15,7 +15,7 @@ from core.engine.protocol import EngineInfo
 from core.errors import BadConfig, BadInput, UnknownThing
 from core.i18n.messages import say
 from core.storage.database import Tx, Value
-from core.types import Address, Caller, Json
+from core.types import Address, Caller, Grant, Json
 from core.usage import prices
 
 OWNER = Address("terminal", "home", "home", "home")
@@ -65,7 +65,7 @@ def owner(tx: Tx, name: str = terminal.TERMINAL) -> Caller:
     if channel.archived:
         raise BadInput("operators.channel_archived", name=channel.name)
     at = replace(DESK, place=channel.name)
-    return Caller(user, at, channel, "en", 0, conversations.conversation_id(tx, at, channel.id))
+    return Caller(user, at, channel, "en", 0, conversations.conversation_id(tx, at, channel.id), grant=Grant.OWNER)
 
 
 def greeting(tx: Tx, info: EngineInfo, place: str, language: str, version: str) -> tuple[str, ...]:

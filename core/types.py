@@ -192,6 +192,14 @@ class Channel:
 Json = str | int | float | bool | None | list["Json"] | Mapping[str, "Json"]
 
 
+class Grant(IntEnum):
+    """What a person may do in a channel; each holds what stands before it."""
+
+    ANYONE = 0
+    OPERATOR = 1  # of this channel
+    OWNER = 2  # operator of every channel
+
+
 @dataclass(frozen=True, slots=True)
 class Caller:
     """Who gave a command, and where. `user` is the keyed hash; `language` is resolved: person, channel, then "en"."""
@@ -206,6 +214,7 @@ class Caller:
     answers: str = ""  # the receipt of our message that they replied to
     public: bool = False  # others read what is answered
     moderates: bool = False  # the bot knows that they may stop what others asked for here
+    grant: Grant = Grant.ANYONE  # in `channel`
 
 
 @dataclass(frozen=True, slots=True)
@@ -257,11 +266,3 @@ class Outcome:
 
     body: Body
     after: tuple[After, ...] = ()
-
-
-class Grant(IntEnum):
-    """What a person may do in a channel; each holds what stands before it."""
-
-    ANYONE = 0
-    OPERATOR = 1  # of this channel
-    OWNER = 2  # operator of every channel

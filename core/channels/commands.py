@@ -283,7 +283,7 @@ def operator_invite(tx: Tx, caller: Caller, call: Call) -> Outcome:
 @command("operator", "list")
 def operator_list(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """An owner sees all; an operator of this channel those of this channel."""
-    owner = operators.grant_of(tx, caller.user, caller.channel.id) is Grant.OWNER
+    owner = caller.grant is Grant.OWNER
     lines = [say(caller.language, "operators.operators"), ""]
     for one in operators.find(tx, None if owner else caller.channel.id):
         key = "operators.operator_line_you" if one.user_hash == caller.user else "operators.operator_line"
@@ -294,7 +294,7 @@ def operator_list(tx: Tx, caller: Caller, call: Call) -> Outcome:
 @command("operator", "remove")
 def operator_remove(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """Raises NotAllowed for whoever the caller does not see, and UnknownThing for an owner who mistyped."""
-    owner = operators.grant_of(tx, caller.user, caller.channel.id) is Grant.OWNER
+    owner = caller.grant is Grant.OWNER
     typed = call.arguments["operator"].removeprefix("#")
     seen = operators.find(tx, None if owner else caller.channel.id)
     operator = next((one for one in seen if str(one.id) == typed), None)

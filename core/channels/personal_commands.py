@@ -13,7 +13,7 @@ from core.types import Body, Caller, Outcome
 
 @command("whoami")
 def whoami(tx: Tx, caller: Caller, call: Call) -> Outcome:
-    grant = operators.grant_of(tx, caller.user, caller.channel.id)
+    grant = caller.grant
     text = say(
         caller.language,
         "users.whoami",

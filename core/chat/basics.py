@@ -34,7 +34,7 @@ def start(tx: Tx, caller: Caller, call: Call) -> Outcome:
 @command("help")
 def show_help(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """All commands, one command, or one form of it: `/help channel set`. Raises BadCommand for an unknown command."""
-    grant = operators.grant_of(tx, caller.user, caller.channel.id)
+    grant = caller.grant
     name, _, word = call.arguments.get("command", "").partition(" ")
     if not name:
         return Outcome(Body(overview(caller.language, grant)))

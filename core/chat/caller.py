@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import replace
 
-from core.channels import bindings, people
+from core.channels import bindings, operators, people
 from core.chat import conversations
 from core.chat.inbox import InboxRow
 from core.commands.parser import parse
@@ -45,4 +45,5 @@ def caller_of(tx: Tx, row: InboxRow) -> Caller:
         answers=row.answers,
         public=row.public,
         moderates=row.moderates,
+        grant=operators.grant_of(tx, row.user_hash, channel.id),
     )

@@ -60,6 +60,7 @@ def run(tx: Tx, caller: Caller, call: Call, prepared: object = None) -> Outcome:
     """Run a prepared command in a transaction. A refusal is audited, and worded the same for every target."""
     if not _may(tx, caller, call):
         return _denied(tx, caller, call)
+    caller = replace(caller, grant=operators.grant_of(tx, caller.user, caller.channel.id))
     last = _last_audit(tx)
     tx.run("SAVEPOINT command")
     try:

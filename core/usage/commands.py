@@ -6,7 +6,6 @@ import asyncio
 from pathlib import Path
 
 from core import charts
-from core.channels import operators
 from core.commands.registry import CommandContext, command
 from core.commands.table import Call
 from core.i18n.messages import money, say
@@ -23,7 +22,7 @@ def usage(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """The caller's own, in this channel; for its operators the channel's as well."""
     today = day_of(tx.now_ms)
     lines = _own_usage(tx, caller, today)
-    if operators.grant_of(tx, caller.user, caller.channel.id) < Grant.OPERATOR:
+    if caller.grant < Grant.OPERATOR:
         return Outcome(Body("\n".join(lines)))
     lines += ["", _channel_usage(tx, caller, today)]
     forms = ("chart", "csv")

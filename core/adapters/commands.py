@@ -16,7 +16,6 @@ from core.commands.registry import command
 from core.commands.table import Call
 from core.errors import BadInput, NotAllowed, UnknownThing
 from core.i18n.messages import Lazy, duration, say
-from core.jobs import jobs
 from core.storage.database import Row, Tx
 from core.types import Body, Button, Caller, Grant, Outcome
 
@@ -121,29 +120,6 @@ def discard(tx: Tx, caller: Caller, call: Call) -> Outcome:
     return Outcome(Body(say(caller.language, "adapter.discarded", label=version.label)))
 
 
-@command("adapter", "worst")
-def worst(tx: Tx, caller: Caller, call: Call) -> Outcome:
-    """The unseen rows on which a version lost most: where to look for what is wrong with the data. Raises BadInput."""
-    version = find_version(tx, caller, call.arguments["version"])
-    judged = version.manifest.get("judged") or {} if version else {}
-    if version is None or not judged:
-        raise BadInput("adapter.no_rows", label=version.label if version else BASE)
-    rows = judged.get("worst") or []
-    fields = {"label": version.label, "champion": judged.get("champion", "?"), "n": len(rows)}
-    if not rows:
-        return Outcome(Body(say(caller.language, "adapter.none_worse", **fields)))
-    lines = [say(caller.language, "adapter.worst", **fields), ""]
-    texts = {line: (asked, said) for line, _, _, asked, said in jobs.shown(tx, version.sha256).worst}
-    for line, before, after in rows:
-        asked, said = texts.get(line, ("", ""))
-        key = "adapter.worst_row" if asked else "adapter.worst_line"
-        fields = {"line": line, "before": f"{before:.2f}", "after": f"{after:.2f}", "asked": asked, "said": said}
-        lines.append(say(caller.language, key, **fields))
-    if not texts:
-        lines += ["", say(caller.language, "adapter.rows_gone")]
-    return Outcome(Body("\n".join(lines)))
-
-
 @command("adapter", "rollback")
 def rollback(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """Raises NotAllowed where a follower is not theirs."""
@@ -176,10 +152,6 @@ def discard_button(language: str, label: str) -> Button:
     return Button(say(language, "adapter.discard_button"), "command", f"/adapter discard {label}")
 
 
-def worst_button(language: str, label: str) -> Button:
-    return Button(say(language, "adapter.worst_button"), "command", f"/adapter worst {label}")
-
-
 def _promote_button(caller: Caller, label: str) -> Button:
     return promote_button(caller.language, label)
 
@@ -208,14 +180,13 @@ def _measured_against(tx: Tx, version: Version | None) -> str:
     """The version that a new one was found to be better than; "" for base, and for one that has answered before."""
     if version is None or registry.put_into_service(tx, version.sha256):
         return ""
-    return str((version.manifest.get("judged") or {}).get("champion", ""))
+    return str(version.judged.get("champion", ""))
 
 
 def _check_verdict(version: Version, reason: str) -> None:
     """A version that did not pass goes into service only by who says why; the audit log keeps it."""
-    verdict = (version.manifest.get("judged") or {}).get("verdict", "passed")
-    if verdict != "passed" and not reason:
-        why = Lazy(f"adapter.verdict_{verdict}")
+    if not version.passed and not reason:
+        why = Lazy(f"adapter.verdict_{version.verdict}")
         raise BadInput("adapter.needs_reason", label=version.label, why=why)
 
 

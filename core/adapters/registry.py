@@ -11,7 +11,7 @@ import json
 import os
 import threading
 from collections import OrderedDict
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -62,6 +62,20 @@ class Version:
     @property
     def label(self) -> str:
         return f"{self.name}@{self.version}"
+
+    @property
+    def judged(self) -> Mapping[str, Any]:
+        """The gate's numbers; empty where it was not judged."""
+        return self.manifest.get("judged") or {}
+
+    @property
+    def verdict(self) -> str:
+        return str(self.judged.get("verdict", "passed"))
+
+    @property
+    def passed(self) -> bool:
+        """Whether it may go into service without a reason given."""
+        return self.verdict == "passed"
 
 
 # --- folders: blocking ---
@@ -190,11 +204,6 @@ def publish(tx: Tx, candidate: Candidate, name: str, version: int) -> None:
 def versions(tx: Tx, name: str) -> list[Version]:
     """Newest first."""
     return [_version(row) for row in tx.all("SELECT * FROM adapter WHERE name = ? ORDER BY version DESC", [name])]
-
-
-def passed(version: Version) -> bool:
-    """Whether it may go into service without a word of why."""
-    return bool((version.manifest.get("judged") or {}).get("verdict", "passed") == "passed")
 
 
 def by_sha(tx: Tx, sha256: str) -> Version:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from core.channels import bindings, operators, people
+from core.channels import bindings, people
 from core.chat import conversations
 from core.chat.stopping import reaches_all
 from core.commands.help import details, overview

@@ -104,7 +104,5 @@ def _choices(tx: Tx, adapter: str) -> tuple[Choice, ...]:
         for one in registry.versions(tx, adapter)
         if not one.unpublished and one.sha256 != champion and loaded in (None, one.base_fingerprint)
     )
-    found = [
-        Choice(one.label, (one.manifest.get("judged") or {}).get("verdict", "passed") == "passed") for one in usable
-    ]
+    found = [Choice(one.label, one.passed) for one in usable]
     return (*found[:_CHOICES], *((Choice(adapter_names.BASE),) if champion is not None else ()))

@@ -6,8 +6,9 @@ import asyncio
 from dataclasses import replace
 
 from core.adapters import registry
-from core.adapters.commands import state_now
+from core.adapters.commands import find_version, state_now
 from core.channels import audit, operators
+from core.channels.adapter_names import BASE
 from core.commands.parser import parse
 from core.commands.registry import CommandContext, command
 from core.commands.table import Call
@@ -193,6 +194,29 @@ def resume(tx: Tx, caller: Caller, call: Call, begun_on: str) -> Outcome:
     fields = {"id": job.id, "title": job.title, "label": job.label, "before": before}
     key = "training.resumed_behind" if before else "training.resumed"
     return Outcome(Body(say(caller.language, key, **fields)), (WakeTraining(),))
+
+
+@command("adapter", "worst")
+def worst(tx: Tx, caller: Caller, call: Call) -> Outcome:
+    """The unseen rows on which a version lost most: where to look for what is wrong with the data. Raises BadInput."""
+    version = find_version(tx, caller, call.arguments["version"])
+    judged = version.judged if version else {}
+    if version is None or not judged:
+        raise BadInput("adapter.no_rows", label=version.label if version else BASE)
+    rows = judged.get("worst") or []
+    fields = {"label": version.label, "champion": judged.get("champion", "?"), "n": len(rows)}
+    if not rows:
+        return Outcome(Body(say(caller.language, "adapter.none_worse", **fields)))
+    lines = [say(caller.language, "adapter.worst", **fields), ""]
+    texts = {line: (asked, said) for line, _, _, asked, said in jobs.shown(tx, version.sha256).worst}
+    for line, before, after in rows:
+        asked, said = texts.get(line, ("", ""))
+        key = "adapter.worst_row" if asked else "adapter.worst_line"
+        fields = {"line": line, "before": f"{before:.2f}", "after": f"{after:.2f}", "asked": asked, "said": said}
+        lines.append(say(caller.language, key, **fields))
+    if not texts:
+        lines += ["", say(caller.language, "adapter.rows_gone")]
+    return Outcome(Body("\n".join(lines)))
 
 
 def answer_to_question(tx: Tx, caller: Caller, text: str) -> Call | None:

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from dataclasses import asdict
 
-from core.adapters.commands import anyway_button, compare_button, discard_button, promote_button, worst_button
+from core.adapters.commands import anyway_button, compare_button, discard_button, promote_button
 from core.commands.parser import as_word
 from core.i18n.messages import Lazy, duration, money, say
 from core.jobs.data_messages import data_text, last, left_out_text, rows_text, short
@@ -105,7 +105,7 @@ def report(job: Job, events: Sequence[JobEvent], *, judged: Judged | None = None
         lines += [f"- {line}" for line in left_out_text(language, events)]
         lines += [f"- {line}" for line in data_text(language, checked)]
     lines += [f"- {short(event.text)}" for event in events if isinstance(event, Warned)]
-    passed = judged is None or judged.verdict == "passed"
+    passed = judged is None or judged.passed
     hint = "training.promote_hint" if passed else "training.promote_anyway_hint"
     key = "training.version_now" if now else hint
     lines += ["", say(language, key, label=job.label, title=job.title, state=now)]
@@ -114,7 +114,7 @@ def report(job: Job, events: Sequence[JobEvent], *, judged: Judged | None = None
 
 def _report_buttons(language: str, label: str, judged: Judged | None) -> tuple[Button, ...]:
     """What may be done with a version now: to see for oneself, to put it into service, or to be done with it."""
-    passed = judged is None or judged.verdict == "passed"
+    passed = judged is None or judged.passed
     look = worst_button if judged is not None and not passed and judged.worst else compare_button
     serve = promote_button if passed else anyway_button
     return look(language, label), serve(language, label), discard_button(language, label)
@@ -197,3 +197,7 @@ def _losses(now: Progress) -> str:
 def _unseen(language: str, events: Sequence[JobEvent]) -> str:
     losses = [event.loss for event in events if isinstance(event, Evaluated) and event.split == "validation"]
     return say(language, "training.unseen", loss=f"{losses[-1]:.2f}") if losses else ""
+
+
+def worst_button(language: str, label: str) -> Button:
+    return Button(say(language, "adapter.worst_button"), "command", f"/adapter worst {label}")

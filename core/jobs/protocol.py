@@ -269,6 +269,10 @@ class Judged:
     asked: int = 0
     worst: tuple[Worse, ...] = ()
 
+    @property
+    def passed(self) -> bool:
+        return self.verdict == "passed"
+
 
 def forgets(ability_high: float, skill_change: float) -> bool:
     """Whether too much of what the base could do is lost, of all of it or of one skill."""

@@ -32,8 +32,9 @@ from core.jobs.supervisor import JobSupervisor, TrainingSettings
 from core.model import demo
 from core.platform import Bot
 from core.storage import state
+from core.storage.cipher import Cipher
 from core.storage.database import Database
-from core.storage.home import Cipher, Home, Lock
+from core.storage.home import Home, Lock
 from core.types import Sampling
 
 log = logging.getLogger(__name__)

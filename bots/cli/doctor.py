@@ -31,8 +31,9 @@ from core.config.sections import RemoteSettings
 from core.errors import AppError, BadConfig
 from core.i18n.messages import say
 from core.model import demo
+from core.storage.cipher import Cipher
 from core.storage.database import Tx, now_ms, open_read_only
-from core.storage.home import Cipher, Home
+from core.storage.home import Home
 from core.usage import ledger
 
 _GIB = 2**30

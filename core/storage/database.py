@@ -24,8 +24,8 @@ from typing import Any, Self, TypeVar
 import sqlite_utils
 
 from core.errors import Overloaded, StorageError, StorageFull, StorageRefused
-from core.storage.home import Cipher
-from core.storage.migrations import MIGRATIONS
+from core.storage.cipher import Cipher
+from core.storage.migrations import migrate
 
 log = logging.getLogger(__name__)
 T = TypeVar("T")
@@ -237,8 +237,7 @@ class Database:
             "wal_autocheckpoint = 0",
         ):
             connection.execute(f"PRAGMA {pragma}").fetchall()
-        connection.create_function("hash_message", 1, self.cipher.hash_message)  # for m012
-        MIGRATIONS.apply(sqlite_utils.Database(connection, execute_plugins=False))
+        migrate(sqlite_utils.Database(connection, execute_plugins=False))
         self.path.chmod(0o600)
         return connection
 

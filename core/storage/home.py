@@ -4,20 +4,11 @@ from __future__ import annotations
 
 import fcntl
 import os
-import secrets
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
-from cryptography.exceptions import InvalidTag
-from cryptography.hazmat.primitives import hashes, hmac
-from cryptography.hazmat.primitives.ciphers.aead import AESGCM
-from cryptography.hazmat.primitives.kdf.hkdf import HKDFExpand
-
-from core import files
-from core.errors import HomeBusy, StorageError, StoredUnreadable
-
-_NONCE_BYTES = 12
+from core.errors import HomeBusy, StorageError
 
 
 @dataclass(frozen=True, slots=True)
@@ -105,62 +96,3 @@ class Lock:
 
     def __exit__(self, *_: object) -> None:
         os.close(self._file)
-
-
-class Cipher:
-    """Encrypts people's text and hashes people's ids, and those of messages, with a key that is not in the database.
-
-    AES-256-GCM with a random nonce in front; HMAC-SHA256 for ids. Two keys are derived from the one secret (HKDF).
-    """
-
-    def __init__(self, secret: bytes) -> None:
-        self._box = AESGCM(_derive(secret, b"text"))
-        self._id_key = _derive(secret, b"user")
-
-    @classmethod
-    def open(cls, key_file: Path, *, create: bool) -> Cipher:
-        """Read the key; make it where `create` and none is there. Raises StorageError when it is missing or damaged."""
-        try:
-            if create and not key_file.exists():
-                files.write(key_file, f"{secrets.token_hex(32)}\n".encode())
-            secret = bytes.fromhex(key_file.read_text(encoding="ascii").strip())
-        except (OSError, ValueError) as error:
-            raise StorageError(
-                "error.key_unreadable", f"{key_file} cannot be read: {error}", path=str(key_file)
-            ) from error
-        if len(secret) != 32:
-            raise StorageError("error.key_unreadable", f"{key_file} is not 64 hex digits", path=str(key_file))
-        return cls(secret)
-
-    def seal(self, text: str) -> bytes:
-        nonce = os.urandom(_NONCE_BYTES)
-        return nonce + self._box.encrypt(nonce, text.encode("utf-8"), None)
-
-    def unseal(self, sealed: bytes) -> str:
-        """Raises StoredUnreadable where the key is another or the bytes are damaged."""
-        try:
-            return self._box.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], None).decode("utf-8")
-        except (InvalidTag, ValueError) as error:
-            raise StoredUnreadable(detail="a stored text is damaged, or of another key") from error
-
-    def hash_user(self, platform: str, account: str, user: str) -> str:
-        """A person as the database knows them: the same id on the same account is always the same hash."""
-        digest = hmac.HMAC(self._id_key, hashes.SHA256())
-        digest.update("\x1f".join((platform, account, user)).encode("utf-8"))
-        return digest.finalize().hex()[:32]
-
-    def hash_message(self, key: str) -> str:
-        """A message as the database knows it: what a platform calls it may name the person who wrote it."""
-        digest = hmac.HMAC(self._id_key, hashes.SHA256())
-        digest.update(b"message\x1f" + key.encode("utf-8"))
-        return digest.finalize().hex()[:32]
-
-    def hash_code(self, code: str) -> str:
-        """A one-time code as the database knows it."""
-        digest = hmac.HMAC(self._id_key, hashes.SHA256())
-        digest.update(b"code\x1f" + code.encode("utf-8"))
-        return digest.finalize().hex()
-
-
-def _derive(secret: bytes, purpose: bytes) -> bytes:
-    return HKDFExpand(algorithm=hashes.SHA256(), length=32, info=b"distributary " + purpose).derive(secret)

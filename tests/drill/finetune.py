@@ -40,8 +40,9 @@ from core.jobs.process import COMMAND
 from core.jobs.protocol import Spec
 from core.jobs.supervisor import JobSupervisor, TrainingSettings
 from core.model.weights import fingerprint
+from core.storage.cipher import Cipher
 from core.storage.database import Database, Tx
-from core.storage.home import Cipher, Home, Lock
+from core.storage.home import Home, Lock
 from core.types import Address, Caller
 from core.usage import ledger, prices
 from finetune.__main__ import run

@@ -21,8 +21,9 @@ from pathlib import Path
 
 from core.channels import bindings, directory, terminal
 from core.engine.protocol import Request
+from core.storage.cipher import Cipher
 from core.storage.database import Database, Tx
-from core.storage.home import Cipher, Home, Lock
+from core.storage.home import Home, Lock
 from tests.drill.lives import copy_of, fork, kill_at, open_service, opened, print_report, progress, violations
 from tests.drill.platform import Platform, PlatformOutlet, update
 

@@ -37,8 +37,9 @@ from core.engine.scripted import ScriptedEngine
 from core.jobs.supervisor import JobSupervisor, TrainingSettings
 from core.observability import logs
 from core.platform import Bot
+from core.storage.cipher import Cipher
 from core.storage.database import Database, Row, Tx, now_ms
-from core.storage.home import Cipher, Home, Lock
+from core.storage.home import Home, Lock
 from core.usage import ledger
 from tests.support.paths import ROOT
 

@@ -22,8 +22,9 @@ from bots.slack.bot import SlackBot
 from bots.slack.sending.rate_limits import SlackRate, SlackRateLimiter
 from bots.slack.web import EVENTS
 from core.channels import bindings, directory, terminal
+from core.storage.cipher import Cipher
 from core.storage.database import Database, Tx
-from core.storage.home import Cipher, Home, Lock
+from core.storage.home import Home, Lock
 from tests.drill import lives
 from tests.fakes.slack import FakeSlack
 from tests.fakes.slack.held import APP_TOKEN, SIGNING

@@ -19,8 +19,9 @@ from aiohttp import web
 from bots.telegram.bot import TelegramBot
 from bots.telegram.sending.rate_limits import SendLimits, TelegramRate, TelegramRateLimiter
 from core.channels import bindings, directory, terminal
+from core.storage.cipher import Cipher
 from core.storage.database import Database, Tx
-from core.storage.home import Cipher, Home, Lock
+from core.storage.home import Home, Lock
 from tests.drill import lives
 from tests.fakes.telegram import FakeTelegram, Person
 from tests.fakes.telegram.people import message

@@ -13,8 +13,8 @@ from core.commands.parser import parse
 from core.commands.table import Call
 from core.jobs.dataset_files import BroughtData
 from core.jobs.importing import UnpackedAdapter
+from core.storage.cipher import Cipher
 from core.storage.database import Database, Tx
-from core.storage.home import Cipher
 from core.types import Address, Caller, Outcome, Role
 
 DATASET = "d" * 64

@@ -18,8 +18,9 @@ from core.engine.protocol import EngineInfo
 from core.jobs import commands, datasets
 from core.jobs.dataset_files import BroughtData
 from core.jobs.supervisor import JobSupervisor, TrainingSettings
+from core.storage.cipher import Cipher
 from core.storage.database import Database, Row, Tx
-from core.storage.home import Cipher, Home
+from core.storage.home import Home
 from core.types import Address, Body, Caller, Handle, Receipt
 from tests.support.fake_trainer import COMMAND
 from tests.support.people import prepared_for

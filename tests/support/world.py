@@ -17,8 +17,9 @@ from core.engine.protocol import Request
 from core.engine.scripted import ScriptedEngine
 from core.errors import AppError
 from core.jobs.supervisor import JobSupervisor, TrainingSettings
+from core.storage.cipher import Cipher
 from core.storage.database import Database, Tx, now_ms
-from core.storage.home import Cipher, Home
+from core.storage.home import Home
 from core.types import Address, Attachment, Body, Handle, Incoming, Kind, Lane, Receipt
 
 OWNER, STRANGER = "owner-id", "stranger-id"

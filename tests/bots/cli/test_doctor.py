@@ -25,8 +25,9 @@ from core.engine.diagnostics.benchmark import measure, random_adapters
 from core.engine.local import LocalEngine
 from core.engine.runtime.loading import load_for_serving
 from core.model.base import BaseModel
+from core.storage.cipher import Cipher
 from core.storage.database import Database
-from core.storage.home import Cipher, Home, Lock
+from core.storage.home import Home, Lock
 from tests.fakes.openai import FakeOpenAI
 from tests.support.paths import ROOT
 from tests.support.tiny import load_tiny, tiny_tokenizer

@@ -20,8 +20,9 @@ from core.config.loader import read_config
 from core.config.schema import Config
 from core.errors import BadInput, StorageError, UnknownThing
 from core.i18n.messages import say
+from core.storage.cipher import Cipher
 from core.storage.database import Database
-from core.storage.home import Cipher, Home
+from core.storage.home import Home
 from tests.bots.terminal.test_terminal import Program, read_line
 from tests.support.fake_trainer import COMMAND
 from tests.support.works import WAIT_S, works

@@ -16,8 +16,9 @@ from safetensors.numpy import save_file
 from core.adapters import registry
 from core.channels import adapter_names, directory, terminal
 from core.errors import AdapterUnusable
+from core.storage.cipher import Cipher
 from core.storage.database import Database, Tx
-from core.storage.home import Cipher, Home
+from core.storage.home import Home
 from core.types import AdapterRef
 
 

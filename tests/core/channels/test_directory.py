@@ -9,8 +9,8 @@ import pytest
 
 from core.channels import adapter_names, audit, bindings, directory, operators, people, terminal
 from core.errors import BadInput, UnknownThing
+from core.storage.cipher import Cipher
 from core.storage.database import Database, Tx
-from core.storage.home import Cipher
 from core.types import Address, Caller, Channel, Grant, Limits, Price
 from core.usage import prices
 

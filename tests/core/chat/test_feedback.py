@@ -11,7 +11,7 @@ from core.i18n.messages import say
 from core.jobs import examples as sayings
 from core.jobs.examples import ConsentedExample, examples_of
 from core.privacy.retention import clean
-from core.storage.home import Cipher
+from core.storage.cipher import Cipher
 from core.types import Kind
 from tests.support.world import OWNER, STRANGER, World, world
 

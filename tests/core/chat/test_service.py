@@ -17,8 +17,8 @@ from core.engine.protocol import Request, Scope
 from core.errors import EngineError, Overloaded
 from core.i18n.messages import say
 from core.platform import Unreachable
+from core.storage.cipher import Cipher
 from core.storage.database import Tx, now_ms
-from core.storage.home import Cipher
 from core.types import Address, Attachment, Body, Handle, Incoming, Kind, Lane, Receipt, Role
 from core.usage import ledger
 from tests.support.world import OWNER, FakeBot, world

@@ -17,8 +17,8 @@ from core.commands.table import COMMANDS, Form
 from core.i18n.messages import languages, say
 from core.jobs import datasets, event_log, jobs
 from core.jobs.protocol import Checked
+from core.storage.cipher import Cipher
 from core.storage.database import Database, Tx
-from core.storage.home import Cipher
 from core.types import Grant
 from core.usage import prices
 from tests.support.people import DATASET, ROLES, Town, ask, town

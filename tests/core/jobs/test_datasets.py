@@ -24,8 +24,9 @@ from core.errors import AppError, BadInput, StoredUnreadable
 from core.i18n.messages import say
 from core.jobs import dataset_files, examples, jobs
 from core.jobs.dataset_files import BroughtData, bring_data, check_room, stored
+from core.storage.cipher import Cipher
 from core.storage.database import Database, Tx
-from core.storage.home import Cipher, Home
+from core.storage.home import Home
 from core.types import Address, Attachment, Caller, Role
 from tests.support.world import FakeBot
 

@@ -21,8 +21,9 @@ from core.delivery.deliveries import Deliveries
 from core.jobs import datasets, jobs
 from core.jobs.dataset_files import bring_data
 from core.privacy import commands, erasure, retention, tombstones
+from core.storage.cipher import Cipher
 from core.storage.database import Database, Tx
-from core.storage.home import Cipher, Home
+from core.storage.home import Home
 from core.types import Address, Body, Caller, Handle, Incoming, Kind, Lane, Receipt
 from tests.support.world import OWNER, STRANGER, World, world
 

@@ -11,8 +11,9 @@ from pathlib import Path
 import pytest
 
 from core.errors import HomeBusy, StorageError, StorageFull
+from core.storage.cipher import Cipher
 from core.storage.database import Database, Tx, open_read_only
-from core.storage.home import Cipher, Home, Lock
+from core.storage.home import Home, Lock
 
 
 @pytest.fixture

@@ -12,8 +12,8 @@ from hypothesis import strategies as st
 
 from core.errors import StorageError
 from core.jobs import datasets, jobs
+from core.storage.cipher import Cipher
 from core.storage.database import Database, Tx
-from core.storage.home import Cipher
 from core.usage import ledger, prices
 from tests.support.people import Town, town
 

@@ -9,10 +9,11 @@ from __future__ import annotations
 import asyncio
 import logging
 import secrets
-from collections import OrderedDict
 from collections.abc import AsyncIterator
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import AsyncExitStack
+
+from cachetools import LRUCache
 
 from core.config.sections import RemoteSettings
 from core.engine.openai.client import NotServed, OpenAIServer, ServerRefused
@@ -39,7 +40,7 @@ class RequestBuilder:
         self.server, self.settings, self.files = server, settings, files
         self.base, self.context = base, context
         self.adapters: set[str] = set()  # that have answered
-        self._salts: OrderedDict[tuple[str, str], str] = OrderedDict()
+        self._salts: LRUCache[tuple[str, str], str] = LRUCache(SALTS)
 
     async def render(self, request: Request, workers: ThreadPoolExecutor) -> RenderedPrompt:
         limit = prompt_limit(request, self.context)
@@ -96,12 +97,7 @@ class RequestBuilder:
         fresh = secrets.token_hex(16)
         if not scope.conversation:
             return fresh
-        key = scope.channel, scope.conversation
-        salt = self._salts.setdefault(key, fresh)
-        self._salts.move_to_end(key)
-        while len(self._salts) > SALTS:
-            self._salts.popitem(last=False)
-        return salt
+        return self._salts.setdefault((scope.channel, scope.conversation), fresh)
 
     async def _load(self, ref: AdapterRef) -> None:
         if all(model.id != self.base for model in await self.server.models()):

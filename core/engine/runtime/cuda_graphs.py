@@ -9,12 +9,12 @@ static buffers are tested.
 from __future__ import annotations
 
 import logging
-from collections import OrderedDict
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 
 from core.engine.lora.slots import AdapterSlots
@@ -51,7 +51,7 @@ class DecodeGraphs:
         self.step, self.cache, self.lora, self.device = step, cache, lora, device
         self.captures = device.type == "cuda"
         self.usable = True
-        self.graphs: OrderedDict[GraphShape, torch.cuda.CUDAGraph | None] = OrderedDict()
+        self.graphs: LRUCache[GraphShape, torch.cuda.CUDAGraph | None] = LRUCache(MAX_GRAPHS)
         self.refused: set[GraphShape] = set()  # no memory for them
         self.shape = GraphShape(0, 0, 0, 0)  # of the last step
         self._versions = (cache.version, lora.version)
@@ -79,7 +79,6 @@ class DecodeGraphs:
         self._fill(shape, ids, positions, slots)
         if shape not in self.graphs and not self._add(shape):
             return None
-        self.graphs.move_to_end(shape)
         self.shape = shape
         graph = self.graphs[shape]
         if graph is None:
@@ -140,8 +139,6 @@ class DecodeGraphs:
                 self._drop()
                 self.usable = False
                 return False
-        if len(self.graphs) > MAX_GRAPHS:
-            self.graphs.popitem(last=False)
         return True
 
     def _capture(self, shape: GraphShape) -> torch.cuda.CUDAGraph:

@@ -6,11 +6,11 @@ entry. Bounded in bytes, least recently used first. All methods belong to the mo
 
 from __future__ import annotations
 
-from collections import OrderedDict
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile
 
+from cachetools import LRUCache
 from torch import Tensor
 
 from core.engine.protocol import Scope
@@ -18,7 +18,7 @@ from core.engine.protocol import Scope
 
 @dataclass(frozen=True, slots=True)
 class CachedPrefix:
-    """The tokens of a conversation so far, and what the model made of them.
+    """Tokens of a conversation with their keys and values.
 
     `tensors` are (kv_heads, len(ids), head_dim), keys and values of each layer in turn.
     """
@@ -36,56 +36,61 @@ class CachedPrefix:
             tensor.zero_()  # freed memory may lie in an allocator's pool for long
 
 
-class PrefixCache:
-    """What is kept, by (channel, conversation)."""
+class _Entries(LRUCache[tuple[str, str], CachedPrefix]):
+    def popitem(self) -> tuple[tuple[str, str], CachedPrefix]:
+        key, evicted = super().popitem()
+        evicted.wipe()
+        return key, evicted
 
-    def __init__(self, limit_bytes: int) -> None:
-        self.limit, self.size = limit_bytes, 0
-        self._kept: OrderedDict[tuple[str, str], CachedPrefix] = OrderedDict()
+
+class PrefixCache:
+    """Prefixes by (channel, conversation), at most `limit` bytes."""
+
+    def __init__(self, limit: int) -> None:
+        self._entries = _Entries(limit, getsizeof=lambda prefix: prefix.size)
 
     def __len__(self) -> int:
-        return len(self._kept)
+        return len(self._entries)
 
-    def wants(self, scope: Scope, size: int) -> bool:
-        """Whether an entry of that many bytes would be kept: without a conversation there is no next turn."""
-        return bool(scope.conversation) and size <= self.limit
+    @property
+    def size(self) -> int:
+        return int(self._entries.currsize)
 
-    def put(self, scope: Scope, kept: CachedPrefix) -> None:
-        """Keep it in place of what was there; the least recently used make room."""
+    def accepts(self, scope: Scope, size: int) -> bool:
+        """Whether an entry of that many bytes would be kept. Without a conversation there is no next turn."""
+        return bool(scope.conversation) and size <= self._entries.maxsize
+
+    def put(self, scope: Scope, prefix: CachedPrefix) -> None:
+        """Replace the conversation's entry; the least recently used ones are evicted to fit."""
         self._drop((scope.channel, scope.conversation))
-        while self._kept and self.size + kept.size > self.limit:
-            self._drop(next(iter(self._kept)))
-        self._kept[scope.channel, scope.conversation] = kept
-        self.size += kept.size
+        self._entries[scope.channel, scope.conversation] = prefix
 
     def find(self, scope: Scope, adapter: str, prompt: Sequence[int]) -> tuple[CachedPrefix, int] | None:
-        """What is kept of the conversation, and how many of the prompt's first tokens it covers; never all of them.
+        """The conversation's prefix and how many of the prompt's first tokens it covers, never all of them.
 
         An entry of another adapter is dropped.
         """
         key = (scope.channel, scope.conversation)
-        kept = self._kept.get(key)
-        if kept is None:
+        prefix = self._entries.get(key)
+        if prefix is None:
             return None
-        if kept.adapter != adapter:
+        if prefix.adapter != adapter:
             self._drop(key)
             return None
-        self._kept.move_to_end(key)
-        pairs = zip(kept.ids, prompt[:-1], strict=False)  # the last one is run for its logits
+        pairs = zip(prefix.ids, prompt[:-1], strict=False)  # the last token is computed for its logits
         count = sum(1 for _ in takewhile(lambda pair: pair[0] == pair[1], pairs))
-        return (kept, count) if count else None
+        return (prefix, count) if count else None
 
     def forget(self, channel: str, conversation: str) -> None:
-        """Drop a conversation; without one all of the channel's."""
-        for key in [key for key in self._kept if key[0] == channel and conversation in ("", key[1])]:
+        """Drop a conversation, or all of the channel's if none is named."""
+        for key in [key for key in self._entries if key[0] == channel and conversation in ("", key[1])]:
             self._drop(key)
 
     def clear(self) -> None:
-        for key in list(self._kept):
+        for key in list(self._entries):
             self._drop(key)
 
     def _drop(self, key: tuple[str, str]) -> None:
-        kept = self._kept.pop(key, None)
-        if kept is not None:
-            self.size -= kept.size
-            kept.wipe()
+        prefix = self._entries.pop(key, None)
+        if prefix is not None:
+            prefix.wipe()

@@ -161,7 +161,7 @@ class RunningBatch:
     def _keep(self, state: RequestState, row: int) -> None:
         """Keep what an answer leaves in its row, for the next turn or its own rest."""
         cache, scope = self.runner.cache, state.request.scope
-        if not self.prefixes.wants(scope, cache.row_bytes(row)):
+        if not self.prefixes.accepts(scope, cache.row_bytes(row)):
             return
         ids = (*state.prompt, *state.answer)[: cache.used[row]]
         try:

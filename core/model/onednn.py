@@ -1,8 +1,7 @@
-"""How many kernels oneDNN keeps. Knows no model; torch reads it when it is loaded, so it is said before.
+"""Bounds the number of kernels that oneDNN caches. Must run before torch is imported.
 
-For each shape that it was given it keeps a kernel, up to 1,024 of them, each with half a MiB of buffers and holes
-between them. Prompts and training steps come in every length, so that a process grows by hundreds of MiB over its life.
-What one step uses fits into a few, and one more made anew takes 2 ms.
+oneDNN caches a kernel per shape, up to 1,024, each with half a MiB of buffers. Prompts and training steps come in every
+length, so a process would grow by hundreds of MiB. One step needs only a few, and creating one takes 2 ms.
 """
 
 from __future__ import annotations
@@ -16,6 +15,6 @@ KEPT = {
 
 
 def keep_few_kernels() -> None:
-    """Where the environment does not say otherwise."""
+    """Set the bounds that the environment does not set."""
     for name, count in KEPT.items():
         os.environ.setdefault(name, count)

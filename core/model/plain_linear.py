@@ -1,7 +1,7 @@
-"""Layers that are linear by another name become plain ones. Knows no files, adapters or devices.
+"""Turns linear layers of other classes into nn.Linear.
 
-GPT-2 and its kin keep weights the other way round (transformers' Conv1D), Falcon has a class of its own. As nn.Linear
-they can carry adapters, be quantised and be trained like all others.
+GPT-2 and relatives store weights transposed (transformers' Conv1D), Falcon has a class of its own. As nn.Linear they
+can carry adapters, be quantized and be trained like all others.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 
 def make_plain(module: nn.Module) -> None:
-    """In place. The numbers stay the same; the names and shapes of Conv1D's weights are no longer those of the file."""
+    """Replace the layers in place. Results stay the same; Conv1D's weights change names and shapes."""
     from transformers.pytorch_utils import Conv1D
 
     for parent in list(module.modules()):

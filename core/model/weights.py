@@ -1,4 +1,4 @@
-"""Weight files on disk, read by their headers alone: what they hold and whose they are. Knows no torch."""
+"""Reads the headers of safetensors files: their tensors, and the fingerprint of a base model."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 MAX_HEADER = 100 * 2**20
-SAMPLE = 4096  # bytes read at the start, the middle and the end of every tensor
+SAMPLE = 4096  # bytes
 ARCHITECTURE_KEYS = (
     "model_type",
     "hidden_size",
@@ -26,7 +26,7 @@ ARCHITECTURE_KEYS = (
 
 @dataclass(frozen=True, slots=True)
 class TensorEntry:
-    """Where one tensor stands: bytes [start, stop) of its file."""
+    """A tensor at bytes [start, stop) of its file."""
 
     name: str
     dtype: str
@@ -37,7 +37,7 @@ class TensorEntry:
 
 
 def tensor_entries(path: Path) -> Iterator[TensorEntry]:
-    """The tensors of one safetensors file. Raises ValueError if the file is cut or is not one."""
+    """The tensors of one safetensors file. Raises ValueError if the file is truncated or in another format."""
     size = path.stat().st_size
     with path.open("rb") as file:
         length = int.from_bytes(file.read(8), "little")
@@ -57,7 +57,7 @@ def tensor_entries(path: Path) -> Iterator[TensorEntry]:
 
 
 def weight_files(folder: Path) -> list[Path]:
-    """The safetensors files that transformers loads from a model folder; empty if there are none.
+    """The safetensors files that transformers loads from a model folder, or none.
 
     Raises ValueError for a damaged index of them.
     """
@@ -71,11 +71,11 @@ def weight_files(folder: Path) -> list[Path]:
 
 
 def fingerprint(folder: Path) -> str:
-    """Identity of a base model's weights: sha256 over its architecture, its tensors' names and shapes, and samples.
+    """Identity of a base model's weights: SHA-256 over its architecture, its tensors' names and shapes, and samples.
 
-    Of every tensor 12 KiB are read (start, middle, end), so that 100 GB cost as little as 1 GB. It is taken from the
-    files: the same folder has the same fingerprint however it is loaded (dtype, device, quantisation) and however it is
-    cut into shards; a copy that was stored in another dtype is another model. Raises ValueError for damaged files.
+    12 KiB of every tensor are read (start, middle, end), so 100 GB cost as little as 1 GB. The fingerprint belongs to
+    the files: it does not depend on dtype, device or quantization at load, nor on sharding; a copy stored in another
+    dtype is another model. Raises ValueError for damaged files.
     """
     config = json.loads((folder / "config.json").read_text("utf-8"))
     text: dict[str, Any] = config.get("text_config") or config

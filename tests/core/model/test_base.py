@@ -33,6 +33,7 @@ from core.errors import ModelLoadFailed
 from core.model import base as module
 from core.model import demo
 from core.model.base import exact_context
+from core.model.folder import check_folder
 from core.model.weights import fingerprint
 from tests.support.tiny import save_tiny, tiny_tokenizer
 
@@ -176,6 +177,29 @@ def bigger_tokenizer(folder: Path) -> None:
 def test_damaged_or_unfit_folders_are_refused_with_the_reason(folder: Path, damage: Any, reason: str) -> None:
     damage(folder)
     assert reason in refusal(folder)
+
+
+def test_a_folder_is_checked_without_loading_weights(folder: Path) -> None:
+    check_folder(folder)
+    without("tokenizer.json")(folder)
+    with pytest.raises(ModelLoadFailed, match="no tokenizer"):
+        check_folder(folder)
+    save_tiny(folder)
+    without("model.safetensors")(folder)
+    check_folder(folder, weights=False)
+    with pytest.raises(ModelLoadFailed, match="no safetensors weights"):
+        check_folder(folder)
+
+
+def test_a_gguf_file_is_named_as_such_with_what_to_give_instead(tmp_path: Path) -> None:
+    file = tmp_path / "model.Q4_K_M.gguf"
+    assert "is a GGUF file" in refusal(file)
+    assert "safetensors" in refusal(file)
+    file.write_bytes(b"GGUF")
+    assert "is a GGUF file" in refusal(file)
+    assert "only a GGUF file (model.Q4_K_M.gguf)" in refusal(tmp_path)
+    (tmp_path / "notes.txt").write_text("")
+    assert "notes.txt is a file" in refusal(tmp_path / "notes.txt")
 
 
 def test_a_hub_that_cannot_be_reached_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:

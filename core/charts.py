@@ -1,31 +1,32 @@
-"""Pictures of numbers, as PNG files: a loss curve, a bar chart of days. Knows no database and no sentence.
+"""PNG charts of plain numbers: a loss curve and a bar chart of days.
 
-Words in pictures are the few that every operator reads; everything else stands in the message below.
+The few words in a chart are English terms that every operator reads; the message around it is translated.
 """
 
 from __future__ import annotations
 
 import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
 from PIL import Image, ImageDraw, ImageFont
 
 from core import files
-from core.jobs.protocol import Evaluated, JobEvent, Progress
 
 WIDTH, HEIGHT, _SCALE = 900, 420, 2
 _LEFT, _RIGHT, _TOP, _BOTTOM = 70, 24, 44, 44
 _INK, _GRID, _BLUE, _ORANGE, _GREEN = "#1f2933", "#dde3ea", "#2563c9", "#e07a1f", "#2a9d63"
-_SMOOTH = 0.93  # of the running mean of the training loss
-_CURVES = 0.82  # of the width, where the gate's losses are written beside the curves
-_LINE = 17  # pixels between two of them
+_SMOOTHING = 0.93  # decay of the running mean of the training loss
+_CURVES_SHARE = 0.82  # of the width, where labels of the gate's losses stand beside the curves
+_LABEL_PITCH = 17  # pixels between two labels
+
+Point = tuple[float, float]
 
 
 @dataclass(frozen=True, slots=True)
 class _Frame:
-    """Where values lie in the picture, in pixels of the enlarged canvas."""
+    """Maps values to pixels of the enlarged canvas; x runs from 0 to 1 over the width."""
 
     low: float
     high: float
@@ -39,49 +40,49 @@ class _Frame:
         return _SCALE * (_LEFT + share * (WIDTH - _LEFT - _RIGHT))
 
 
-def loss_curve(events: Sequence[JobEvent], path: Path) -> Path | None:
-    """Training loss (and its running mean), validation, and what the gate found; None for too few points.
+def loss_curve(
+    train: Sequence[Point], validation: Sequence[Point], gate: Mapping[str, float], path: Path
+) -> Path | None:
+    """Draw (step, loss) points of training, with their running mean, and of validation; None for too few points.
 
-    The gate's are two points at the end: the base model's loss on the unseen rows, and the candidate's.
+    `gate` maps the name of a model to its loss on the test rows, drawn as labelled dots at the right.
     """
-    steps = [(float(event.step), event.loss) for event in events if isinstance(event, Progress)]
-    unseen = [(float(e.step), e.loss) for e in events if isinstance(e, Evaluated) and e.split == "validation"]
-    gate = {e.who: e.loss for e in events if isinstance(e, Evaluated) and e.split == "test" and math.isfinite(e.loss)}
-    values = [loss for loss in (*(loss for _, loss in (*steps, *unseen)), *gate.values()) if math.isfinite(loss)]
-    if len(steps) < 2 or not values:
+    gate = {name: loss for name, loss in gate.items() if math.isfinite(loss)}
+    values = [loss for loss in (*(loss for _, loss in (*train, *validation)), *gate.values()) if math.isfinite(loss)]
+    if len(train) < 2 or not values:
         return None
-    last = max(step for step, _ in (*steps, *unseen)) or 1
-    end = _CURVES if gate else 1.0
-    steps, unseen = ([(end * step / last, loss) for step, loss in points] for points in (steps, unseen))
-    frame, canvas, draw = _paper(0.0 if min(values) < 1 else min(values) * 0.9, max(values) * 1.02)
+    last = max(step for step, _ in (*train, *validation)) or 1
+    end = _CURVES_SHARE if gate else 1.0
+    train, validation = ([(end * step / last, loss) for step, loss in points] for points in (train, validation))
+    frame, canvas, draw = _canvas(0.0 if min(values) < 1 else min(values) * 0.9, max(values) * 1.02)
     _x_marks(draw, [(end * step / last, str(step)) for step in _round_steps(int(last))])
-    _line(draw, frame, steps, "#b9cdf0", 2)
-    _line(draw, frame, _smoothed(steps), _BLUE, 5)
-    _line(draw, frame, unseen, _ORANGE, 5, dots=True)
+    _line(draw, frame, train, "#b9cdf0", 2)
+    _line(draw, frame, _smoothed(train), _BLUE, 5)
+    _line(draw, frame, validation, _ORANGE, 5, dots=True)
     _line(draw, frame, [(end, loss) for loss in gate.values()], _GREEN, 3, dots=True)
-    above = -math.inf
-    for who, loss in sorted(gate.items(), key=lambda one: -one[1]):
-        above = max(frame.y(loss), above + _LINE * _SCALE)
-        draw.text((frame.x(end) + 20, above), f"{who} {loss:.2f}", fill=_GREEN, font=_font(), anchor="lm")
-    _legend(draw, [("train", _BLUE), ("validation", _ORANGE), ("gate: rows that nothing saw", _GREEN)])
+    y = -math.inf
+    for name, loss in sorted(gate.items(), key=lambda entry: -entry[1]):
+        y = max(frame.y(loss), y + _LABEL_PITCH * _SCALE)
+        draw.text((frame.x(end) + 20, y), f"{name} {loss:.2f}", fill=_GREEN, font=_font(), anchor="lm")
+    _legend(draw, [("train", _BLUE), ("validation", _ORANGE), ("gate: test rows", _GREEN)])
     return _save(canvas, path)
 
 
 def day_bars(days: Sequence[tuple[str, int]], path: Path) -> Path:
-    """One bar a day, (YYYY-MM-DD, count), oldest first."""
-    frame, canvas, draw = _paper(0.0, max([1, *(count for _, count in days)]) * 1.05)
+    """Draw one bar a day for (YYYY-MM-DD, count), oldest first."""
+    frame, canvas, draw = _canvas(0.0, max([1, *(count for _, count in days)]) * 1.05)
     width = 1 / max(len(days), 1)
-    for place, (_, count) in enumerate(days):
+    for index, (_, count) in enumerate(days):
         if count:
-            left, right = frame.x((place + 0.15) * width), frame.x((place + 0.85) * width)
+            left, right = frame.x((index + 0.15) * width), frame.x((index + 0.85) * width)
             draw.rounded_rectangle((left, frame.y(count), right, frame.y(0)), radius=4, fill=_BLUE)
     every = max(1, len(days) // 6)
-    _x_marks(draw, [((place + 0.5) * width, day[5:]) for place, (day, _) in enumerate(days) if place % every == 0])
+    _x_marks(draw, [((index + 0.5) * width, day[5:]) for index, (day, _) in enumerate(days) if index % every == 0])
     return _save(canvas, path)
 
 
-def _paper(low: float, high: float) -> tuple[_Frame, Image.Image, ImageDraw.ImageDraw]:
-    """White, with lines at round values."""
+def _canvas(low: float, high: float) -> tuple[_Frame, Image.Image, ImageDraw.ImageDraw]:
+    """A white canvas with grid lines at round values."""
     step = _round_step((high - low) / 4 or 1.0)
     low, high = math.floor(low / step) * step, math.ceil(high / step) * step
     canvas = Image.new("RGB", (WIDTH * _SCALE, HEIGHT * _SCALE), "white")
@@ -103,16 +104,16 @@ def _x_marks(draw: ImageDraw.ImageDraw, marks: Sequence[tuple[float, str]]) -> N
 def _line(
     draw: ImageDraw.ImageDraw,
     frame: _Frame,
-    points: Sequence[tuple[float, float]],
+    points: Sequence[Point],
     colour: str,
     width: int,
     *,
     dots: bool = False,
 ) -> None:
-    places = [(frame.x(share), frame.y(value)) for share, value in points if math.isfinite(value)]
-    if len(places) > 1:
-        draw.line(places, fill=colour, width=width, joint="curve")
-    for x, y in places if dots else ():
+    pixels = [(frame.x(share), frame.y(value)) for share, value in points if math.isfinite(value)]
+    if len(pixels) > 1:
+        draw.line(pixels, fill=colour, width=width, joint="curve")
+    for x, y in pixels if dots else ():
         draw.ellipse((x - 8, y - 8, x + 8, y + 8), fill=colour)
 
 
@@ -124,15 +125,15 @@ def _legend(draw: ImageDraw.ImageDraw, entries: Sequence[tuple[str, str]]) -> No
         x += 48 + draw.textlength(label, font=_font()) + 48
 
 
-def _smoothed(points: Sequence[tuple[float, float]]) -> list[tuple[float, float]]:
-    """The running mean, its first values not held down by where it began (Kingma and Ba 2015, arXiv 1412.6980, 3)."""
-    mean, weight, made = 0.0, 0.0, []
+def _smoothed(points: Sequence[Point]) -> list[Point]:
+    """An exponential running mean, corrected for its start at zero (Kingma and Ba 2015, arXiv 1412.6980, 3)."""
+    mean, weight, smoothed = 0.0, 0.0, []
     for share, value in points:
         if math.isfinite(value):
-            mean, weight = _SMOOTH * mean + (1 - _SMOOTH) * value, _SMOOTH * weight + 1 - _SMOOTH
+            mean, weight = _SMOOTHING * mean + (1 - _SMOOTHING) * value, _SMOOTHING * weight + 1 - _SMOOTHING
         if weight:
-            made.append((share, mean / weight))
-    return made
+            smoothed.append((share, mean / weight))
+    return smoothed
 
 
 def _round_step(rough: float) -> float:

@@ -27,7 +27,7 @@ from core.jobs.checks import CheckWorker, check_folder
 from core.jobs.jobs import Job
 from core.jobs.process import COMMAND
 from core.jobs.progress_message import ProgressMessage
-from core.jobs.protocol import EXIT_FINISHED, SHOWN
+from core.jobs.protocol import EXIT_FINISHED, SHOWN, Evaluated, JobEvent, Progress
 from core.jobs.resumable import begun_with
 from core.jobs.worker import JobWorker, TrainingSettings, WorkerContext, with_line
 from core.storage.database import Database, Tx
@@ -203,7 +203,7 @@ class TrainingWorker(JobWorker):
         """The version, the job's end, its charge and what is said of it, in one transaction."""
         events = await self._database.read(lambda tx: event_log.events(tx, job.id))
         curve = self._home.sent / f"{job.adapter}-{job.version}-loss-{job.id}.png"
-        picture = await asyncio.to_thread(charts.loss_curve, events, curve)
+        picture = await asyncio.to_thread(_draw_curve, events, curve)
         shown = await asyncio.to_thread(self._read_shown, job)
 
         def work(tx: Tx) -> None:
@@ -233,6 +233,17 @@ class TrainingWorker(JobWorker):
         if candidate.base_fingerprint != self.shop.info.fingerprint:
             return "training.why_other_base"
         return "" if candidate.dataset_sha256 == job.dataset_sha256 else "training.why_other_data"
+
+
+def _draw_curve(events: Sequence[JobEvent], path: Path) -> Path | None:
+    """The loss curve of a job: training, validation, and the losses of the gate on the test rows."""
+    evaluated = [event for event in events if isinstance(event, Evaluated)]
+    return charts.loss_curve(
+        [(event.step, event.loss) for event in events if isinstance(event, Progress)],
+        [(event.step, event.loss) for event in evaluated if event.split == "validation"],
+        {event.who: event.loss for event in evaluated if event.split == "test"},
+        path,
+    )
 
 
 def _wait_out(error: OSError) -> None:

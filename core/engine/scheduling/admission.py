@@ -23,15 +23,17 @@ from core.model.chat_format import RenderedPrompt
 
 log = logging.getLogger(__name__)
 
-LOOKAHEAD = 2  # states prepared beyond the free rows, so that none waits for its adapter file while a row is free
-FIRST_GUESS_S = 10.0  # of how long one request takes, before any has been seen
+LOOKAHEAD = 2  # requests prepared beyond the free rows, so that no row idles while a prompt is rendered
+INITIAL_ROW_S = 10.0  # estimate of a request's time in a row before the first one ended
 
 Prepare = Callable[[RequestState], tuple[RenderedPrompt, Future[AdapterWeights] | None]]
 Spawn = Callable[[Callable[[], None]], object]
 
 
 class WaitingQueue:
-    """Methods may be called from any thread, but for those that say otherwise. `lock` is notified of what is new."""
+    """Requests without a row. Methods may be called from any thread unless they name one; `lock` is notified of
+    changes.
+    """
 
     def __init__(
         self,
@@ -43,12 +45,12 @@ class WaitingQueue:
         translate: Callable[[BaseException], AppError],
     ) -> None:
         self.settings, self.lock = settings, lock
-        self.failed: list[tuple[RequestState, AppError]] = []  # to be ended by the model thread
+        self.failed: list[tuple[RequestState, AppError]] = []  # the model thread ends them
         self._prepare, self._spawn, self._translate = prepare, spawn, translate
         self._scheduler: Scheduler[RequestState] = Scheduler(settings.max_waiting)
         self._preparing: set[RequestState] = set()
         self._ready: deque[RequestState] = deque()
-        self._mean_row_s = FIRST_GUESS_S
+        self._mean_row_s = INITIAL_ROW_S
 
     def __len__(self) -> int:
         return len(self._scheduler) + len(self._preparing) + len(self._ready)
@@ -58,7 +60,7 @@ class WaitingQueue:
             return [*self._scheduler.items(), *self._preparing, *self._ready]
 
     def add(self, state: RequestState) -> None:
-        """Let a state wait for its turn. Raises Overloaded; another state may have to go for it, see Scheduler.add."""
+        """Queue a request. Raises Overloaded; may displace another request, see Scheduler.add."""
         with self.lock:
             try:
                 displaced = self._scheduler.add(state, state.request.scope)
@@ -73,36 +75,36 @@ class WaitingQueue:
             self._scheduler.charge(state.request.scope, cost)
 
     def put_back(self, state: RequestState) -> None:
-        """A paused row's state: the first to go on after the one that it made room for."""
+        """Requeue a preempted request, right after the urgent ones."""
         with self.lock:
             state.phase, state.urgent = RequestPhase.READY, False
             self._ready.insert(sum(other.urgent for other in self._ready), state)
 
     def leave(self, state: RequestState) -> None:
-        """The state is over, wherever it was."""
+        """Forget a request that has ended, wherever it was."""
         with self.lock:
             if state.row_s:
                 self._mean_row_s += 0.1 * (state.row_s - self._mean_row_s)
             self._preparing.discard(state)
             if state in self._ready:
                 self._ready.remove(state)
-            # Displaced states have left the scheduler already, others than waiting ones count as running in it.
+            # A displaced request has left the scheduler already; one past WAITING counts as running there.
             if not self._scheduler.remove(state) and state.phase is not RequestPhase.WAITING:
                 self._scheduler.done(state.request.scope)
             state.phase = RequestPhase.ENDED
 
     def has_work(self, rows: Sequence[RequestState]) -> bool:
-        """Whether the model thread, with these rows, has anything to do here."""
+        """Whether the model thread has anything to do here, given its rows."""
         return bool(self._ready or self.failed or self._takeable(len(rows)))
 
     def prepare_next(self, rows: Sequence[RequestState], has_slot: Callable[[RequestState], bool]) -> None:
-        """Send those whose turn it is to be prepared. On the model thread."""
+        """Start preparing the requests whose turn it is. On the model thread."""
         with self.lock:
             held_up = len(self._ready) - len(self._may_go(rows, has_slot))
             for _ in range(self._takeable(len(rows), held_up)):
                 self._begin_next()
             begun = (*self._preparing, *self._ready)
-            for state in begun:  # the rows may be others than when room was to be made for it
+            for state in begun:  # the rows may have changed since
                 state.urgent = state.urgent and self._preemptible(state, rows) is not None
             if len(rows) == self.settings.max_rows and not any(state.urgent for state in begun):
                 following = self._scheduler.peek()
@@ -110,7 +112,7 @@ class WaitingQueue:
                     self._begin_next().urgent = True
 
     def preemptible_row(self, rows: Sequence[RequestState], has_slot: Callable[[RequestState], bool]) -> int | None:
-        """The row that is to make room for a ready state, which is the first then. On the model thread."""
+        """The row to preempt for a ready request, which becomes the first in line. On the model thread."""
         if len(rows) < self.settings.max_rows:
             return None
         with self.lock:
@@ -124,10 +126,10 @@ class WaitingQueue:
         return None
 
     def next_ready(self, rows: Sequence[RequestState], has_slot: Callable[[RequestState], bool]) -> RequestState | None:
-        """The state that gets a free row beside these, out of the queue. On the model thread.
+        """Remove and return the request that gets a free row. On the model thread.
 
-        One whose adapter finds no slot lets others pass, as many as there are rows; after that they still pass, but
-        none with the adapter that has the fewest rows: these end, and it goes on in their slot.
+        A request without an adapter slot lets as many others pass as there are rows. After that others still pass, but
+        none with the adapter that has the fewest rows: when these end, the request gets their slot.
         """
         with self.lock:
             state = next(iter(self._may_go(rows, has_slot)), None)
@@ -140,7 +142,7 @@ class WaitingQueue:
             return state
 
     def _may_go(self, rows: Sequence[RequestState], has_slot: Callable[[RequestState], bool]) -> list[RequestState]:
-        """Those that are ready and would find a slot, in order, without those of the adapter that is to end."""
+        """Ready requests with a slot, in order, without those of an adapter that is being drained."""
         found, ending = [], ""
         for state in self._ready:
             if has_slot(state) and not (ending and state.adapter_sha256 == ending):
@@ -150,8 +152,9 @@ class WaitingQueue:
         return found
 
     def _takeable(self, rows: int, held_up: int = 0) -> int:
-        """How many may be taken from the queue now. Those that wait for a slot or for their adapter's file hold up no
-        others, within a bound."""
+        """Number of requests to take from the scheduler now. Those waiting for a slot or an adapter file do not block
+        others, within a bound.
+        """
         begun = len(self._preparing) + len(self._ready)
         held_up += sum(state.phase is RequestPhase.READING for state in self._preparing)
         free = min(self.settings.max_rows - rows + LOOKAHEAD - begun + held_up, 2 * self.settings.max_rows - begun)
@@ -167,15 +170,15 @@ class WaitingQueue:
         self._preparing.add(state)
         try:
             self._spawn(lambda: self._prepare_request(state))
-        except RuntimeError as error:  # no more threads
+        except RuntimeError as error:  # the system is out of threads
             self._fail(state, error)
         return state
 
     def _prepare_request(self, state: RequestState) -> None:
-        """On another thread: render the prompt. Nothing here waits for an adapter's file."""
+        """Render the prompt, on a worker thread. The adapter's file is read elsewhere."""
         try:
             prompt, adapter = self._prepare(state)
-        except Exception as error:  # a tokenizer's own error must not leave the state hanging
+        except Exception as error:  # the tokenizer may raise anything
             self._fail(state, error)
         else:
             if adapter is None:
@@ -197,7 +200,7 @@ class WaitingQueue:
     def _make_ready(self, state: RequestState, prompt: RenderedPrompt, weights: AdapterWeights | None) -> None:
         with self.lock:
             if state not in self._preparing:
-                return  # cancelled or late meanwhile
+                return  # it has ended meanwhile
             self._preparing.remove(state)
             state.prompt, state.dropped, state.adapter = prompt.ids, prompt.dropped, weights
             state.adapter_bytes = 0 if weights is None else weights.nbytes
@@ -216,11 +219,11 @@ class WaitingQueue:
                 self.lock.notify()
 
     def _overloaded(self) -> Overloaded:
-        """Come back when those who wait now have had their rows."""
+        """retry_after_s: when those who wait now will have had their rows."""
         return Overloaded(retry_after_s=max(1.0, round(len(self) / self.settings.max_rows * self._mean_row_s, 1)))
 
 
 def _least_used(rows: Sequence[RequestState]) -> str:
-    """The adapter with the fewest rows. As long as it gets no more, the fewest become fewer."""
+    """The adapter with the fewest rows."""
     counts = Counter(state.adapter_sha256 for state in rows if state.adapter is not None)
     return min(counts, key=lambda adapter: counts[adapter], default="")

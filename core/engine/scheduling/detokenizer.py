@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any, Protocol
 
-INCOMPLETE = "\ufffd"  # what a decoder writes for bytes that do not yet make a character
+INCOMPLETE = "\ufffd"  # decoders write it for bytes that do not yet form a character
 
 
 class Decoder(Protocol):
@@ -13,17 +13,19 @@ class Decoder(Protocol):
 
 
 class Detokenizer:
-    """Joined, the pieces are the decoded whole; each piece ends on a character.
+    """Splits an answer into pieces that end on a character and join to the decoded whole.
 
-    Decoders look back (byte-level BPE joins bytes, sentencepiece drops the first space), so a few tokens that are out
-    already are always decoded again in front of the new ones, and only the difference is new text.
+    Decoders depend on the tokens before (byte-level BPE joins bytes, sentencepiece drops the first space), so a few
+    emitted tokens are decoded again in front of the new ones, and the difference is the new text. tokenizers'
+    DecodeStream gives the same pieces, but raises on bytes that are no UTF-8, which a model may produce, and has no
+    flush.
     """
 
     def __init__(self, tokenizer: Decoder) -> None:
         self.tokenizer = tokenizer
         self.ids: list[int] = []
-        self.context = 0  # from here on tokens are decoded again
-        self.out = 0  # tokens before here are out as text
+        self.context = 0  # index from which tokens are decoded again
+        self.out = 0  # index of the first token that is not emitted as text
 
     def push(self, token: int) -> str:
         """The text that became certain with this token."""
@@ -35,7 +37,7 @@ class Detokenizer:
         return text
 
     def flush(self) -> str:
-        """What was held back, without the incomplete character at its end."""
+        """The text held back, without the incomplete character at its end."""
         text = self._pending().rstrip(INCOMPLETE)
         self.context = self.out = len(self.ids)
         return text
@@ -51,10 +53,10 @@ class Detokenizer:
 
 
 class StopScanner:
-    """Holds text back while it could still be the beginning of a stop string.
+    """Holds text back while it may be the beginning of a stop string.
 
-    Of several stop strings the one that is complete first wins, the longest of those; so the result does not depend on
-    how the text was cut into pieces.
+    Of several stop strings the one completed first wins, among those the longest; the result does not depend on how the
+    text was cut into pieces.
     """
 
     def __init__(self, stops: Sequence[str]) -> None:
@@ -63,7 +65,7 @@ class StopScanner:
         self.hit = False
 
     def push(self, text: str) -> str:
-        """The text that may be shown. After a hit: what stood before the stop string; then nothing more."""
+        """The text that may be emitted. On a hit the text before the stop string; after it nothing."""
         if self.hit or not self.stops:
             return "" if self.hit else text
         text = self.held + text
@@ -76,12 +78,12 @@ class StopScanner:
         return text[: len(text) - keep]
 
     def flush(self) -> str:
-        """What was held back and turned out to be ordinary text."""
+        """The text held back, which turned out to be ordinary."""
         text, self.held = self.held, ""
         return text
 
     def _could_begin(self, text: str) -> int:
-        """Length of the longest end of the text with which a stop string begins."""
+        """Length of the longest suffix of the text that begins a stop string."""
         for length in range(min(max(map(len, self.stops)) - 1, len(text)), 0, -1):
             if any(len(stop) > length and text.endswith(stop[:length]) for stop in self.stops):
                 return length

@@ -15,8 +15,8 @@ from core.types import TokenUsage
 
 class RequestPhase(Enum):
     WAITING = 1  # in the scheduler
-    PREPARING = 2  # being rendered
-    READING = 3  # rendered, but its adapter is being read
+    PREPARING = 2  # its prompt is being rendered
+    READING = 3  # its adapter is being read
     READY = 4
     RUNNING = 5  # has a row
     ENDED = 6
@@ -24,8 +24,9 @@ class RequestPhase(Enum):
 
 @dataclass(eq=False, slots=True)
 class RequestState:
-    """One request on its way through the engine. The queue writes it under its lock until it is ready, then the model
-    thread; `cancelled` any thread."""
+    """One request. The waiting queue writes it under its lock until it is ready, then the model thread; `cancelled` may
+    be set by any thread.
+    """
 
     request: Request
     deadline: float  # time.monotonic()
@@ -36,26 +37,26 @@ class RequestState:
     cancelled: bool = False
     prompt: tuple[int, ...] = ()
     dropped: int = 0
-    computed: int = 0  # tokens of prompt and answer in the cache
-    reused: int = 0  # of the prompt's, those that an earlier turn left
+    computed: int = 0  # tokens of prompt and answer in the KV cache
+    reused: int = 0  # prompt tokens taken from the prefix cache
     answer: list[int] = field(default_factory=list)
     last_token: float | None = None  # time.monotonic()
     adapter: AdapterWeights | None = None
     slot: int | None = None
     adapter_bytes: int = 0
-    urgent: bool = False  # another row makes room for it
-    bypassed: int = 0  # how many went before it because their adapter had a slot
-    admitted: float | None = None  # when it last got a row
-    row_s: float = 0.0  # in rows before that: it may be paused
-    started: bool = False  # the reader knows
+    urgent: bool = False  # another row is preempted for it
+    bypassed: int = 0  # requests that passed it because their adapter had a slot
+    admitted: float | None = None  # time.monotonic() of its row; None without one
+    row_s: float = 0.0  # time in earlier rows, before preemptions
+    started: bool = False  # Started has been emitted
 
     @property
     def uncomputed(self) -> int:
-        """Tokens to take in before the next one is drawn. One: it steps with the others; none: it has just been run."""
+        """Tokens to compute before the next one is sampled: 1 in decoding, 0 right after a pass."""
         return len(self.prompt) + len(self.answer) - self.computed
 
     def next_ids(self, count: int) -> Sequence[int]:
-        """At most `count` of the tokens to take in."""
+        """At most `count` of the tokens to compute."""
         if self.computed >= len(self.prompt):
             start = self.computed - len(self.prompt)
             return self.answer[start : start + count]
@@ -63,7 +64,7 @@ class RequestState:
         return ids if len(ids) == count else (*ids, *self.answer[: count - len(ids)])
 
     def mark_computed(self, count: int) -> int:
-        """So many were taken in; how many of them were the prompt's."""
+        """Count tokens as computed; returns how many of them belong to the prompt."""
         before, self.computed = self.computed, self.computed + count
         return max(0, min(self.computed, len(self.prompt)) - before)
 

@@ -20,35 +20,35 @@ log = logging.getLogger(__name__)
 
 DRAIN_S = 10.0  # when the engine is left without an error
 
-J = TypeVar("J")
+S = TypeVar("S")
 
 
-class RunningGeneration(EventStream, Generic[J]):
-    """The events of one request. Implements core.engine.protocol.Generation."""
+class RunningGeneration(EventStream, Generic[S]):
+    """Events of one request. Implements core.engine.protocol.Generation."""
 
-    def __init__(self, cancel: Callable[[J], None]) -> None:
+    def __init__(self, cancel: Callable[[S], None]) -> None:
         super().__init__()
         self._cancel = cancel
-        self.state: J | None = None  # None: refused at submit
+        self.state: S | None = None  # None: refused at submit
 
     def cancel(self) -> None:
         if self.state is not None:
             self._cancel(self.state)
 
 
-class OpenRequests(Generic[J]):
-    """The open requests of one engine. `cancel` soon leads to the state's last event."""
+class OpenRequests(Generic[S]):
+    """The open requests of one engine. `cancel` must lead to the request's last event."""
 
-    def __init__(self, counter: StatsCounter, cancel: Callable[[J], None]) -> None:
+    def __init__(self, counter: StatsCounter, cancel: Callable[[S], None]) -> None:
         self.counter = counter
         self._cancel = cancel
         self._info: EngineInfo | None = None
         self._draining = False
-        self._open: dict[J, RunningGeneration[J]] = {}
+        self._open: dict[S, RunningGeneration[S]] = {}
         self._none_open = asyncio.Event()
 
     def unlock(self, info: EngineInfo) -> None:
-        """The engine runs: requests may come."""
+        """Accept requests from now on."""
         self._info, self._draining = info, False
 
     def lock(self) -> None:
@@ -65,22 +65,24 @@ class OpenRequests(Generic[J]):
         return self._info
 
     @property
-    def states(self) -> list[J]:
+    def states(self) -> list[S]:
         return list(self._open)
 
-    def is_open(self, state: J) -> bool:
+    def is_open(self, state: S) -> bool:
         return state in self._open
 
-    def begin(self, request: Request, make: Callable[[], J], enter: Callable[[J], None]) -> RunningGeneration[J]:
-        """A stream at once. `enter` lets the state wait for its turn; an AppError of either is raised at the reader."""
-        stream: RunningGeneration[J] = RunningGeneration(self._cancel)
+    def begin(self, request: Request, make: Callable[[], S], enter: Callable[[S], None]) -> RunningGeneration[S]:
+        """Return a stream at once. `enter` queues the request; an AppError of `make` or `enter` is raised to the
+        reader.
+        """
+        stream: RunningGeneration[S] = RunningGeneration(self._cancel)
         try:
             _ = self.info
             if self._draining:
                 raise Overloaded(detail="the engine is shutting down", retry_after_s=DRAIN_S)
             check_request(request)
             state = make()
-            self._open[state] = stream  # before another thread can end it
+            self._open[state] = stream  # first: another thread may end it at once
             try:
                 enter(state)
             except AppError:
@@ -92,8 +94,8 @@ class OpenRequests(Generic[J]):
             stream.put(error)
         return stream
 
-    def put(self, state: J, event: Event | AppError) -> None:
-        """Tell an open request's reader; `Finished` or an error closes it, and what comes after that is not heard."""
+    def put(self, state: S, event: Event | AppError) -> None:
+        """Emit an event. `Finished` or an error closes the request; later events are dropped."""
         stream = self._open.get(state)
         if stream is None:
             return
@@ -103,7 +105,9 @@ class OpenRequests(Generic[J]):
             self._close(state)
 
     async def drain(self, deadline_s: float, cancel_s: float) -> None:
-        """Take no more; finish what runs within the deadline, then cancel the rest, which takes `cancel_s` at most."""
+        """Accept no more; finish running requests within the deadline, then cancel the rest, waiting `cancel_s` at
+        most.
+        """
         self._draining = True
         if not await self._all_over(deadline_s):
             for state in self.states:
@@ -112,14 +116,14 @@ class OpenRequests(Generic[J]):
                 log.error("engine.drain_stuck", extra={"open": len(self._open)})
 
     async def _all_over(self, deadline_s: float) -> bool:
-        """Whether no request is open any more, after at most that time."""
+        """Whether all requests have ended after at most that time."""
         if self._open:
             self._none_open.clear()
             with contextlib.suppress(TimeoutError):
                 await asyncio.wait_for(self._none_open.wait(), deadline_s)
         return not self._open
 
-    def _close(self, state: J) -> None:
+    def _close(self, state: S) -> None:
         del self._open[state]
         if not self._open:
             self._none_open.set()

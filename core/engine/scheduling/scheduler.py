@@ -15,22 +15,22 @@ from typing import Generic, TypeVar
 
 from core.engine.protocol import Scope
 
-PROMPT_COST, COMPLETION_COST = 1, 2  # of one token; as in the paper's code
-MAX_ABSENT = 1024  # counters kept of those who are not here, per level
+PROMPT_COST, COMPLETION_COST = 1, 2  # per token; as in the paper's code
+MAX_ABSENT = 1024  # counters kept for absent parties, per level
 
 T = TypeVar("T")
 
 
 class QueueFull(Exception):
-    """No room, and nobody present holds more of the queue than the newcomer would."""
+    """The queue is full, and nobody in it holds more than the newcomer would."""
 
 
 class Node(Generic[T]):
-    """One party: the root, a partner, a channel or a user. Only users have a queue, the others children."""
+    """The root, a partner, a channel or a user. Users have a queue, the others children."""
 
     def __init__(self) -> None:
         self.served = 0.0
-        self.floor = 0.0  # least counter that a child returning to an empty level is lifted to
+        self.floor = 0.0  # a child that returns to an empty level is lifted to it
         self.waiting = 0  # items in all queues below
         self.running = 0
         self.children: dict[str, Node[T]] = {}
@@ -41,7 +41,7 @@ class Node(Generic[T]):
         return self.waiting > 0 or self.running > 0
 
     def enter(self, name: str) -> Node[T]:
-        """The child of that name; lifted if it was absent."""
+        """The child of that name, lifted if it was absent."""
         child = self.children.get(name)
         if child is None:
             self._forget_absent()
@@ -51,7 +51,7 @@ class Node(Generic[T]):
         return child
 
     def next_child(self) -> Node[T]:
-        """The child with waiting items that was served least; the one that is here longest if equal."""
+        """The child with waiting items that was served least; on a tie the one that came first."""
         return min((child for child in self.children.values() if child.waiting), key=lambda child: child.served)
 
     def _least(self) -> float:
@@ -59,12 +59,12 @@ class Node(Generic[T]):
         return self.floor
 
     def leave(self, child: Node[T]) -> None:
-        """Remember the counter of the last one to leave, so that an empty level does not start from zero."""
+        """Remember the counter of the last child to leave, so that an empty level does not restart from zero."""
         if not any(other.present for other in self.children.values()):
             self.floor = max(self.floor, child.served)
 
     def _forget_absent(self) -> None:
-        """Drop counters that would be lifted anyway; of too many others, the least."""
+        """Drop counters that would be lifted anyway and, beyond MAX_ABSENT / 2, the least of the others."""
         if len(self.children) < MAX_ABSENT:
             return
         least = self._least()
@@ -87,11 +87,11 @@ class Scheduler(Generic[T]):
         return len(self.waiting)
 
     def items(self) -> Iterator[T]:
-        """All that wait, in order of arrival."""
+        """All waiting items in order of arrival."""
         return (item for item, _ in list(self.waiting.values()))
 
     def add(self, item: T, scope: Scope) -> T | None:
-        """Let the item wait. When full, return the item that had to go for it: the newest of who holds the most.
+        """Queue an item. When full, return the displaced one: the newest of the party that holds most.
 
         Raises QueueFull if that would be the newcomer itself.
         """
@@ -104,11 +104,11 @@ class Scheduler(Generic[T]):
         return displaced
 
     def peek(self) -> T | None:
-        """The item whose turn it is; None if nothing waits."""
+        """The item whose turn it is, or None."""
         return self._next()[-1].queue[0] if self.waiting else None
 
     def take(self) -> T | None:
-        """The same, now running."""
+        """Remove and return that item, which counts as running from now on."""
         if not self.waiting:
             return None
         path = self._next()
@@ -120,7 +120,7 @@ class Scheduler(Generic[T]):
         return item
 
     def remove(self, item: T) -> bool:
-        """Let a waiting item go; False if it does not wait."""
+        """Remove a waiting item; False if it does not wait."""
         found = self.waiting.pop(id(item), None)
         if found is None:
             return False
@@ -133,14 +133,14 @@ class Scheduler(Generic[T]):
         return True
 
     def charge(self, scope: Scope, cost: int) -> None:
-        """Count what a running item of that scope has used."""
+        """Charge the parties of a running item."""
         _, partner, channel, user = self._path(scope)
         partner.served += cost / scope.weight
         channel.served += cost
         user.served += cost
 
     def done(self, scope: Scope) -> None:
-        """An item of that scope no longer runs."""
+        """A running item of that scope has ended."""
         path = self._path(scope)
         for node in path:
             node.running -= 1
@@ -170,9 +170,11 @@ class Scheduler(Generic[T]):
                 parent.leave(child)
 
     def _displace(self, newcomer: Scope) -> T:
-        """Take out the newest item of the heaviest party, at the first level where it holds two more than the newcomer.
+        """Remove the newest item of the party that holds most, at the first level where it holds two more than the
+        newcomer.
 
-        With a difference of one, the newcomer would only become the heaviest itself.
+        With a difference of one the newcomer would become the largest holder itself.
+
         """
         node, found = self.root, False
         for name in _names(newcomer):
@@ -193,10 +195,10 @@ class Scheduler(Generic[T]):
 
 
 def row_to_preempt(newcomer: Scope, running: Sequence[Scope]) -> int | None:
-    """Which running item makes room for the newcomer: the last of who still runs most without it, by weight. None:
-    nobody owes it.
+    """Index of the running item to preempt for the newcomer, or None.
 
-    That is at the first level where that party has two more than the newcomer's: with one less it still has as many.
+    At the first level where another party has two more rows than the newcomer's (by weight), it is the last row of the
+    party with the most: with one row less it still has as many.
     """
     inside = list(enumerate(running))
     for level, name in enumerate(_names(newcomer)):

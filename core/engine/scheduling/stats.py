@@ -16,7 +16,7 @@ GAPS_S = (0.001, 0.0025, 0.005, 0.01, 0.02, 0.03, 0.05, 0.075, 0.1, 0.15, 0.25, 
 
 
 class TimeHistogram:
-    """Counts times into buckets."""
+    """Counts durations in buckets."""
 
     def __init__(self, bounds: tuple[float, ...]) -> None:
         self.bounds, self.total_s = bounds, 0.0
@@ -26,13 +26,13 @@ class TimeHistogram:
         self.counts[bisect_left(self.bounds, seconds)] += 1
         self.total_s += seconds
 
-    def spread(self) -> Histogram:
+    def snapshot(self) -> Histogram:
         return Histogram(self.bounds, tuple(self.counts), self.total_s)
 
 
 @dataclass(slots=True)
 class StatsCounter:
-    """Totals since the start. Fields are as in EngineStats."""
+    """Totals since the start, with the fields of EngineStats."""
 
     generated_tokens: int = 0
     prompt_tokens: int = 0
@@ -45,7 +45,7 @@ class StatsCounter:
     decode_bytes: int = 0
 
     def token(self, since_submit_s: float, since_last_s: float | None) -> None:
-        """One token of a request; None for its first."""
+        """Count one token of a request; `since_last_s` is None for its first."""
         self.generated_tokens += 1
         if since_last_s is None:
             self.first_token.add(since_submit_s)
@@ -53,19 +53,19 @@ class StatsCounter:
             self.inter_token.add(since_last_s)
 
     def end(self, outcome: FinishReason | Exception) -> None:
-        """A request is over."""
+        """Count an ended request."""
         self.ended[outcome.value if isinstance(outcome, FinishReason) else type(outcome).__name__] += 1
 
     def stats(self) -> EngineStats:
-        """The totals; what is now, the engine puts beside them."""
+        """The totals; the engine adds its current load."""
         return EngineStats(
             generated_tokens=self.generated_tokens,
             prompt_tokens=self.prompt_tokens,
             reused_tokens=self.reused_tokens,
             ended=self.ended.copy(),
-            waited_s=self.waited.spread(),
-            first_token_s=self.first_token.spread(),
-            inter_token_s=self.inter_token.spread(),
+            waited_s=self.waited.snapshot(),
+            first_token_s=self.first_token.snapshot(),
+            inter_token_s=self.inter_token.snapshot(),
             decode_s=self.decode_s,
             decode_bytes=self.decode_bytes,
         )

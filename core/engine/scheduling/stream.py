@@ -9,14 +9,16 @@ from core.engine.protocol import Event, Finished
 
 
 class EventStream:
-    """Half of core.engine.protocol.Generation: an engine adds `cancel`. Read by one reader, once."""
+    """Half of core.engine.protocol.Generation; an engine adds `cancel`. One reader, once."""
 
     def __init__(self) -> None:
         self._events: asyncio.Queue[Event | Exception] = asyncio.Queue()
         self._over = False
 
     def put(self, event: Event | Exception) -> None:
-        """On the event loop. `Finished` or an exception is the last one; an exception is raised at the reader."""
+        """Append an event, on the event loop. `Finished` or an exception is the last; an exception is raised to the
+        reader.
+        """
         self._events.put_nowait(event)
 
     def __aiter__(self) -> AsyncIterator[Event]:

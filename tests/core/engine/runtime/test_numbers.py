@@ -107,5 +107,5 @@ def test_times_fall_into_the_first_bucket_that_holds_them() -> None:
     times = TimeHistogram((0.1, 1.0))
     for seconds in (0.05, 0.1, 0.5, 1.0, 7.0):
         times.add(seconds)
-    assert times.spread().counts == (2, 2, 1)
-    assert times.spread().total_s == pytest.approx(8.65)
+    assert times.snapshot().counts == (2, 2, 1)
+    assert times.snapshot().total_s == pytest.approx(8.65)

@@ -17,7 +17,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional
 
-from core.engine.cpu.int8 import Int8Linear, merge_int8, part_of
+from core.engine.cpu.int8 import Int8Linear, LinearSlice, merge_int8
 from core.engine.cpu.packed import PackedLinear, packable
 from core.engine.lora.segments import TokenOrder
 from core.engine.runtime.attention import attention_over_slots
@@ -249,7 +249,7 @@ def _merge(owner: Any, names: Sequence[str]) -> nn.Module:
         whole = merge_int8(parts)
         start = 0
         for name, part in zip(names, parts, strict=True):
-            setattr(owner, name, part_of(whole, start, part.out_features))
+            setattr(owner, name, LinearSlice(whole, start, part.out_features))
             start += part.out_features
         return whole
     bias = None if parts[0].bias is None else torch.cat([part.bias for part in parts])

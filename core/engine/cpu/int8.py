@@ -104,7 +104,7 @@ class Int8Linear(nn.Module):
         return cls(quantized, scales, bias, kernel=kernel)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out). A row's result depends on that row alone; a non-finite row gives non-finite outputs."""
+        """(..., in) -> (..., out). A row's result depends on that row alone; a non-finite row has no finite output."""
         y = self.kernel(x.reshape(-1, self.in_features), self.bias)
         return y.view(*x.shape[:-1], self.out_features)
 

@@ -1,14 +1,9 @@
 """LoRA for any mix of adapters in one batch: y = W x + B (A x), each token with its own.
 
 A (S*R, in) and B (S*R, out) stack the adapters in use, one slot each, with the scale folded into B and lower ranks
-padded with zeros. Four ways compute the same result. CPU with compiled operators: tiles, a few tokens of one slot that
-share a read of its weights (as in Punica, arXiv 2310.18547). CPU without: the slice of one adapter, or rows gathered by
-slot and multiplied in groups. GPU: all slots for all rows and a mask, more arithmetic but one shape whatever the mix.
-Bare rows compute nothing.
-
-Measured over all products of a layer of SmolLM2-135M. One Zen 5 core: groups take 0.69 to 1.09 of the mask's time with
-2 adapters (less with more rows and higher ranks), half with 8, a quarter with 32; so a CPU never masks. Two Zen 4
-cores: tiles take a third of the groups' time in steps of 32 rows over 8 adapters and in chunks of prompts.
+padded with zeros. Two ways compute the same result. Compiled operators take tiles, a few tokens of one slot that share
+a read of its weights (as in Punica, arXiv 2310.18547). torch multiplies the slice of one adapter, or all slots for all
+rows with a mask: more arithmetic, but one shape whatever the mix. Base-model rows compute nothing.
 """
 
 from __future__ import annotations
@@ -19,15 +14,14 @@ import torch
 from torch import Tensor, nn
 
 from core.engine.cpu.compiled import tiles_of
-from core.engine.lora.segments import LoraSegment, SegmentPlanner, SlotGroups
+from core.engine.lora.segments import LoraSegment, SegmentPlanner
 
 
 class StackedLora:
-    """A and B of the linear modules that share an input, so that one product takes it in for all of them.
+    """A and B of the linear modules that share an input, so that one product covers all of them.
 
-    a is (S, P * R, in), module by module within a slot. b holds one (S, R, out) per module; or, `joined`, a single
-    (S, P * R, sum of outs), zero but for the modules' own blocks: more to multiply, in fewer products, which is what a
-    CPU's time goes by.
+    a is (S, P * R, in), module by module within a slot. b holds one (S, R, out) per module or, `joined` as the compiled
+    operators need it, a single (S, P * R, sum of outs), zero outside the modules' own blocks.
     """
 
     def __init__(
@@ -59,10 +53,7 @@ class StackedLora:
                 self._add_tiles(segment, segment.tiles, x, y)
                 continue
             ys = y[segment.tokens].split_with_sizes(self.widths, dim=1)
-            if segment.groups is not None:
-                self._add_groups(segment.groups, x[segment.tokens], ys)
-            else:
-                self._add_masked(segment, x[segment.tokens], ys)
+            self._add_masked(segment, x[segment.tokens], ys)
 
     def _add_tiles(self, segment: LoraSegment, tiles: Tensor, x: Tensor, y: Tensor) -> None:
         assert self.planner.operators is not None
@@ -70,17 +61,6 @@ class StackedLora:
             assert segment.stop == segment.start + 1
             tiles = tiles_of([segment.start] * len(x))
         self.planner.operators.add_lora(x, y, self.a, self.b[0], tiles, self.outs)
-
-    def _add_groups(self, groups: SlotGroups, x: Tensor, ys: Sequence[Tensor]) -> None:
-        a, permutation = self.a[groups.slots], groups.permutation
-        x = x if permutation is None else x.index_select(0, permutation.gather)
-        h = torch.bmm(x.view(len(a), -1, x.shape[1]), a.transpose(1, 2))
-        for y, b, own in zip(ys, self.b, h.chunk(len(ys), dim=2), strict=True):
-            if permutation is None:
-                y.view(len(a), -1, y.shape[1]).baddbmm_(own, b[groups.slots])
-                continue
-            added = torch.bmm(own, b[groups.slots]).view(-1, y.shape[1]).index_select(0, permutation.place)
-            y += added if permutation.bare is None else added.masked_fill_(permutation.bare, 0.0)
 
     def _add_masked(self, segment: LoraSegment, x: Tensor, ys: Sequence[Tensor]) -> None:
         slots = slice(segment.start, segment.stop)

@@ -140,7 +140,9 @@ class AdapterSlots:
             linears = [self.linears[name] for name in group]
             outs = [linear.out_features for linear in linears]
             size, device, dtype = linears[0].in_features, self.device, self.dtype
-            stack = StackedLora(size, outs, self.planner, device=device, dtype=dtype, joined=self.planner.grouped)
+            stack = StackedLora(
+                size, outs, self.planner, device=device, dtype=dtype, joined=self.planner.operators is not None
+            )
             stack.resize(self.slot_count, self.rank)
             if not self.merged:
                 self.hooks.append(linears[0].register_forward_hook(stack))

@@ -19,7 +19,6 @@ from torch.nn import functional
 
 from core.engine.cpu.int8 import Int8Linear, LinearSlice, merge_int8
 from core.engine.cpu.packed import PackedLinear, packable
-from core.engine.lora.segments import TokenOrder
 from core.engine.runtime.attention import attention_over_slots
 from core.engine.runtime.kv_cache import SlotCache, SlotLayer, SlotSegment
 
@@ -125,7 +124,6 @@ class FusedModel:
         segments: Sequence[SlotSegment],
         cache: SlotCache,
         lora: AddLora | None,
-        order: TokenOrder | None = None,
     ) -> Tensor:
         """ids (N,), segment by segment and row by row -> (B, hidden), the head's input for the last token of each row.
 
@@ -133,14 +131,13 @@ class FusedModel:
         segment.
         """
         positions = torch.cat([segment.positions.flatten() for segment in segments])
-        x, turn = self.begin(ids if order is None else ids[order.there], positions)
+        x, turn = self.begin(ids, positions)
         delta: Tensor | None = None
         for i, layer in enumerate(self.layers):
-            delta = self._attention(i, layer, layer.norm(x, delta), turn, segments, cache, lora, order)
+            delta = self._attention(i, layer, layer.norm(x, delta), turn, segments, cache, lora)
             gate_up = _product(layer.gate_up, layer.names[2], layer.mlp_norm(x, delta), lora)
             delta = _product(layer.down, layer.names[3], _activate(gate_up), lora)
         x = x if delta is None else x + delta
-        x = x if order is None else x.index_select(0, order.back)
         x = torch.cat([x[segment.tokens].view(segment.rows, -1, x.shape[-1])[:, -1] for segment in segments])
         return self.norm(x)
 
@@ -157,11 +154,9 @@ class FusedModel:
         segments: Sequence[SlotSegment],
         cache: SlotCache,
         lora: AddLora | None,
-        order: TokenOrder | None,
     ) -> Tensor:
         heads, kv = self.heads, self.kv_heads
         qkv = _product(layer.qkv, layer.names[0], x, lora)
-        qkv = qkv if order is None else qkv.index_select(0, order.back)
         qkv = qkv.view(len(x), heads + 2 * kv, self.head_dim)
         if layer.q_norm is not None and layer.k_norm is not None:
             qkv[:, :heads] = layer.q_norm(qkv[:, :heads])
@@ -170,7 +165,7 @@ class FusedModel:
         held, window = cache.layers[index], self.windows[index]
         outs = [self._look_up(qk[one.tokens], v[one.tokens], held, one, window) for one in segments]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
-        return _product(layer.out, layer.names[1], out if order is None else out.index_select(0, order.there), lora)
+        return _product(layer.out, layer.names[1], out, lora)
 
     def _look_up(self, qk: Tensor, v: Tensor, held: SlotLayer, segment: SlotSegment, window: int | None) -> Tensor:
         """qk (rows * T, heads + kv, head_dim), turned, v (rows * T, kv, head_dim) -> (rows * T, heads * head_dim)."""

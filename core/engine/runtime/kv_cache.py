@@ -145,7 +145,6 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
 
     With a `spare` there is one more slot, of index `slots`, for what static steps compute for no row at all.
     `lazy`: in memory that costs nothing before it is written, all slots at once; only on a CPU, without a spare.
-    `segment_cost`: one more segment of a pass takes as long as to read so many keys of one row; None: longer than any.
     """
 
     def __init__(
@@ -156,12 +155,11 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         max_length: int,
         spare: bool = False,
         lazy: bool = False,
-        segment_cost: int | None = None,
     ) -> None:
         assert not (spare and lazy)
         super().__init__(layers=[SlotLayer(lazy=lazy) for _ in range(layers)])
         self.max_rows, self.max_length = max_rows, max_length
-        self.spare, self.lazy, self.segment_cost = spare, lazy, segment_cost
+        self.spare, self.lazy = spare, lazy
         self.slots, self.length = 0, 0  # capacity
         self.version = 0  # of the tensors: another one, other tensors
         self.used: list[int] = []
@@ -218,43 +216,18 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         return used
 
     def begin(self, first: int, counts: Sequence[int], device: torch.device) -> list[SlotSegment]:
-        """What a pass over the next counts[i] tokens of row first + i reads and writes.
+        """Segments that a pass over the next counts[i] tokens of row first + i reads and writes.
 
-        Neighbours that take in one token each are one segment, as in decoding, unless one is so much longer that the
-        others would read too far; every other row is one of its own.
+        Neighbours with one token each share a segment, as in decoding; every other row is a segment of its own.
         """
         self.enter(first, counts)
         segments, row, token = [], first, 0
         for count, same in groupby(counts):
             together = sum(1 for _ in same)
-            for rows in self._alike(row, together) if count == 1 else [1] * together:
+            for rows in [together] if count == 1 else [1] * together:
                 segments.append(self._segment(slice(token, token + rows * count), row, rows, count, device))
                 row, token = row + rows, token + rows * count
         return segments
-
-    def _alike(self, first: int, rows: int) -> list[int]:
-        """Split consecutive rows of one token each so that they are read soonest: the sizes of the segments.
-
-        A segment reads all its rows as far as its longest; `best[i]` is the least cost of the first i rows.
-        """
-        lengths = self.used[first : first + rows]
-        if self.segment_cost is None or (max(lengths) - min(lengths)) * (rows - 1) <= self.segment_cost:
-            return [rows]
-        best, begins = [0], [0]
-        for end in range(1, rows + 1):
-            longest, least, begin = 0, -1, 0
-            for start in range(end - 1, -1, -1):
-                longest = max(longest, lengths[start])
-                cost = best[start] + self.segment_cost + (end - start) * longest
-                if least < 0 or cost < least:
-                    least, begin = cost, start
-            best.append(least)
-            begins.append(begin)
-        sizes, end = [], rows
-        while end:
-            sizes.append(end - begins[end])
-            end = begins[end]
-        return sizes[::-1]
 
     def _segment(self, tokens: slice, first: int, rows: int, count: int, device: torch.device) -> SlotSegment:
         used = self.used[first : first + rows]

@@ -23,8 +23,6 @@ from core.engine.runtime.kv_cache import SlotCache, SlotSegment, segment_scope
 from core.errors import AppError, EngineError, OutOfMemory
 from core.model.base import BaseModel, attends_by_mask
 
-SEGMENT_COST = 512  # keys of one row; on two cores some 350 for three heads of 64, fewer for larger models
-
 
 class Runner:
     """The model with its slots and adapter stacks. All methods belong to one thread.
@@ -50,8 +48,6 @@ class Runner:
             max_length=context,
             spare=static,
             lazy=on_cpu and not static and lazy_zeros_available(),
-            # Of a model that runs its own forward, each segment is a forward pass.
-            segment_cost=SEGMENT_COST if on_cpu and self.fused else None,
         )
         self.lora = AdapterSlots(
             model.module,
@@ -118,9 +114,8 @@ class Runner:
 
     def _fused(self, ids: Tensor, segments: Sequence[SlotSegment], runs: Sequence[tuple[int | None, int]]) -> Tensor:
         assert self.fused is not None
-        order = self.lora.planner.order([slot for slot, _ in runs]) if len(ids) == len(runs) else None
-        with self.lora.planner.segments(runs if order is None else [runs[row] for row in order.rows]) as plan:
-            states = self.fused.states(ids, segments, self.cache, self.lora.add if plan else None, order)
+        with self.lora.planner.segments(runs) as plan:
+            states = self.fused.states(ids, segments, self.cache, self.lora.add if plan else None)
         with self.lora.planner.segments([(slot, 1) for slot, _ in runs]) as plan:
             return self.fused.logits(states, self.lora.add if plan else None)
 

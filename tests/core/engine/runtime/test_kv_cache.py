@@ -9,14 +9,10 @@ from pathlib import Path
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
 
 from core.engine.cpu.lazy_zeros import lazy_zeros, lazy_zeros_available
 from core.engine.runtime.kv_cache import FIRST_LENGTH, SlotCache
-from core.engine.runtime.runner import Runner
 from core.model.base import BaseModel
-from tests.core.engine.runtime.test_fused import made
 from tests.support.engine_dialogue import ask, hear, running
 
 MIB = 2**20
@@ -52,70 +48,10 @@ def test_more_than_the_system_may_promise_is_a_memory_error() -> None:
         lazy_zeros((2**46,), torch.float32)
 
 
-def rows_of(lengths: list[int], segment_cost: int | None) -> SlotCache:
-    cache = SlotCache(1, max_rows=8, max_length=4096, segment_cost=segment_cost)
-    for length in lengths:
-        cache.used[cache.add_row(length + 1)] = length
-    return cache
-
-
-def cost_of(sizes: list[int], lengths: list[int], segment_cost: int) -> int:
-    rest, cost = list(lengths), 0
-    for size in sizes:
-        cost += segment_cost + size * max(rest[:size])
-        rest = rest[size:]
-    return cost
-
-
-def partitions(count: int) -> list[list[int]]:
-    if not count:
-        return [[]]
-    return [[first, *rest] for first in range(1, count + 1) for rest in partitions(count - first)]
-
-
-@given(
-    st.lists(st.sampled_from([0, 1, 60, 64, 200, 2000]) | st.integers(0, 4000), min_size=1, max_size=7),
-    st.sampled_from([0, 1, 500, 10_000]),
-)
-def test_no_other_segments_of_a_step_would_read_less(lengths: list[int], segment_cost: int) -> None:
-    cache = rows_of(lengths, segment_cost)
-    segments = cache.begin(0, [1] * len(lengths), torch.device("cpu"))
-    sizes = [segment.rows for segment in segments]
-    assert [segment.first for segment in segments] == [sum(sizes[:i]) for i in range(len(sizes))]
-    assert sum(sizes) == len(lengths)
-    least = min(cost_of(one, lengths, segment_cost) for one in partitions(len(lengths)))
-    assert cost_of(sizes, lengths, segment_cost) == least
-
-
-def test_one_long_row_is_read_apart() -> None:
-    lengths = [100, 130, 2000, 90, 120]
-    segments = rows_of(lengths, 512).begin(0, [1] * 5, torch.device("cpu"))
-    assert [(segment.first, segment.rows, segment.length) for segment in segments] == [
-        (0, 2, 144),
-        (2, 1, 2016),
-        (3, 2, 128),
-    ]
-    assert len(rows_of(lengths, None).begin(0, [1] * 5, torch.device("cpu"))) == 1
-
-
-@torch.inference_mode()
-def test_rows_read_apart_give_the_numbers_of_rows_read_together(tmp_path: Path) -> None:
-    model = made("Qwen3", tmp_path)
-    found = []
-    for segment_cost in (None, 0):
-        runner = Runner(model, max_rows=6, context=256)
-        runner.cache.segment_cost = segment_cost
-        for row, length in enumerate((20, 21, 200, 19, 90, 150)):
-            runner.cache.add_row()
-            runner.run(row, [[(3 + 7 * row + 5 * j) % 250 + 3 for j in range(length)]], [None])
-        steps = [runner.run(0, [[9 + row + step] for row in range(6)], [None] * 6).clone() for step in range(3)]
-        found.append(torch.stack(steps))
-    together, apart = found
-    assert float((apart - together).abs().max()) <= 1e-5 * float(together.abs().max())
-
-
 def test_a_new_layout_is_made_for_rows_and_length_at_once_and_with_room_to_go_on() -> None:
-    cache = rows_of([100, 100], None)
+    cache = SlotCache(1, max_rows=8, max_length=4096)
+    for _ in range(2):
+        cache.used[cache.add_row(101)] = 100
     version = cache.version
     cache.used[cache.add_row(2000)] = 1999
     assert cache.version == version + 1

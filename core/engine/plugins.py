@@ -60,7 +60,7 @@ def make_engine(kind: str, context: EngineContext) -> Engine:
     except Exception as error:  # third-party code may raise anything
         why = f"{type(error).__name__}: {error}"
         raise BadConfig(detail=f"engine.kind = {kind!r}: {installed[kind].value} cannot be used: {why}") from error
-    if missing := [name for name in METHODS if not hasattr(type(engine), name)]:
+    if missing := [name for name in METHODS if name not in dir(engine)]:
         raise BadConfig(detail=f"engine.kind = {kind!r}: {installed[kind].value} has no {', '.join(missing)}")
     return engine
 

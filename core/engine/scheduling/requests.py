@@ -94,13 +94,13 @@ class OpenRequests(Generic[S]):
             stream.put(error)
         return stream
 
-    def put(self, state: S, event: Event | AppError) -> None:
+    def put(self, state: S, event: Event | Exception) -> None:
         """Emit an event. `Finished` or an error closes the request; later events are dropped."""
         stream = self._open.get(state)
         if stream is None:
             return
         stream.put(event)
-        if isinstance(event, Finished | AppError):
+        if isinstance(event, Finished | Exception):
             self.counter.end(event.reason if isinstance(event, Finished) else event)
             self._close(state)
 

@@ -7,8 +7,8 @@ from pathlib import Path
 
 import pytest
 
-from core.engine.protocol import Delta, Event, Finished, FinishReason, Request, Scope, Started
-from core.engine.scripted import ScriptedEngine, ScriptedGeneration
+from core.engine.protocol import Delta, Event, Finished, FinishReason, Generation, Request, Scope, Started
+from core.engine.scripted import ScriptedEngine
 from core.errors import BadConfig, EngineError, Overloaded, PromptTooLong
 from core.types import Message, Role, Sampling, TokenUsage
 
@@ -90,7 +90,7 @@ async def test_oldest_exchanges_are_dropped_to_fit() -> None:
 
 
 async def test_leaving_the_engine_cancels_what_an_error_left_behind() -> None:
-    left: list[ScriptedGeneration] = []
+    left: list[Generation] = []
 
     async def broken() -> None:
         async with ScriptedEngine(delay_s=60) as engine:

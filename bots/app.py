@@ -16,7 +16,9 @@ from dataclasses import asdict, dataclass
 from itertools import chain, repeat
 from pathlib import Path
 
-from bots import control, metrics_server
+from prometheus_client.core import Metric
+
+from bots import control, metrics, metrics_server
 from bots.plugins import find_bots
 from bots.provisioning import DESK, seed
 from core.adapters import registry
@@ -53,6 +55,10 @@ class Parts:
     deliveries: Deliveries
     training: JobSupervisor
     service: Service
+
+    async def metrics(self) -> list[Metric]:
+        """What a scrape reports."""
+        return await metrics.collect(self.config, self.database, self.engine, self.service, self.deliveries.orphans)
 
 
 @asynccontextmanager
@@ -181,7 +187,7 @@ async def run_bots(parts: Parts, bots: Mapping[str, Bot], *, drain_s: float, res
         ]
         if restart and parts.config.metrics.listen:
             background.append(
-                tasks.create_task(metrics_server.serve(parts, parts.config.metrics.listen), name="metrics")
+                tasks.create_task(metrics_server.serve(parts.config.metrics.listen, parts.metrics), name="metrics")
             )
         listening = [
             tasks.create_task(_keep_running(name, bot, parts.service) if restart else bot.run(parts.service), name=name)

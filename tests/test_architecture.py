@@ -28,7 +28,8 @@ ALLOWED: dict[str, str] = {
     "core.model": "core.types core.errors core.files core.config",
     "core.engine": "core.types core.errors core.files core.i18n core.config core.model",
     "core.observability": "core.types core.errors core.engine core.storage",
-    "core.channels": "core.types core.errors core.i18n core.files core.config core.commands core.storage core.platform core.usage",
+    "core.channels": "core.types core.errors core.i18n core.files core.config core.commands core.storage core.platform"
+    " core.usage",
     "core.delivery": "core.types core.errors core.platform core.storage",
     "core.usage": "core.types core.errors core.i18n core.config core.files core.charts core.commands core.storage",
     "core.adapters": "core.types core.errors core.i18n core.files core.config core.model core.commands core.storage"

@@ -229,6 +229,22 @@ def move_place(tx: Tx, platform: str, account: str, before: str, now: str) -> No
     )
 
 
+def open_by_state(tx: Tx) -> dict[str, int]:
+    rows = tx.all("SELECT state, count(*) AS n FROM inbox WHERE state IN ('new', 'running', 'generated') GROUP BY 1")
+    return {"new": 0, "running": 0, "generated": 0} | {row["state"]: row["n"] for row in rows}
+
+
+def oldest_open_s(tx: Tx) -> float:
+    """Age of the oldest open message; 0 where none is open."""
+    oldest = tx.value("SELECT min(received_ms) FROM inbox WHERE state IN ('new', 'running', 'generated')")
+    return 0 if oldest is None else max(0, tx.now_ms - oldest) / 1000
+
+
+def dead_by_outcome(tx: Tx) -> dict[str, int]:
+    rows = tx.all("SELECT outcome, count(*) AS n FROM inbox WHERE state = 'dead' GROUP BY 1")
+    return {row["outcome"]: row["n"] for row in rows}
+
+
 @lifecycle.erases(Stage.TEXT)
 def _erase(tx: Tx, erasure: Erasure) -> None:
     rows = "WHERE user_hash = ? AND received_ms <= ? AND id <> ?"

@@ -326,6 +326,10 @@ def is_told(tx: Tx, job_id: int) -> bool:
     return bool(tx.value("SELECT state IN ('done', 'failed') FROM delivery WHERE job_id = ?", [job_id]))
 
 
+def count_by_state(tx: Tx) -> dict[str, int]:
+    return {row["state"]: row["n"] for row in tx.all("SELECT state, count(*) AS n FROM job GROUP BY 1")}
+
+
 def count_attempt(tx: Tx, job_id: int) -> int:
     """One more trainer that ended without a result or progress; how many by now."""
     return int(tx.value("UPDATE job SET attempts = attempts + 1 WHERE id = ? RETURNING attempts", [job_id]))

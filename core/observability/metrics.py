@@ -1,71 +1,62 @@
-"""Numbers in Prometheus' text format, and what there is to say of an engine. Knows no store, no server and no person.
+"""Prometheus metrics: families built at each scrape, counters of events, and what there is to report of an engine.
 
-The format: https://prometheus.io/docs/instrumenting/exposition_formats/#text-based-format. Numbers are read where they
-lie at the moment of a scrape, so there is no registry; `Counts` holds those that lie nowhere else.
+Numbers are read where they are kept, at the moment of a scrape; `Counts` holds those that are kept nowhere else.
 """
 
 from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from itertools import accumulate
+
+from prometheus_client import CONTENT_TYPE_PLAIN_0_0_4, generate_latest
+from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily, HistogramMetricFamily, Metric
+from prometheus_client.registry import Collector
 
 from core.engine.protocol import EngineInfo, EngineStats, Histogram
 
-CONTENT_TYPE = "text/plain; version=0.0.4; charset=utf-8"
-MAX_LABELS = 500  # different label sets of one family; what comes later is counted as "other"
+CONTENT_TYPE = CONTENT_TYPE_PLAIN_0_0_4
+MAX_LABELS = 500  # label sets of one family; later ones are counted as "other"
 OTHER = "other"
 
 Labels = Mapping[str, str]
 
 
-@dataclass(frozen=True, slots=True)
-class Family:
-    """One metric: its samples are (what follows the name, labels, value)."""
-
-    name: str
-    kind: str
-    help: str
-    samples: tuple[tuple[str, Labels, float], ...]
+def gauge(name: str, help: str, *samples: tuple[Labels, float]) -> Metric:
+    """A value that goes up and down."""
+    family = GaugeMetricFamily(f"distributary_{name}", help)
+    for labels, value in samples:
+        family.add_sample(family.name, dict(labels), value)
+    return family
 
 
-def gauge(name: str, help: str, *samples: tuple[Labels, float]) -> Family:
-    """Something that goes up and down."""
-    return Family(f"distributary_{name}", "gauge", help, tuple(("", labels, value) for labels, value in samples))
+def counter(name: str, help: str, *samples: tuple[Labels, float]) -> Metric:
+    """A value that only goes up; its name ends in _total."""
+    family = CounterMetricFamily(f"distributary_{name}", help)
+    for labels, value in samples:
+        family.add_sample(f"{family.name}_total", dict(labels), value)
+    return family
 
 
-def counter(name: str, help: str, *samples: tuple[Labels, float]) -> Family:
-    """Something that only goes up; its name ends in _total."""
-    return Family(f"distributary_{name}", "counter", help, tuple(("", labels, value) for labels, value in samples))
+def histogram(name: str, help: str, seen: Histogram) -> Metric:
+    """Counts of durations, each bucket with those below it."""
+    edges = [*(f"{bound:g}" for bound in seen.bounds), "+Inf"]
+    family = HistogramMetricFamily(f"distributary_{name}", help)
+    family.add_metric([], list(zip(edges, accumulate(seen.counts), strict=True)), seen.total_s)
+    return family
 
 
-def histogram(name: str, help: str, spread: Histogram) -> Family:
-    """How often something took how long."""
-    edges = [*(f"{bound:g}" for bound in spread.bounds), "+Inf"]
-    samples: list[tuple[str, Labels, float]] = [
-        ("_bucket", {"le": edge}, count) for edge, count in zip(edges, accumulate(spread.counts), strict=True)
-    ]
-    samples += [("_sum", {}, spread.total_s), ("_count", {}, spread.count)]
-    return Family(f"distributary_{name}", "histogram", help, tuple(samples))
+def render(families: Iterable[Metric]) -> bytes:
+    """Prometheus' text format."""
+    return generate_latest(_Families(families))
 
 
-def render(families: Iterable[Family]) -> str:
-    lines = []
-    for family in families:
-        lines += [f"# HELP {family.name} {_escaped(family.help)}", f"# TYPE {family.name} {family.kind}"]
-        lines += [f"{family.name}{suffix}{_labels(labels)} {value:.17g}" for suffix, labels, value in family.samples]
-    return "\n".join(lines) + "\n"
+class _Families(Collector):
+    def __init__(self, families: Iterable[Metric]) -> None:
+        self._families = families
 
-
-def _labels(labels: Labels) -> str:
-    pairs = ",".join(f'{name}="{_escaped(value, quote=True)}"' for name, value in labels.items())
-    return f"{{{pairs}}}" if pairs else ""
-
-
-def _escaped(text: str, *, quote: bool = False) -> str:
-    text = text.replace("\\", "\\\\").replace("\n", "\\n")
-    return text.replace('"', '\\"') if quote else text
+    def collect(self) -> Iterable[Metric]:
+        return self._families
 
 
 class Counts:
@@ -84,8 +75,8 @@ class Counts:
         return [(dict(zip(self.names, values, strict=True)), count) for values, count in self._counts.items()]
 
 
-def engine_families(info: EngineInfo, stats: EngineStats) -> list[Family]:
-    """Of any engine. What it cannot know of its machine is left out."""
+def engine_families(info: EngineInfo, stats: EngineStats) -> list[Metric]:
+    """Metrics of any engine; what an engine does not measure is left out."""
     tokens = {"generated": stats.generated_tokens, "prompt": stats.prompt_tokens, "reused": stats.reused_tokens}
     families = [
         gauge("engine_info", "What is loaded.", ({"model": info.model, "device": info.device}, 1)),

@@ -27,6 +27,16 @@ def daily(tx: Tx, channel_id: int, count: int) -> list[Row]:
     return [by_day.get(day, {"day": day, **dict.fromkeys((*_COUNTS, *_OF_JOBS), 0)}) for day in days]
 
 
+def totals(tx: Tx, most: int, other: str) -> list[Row]:
+    """Sums of all times by channel; channels beyond the first `most` are summed under the name `other`."""
+    return tx.all(
+        "SELECT CASE WHEN channel.id IN (SELECT id FROM channel ORDER BY id LIMIT ?) THEN channel.name ELSE ? END"
+        " AS name, sum(replies) AS replies, sum(jobs) AS jobs, sum(gross_nano) AS gross, sum(partner_nano) AS partner"
+        " FROM usage_daily JOIN channel ON channel.id = channel_id GROUP BY 1",
+        [most, other],
+    )
+
+
 def write_table(rows: Sequence[Row], path: Path) -> Path:
     """Amounts in billionths of the currency, as the ledger has them: nothing is rounded."""
     with files.replacing(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:

@@ -28,7 +28,6 @@ class Kind(StrEnum):
     PRESS = "press"
     MEMBERSHIP = "membership"
     STOP = "stop"
-    FILE = "file"
 
 
 class Role(StrEnum):
@@ -77,6 +76,7 @@ class Incoming:
     update_key: str
     message_key: str
     text: str = ""
+    command: str = ""  # the command behind a pressed button; a typed one is recognised in `text`
     language: str = ""
     attachments: tuple[Attachment, ...] = ()
     action: str = ""
@@ -84,7 +84,6 @@ class Incoming:
     answers: str = ""  # the receipt of our message that this one is a reply to
     public: bool = False  # others read what is answered
     moderates: bool = False  # the bot knows that they may stop what others asked for here
-    raw: str = ""
 
 
 @dataclass(frozen=True, slots=True)

@@ -246,8 +246,9 @@ def _press(body: Payload) -> ReadEvent:
         update_key=update_key(body),
         message_key=f"press:{place}:{ts}:{pressed.get('action_ts') or update_key(body)}",
         text={"say": value, "command": label}.get(action, ""),
-        action=action if action in ("command", "feedback") else "",
-        value=value if action in ("command", "feedback") else "",
+        command=value if action == "command" else "",
+        action=action if action == "feedback" else "",
+        value=value if action == "feedback" else "",
     )
     return ReadEvent(account, incoming, person=person)
 

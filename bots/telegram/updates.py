@@ -158,9 +158,10 @@ class UpdateReader:
             update_key=key,
             message_key=f"press:{press.id}",
             text={"say": value, "command": label}.get(action, ""),
+            command=value if action == "command" else "",
             language=press.from_user.language_code or "",
-            action=action if action in ("command", "feedback") else "",
-            value=value if action in ("command", "feedback") else "",
+            action=action if action == "feedback" else "",
+            value=value if action == "feedback" else "",
             moderates=moderates,
         )
 

@@ -21,6 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
 
 from bots.shared.render import printable
+from core.commands.parser import is_command
 from core.errors import AppError, BadConfig, Overloaded, StorageError
 from core.i18n.messages import duration, say
 from core.platform import BotService
@@ -229,7 +230,7 @@ class TerminalBot:
     async def _incoming(self, key: str, text: str | None) -> Incoming:
         """A message, or (text None) the wish to stop the reply."""
         settings = self._settings
-        command = text is not None and text.startswith(("/", "／"))
+        command = text is not None and is_command(text)
         return Incoming(
             lane=Lane.TURN if text is not None else Lane.CONTROL,
             kind=Kind.MESSAGE if text is not None else Kind.STOP,

@@ -7,23 +7,10 @@ from dataclasses import replace
 from core.channels import bindings, operators, people
 from core.chat import conversations
 from core.chat.inbox import InboxRow
-from core.commands.parser import parse
-from core.errors import NotAllowed, UserError
+from core.errors import NotAllowed
 from core.i18n.messages import resolve
 from core.storage.database import Tx
-from core.types import Caller, Incoming, Kind, Lane
-
-
-def lane_of(incoming: Incoming) -> Lane:
-    """A bot says which lane; a command has its own on every platform, typed or by a button."""
-    pressed = incoming.kind is Kind.PRESS and incoming.action == "command"
-    text = incoming.value if pressed else incoming.text if incoming.kind is Kind.MESSAGE else ""
-    if text.lstrip()[:1] in ("/", "／") and len(text) < 200:
-        try:
-            return parse(text.strip()).command.lane
-        except UserError:
-            return incoming.lane
-    return incoming.lane
+from core.types import Caller
 
 
 def caller_of(tx: Tx, row: InboxRow) -> Caller:

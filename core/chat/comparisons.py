@@ -18,12 +18,14 @@ from core.adapters.registry import Version
 from core.channels import adapter_names, audit
 from core.channels.adapter_names import BASE
 from core.chat import inbox
+from core.chat.admission import PendingReply
 from core.chat.inbox import InboxRow
-from core.chat.replies import PendingReply, Replies, RunningReply
+from core.chat.replies import Replies, RunningReply
 from core.chat.stopping import stopped_since
 from core.commands.registry import command
 from core.commands.table import Call
 from core.delivery.deliveries import keep_body, new_delivery
+from core.delivery.live_view import show_once
 from core.engine.protocol import Delta, Finished, FinishReason, Generation, Request, Scope
 from core.errors import AdapterUnusable, BadInput, EngineError, UnknownThing, UserError
 from core.i18n.messages import say
@@ -31,11 +33,10 @@ from core.jobs import jobs
 from core.storage import lifecycle
 from core.storage.database import Row, Tx
 from core.storage.lifecycle import Erasure, Periods, Prune, Stage
-from core.types import AdapterRef, Body, Button, Caller, CompareBlind, Handle, Message, Outcome, Role
+from core.types import AdapterRef, Body, Button, Caller, CompareBlind, Message, Outcome, Role
 
 log = logging.getLogger(__name__)
 _MAX_QUESTION = 2000
-_SHOW_S = 10.0
 CHOICES = ("a", "b", "same")
 
 
@@ -202,7 +203,8 @@ class Comparisons:
                     await asyncio.to_thread(registry.verify, ref)
             delivery_id = await database.write(lambda tx: new_delivery(tx, inbox_id=row.id))
             handle = await replies.deliveries.open(delivery_id, caller.address)
-            await self._announce(handle, caller)
+            text = say(caller.language, "compare.answering")
+            await show_once(lambda: replies.deliveries.show(handle, caller.address, text))
             answers = await self._answers([self._request(caller, pair, *one) for one in enumerate(refs)], both)
         except AdapterUnusable as error:  # the channel may answer from another one
             log.error("compare.unusable", extra={"error": str(error)})
@@ -213,21 +215,12 @@ class Comparisons:
 
         def keep(tx: Tx) -> None:
             """Raises UserError where the person was forgotten meanwhile: then nothing of it is stored."""
-            if tx.value("SELECT outcome FROM inbox WHERE id = ?", [row.id]) == "forgotten":
+            if inbox.is_forgotten(tx, row.id):
                 raise UserError("service.stopped")
             keep_body(tx, delivery_id, _body(tx, caller, pair, answers))
             inbox.mark_generated(tx, row.id)
 
         await database.write(keep)
-
-    async def _announce(self, handle: Handle, caller: Caller) -> None:
-        """Best effort, like all that is shown before the end."""
-        try:
-            async with asyncio.timeout(_SHOW_S):
-                text = say(caller.language, "compare.answering")
-                await self.replies.deliveries.show(handle, caller.address, text)
-        except Exception as error:
-            log.warning("compare.show_failed", extra={"error": type(error).__name__})
 
     async def _answers(self, requests: Sequence[Request], both: Both) -> list[str]:
         """Side by side, where there is room; a stop in the conversation ends both. Raises AppError."""
@@ -239,13 +232,11 @@ class Comparisons:
 
     async def _one(self, request: Request, both: Both) -> str:
         """One answer, in its turn among all that want a place at the engine. Raises AppError."""
-        beginning = PendingReply(asyncio.get_running_loop().create_future())
-        both.answers.append(beginning)
+        pending = PendingReply()
+        both.answers.append(pending)
         if both.stopped:
-            beginning.cancel()
-        async with self.replies.places.one(request.scope, beginning.turn):
-            if beginning.stopped:
-                raise UserError("service.stopped")
+            pending.cancel()
+        async with self.replies.admission.slot(request.scope, pending):
             generation = self.replies.engine.submit(request)
             both.answers.append(generation)
             return await _read(generation)

@@ -6,7 +6,9 @@ import json
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, replace
 
-from core.errors import Overloaded, StoredUnreadable
+from core.commands.parser import is_command, lane_of, read
+from core.commands.table import Call
+from core.errors import BadCommand, Overloaded, StoredUnreadable
 from core.storage import lifecycle
 from core.storage.database import Row, Tx, Value
 from core.storage.lifecycle import HOUR_MS, Erasure, Periods, Prune, Stage
@@ -55,6 +57,7 @@ class InboxRow:
     language: str
     update_key: str
     text: str
+    command: Call | BadCommand | None  # parsed; the error of a line that cannot be, which its author is told
     attachments: tuple[Attachment, ...]
     action: str
     value: str
@@ -67,14 +70,20 @@ class InboxRow:
     readable: bool = True  # whether what it says can be unsealed
 
 
-def accept(tx: Tx, incoming: Incoming, lane: Lane) -> int | None:
+def accept(tx: Tx, incoming: Incoming) -> int | None:
     """Keep one update; its row id, or None for a repeat. Raises Overloaded where too much waits already."""
     if int(tx.value("SELECT count(*) FROM inbox WHERE state IN ('new', 'running', 'generated')")) >= MAX_OPEN:
         raise Overloaded(retry_after_s=30)
-    text = clean(incoming.text)
+    text, command = clean(incoming.text), clean(incoming.command)
+    oversize = len(text) if len(text) > MAX_TEXT else 0
+    if oversize:
+        text = ""
+    elif not command and incoming.kind is Kind.MESSAGE and is_command(text):
+        text, command = "", text
     payload = {
-        "text": text if len(text) <= MAX_TEXT else "",
-        "oversize": len(text) if len(text) > MAX_TEXT else 0,
+        "text": text,
+        "command": command,
+        "oversize": oversize,
         "attachments": [asdict(_clean_attachment(attachment)) for attachment in incoming.attachments],
         "action": incoming.action,
         "value": clean(incoming.value),
@@ -94,7 +103,7 @@ def accept(tx: Tx, incoming: Incoming, lane: Lane) -> int | None:
             to.conversation,
             to.reply_to,
             tx.cipher.hash_user(to.platform, to.account, incoming.user),
-            lane,
+            lane_of(command) if command else incoming.lane,
             incoming.kind,
             incoming.language,
             incoming.update_key,
@@ -208,6 +217,7 @@ def _taken(tx: Tx, row: Row) -> InboxRow:
         language=row["language"],
         update_key=row["update_key"],
         text=payload.get("text", ""),
+        command=read(payload["command"]) if payload.get("command") else None,
         attachments=tuple(Attachment(**given) for given in payload.get("attachments", ())),
         action=payload.get("action", ""),
         value=payload.get("value", ""),
@@ -279,3 +289,18 @@ def _prunes(kept: Periods) -> list[Prune]:
         ),
         lifecycle.batch("UPDATE inbox SET user_hash = ''", "inbox", "id", forgotten, HOUR_MS),
     ]
+
+
+def limited_lately(tx: Tx, row: InboxRow, window_ms: int) -> bool:
+    """Whether this person was told of a limit in this place within the window."""
+    return bool(
+        tx.value(
+            "SELECT 1 FROM inbox WHERE user_hash = ? AND place = ? AND outcome = 'limited' AND closed_ms > ?",
+            [row.user_hash, row.address.place, tx.now_ms - window_ms],
+        )
+    )
+
+
+def is_forgotten(tx: Tx, inbox_id: int) -> bool:
+    """Whether its person was erased after it was accepted."""
+    return bool(tx.value("SELECT outcome = 'forgotten' FROM inbox WHERE id = ?", [inbox_id]))

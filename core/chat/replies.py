@@ -10,19 +10,18 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import AsyncIterator, Awaitable, Callable
-from contextlib import asynccontextmanager
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
 from core.adapters import registry
 from core.channels import adapter_names
 from core.chat import conversations, inbox
+from core.chat.admission import AdmissionQueue, PendingReply
 from core.chat.inbox import InboxRow
 from core.chat.stopping import stopped_since
 from core.delivery.deliveries import Deliveries, keep_body, new_delivery
+from core.delivery.live_view import LiveView
 from core.engine.protocol import Delta, Engine, Finished, FinishReason, Generation, Request, Scope
-from core.engine.scheduling.scheduler import Scheduler
 from core.errors import AdapterUnusable, AppError, EngineError, UserError
 from core.i18n.messages import say
 from core.storage import lifecycle
@@ -34,7 +33,6 @@ from core.usage import ledger, limits, prices
 
 log = logging.getLogger(__name__)
 _RETRY_TEMPERATURE = 0.7  # another answer to the same question must be able to differ
-_LAST_SHOW_S = 10.0
 
 
 @dataclass(frozen=True, slots=True)
@@ -61,50 +59,6 @@ class RunningReply:
 
 
 @dataclass(slots=True)
-class PendingReply:
-    """A reply that the engine does not have yet: a stop is remembered, and ends its wait for a place (`turn`)."""
-
-    turn: asyncio.Future[None]
-    stopped: bool = False
-
-    def cancel(self) -> None:
-        self.stopped = True
-        if not self.turn.done():
-            self.turn.set_result(None)
-
-
-class AdmissionQueue:
-    """Room for so many replies at the engine. Where more want it they take turns as they do there."""
-
-    def __init__(self, free: int) -> None:
-        self._free = free
-        self._waiting: Scheduler[tuple[asyncio.Future[None], Scope]] = Scheduler(inbox.MAX_OPEN)
-
-    @asynccontextmanager
-    async def one(self, scope: Scope, turn: asyncio.Future[None]) -> AsyncIterator[None]:
-        """Wait for `turn`. Who sets it earlier waits no longer, and has no place."""
-        came = turn, scope
-        self._waiting.add(came, scope)
-        self._fill()
-        try:
-            await turn
-            yield
-        finally:
-            if not self._waiting.remove(came):
-                self._waiting.done(scope)
-                self._free += 1
-                self._fill()
-
-    def _fill(self) -> None:
-        while self._free and (next_one := self._waiting.take()):
-            self._free -= 1
-            turn, scope = next_one
-            self._waiting.charge(scope, 1)
-            if not turn.done():  # cancelled or stopped: its place comes back at once
-                turn.set_result(None)
-
-
-@dataclass(slots=True)
 class Replies:
     """Runs replies. `running` holds what a stop reaches in each conversation that is being answered."""
 
@@ -112,7 +66,7 @@ class Replies:
     home: Home
     engine: Engine
     deliveries: Deliveries
-    places: AdmissionQueue
+    admission: AdmissionQueue
     sampling: Sampling = field(default_factory=Sampling)  # what a channel does not set for itself
     deadline_s: float = 120.0
     running: dict[Address, RunningReply] = field(default_factory=dict)
@@ -123,10 +77,10 @@ class Replies:
         With `again` the conversation's last question is answered once more and `text` is ignored.
         """
         key = replace(caller.address, reply_to="")
-        beginning = PendingReply(asyncio.get_running_loop().create_future())
-        self.running[key] = RunningReply(caller.user, beginning)
+        pending = PendingReply()
+        self.running[key] = RunningReply(caller.user, pending)
         try:
-            # a stop that was accepted before this is in the inbox; a later one finds `beginning`
+            # a stop that was accepted before this is in the inbox; a later one cancels `pending`
             if await self.database.read(lambda tx: stopped_since(tx, row, caller.channel.id)):
                 raise UserError("service.stopped")
             pinned = await self.database.write(lambda tx: self._pin(tx, row, caller, text, again=again))
@@ -134,9 +88,7 @@ class Replies:
                 await asyncio.to_thread(registry.verify, pinned.adapter)
             handle = await self.deliveries.open(pinned.delivery_id, caller.address)
             request = self._request(row, caller, pinned, again=again)
-            async with self.places.one(request.scope, beginning.turn):
-                if beginning.stopped:
-                    raise UserError("service.stopped")
+            async with self.admission.slot(request.scope, pending):
                 began = time.monotonic()
                 generation = self.engine.submit(request)
                 self.running[key] = RunningReply(caller.user, generation)
@@ -183,6 +135,7 @@ class Replies:
                 price_id=prices.price_now(tx, channel.id).id,
                 seed=seed,
                 state="running",
+                retry=int(again),
                 started_ms=tx.now_ms,
             )
         else:
@@ -242,27 +195,27 @@ class Replies:
 
     async def _read(self, generation: Generation, handle: Handle, to: Address) -> tuple[str, Finished]:
         """Show the text as it grows; what was said, and why it ended."""
-        screen = _LiveView(lambda text: self.deliveries.show(handle, to, text))
+        view = LiveView(lambda text: self.deliveries.show(handle, to, text))
         finished: Finished | None = None
         failure: AppError | None = None
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(screen.run())
+            tasks.create_task(view.run())
             try:
                 async for event in generation:
                     if isinstance(event, Delta):
-                        screen.add(event.text)
+                        view.add(event.text)
                     elif isinstance(event, Finished):
                         finished = event
             except AppError as error:
                 failure = error
             finally:
                 generation.cancel()
-                screen.end()
+                view.end()
         if failure is not None:
             raise failure
         if finished is None:
             raise EngineError(detail="the engine ended a generation without saying so")
-        return screen.text, finished
+        return view.text, finished
 
     def _body(self, language: str, pinned: PinnedReply, answer: str, finished: Finished, seconds: float) -> Body:
         tokens = finished.usage.completion_tokens
@@ -287,7 +240,9 @@ def settle(tx: Tx, row: InboxRow, body: Body) -> None:
     """In the transaction of the last receipt: the charge, the two turns, the closed row."""
     if not inbox.is_generated(tx, row.id):  # erased by /forget meanwhile
         return
-    generation = tx.one("SELECT id, channel_id FROM generation WHERE inbox_id = ? AND state = 'generated'", [row.id])
+    generation = tx.one(
+        "SELECT id, channel_id, retry FROM generation WHERE inbox_id = ? AND state = 'generated'", [row.id]
+    )
     assert generation is not None, row.id
     tx.run(
         "UPDATE generation SET state = 'delivered', ended_ms = ? WHERE id = ?",
@@ -295,7 +250,7 @@ def settle(tx: Tx, row: InboxRow, body: Body) -> None:
     )
     ledger.charge(tx, generation["id"])
     conversation = conversations.conversation_id(tx, row.address, generation["channel_id"])
-    if row.text.lstrip()[:1] in ("/", "／") or row.action:  # an answer given again
+    if generation["retry"]:
         conversations.drop_last_answer(tx, conversation)
     else:
         conversations.append(tx, conversation, row.id, Role.USER, row.text, row.user_hash)
@@ -313,7 +268,7 @@ def fail(tx: Tx, row: InboxRow) -> None:
 
 def _keep(tx: Tx, row: InboxRow, pinned: PinnedReply, body: Body, finished: Finished) -> None:
     """Raises UserError where the person was forgotten while this was generated: then nothing of it is stored."""
-    if tx.value("SELECT outcome FROM inbox WHERE id = ?", [row.id]) == "forgotten":
+    if inbox.is_forgotten(tx, row.id):
         raise UserError("service.stopped")
     _count(tx, pinned, finished)
     tx.run("UPDATE generation SET state = 'generated' WHERE id = ?", [pinned.generation_id])
@@ -328,39 +283,6 @@ def _count(tx: Tx, pinned: PinnedReply, finished: Finished) -> None:
         "UPDATE generation SET finish = ?, tokens_in = ?, tokens_reused = ?, tokens_out = ? WHERE id = ?",
         [finished.reason, usage.prompt_tokens, usage.reused_tokens, usage.completion_tokens, pinned.generation_id],
     )
-
-
-class _LiveView:
-    """Shows the newest text, one call at a time: what grows faster than the platform takes it is coalesced."""
-
-    def __init__(self, show: Callable[[str], Awaitable[None]]) -> None:
-        self.text = ""
-        self._show = show
-        self._shown = 0
-        self._grown = asyncio.Event()
-        self._ended = False
-
-    def add(self, text: str) -> None:
-        self.text += text
-        self._grown.set()
-
-    def end(self) -> None:
-        self._ended = True
-        self._grown.set()
-
-    async def run(self) -> None:
-        while True:
-            await self._grown.wait()
-            self._grown.clear()
-            if len(self.text) > self._shown and not self._ended:
-                self._shown = len(self.text)
-                try:
-                    async with asyncio.timeout(_LAST_SHOW_S):
-                        await self._show(self.text)
-                except Exception as error:  # showing is best effort; the final text is not
-                    log.warning("reply.show_failed", extra={"error": type(error).__name__})
-            if self._ended:
-                return
 
 
 @lifecycle.erases(Stage.REPLIES)

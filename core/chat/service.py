@@ -20,14 +20,15 @@ from dataclasses import dataclass, field
 from core.channels import bindings, operators
 from core.channels.installations import Installations
 from core.chat import inbox
-from core.chat.caller import lane_of
-from core.chat.handler import STORAGE_RETRY_S, MessageHandler
+from core.chat.admission import AdmissionQueue
+from core.chat.handler import MessageHandler
 from core.chat.inbox import InboxRow
 from core.chat.overview import Overviews
-from core.chat.replies import AdmissionQueue, Replies
+from core.chat.replies import Replies
 from core.chat.stopping import reaches_all_at
 from core.config.schema import Retention
 from core.delivery.deliveries import Deliveries
+from core.delivery.retry import STORAGE_S
 from core.engine.protocol import Engine
 from core.errors import Overloaded, StorageError
 from core.jobs.supervisor import JobSupervisor
@@ -76,10 +77,10 @@ class Service:
         self._deliveries = deliveries
         self._training = training
         self._settings = settings
-        places = AdmissionQueue(settings.max_replies)
-        self._replies = Replies(database, home, engine, deliveries, places, settings.sampling, settings.deadline_s)
-        self._rows = MessageHandler(database, home, engine, deliveries, training, self._replies)
-        self.replies = self._rows.counts
+        admission = AdmissionQueue(settings.max_replies)
+        self._replies = Replies(database, home, engine, deliveries, admission, settings.sampling, settings.deadline_s)
+        self._handler = MessageHandler(database, home, engine, deliveries, training, self._replies)
+        self.replies = self._handler.counts
         self._accounts: set[tuple[str, str]] = set()
         self._active: set[int] = set()
         self._work = asyncio.Event()
@@ -99,7 +100,7 @@ class Service:
 
         Raises StorageError (StorageFull) or Overloaded; then nothing is kept and nothing may be acknowledged.
         """
-        await self._database.write(lambda tx: [inbox.accept(tx, one, lane_of(one)) for one in incoming])
+        await self._database.write(lambda tx: [inbox.accept(tx, one) for one in incoming])
         self._work.set()
 
     async def accept_dead(self, platform: str, account: str, update_key: str, raw: str) -> None:
@@ -155,7 +156,7 @@ class Service:
 
     async def drain(self, deadline_s: float) -> None:
         """Begin nothing new; let what runs end within the deadline, then cut it: its text so far is the answer."""
-        self._rows.draining = True
+        self._handler.draining = True
         try:
             async with asyncio.timeout(deadline_s * 0.8), self._ended:
                 await self._ended.wait_for(lambda: not self._active)
@@ -171,14 +172,14 @@ class Service:
     # --- taking rows ---
 
     async def _take(self) -> list[InboxRow]:
-        if self._rows.draining:
+        if self._handler.draining:
             return []
         room, accounts, active = self._settings.max_replies, frozenset(self._accounts), frozenset(self._active)
         try:
             taken = await self._database.write(lambda tx: inbox.take(tx, room, accounts, active))
         except (StorageError, Overloaded) as error:
             log.error("inbox.take_failed", extra={"error": str(error)})
-            await asyncio.sleep(STORAGE_RETRY_S)
+            await asyncio.sleep(STORAGE_S)
             self._work.set()
             return []
         self._active |= {row.id for row in taken}
@@ -186,7 +187,7 @@ class Service:
 
     async def _handle(self, row: InboxRow) -> None:
         try:
-            await self._rows.handle(row)
+            await self._handler.handle(row)
         finally:
             self._active.discard(row.id)
             self._work.set()

@@ -5,15 +5,12 @@ Runs inside a transaction. Knows no platform.
 
 from __future__ import annotations
 
-import re
-
 from core.channels import bindings, operators
 from core.chat import inbox
 from core.chat.inbox import InboxRow
+from core.commands.table import Call
 from core.storage.database import Tx
 from core.types import Address, Grant, Kind
-
-_STOP = re.compile(r"\s*[/／]stop\b", re.IGNORECASE)
 
 
 def reaches_all(tx: Tx, user_hash: str, channel_id: int, *, moderates: bool) -> bool:
@@ -48,4 +45,4 @@ def stopped_since(tx: Tx, row: InboxRow, channel_id: int) -> bool:
 
 def _is_stop(row: InboxRow) -> bool:
     """Pressed or typed."""
-    return row.kind is Kind.STOP or bool(_STOP.match(row.value if row.action == "command" else row.text))
+    return row.kind is Kind.STOP or (isinstance(row.command, Call) and row.command.command.name == "stop")

@@ -208,6 +208,7 @@ CREATE TABLE generation (
     tokens_in INTEGER NOT NULL DEFAULT 0,
     tokens_reused INTEGER NOT NULL DEFAULT 0,
     tokens_out INTEGER NOT NULL DEFAULT 0,
+    retry INTEGER NOT NULL DEFAULT 0 CHECK (retry IN (0, 1)),  -- another answer to the last question
     started_ms INTEGER NOT NULL,
     ended_ms INTEGER
 ) STRICT;

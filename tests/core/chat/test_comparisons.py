@@ -58,7 +58,7 @@ def folders_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
 async def press(w: World, number: int) -> str:
     """The button of the newest message."""
     body = list(w.bot.final.values())[-1]
-    return await w.ask("", user=OWNER, kind=Kind.PRESS, action="command", value=body.buttons[number].value)
+    return await w.ask("", user=OWNER, kind=Kind.PRESS, command=body.buttons[number].value)
 
 
 async def chosen(w: World) -> list[tuple[str | None, int]]:

@@ -107,7 +107,7 @@ async def test_a_correction_takes_the_place_of_the_answer_until_its_person_takes
         if allow == "one":
             assert await it.count("example") == 0
             kept = say("en", "feedback.shared")
-            assert await it.ask("", kind=Kind.PRESS, action="command", value=f"/consent reply {number} yes") == kept
+            assert await it.ask("", kind=Kind.PRESS, command=f"/consent reply {number} yes") == kept
             assert say("en", "privacy.consent_is_for_some", n=1) in await it.ask("/consent", user=STRANGER)
             await press(it, "-1:other")
             assert it.bot.said().count(asks) == 1

@@ -12,7 +12,9 @@ import pytest
 
 from core.channels import bindings, directory, people
 from core.chat import handler, inbox
-from core.chat.replies import AdmissionQueue
+from core.chat.admission import AdmissionQueue, PendingReply
+from core.chat.inbox import InboxRow
+from core.delivery import retry
 from core.engine.protocol import Request, Scope
 from core.errors import EngineError, Overloaded
 from core.i18n.messages import say
@@ -351,17 +353,21 @@ async def test_a_stop_that_cannot_be_read_says_nothing(tmp_path: Path) -> None:
 async def test_a_store_that_has_no_time_delays_a_refusal_and_ends_nothing(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(handler, "STORAGE_RETRY_S", 0.05)
-    async with world(tmp_path) as it:
-        submit, busy = it.database._submit, ["told", "give_up"]
+    monkeypatch.setattr(retry, "STORAGE_S", 0.05)
+    busy = ["_close_limited", "_give_up"]
 
-        def sometimes(work: Callable[[Tx], object]) -> object:
-            if work.__name__ in busy:
-                busy.remove(work.__name__)
+    def busy_once(name: str, step: Callable[[Tx, InboxRow], object]) -> Callable[[Tx, InboxRow], object]:
+        def work(tx: Tx, row: InboxRow) -> object:
+            if name in busy:
+                busy.remove(name)
                 raise Overloaded(retry_after_s=5)
-            return submit(work)
+            return step(tx, row)
 
-        monkeypatch.setattr(it.database, "_submit", sometimes)
+        return work
+
+    for name in busy:
+        monkeypatch.setattr(handler, name, busy_once(name, getattr(handler, name)))
+    async with world(tmp_path) as it:
         for n in range(8):
             await it.send(f"m{n}", user="fast")
         await it.settled()
@@ -382,7 +388,7 @@ async def test_what_the_tables_forbid_is_no_full_disk(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch, step: str
 ) -> None:
     """A bug of ours costs one row, and holds up no conversation."""
-    monkeypatch.setattr(handler, "_DELIVERY_RETRIES_S", (0.01,))
+    monkeypatch.setattr(retry, "BOUND_S", 0.3)
 
     def twice(tx: Tx, *_: object) -> None:
         for _ in range(2):
@@ -563,10 +569,10 @@ async def test_of_one_account_the_channel_that_has_least_goes_first(tmp_path: Pa
 
 
 async def test_at_the_engine_the_parties_take_turns_and_who_leaves_takes_no_place() -> None:
-    places, came, go = AdmissionQueue(1), list[str](), asyncio.Event()
+    queue, came, go = AdmissionQueue(1), list[str](), asyncio.Event()
 
     async def want(partner: str, name: str) -> None:
-        async with places.one(Scope(partner), asyncio.get_running_loop().create_future()):
+        async with queue.slot(Scope(partner), PendingReply()):
             came.append(name)
             await go.wait()
 

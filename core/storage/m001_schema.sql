@@ -208,9 +208,9 @@ CREATE TABLE generation (
     tokens_in INTEGER NOT NULL DEFAULT 0,
     tokens_reused INTEGER NOT NULL DEFAULT 0,
     tokens_out INTEGER NOT NULL DEFAULT 0,
-    retry INTEGER NOT NULL DEFAULT 0 CHECK (retry IN (0, 1)),  -- another answer to the last question
     started_ms INTEGER NOT NULL,
-    ended_ms INTEGER
+    ended_ms INTEGER,
+    retry INTEGER NOT NULL DEFAULT 0 CHECK (retry IN (0, 1))  -- another answer to the last question
 ) STRICT;
 
 CREATE INDEX generation_user ON generation (user_hash, started_ms);

@@ -23,7 +23,7 @@ FILLED = """
     price: 4, 3, 12, 300, 600, 7000, 7
     conversation: 6, 'telegram', 'bot', 'p', 'c', 3, 24
     inbox: 7, 'telegram', 'bot', 'p', 'c', 'r', 'ann', 'turn', 'message', 'en', 'u7', 'm7', x'00', 2, 'done', '', 1, 2
-    generation: 'g1', 7, 3, 'ann', 'a1', 4, 42, 'delivered', 'stop', 30, 10, 12, 25, 26
+    generation: 'g1', 7, 3, 'ann', 'a1', 4, 42, 'delivered', 'stop', 30, 10, 12, 25, 26, 0
     dataset: 'd1', 'faq.jsonl', 'file', 'CC0', 100, 'kim', 20, NULL, NULL, 3
     ledger: 1, 'usage', 'g1', '2026-11-26', 3, 4, 30, 10, 12, 13200, 9240, 3960, 26, NULL, 0
 """

@@ -287,7 +287,7 @@ async def test_the_worst_rows_are_shown_and_go_with_their_data_set(tmp_path: Pat
         told = await w.ask("/adapter worst acme@1", user=OWNER)
         assert "- line 12 (2.00 → 3.50)" in told
         assert "twelve" not in told
-        assert "not kept any more" in told
+        assert "no longer kept" in told
         sealed = await w.database.read(lambda tx: tx.value("SELECT count(*) FROM job WHERE shown IS NOT NULL"))
         assert sealed == 0
 

@@ -46,7 +46,7 @@ async def test_the_report_is_a_question_and_nothing_is_trained_before_its_answer
             "1.5 GB",
         ):
             assert fact in said
-        assert "Nothing to pay" in said
+        assert "No charge" in said
         (body,) = it.bot.final.values()
         assert [button.value for button in body.buttons] == [
             f"/finetune {word} {job_id}" for word in ("start", "preview", "cancel")

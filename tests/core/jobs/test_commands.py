@@ -421,7 +421,7 @@ def test_whoever_resumes_a_job_is_told_if_it_begins_anew(it: Town) -> None:
         run(it, "/finetune cancel 1")
         said = run(it, "/finetune resume 1", prepared=base).body.text
         assert (say("en", "training.begins_anew") in said) == (base == "another")
-        assert ("goes on from where it was" in said) == (base == "loaded")
+        assert ("continues from its checkpoint" in said) == (base == "loaded")
 
 
 def test_the_report_names_what_is_to_be_known_of_the_rows():
@@ -476,8 +476,8 @@ def test_a_skill_that_is_lost_is_told_whatever_the_verdict(
     [
         (
             "en",
-            "`aaaaaaaaaaaa` without personal data, brought by you 2 h ago, licence: CC0",
-            "faq.jsonl `aaaaaaaaaaaa`: ? rows, 1 kB, a file, brought by you 2 h ago, licence: not said",
+            "`aaaaaaaaaaaa` without personal data, uploaded by you 2 h ago, licence: CC0",
+            "faq.jsonl `aaaaaaaaaaaa`: ? rows, 1 kB, a file, uploaded by you 2 h ago, licence: not said",
         ),
         ("zh", "`aaaaaaaaaaaa` 去掉个人信息之后", "faq.jsonl `aaaaaaaaaaaa`：? 行，1 kB，文件"),
     ],

@@ -505,7 +505,7 @@ async def test_a_data_set_that_is_gone_fails_its_job(tmp_path: Path) -> None:
             path.unlink()
         await it.run()
         await it.ended()
-        assert "not there any more" in (await it.job(job_id))["reason"]
+        assert "is gone" in (await it.job(job_id))["reason"]
 
 
 async def test_a_reason_of_ours_is_in_the_language_of_who_asked(tmp_path: Path) -> None:

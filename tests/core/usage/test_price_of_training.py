@@ -41,9 +41,9 @@ async def test_what_was_told_before_the_yes_is_what_holds(tmp_path: Path) -> Non
     async with works(tmp_path) as it:
         await set_price(it, PRICE)
         job_id = await it.order(agreed=False)
-        assert "To pay: 0.60 at most" in await it.ended()
+        assert "Cost: 0.60 at most" in await it.ended()
         await set_price(it, 10 * PRICE)
-        assert "To pay: 0.60 at most" in await it.say("/finetune status")
+        assert "Cost: 0.60 at most" in await it.say("/finetune status")
         assert await charges(it) == []
         await it.say("/finetune start")
         assert "Charged: 0.45, for 900 trained tokens." in await it.ended(2)

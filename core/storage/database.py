@@ -108,16 +108,9 @@ class Database:
         """
         return await asyncio.wrap_future(self._submit(work))
 
-    def write_now(self, work: Callable[[Tx], T]) -> T:
-        """The same for a thread that may wait."""
-        return self._submit(work).result()
-
     async def read(self, work: Callable[[Tx], T]) -> T:
         """Run `work` on a read-only connection. It sees all that was committed before the call."""
         return await asyncio.wrap_future(self._readers.submit(self._read, work))
-
-    def read_now(self, work: Callable[[Tx], T]) -> T:
-        return self._readers.submit(self._read, work).result()
 
     async def checkpoint(self) -> None:
         """Fold the WAL into the file and truncate it: deleted text is then in neither.

@@ -50,6 +50,7 @@ from finetune.training import checkpoints
 from finetune.training.checkpoint import BEST, NEWEST
 from tests.drill.platform import Platform, PlatformOutlet
 from tests.finetune.conftest import faq
+from tests.support.database import read_now, write_now
 from tests.support.tiny import save_tiny
 
 HYPER = HyperParameters(rank=4, alpha=8, learning_rate=1e-2, epochs=4, rows_per_step=8, patience=3)
@@ -243,7 +244,7 @@ def open_home(folder: Path, base: Path) -> tuple[Home, EngineInfo]:
         new_delivery(tx, job_id=job.id)
 
     with Lock(home), Database(home.database, Cipher.open(home.key_file, create=True)) as database:
-        database.write_now(work)
+        write_now(database, work)
     return home, EngineInfo("tiny", fingerprint(base), "tiny", 1000, base)
 
 
@@ -317,10 +318,10 @@ def _audit(home: Home, platform: Platform) -> tuple[list[str], set[str]]:
     """(problems, the hash of the weights that were made)."""
     problems = _half_published(home)
     with Database(home.database, Cipher.open(home.key_file, create=False)) as database:
-        job = database.read_now(lambda tx: tx.one("SELECT state, reason, result FROM job WHERE id = 1"))
-        known = database.read_now(lambda tx: [row["sha256"] for row in tx.all("SELECT sha256 FROM adapter")])
-        charged = database.read_now(lambda tx: tx.all("SELECT job_id, tokens_trained, gross_nano FROM ledger"))
-        problems += database.read_now(ledger.check)
+        job = read_now(database, lambda tx: tx.one("SELECT state, reason, result FROM job WHERE id = 1"))
+        known = read_now(database, lambda tx: [row["sha256"] for row in tx.all("SELECT sha256 FROM adapter")])
+        charged = read_now(database, lambda tx: tx.all("SELECT job_id, tokens_trained, gross_nano FROM ledger"))
+        problems += read_now(database, ledger.check)
     assert job is not None
     if [row["job_id"] for row in charged] != [1] or not charged[0]["gross_nano"] == charged[0][
         "tokens_trained"

@@ -26,6 +26,7 @@ from core.storage.database import Database, Tx
 from core.storage.home import Home, Lock
 from tests.drill.lives import copy_of, fork, kill_at, open_service, opened, print_report, progress, violations
 from tests.drill.platform import Platform, PlatformOutlet, update
+from tests.support.database import write_now
 
 CONVERSATIONS, USERS, PER_KILL = 7, 5, 4
 WRITES = """SELECT (SELECT count(*) + count(nullif(state, 'new')) + count(closed_ms) FROM inbox)
@@ -80,7 +81,7 @@ def prepare(home: Home) -> None:
                 granted_ms=tx.now_ms,
             )
 
-        database.write_now(work)
+        write_now(database, work)
 
 
 async def live(home: Home, platform: Platform, seed: int, updates: list[tuple[str, str, str, bool]]) -> None:

@@ -28,6 +28,7 @@ from core.storage.home import Home, Lock
 from tests.drill import lives
 from tests.fakes.slack import FakeSlack
 from tests.fakes.slack.held import APP_TOKEN, SIGNING
+from tests.support.database import write_now
 
 USERS = [f"U{n}" for n in range(5)]
 ROOMS = ["C1", "C2", "C3"]
@@ -156,7 +157,7 @@ def prepare(home: Home) -> None:
             tx.run("UPDATE price SET in_nano = 150, out_nano = 601, share_bps = 3333")
             bindings.bind(tx, "slack", "T1", "", channel.id)
 
-        database.write_now(work)
+        write_now(database, work)
 
 
 async def live(home: Home, url: str, listen: str = "", *, to_the_end: bool) -> None:

@@ -26,6 +26,7 @@ from tests.drill import lives
 from tests.fakes.telegram import FakeTelegram, Person
 from tests.fakes.telegram.people import message
 from tests.fakes.telegram.server import TOKEN
+from tests.support.database import write_now
 
 PEOPLE = [Person(100 + n, f"P{n}") for n in range(5)]
 GROUPS = [-200 - n for n in range(3)]
@@ -103,7 +104,7 @@ def prepare(home: Home) -> None:
             tx.run("UPDATE price SET in_nano = 150, out_nano = 601, share_bps = 3333")
             bindings.bind(tx, "telegram", "acme_bot", "", channel.id)
 
-        database.write_now(work)
+        write_now(database, work)
 
 
 async def live(home: Home, url: str, transport: str = "draft", *, to_the_end: bool) -> None:

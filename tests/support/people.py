@@ -16,6 +16,7 @@ from core.jobs.importing import UnpackedAdapter
 from core.storage.cipher import Cipher
 from core.storage.database import Database, Tx
 from core.types import Address, Caller, Outcome, Role
+from tests.support.database import read_now, write_now
 
 DATASET = "d" * 64
 ROLES = ("stranger", "user", "other_operator", "operator", "owner", "removed")
@@ -41,13 +42,13 @@ class Town:
         """
         call = parse(text)
         value = prepared_for(call) if prepared is None else prepared
-        return self.database.write_now(lambda tx: dispatch.run(tx, self.caller(tx, who, place, language), call, value))
+        return write_now(self.database, lambda tx: dispatch.run(tx, self.caller(tx, who, place, language), call, value))
 
     def says(self, who: str, text: str, place: str = "acme", language: str = "en") -> str:
         return self.run(who, text, place, language).body.text
 
     def audit(self) -> list[dict[str, object]]:
-        return self.database.read_now(lambda tx: tx.all("SELECT * FROM audit ORDER BY id"))
+        return read_now(self.database, lambda tx: tx.all("SELECT * FROM audit ORDER BY id"))
 
     def rows(self) -> dict[str, list[dict[str, object]]]:
         """All that is in the database, but for the audit log."""
@@ -56,11 +57,13 @@ class Town:
             names = tx.all("SELECT name FROM sqlite_master WHERE type = 'table' AND name NOT LIKE '%sqlite%'")
             return {row["name"]: tx.all(f"SELECT * FROM {row['name']}") for row in names if row["name"] != "audit"}
 
-        return self.database.read_now(read)
+        return read_now(self.database, read)
 
     def operator_id(self, who: str) -> int:
         return int(
-            self.database.read_now(lambda tx: tx.value("SELECT id FROM operator WHERE user_hash = ?", [self.hash(who)]))
+            read_now(
+                self.database, lambda tx: tx.value("SELECT id FROM operator WHERE user_hash = ?", [self.hash(who)])
+            )
         )
 
 
@@ -127,5 +130,5 @@ def ask(tx: Tx, caller: Caller, text: str, n: int) -> int:
 def town(folder: Path) -> Iterator[Town]:
     with Database(folder / "a.db", Cipher(b"k" * 32)) as database:
         made = Town(database)
-        database.write_now(lambda tx: _settle(tx, made))
+        write_now(database, lambda tx: _settle(tx, made))
         yield made

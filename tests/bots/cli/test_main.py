@@ -23,6 +23,7 @@ from core.storage.cipher import Cipher
 from core.storage.database import Database
 from core.storage.home import Home
 from tests.bots.terminal.test_terminal import Program, read_line
+from tests.support.database import write_now
 from tests.support.fake_trainer import COMMAND
 from tests.support.works import WAIT_S, works
 
@@ -123,16 +124,16 @@ def test_the_command_line_speaks_for_the_channel_that_was_named(tmp_path: Path) 
     home.create()
     with Database(home.database, Cipher(b"k" * 32)) as database:
         config = read_config({"channels": {"acme": {}}}, {})
-        database.write_now(lambda tx: seed(tx, config))
-        first, second = (database.write_now(lambda tx, name=name: owner(tx, name)) for name in ("terminal", "acme"))
+        write_now(database, lambda tx: seed(tx, config))
+        first, second = (write_now(database, lambda tx, name=name: owner(tx, name)) for name in ("terminal", "acme"))
         assert (first.user, first.channel.name) == (second.user, "terminal")
         assert second.channel.name == "acme"
         assert first.conversation_id != second.conversation_id
         with pytest.raises(UnknownThing):
-            database.write_now(lambda tx: owner(tx, "nobody"))
-        database.write_now(lambda tx: tx.run("UPDATE channel SET archived_ms = 1 WHERE name = 'acme'"))
+            write_now(database, lambda tx: owner(tx, "nobody"))
+        write_now(database, lambda tx: tx.run("UPDATE channel SET archived_ms = 1 WHERE name = 'acme'"))
         with pytest.raises(BadInput):
-            database.write_now(lambda tx: owner(tx, "acme"))
+            write_now(database, lambda tx: owner(tx, "acme"))
     assert parse("/adapter compare acme@1 why?").key in control._NEEDS_A_CHAT
 
 

@@ -14,6 +14,7 @@ from core.errors import BadInput, UnknownThing
 from core.i18n.messages import languages, say
 from core.jobs import datasets, jobs
 from core.storage.database import Tx
+from tests.support.database import read_now, write_now
 from tests.support.people import Town, town
 
 MANIFEST = {
@@ -26,7 +27,7 @@ MANIFEST = {
 @pytest.fixture
 def it(tmp_path: Path) -> Iterator[Town]:
     with town(tmp_path) as made:
-        made.database.write_now(lambda tx: _publish(tx, made))
+        write_now(made.database, lambda tx: _publish(tx, made))
         yield made
 
 
@@ -42,11 +43,11 @@ def _publish(tx: Tx, it: Town) -> None:
 
 def judge(it: Town, number: int, verdict: str, against: str) -> None:
     manifest = json.dumps({**MANIFEST, "judged": {"verdict": verdict, "champion": against}})
-    it.database.write_now(lambda tx: tx.run("UPDATE adapter SET manifest = ? WHERE version = ?", [manifest, number]))
+    write_now(it.database, lambda tx: tx.run("UPDATE adapter SET manifest = ? WHERE version = ?", [manifest, number]))
 
 
 def champion(it: Town) -> str:
-    return it.database.read_now(lambda tx: adapter_names.champion(tx, "acme")[1])
+    return read_now(it.database, lambda tx: adapter_names.champion(tx, "acme")[1])
 
 
 @pytest.mark.parametrize("typed", ["acme@1", "1", "@1"])
@@ -74,14 +75,14 @@ def test_rollback_skips_a_version_for_another_base_model(it: Town) -> None:
         for n in (3, 1):  # acme@3 answered while another model was loaded
             registry.promote(tx, "acme", f"{n:064x}", "me", "")
 
-    it.database.write_now(put)
+    write_now(it.database, put)
     assert champion(it) == "acme@1"
     assert "**base** answers" in it.says("operator", "/adapter rollback")
 
 
 @pytest.mark.parametrize(("typed", "back"), [("1", "base"), ("base", "")])
 def test_promote_names_what_a_rollback_will_bring_back(it: Town, typed: str, back: str) -> None:
-    it.database.write_now(lambda tx: registry.promote(tx, "acme", f"{3:064x}", "me", ""))  # of another base model
+    write_now(it.database, lambda tx: registry.promote(tx, "acme", f"{3:064x}", "me", ""))  # of another base model
     said = it.says("operator", f"/adapter promote {typed}")
     assert "acme@3" not in said
     assert ("rollback" in said) == bool(back)
@@ -102,7 +103,7 @@ def test_base_is_a_version_like_any_other(it: Town) -> None:
 def test_what_answers_already_is_not_promoted_again(it: Town) -> None:
     it.says("operator", "/adapter promote 1")
     assert it.says("operator", "/adapter promote 1") == say("en", "adapter.already", label="acme@1")
-    assert it.database.read_now(lambda tx: tx.value("SELECT count(*) FROM promotion")) == 1
+    assert read_now(it.database, lambda tx: tx.value("SELECT count(*) FROM promotion")) == 1
 
 
 @pytest.mark.parametrize("typed", ["9", "acme@9", "delta@1", "acme", "acme@", "acme@x", "1e0"])
@@ -126,7 +127,7 @@ def test_a_version_for_another_base_model_is_not_put_into_service(it: Town) -> N
 
 
 def test_a_withdrawn_version_is_not_put_into_service(it: Town) -> None:
-    it.database.write_now(lambda tx: registry.unpublish(tx, f"{1:064x}", "erased"))
+    write_now(it.database, lambda tx: registry.unpublish(tx, f"{1:064x}", "erased"))
     with pytest.raises(BadInput) as refused:
         it.says("operator", "/adapter promote 1")
     assert refused.value.key == "adapter.is_unpublished"
@@ -136,7 +137,7 @@ def test_a_withdrawn_version_is_not_put_into_service(it: Town) -> None:
 @pytest.mark.parametrize("command", ["/adapter promote 1", "/adapter rollback"])
 def test_a_name_that_two_channels_follow_is_moved_by_who_operates_both(it: Town, command: str) -> None:
     it.says("owner", "/adapter promote 2")
-    it.database.write_now(lambda tx: tx.run("UPDATE channel SET adapter = 'acme' WHERE name = 'delta'"))
+    write_now(it.database, lambda tx: tx.run("UPDATE channel SET adapter = 'acme' WHERE name = 'delta'"))
     assert it.says("operator", command) == say("en", "error.not_allowed")
     assert champion(it) == "acme@2"
     said = it.says("owner", command)
@@ -144,7 +145,7 @@ def test_a_name_that_two_channels_follow_is_moved_by_who_operates_both(it: Town,
 
 
 def test_an_archived_follower_needs_nobodys_leave(it: Town) -> None:
-    it.database.write_now(lambda tx: tx.run("UPDATE channel SET adapter = 'acme' WHERE name = 'delta'"))
+    write_now(it.database, lambda tx: tx.run("UPDATE channel SET adapter = 'acme' WHERE name = 'delta'"))
     it.says("owner", "/channel archive delta")
     assert "answers in **Acme**" in it.says("operator", "/adapter promote 1")
 
@@ -174,15 +175,17 @@ def test_list_and_show_say_what_a_version_is(it: Town, language: str) -> None:
 )
 def test_show_says_how_many_rounds_were_done(it: Town, language: str, done: float, told: str) -> None:
     manifest = json.dumps({"hyper": {"epochs": 8}, "epochs_done": done})
-    it.database.write_now(
-        lambda tx: registry.publish(tx, registry.Candidate("9" * 64, Path(), "loaded", "", manifest), "acme", 4)
+    write_now(
+        it.database,
+        lambda tx: registry.publish(tx, registry.Candidate("9" * 64, Path(), "loaded", "", manifest), "acme", 4),
     )
     assert told in it.says("operator", "/adapter show 4", language=language)
 
 
 def test_an_imported_manifest_may_say_little(it: Town) -> None:
-    it.database.write_now(
-        lambda tx: registry.publish(tx, registry.Candidate("9" * 64, Path(), "loaded", "", "{}"), "acme", 4)
+    write_now(
+        it.database,
+        lambda tx: registry.publish(tx, registry.Candidate("9" * 64, Path(), "loaded", "", "{}"), "acme", 4),
     )
     assert "acme@4" in it.says("operator", "/adapter show 4")
     assert "acme@4" in it.says("operator", "/adapter list")
@@ -192,7 +195,7 @@ def test_an_imported_manifest_may_say_little(it: Town) -> None:
 def test_what_did_not_pass_goes_into_service_only_with_a_reason_that_is_kept(it: Town, verdict: str) -> None:
     manifest = json.dumps({**MANIFEST, "judged": {"verdict": verdict}})
     candidate = registry.Candidate("9" * 64, Path(), "loaded", "", manifest)
-    it.database.write_now(lambda tx: registry.publish(tx, candidate, "acme", 4))
+    write_now(it.database, lambda tx: registry.publish(tx, candidate, "acme", 4))
     with pytest.raises(BadInput) as refused:
         it.says("operator", "/adapter promote 4")
     assert refused.value.key == "adapter.needs_reason"

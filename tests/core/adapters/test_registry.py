@@ -20,6 +20,7 @@ from core.storage.cipher import Cipher
 from core.storage.database import Database, Tx
 from core.storage.home import Home
 from core.types import AdapterRef
+from tests.support.database import write_now
 
 
 def make(folder: Path, *, seed: int = 0) -> Path:
@@ -160,7 +161,7 @@ def test_an_unchanged_folder_is_read_once(placed: AdapterRef, monkeypatch: pytes
 @pytest.fixture
 def database(home: Home) -> Iterator[Database]:
     with Database(home.database, Cipher(b"k" * 32)) as made:
-        made.write_now(lambda tx: terminal.ensure_terminal(tx, "home"))
+        write_now(made, lambda tx: terminal.ensure_terminal(tx, "home"))
         yield made
 
 
@@ -177,7 +178,7 @@ def test_publishing_is_repeatable_and_answers_nobody_yet(database: Database) -> 
         _versions(tx, 1)
         return adapter_names.champion(tx, "terminal")
 
-    assert database.write_now(work) == (None, "base")
+    assert write_now(database, work) == (None, "base")
 
 
 @pytest.mark.parametrize("seed", range(20))
@@ -218,7 +219,7 @@ def test_rollback_is_an_undo_stack_that_skips_what_is_withdrawn(database: Databa
                     now = back()
             assert adapter_names.champion(tx, "terminal")[0] == now
 
-    database.write_now(work)
+    write_now(database, work)
 
 
 def test_two_names_do_not_move_each_other(database: Database) -> None:
@@ -230,4 +231,4 @@ def test_two_names_do_not_move_each_other(database: Database) -> None:
         registry.undo(tx, "acme")
         return adapter_names.champion(tx, "terminal")[1], adapter_names.champion(tx, "acme")[1]
 
-    assert database.write_now(work) == ("terminal@2", "base")
+    assert write_now(database, work) == ("terminal@2", "base")

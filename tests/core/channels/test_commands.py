@@ -18,6 +18,7 @@ from core.errors import BadInput, NotAllowed, UnknownThing, UserError
 from core.i18n.messages import languages, say
 from core.storage.database import Tx
 from core.types import Body, Caller, ForgetMemory, Outcome
+from tests.support.database import read_now, write_now
 from tests.support.people import Town, town
 
 
@@ -61,7 +62,7 @@ def test_a_channel_is_made_bound_set_shown_and_archived(it: Town) -> None:
     outcome = it.run("owner", "/channel archive brook")
     assert outcome.after == (ForgetMemory("brook"),)
     assert last(it) == ("channel archive", "brook", {"archived": False}, {"archived": True})
-    assert it.database.read_now(lambda tx: bindings.channel_for(tx, "fake", "bot", "b")) is None
+    assert read_now(it.database, lambda tx: bindings.channel_for(tx, "fake", "bot", "b")) is None
     assert "archived" in it.says("owner", "/channel list")
     assert "archived" in refusal(it, "/channel set brook title=x")
 
@@ -72,7 +73,7 @@ def test_new_instructions_warn_where_a_version_answers_that_was_trained_under_ot
         registry.publish(tx, registry.Candidate("v", Path(), "base", "", manifest), "acme", 1)
         registry.promote(tx, "acme", "v", "me", "")
 
-    it.database.write_now(work)
+    write_now(it.database, work)
     warning = say("en", "operators.trained_otherwise", label="acme@1")
     assert it.says("owner", '/channel set acme instructions="Be kind."').endswith(warning)
     assert warning not in it.says("owner", "/channel set acme title=x")
@@ -170,21 +171,21 @@ def test_the_terminal_stays(it: Town) -> None:
 
 def test_the_language_of_a_channel(it: Town) -> None:
     it.run("operator", "/channel set acme language=zh-Hans")
-    assert it.database.read_now(lambda tx: it.caller(tx, "user").channel.language) == "zh"
+    assert read_now(it.database, lambda tx: it.caller(tx, "user").channel.language) == "zh"
     assert "中文" in it.says("operator", "/channel show")
     it.run("operator", "/channel set acme language=auto")
-    assert it.database.read_now(lambda tx: it.caller(tx, "user").channel.language) == ""
+    assert read_now(it.database, lambda tx: it.caller(tx, "user").channel.language) == ""
 
 
 def test_a_channel_may_follow_an_adapter_name_of_its_own_partner_alone(it: Town) -> None:
     it.run("owner", "/channel set delta adapter=acme")
-    assert it.database.read_now(lambda tx: it.caller(tx, "user", "delta").channel.adapter) == "acme"
+    assert read_now(it.database, lambda tx: it.caller(tx, "user", "delta").channel.adapter) == "acme"
 
     def stranger(tx: Tx) -> None:
         tx.insert("partner", name="rival", title="Rival", created_ms=1)
         directory.create_channel(tx, "rival", partner="rival")
 
-    it.database.write_now(stranger)
+    write_now(it.database, stranger)
     assert "adapter=rival" in refusal(it, "/channel set delta adapter=rival")
 
 
@@ -228,7 +229,7 @@ def test_a_handler_that_refuses_late_undoes_what_it_did(it: Town, monkeypatch: p
     before, audited = it.rows(), len(it.audit())
     call = parse("/adapter promote acme@4")
     monkeypatch.setitem(handlers._registered, call.key, handlers.Registered(late))
-    outcome = it.database.write_now(lambda tx: dispatch.run(tx, it.caller(tx, "operator"), call))
+    outcome = write_now(it.database, lambda tx: dispatch.run(tx, it.caller(tx, "operator"), call))
     assert outcome.body == Body(say("en", "error.not_allowed"))
     assert it.rows() == before
     (row,) = it.audit()[audited:]

@@ -13,6 +13,7 @@ from core.storage.cipher import Cipher
 from core.storage.database import Database, Tx
 from core.types import Address, Caller, Channel, Grant, Limits, Price
 from core.usage import prices
+from tests.support.database import read_now, write_now
 
 NOW_MS = 1_800_000_000_000
 
@@ -32,12 +33,12 @@ def clock() -> Clock:
 @pytest.fixture
 def database(tmp_path: Path, clock: Clock) -> Iterator[Database]:
     with Database(tmp_path / "a.db", Cipher(b"k" * 32), clock=clock) as database:
-        database.write_now(lambda tx: terminal.ensure_terminal(tx, "home"))
+        write_now(database, lambda tx: terminal.ensure_terminal(tx, "home"))
         yield database
 
 
 def create(database: Database, name: str = "acme") -> Channel:
-    return database.write_now(lambda tx: directory.create_channel(tx, name))
+    return write_now(database, lambda tx: directory.create_channel(tx, name))
 
 
 def test_the_terminal_is_made_once_and_its_user_operates_everything(database: Database) -> None:
@@ -47,24 +48,24 @@ def test_the_terminal_is_made_once_and_its_user_operates_everything(database: Da
             for table in ("partner", "channel", "adapter_name", "price", "binding", "operator")
         ]
 
-    assert database.read_now(counts) == [1] * 6
-    database.write_now(lambda tx: terminal.ensure_terminal(tx, "home"))
-    assert database.read_now(counts) == [1] * 6
-    channel = database.read_now(lambda tx: bindings.channel_for(tx, "terminal", "home", "home"))
+    assert read_now(database, counts) == [1] * 6
+    write_now(database, lambda tx: terminal.ensure_terminal(tx, "home"))
+    assert read_now(database, counts) == [1] * 6
+    channel = read_now(database, lambda tx: bindings.channel_for(tx, "terminal", "home", "home"))
     assert channel is not None
     assert (channel.name, channel.title, channel.adapter) == ("terminal", "Terminal", "terminal")
     assert channel.limits == Limits(per_minute=0, per_hour=0, tokens_in=2000, tokens_out=512)
     user = database.cipher.hash_user("terminal", "home", "local")
     acme = create(database)
-    assert database.read_now(lambda tx: operators.grant_of(tx, user, acme.id)) is Grant.OWNER
+    assert read_now(database, lambda tx: operators.grant_of(tx, user, acme.id)) is Grant.OWNER
 
 
 def test_a_channel_begins_with_the_default_limits_free_and_on_base(database: Database) -> None:
     acme = create(database)
     assert acme.limits == Limits(6, 60, 2000, 512)
     assert acme.title == "acme"
-    assert database.read_now(lambda tx: adapter_names.champion(tx, acme.adapter)[1]) == "base"
-    price = database.read_now(lambda tx: prices.price_now(tx, acme.id))
+    assert read_now(database, lambda tx: adapter_names.champion(tx, acme.adapter)[1]) == "base"
+    price = read_now(database, lambda tx: prices.price_now(tx, acme.id))
     assert (price.in_nano, price.out_nano, price.share_bps) == (0, 0, 0)
 
 
@@ -73,7 +74,7 @@ def test_a_partners_share_is_the_channels_first_price(database: Database) -> Non
         tx.insert("partner", name="p", title="P", share_bps=3000, created_ms=1)
         return prices.price_now(tx, directory.create_channel(tx, "acme", partner="p").id)
 
-    assert database.write_now(work).share_bps == 3000
+    assert write_now(database, work).share_bps == 3000
 
 
 def test_names_are_checked(database: Database) -> None:
@@ -82,76 +83,76 @@ def test_names_are_checked(database: Database) -> None:
         with pytest.raises(BadInput):
             create(database, name)
     with pytest.raises(UnknownThing):
-        database.write_now(lambda tx: directory.create_channel(tx, "other", partner="nobody"))
+        write_now(database, lambda tx: directory.create_channel(tx, "other", partner="nobody"))
 
 
 def test_the_most_specific_place_wins_and_an_archived_channel_answers_nowhere(database: Database) -> None:
     acme, delta = create(database), create(database, "delta")
-    database.write_now(lambda tx: bindings.bind(tx, "slack", "T1", "", acme.id))
-    database.write_now(lambda tx: bindings.bind(tx, "slack", "T1", "C1", delta.id))
+    write_now(database, lambda tx: bindings.bind(tx, "slack", "T1", "", acme.id))
+    write_now(database, lambda tx: bindings.bind(tx, "slack", "T1", "C1", delta.id))
 
     def at(account: str, place: str) -> str | None:
-        found = database.read_now(lambda tx: bindings.channel_for(tx, "slack", account, place))
+        found = read_now(database, lambda tx: bindings.channel_for(tx, "slack", account, place))
         return found.name if found else None
 
     assert (at("T1", "C1"), at("T1", "C2"), at("T1", ""), at("T2", "C1")) == ("delta", "acme", "acme", None)
-    database.write_now(lambda tx: directory.archive(tx, delta.id))
+    write_now(database, lambda tx: directory.archive(tx, delta.id))
     assert (at("T1", "C1"), at("T1", "C2")) == (None, "acme")
-    named = database.read_now(lambda tx: directory.channel_by_name(tx, "delta"))
+    named = read_now(database, lambda tx: directory.channel_by_name(tx, "delta"))
     assert named is not None
     assert named.archived
-    database.write_now(lambda tx: bindings.bind(tx, "slack", "T1", "C1", acme.id))
+    write_now(database, lambda tx: bindings.bind(tx, "slack", "T1", "C1", acme.id))
     assert at("T1", "C1") == "acme"
-    assert database.read_now(lambda tx: bindings.places(tx, acme.id)) == ("slack:T1", "slack:T1/C1")
+    assert read_now(database, lambda tx: bindings.places(tx, acme.id)) == ("slack:T1", "slack:T1/C1")
 
 
 def test_prices_of_the_same_millisecond_are_in_order(database: Database) -> None:
     acme = create(database)
     for price in (1, 2, 3):
-        database.write_now(lambda tx, price=price: prices.set_price(tx, acme.id, price, price, 0))  # type: ignore[misc]
-        assert database.read_now(lambda tx: prices.price_now(tx, acme.id)).in_nano == price
-    assert database.read_now(lambda tx: tx.value("SELECT count(*) FROM price WHERE channel_id = ?", [acme.id])) == 4
+        write_now(database, lambda tx, price=price: prices.set_price(tx, acme.id, price, price, 0))  # type: ignore[misc]
+        assert read_now(database, lambda tx: prices.price_now(tx, acme.id)).in_nano == price
+    assert read_now(database, lambda tx: tx.value("SELECT count(*) FROM price WHERE channel_id = ?", [acme.id])) == 4
 
 
 def test_a_persons_language_is_kept_when_they_come_again(database: Database, clock: Clock) -> None:
-    database.write_now(lambda tx: people.touch(tx, "u", "fake"))
-    assert database.read_now(lambda tx: people.language_of(tx, "u")) == ""
-    database.write_now(lambda tx: people.set_language(tx, "u", "fake", "zh"))
+    write_now(database, lambda tx: people.touch(tx, "u", "fake"))
+    assert read_now(database, lambda tx: people.language_of(tx, "u")) == ""
+    write_now(database, lambda tx: people.set_language(tx, "u", "fake", "zh"))
     clock.now_ms += 5
-    database.write_now(lambda tx: people.touch(tx, "u", "fake"))
-    row = database.read_now(lambda tx: tx.one("SELECT * FROM person"))
+    write_now(database, lambda tx: people.touch(tx, "u", "fake"))
+    row = read_now(database, lambda tx: tx.one("SELECT * FROM person"))
     assert row is not None
     assert (row["language"], row["first_ms"], row["last_ms"]) == ("zh", NOW_MS, NOW_MS + 5)
-    assert database.read_now(lambda tx: people.language_of(tx, "nobody")) == ""
+    assert read_now(database, lambda tx: people.language_of(tx, "nobody")) == ""
 
 
 def test_grants_are_per_channel(database: Database) -> None:
     acme, delta = create(database), create(database, "delta")
-    database.write_now(lambda tx: operators.grant(tx, "u", acme.id, "U", "test"))
-    database.write_now(lambda tx: operators.grant(tx, "u", acme.id, "U", "test"))
+    write_now(database, lambda tx: operators.grant(tx, "u", acme.id, "U", "test"))
+    write_now(database, lambda tx: operators.grant(tx, "u", acme.id, "U", "test"))
 
     def grants(tx: Tx) -> list[Grant]:
         return [operators.grant_of(tx, "u", channel.id) for channel in (acme, delta)]
 
-    assert database.read_now(grants) == [Grant.OPERATOR, Grant.ANYONE]
-    assert [one.name for one in database.read_now(lambda tx: directory.channels(tx, "u"))] == ["acme"]
-    (one,) = database.read_now(lambda tx: operators.find(tx, acme.id))
-    database.write_now(lambda tx: operators.remove(tx, one))
-    assert database.read_now(grants) == [Grant.ANYONE, Grant.ANYONE]
+    assert read_now(database, grants) == [Grant.OPERATOR, Grant.ANYONE]
+    assert [one.name for one in read_now(database, lambda tx: directory.channels(tx, "u"))] == ["acme"]
+    (one,) = read_now(database, lambda tx: operators.find(tx, acme.id))
+    write_now(database, lambda tx: operators.remove(tx, one))
+    assert read_now(database, grants) == [Grant.ANYONE, Grant.ANYONE]
 
 
 def test_a_code_is_good_once_and_for_a_week(database: Database, clock: Clock) -> None:
     acme = create(database)
-    codes = [database.write_now(lambda tx: operators.invite(tx, acme.id, "Kim", "test")) for _ in range(2)]
+    codes = [write_now(database, lambda tx: operators.invite(tx, acme.id, "Kim", "test")) for _ in range(2)]
     assert len(set(codes)) == 2
     assert not set("".join(codes)) & set("01OILol")
     clock.now_ms += operators.INVITE_MS - 1
-    claimed = database.write_now(lambda tx: operators.claim(tx, f" {codes[0].lower()} ", "a"))
+    claimed = write_now(database, lambda tx: operators.claim(tx, f" {codes[0].lower()} ", "a"))
     assert claimed == operators.Claimed(acme.id, "acme", "Kim")
-    assert database.write_now(lambda tx: operators.claim(tx, codes[0], "b")) is None
+    assert write_now(database, lambda tx: operators.claim(tx, codes[0], "b")) is None
     clock.now_ms += 1
-    assert database.write_now(lambda tx: operators.claim(tx, codes[1], "b")) is None
-    assert database.read_now(lambda tx: operators.grant_of(tx, "b", acme.id)) is Grant.ANYONE
+    assert write_now(database, lambda tx: operators.claim(tx, codes[1], "b")) is None
+    assert read_now(database, lambda tx: operators.grant_of(tx, "b", acme.id)) is Grant.ANYONE
 
 
 def test_the_audit_log_keeps_before_and_after(database: Database) -> None:
@@ -162,8 +163,8 @@ def test_the_audit_log_keeps_before_and_after(database: Database) -> None:
         audit.record(tx, caller, "channel set", "acme", {"title": "旧"}, {"title": "新"})
         audit.record(tx, caller, "channel set", "acme", allowed=False)
 
-    database.write_now(work)
-    rows = database.read_now(lambda tx: tx.all("SELECT * FROM audit"))
+    write_now(database, work)
+    rows = read_now(database, lambda tx: tx.all("SELECT * FROM audit"))
     assert [(row["actor"], row["platform"], row["allowed"], row["before"], row["after"]) for row in rows] == [
         ("u", "fake", 1, '{"title": "旧"}', '{"title": "新"}'),
         ("u", "fake", 0, "", ""),

@@ -19,6 +19,7 @@ from core.types import AnswerAgain, Body, ForgetMemory, Outcome, StopReply
 from core.usage import prices
 from core.usage.ledger import amounts, charge_job, day_of
 from core.usage.reports import daily
+from tests.support.database import read_now, write_now
 from tests.support.people import Town, ask, town
 
 DAY_MS = 86_400_000
@@ -67,7 +68,7 @@ def charge(it: Town, who: str, n: int, tokens: tuple[int, int], *, ago_ms: int =
             booked_ms=at_ms,
         )
 
-    it.database.write_now(work)
+    write_now(it.database, work)
 
 
 def test_usage_shows_the_last_reply_and_the_sums_of_this_person_here(it: Town) -> None:
@@ -113,20 +114,20 @@ def test_usage_shows_operators_fine_tunes_apart_from_replies(it: Town, tmp_path:
         jobs.pin_price(tx, job.id)
         charge_job(tx, job.id, 48_000)
 
-    it.database.write_now(train)
+    write_now(it.database, train)
     said = it.says("operator", "/usage")
     assert "replies: 1, amount 0.10, partner's share 0.03" in said
     assert "Fine-tunes this month: 1, 48,000 tokens trained, amount 0.12" in said
     assert "本月微调：1 次，训练 48,000 个 token，金额 0.12" in it.says("operator", "/usage", language="zh")
     assert "tokens trained" not in it.says("user", "/usage")
-    (row,) = it.database.read_now(lambda tx: daily(tx, it.caller(tx, "operator").channel.id, 1))
+    (row,) = read_now(it.database, lambda tx: daily(tx, it.caller(tx, "operator").channel.id, 1))
     assert (row["replies"], row["gross_nano"], row["jobs"], row["jobs_nano"]) == (1, 220_000_000, 1, 120_000_000)
 
 
 def test_new_begins_the_conversation_anew_and_no_other(it: Town) -> None:
     outcome = it.run("user", "/new")
     assert outcome.body.text == say("en", "users.new")
-    conversation = it.database.read_now(lambda tx: tx.value("SELECT id FROM conversation WHERE place = 'acme'"))
+    conversation = read_now(it.database, lambda tx: tx.value("SELECT id FROM conversation WHERE place = 'acme'"))
     assert outcome.after == (ForgetMemory("acme", str(conversation)),)
     assert {turn["conversation_id"] for turn in it.rows()["turn"]} == {2} != {conversation}
 
@@ -143,7 +144,7 @@ def test_stop_says_whether_there_was_anything_to_stop(it: Town) -> None:
     outcome = it.run("user", "/stop")
     assert outcome == Outcome(outcome.body, (StopReply(it.hash("user")),))
     assert outcome.body.text == say("en", "users.nothing_to_stop")
-    it.database.write_now(lambda tx: tx.run("UPDATE inbox SET state = 'running' WHERE place = 'acme'"))
+    write_now(it.database, lambda tx: tx.run("UPDATE inbox SET state = 'running' WHERE place = 'acme'"))
     assert it.says("user", "/stop") == say("en", "users.stop")
     assert it.says("user", "/stop", place="delta") == say("en", "users.nothing_to_stop")
     assert it.says("stranger", "/stop") == say("en", "users.not_yours_to_stop")
@@ -164,7 +165,7 @@ def test_whoami_names_channel_and_rights(it: Town, role: str, rights: str) -> No
 def test_a_language_is_chosen_by_code_or_name_and_given_back(it: Town) -> None:
     for typed, chosen in (("zh", "zh"), ("English", "en"), ("中文", "zh"), ("auto", "")):
         said = it.says("user", f"/language {typed}")
-        assert it.database.read_now(lambda tx: people.language_of(tx, it.hash("user"))) == chosen
+        assert read_now(it.database, lambda tx: people.language_of(tx, it.hash("user"))) == chosen
         assert said == (
             say(chosen, "users.language_set", name=language_name(chosen))
             if chosen

@@ -21,6 +21,7 @@ from core.storage.cipher import Cipher
 from core.storage.database import Database, Tx
 from core.types import Grant
 from core.usage import prices
+from tests.support.database import write_now
 from tests.support.people import DATASET, ROLES, Town, ask, town
 
 GRANTS = dict.fromkeys(ROLES, Grant.ANYONE) | {"operator": Grant.OPERATOR, "owner": Grant.OWNER}
@@ -30,7 +31,7 @@ FORMS = [(command.name, form) for command in COMMANDS for form in command.forms]
 @pytest.fixture
 def it(tmp_path: Path) -> Iterator[Town]:
     with town(tmp_path) as made:
-        made.database.write_now(lambda tx: _train(tx, made))
+        write_now(made.database, lambda tx: _train(tx, made))
         yield made
 
 
@@ -69,7 +70,7 @@ def _answer(tx: Tx, it: Town, role: str) -> None:
 def line(it: Town, role: str, name: str, form: Form) -> str:
     """The form's own example, about things that are there."""
     if name == "correct" or (name, form.word) == ("consent", "reply"):
-        it.database.write_now(lambda tx: _answer(tx, it, role))
+        write_now(it.database, lambda tx: _answer(tx, it, role))
     if (name, form.word) == ("channel", "create"):
         return "/channel create brook The Brook"
     if (name, form.word) == ("operator", "remove"):
@@ -78,11 +79,11 @@ def line(it: Town, role: str, name: str, form: Form) -> str:
         return f"/finetune {form.word} {DATASET}"  # as core.jobs.dataset_files has brought it
     if (name, form.word) in (("finetune", "start"), ("finetune", "preview"), ("finetune", "redact")):
         it.says("owner", f"/finetune {DATASET}")
-        it.database.write_now(_ask)
+        write_now(it.database, _ask)
         return f"/finetune {form.word}"
     if (name, form.word) == ("finetune", "resume"):
         it.says("owner", f"/finetune {DATASET} yes")
-        it.database.write_now(lambda tx: jobs.start(tx, 1))
+        write_now(it.database, lambda tx: jobs.start(tx, 1))
         it.says("owner", "/finetune cancel")
         return "/finetune resume"
     if (name, form.word) == ("adapter", "choose"):
@@ -92,7 +93,7 @@ def line(it: Town, role: str, name: str, form: Form) -> str:
         it.says("owner", f"/finetune {DATASET}" if name == "finetune" else "/adapter promote 4")
         return f"/{name} {form.word}"
     if name == "claim":
-        return f"/claim {it.database.write_now(lambda tx: operators.invite(tx, None, 'Kim', 'test'))}"
+        return f"/claim {write_now(it.database, lambda tx: operators.invite(tx, None, 'Kim', 'test'))}"
     return form.example
 
 
@@ -100,7 +101,7 @@ def line(it: Town, role: str, name: str, form: Form) -> str:
 def test_no_effect_without_a_grant_and_all_is_audited(tmp_path: Path, role: str) -> None:
     (tmp_path / "first").mkdir()
     with town(tmp_path / "first") as made:
-        made.database.write_now(lambda tx: _train(tx, made))
+        write_now(made.database, lambda tx: _train(tx, made))
     for number, (name, form) in enumerate(FORMS):
         folder = tmp_path / str(number)  # a database for each form: an earlier one would change what it meets
         shutil.copytree(tmp_path / "first", folder)

@@ -34,6 +34,7 @@ from core.jobs.protocol import (
 from core.jobs.worker import with_line
 from core.storage.database import Row, Tx
 from core.types import Outcome, WakeTraining
+from tests.support.database import read_now, write_now
 from tests.support.people import Town, town
 
 SHA = "a" * 64
@@ -44,8 +45,9 @@ DONE = Done(60, 125.0, 3.0, 1.0, 2.5, 1.5)
 @pytest.fixture
 def it(tmp_path: Path) -> Iterator[Town]:
     with town(tmp_path) as made:
-        made.database.write_now(
-            lambda tx: datasets.keep_dataset(tx, SHA, "faq.jsonl", source="file", size_bytes=1, brought_by="x")
+        write_now(
+            made.database,
+            lambda tx: datasets.keep_dataset(tx, SHA, "faq.jsonl", source="file", size_bytes=1, brought_by="x"),
         )
         yield made
 
@@ -64,7 +66,7 @@ def says(it: Town, text: str, who: str = "operator", place: str = "acme", langua
 
 
 def job_row(it: Town, job_id: int = 1) -> Row:
-    row = it.database.read_now(lambda tx: tx.one("SELECT * FROM job WHERE id = ?", [job_id]))
+    row = read_now(it.database, lambda tx: tx.one("SELECT * FROM job WHERE id = ?", [job_id]))
     assert row is not None
     return row
 
@@ -75,7 +77,7 @@ def publish(it: Town, judged: Judged) -> None:
         registry.publish(tx, registry.Candidate(SHA, Path(), "base", SHA, manifest), "acme", 1)
         jobs.end(tx, 1, "published", result=SHA)
 
-    it.database.write_now(work)
+    write_now(it.database, work)
 
 
 def hear(it: Town, *events: JobEvent, state: str = "running") -> None:
@@ -86,7 +88,7 @@ def hear(it: Town, *events: JobEvent, state: str = "running") -> None:
         if state not in jobs.OPEN:
             jobs.end(tx, 1, state)
 
-    it.database.write_now(work)
+    write_now(it.database, work)
 
 
 # --- start ---
@@ -104,7 +106,7 @@ def test_start_queues_a_job_with_its_delivery_and_wakes_the_supervisor(it: Town)
         it.hash("operator"),
         "faq.jsonl",
     )
-    assert it.database.read_now(lambda tx: tx.value("SELECT state FROM delivery WHERE job_id = 1")) == "open"
+    assert read_now(it.database, lambda tx: tx.value("SELECT state FROM delivery WHERE job_id = 1")) == "open"
 
 
 def test_a_job_may_have_a_preset_of_its_own_and_an_unknown_one_is_named(it: Town) -> None:
@@ -121,18 +123,18 @@ def test_a_second_job_of_a_channel_is_refused_with_the_first_named(it: Town) -> 
         run(it, "/finetune faq.jsonl yes")
     sentence = say("en", refused.value.key, **refused.value.fields)
     assert "/finetune cancel 1" in sentence
-    assert it.database.read_now(lambda tx: tx.value("SELECT count(*) FROM job")) == 1
+    assert read_now(it.database, lambda tx: tx.value("SELECT count(*) FROM job")) == 1
 
 
 def test_a_job_that_takes_the_place_of_a_question_keeps_what_people_said(it: Town) -> None:
-    it.database.write_now(lambda tx: tx.run("UPDATE dataset SET source = 'feedback'"))
+    write_now(it.database, lambda tx: tx.run("UPDATE dataset SET source = 'feedback'"))
     run(it, "/finetune feedback")
-    it.database.write_now(lambda tx: jobs.ask(tx, 1))
+    write_now(it.database, lambda tx: jobs.ask(tx, 1))
     run(it, "/finetune feedback")
     assert (job_row(it, 1)["state"], job_row(it, 1)["reason"]) == ("cancelled", jobs.REPLACED)
-    assert not it.database.read_now(lambda tx: datasets.is_erased(tx, SHA))
+    assert not read_now(it.database, lambda tx: datasets.is_erased(tx, SHA))
     run(it, "/finetune cancel 2")
-    assert it.database.read_now(lambda tx: datasets.is_erased(tx, SHA))
+    assert read_now(it.database, lambda tx: datasets.is_erased(tx, SHA))
 
 
 def test_a_job_of_another_channel_waits_and_says_so(it: Town) -> None:
@@ -144,9 +146,9 @@ def test_a_job_of_another_channel_waits_and_says_so(it: Town) -> None:
 
 def test_a_younger_job_that_is_at_work_is_before_an_older_one_that_waits(it: Town) -> None:
     run(it, "/finetune faq.jsonl")
-    it.database.write_now(lambda tx: (jobs.ask(tx, 1), tx.run("UPDATE delivery SET state = 'done'")))
+    write_now(it.database, lambda tx: (jobs.ask(tx, 1), tx.run("UPDATE delivery SET state = 'done'")))
     run(it, "/finetune b.jsonl yes", "other_operator", "delta")
-    it.database.write_now(lambda tx: jobs.start(tx, 2))
+    write_now(it.database, lambda tx: jobs.start(tx, 2))
     assert says(it, "/finetune start 1") == say(
         "en", "training.queued", id=1, title="Acme", name="faq.jsonl", label="acme@1", before=1
     )
@@ -158,7 +160,7 @@ def test_too_many_open_jobs_are_refused(it: Town) -> None:
             channel = directory.create_channel(tx, f"c{n}")
             jobs.create(tx, replace(it.caller(tx, "owner"), channel=channel), SHA)
 
-    it.database.write_now(fill)
+    write_now(it.database, fill)
     with pytest.raises(BadInput) as refused:
         run(it, "/finetune faq.jsonl yes")
     assert refused.value.key == "training.too_many"
@@ -280,7 +282,7 @@ def test_status_of_a_version_is_true_for_as_long_as_it_is_asked(it: Town, langua
     publish(it, judged)
     verdict = say(language, "training.verdict_style_only", label="acme@1")
     hint = say(language, "training.promote_anyway_hint", label="acme@1")
-    it.database.write_now(lambda tx: tx.run("DELETE FROM job_event"))  # core.privacy.retention
+    write_now(it.database, lambda tx: tx.run("DELETE FROM job_event"))  # core.privacy.retention
     said = says(it, "/finetune status 1", language=language)
     assert verdict in said
     assert said.endswith(hint)
@@ -293,7 +295,7 @@ def test_status_of_a_version_is_true_for_as_long_as_it_is_asked(it: Town, langua
 def test_status_of_a_failed_job_says_whose_fault_it_was(it: Town) -> None:
     run(it, "/finetune faq.jsonl yes")
     hear(it, Failed("yours", "not JSON", 7))
-    it.database.write_now(lambda tx: jobs.end(tx, 1, "failed", "yours: line 7: not JSON"))
+    write_now(it.database, lambda tx: jobs.end(tx, 1, "failed", "yours: line 7: not JSON"))
     assert say("en", "training.failed_yours", id=1, name="faq.jsonl", title="Acme", reason="line 7: not JSON") in says(
         it, "/finetune status"
     )
@@ -313,8 +315,8 @@ def test_a_failure_is_told_by_whose_fault_it_is_with_a_command_that_works(
     it: Town, name: str, source: str, fault: str, key: str, language: str
 ) -> None:
     run(it, f'/finetune "{name}" yes')
-    it.database.write_now(lambda tx: tx.run("UPDATE dataset SET source = ?", [source]))
-    it.database.write_now(lambda tx: jobs.end(tx, 1, "failed", f"{fault}: a reason"))
+    write_now(it.database, lambda tx: tx.run("UPDATE dataset SET source = ?", [source]))
+    write_now(it.database, lambda tx: jobs.end(tx, 1, "failed", f"{fault}: a reason"))
     fields = {"title": "Acme", "id": 1, "name": name, "typed": '"my faq.jsonl"', "reason": "a reason"}
     said = says(it, "/finetune status", language=language)
     assert said.endswith(say(language, f"training.{key}", **fields))
@@ -330,8 +332,8 @@ def test_an_imported_adapter_that_failed_is_sent_again_by_its_own_command(
     it: Town, fault: str, key: str, language: str
 ) -> None:
     run(it, "/finetune faq.jsonl yes")
-    it.database.write_now(lambda tx: tx.run("UPDATE job SET imported = 'upload'"))
-    it.database.write_now(lambda tx: jobs.end(tx, 1, "failed", f"{fault}: a reason"))
+    write_now(it.database, lambda tx: tx.run("UPDATE job SET imported = 'upload'"))
+    write_now(it.database, lambda tx: jobs.end(tx, 1, "failed", f"{fault}: a reason"))
     said = says(it, "/finetune status", language=language)
     assert said.endswith(say(language, key, title="Acme", id=1, reason="a reason"))
 
@@ -340,15 +342,15 @@ def test_an_imported_adapter_that_failed_is_sent_again_by_its_own_command(
 def test_a_job_that_failed_on_our_side_is_said_to_go_on_while_what_it_learned_is_kept(it: Town, language: str) -> None:
     run(it, "/finetune faq.jsonl yes")
     hear(it)
-    it.database.write_now(lambda tx: jobs.fail(tx, 1, "ours", "a reason", learned=True))
+    write_now(it.database, lambda tx: jobs.fail(tx, 1, "ours", "a reason", learned=True))
     fields = {"title": "Acme", "id": 1, "reason": "a reason"}
     said = says(it, "/finetune status", language=language)
     assert said.endswith(say(language, "training.failed_kept", **fields))
     assert "`/finetune resume 1`" in said
-    it.database.write_now(lambda tx: tx.run("UPDATE dataset SET erased_ms = 1"))
+    write_now(it.database, lambda tx: tx.run("UPDATE dataset SET erased_ms = 1"))
     said = says(it, "/finetune status", language=language)
     assert said.endswith(say(language, "training.failed_ours", typed="faq.jsonl", **fields))
-    it.database.write_now(lambda tx: tx.run("UPDATE dataset SET erased_ms = NULL"))
+    write_now(it.database, lambda tx: tx.run("UPDATE dataset SET erased_ms = NULL"))
     assert run(it, "/finetune resume 1").after == (WakeTraining(),)
     assert (job_row(it)["state"], job_row(it)["reason"]) == ("queued", "")
 
@@ -357,7 +359,7 @@ def test_a_job_that_failed_on_our_side_is_said_to_go_on_while_what_it_learned_is
 def test_only_a_job_that_failed_on_our_side_with_something_learned_goes_on(it: Town, fault: str, learned: bool) -> None:
     run(it, "/finetune faq.jsonl yes")
     hear(it)
-    it.database.write_now(lambda tx: jobs.fail(tx, 1, fault, "a reason", learned=learned))
+    write_now(it.database, lambda tx: jobs.fail(tx, 1, fault, "a reason", learned=learned))
     assert "/finetune resume" not in says(it, "/finetune status")
     with pytest.raises(BadInput, match=r"not_resumable"):
         run(it, "/finetune resume 1")
@@ -373,7 +375,7 @@ def test_the_line_of_a_failure_is_said_once(language: str) -> None:
 
 def test_a_reason_with_braces_and_markdown_is_only_shown(it: Town) -> None:
     run(it, "/finetune faq.jsonl yes")
-    it.database.write_now(lambda tx: jobs.end(tx, 1, "failed", "ours: {x} {0} %s " + "long " * 200))
+    write_now(it.database, lambda tx: jobs.end(tx, 1, "failed", "ours: {x} {0} %s " + "long " * 200))
     text = says(it, "/finetune status")
     assert "{x} {0} %s" in text
     assert len(text) < 600
@@ -403,8 +405,8 @@ def test_cancel_ends_a_job_once(it: Town) -> None:
 def test_only_what_can_be_resumed_is_said_to_be(it: Town, state: str) -> None:
     run(it, "/finetune faq.jsonl yes")
     hear(it)
-    it.database.write_now(lambda tx: tx.run("UPDATE job SET started_ms = NULL") if state != "running" else 0)
-    it.database.write_now(lambda tx: tx.run("UPDATE job SET state = ?", [state]))
+    write_now(it.database, lambda tx: tx.run("UPDATE job SET started_ms = NULL") if state != "running" else 0)
+    write_now(it.database, lambda tx: tx.run("UPDATE job SET state = ?", [state]))
     assert ("/finetune resume 1" in says(it, "/finetune cancel 1")) == (state == "running")
     if state == "running":
         assert says(it, "/finetune resume 1")
@@ -416,7 +418,7 @@ def test_only_what_can_be_resumed_is_said_to_be(it: Town, state: str) -> None:
 def test_whoever_resumes_a_job_is_told_if_it_begins_anew(it: Town) -> None:
     run(it, "/finetune faq.jsonl yes")
     hear(it)
-    it.database.write_now(lambda tx: registry.keep_base(tx, "loaded"))
+    write_now(it.database, lambda tx: registry.keep_base(tx, "loaded"))
     for base in ("loaded", "another"):
         run(it, "/finetune cancel 1")
         said = run(it, "/finetune resume 1", prepared=base).body.text
@@ -448,9 +450,9 @@ def test_what_cannot_be_read_where_it_is_stored_is_told_at_once_in_the_question_
         jobs.ask(tx, 1)
         tx.run("UPDATE delivery SET state = 'done'")
 
-    it.database.write_now(work)
+    write_now(it.database, work)
     assert line in says(it, "/finetune status", language=language).splitlines()
-    it.database.write_now(lambda tx: event_log.begin_anew(tx, 1))
+    write_now(it.database, lambda tx: event_log.begin_anew(tx, 1))
     hear(it, CHECKED, DONE)
     publish(it, Judged("passed", 5, 5, "base", 3, 2, -1, -0.5, 0.4, 0.5))
     assert line in says(it, "/finetune status", language=language).splitlines()
@@ -495,7 +497,7 @@ def test_data_lists_what_one_may_know_of_with_origin_and_licence(
         tx.run("UPDATE dataset SET licence = 'CC0', created_ms = ? WHERE parent <> ''", [hours_ago + 1])
         datasets.keep_dataset(tx, "c" * 64, "feedback", source="feedback", size_bytes=1, brought_by=owner)
 
-    it.database.write_now(bring)
+    write_now(it.database, bring)
     newest, oldest = (line for line in says(it, "/finetune data", language=language).splitlines() if line[:2] == "- ")
     assert first in newest
     assert all(fact in newest for fact in ("bbbbbbbbbbbb", "90", "4 kB"))

@@ -28,6 +28,7 @@ from core.storage.cipher import Cipher
 from core.storage.database import Database, Tx
 from core.storage.home import Home
 from core.types import Address, Attachment, Caller, Role
+from tests.support.database import read_now, write_now
 from tests.support.world import FakeBot
 
 ROW = b'{"q": "a question", "a": "an answer"}\n'
@@ -52,13 +53,13 @@ class House:
             user = tx.cipher.hash_user(at.platform, at.account, who)
             return Caller(user, at, channel, "en", 0, conversation, attachments)
 
-        return self.database.write_now(work)
+        return write_now(self.database, work)
 
     async def prepare(self, text: str, caller: Caller | None = None) -> BroughtData:
         """What `/finetune` would train on; nothing of it is kept in a job."""
         deliveries, who = Deliveries(self.database), caller or self.caller()
         deliveries.register("fake", "bot", FakeBot())
-        self.database.read_now(lambda tx: check_room(tx, who))
+        read_now(self.database, lambda tx: check_room(tx, who))
         return await bring_data(CommandContext(self.home, self.database, deliveries.fetch), who, parse(text))
 
     async def refused(self, text: str, caller: Caller | None = None) -> BadInput:
@@ -70,7 +71,7 @@ class House:
         return refusal.value
 
     def rows(self, table: str) -> list[dict[str, Any]]:
-        return self.database.read_now(lambda tx: tx.all(f"SELECT * FROM {table}"))
+        return read_now(self.database, lambda tx: tx.all(f"SELECT * FROM {table}"))
 
     def say(self, caller: Caller, *texts: str) -> None:
         """A question, its answer, and so on."""
@@ -96,11 +97,12 @@ class House:
                 role = Role.ASSISTANT if n % 2 else Role.USER
                 conversations.append(tx, caller.conversation_id, inbox_id, role, text, caller.user)
 
-        self.database.write_now(work)
+        write_now(self.database, work)
 
     def consent(self, caller: Caller) -> None:
-        self.database.write_now(
-            lambda tx: tx.run("INSERT INTO consent VALUES (?, ?, ?)", [caller.user, caller.channel.id, tx.now_ms])
+        write_now(
+            self.database,
+            lambda tx: tx.run("INSERT INTO consent VALUES (?, ?, ?)", [caller.user, caller.channel.id, tx.now_ms]),
         )
 
 
@@ -112,7 +114,7 @@ def it(tmp_path: Path) -> Iterator[House]:
     clock = lambda: made[0].now if made else 0  # noqa: E731
     with Database(home.database, Cipher(b"k" * 32), clock=clock) as database:
         made.append(House(home, database))
-        database.write_now(_settle)
+        write_now(database, _settle)
         yield made[0]
 
 
@@ -277,8 +279,8 @@ async def test_a_data_set_is_found_by_its_name_or_hash_where_it_may_be_known(it:
     mine, other = it.caller("acme-op", "acme"), it.caller("delta-op", "delta")
     for typed in ("faq.jsonl", sha256, sha256[:10]):
         assert (await it.refused(f"/finetune {typed}", mine)).key == "training.dataset_not_found"
-    job = it.database.write_now(lambda tx: jobs.create(tx, mine, sha256, "faq.jsonl"))
-    it.database.write_now(lambda tx: jobs.end(tx, job.id, "published"))
+    job = write_now(it.database, lambda tx: jobs.create(tx, mine, sha256, "faq.jsonl"))
+    write_now(it.database, lambda tx: jobs.end(tx, job.id, "published"))
     for typed in ("faq.jsonl", sha256, sha256[:10]):
         assert brought(await it.prepare(f"/finetune {typed}", mine)) == (sha256, "faq.jsonl")
         assert (await it.refused(f"/finetune {typed}", other)).key == "training.dataset_not_found"
@@ -288,7 +290,7 @@ async def test_while_a_job_is_open_nothing_is_brought(it: House, tmp_path: Path)
     (tmp_path / "faq.jsonl").write_bytes(ROW)
     sha256, _ = brought(await it.prepare(f"/finetune {tmp_path}/faq.jsonl"))
     caller = it.caller()
-    it.database.write_now(lambda tx: jobs.create(tx, caller, sha256))
+    write_now(it.database, lambda tx: jobs.create(tx, caller, sha256))
     (tmp_path / "faq.jsonl").write_bytes(ROW * 2)
     refusal = await it.refused(f"/finetune {tmp_path}/faq.jsonl")
     assert refusal.key == "training.busy"
@@ -347,11 +349,11 @@ async def test_what_was_said_in_slack_stays_out_with_consent_too(it: House) -> N
     ann = it.caller("ann", "acme")
     it.consent(ann)
     it.say(ann, "a question", "an answer")
-    it.database.write_now(lambda tx: tx.run("UPDATE conversation SET platform = 'slack'"))
-    it.database.write_now(lambda tx: training_permission.declare(tx, "slack", allowed=False))
+    write_now(it.database, lambda tx: tx.run("UPDATE conversation SET platform = 'slack'"))
+    write_now(it.database, lambda tx: training_permission.declare(tx, "slack", allowed=False))
     refusal = await it.refused("/finetune conversations", it.caller("acme-op", "acme"))
     assert refusal.key == "training.no_conversations"
-    it.database.write_now(lambda tx: training_permission.set_exceptions(tx, ["slack"]))
+    write_now(it.database, lambda tx: training_permission.set_exceptions(tx, ["slack"]))
     sha256, _ = brought(await it.prepare("/finetune conversations", it.caller("acme-op", "acme")))
     assert b"a question" in await asyncio.to_thread(stored(it.home, sha256).read_bytes)
 
@@ -360,8 +362,9 @@ def damage(it: House, *numbers: int) -> None:
     """These of the turns that were stored, the first is 1."""
     for number in numbers:
         sealed = Cipher(b"x" * 32).seal("of another key")
-        it.database.write_now(
-            lambda tx, sealed=sealed, n=number: tx.run("UPDATE turn SET text = ? WHERE id = ?", [sealed, n])
+        write_now(
+            it.database,
+            lambda tx, sealed=sealed, n=number: tx.run("UPDATE turn SET text = ? WHERE id = ?", [sealed, n]),
         )
 
 
@@ -455,7 +458,7 @@ async def test_a_consent_that_is_taken_back_meanwhile_leaves_no_file(
     whole = dataset_files._keep
 
     def keep(*given: Any) -> tuple[str, int]:
-        it.database.write_now(lambda tx: tx.run("DELETE FROM consent"))
+        write_now(it.database, lambda tx: tx.run("DELETE FROM consent"))
         return whole(*given)
 
     monkeypatch.setattr(dataset_files, "_keep", keep)

@@ -14,6 +14,7 @@ from core.jobs import datasets, event_log, jobs
 from core.jobs.jobs import Job
 from core.jobs.protocol import Checked, Done, Evaluated, JobEvent, Progress, Warned
 from core.storage.database import Tx
+from tests.support.database import read_now, write_now
 from tests.support.people import Town, town
 
 SHA, OTHER = "a" * 64, "b" * 64
@@ -27,8 +28,9 @@ def it(tmp_path: Path) -> Iterator[Town]:
 
 def bring(it: Town, sha256: str, name: str = "faq.jsonl", who: str = "operator", source: str = "file") -> None:
     brought_by = it.hash(who)
-    it.database.write_now(
-        lambda tx: datasets.keep_dataset(tx, sha256, name, source=source, size_bytes=1, brought_by=brought_by)
+    write_now(
+        it.database,
+        lambda tx: datasets.keep_dataset(tx, sha256, name, source=source, size_bytes=1, brought_by=brought_by),
     )
 
 
@@ -38,7 +40,7 @@ def order(it: Town, sha256: str = SHA, name: str = "faq.jsonl", who: str = "oper
         new_delivery(tx, job_id=job.id)
         return job
 
-    return it.database.write_now(work)
+    return write_now(it.database, work)
 
 
 def step(number: int) -> Progress:
@@ -46,7 +48,7 @@ def step(number: int) -> Progress:
 
 
 def events(it: Town, job: Job) -> list[JobEvent]:
-    return it.database.read_now(lambda tx: event_log.events(tx, job.id))
+    return read_now(it.database, lambda tx: event_log.events(tx, job.id))
 
 
 def hear(it: Town, job: Job, *heard: JobEvent) -> None:
@@ -54,11 +56,11 @@ def hear(it: Town, job: Job, *heard: JobEvent) -> None:
         for event in heard:
             jobs.add_event(tx, job.id, event)
 
-    it.database.write_now(work)
+    write_now(it.database, work)
 
 
 def is_erased(it: Town, sha256: str) -> bool:
-    return it.database.read_now(lambda tx: datasets.is_erased(tx, sha256))
+    return read_now(it.database, lambda tx: datasets.is_erased(tx, sha256))
 
 
 # --- jobs ---
@@ -67,11 +69,12 @@ def is_erased(it: Town, sha256: str) -> bool:
 def test_a_version_is_never_given_twice(it: Town) -> None:
     bring(it, SHA)
     first = order(it)
-    it.database.write_now(lambda tx: jobs.end(tx, first.id, "failed", "ours: x"))
-    it.database.write_now(
+    write_now(it.database, lambda tx: jobs.end(tx, first.id, "failed", "ours: x"))
+    write_now(
+        it.database,
         lambda tx: tx.insert(
             "adapter", sha256="c" * 64, name="acme", version=7, base_fingerprint="f", manifest="{}", created_ms=0
-        )
+        ),
     )
     assert (first.label, order(it).label, order(it, place="delta").label) == ("acme@1", "acme@8", "delta@1")
 
@@ -79,39 +82,39 @@ def test_a_version_is_never_given_twice(it: Town) -> None:
 def test_a_job_ends_once(it: Town) -> None:
     bring(it, SHA)
     job = order(it)
-    assert it.database.write_now(lambda tx: jobs.end(tx, job.id, "failed", "ours: x"))
-    assert not it.database.write_now(lambda tx: jobs.end(tx, job.id, "published"))
-    assert not it.database.write_now(lambda tx: jobs.cancel(tx, job.id, jobs.ASKED))
-    assert not it.database.write_now(lambda tx: jobs.start(tx, job.id))
-    assert it.database.read_now(lambda tx: jobs.state_of(tx, job.id)) == "failed"
+    assert write_now(it.database, lambda tx: jobs.end(tx, job.id, "failed", "ours: x"))
+    assert not write_now(it.database, lambda tx: jobs.end(tx, job.id, "published"))
+    assert not write_now(it.database, lambda tx: jobs.cancel(tx, job.id, jobs.ASKED))
+    assert not write_now(it.database, lambda tx: jobs.start(tx, job.id))
+    assert read_now(it.database, lambda tx: jobs.state_of(tx, job.id)) == "failed"
 
 
 def test_due_is_what_is_open_and_what_is_not_told_yet_oldest_first(it: Town) -> None:
     bring(it, SHA)
     first, second, third = (order(it) for _ in range(3))
-    it.database.write_now(lambda tx: jobs.start(tx, first.id))
-    it.database.write_now(lambda tx: jobs.end(tx, first.id, "failed", "ours: x"))
-    it.database.write_now(lambda tx: jobs.cancel(tx, second.id, jobs.ASKED))
-    assert [job.id for job in it.database.read_now(jobs.due)] == [first.id, third.id]
-    it.database.write_now(lambda tx: jobs.give_up_message(tx, first.id))
-    assert [job.id for job in it.database.read_now(jobs.due)] == [third.id]
+    write_now(it.database, lambda tx: jobs.start(tx, first.id))
+    write_now(it.database, lambda tx: jobs.end(tx, first.id, "failed", "ours: x"))
+    write_now(it.database, lambda tx: jobs.cancel(tx, second.id, jobs.ASKED))
+    assert [job.id for job in read_now(it.database, jobs.due)] == [first.id, third.id]
+    write_now(it.database, lambda tx: jobs.give_up_message(tx, first.id))
+    assert [job.id for job in read_now(it.database, jobs.due)] == [third.id]
 
 
 def test_a_waiting_job_that_is_ended_by_an_erasure_still_tells_it(it: Town) -> None:
     bring(it, SHA)
     job = order(it)
-    it.database.write_now(lambda tx: jobs.cancel(tx, job.id, "erased"))
-    assert [one.id for one in it.database.read_now(jobs.due_checks)] == [job.id]
+    write_now(it.database, lambda tx: jobs.cancel(tx, job.id, "erased"))
+    assert [one.id for one in read_now(it.database, jobs.due_checks)] == [job.id]
 
 
 def test_publishing_needs_a_running_job_and_its_folder_is_known_afterwards(it: Town) -> None:
     bring(it, SHA)
     job = order(it)
-    assert not it.database.write_now(lambda tx: jobs.publishing(tx, job.id, OTHER))
-    it.database.write_now(lambda tx: jobs.start(tx, job.id))
-    assert it.database.write_now(lambda tx: jobs.publishing(tx, job.id, OTHER))
-    assert it.database.read_now(lambda tx: jobs.published_folder(tx, job.id)) == OTHER
-    assert it.database.read_now(lambda tx: jobs.unpublished_folder(tx, job.id)) == OTHER
+    assert not write_now(it.database, lambda tx: jobs.publishing(tx, job.id, OTHER))
+    write_now(it.database, lambda tx: jobs.start(tx, job.id))
+    assert write_now(it.database, lambda tx: jobs.publishing(tx, job.id, OTHER))
+    assert read_now(it.database, lambda tx: jobs.published_folder(tx, job.id)) == OTHER
+    assert read_now(it.database, lambda tx: jobs.unpublished_folder(tx, job.id)) == OTHER
     assert events(it, job) == []
 
 
@@ -143,11 +146,11 @@ def test_progress_forgives_the_trainers_that_died_before_it(it: Town) -> None:
     job = order(it)
     hear(it, job, step(5))
     for expected in (1, 2):
-        assert it.database.write_now(lambda tx: jobs.count_attempt(tx, job.id)) == expected
+        assert write_now(it.database, lambda tx: jobs.count_attempt(tx, job.id)) == expected
     hear(it, job, step(5))  # as far as it had been before
-    assert it.database.write_now(lambda tx: jobs.count_attempt(tx, job.id)) == 3
+    assert write_now(it.database, lambda tx: jobs.count_attempt(tx, job.id)) == 3
     hear(it, job, step(6))
-    assert it.database.write_now(lambda tx: jobs.count_attempt(tx, job.id)) == 1
+    assert write_now(it.database, lambda tx: jobs.count_attempt(tx, job.id)) == 1
 
 
 def test_what_a_resumed_trainer_says_again_is_kept_once(it: Town) -> None:
@@ -175,7 +178,7 @@ def test_a_talkative_trainer_does_not_fill_the_database(it: Town) -> None:
 
 
 def known(it: Town, who: str, typed: str) -> tuple[str, str] | None:
-    return it.database.read_now(lambda tx: datasets.known_dataset(tx, it.hash(who), typed))
+    return read_now(it.database, lambda tx: datasets.known_dataset(tx, it.hash(who), typed))
 
 
 def test_people_know_what_they_brought_and_what_their_channels_read(it: Town) -> None:
@@ -218,23 +221,23 @@ def test_what_people_said_is_known_to_no_other_channel_and_ends_with_its_job(it:
     bring(it, SHA, datasets.CONVERSATIONS, source=datasets.CONVERSATIONS)
     first, second = order(it), order(it)
     assert known(it, "owner", SHA) is None
-    it.database.write_now(lambda tx: jobs.end(tx, first.id, "failed", "ours: x"))
+    write_now(it.database, lambda tx: jobs.end(tx, first.id, "failed", "ours: x"))
     assert not is_erased(it, SHA)
-    it.database.write_now(lambda tx: jobs.cancel(tx, second.id, jobs.ASKED))
+    write_now(it.database, lambda tx: jobs.cancel(tx, second.id, jobs.ASKED))
     assert is_erased(it, SHA)
 
 
 def test_a_file_stays_when_its_job_ends(it: Town) -> None:
     bring(it, SHA)
     job = order(it)
-    it.database.write_now(lambda tx: jobs.end(tx, job.id, "published"))
+    write_now(it.database, lambda tx: jobs.end(tx, job.id, "published"))
     assert not is_erased(it, SHA)
     assert is_erased(it, OTHER)
 
 
 def test_an_erased_data_set_is_not_known_until_it_is_brought_again(it: Town) -> None:
     bring(it, SHA)
-    it.database.write_now(lambda tx: tx.run("UPDATE dataset SET erased_ms = 1"))
+    write_now(it.database, lambda tx: tx.run("UPDATE dataset SET erased_ms = 1"))
     assert known(it, "operator", "faq.jsonl") is None
     bring(it, SHA)
     assert known(it, "operator", "faq.jsonl") == (SHA, "faq.jsonl")

@@ -25,6 +25,7 @@ from core.storage.cipher import Cipher
 from core.storage.database import Database, Tx
 from core.storage.home import Home
 from core.types import Address, Body, Caller, Handle, Incoming, Kind, Lane, Receipt
+from tests.support.database import write_now
 from tests.support.world import OWNER, STRANGER, World, world
 
 DAY_MS = 86_400_000
@@ -453,6 +454,6 @@ def test_privacy_says_the_periods_that_are_in_force(tmp_path: Path) -> None:
             caller = Caller("u", Address("terminal", "home", "home", "home"), channel, "en", 0, 0)
             return commands.privacy(tx, caller, parse("/privacy")).body.text
 
-        text = database.write_now(said)
+        text = write_now(database, said)
     assert "120 min" in text or "2 h" in text
     assert "5 min" in text

@@ -14,6 +14,7 @@ from core.errors import HomeBusy, StorageError, StorageFull
 from core.storage.cipher import Cipher
 from core.storage.database import Database, Tx, open_read_only
 from core.storage.home import Home, Lock
+from tests.support.database import read_now, write_now
 
 
 @pytest.fixture
@@ -34,19 +35,19 @@ def test_the_pragmas_that_promises_rest_on_are_set(database: Database) -> None:
     def pragmas(tx: Tx) -> list[object]:
         return [tx.value(f"PRAGMA {name}") for name in ("journal_mode", "synchronous", "foreign_keys", "secure_delete")]
 
-    assert database.write_now(pragmas) == ["wal", 2, 1, 1]
+    assert write_now(database, pragmas) == ["wal", 2, 1, 1]
 
 
 def test_every_table_is_strict(database: Database) -> None:
     loose = "SELECT name FROM pragma_table_list WHERE schema = 'main' AND type = 'table' AND NOT strict"
-    names = [row["name"] for row in database.read_now(lambda tx: tx.all(loose))]
+    names = [row["name"] for row in read_now(database, lambda tx: tx.all(loose))]
     assert [name for name in names if not name.startswith(("sqlite_", "_sqlite_"))] == []
 
 
 def test_migrations_are_numbered_and_run_once(tmp_path: Path) -> None:
     for _ in range(2):
         with Database(tmp_path / "a.db", Cipher(b"k" * 32)) as database:
-            names = database.read_now(lambda tx: tx.all("SELECT name FROM _sqlite_migrations ORDER BY rowid"))
+            names = read_now(database, lambda tx: tx.all("SELECT name FROM _sqlite_migrations ORDER BY rowid"))
     assert [row["name"][:4] for row in names] == [f"m{n:03}" for n in range(1, len(names) + 1)]
 
 
@@ -69,23 +70,23 @@ async def test_a_failing_write_undoes_only_itself(database: Database) -> None:
 
 def test_a_committed_write_is_seen_by_the_next_read(database: Database) -> None:
     for n in range(50):
-        database.write_now(put(f"{n:03}"))  # type: ignore[arg-type]
-        assert database.read_now(keys)[-1] == f"{n:03}"
+        write_now(database, put(f"{n:03}"))  # type: ignore[arg-type]
+        assert read_now(database, keys)[-1] == f"{n:03}"
 
 
 def test_a_reader_cannot_write(database: Database) -> None:
     with pytest.raises(StorageError):
-        database.read_now(put("k"))  # type: ignore[arg-type]
+        read_now(database, put("k"))  # type: ignore[arg-type]
 
 
 def test_text_is_in_no_file_in_the_clear(tmp_path: Path) -> None:
     cipher = Cipher(b"k" * 32)
     with Database(tmp_path / "a.db", cipher) as database:
-        database.write_now(lambda tx: tx.run("CREATE TABLE t (x BLOB)"))
-        database.write_now(lambda tx: tx.run("INSERT INTO t VALUES (?)", [tx.cipher.seal("marker-7f3a")]))
+        write_now(database, lambda tx: tx.run("CREATE TABLE t (x BLOB)"))
+        write_now(database, lambda tx: tx.run("INSERT INTO t VALUES (?)", [tx.cipher.seal("marker-7f3a")]))
         stored = b"".join(path.read_bytes() for path in tmp_path.iterdir())
         assert b"marker-7f3a" not in stored
-        assert database.read_now(lambda tx: tx.cipher.unseal(tx.value("SELECT x FROM t"))) == "marker-7f3a"
+        assert read_now(database, lambda tx: tx.cipher.unseal(tx.value("SELECT x FROM t"))) == "marker-7f3a"
 
 
 async def test_a_wal_that_a_reader_holds_is_emptied_by_the_first_commit_without_it(tmp_path: Path) -> None:
@@ -145,12 +146,12 @@ def test_a_full_disk_is_a_clear_error_and_goes_on_when_there_is_room(small_disk:
         kept = []
         with pytest.raises(StorageFull):  # noqa: PT012
             for n in range(1000):
-                database.write_now(put(f"{n:04}", "x" * 20_000))  # type: ignore[arg-type]
+                write_now(database, put(f"{n:04}", "x" * 20_000))  # type: ignore[arg-type]
                 kept.append(f"{n:04}")
-        assert database.read_now(keys) == kept
+        assert read_now(database, keys) == kept
         ballast.unlink()
-        database.write_now(put("after"))  # type: ignore[arg-type]
-        assert database.read_now(keys)[-1] == "after"
+        write_now(database, put("after"))  # type: ignore[arg-type]
+        assert read_now(database, keys)[-1] == "after"
     connection = open_read_only(small_disk / "a.db")
     assert connection.execute("PRAGMA integrity_check").fetchone() == ("ok",)
     connection.close()

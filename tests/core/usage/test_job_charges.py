@@ -15,6 +15,7 @@ from core.jobs import datasets, jobs
 from core.storage.cipher import Cipher
 from core.storage.database import Database, Tx
 from core.usage import ledger, prices
+from tests.support.database import read_now, write_now
 from tests.support.people import Town, town
 
 SHA = "a" * 64
@@ -28,8 +29,9 @@ STEPS = st.one_of(
 
 def bring(it: Town) -> None:
     owner = it.hash("operator")
-    it.database.write_now(
-        lambda tx: datasets.keep_dataset(tx, SHA, "faq.jsonl", source="file", size_bytes=1, brought_by=owner)
+    write_now(
+        it.database,
+        lambda tx: datasets.keep_dataset(tx, SHA, "faq.jsonl", source="file", size_bytes=1, brought_by=owner),
     )
 
 
@@ -74,9 +76,9 @@ def test_every_version_has_one_charge_whatever_happens_in_which_order(
                     else:
                         jobs.end(tx, number, "cancelled" if what == "cancel" else "failed")
 
-            it.database.write_now(work)
-            assert it.database.read_now(ledger.check) == []
-        rows = it.database.read_now(lambda tx: tx.all("SELECT * FROM ledger"))
+            write_now(it.database, work)
+            assert read_now(it.database, ledger.check) == []
+        rows = read_now(it.database, lambda tx: tx.all("SELECT * FROM ledger"))
         assert {row["job_id"]: (row["tokens_trained"], row["gross_nano"]) for row in rows} == wanted
         assert len(rows) == len(wanted)
         assert all(row["owner_nano"] == row["gross_nano"] for row in rows)
@@ -85,15 +87,15 @@ def test_every_version_has_one_charge_whatever_happens_in_which_order(
 def test_a_job_is_charged_once_and_one_that_trains_nothing_never(tmp_path: Path) -> None:
     with town(tmp_path) as it:
         bring(it)
-        job = it.database.write_now(lambda tx: jobs.create(tx, it.caller(tx, "operator"), SHA))
-        it.database.write_now(lambda tx: publish(tx, job.id, 10))
+        job = write_now(it.database, lambda tx: jobs.create(tx, it.caller(tx, "operator"), SHA))
+        write_now(it.database, lambda tx: publish(tx, job.id, 10))
         assert it.rows()["ledger"] == []
-        priced = it.database.write_now(lambda tx: jobs.create(tx, it.caller(tx, "operator"), SHA))
-        it.database.write_now(lambda tx: jobs.pin_price(tx, priced.id))
-        it.database.write_now(lambda tx: publish(tx, priced.id, 10))
+        priced = write_now(it.database, lambda tx: jobs.create(tx, it.caller(tx, "operator"), SHA))
+        write_now(it.database, lambda tx: jobs.pin_price(tx, priced.id))
+        write_now(it.database, lambda tx: publish(tx, priced.id, 10))
         with pytest.raises(StorageError, match="UNIQUE"):
-            it.database.write_now(lambda tx: ledger.charge_job(tx, priced.id, 10))
-        assert it.database.read_now(ledger.check) == []
+            write_now(it.database, lambda tx: ledger.charge_job(tx, priced.id, 10))
+        assert read_now(it.database, ledger.check) == []
 
 
 @pytest.mark.parametrize(
@@ -111,14 +113,14 @@ def test_the_checker_finds_each_kind_of_damage(tmp_path: Path, damage: str, foun
     with town(tmp_path) as it:
         bring(it)
         it.run("owner", "/channel set acme price_train=5")
-        job = it.database.write_now(lambda tx: jobs.create(tx, it.caller(tx, "operator"), SHA))
-        it.database.write_now(lambda tx: jobs.pin_price(tx, job.id, 10))
-        it.database.write_now(lambda tx: publish(tx, job.id, 10))
-        assert it.database.read_now(ledger.check) == []
+        job = write_now(it.database, lambda tx: jobs.create(tx, it.caller(tx, "operator"), SHA))
+        write_now(it.database, lambda tx: jobs.pin_price(tx, job.id, 10))
+        write_now(it.database, lambda tx: publish(tx, job.id, 10))
+        assert read_now(it.database, ledger.check) == []
     connection = sqlite3.connect(tmp_path / "a.db")
     connection.execute("PRAGMA foreign_keys = OFF")
     connection.execute(damage)
     connection.commit()
     connection.close()
     with Database(tmp_path / "a.db", Cipher(b"k" * 32)) as database:
-        assert any(problem.startswith(found) for problem in database.read_now(ledger.check))
+        assert any(problem.startswith(found) for problem in read_now(database, ledger.check))

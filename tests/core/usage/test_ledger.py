@@ -15,12 +15,13 @@ from core.storage.cipher import Cipher
 from core.storage.database import Database, Tx
 from core.types import Price
 from core.usage import ledger, prices
+from tests.support.database import read_now, write_now
 
 
 @pytest.fixture
 def database(tmp_path: Path) -> Iterator[Database]:
     with Database(tmp_path / "a.db", Cipher(b"k" * 32)) as database:
-        database.write_now(lambda tx: terminal.ensure_terminal(tx, "home"))
+        write_now(database, lambda tx: terminal.ensure_terminal(tx, "home"))
         yield database
 
 
@@ -81,22 +82,22 @@ def test_shares_always_sum_to_the_gross(
 
 def test_sound_books_have_no_violation(database: Database) -> None:
     for n in range(5):
-        database.write_now(lambda tx, n=n: deliver(tx, n))  # type: ignore[misc]
-    assert database.read_now(ledger.check) == []
-    assert database.read_now(lambda tx: tx.value("SELECT sum(replies) FROM usage_daily")) == 5
+        write_now(database, lambda tx, n=n: deliver(tx, n))  # type: ignore[misc]
+    assert read_now(database, ledger.check) == []
+    assert read_now(database, lambda tx: tx.value("SELECT sum(replies) FROM usage_daily")) == 5
 
 
 def test_a_second_charge_is_impossible(database: Database) -> None:
-    database.write_now(lambda tx: deliver(tx, 1))
+    write_now(database, lambda tx: deliver(tx, 1))
     with pytest.raises(Exception, match="UNIQUE"):
-        database.write_now(lambda tx: ledger.charge(tx, "g1"))
+        write_now(database, lambda tx: ledger.charge(tx, "g1"))
 
 
 @pytest.mark.parametrize("statement", ["UPDATE ledger SET tokens_in = 0", "DELETE FROM ledger"])
 def test_the_ledger_is_append_only(database: Database, statement: str) -> None:
-    database.write_now(lambda tx: deliver(tx, 1))
+    write_now(database, lambda tx: deliver(tx, 1))
     with pytest.raises(Exception, match="append-only"):
-        database.write_now(lambda tx: tx.run(statement))
+        write_now(database, lambda tx: tx.run(statement))
 
 
 @pytest.mark.parametrize(
@@ -115,12 +116,12 @@ def test_the_checker_finds_each_kind_of_damage(tmp_path: Path, damage: str, foun
     """A checker that cannot fail proves nothing."""
     path = tmp_path / "a.db"
     with Database(path, Cipher(b"k" * 32)) as database:
-        database.write_now(lambda tx: terminal.ensure_terminal(tx, "home"))
-        database.write_now(lambda tx: deliver(tx, 1))
+        write_now(database, lambda tx: terminal.ensure_terminal(tx, "home"))
+        write_now(database, lambda tx: deliver(tx, 1))
     connection = sqlite3.connect(path)
     connection.execute("PRAGMA foreign_keys = OFF")
     connection.execute(damage)
     connection.commit()
     connection.close()
     with Database(path, Cipher(b"k" * 32)) as database:
-        assert any(problem.startswith(found) for problem in database.read_now(ledger.check))
+        assert any(problem.startswith(found) for problem in read_now(database, ledger.check))

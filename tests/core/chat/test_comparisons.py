@@ -95,7 +95,7 @@ async def test_both_answer_blind_and_the_choice_is_told_and_counted_once(tmp_pat
         assert "You chose **acme@1**" in told
         assert "acme@1 better 1, base better 0, alike 0" in told
         again = await w.ask("/adapter choose 1 same", user=OWNER)
-        assert "decided already" in again
+        assert "already decided" in again
         assert "acme@1 better 1, base better 0, alike 0" in again
         assert [one for one, _ in await chosen(w)] == ["candidate"]
         assert await w.count("generation") == await w.count("ledger") == await w.count("turn") == 0

@@ -1,25 +1,25 @@
-"""The error tree. Every error names a sentence of core/i18n for the person who caused it; knows no sentence itself.
+"""The error tree. `key` of each error names the sentence of core/i18n that the person sees.
 
 AppError
 ├── UserError            shown to the person as it is
-│   ├── BadCommand           not in the command table, or not in its right form
-│   ├── NotAllowed           the person has no grant for it
-│   ├── LimitReached         too fast, or too much; carries retry_after_s
-│   ├── PromptTooLong        the message alone exceeds what this channel or model takes in
-│   ├── UnknownThing         a channel, adapter, job, data set ... of that name does not exist
-│   └── BadInput             any other thing that a person sent and that cannot be used
+│   ├── BadCommand           unknown, or malformed
+│   ├── NotAllowed           the person lacks the grant
+│   ├── LimitReached         rate limit; carries retry_after_s
+│   ├── PromptTooLong        the message exceeds the channel's or model's limit
+│   ├── UnknownThing         no channel, adapter, job, data set ... of that name
+│   └── BadInput             any other input that cannot be used
 ├── Overloaded           too many waiting; carries retry_after_s
-├── EngineError          users see one neutral line; operators see the detail in the log
+├── EngineError          users see a neutral sentence; the detail is in the log
 │   ├── ModelLoadFailed
 │   ├── OutOfMemory
-│   └── AdapterUnusable      the pinned adapter is missing, damaged or made for another base model
-├── JobError             a fine-tune that cannot go on; `fault` says whose it is: "yours" (the data), "settings", "ours"
+│   └── AdapterUnusable      missing, damaged or trained on another base model
+├── JobError             a fine-tune that cannot go on
 │   └── BadDataset           carries line and reason
 ├── StorageError         the home cannot be read or written
 │   ├── StorageFull
-│   ├── StorageRefused       a rule of the tables forbids it: a bug of ours, which does not pass
-│   ├── StoredUnreadable     a stored text is damaged or of another key: that does not pass
-│   └── HomeBusy             another program owns the home
+│   ├── StorageRefused       a constraint of the tables: a bug, not transient
+│   ├── StoredUnreadable     stored text is damaged or of another key: not transient
+│   └── HomeBusy             another process owns the home
 └── BadConfig            a configuration file, key or value
 """
 
@@ -27,7 +27,7 @@ from __future__ import annotations
 
 
 class AppError(Exception):
-    """`key` names the sentence in core/i18n; `fields` fill it; `detail` is for the log and the command line only."""
+    """`key` names the sentence in core/i18n, `fields` fill it; `detail` is for the log and the command line."""
 
     key = "error.internal"
 

@@ -1,4 +1,4 @@
-"""Values that cross folders: frozen dataclasses and enums. Standard library only; no behaviour, no I/O."""
+"""Values that cross packages: frozen dataclasses and enums, without behaviour."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ from pathlib import Path
 from typing import NewType
 
 Handle = NewType("Handle", str)
-"""The bot's own JSON, by which one part of a delivery can be written again."""
+"""JSON of the bot: addresses one part of a delivery that can still be edited."""
 
 Receipt = NewType("Receipt", str)
-"""The bot's own JSON, proof that a part is held by the platform in its final form."""
+"""JSON of the bot: proof that the platform holds a part in its final form."""
 
 
 class Lane(StrEnum):
-    """CONTROL is handled at once and idempotent; TURN is handled in order per conversation."""
+    """CONTROL is handled at once and is idempotent; TURN waits for its conversation's earlier turns."""
 
     CONTROL = "control"
     TURN = "turn"
@@ -38,7 +38,7 @@ class Role(StrEnum):
 
 @dataclass(frozen=True, slots=True)
 class Message:
-    """One turn as the chat template sees it."""
+    """One message of the chat template."""
 
     role: Role
     text: str
@@ -46,7 +46,7 @@ class Message:
 
 @dataclass(frozen=True, slots=True)
 class Address:
-    """Where a reply goes. `place` is a chat or a Slack channel; `conversation` is one thread of turns in it."""
+    """Where a reply goes. `place` is a chat or channel of the platform; `conversation` is a thread in it."""
 
     platform: str
     account: str
@@ -57,7 +57,7 @@ class Address:
 
 @dataclass(frozen=True, slots=True)
 class Attachment:
-    """A file that a person sent, by the platform's id for it; on the terminal the id is a local path."""
+    """A file that a person sent. `file_id` is the platform's id; on the terminal a local path."""
 
     file_id: str
     name: str
@@ -67,7 +67,7 @@ class Attachment:
 
 @dataclass(frozen=True, slots=True)
 class Incoming:
-    """One platform update, read. `update_key` and `message_key` are unique per account: a repeat is a no-op."""
+    """One platform update, parsed. `update_key` and `message_key` are unique per account: a repeat is a no-op."""
 
     lane: Lane
     kind: Kind
@@ -81,14 +81,14 @@ class Incoming:
     attachments: tuple[Attachment, ...] = ()
     action: str = ""
     value: str = ""
-    answers: str = ""  # the receipt of our message that this one is a reply to
-    public: bool = False  # others read what is answered
-    moderates: bool = False  # the bot knows that they may stop what others asked for here
+    answers: str = ""  # the receipt of our message that this one replies to
+    public: bool = False  # others can read the answer
+    moderates: bool = False  # a moderator of the place: may stop anyone's reply there
 
 
 @dataclass(frozen=True, slots=True)
 class Button:
-    """A choice below a reply; pressing it comes back as Incoming(kind=PRESS, action=..., value=...)."""
+    """A button below a reply. A press arrives as Incoming(kind=PRESS, action=..., value=...)."""
 
     text: str
     action: str
@@ -97,9 +97,9 @@ class Button:
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """What one reply says: Markdown text, and what may hang below it.
+    """The content of one reply: Markdown text, buttons, files.
 
-    `note` is a small remark on the reply itself (tokens and seconds); a bot may leave it out.
+    `note` is a remark on the reply (tokens, seconds) that a bot may leave out.
     """
 
     text: str
@@ -110,9 +110,9 @@ class Body:
 
 @dataclass(frozen=True, slots=True)
 class Sampling:
-    """How one reply is drawn. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off.
+    """Sampling of one reply. temperature 0 is greedy; top_k 0, top_p 1, min_p 0 and repetition_penalty 1 are off.
 
-    Random numbers depend on `seed` and the position of the token alone.
+    Random numbers depend only on `seed` and the token's position.
     """
 
     temperature: float = 0.0
@@ -127,7 +127,7 @@ class Sampling:
 
 @dataclass(frozen=True, slots=True)
 class TokenUsage:
-    """Tokens of one generation. `reused_tokens` are those of the prompt that were not computed again."""
+    """Tokens of one generation. `reused_tokens` are prompt tokens found in the prefix cache."""
 
     prompt_tokens: int
     completion_tokens: int
@@ -136,7 +136,7 @@ class TokenUsage:
 
 @dataclass(frozen=True, slots=True)
 class AdapterRef:
-    """An adapter version as machines know it, and the label (`name@version`) by which people do."""
+    """An adapter version: its hash and folder, and its label `name@version` for people."""
 
     sha256: str
     folder: Path
@@ -145,7 +145,7 @@ class AdapterRef:
 
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one user of a channel may use. 0 means no limit."""
+    """What one person may use in a channel; 0 is no limit."""
 
     per_minute: int = 6
     per_hour: int = 60
@@ -155,9 +155,9 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """Integer nano-units of the currency per token; `share_bps` of it, in basis points, is the partner's.
+    """Prices in integer nano-units of the currency per token; `share_bps` basis points go to the partner.
 
-    A token that is trained has its own price, of which no partner has a share.
+    A trained token costs `train_nano`, of which the partner gets no share.
     """
 
     id: int
@@ -169,9 +169,9 @@ class Price:
 
 @dataclass(frozen=True, slots=True)
 class Channel:
-    """One place where the model is offered under one agreement.
+    """One offer of the model: its instructions, limits and sampling.
 
-    `adapter` is the adapter name whose champion the channel answers from.
+    `adapter` is the adapter name whose champion answers.
     """
 
     id: int
@@ -181,18 +181,18 @@ class Channel:
     adapter: str
     instructions: str = ""
     language: str = ""
-    questions: tuple[str, ...] = ()  # to begin with
+    questions: tuple[str, ...] = ()  # suggested at the start
     limits: Limits = field(default_factory=Limits)
     sampling: Sampling = field(default_factory=Sampling)
     archived: bool = False
-    weight: float = 1.0  # its partner's, beside other partners
+    weight: float = 1.0  # its partner's share of the engine
 
 
 Json = str | int | float | bool | None | list["Json"] | Mapping[str, "Json"]
 
 
 class Grant(IntEnum):
-    """What a person may do in a channel; each holds what stands before it."""
+    """What a person may do in a channel; each includes the ones before."""
 
     ANYONE = 0
     OPERATOR = 1  # of this channel
@@ -201,7 +201,7 @@ class Grant(IntEnum):
 
 @dataclass(frozen=True, slots=True)
 class Caller:
-    """Who gave a command, and where. `user` is the keyed hash; `language` is resolved: person, channel, then "en"."""
+    """Who gave a command, and where. `user` is a keyed hash; `language` is the person's, the channel's or "en"."""
 
     user: str
     address: Address
@@ -211,31 +211,31 @@ class Caller:
     conversation_id: int
     attachments: tuple[Attachment, ...] = ()
     answers: str = ""  # the receipt of our message that they replied to
-    public: bool = False  # others read what is answered
-    moderates: bool = False  # the bot knows that they may stop what others asked for here
+    public: bool = False  # others can read the answer
+    moderates: bool = False  # a moderator of the place: may stop anyone's reply there
     grant: Grant = Grant.ANYONE  # in `channel`
 
 
 @dataclass(frozen=True, slots=True)
 class StopReply:
-    """After the commit: stop what is being answered in the caller's conversation, if it is for `user` ("": anybody)."""
+    """After the commit: stop the running reply in the caller's conversation if it is for `user` ("": anyone)."""
 
     user: str
 
 
 @dataclass(frozen=True, slots=True)
 class AnswerAgain:
-    """Instead of the body: a new answer to the conversation's last question."""
+    """Instead of the body: answer the conversation's last question again."""
 
 
 @dataclass(frozen=True, slots=True)
 class CompareBlind:
-    """Instead of the body: both answers of the comparison that the caller's row has begun."""
+    """Instead of the body: both answers of the blind comparison that this command began."""
 
 
 @dataclass(frozen=True, slots=True)
 class ForgetMemory:
-    """After the commit: the engine drops what it keeps of the conversation ("" is all of the channel's)."""
+    """After the commit: the engine drops its prefix cache of the conversation ("": of the whole channel)."""
 
     channel: str
     conversation: str = ""
@@ -243,17 +243,17 @@ class ForgetMemory:
 
 @dataclass(frozen=True, slots=True)
 class WakeTraining:
-    """After the commit: the jobs' supervisor looks at the job table."""
+    """After the commit: the job supervisor reads the job table."""
 
 
 @dataclass(frozen=True, slots=True)
 class EraseFiles:
-    """After the commit: privacy sweeps files whose rows are marked as erased, and folds the WAL."""
+    """After the commit: files of erased rows are removed and the WAL is truncated."""
 
 
 @dataclass(frozen=True, slots=True)
 class Choose:
-    """After the answer: where a button was pressed for this, the buttons beside it give way to what was chosen."""
+    """After the answer: the buttons of the pressed message are replaced by the choice."""
 
 
 After = StopReply | AnswerAgain | CompareBlind | ForgetMemory | WakeTraining | EraseFiles | Choose
@@ -261,7 +261,7 @@ After = StopReply | AnswerAgain | CompareBlind | ForgetMemory | WakeTraining | E
 
 @dataclass(frozen=True, slots=True)
 class Outcome:
-    """What a command says, and what is to be done once its transaction is committed."""
+    """The answer of a command, and its effects once the transaction is committed."""
 
     body: Body
     after: tuple[After, ...] = ()

@@ -1,1 +1,7 @@
-"""TODO map."""
+"""Adapter versions: checked folders, and the rows that say which version answers.
+
+registry.py  inspect, place and verify folders; publish, promote, undo and unpublish versions
+commands.py  /adapter
+
+A folder is complete under adapters/<sha256> before its row is written. May import: files, model, storage, channels.
+"""

@@ -1,6 +1,6 @@
-"""What /adapter does: list, show, promote, roll back. Knows no files and no model.
+"""/adapter list, show, promote, rollback and discard.
 
-Promotion moves the champion of a name, so it needs a grant for every channel that follows the name, and says which.
+A promotion changes every channel that follows the adapter name: it needs a grant for each, and its answer names them.
 """
 
 from __future__ import annotations
@@ -108,7 +108,7 @@ def promote(tx: Tx, caller: Caller, call: Call) -> Outcome:
 
 @command("adapter", "discard")
 def discard(tx: Tx, caller: Caller, call: Call) -> Outcome:
-    """Take a version out of use for good. Raises BadInput for one that answers, or that is base."""
+    """Take a version out of use for good. Raises BadInput for the champion and for base."""
     version = find_version(tx, caller, call.arguments["version"])
     followers = _followers(tx, caller)
     champion, _ = adapter_names.champion(tx, caller.channel.adapter)
@@ -135,7 +135,7 @@ def rollback(tx: Tx, caller: Caller, call: Call) -> Outcome:
 
 
 def promote_button(language: str, label: str) -> Button:
-    """Puts a version into service by one press."""
+    """Promotes a version."""
     return Button(say(language, "adapter.promote_button"), "command", f"/adapter promote {label}")
 
 
@@ -144,7 +144,7 @@ def compare_button(language: str, label: str) -> Button:
 
 
 def anyway_button(language: str, label: str) -> Button:
-    """For one that did not pass: the command then asks for a reason."""
+    """For a version that did not pass: the command asks for a reason."""
     return Button(say(language, "adapter.anyway_button"), "command", f"/adapter promote {label}")
 
 
@@ -157,7 +157,7 @@ def _promote_button(caller: Caller, label: str) -> Button:
 
 
 def find_version(tx: Tx, caller: Caller, typed: str) -> Version | None:
-    """The version that was meant, of this channel's name alone; None is base. Raises UnknownThing."""
+    """The version of the channel's adapter name that was typed; None is base. Raises UnknownThing."""
     if typed.lower() == BASE:
         return None
     name, _, number = typed.rpartition("@")
@@ -177,14 +177,14 @@ def check_usable(tx: Tx, version: Version) -> None:
 
 
 def _measured_against(tx: Tx, version: Version | None) -> str:
-    """The version that a new one was found to be better than; "" for base, and for one that has answered before."""
+    """The champion that a never promoted version was judged against, or ""."""
     if version is None or registry.put_into_service(tx, version.sha256):
         return ""
     return str(version.judged.get("champion", ""))
 
 
 def _check_verdict(version: Version, reason: str) -> None:
-    """A version that did not pass goes into service only by who says why; the audit log keeps it."""
+    """A version that did not pass needs a reason, which the audit log keeps. Raises BadInput."""
     if not version.passed and not reason:
         why = Lazy(f"adapter.verdict_{version.verdict}")
         raise BadInput("adapter.needs_reason", label=version.label, why=why)
@@ -195,7 +195,7 @@ def _other_base(tx: Tx, version: Version) -> bool:
 
 
 def _followers(tx: Tx, caller: Caller) -> str:
-    """The channels that follow the name, with their places, for people. Raises NotAllowed."""
+    """The channels that follow the name, with their places. Raises NotAllowed where one is not the caller's."""
     rows = tx.all(
         "SELECT id, title FROM channel WHERE adapter = ? AND archived_ms IS NULL ORDER BY name",
         [caller.channel.adapter],
@@ -222,7 +222,7 @@ def _line(tx: Tx, caller: Caller, version: Version, champion: str | None) -> str
 
 
 def state_now(tx: Tx, version: Version) -> Lazy | None:
-    """What became of a version since it was made; None while it is just ready."""
+    """The state of a version; None while it is ready and was never used."""
     champion, _ = adapter_names.champion(tx, version.name)
     state = _state(tx, version, champion)
     return None if state == "adapter.ready" else state
@@ -250,7 +250,7 @@ def _approved(tx: Tx, caller: Caller, put: Row) -> str:
 
 
 def _dataset(tx: Tx, version: Version) -> str:
-    """What its channel called the data set."""
+    """The name of its data set in its channel."""
     return tx.value("SELECT dataset FROM job WHERE result = ?", [version.sha256]) or "?"
 
 
@@ -263,7 +263,7 @@ def _losses(manifest: Mapping[str, Any]) -> str:
 
 
 def _epochs(manifest: Mapping[str, Any]) -> str | int:
-    """As many as were planned, or those of them that were done where training stopped early."""
+    """The planned epochs, and those done where training stopped early."""
     planned = (manifest.get("hyper") or {}).get("epochs", "?")
     done = manifest.get("epochs_done", planned)
     return planned if done == planned else Lazy("adapter.epochs_done", done=f"{done:g}", planned=planned)

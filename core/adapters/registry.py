@@ -1,7 +1,7 @@
-"""Adapter versions: folders checked and kept by their hash, rows that say which one answers. Knows no torch.
+"""Adapter versions: folders named by their hash, and rows that say which version answers.
 
-A folder is read completely before it is believed, renamed to `adapters/<sha256>`, and then written down in one
-transaction. So a crash leaves either nothing, or a folder that the next attempt finds and uses.
+A folder is checked completely, renamed to `adapters/<sha256>` and then recorded in one transaction. A crash leaves
+nothing, or a folder that the next attempt finds and uses.
 """
 
 from __future__ import annotations
@@ -10,11 +10,12 @@ import hashlib
 import json
 import os
 import threading
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+from cachetools import LRUCache
 
 from core import files
 from core.channels import adapter_names
@@ -29,26 +30,26 @@ from core.types import AdapterRef
 CONFIG, WEIGHTS, MANIFEST, CARD = "adapter_config.json", "adapter_model.safetensors", "manifest.json", "README.md"
 _NEEDED = {CONFIG: 2**20, WEIGHTS: 16 * 2**30, MANIFEST: 2**20}
 _ALLOWED = {**_NEEDED, CARD: 2**20}
-_IDENTITY = tuple(sorted(_NEEDED))  # what it computes, and where it came from; the card may be edited
+_IDENTITY = tuple(sorted(_NEEDED))  # weights, configuration, origin; the card may be edited
 _REMEMBERED = 256
 ERASED = "erased"  # why a version was unpublished: its data set was erased
 
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
-    """A folder that was read completely. `sha256` is its identity, `manifest` the JSON text in it."""
+    """A checked folder. `sha256` is its identity, `manifest` its JSON text."""
 
     sha256: str
     folder: Path
     base_fingerprint: str
     dataset_sha256: str
     manifest: str
-    trained_tokens: int = 0  # as its manifest says; 0 where nothing was trained
+    trained_tokens: int = 0  # by its manifest; 0 where nothing was trained
 
 
 @dataclass(frozen=True, slots=True)
 class Version:
-    """One row of the table `adapter`; None stands for base."""
+    """One row of `adapter`; where a Version may be None, None is base."""
 
     sha256: str
     name: str
@@ -57,7 +58,7 @@ class Version:
     dataset_sha256: str
     manifest: dict[str, Any]
     created_ms: int
-    unpublished: str  # why it may not be used any more, or ""
+    unpublished: str  # why it was taken out of use, or ""
 
     @property
     def label(self) -> str:
@@ -82,7 +83,7 @@ class Version:
 
 
 def inspect(folder: Path) -> Candidate:
-    """Check a whole folder. Raises AdapterUnusable with what is wrong as its detail."""
+    """Check a whole folder. Raises AdapterUnusable with the reason as its detail."""
     try:
         _check_files(folder)
         config = _json(folder / CONFIG)
@@ -104,7 +105,7 @@ def inspect(folder: Path) -> Candidate:
 
 
 def place(home: Home, candidate: Candidate) -> Path:
-    """Move the folder to where it is served from. Repeatable: one that is there already is kept, and checked."""
+    """Move the folder to where it is served from. Repeatable: an existing folder is verified and kept."""
     target = home.adapters / candidate.sha256
     if target.exists():
         verify(AdapterRef(candidate.sha256, target))
@@ -113,12 +114,12 @@ def place(home: Home, candidate: Candidate) -> Path:
     return target
 
 
-_verified: OrderedDict[str, tuple[tuple[int, ...], ...]] = OrderedDict()
+_verified: LRUCache[str, tuple[tuple[int, ...], ...]] = LRUCache(_REMEMBERED)
 _verified_lock = threading.Lock()
 
 
 def verify(ref: AdapterRef) -> None:
-    """That the folder still is what its hash says. Files that have not changed since are not read again.
+    """Check that the folder still has its hash. Unchanged files are not read again.
 
     Raises AdapterUnusable naming the version.
     """
@@ -137,12 +138,10 @@ def verify(ref: AdapterRef) -> None:
         raise AdapterUnusable(detail=f"adapter {label}: {error}", label=label) from error
     with _verified_lock:
         _verified[str(ref.folder)] = seen
-        while len(_verified) > _REMEMBERED:
-            _verified.popitem(last=False)
 
 
 def _check_files(folder: Path) -> None:
-    """Plain files of known names and bearable sizes, and nothing else."""
+    """Only plain files of known names and bounded sizes. Raises ValueError, OSError."""
     if folder.is_symlink() or not folder.is_dir():
         raise ValueError("it is not a folder")
     found = {entry.name: entry for entry in os.scandir(folder)}
@@ -168,7 +167,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _digest(folder: Path) -> str:
-    """sha256 over the names and sha256 sums of the files that count."""
+    """SHA-256 over names and SHA-256 sums of the files in _IDENTITY."""
     digest = hashlib.sha256()
     for name in _IDENTITY:
         digest.update(f"{name} {files.sha256(folder / name)}\n".encode())
@@ -176,7 +175,7 @@ def _digest(folder: Path) -> str:
 
 
 def _stamps(folder: Path) -> tuple[tuple[int, ...], ...]:
-    """What changes whenever a file does: the kernel sets ctime, and nobody can set it back."""
+    """File stamps that change with every write: ctime cannot be set back."""
     stats = [(folder / name).stat() for name in _IDENTITY]
     return tuple((s.st_dev, s.st_ino, s.st_size, s.st_mtime_ns, s.st_ctime_ns) for s in stats)
 
@@ -185,7 +184,7 @@ def _stamps(folder: Path) -> tuple[tuple[int, ...], ...]:
 
 
 def publish(tx: Tx, candidate: Candidate, name: str, version: int) -> None:
-    """Write the version down. Repeatable; it answers nobody before it is promoted."""
+    """Record the version. Repeatable; it answers nobody before it is promoted."""
     found = tx.one("SELECT name, version FROM adapter WHERE sha256 = ?", [candidate.sha256])
     if found == {"name": name, "version": version}:
         return
@@ -213,21 +212,21 @@ def by_sha(tx: Tx, sha256: str) -> Version:
 
 
 def promote(tx: Tx, name: str, sha256: str | None, actor: str, reason: str) -> None:
-    """Make the version (None is base) what the name's channels answer from. The caller has checked that it may."""
+    """Make the version (None is base) the champion of a name. The caller has checked that it may be."""
     before, _ = adapter_names.champion(tx, name)
     tx.insert("promotion", name=name, from_sha256=before, to_sha256=sha256, actor=actor, reason=reason, at_ms=tx.now_ms)
     adapter_names.set_champion(tx, name, sha256)
 
 
 def put_into_service(tx: Tx, sha256: str) -> Row | None:
-    """Who last put this version into service, why and when; None where nobody has."""
+    """The last promotion of this version: actor, reason, at_ms; None where there was none."""
     return tx.one("SELECT actor, reason, at_ms FROM promotion WHERE to_sha256 = ? ORDER BY id DESC LIMIT 1", [sha256])
 
 
 def undo(tx: Tx, name: str) -> tuple[str | None, str | None] | None:
-    """Undo the newest promotion that stands: (before, after) as sha256; None where there is none.
+    """Undo the newest promotion that was not undone: (before, after) as sha256; None where there is none.
 
-    Versions that were unpublished meanwhile, or made for another base model, are skipped, down to base.
+    Skips versions that were unpublished since, or trained on another base model, down to base.
     """
     now, _ = adapter_names.champion(tx, name)
     undone, back = _way_back(tx, name)
@@ -240,7 +239,7 @@ def undo(tx: Tx, name: str) -> tuple[str | None, str | None] | None:
 
 
 def undo_label(tx: Tx, name: str) -> str:
-    """What `undo` would bring back, as people call it; "" where there is nothing to undo."""
+    """The label that `undo` would bring back; "" where there is nothing to undo."""
     _, back = _way_back(tx, name)
     if back == adapter_names.champion(tx, name)[0]:
         return ""
@@ -248,7 +247,7 @@ def undo_label(tx: Tx, name: str) -> str:
 
 
 def _way_back(tx: Tx, name: str) -> tuple[list[int], str | None]:
-    """The promotions that are undone to come to what answered before, newest first, and what that is: else as now."""
+    """(ids of the promotions to undo, newest first; the champion after that, or the current one)."""
     now, _ = adapter_names.champion(tx, name)
     standing = "SELECT id, from_sha256 FROM promotion WHERE name = ? AND undone_ms IS NULL ORDER BY id DESC"
     undone = []
@@ -275,14 +274,14 @@ def _serves(tx: Tx, version: Version) -> bool:
 
 
 def unpublish(tx: Tx, sha256: str, reason: str) -> list[str]:
-    """Never use this version again. Where it answers, the one before does from now on: the names where it did."""
+    """Take a version out of use; names it was champion of go back to the one before. Returns those names."""
     tx.run(
         "UPDATE adapter SET unpublished_ms = ?, unpublished_reason = ? WHERE sha256 = ? AND unpublished_ms IS NULL",
         [tx.now_ms, reason, sha256],
     )
     names = adapter_names.championed(tx, sha256)
     for name in names:
-        if undo(tx, name) is None:  # it never came here by a promotion
+        if undo(tx, name) is None:  # it was not promoted
             adapter_names.set_champion(tx, name, None)
     return names
 

@@ -6,11 +6,11 @@ from core.channels.directory import SELECT_CHANNEL, channel_of_row
 from core.storage.database import Tx
 from core.types import Channel
 
-LINK = "start="  # before the payload of a link, as the place that a channel is bound to
+LINK = "start="  # a link is bound as the place start=<payload>
 
 
 def bind(tx: Tx, platform: str, account: str, place: str, channel_id: int) -> None:
-    """From now on this place ("" is the account's default) belongs to the channel."""
+    """Bind a place to a channel; "" is the account's default."""
     tx.run(
         "INSERT INTO binding VALUES (?, ?, ?, ?) ON CONFLICT DO UPDATE SET channel_id = excluded.channel_id",
         [platform, account, place, channel_id],
@@ -18,7 +18,7 @@ def bind(tx: Tx, platform: str, account: str, place: str, channel_id: int) -> No
 
 
 def channel_for(tx: Tx, platform: str, account: str, place: str) -> Channel | None:
-    """The channel of a place: its own, else its account's default. None where there is none, or it is archived."""
+    """The channel bound to a place, else to its account. None where there is none, or it is archived."""
     row = tx.one(
         f"{SELECT_CHANNEL} JOIN binding ON channel_id = channel.id"
         " WHERE platform = ? AND account = ? AND place IN (?, '')"
@@ -29,7 +29,7 @@ def channel_for(tx: Tx, platform: str, account: str, place: str) -> Channel | No
 
 
 def channel_of_person(tx: Tx, platform: str, account: str, place: str, user_hash: str) -> Channel | None:
-    """The channel of a place; in a place of their own, the one whose link a person came by.
+    """The channel of a place; in a chat with one person, the channel whose link they used.
 
     None where there is none, or it is archived.
     """
@@ -46,7 +46,7 @@ def channel_of_person(tx: Tx, platform: str, account: str, place: str, user_hash
 
 
 def channel_of_link(tx: Tx, platform: str, account: str, payload: str) -> Channel | None:
-    """The channel whose link this is: it is bound to the place `start=<payload>` of the account."""
+    """The channel of a link: the one bound to the place `start=<payload>` of the account."""
     row = tx.one(
         f"{SELECT_CHANNEL} JOIN binding ON channel_id = channel.id"
         " WHERE platform = ? AND account = ? AND place = ? AND archived_ms IS NULL",
@@ -56,13 +56,13 @@ def channel_of_link(tx: Tx, platform: str, account: str, payload: str) -> Channe
 
 
 def places(tx: Tx, channel_id: int) -> tuple[str, ...]:
-    """The places of a channel, as they are written: platform:account/place."""
+    """The places of a channel, written as platform:account/place."""
     rows = tx.all("SELECT * FROM binding WHERE channel_id = ? ORDER BY platform, account, place", [channel_id])
     return tuple(f"{row['platform']}:{row['account']}" + f"/{row['place']}" * bool(row["place"]) for row in rows)
 
 
 def bound_to(tx: Tx, platform: str, account: str, place: str) -> str:
-    """The name of the channel that holds exactly this place, or ""."""
+    """The name of the channel bound to exactly this place, or ""."""
     name = tx.value(
         "SELECT name FROM channel JOIN binding ON channel_id = channel.id"
         " WHERE platform = ? AND account = ? AND place = ?",

@@ -9,14 +9,14 @@ from core.storage.database import Row, Tx, Value
 from core.types import Channel, Limits, Sampling
 from core.usage import prices
 
-RESERVED = frozenset({"base", "all"})  # an adapter version, and every channel
+RESERVED = frozenset({"base", "all"})  # an adapter version; all channels
 SELECT_CHANNEL = (
     "SELECT channel.*, partner.name AS partner, weight FROM channel JOIN partner ON partner.id = partner_id"
 )
 
 
 def channel_by_name(tx: Tx, name: str) -> Channel | None:
-    """Also where it is archived."""
+    """The channel of that name, archived or not."""
     row = tx.one(f"{SELECT_CHANNEL} WHERE channel.name = ?", [name])
     return channel_of_row(row) if row else None
 
@@ -74,7 +74,7 @@ def set_channel(tx: Tx, channel_id: int, **values: Value) -> None:
 
 
 def archive(tx: Tx, channel_id: int) -> None:
-    """Its places answer no more; its books stay."""
+    """Stop answering in its places; charges stay."""
     tx.run("UPDATE channel SET archived_ms = ? WHERE id = ? AND archived_ms IS NULL", [tx.now_ms, channel_id])
 
 

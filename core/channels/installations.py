@@ -1,6 +1,6 @@
-"""What platforms hand out when somebody installs an app: tokens, sealed; and the one-time states of installing.
+"""Installed apps: the tokens that a platform issues, encrypted, and the one-time OAuth states.
 
-Knows no platform's words: what is kept of an installation is the bot's own JSON.
+What is stored of an installation is the bot's own JSON.
 """
 
 from __future__ import annotations
@@ -13,17 +13,17 @@ from core.channels import bindings
 from core.storage.database import Database, Tx
 
 STATE_MS = 10 * 60_000
-INSTALL = "install"  # the account whose bindings say what a new installation answers from
+INSTALL = "install"  # the account whose bindings are the defaults of new installations
 
 
 class Installations:
-    """Those of all apps of this home."""
+    """All installations of this home."""
 
     def __init__(self, database: Database) -> None:
         self._database = database
 
     async def keep(self, platform: str, account: str, kept: Mapping[str, str], link: str | None = None) -> None:
-        """Store what was handed out. With a `link` ("" is the default) the account gets the channel of that link."""
+        """Store an installation. With a `link` ("" is the default) the account is bound to the channel of that link."""
 
         def work(tx: Tx) -> None:
             sealed = tx.cipher.seal(json.dumps(dict(kept)))
@@ -38,7 +38,7 @@ class Installations:
         await self._database.write(work)
 
     async def all(self, platform: str) -> dict[str, dict[str, str]]:
-        """What is kept, by account."""
+        """The stored installations of a platform, by account."""
 
         def work(tx: Tx) -> dict[str, dict[str, str]]:
             rows = tx.all("SELECT account, sealed FROM installation WHERE platform = ?", [platform])
@@ -47,13 +47,13 @@ class Installations:
         return await self._database.read(work)
 
     async def drop(self, platform: str, account: str) -> None:
-        """Forget the tokens of an account. Its bindings and books stay."""
+        """Delete the tokens of an account. Its bindings and charges stay."""
         await self._database.write(
             lambda tx: tx.run("DELETE FROM installation WHERE platform = ? AND account = ?", [platform, account])
         )
 
     async def begin(self, platform: str, link: str) -> str:
-        """A state that can be used once, for ten minutes; `link` says by which link somebody came."""
+        """Create an OAuth state that is valid once, for ten minutes; `link` is the link that was followed."""
         state = secrets.token_urlsafe(32)
 
         def work(tx: Tx) -> None:
@@ -64,7 +64,7 @@ class Installations:
         return state
 
     async def use(self, platform: str, state: str) -> str | None:
-        """The link of a state, which is used up by this; None for one that is used, too old or not ours."""
+        """Use up a state: its link, or None where it is unknown, used or expired."""
         return await self._database.write(
             lambda tx: tx.value(
                 "DELETE FROM install_state WHERE hash = ? AND platform = ? AND made_ms >= ? RETURNING link",
@@ -74,7 +74,7 @@ class Installations:
 
 
 def _bind(tx: Tx, platform: str, account: str, link: str) -> None:
-    """A link brings its channel; without one the default for new installations, where the account has none yet."""
+    """Bind the account to the link's channel; without a link to the default, unless it is bound already."""
     linked = bindings.channel_of_link(tx, platform, INSTALL, link) if link else None
     if linked is None and bindings.bound_to(tx, platform, account, ""):
         return

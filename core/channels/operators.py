@@ -11,7 +11,7 @@ from core.storage.lifecycle import Periods, Prune
 from core.types import Grant
 
 INVITE_MS = 7 * 24 * 3_600_000
-_ALPHABET = "23456789ABCDEFGHJKMNPQRSTUVWXYZ"  # nothing that is read as something else
+_ALPHABET = "23456789ABCDEFGHJKMNPQRSTUVWXYZ"  # without look-alikes
 _CODE_LENGTH, _CODE_GROUP = 12, 4
 
 
@@ -28,7 +28,7 @@ class Operator:
 
 @dataclass(frozen=True, slots=True)
 class Claimed:
-    """What an invitation gave. `channel_id` None is every channel."""
+    """The grant of an invitation that was used. `channel_id` None is every channel."""
 
     channel_id: int | None
     title: str
@@ -36,7 +36,7 @@ class Claimed:
 
 
 def grant_of(tx: Tx, user_hash: str, channel_id: int) -> Grant:
-    """What this person may do in this channel."""
+    """The grant of a person in a channel."""
     rows = tx.all(
         "SELECT channel_id FROM operator WHERE user_hash = ? AND (channel_id IS NULL OR channel_id = ?)",
         [user_hash, channel_id],
@@ -47,7 +47,7 @@ def grant_of(tx: Tx, user_hash: str, channel_id: int) -> Grant:
 
 
 def grant(tx: Tx, user_hash: str, channel_id: int | None, label: str, granted_by: str) -> None:
-    """Make someone an operator; who is one already stays so."""
+    """Make a person an operator; no-op for one who is."""
     tx.run(
         "INSERT OR IGNORE INTO operator (user_hash, channel_id, label, granted_by, granted_ms) VALUES (?, ?, ?, ?, ?)",
         [user_hash, channel_id, label, granted_by, tx.now_ms],
@@ -55,7 +55,7 @@ def grant(tx: Tx, user_hash: str, channel_id: int | None, label: str, granted_by
 
 
 def find(tx: Tx, channel_id: int | None = None) -> tuple[Operator, ...]:
-    """The operators of one channel, or all that there are."""
+    """The operators of one channel, or all."""
     rows = tx.all(
         "SELECT operator.*, ifnull(channel.name, '') AS channel FROM operator"
         " LEFT JOIN channel ON channel.id = channel_id WHERE ? IS NULL OR channel_id = ? ORDER BY operator.id",
@@ -65,7 +65,7 @@ def find(tx: Tx, channel_id: int | None = None) -> tuple[Operator, ...]:
 
 
 def remove(tx: Tx, operator: Operator) -> None:
-    """Take the rights back, and the invitations that were made with them and not used yet."""
+    """Revoke the grant, and the unused invitations made with it."""
     tx.run("DELETE FROM operator WHERE id = ?", [operator.id])
     tx.run(
         "UPDATE invite SET expires_ms = ? WHERE made_by = ? AND claimed_by IS NULL"
@@ -75,12 +75,12 @@ def remove(tx: Tx, operator: Operator) -> None:
 
 
 def label_of(tx: Tx, user_hash: str) -> str:
-    """What an operator is called; the beginning of their hash where nobody has named them."""
+    """The operator's label, or the first 12 digits of their hash."""
     return str(tx.value("SELECT label FROM operator WHERE user_hash = ?", [user_hash]) or user_hash[:12])
 
 
 def invite(tx: Tx, channel_id: int | None, label: str, made_by: str) -> str:
-    """A one-time code, good for a week. Only its hash is kept: who has lost it needs another."""
+    """Create a one-time code, valid for a week. Only its hash is stored."""
     letters = "".join(secrets.choice(_ALPHABET) for _ in range(_CODE_LENGTH))
     tx.insert(
         "invite",
@@ -95,7 +95,7 @@ def invite(tx: Tx, channel_id: int | None, label: str, made_by: str) -> str:
 
 
 def claim(tx: Tx, code: str, user_hash: str) -> Claimed | None:
-    """Make this person what the invitation says; None where the code is wrong, used or too old. Once for each code."""
+    """Use a code: grant what the invitation says. None where the code is wrong, used or expired."""
     letters = "".join(c for c in code.upper() if c in _ALPHABET)
     code_hash = tx.cipher.hash_code(letters)
     if not tx.run(

@@ -8,7 +8,7 @@ from core.storage.lifecycle import Erasure, Periods, Prune, Stage
 
 
 def touch(tx: Tx, user_hash: str, platform: str) -> None:
-    """Someone was here."""
+    """Record a visit."""
     tx.run(
         "INSERT INTO person (user_hash, platform, first_ms, last_ms) VALUES (?, ?, ?, ?)"
         " ON CONFLICT DO UPDATE SET last_ms = excluded.last_ms",
@@ -17,7 +17,7 @@ def touch(tx: Tx, user_hash: str, platform: str) -> None:
 
 
 def language_of(tx: Tx, user_hash: str) -> str:
-    """The language that this person chose, or ""."""
+    """The language a person chose, or ""."""
     return tx.value("SELECT language FROM person WHERE user_hash = ?", [user_hash]) or ""
 
 
@@ -27,7 +27,7 @@ def set_language(tx: Tx, user_hash: str, platform: str, language: str) -> None:
 
 
 def came_by_link(tx: Tx, user_hash: str, platform: str, channel_id: int) -> None:
-    """From now on this channel answers the person, where they are by themselves."""
+    """Answer a person from this channel wherever they are alone with the bot."""
     touch(tx, user_hash, platform)
     tx.run("UPDATE person SET channel_id = ? WHERE user_hash = ?", [channel_id, user_hash])
 

@@ -1,9 +1,8 @@
-"""The log: one event and its fields on a line, never a secret, never people's text. Knows nothing of who logs.
+"""The log: one line an event, with its fields; never a secret, never a message of a person.
 
-Three nets, because each has a hole. A filter on the root *logger* sees no record of a child logger, and a library
-may hang a handler of its own on its logger; so secrets are masked when a record is made (`_Record`), and every
-handler in the process gets it clean. Fields of `extra` are set after that, and are cleaned by the filter on our one
-handler. What it writes is masked once more as a whole.
+Secrets are masked three times, because no one place sees everything. A filter on the root logger sees no record of a
+child logger, and a library may add a handler of its own; so the message and traceback are masked when the record is
+made (`_Record`). Fields of `extra` are set later and cleaned by the filter on our handler. Last, the line is masked.
 """
 
 from __future__ import annotations
@@ -27,12 +26,12 @@ _LONGEST_CHAIN = 12
 _PATTERNS: tuple[tuple[re.Pattern[str], str], ...] = tuple(
     (re.compile(pattern, flags), rf"\g<keep>{MASK}" if "?P<keep>" in pattern else MASK)
     for pattern, flags in (
-        (r"(?P<keep>/bot)\d[^/\s\"'?&]*", 0),  # Telegram's URLs; a token is a part of their path
+        (r"(?P<keep>/bot)\d[^/\s\"'?&]*", 0),  # URLs of a bot API: the token is part of the path
         (r"(?<!\d)\d{6,12}(?::|%3A)[\w-]{30,}", re.ASCII | re.IGNORECASE),
         (r"xox[a-z](?:\.xox[a-z])?-[\w%.-]{6,}", re.ASCII | re.IGNORECASE),
         (r"xapp-[\w%.-]{6,}", re.ASCII | re.IGNORECASE),
-        (r"(?P<keep>hooks\.slack\.com/\w+/)[^\s\"']+", re.ASCII),
-        (r"v0=[0-9a-f]{64}", 0),  # Slack's signature of a request
+        (r"(?P<keep>hooks\.\w+\.com/\w+/)[^\s\"']+", re.ASCII),
+        (r"v0=[0-9a-f]{64}", 0),  # a signature of a webhook request
         (r"(?P<keep>\bbearer(?:\s+|%20|\+))[\w.~+/=%-]{6,}", re.IGNORECASE),
         (r"(?P<keep>\bbasic\s+)[A-Za-z0-9+/=]{16,}", re.IGNORECASE),
         (r"\bhf_[A-Za-z0-9]{20,}", 0),
@@ -47,14 +46,14 @@ _TEXT_FIELDS = frozenset(
     "text body payload raw prompt messages content answer question instructions value caption title reason"
     " update event_body request response data line user_name username first_name last_name".split()
 )
-_QUOTING_ERRORS = (ValueError, LookupError, AssertionError)  # their messages quote the very value at hand
+_QUOTING_ERRORS = (ValueError, LookupError, AssertionError)  # messages that may quote the value
 _STANDARD = frozenset(vars(logging.makeLogRecord({}))) | {"message", "asctime", "taskName"}
 _secrets: set[str] = set()
 _known: re.Pattern[str] | None = None
 
 
 def install(level: str, stream: TextIO | None = None) -> None:
-    """Make this the process's one log, on `stream`: standard error as it is at each moment, if none is given."""
+    """Replace all handlers of the process by one on `stream`, by default the sys.stderr at the time of writing."""
     handler = _Handler(stream)
     handler.addFilter(_clean)
     handler.setFormatter(_Line())
@@ -70,7 +69,7 @@ def install(level: str, stream: TextIO | None = None) -> None:
 
 
 def register_secret(value: str) -> None:
-    """From now on this exact value is masked, whatever it looks like; also where a URL or a repr has changed it."""
+    """Mask this exact value from now on, also in the forms that a URL or a repr gives it."""
     global _known
     if len(value) < _SHORTEST_SECRET:
         return
@@ -79,7 +78,7 @@ def register_secret(value: str) -> None:
 
 
 def mask(text: str) -> str:
-    """The text without secrets: what is written to a person's screen outside of the log goes through here too."""
+    """The text without secrets. Also for what is written to a screen outside the log."""
     if _known is not None:
         text = _known.sub(MASK, text)
     for pattern, instead in _PATTERNS:
@@ -88,7 +87,7 @@ def mask(text: str) -> str:
 
 
 class _Record(logging.LogRecord):
-    """A record that holds no secret from the beginning. Its message is final; its traceback is text already."""
+    """A log record without secrets: its message is formatted and masked, its traceback is masked text."""
 
     def __init__(self, *args: Any, **named: Any) -> None:
         super().__init__(*args, **named)
@@ -105,7 +104,7 @@ class _Record(logging.LogRecord):
 
 
 def _clean(record: logging.LogRecord) -> bool:
-    """Whether to write it. Other libraries are heard from warnings upwards: below, they write whole messages."""
+    """Whether to write the record. Other libraries only from WARNING: below it they log whole messages."""
     if record.name.partition(".")[0] not in OURS and record.levelno < logging.WARNING:
         return False
     for name, value in vars(record).copy().items():
@@ -118,7 +117,7 @@ def _clean(record: logging.LogRecord) -> bool:
 
 
 def _shown(value: object) -> str:
-    """A field's value: an id, a number, a short word. Of anything that could hold a text, only what it is."""
+    """The value of a field: an id, a number, a short word; of an object only its type, since it may hold a message."""
     if value is None or isinstance(value, str | int | float | Path):
         text = mask(str(value))
         return text if len(text) <= _LONGEST_FIELD else f"{text[:_LONGEST_FIELD]}…"
@@ -143,7 +142,7 @@ class _Line(logging.Formatter):
 
 
 class _Handler(logging.StreamHandler[TextIO]):
-    """Without a stream of its own it writes to what sys.stderr is now: at a terminal, above the line editor."""
+    """Without a stream it writes to the current sys.stderr, which at a terminal prints above the line editor."""
 
     def __init__(self, stream: TextIO | None) -> None:
         self._given = stream
@@ -159,7 +158,7 @@ class _Handler(logging.StreamHandler[TextIO]):
 
 
 def _one_line(text: str) -> str:
-    """Nobody can write a line of the log by a line break in a name."""
+    """Escape line breaks, so that a name cannot forge a line of the log."""
     return "".join(c if c.isprintable() else c.encode("unicode_escape").decode("ascii") for c in text)
 
 
@@ -172,7 +171,7 @@ def _quoted(text: str) -> str:
 
 
 def _trace(error: BaseException) -> str:
-    """Where it happened and what it was, its causes first. The values that a message quotes are left out."""
+    """The traceback, causes first, without messages that quote values."""
     blocks: list[str] = []
     seen: set[int] = set()
     here: BaseException | None = error

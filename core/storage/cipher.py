@@ -18,9 +18,9 @@ _NONCE_BYTES = 12
 
 
 class Cipher:
-    """Encrypts people's text and hashes people's ids, and those of messages, with a key that is not in the database.
+    """Encrypts messages, and hashes ids of people and messages, with a key that is not in the database.
 
-    AES-256-GCM with a random nonce in front; HMAC-SHA256 for ids. Two keys are derived from the one secret (HKDF).
+    AES-256-GCM with the random nonce in front; HMAC-SHA256 for ids. Both keys are derived from one secret (HKDF).
     """
 
     def __init__(self, secret: bytes) -> None:
@@ -29,7 +29,7 @@ class Cipher:
 
     @classmethod
     def open(cls, key_file: Path, *, create: bool) -> Cipher:
-        """Read the key; make it where `create` and none is there. Raises StorageError when it is missing or damaged."""
+        """Read the key; with `create`, make a missing one. Raises StorageError where it is missing or damaged."""
         try:
             if create and not key_file.exists():
                 files.write(key_file, f"{secrets.token_hex(32)}\n".encode())
@@ -47,26 +47,26 @@ class Cipher:
         return nonce + self._box.encrypt(nonce, text.encode("utf-8"), None)
 
     def unseal(self, sealed: bytes) -> str:
-        """Raises StoredUnreadable where the key is another or the bytes are damaged."""
+        """Raises StoredUnreadable where the bytes are damaged or of another key."""
         try:
             return self._box.decrypt(sealed[:_NONCE_BYTES], sealed[_NONCE_BYTES:], None).decode("utf-8")
         except (InvalidTag, ValueError) as error:
             raise StoredUnreadable(detail="a stored text is damaged, or of another key") from error
 
     def hash_user(self, platform: str, account: str, user: str) -> str:
-        """A person as the database knows them: the same id on the same account is always the same hash."""
+        """The keyed hash of a person: 32 hex digits, stable per account."""
         digest = hmac.HMAC(self._id_key, hashes.SHA256())
         digest.update("\x1f".join((platform, account, user)).encode("utf-8"))
         return digest.finalize().hex()[:32]
 
     def hash_message(self, key: str) -> str:
-        """A message as the database knows it: what a platform calls it may name the person who wrote it."""
+        """The keyed hash of a message's platform key, which may contain its author's id."""
         digest = hmac.HMAC(self._id_key, hashes.SHA256())
         digest.update(b"message\x1f" + key.encode("utf-8"))
         return digest.finalize().hex()[:32]
 
     def hash_code(self, code: str) -> str:
-        """A one-time code as the database knows it."""
+        """The keyed hash of a one-time code."""
         digest = hmac.HMAC(self._id_key, hashes.SHA256())
         digest.update(b"code\x1f" + code.encode("utf-8"))
         return digest.finalize().hex()

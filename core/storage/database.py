@@ -1,9 +1,10 @@
-"""One writer thread with all the writes, and read connections. Knows how to commit; knows no table.
+"""SQLite with one writer thread and a pool of read connections.
 
-Every write is one function of a `Tx`, run inside BEGIN IMMEDIATE with synchronous=FULL. Writes that wait together
-are committed together, each in its own savepoint, so that many small messages share one fsync and one failing
-write undoes only itself. SQLite up to 3.51.2 can corrupt a WAL that two connections checkpoint, so the writer alone
-checkpoints (https://sqlite.org/wal.html#walresetbug).
+A write is a function of a `Tx`, run inside BEGIN IMMEDIATE with synchronous=FULL. Writes that wait at the same time
+are committed together, each in its own savepoint: they share one fsync, and a failing write undoes only itself.
+
+Only the writer checkpoints: SQLite up to 3.51.2 can corrupt a WAL that two connections checkpoint
+(https://sqlite.org/wal.html#walresetbug).
 """
 
 from __future__ import annotations
@@ -43,18 +44,18 @@ def now_ms() -> int:
 
 @dataclass(frozen=True, slots=True)
 class Tx:
-    """One open transaction: the connection, the cipher and the time at which it began."""
+    """One open transaction; `now_ms` is when it began."""
 
     db: sqlite_utils.Database
     cipher: Cipher
     now_ms: int
 
     def run(self, sql: str, values: Sequence[Value] = ()) -> int:
-        """Run one statement; the number of rows it changed."""
+        """Run one statement; returns the number of rows changed."""
         return int(self.db.conn.execute(sql, tuple(values)).rowcount)
 
     def insert(self, table: str, **values: Value) -> int:
-        """Insert one row; its rowid."""
+        """Insert one row; returns its rowid."""
         names = ", ".join(values)
         marks = ", ".join("?" * len(values))
         cursor = self.db.conn.execute(f"INSERT INTO {table} ({names}) VALUES ({marks})", tuple(values.values()))
@@ -79,7 +80,7 @@ class _Write:
 
 
 class Database:
-    """Open with `async with` or `with`; nothing may be used after. `clock` gives milliseconds since 1970."""
+    """Open with `async with` or `with`. `clock` returns milliseconds since 1970."""
 
     def __init__(self, path: Path, cipher: Cipher, *, clock: Callable[[], int] = now_ms) -> None:
         self.path = path
@@ -109,13 +110,13 @@ class Database:
         return await asyncio.wrap_future(self._submit(work))
 
     async def read(self, work: Callable[[Tx], T]) -> T:
-        """Run `work` on a read-only connection. It sees all that was committed before the call."""
+        """Run `work` on a read-only connection; it sees everything committed before the call."""
         return await asyncio.wrap_future(self._readers.submit(self._read, work))
 
     async def checkpoint(self) -> None:
-        """Fold the WAL into the file and truncate it: deleted text is then in neither.
+        """Checkpoint and truncate the WAL, so that deleted text is in neither file.
 
-        Where a reader is in the way this returns all the same, and every commit from then on tries again.
+        Where a reader blocks the checkpoint this returns anyway, and each later commit tries again.
         """
         await self.write(_checkpoint_marker)
 
@@ -150,7 +151,7 @@ class Database:
         if self._closed:
             raise StorageError(detail="the database is closed")
         done: Future[T] = Future()
-        done.set_running_or_notify_cancel()  # who stops waiting does not undo the write
+        done.set_running_or_notify_cancel()  # cancelling the waiting task does not undo the write
         try:
             self._waiting.put_nowait(_Write(work, done))
         except queue.Full:
@@ -173,7 +174,7 @@ class Database:
         _close_writer(connection)
 
     def _next_batch(self) -> list[_Write]:
-        """All that wait now, at most _MAX_BATCH; empty when it is time to close."""
+        """The waiting writes, at most _MAX_BATCH; empty when the database closes."""
         first = self._waiting.get()
         if first is None:
             return []
@@ -235,7 +236,7 @@ class Database:
         return connection
 
     def _fold(self, connection: sqlite3.Connection, *, asked: bool) -> sqlite3.Error | None:
-        """Empty the WAL where that was asked for, or it has grown large; what went wrong. Commits stay commits."""
+        """Truncate the WAL where asked for or where it is large; returns the error, if any. Commits stay."""
         try:
             wal = self.path.with_name(f"{self.path.name}-wal")
             self._fold_owed = self._fold_owed or asked or wal.stat().st_size > _MAX_WAL_BYTES
@@ -268,17 +269,16 @@ class Database:
 
 
 def open_read_only(path: Path) -> sqlite3.Connection:
-    """A connection that can neither write nor checkpoint."""
+    """Open a connection that can neither write nor checkpoint."""
     connection = sqlite3.connect(f"{path.as_uri()}?mode=ro", uri=True, isolation_level=None, check_same_thread=False)
     connection.execute("PRAGMA query_only = ON")
     return connection
 
 
 def _truncate_wal(connection: sqlite3.Connection, *, patience_ms: int) -> bool:
-    """Fold the WAL into the file and empty it, in one go; whether no reader was in the way.
+    """Checkpoint and truncate the WAL; whether no reader blocked it.
 
-    SQLite's own checkpoints leave the folded frames in place until the log wraps. A WAL that is damaged in there takes
-    the file with it; an empty one cannot be damaged.
+    SQLite's own checkpoints leave the frames in the log until it wraps, and damage to them would reach the file.
     """
     connection.execute(f"PRAGMA busy_timeout = {patience_ms}")
     busy, _, _ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
@@ -287,19 +287,19 @@ def _truncate_wal(connection: sqlite3.Connection, *, patience_ms: int) -> bool:
 
 
 def _checkpoint_marker(_: Tx) -> None:
-    """Recognised by the writer, which checkpoints after the commit."""
+    """A write without effect: the writer recognises it and checkpoints after the commit."""
 
 
 def _close_writer(connection: sqlite3.Connection) -> None:
     try:
         _truncate_wal(connection, patience_ms=_BUSY_MS)
-    except sqlite3.Error as error:  # what is committed stays in the WAL and is read at the next start
+    except sqlite3.Error as error:  # commits stay in the WAL, which the next start reads
         log.warning("store.checkpoint_failed", extra={"error": str(error)})
     connection.close()
 
 
 def _translate(error: BaseException) -> BaseException:
-    """SQLite's errors as ours; all others as they are."""
+    """The StorageError for an SQLite error; any other error unchanged."""
     if not isinstance(error, sqlite3.Error):
         return error
     code = getattr(error, "sqlite_errorname", "")

@@ -1,4 +1,4 @@
-"""The home: its folders, its lock, its secret. Knows nothing of what is in the database."""
+"""The home folder and its lock."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from core.errors import HomeBusy, StorageError
 
 @dataclass(frozen=True, slots=True)
 class Home:
-    """Where everything is kept. Only `Lock` may write below it, one process at a time."""
+    """The folders and files of a home. One process at a time writes to it, the holder of `Lock`."""
 
     path: Path
 
@@ -39,7 +39,7 @@ class Home:
 
     @property
     def sent(self) -> Path:
-        """Pictures and tables on their way to a chat."""
+        """Charts and tables that are sent to a chat."""
         return self.path / "sent"
 
     @property
@@ -55,7 +55,7 @@ class Home:
         return self.path / "secret.key"
 
     def create(self) -> None:
-        """Make the folders, for this user's eyes only. Raises StorageError naming the folder that cannot be made."""
+        """Create the folders with mode 0700. Raises StorageError naming the folder that cannot be made."""
         for folder in (self.path, self.adapters, self.datasets, self.jobs, self.models, self.sent, self.logs):
             try:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
@@ -68,7 +68,7 @@ class Home:
 
 
 class Lock:
-    """One process owns a home. The lock ends with the process, also after SIGKILL."""
+    """Exclusive lock of a home; released when the process ends, also by SIGKILL. Raises HomeBusy, StorageError."""
 
     def __init__(self, home: Home) -> None:
         self._home = home

@@ -19,7 +19,7 @@ _DAY_MS = 86_400_000
 
 @command("usage")
 def usage(tx: Tx, caller: Caller, call: Call) -> Outcome:
-    """The caller's own, in this channel; for its operators the channel's as well."""
+    """The caller's usage in this channel; for operators the channel's as well."""
     today = day_of(tx.now_ms)
     lines = _own_usage(tx, caller, today)
     if caller.grant < Grant.OPERATOR:
@@ -76,7 +76,7 @@ def _own_usage(tx: Tx, caller: Caller, today: str) -> list[str]:
 
 
 def _sums(tx: Tx, caller: Caller, since: str) -> Row:
-    """What was charged to this person's questions from that day on. A reply is booked soon after it began."""
+    """Charges for this person since a day. Replies are charged soon after they begin: older ones are skipped."""
     row = tx.one(
         "SELECT ifnull(sum(CASE kind WHEN 'usage' THEN 1 ELSE -1 END), 0) AS replies,"
         " ifnull(sum(ledger.tokens_in), 0) AS tokens_in, ifnull(sum(ledger.tokens_out), 0) AS tokens_out"

@@ -1,8 +1,8 @@
-"""Charges, and the checker of their invariants. Knows prices and tokens; knows nothing of text or people.
+"""Charges, and the check of their invariants.
 
-A reply is charged in the transaction that confirms its delivery, a fine-tune in the one that publishes its version;
-never before. Amounts are integers: gross = in * price_in + out * price_out in nano-units; the partner's share is
-rounded down, the rest is the owner's. Of a fine-tune, gross = trained * price_train, and all of it is the owner's.
+A reply is charged in the transaction that confirms its delivery, a fine-tune in the one that publishes its version.
+Amounts are integers: gross = in * price_in + out * price_out in nano-units; the partner's share is rounded down, the
+rest is the owner's. Of a fine-tune, gross = trained * price_train, and all of it is the owner's.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from core.types import Price
 
 
 def charge(tx: Tx, generation_id: str) -> None:
-    """Book one delivered reply at the price that its generation pinned. A second call for it is an error (UNIQUE)."""
+    """Charge a delivered reply at the price pinned by its generation. A second call for it is an error (UNIQUE)."""
     row = tx.one(
         "SELECT generation.channel_id, price_id, tokens_in, tokens_reused, tokens_out, in_nano, out_nano, share_bps"
         " FROM generation JOIN price ON price.id = price_id WHERE generation.id = ?",
@@ -41,9 +41,9 @@ def charge(tx: Tx, generation_id: str) -> None:
 
 
 def charge_job(tx: Tx, job_id: int, trained: int) -> None:
-    """Book one published job at the price that it pinned, for no more tokens than were agreed to.
+    """Charge a published job at the price it pinned, for at most the tokens agreed to.
 
-    One that trains nothing has no price, and no charge. A second call for it is an error (UNIQUE).
+    A job that trains nothing has no price and is not charged. A second call for it is an error (UNIQUE).
     """
     row = tx.one(
         "SELECT job.channel_id, price_id, tokens_agreed, train_nano FROM job JOIN price ON price.id = price_id"
@@ -132,7 +132,7 @@ INVARIANTS: dict[str, str] = {
 
 
 def check(tx: Tx) -> list[str]:
-    """The invariants that do not hold, each with the first row that breaks it. Empty is sound."""
+    """The invariants that do not hold, each with its first violating row; empty where the books are sound."""
     return [
         f"{name}: {len(rows)} violated, first {rows[0]}" for name, sql in INVARIANTS.items() if (rows := tx.all(sql))
     ]

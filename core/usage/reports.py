@@ -17,7 +17,7 @@ _OF_JOBS = ("jobs", "tokens_trained", "jobs_nano")
 
 
 def daily(tx: Tx, channel_id: int, count: int) -> list[Row]:
-    """One row for each of the last `count` days, oldest first, also where nothing was used."""
+    """One row for each of the last `count` days, oldest first; zeros where nothing was used."""
     sums = ", ".join(f"sum({name}) AS {name}" for name in (*_COUNTS, *_OF_JOBS))
     days = [day_of(tx.now_ms - back * _DAY_MS) for back in reversed(range(count))]
     found = tx.all(
@@ -38,7 +38,7 @@ def totals(tx: Tx, most: int, other: str) -> list[Row]:
 
 
 def write_table(rows: Sequence[Row], path: Path) -> Path:
-    """Amounts in billionths of the currency, as the ledger has them: nothing is rounded."""
+    """Write the rows as CSV. Amounts are nano-units of the currency, unrounded."""
     with files.replacing(path) as aside, aside.open("w", encoding="utf-8", newline="") as file:
         writer = csv.writer(file)
         writer.writerow(["day", *_COUNTS, *_OF_JOBS])

@@ -1,4 +1,4 @@
-"""Each compiled operator against plain arithmetic in float64, row by row; and what happens where none can be built."""
+"""Each compiled operator against float64 arithmetic; building the library, and what happens where that fails."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ import subprocess
 import tomllib
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -28,7 +30,16 @@ from tests.support.engine_operators import add_norm, attend, rope, silu_mul
 CLOSE = 2e-6  # of the largest value
 found = compiled()
 pytestmark = pytest.mark.skipif(found is None, reason="no compiler here")
-WIDTHS = [1, 5, 16, 48, 576, 577]
+# (rows, width, threads)
+ROWS = [(1, 1, 2), (1, 48, 1), (1, 577, 2), (70, 5, 1), (70, 16, 2), (70, 576, 1)]
+# (rows, outs, width, bias, threads): every pair of rows and outs, the rest in turn
+MATMULS = [
+    (rows, outs, (1, 5, 16, 48, 576, 577)[i * 5 % 6], bool(i % 2), 1 + i // 2 % 2)
+    for i, (rows, outs) in enumerate(product((1, 7, 8, 19), (1, 32, 47, 200)))
+]
+HEADS = [(1, 1, 64), (2, 3, 16), (3, 3, 64), (5, 2, 33), (8, 1, 128)]  # (queries per key, keys, size)
+WINDOWS = [None, 1, 4, 20, 1000]
+ATTENDS = [(*heads, WINDOWS[(i + turn) % 5], 1 + turn) for i, heads in enumerate(HEADS) for turn in range(2)]
 
 
 @pytest.fixture
@@ -37,12 +48,14 @@ def operators() -> CompiledOperators:
     return found
 
 
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+@contextmanager
+def on(threads: int) -> Iterator[None]:
     before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
+    torch.set_num_threads(threads)
+    try:
+        yield
+    finally:
+        torch.set_num_threads(before)
 
 
 def random(*shape: int, seed: int = 0) -> Tensor:
@@ -53,23 +66,23 @@ def assert_close(value: Tensor, truth: Tensor) -> None:
     assert float((value.double() - truth).abs().max()) <= CLOSE * float(truth.abs().max())
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("rows", [1, 70])
+@pytest.mark.parametrize(("rows", "width", "threads"), ROWS)
 def test_add_norm(operators: CompiledOperators, rows: int, width: int, threads: int) -> None:
     x, delta, weight = random(rows, width), random(rows, width, seed=1), random(width, seed=2)
     truth = x.double() + delta
     own = x.clone()
-    normed = add_norm(operators, own, delta, weight, 1e-5)
+    with on(threads):
+        normed = add_norm(operators, own, delta, weight, 1e-5)
     assert torch.equal(own, x + delta)
     assert_close(normed, functional.rms_norm(truth, (width,), weight.double(), 1e-5))
     assert torch.equal(add_norm(operators, own[-1:].clone(), None, weight, 1e-5), normed[-1:])
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("rows", [1, 70])
+@pytest.mark.parametrize(("rows", "width", "threads"), ROWS)
 def test_silu_mul(operators: CompiledOperators, rows: int, width: int, threads: int) -> None:
     gate_up = random(rows, 2 * width) * 5
-    made = silu_mul(operators, gate_up)
+    with on(threads):
+        made = silu_mul(operators, gate_up)
     gate, up = gate_up.double().chunk(2, dim=1)
     assert_close(made, functional.silu(gate) * up)
     assert torch.equal(silu_mul(operators, gate_up[-1:]), made[-1:])
@@ -86,23 +99,18 @@ def test_silu_is_right_for_every_size_of_number(operators: CompiledOperators) ->
     assert heard[1] == math.inf
 
 
-@pytest.mark.parametrize("width", WIDTHS)
-@pytest.mark.parametrize("outs", [1, 32, 47, 200])
-@pytest.mark.parametrize("bias", [False, True])
-@pytest.mark.parametrize("rows", [1, 7, 8, 19])
-def test_multiply_floats(
-    operators: CompiledOperators, rows: int, bias: bool, outs: int, width: int, threads: int
-) -> None:
+@pytest.mark.parametrize(("rows", "outs", "width", "bias", "threads"), MATMULS)
+def test_float_matmul(operators: CompiledOperators, rows: int, outs: int, width: int, bias: bool, threads: int) -> None:
     x, weight, added = random(rows, width), random(outs, width, seed=1), random(outs, seed=2) if bias else None
     packed = in_blocks(weight, operators.float_block)
-    y = operators.float_matmul(x, packed, added, outs)
+    with on(threads):
+        y = operators.float_matmul(x, packed, added, outs)
     assert_close(y, functional.linear(x.double(), weight.double(), None if added is None else added.double()))
     assert torch.equal(operators.float_matmul(x[-1:], packed, added, outs), y[-1:])
 
 
-@pytest.mark.parametrize(("some", "multiple"), [(1, 1), (4, 16)])
-@pytest.mark.parametrize("blank", [0, 5])
-def test_blocks_hold_all_weights_and_blanks(some: int, multiple: int, blank: int) -> None:
+@pytest.mark.parametrize(("some", "multiple", "blank"), [(1, 1, 5), (4, 16, 0), (4, 16, 5)])
+def test_blocks_hold_all_weights_and_padding(some: int, multiple: int, blank: int) -> None:
     weight = torch.arange(1, 1 + 37 * 10).view(37, 10)
     blocks = in_blocks(weight, 16, some, multiple=multiple, blank=blank)
     back = blocks.transpose(1, 2).flatten(0, 1).flatten(1)
@@ -111,39 +119,40 @@ def test_blocks_hold_all_weights_and_blanks(some: int, multiple: int, blank: int
     assert int(back.sum()) == int(weight.sum()) + blank * (back.numel() - weight.numel())
 
 
-@pytest.mark.parametrize("wrong", [math.nan, math.inf, -math.inf])
-def test_what_is_not_finite_stays_in_its_row(operators: CompiledOperators, wrong: float) -> None:
-    x = random(3, 33)
-    x[1, 7] = wrong
-    normed = add_norm(operators, x, None, torch.ones(33), 1e-5)
-    assert normed.isfinite().all(1).tolist() == [True, False, True]
-    y = operators.float_matmul(x, in_blocks(random(40, 33), operators.float_block), None, 40)
-    assert y.isfinite().any(1).tolist() == [True, False, True]
+def test_non_finite_values_stay_in_their_row(operators: CompiledOperators) -> None:
+    for wrong in (math.nan, math.inf, -math.inf):
+        x = random(3, 33)
+        x[1, 7] = wrong
+        normed = add_norm(operators, x, None, torch.ones(33), 1e-5)
+        assert normed.isfinite().all(1).tolist() == [True, False, True]
+        y = operators.float_matmul(x, in_blocks(random(40, 33), operators.float_block), None, 40)
+        assert y.isfinite().any(1).tolist() == [True, False, True]
 
 
-@pytest.mark.parametrize("size", [2, 16, 64, 80])
-def test_turn(operators: CompiledOperators, size: int, threads: int) -> None:
+@pytest.mark.parametrize(("size", "threads"), [(2, 2), (16, 1), (64, 2), (80, 1)])
+def test_rope(operators: CompiledOperators, size: int, threads: int) -> None:
     qkv, angles = random(70, 7, size), random(70, size // 2, seed=1).repeat(1, 2)
     cos, sin = angles.cos(), angles.sin()
     signed = torch.cat((-sin[:, : size // 2], sin[:, size // 2 :]), dim=1)
     first, second = qkv.double().chunk(2, dim=-1)
     truth = qkv * cos.double()[:, None] + torch.cat((-second, first), dim=-1) * sin.double()[:, None]
     own = qkv.clone()
-    rope(operators, own, cos, signed, 5)
+    with on(threads):
+        rope(operators, own, cos, signed, 5)
     assert_close(own[:, :5], truth[:, :5])
     assert torch.equal(own[:, 5:], qkv[:, 5:])
 
 
-@pytest.mark.parametrize(("group", "kv", "size"), [(1, 1, 64), (2, 3, 16), (3, 3, 64), (5, 2, 33), (8, 1, 128)])
-@pytest.mark.parametrize("window", [None, 1, 4, 20, 1000])
+@pytest.mark.parametrize(("group", "kv", "size", "window", "threads"), ATTENDS)
 def test_attend(operators: CompiledOperators, group: int, kv: int, size: int, window: int | None, threads: int) -> None:
-    """Single tokens and prompts' chunks, at a row's begin and within it, beside each other and alone."""
+    """Single tokens and chunks of prompts, at the beginning of a row and within it, in one batch and alone."""
     slots, capacity = 6, 91
     keys, values = random(slots, kv, capacity, size), random(slots, kv, capacity, size, seed=1)
     rows = [(1, 0, 1), (2, 90, 1), (5, 0, 70), (0, 17, 1), (4, 40, 2), (3, 33, 19)]
     qkv = random(sum(count for *_, count in rows), (group + 2) * kv, size, seed=2)
     own_keys, own_values = keys.clone(), values.clone()
-    out = attend(operators, qkv, own_keys, own_values, rows, window, 0.3)
+    with on(threads):
+        out = attend(operators, qkv, own_keys, own_values, rows, window, 0.3)
     first = 0
     for slot, start, count in rows:
         some = slice(first, first + count)
@@ -168,24 +177,31 @@ def test_attend(operators: CompiledOperators, group: int, kv: int, size: int, wi
         first += count
 
 
-@pytest.mark.parametrize("window", [None, 7])
-def test_how_a_prompt_is_cut_changes_nothing(operators: CompiledOperators, window: int | None) -> None:
+def test_the_result_does_not_depend_on_the_chunks_of_a_prompt(operators: CompiledOperators) -> None:
     keys, values, qkv = torch.zeros(1, 2, 64, 16), torch.zeros(1, 2, 64, 16), random(60, 3 * 2 + 2 * 2, 16)
-    whole = attend(operators, qkv, keys, values, [(0, 0, 60)], window, 0.3)
-    for cut in (2, 31, 33, 58):
+    for window, cut in ((None, 2), (None, 31), (7, 33), (7, 58)):
+        whole = attend(operators, qkv, keys, values, [(0, 0, 60)], window, 0.3)
         parts = [attend(operators, qkv[:cut], keys, values, [(0, 0, cut)], window, 0.3)]
         parts.append(attend(operators, qkv[cut:], keys, values, [(0, cut, 60 - cut)], window, 0.3))
         assert torch.equal(torch.cat(parts), whole)
 
 
-@pytest.mark.parametrize(("rank", "outs"), [(1, (7,)), (8, (576, 192, 192)), (5, (33, 48)), (64, (40,))])
-@pytest.mark.parametrize("width", [3, 64, 577])
+@pytest.mark.parametrize(
+    ("rank", "outs", "width", "threads"),
+    [
+        (1, (7,), 577, 1),
+        (8, (576, 192, 192), 64, 2),
+        (8, (576, 192, 192), 3, 1),
+        (5, (33, 48), 577, 2),
+        (64, (40,), 64, 1),
+    ],
+)
 def test_add_lora(operators: CompiledOperators, rank: int, outs: tuple[int, ...], width: int, threads: int) -> None:
     slots = [2, None, 0, 2, 2, None, 2, 2, 2, 1, 0, 2]
     parts, total = len(outs), sum(outs)
     x, y = random(len(slots), width), random(len(slots), total, seed=1)
     a = random(3, parts * rank, width, seed=2)
-    b = torch.full((3, parts * rank, total), math.nan)  # what is not a part's own block is not read
+    b = torch.full((3, parts * rank, total), math.nan)  # only each part's own block is read
     truth = y.double()
     begin = 0
     for part, out in enumerate(outs):
@@ -198,7 +214,8 @@ def test_add_lora(operators: CompiledOperators, rank: int, outs: tuple[int, ...]
                 )
         begin += out
     own = y.clone()
-    operators.add_lora(x, own, a, b, tiles_of(slots), outs)
+    with on(threads):
+        operators.add_lora(x, own, a, b, tiles_of(slots), outs)
     assert_close(own, truth)
     assert torch.equal(own[[1, 5]], y[[1, 5]])
     alone = y[9:10].clone()
@@ -206,7 +223,7 @@ def test_add_lora(operators: CompiledOperators, rank: int, outs: tuple[int, ...]
     assert torch.equal(alone[0], own[9])
 
 
-def test_a_tokens_share_of_a_tile_changes_nothing(operators: CompiledOperators) -> None:
+def test_a_token_gets_the_same_result_in_any_tile(operators: CompiledOperators) -> None:
     x, a, b = random(4, 100), random(1, 8, 100, seed=1), random(1, 8, 60, seed=2)
     for count in range(1, 5):
         y = torch.zeros(count, 60)
@@ -216,7 +233,7 @@ def test_a_tokens_share_of_a_tile_changes_nothing(operators: CompiledOperators) 
         assert torch.equal(y[-1:], alone)
 
 
-def test_what_holds_operators_can_be_copied(operators: CompiledOperators) -> None:
+def test_a_copy_shares_the_operators(operators: CompiledOperators) -> None:
     assert copy.deepcopy({"held": operators})["held"] is operators
 
 
@@ -228,7 +245,9 @@ def test_tiles() -> None:
 
 @pytest.mark.parametrize("kind", FAMILY)
 @torch.inference_mode()
-def test_a_model_gives_the_same_numbers_without(kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_model_gives_the_same_logits_without_operators(
+    kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     logits = []
     for built in (found, None):
         for user in ("lora.slots", "cpu.packed"):
@@ -250,16 +269,16 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     module._outcome.cache_clear()
 
 
-def test_it_is_built_once_whoever_asks(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_library_is_built_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with ThreadPoolExecutor(2) as pool:
         built = list(pool.map(lambda _: building.built_library(), range(2)))
     assert built == [*fresh.iterdir()] * 2
     ctypes.CDLL(str(built[0]))
-    monkeypatch.setattr(building, "FLAGS", ("-no-such-flag",))  # so that to build again would fail
+    monkeypatch.setattr(building, "FLAGS", ("-no-such-flag",))  # a second build would fail
     assert compiled() is None
 
 
-def test_the_sources_are_part_of_the_package() -> None:
+def test_the_package_contains_the_sources() -> None:
     said = tomllib.loads(Path("pyproject.toml").read_text(encoding="utf-8"))["tool"]["setuptools"]["package-data"]
     packed = {path for pattern in said["core"] for path in Path("core").glob(pattern)}
     sources = {path.relative_to(Path.cwd()) for path in building.SOURCES.iterdir()}

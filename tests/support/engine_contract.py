@@ -34,7 +34,6 @@ class Subject:
     open: Callable[..., AbstractAsyncContextManager[Engine]]
     adapters: list[AdapterRef] = field(default_factory=list)
     running_there: Callable[[], Awaitable[int]] | None = None
-    few_tokens_s: float = 2.0  # in which it says a few words, also while the machine is busy
 
     def long(self, **options: Any) -> Request:
         return ask(LONG, **{"max_tokens": 300, "deadline_s": 600.0, **options})

@@ -43,7 +43,7 @@ class Vllm:
         def make(**settings: object) -> RemoteEngine:
             return remote(self.url, self.folder, **PATIENT, **settings)
 
-        return Subject("vllm", make, adapters, self.running, few_tokens_s=20.0)
+        return Subject("vllm", make, adapters, self.running)
 
 
 @contextmanager

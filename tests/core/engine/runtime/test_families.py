@@ -1,4 +1,4 @@
-"""Families of models, tiny and random: what the engine gives is what transformers and PEFT give, beyond any window."""
+"""Tiny random models of many families answer as transformers and PEFT do, beyond any window."""
 
 from __future__ import annotations
 
@@ -146,7 +146,7 @@ def test_attention_that_a_mask_would_break_is_refused(kind: str, tmp_path: Path)
         check_parity(made(kind, tmp_path, {"head_dim": None, "alibi": True, **changes.get(kind, {})}))
 
 
-@pytest.mark.parametrize("kind", ["Mistral", "Qwen3", "Gemma2", "SmolLM3", "GptOss"])
+@pytest.mark.parametrize("kind", ["Mistral", "Gemma2", "SmolLM3"])
 @torch.inference_mode()
 def test_windows_matter_and_the_context_is_not_cut_to_them(kind: str, tmp_path: Path) -> None:
     """Logits after 150 tokens equal the model's own, and would not if its windows were wider."""
@@ -172,7 +172,7 @@ def test_windows_matter_and_the_context_is_not_cut_to_them(kind: str, tmp_path: 
     assert float((wide - wanted).abs().max() / wanted.abs().max()) > 1e-2
 
 
-@pytest.mark.parametrize("kind", ["Mistral", "Qwen3", "Gemma3"])
+@pytest.mark.parametrize("kind", ["Mistral", "Gemma3"])
 def test_a_window_that_got_lost_is_found_at_load_however_long_it_is(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -1,4 +1,4 @@
-"""Drawing tokens: parameters per row, and numbers that depend on seed and position alone."""
+"""Sampling: parameters per row, and random numbers that depend on seed and position only."""
 
 from __future__ import annotations
 
@@ -40,13 +40,13 @@ def test_temperature_zero_is_the_most_likely_token() -> None:
     assert sample(rows, [Sampling()] * 5, [0] * 5, [()] * 5) == rows.argmax(-1).tolist()
 
 
-@pytest.mark.parametrize("temperature", [1e-5, 1e-30, 1e-37, 1e-40, 5e-324])
-@pytest.mark.parametrize("others", [{}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"repetition_penalty": 0.01}])
-def test_next_to_no_temperature_is_none(temperature: float, others: dict[str, Any]) -> None:
+def test_a_temperature_near_zero_is_zero() -> None:
     rows = logits(5) * 100
     seen = [(int(one),) for one in rows.argmax(-1)]
-    cold, none = ([Sampling(one, **others)] * 5 for one in (temperature, 0.0))
-    assert sample(rows, cold, [3] * 5, seen) == sample(rows, none, [3] * 5, seen)
+    for temperature in (1e-5, 1e-30, 1e-37, 1e-40, 5e-324):
+        for others in ({}, {"top_p": 0.9}, {"top_k": 5}, {"min_p": 0.1}, {"repetition_penalty": 0.01}):
+            cold, none = ([Sampling(one, **others)] * 5 for one in (temperature, 0.0))  # type: ignore[arg-type]
+            assert sample(rows, cold, [3] * 5, seen) == sample(rows, none, [3] * 5, seen), (temperature, others)
 
 
 def test_the_least_temperature_that_is_one_draws_the_most_likely_token() -> None:
@@ -113,7 +113,7 @@ PARAMS = st.builds(
 
 
 def one_by_one(row: Tensor, param: Sampling, position: int, seen: Sequence[int]) -> int:
-    """The same in plain words, for one row and in float64."""
+    """The definition, for one row in float64."""
     row = row.double()
     for one in set(seen):
         row[one] = row[one] * param.repetition_penalty if row[one] < 0 else row[one] / param.repetition_penalty
@@ -138,7 +138,7 @@ def one_by_one(row: Tensor, param: Sampling, position: int, seen: Sequence[int])
 
 @given(st.lists(PARAMS, min_size=1, max_size=6), st.integers(0, 99), st.sampled_from([4, 1024]))
 def test_rows_drawn_together_are_those_drawn_one_by_one(params: list[Sampling], seed: int, candidates: int) -> None:
-    """Whatever their company, and whether or not the first candidates are enough."""
+    """Whatever the rest of the batch, and whether or not the first candidates suffice."""
     rows, seen = logits(len(params), seed), [tuple(range(i, i + 5)) for i in range(len(params))]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(sampling, "CANDIDATES", candidates)
@@ -147,7 +147,7 @@ def test_rows_drawn_together_are_those_drawn_one_by_one(params: list[Sampling], 
 
 
 class Waits(TorchDispatchMode):
-    """Fails where the host would have to wait for a GPU's numbers before it can go on."""
+    """Fails on operators that make the host wait for a GPU."""
 
     def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
         assert func not in (
@@ -181,11 +181,11 @@ def test_frequencies_follow_the_probabilities() -> None:
     assert [round(count / 2000, 1) for count in counts] == [0.5, 0.3, 0.2]
 
 
-@pytest.mark.parametrize("bad", [float("nan"), float("inf")])
-def test_a_row_that_is_not_finite_is_named_and_harms_no_other(bad: float) -> None:
-    rows = logits(2)
-    rows[0, 3] = bad
-    assert sample(rows, [Sampling(1.0)] * 2, [0, 0], [(), ()]) == [NOT_FINITE, drawn(logits(2)[1:2], Sampling(1.0))]
+def test_a_non_finite_row_is_reported_and_changes_no_other() -> None:
+    for bad in (float("nan"), float("inf")):
+        rows = logits(2)
+        rows[0, 3] = bad
+        assert sample(rows, [Sampling(1.0)] * 2, [0, 0], [(), ()]) == [NOT_FINITE, drawn(logits(2)[1:2], Sampling(1.0))]
 
 
 @pytest.mark.parametrize("vocabulary", [512, 48, 257])  # by blocks of 256, of 16, by none

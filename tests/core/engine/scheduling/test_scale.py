@@ -98,7 +98,7 @@ async def test_a_thousand_requests_over_more_adapters_than_fit(endless: BaseMode
         await some(500)  # as many at once as later
         before = resident_mib()
         await some(500)
-        assert resident_mib() - before < 64
+        assert resident_mib() - before < 128
         assert engine.stats().resident_adapters <= 16
         assert engine.thread.runner.lora.slot_count <= 16
 

@@ -6,7 +6,7 @@ from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum
 from pathlib import Path
-from typing import NewType
+from typing import Any, NewType
 
 Handle = NewType("Handle", str)
 """JSON of the bot: addresses one part of a delivery that can still be edited."""
@@ -143,14 +143,20 @@ class AdapterRef:
     label: str = ""
 
 
+def _limit(default: int, help: str, least: int = 0) -> int:
+    bounds = {"ge": least, "le": 1_000_000_000}
+    made: Any = field(default=default, metadata={"help": help, "chat": "operator", "bounds": bounds})
+    return made  # type: ignore[no-any-return]
+
+
 @dataclass(frozen=True, slots=True)
 class Limits:
-    """What one person may use in a channel; 0 is no limit."""
+    """What one person may use in a channel. core.config.keys reads the metadata of each field."""
 
-    per_minute: int = 6
-    per_hour: int = 60
-    tokens_in: int = 2000
-    tokens_out: int = 512
+    per_minute: int = _limit(6, "messages of one person in a minute; 0 is no limit")
+    per_hour: int = _limit(60, "messages of one person in an hour; 0 is no limit")
+    tokens_in: int = _limit(2000, "tokens of the longest prompt; 0 is what the model can take")
+    tokens_out: int = _limit(512, "tokens of the longest reply", least=1)
 
 
 @dataclass(frozen=True, slots=True)

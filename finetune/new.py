@@ -6,18 +6,18 @@ import argparse
 import hashlib
 import shutil
 from collections.abc import Iterable, Sequence
-from dataclasses import fields
 from pathlib import Path
-from typing import Any, get_args, get_type_hints
+from typing import Any, get_args
 
+from core.config.keys import keys, refused
 from core.config.sections import PRESETS, HyperParameters
 from core.errors import JobError
+from core.i18n.messages import Refusal
 from core.jobs.protocol import Fresh, Method, Spec
 from core.model.weights import fingerprint
 from finetune import settings
 
-FRESH = {one.name for one in fields(Fresh)}
-KNOWN = {one.name: get_type_hints(HyperParameters)[one.name] for one in fields(HyperParameters)}
+FRESH, KNOWN = keys(Fresh), keys(HyperParameters)
 
 
 def options(parser: argparse.ArgumentParser) -> None:
@@ -30,7 +30,7 @@ def options(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--device", default="cpu", help="cpu, cuda or cuda:N")
     parser.add_argument("--dtype", default="auto", choices=("auto", "float32", "bfloat16"))
     parser.add_argument("--threads", type=int, default=1, help="CPU threads")
-    parser.epilog = f"then KEY=VALUE of [finetune]: {', '.join(KNOWN)}; with scratch also {', '.join(sorted(FRESH))}"
+    parser.epilog = f"then KEY=VALUE of [finetune]: {', '.join(KNOWN)}; with scratch also {', '.join(FRESH)}"
 
 
 def make(given: argparse.Namespace, words: Sequence[str]) -> Path:
@@ -82,23 +82,14 @@ def _settings(words: Iterable[str], *, scratch: bool) -> dict[str, Any]:
     for word in words:
         name, sign, text = word.partition("=")
         if not sign or (name not in KNOWN and name not in FRESH):
-            raise JobError(detail=f"{word!r} is not KEY=VALUE; the keys are {', '.join([*KNOWN, *sorted(FRESH)])}")
+            raise JobError(detail=f"{word!r} is not KEY=VALUE; the keys are {', '.join([*KNOWN, *FRESH])}")
         if name in FRESH and not scratch:
             raise JobError(
                 detail=f"{word} is of a model that begins from nothing: leave it out, or add --method scratch"
             )
+        one = FRESH[name] if name in FRESH else KNOWN[name]
         try:
-            found[name] = int(text) if name in FRESH else _typed(text, str(KNOWN[name]))
-        except ValueError as error:
-            raise JobError(detail=f"{word}: {text!r} is not of the right kind") from error
+            found[name] = one.parse(text)
+        except Refusal as refusal:
+            raise JobError(detail=refused(one, text, refusal).render("en")) from None
     return found
-
-
-def _typed(text: str, kind: str) -> Any:
-    if "bool" in kind:
-        return {"true": True, "false": False}[text] if text in ("true", "false") else int(text) == 1
-    if "int" in kind:
-        return int(text)
-    if "float" in kind:
-        return None if text == "auto" and "None" in kind else float(text)
-    return text

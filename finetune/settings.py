@@ -1,19 +1,17 @@
-"""The settings of one job as the loop needs them: checked, and with every default resolved. Pure."""
+"""The settings of one job: validated, with every default resolved."""
 
 from __future__ import annotations
 
-import math
-import re
 from dataclasses import dataclass
-from typing import Literal, get_args, get_origin, get_type_hints
+from typing import Any
 
-from core.config.sections import HyperParameters
+from core.config.keys import Key, key, keys
+from core.config.keys import refused as setting_refused
+from core.config.schema import Finetune
 from core.errors import JobError
-from core.i18n.messages import Lazy
-from core.jobs.protocol import Method, Spec
+from core.i18n.messages import Lazy, Refusal
+from core.jobs.protocol import Fresh, Method, Spec
 
-HINTS = get_type_hints(HyperParameters)
-DEVICE = re.compile(r"cpu|cuda(:\d+)?")
 FEW_ROWS, DROPOUT_FEW, DROPOUT = 200, 0.1, 0.05
 MICRO_TOKENS_CPU = 768  # a stop waits for one: some four seconds; with 384 a token takes 1.1 times as long
 MICRO_TOKENS_GPU = 16384
@@ -21,57 +19,53 @@ LEAST_VOCABULARY = 256 + 3  # a token for each byte, and three of control
 LEAST_PREFIX = 8  # tokens; for fewer, packing saves too little to be worth its mask
 
 
-def refused(key: str, **fields: object) -> JobError:
-    """What to raise where the rows are fine: `fields["reason"]`, a sentence of [data], says what is not."""
-    reason = Lazy(f"data.{key}", **fields)
+@dataclass(frozen=True, slots=True)
+class Where:
+    """What is trained, and on which device."""
+
+    method: Method = key("lora", "a delta, all weights, or a model drawn anew")
+    device: str = key("cpu", "device", pattern=r"cpu|cuda(:[0-9]{1,3})?", shape="cpu, cuda or cuda:N")
+
+
+def refused(name: str, **fields: object) -> JobError:
+    """The error for a job whose rows are fine; the sentence `name` of [data] names what is not."""
+    return _error(Lazy(f"data.{name}", **fields))
+
+
+def _error(reason: Lazy) -> JobError:
     return JobError(detail=reason.render("en"), fault="settings", reason=reason)
 
 
 def check(spec: Spec) -> None:
-    """Raises JobError(fault="settings") naming the setting, its value and its range."""
-    h, fresh = spec.hyper, spec.fresh
-    ranges: list[tuple[str, float | None, float, float]] = [
-        ("finetune.rank", h.rank, 1, 256),
-        ("finetune.alpha", h.alpha, 1, 4096),
-        ("finetune.dropout", h.dropout, 0, 0.9),
-        ("finetune.learning_rate", h.learning_rate, 1e-8, 1),
-        ("finetune.epochs", h.epochs, 1, 1000),
-        ("finetune.patience", h.patience, 0, 1000),
-        ("finetune.rows_per_step", h.rows_per_step, 1, 4096),
-        ("finetune.clip_value", h.clip_value, 0, 1e9),
-        ("finetune.clip_norm", h.clip_norm, 0, 1e9),
-        ("finetune.weight_decay", h.weight_decay, 0, 10),
-        ("finetune.warmup", h.warmup, 0, 1),
-        ("finetune.max_tokens", h.max_tokens, 16, 131072),
-        ("finetune.rehearsal", h.rehearsal, 0, 10),
-        ("finetune.seed", h.seed, 0, 2**63 - 1),
-        ("finetune.threads", spec.threads, 1, 1024),
-    ]
-    sizes: list[tuple[str, float | None, float, float]] = [
-        ("fresh.layers", fresh.layers, 1, 200),
-        ("fresh.hidden", fresh.hidden, 8, 16384),
-        ("fresh.heads", fresh.heads, 1, 128),
-        ("fresh.vocabulary", fresh.vocabulary or None, LEAST_VOCABULARY, 500_000),
-        ("fresh.context", fresh.context, 16, 131072),
-    ]
-    for name, value, least, most in [*ranges, *(sizes if spec.method == "scratch" else [])]:
-        if value is not None and not (math.isfinite(value) and least <= value <= most):
-            raise refused("setting_range", name=name, value=str(value), least=f"{least:g}", most=f"{most:g}")
-    if spec.method == "scratch" and (fresh.hidden % fresh.heads or fresh.hidden // fresh.heads % 2):
-        raise refused("setting_heads", hidden=str(fresh.hidden), heads=str(fresh.heads))
-    chosen = {
-        f"finetune.{name}": (getattr(h, name), hint) for name, hint in HINTS.items() if get_origin(hint) is Literal
-    }
-    for name, (one, kind) in {"method": (spec.method, Method), **chosen}.items():
-        if one not in get_args(kind):
-            raise refused("setting_choice", name=name, value=one, known=", ".join(get_args(kind)))
-    if not DEVICE.fullmatch(spec.device):
-        raise refused("setting_choice", name="device", value=spec.device, known="cpu, cuda, cuda:N")
+    """Raises JobError(fault="settings") naming the setting, its value and what it must be."""
+    _check_section("finetune", spec.hyper)
+    _check_key("finetune", keys(Finetune)["threads"], spec.threads)
+    if spec.method == "scratch":
+        _check_section("fresh", spec.fresh)
+        fresh = spec.fresh
+        if 0 < fresh.vocabulary < LEAST_VOCABULARY:
+            need = Refusal("setting.whole", low=LEAST_VOCABULARY, high=keys(Fresh)["vocabulary"].high)
+            raise _error(setting_refused(keys(Fresh)["vocabulary"], fresh.vocabulary, need, "fresh"))
+        if fresh.hidden % fresh.heads or fresh.hidden // fresh.heads % 2:
+            raise refused("setting_heads", hidden=str(fresh.hidden), heads=str(fresh.heads))
+    _check_section("", Where(spec.method, spec.device))
+
+
+def _check_section(path: str, section: Any) -> None:
+    for name, one in keys(type(section)).items():
+        _check_key(path, one, getattr(section, name))
+
+
+def _check_key(path: str, one: Key, value: object) -> None:
+    try:
+        one.read(value)
+    except Refusal as refusal:
+        raise _error(setting_refused(one, value, refusal, path)) from None
 
 
 @dataclass(frozen=True, slots=True)
 class Resolved:
-    """What was left to a rule, decided."""
+    """Settings that follow from the rows and the device."""
 
     dropout: float
     micro_tokens: int

@@ -1,17 +1,13 @@
-"""The table [bots.NAME] of a Slack bot: what can be set, and what is wrong with it. Knows nothing of who uses it."""
+"""The table [bots.NAME] of a Slack bot."""
 
 from __future__ import annotations
 
-import re
 from collections.abc import Mapping
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass
+from typing import Literal
 
-from core.config.schema import nearest
-from core.errors import BadConfig
-
-TRANSPORTS = ("stream", "edit")
-_LISTEN = re.compile(r"(\[[0-9a-fA-F:]+\]|[^\s:]+):([0-9]{1,5})")
-_URL = re.compile(r"https?://[^\s?#]+")
+from core.config.keys import Listen, host_and_port, key
+from core.config.loader import read_table
 
 
 @dataclass(frozen=True, slots=True)
@@ -19,42 +15,51 @@ class SlackSettings:
     """One Slack app. With `app_token` it listens by Socket Mode, with `signing_secret` over HTTP.
 
     With `token` it serves the one workspace that gave it; with `client_id` and `client_secret` all that install it.
-    `transport` is how an answer is shown while it is written.
     """
 
-    token: str = field(default="", repr=False)
-    app_token: str = field(default="", repr=False)
-    signing_secret: str = field(default="", repr=False)
-    client_id: str = ""
-    client_secret: str = field(default="", repr=False)
-    url: str = ""
-    listen: str = "127.0.0.1:8082"
-    transport: str = "stream"
-    api: str = "https://slack.com/api/"
+    token: str = key(
+        "",
+        "bot token of one workspace",
+        secret=True,
+        pattern=r"(xoxb-[A-Za-z0-9-]{6,})?",
+        shape="xoxb-...",
+        example="env:SLACK_TOKEN",
+    )
+    app_token: str = key(
+        "",
+        "app-level token, for Socket Mode",
+        secret=True,
+        pattern=r"(xapp-[A-Za-z0-9-]{6,})?",
+        shape="xapp-...",
+        example="env:SLACK_APP_TOKEN",
+    )
+    signing_secret: str = key("", "signing secret, for HTTP instead", secret=True)
+    client_id: str = key("", "client id, to be installed by many workspaces over HTTP")
+    client_secret: str = key("", "client secret, with client_id", secret=True)
+    url: str = key(
+        "",
+        "address at which browsers and Slack find this machine",
+        pattern=r"(https?://[^\s?#]+)?",
+        shape="https://bot.example.org",
+    )
+    listen: Listen = key("127.0.0.1:8082", "host:port that HTTP is served at", min_length=1)
+    transport: Literal["stream", "edit"] = key("stream", "how an answer is shown while it is generated")
+    api: str = key(
+        "https://slack.com/api/", "address of the Web API", pattern=r"https?://[^\s?#]+", shape="https://slack.com/api/"
+    )
 
     @property
     def host_and_port(self) -> tuple[str, int]:
-        host, _, port = self.listen.rpartition(":")
-        return host.strip("[]"), int(port)
+        return host_and_port(self.listen)
 
 
 def read_settings(given: Mapping[str, object]) -> SlackSettings:
-    """Raises BadConfig naming every key that is unknown, missing or wrong. A secret's value is never named."""
-    known = [one.name for one in fields(SlackSettings)]
-    problems = [
-        f"bots.slack.{key} is unknown; there are {', '.join(known)}{nearest(key, known)}"
-        for key in given
-        if key not in known
-    ]
-    problems += [f"bots.slack.{key} {wrong}" for key, value in given.items() if (wrong := _wrong(key, value))]
-    problems += _missing({key for key, value in given.items() if value})
-    if problems:
-        raise BadConfig(detail="\n".join(problems), file="[bots.slack]", problems="\n".join(problems))
-    return SlackSettings(**given)  # type: ignore[arg-type]
+    """Raises BadConfig naming every key that is unknown, missing or wrong; never the value of a secret."""
+    return read_table(SlackSettings, "bots.slack", given, *_missing({key for key, value in given.items() if value}))
 
 
 def _missing(given: set[str]) -> list[str]:
-    """What the chosen ways need and do not have."""
+    """What the chosen way of listening and installing needs and does not have."""
     problems = []
     if not given & {"app_token", "signing_secret"}:
         problems.append(
@@ -67,30 +72,10 @@ def _missing(given: set[str]) -> list[str]:
             "bots.slack needs token (xoxb-..., of one workspace: OAuth & Permissions), "
             "or client_id, client_secret and url to be installed by many"
         )
-    if oauth and "client_id" in given:
+    if "client_id" in given:
         problems += [
-            f"bots.slack.{key} is missing: installing by OAuth needs it"
-            for key in ("client_secret", "url")
-            if key not in given
+            f"bots.slack.{name} is missing: installing by OAuth needs it"
+            for name in ("client_secret", "url")
+            if name not in given
         ]
     return problems
-
-
-def _wrong(key: str, value: object) -> str:
-    """What is allowed, if `value` is not; else nothing."""
-    if not isinstance(value, str):
-        return "must be text"
-    match key:
-        case "token" if value and not re.fullmatch(r"xoxb-[A-Za-z0-9-]{6,}", value):
-            return "is no bot token: it begins with xoxb-"
-        case "app_token" if value and not re.fullmatch(r"xapp-[A-Za-z0-9-]{6,}", value):
-            return "is no app-level token: it begins with xapp-"
-        case "transport" if value not in TRANSPORTS:
-            return f"= {value!r} must be one of {', '.join(TRANSPORTS)}{nearest(value, TRANSPORTS)}"
-        case "url" if value and not _URL.fullmatch(value):
-            return f"= {value!r} must be the https:// address at which browsers and Slack find this machine"
-        case "listen" if not (found := _LISTEN.fullmatch(value)) or int(found[2]) > 65535:
-            return f"= {value!r} must be host:port, for example 127.0.0.1:8082"
-        case "api" if not _URL.fullmatch(value):
-            return f"= {value!r} must be an address such as https://slack.com/api/"
-    return ""

@@ -16,13 +16,15 @@ import threading
 import uuid
 from collections.abc import AsyncIterator, Callable, Mapping
 from contextlib import suppress
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Protocol, Self
 
 from bots.shared.render import printable
 from core.commands.parser import is_command
-from core.errors import AppError, BadConfig, Overloaded, StorageError
+from core.config.keys import Language, key
+from core.config.loader import read_table
+from core.errors import AppError, Overloaded, StorageError
 from core.i18n.messages import duration, say
 from core.platform import BotService
 from core.types import Address, Attachment, Body, Handle, Incoming, Kind, Lane, Receipt
@@ -38,12 +40,12 @@ _CHUNK_BYTES = 65_536
 
 @dataclass(frozen=True, slots=True)
 class TerminalSettings:
-    """The table [bots.terminal.bot]."""
+    """The table [bots.terminal]."""
 
-    place: str = "home"
-    conversation: str = "home"
-    user: str = "local"
-    language: str = ""
+    place: str = key("home", "place of the binding")
+    conversation: str = key("home", "name of the conversation")
+    user: str = key("local", "name of the person")
+    language: Language = key("", "language of commands and notices; empty is that of the environment")
 
 
 @dataclass(frozen=True, slots=True)
@@ -279,19 +281,8 @@ class _Paper:
 
 
 def read_settings(given: Mapping[str, object]) -> TerminalSettings:
-    """Raises BadConfig naming what is unknown or no text."""
-    known = [one.name for one in fields(TerminalSettings)]
-    problems = [
-        f"bots.terminal.bot.{key} is unknown; there are {', '.join(known)}" for key in given if key not in known
-    ]
-    problems += [
-        f"bots.terminal.bot.{key} = {value!r} must be text"
-        for key, value in given.items()
-        if key in known and not isinstance(value, str)
-    ]
-    if problems:
-        raise BadConfig(detail="\n".join(problems), file="[bots.terminal.bot]", problems="\n".join(problems))
-    return TerminalSettings(**{key: str(value) for key, value in given.items()})
+    """Raises BadConfig naming every key that is unknown or wrong."""
+    return read_table(TerminalSettings, "bots.terminal", given)
 
 
 def is_interactive() -> bool:

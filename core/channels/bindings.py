@@ -55,6 +55,13 @@ def channel_of_link(tx: Tx, platform: str, account: str, payload: str) -> Channe
     return channel_of_row(row) if row else None
 
 
+def split(place: str) -> tuple[str, str, str]:
+    """platform:account/place in its three parts; the last is "" for the account's default."""
+    platform, _, rest = place.partition(":")
+    account, _, where = rest.partition("/")
+    return platform, account, where
+
+
 def places(tx: Tx, channel_id: int) -> tuple[str, ...]:
     """The places of a channel, written as platform:account/place."""
     rows = tx.all("SELECT * FROM binding WHERE channel_id = ? ORDER BY platform, account, place", [channel_id])

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+from dataclasses import asdict, fields
+
 from core.channels import adapter_names, partners
-from core.config.schema import NAME
+from core.config.keys import NAME
 from core.errors import BadInput, UnknownThing
 from core.storage.database import Row, Tx, Value
 from core.types import Channel, Limits, Sampling
@@ -55,10 +57,7 @@ def create_channel(
         title=title or name,
         partner_id=owner["id"],
         adapter=name,
-        per_minute=limits.per_minute,
-        per_hour=limits.per_hour,
-        tokens_in=limits.tokens_in,
-        tokens_out=limits.tokens_out,
+        **asdict(limits),
         created_ms=tx.now_ms,
     )
     prices.set_price(tx, channel_id, 0, 0, owner["share_bps"])
@@ -88,7 +87,7 @@ def channel_of_row(row: Row) -> Channel:
         instructions=row["instructions"],
         language=row["language"],
         questions=tuple(row["questions"].splitlines()),
-        limits=Limits(row["per_minute"], row["per_hour"], row["tokens_in"], row["tokens_out"]),
+        limits=Limits(**{one.name: row[one.name] for one in fields(Limits)}),
         sampling=Sampling(temperature=row["temperature"], top_p=row["top_p"]),
         archived=row["archived_ms"] is not None,
         weight=row["weight"],

@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from core.config.schema import channel_keys
 from core.i18n.messages import say
 from core.types import Grant, Lane
 
@@ -78,24 +79,7 @@ class Call:
         return " ".join(self.key).strip()
 
 
-SETTINGS = (
-    "title",
-    "instructions",
-    "language",
-    "questions",
-    "per_minute",
-    "per_hour",
-    "tokens_in",
-    "tokens_out",
-    "temperature",
-    "top_p",
-    "adapter",
-    "price_in",
-    "price_out",
-    "price_train",
-    "share",
-    "bind",
-)
+SETTINGS = tuple(channel_keys())
 DATA_SETTINGS = ("preset", "question", "answer", "system", "licence")
 _CHANNEL = Parameter("channel", optional=True)
 _DATASET, _JOB = Parameter("dataset", optional=True), Parameter("job", optional=True)

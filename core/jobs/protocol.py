@@ -18,6 +18,7 @@ from dataclasses import asdict, dataclass, field, fields
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
 
+from core.config.keys import key
 from core.config.sections import HyperParameters
 from core.errors import JobError
 
@@ -31,11 +32,11 @@ EXIT_FINISHED, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 3
 class Fresh:
     """Of a model that begins from nothing. `vocabulary` 0 is the tokenizer of the configured model."""
 
-    layers: int = 8
-    hidden: int = 384
-    heads: int = 6
-    vocabulary: int = 0
-    context: int = 1024
+    layers: int = key(8, "transformer layers", ge=1, le=200)
+    hidden: int = key(384, "width of the hidden state", ge=8, le=16_384)
+    heads: int = key(6, "attention heads", ge=1, le=128)
+    vocabulary: int = key(0, "tokens of a new tokenizer; 0 keeps that of the configured model", ge=0, le=500_000)
+    context: int = key(1024, "tokens of the longest sequence", ge=16, le=131_072)
 
 
 Method = Literal["lora", "full", "scratch"]  # a delta; all weights; all weights of a model drawn anew

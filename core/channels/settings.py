@@ -1,0 +1,122 @@
+"""The settings of a channel as /channel show and /channel set know them; core.config.schema defines each.
+
+A setting is a column of the table `channel`, except a price, which is a new row of `price`, and a binding.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable, Mapping
+from dataclasses import asdict
+from typing import Any
+
+from core.channels import adapter_names, bindings, directory
+from core.config.keys import Key, refusal, refused, shown
+from core.config.schema import channel_keys
+from core.errors import BadInput
+from core.i18n.messages import Refusal, say
+from core.storage.database import Tx, Value
+from core.types import Channel, Limits
+from core.usage import prices
+
+Settings = Mapping[str, Any]
+PRICES = ("price_in", "price_out", "price_train", "share")
+
+
+def owners() -> frozenset[str]:
+    """Those that an operator of one channel may not change."""
+    return frozenset(name for name, one in channel_keys().items() if one.chat == "owner")
+
+
+def current(tx: Tx, channel: Channel) -> dict[str, Any]:
+    """Every setting but the bindings, by name; `share` in percent."""
+    price = prices.price_now(tx, channel.id)
+    sold = {
+        "price_in": price.in_nano,
+        "price_out": price.out_nano,
+        "price_train": price.train_nano,
+        "share": price.share_bps / 100,
+    }
+    holders = (channel, channel.limits, channel.sampling)
+    found = {}
+    for name in channel_keys():
+        holder = next((one for one in holders if hasattr(one, name)), None)
+        if name in sold:
+            found[name] = sold[name]
+        elif holder is not None:
+            found[name] = getattr(holder, name)
+    return found
+
+
+def parse(tx: Tx, channel: Channel, texts: Mapping[str, str]) -> dict[str, Any]:
+    """The typed values of what a person typed. Raises BadInput naming the setting, its value and what it must be."""
+    found = {name: _parse(channel_keys()[name], text) for name, text in texts.items()}
+    if "adapter" in found and not adapter_names.belongs_to(tx, found["adapter"], channel.partner):
+        raise _refused(channel_keys()["adapter"], texts["adapter"], Refusal("setting.adapter"))
+    return found
+
+
+def parse_title(text: str) -> str:
+    """Raises BadInput."""
+    return str(_parse(channel_keys()["title"], text))
+
+
+def _parse(key: Key, text: str) -> Any:
+    try:
+        value = key.parse(text)
+        if value is None:
+            raise refusal(key.needs(), text)
+        if key.name == "title" and not value:
+            raise Refusal("setting.empty")
+    except Refusal as error:
+        raise _refused(key, text, error) from None
+    return value
+
+
+def _refused(key: Key, text: str, error: Refusal) -> BadInput:
+    told = refused(key, text, error)
+    return BadInput(str(told), **told.fields)  # type: ignore[arg-type]
+
+
+def store(tx: Tx, channel: Channel, changed: Settings) -> None:
+    """Write checked values; a price is a new row, and the earlier ones stay."""
+    if columns := stored({name: value for name, value in changed.items() if name not in PRICES}):
+        directory.set_channel(tx, channel.id, **columns)
+    if changed.keys() & set(PRICES):
+        now = {**current(tx, channel), **changed}
+        share_bps = round(now["share"] * 100)
+        prices.set_price(tx, channel.id, now["price_in"], now["price_out"], share_bps, now["price_train"])
+
+
+def moved(tx: Tx, channel: Channel, places: Iterable[str]) -> tuple[dict[str, Value], dict[str, Value]]:
+    """Bind each place to the channel. For each that another channel, or none, held: whose it was, and whose it is."""
+    before: dict[str, Value] = {}
+    for place in places:
+        held = bindings.bound_to(tx, *bindings.split(place))
+        if held != channel.name:
+            before[f"bind {place}"] = held
+            bindings.bind(tx, *bindings.split(place), channel.id)
+    return before, dict.fromkeys(before, channel.name)
+
+
+def stored(settings: Settings) -> dict[str, Value]:
+    """The values as columns and the audit log hold them: lists as lines."""
+    return {name: "\n".join(value) if isinstance(value, tuple) else value for name, value in settings.items()}
+
+
+def brief(value: object) -> str | int:
+    """A value in one line of a message."""
+    if isinstance(value, int):
+        return value
+    if isinstance(value, float):
+        return f"{value:g}"
+    text = " | ".join(value) if isinstance(value, tuple) else str(value)
+    return shown(text).strip('"') or "–"
+
+
+def limits_line(language: str, limits: Limits) -> str:
+    """The limits in one line; a limit without a sentence of its own is told as name=value."""
+    told = []
+    for name, value in asdict(limits).items():
+        sentence = say(language, key := f"limits.{name}", n=value)
+        told.append(f"{name}={value}" if sentence == key else sentence)
+    return ", ".join(told)

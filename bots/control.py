@@ -18,7 +18,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from bots.provisioning import apply, owner
+from bots.provisioning import apply, owner, preview
 from core.channels.terminal import TERMINAL
 from core.chat.dispatch import dispatch
 from core.commands.parser import parse
@@ -71,9 +71,11 @@ class CommandRunner:
             return replace(outcome.body, text=f"{outcome.body.text}\n{say(caller.language, 'terminal.later')}")
         return outcome.body
 
-    async def apply(self, given: Mapping[str, Any]) -> str:
-        """Make the directory what the configuration's [partners.*] and [channels.*] say."""
+    async def apply(self, given: Mapping[str, Any], *, only_preview: bool = False) -> str:
+        """Change the database to what the given [partners.*] and [channels.*] set, or tell what that would change."""
         config = read_config(given, os.environ)
+        if only_preview:
+            return await self.database.read(lambda tx: preview(tx, config))
         return await self.database.write(lambda tx: apply(tx, config))
 
     async def _follow(self, after: After) -> None:
@@ -147,7 +149,7 @@ async def serve(desk: CommandRunner) -> None:
 async def _answer(desk: CommandRunner, given: Any) -> dict[str, str]:
     try:
         if "apply" in given:
-            return {"text": await desk.apply(given["apply"])}
+            return {"text": await desk.apply(given["apply"], only_preview=bool(given.get("preview")))}
         return {"text": (await desk.run(str(given["command"]), str(given.get("channel", TERMINAL)))).text}
     except AppError as error:
         return {"error": sentence(error)}

@@ -1,59 +1,96 @@
-"""What the configuration says of partners and channels -> the directory. Knows no platform and no model.
+"""Partners and channels of the configuration in the database.
 
-At a start only what is missing is made: the database decides over what exists, until `distributary config apply`.
+A start creates what is missing and reports what differs; `distributary config apply` changes what exists.
 """
 
 from __future__ import annotations
 
-from collections.abc import Mapping
-from dataclasses import replace
+from collections.abc import Iterable, Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from typing import Any
 
-from core.channels import adapter_names, audit, bindings, directory, partners, terminal
+from core.channels import adapter_names, audit, bindings, directory, partners, settings, terminal
 from core.chat import conversations
-from core.config.schema import ChannelSeed, Config, PartnerSeed
+from core.config.schema import ChannelSettings, Config, PartnerSettings, channel_keys
 from core.engine.protocol import EngineInfo
 from core.errors import BadConfig, BadInput, UnknownThing
 from core.i18n.messages import say
-from core.storage.database import Tx, Value
-from core.types import Address, Caller, Grant, Json
+from core.storage.database import Tx
+from core.types import Address, Caller, Channel, Grant
 from core.usage import prices
 
 OWNER = Address("terminal", "home", "home", "home")
 DESK = Address("terminal", "desk", "", "desk")  # the command line, where nobody waits for a message
+_ACTION = "config apply"
+
+
+@dataclass(frozen=True, slots=True)
+class Difference:
+    """A key that the file sets to `file` and the database holds as `stored`. `group` is "partner" or "channel"."""
+
+    group: str
+    name: str
+    key: str
+    file: Any
+    stored: Any
+
+    def render(self, sentence: str) -> str:
+        """`sentence` is a key of [terminal]."""
+        shown = {"file": settings.brief(self.file), "stored": settings.brief(self.stored)}
+        return say("en", f"terminal.{sentence}", target=f"{self.group} {self.name}", setting=self.key, **shown)
 
 
 def seed(tx: Tx, config: Config) -> None:
-    """Make what is missing: the terminal's channel, and what the configuration names."""
+    """Create what is missing: the terminal's channel, and the partners and channels of the configuration."""
     terminal.ensure_terminal(tx, OWNER.account)
-    for name, partner in _partners(config).items():
+    for name, partner in config.partners.items():
         if partners.find(tx, name) is None:
-            partners.create(tx, name, **_partner_values(name, partner))
-    for name, channel in config.channels.items():
+            partners.create(tx, name, **_partner_columns(_partner_values(name, partner)))
+    for name, given in config.channels.items():
         if directory.channel_by_name(tx, name) is None:
-            made = directory.create_channel(tx, name, partner=channel.partner)
-            directory.set_channel(tx, made.id, **_channel_values(name, channel, config))
-            _bind(tx, channel, made.id)
+            made = directory.create_channel(tx, name, partner=given.partner)
+            settings.store(tx, made, _channel_values(name, given, config))
+            settings.moved(tx, made, given.bind)
+
+
+def differences(tx: Tx, config: Config) -> tuple[Difference, ...]:
+    """What the file sets otherwise than the database. What the file leaves out, and what is missing, is none."""
+    return (*_partner_differences(tx, config), *_channel_differences(tx, config))
+
+
+def missing(tx: Tx, config: Config) -> tuple[str, ...]:
+    """The partners and channels that the next start creates."""
+    return (
+        *(f"partner {name}" for name in config.partners if partners.find(tx, name) is None),
+        *(f"channel {name}" for name in config.channels if directory.channel_by_name(tx, name) is None),
+    )
+
+
+def preview(tx: Tx, config: Config) -> str:
+    """What `apply` would change, line by line. Raises BadConfig for what cannot be changed."""
+    found = differences(tx, config)
+    _refuse_other_partners(found)
+    made = [say("en", "terminal.is_made", target=target) for target in missing(tx, config)]
+    return "\n".join([*made, *(one.render("changes") for one in found)]) or say("en", "terminal.nothing_to_change")
 
 
 def apply(tx: Tx, config: Config) -> str:
-    """Change what exists to what the configuration says; each change is audited. What was changed, line by line.
+    """Change what exists to what the file sets; each change is audited. The changes, line by line.
 
-    Raises BadConfig for what cannot be changed.
+    Raises BadConfig for what cannot be changed; then nothing is.
     """
+    told = preview(tx, config)
     seed(tx, config)
-    _check_partners(tx, config)
-    changes = []
-    for name, partner in config.partners.items():
-        changes += _audited(tx, "partner", name, _partner_values(name, partner))
-        _share_from_now_on(tx, name)
-    for name, channel in config.channels.items():
-        changes += _audited(tx, "channel", name, _channel_values(name, channel, config))
-        changes += _bind(tx, channel, int(tx.value("SELECT id FROM channel WHERE name = ?", [name])), name)
-    return "\n".join(changes) or say("en", "terminal.nothing_to_change")
+    found = differences(tx, config)
+    for name in config.partners:
+        _apply_partner(tx, name, {one.key: one for one in found if (one.group, one.name) == ("partner", name)})
+    for name in config.channels:
+        _apply_channel(tx, name, [one for one in found if (one.group, one.name) == ("channel", name)])
+    return told
 
 
 def owner(tx: Tx, name: str = terminal.TERMINAL) -> Caller:
-    """Who sits at the command line of this home, in the channel of that name: they operate everything.
+    """The owner at the command line of this home, in the channel of that name.
 
     Raises UnknownThing, and BadInput for one that is archived.
     """
@@ -69,7 +106,7 @@ def owner(tx: Tx, name: str = terminal.TERMINAL) -> Caller:
 
 
 def greeting(tx: Tx, info: EngineInfo, place: str, language: str, version: str) -> tuple[str, ...]:
-    """What the terminal says first: what answers, and the three keys to know."""
+    """The first lines of the terminal: model and channel, and how to begin."""
     channel = bindings.channel_for(tx, OWNER.platform, OWNER.account, place)
     name = channel.name if channel else "-"
     label = adapter_names.champion(tx, channel.adapter)[1] if channel else "-"
@@ -77,82 +114,100 @@ def greeting(tx: Tx, info: EngineInfo, place: str, language: str, version: str) 
     return say(language, "terminal.header", **fields), say(language, "terminal.ask")
 
 
-def _partners(config: Config) -> Mapping[str, PartnerSeed]:
-    """The partners that are described, and those that channels only name."""
-    named = {channel.partner: PartnerSeed() for channel in config.channels.values()}
-    return {**named, **config.partners}
+# --- partners ---
 
 
-def _check_partners(tx: Tx, config: Config) -> None:
-    """Books and adapters find their partner by the channel: it stays theirs."""
-    problems = []
+def _partner_values(name: str, given: PartnerSettings) -> dict[str, Any]:
+    return {"title": given.title or name, "share": given.share, "weight": given.weight}
+
+
+def _partner_columns(values: Mapping[str, Any]) -> dict[str, Any]:
+    """`share`, in percent, is stored in basis points."""
+    return {
+        "share_bps" if key == "share" else key: round(value * 100) if key == "share" else value
+        for key, value in values.items()
+    }
+
+
+def _partner_differences(tx: Tx, config: Config) -> Iterator[Difference]:
+    for name, given in config.partners.items():
+        row = partners.find(tx, name)
+        if row is None:
+            continue
+        now = {"title": row["title"], "share": row["share_bps"] / 100, "weight": row["weight"]}
+        for key, value in _partner_values(name, given).items():
+            if key in given.written and value != now[key]:
+                yield Difference("partner", name, key, value, now[key])
+
+
+def _apply_partner(tx: Tx, name: str, changes: Mapping[str, Difference]) -> None:
+    """A new share is a new price of the channels that had the old one: books keep the share that they were made at."""
+    if not changes:
+        return
+    partners.update(tx, name, _partner_columns({key: one.file for key, one in changes.items()}))
+    if "share" in changes:
+        before, after = (round(one * 100) for one in (changes["share"].stored, changes["share"].file))
+        for channel_id in partners.channel_ids(tx, name):
+            price = prices.price_now(tx, channel_id)
+            if price.share_bps == before:
+                prices.set_price(tx, channel_id, price.in_nano, price.out_nano, after, price.train_nano)
+    _audit(tx, f"partner {name}", changes.values())
+
+
+# --- channels ---
+
+
+def _channel_values(name: str, given: ChannelSettings, config: Config) -> dict[str, Any]:
+    """The settings of a new channel, but its places."""
+    values: dict[str, Any] = {"title": given.title or name, **asdict(given.limits)}
+    for key, one in channel_keys().items():
+        if one.file and key not in values and key != "bind":
+            value = getattr(given, key)
+            values[key] = getattr(config.generation, key) if value is None else value
+    return values
+
+
+def _channel_differences(tx: Tx, config: Config) -> Iterator[Difference]:
     for name, given in config.channels.items():
         channel = directory.channel_by_name(tx, name)
-        if channel is not None and channel.partner != given.partner:
-            problems.append(
-                f"channels.{name}.partner = {given.partner!r}: {name} belongs to {channel.partner!r}, and so do its"
-                " charges and its adapter; make another channel and bind the places there"
-            )
+        if channel is None:
+            continue
+        if given.partner != channel.partner and "partner" in given.written:
+            yield Difference("channel", name, "partner", given.partner, channel.partner)
+        now = settings.current(tx, channel)
+        for key, value in _channel_values(name, given, config).items():
+            if key in given.written and value != now[key]:
+                yield Difference("channel", name, key, value, now[key])
+        for place in given.bind:
+            held = bindings.bound_to(tx, *bindings.split(place))
+            if held != name:
+                yield Difference("channel", name, f"bind {place}", name, held)
+
+
+def _apply_channel(tx: Tx, name: str, changes: list[Difference]) -> None:
+    if changes:
+        channel = directory.channel_by_name(tx, name)
+        assert isinstance(channel, Channel), name
+        settings.store(tx, channel, {one.key: one.file for one in changes if not one.key.startswith("bind ")})
+        settings.moved(tx, channel, [one.key.removeprefix("bind ") for one in changes if one.key.startswith("bind ")])
+        _audit(tx, f"channel {name}", changes)
+
+
+def _refuse_other_partners(found: tuple[Difference, ...]) -> None:
+    """Charges and adapters belong to the partner of their channel, so a channel stays with its partner."""
+    problems = [
+        f"channels.{one.name}.partner = {one.file!r}: {one.name} belongs to {one.stored!r}, and so do its charges and"
+        " its adapter; make another channel and bind the places there"
+        for one in found
+        if one.key == "partner"
+    ]
     if problems:
         told = "\n".join(f"  {problem}" for problem in problems)
         raise BadConfig(detail=f"the configuration:\n{told}", file="the configuration", problems="\n".join(problems))
 
 
-def _partner_values(name: str, given: PartnerSeed) -> dict[str, Value]:
-    return {"title": given.title or name, "share_bps": round(given.share * 10_000), "weight": given.weight}
-
-
-def _channel_values(name: str, given: ChannelSeed, config: Config) -> dict[str, Value]:
-    temperature, top_p, limits = given.temperature, given.top_p, given.limits
-    return {
-        "title": given.title or name,
-        "instructions": given.instructions,
-        "language": given.language,
-        "questions": "\n".join(given.questions),
-        "per_minute": limits.per_minute,
-        "per_hour": limits.per_hour,
-        "tokens_in": limits.tokens_in,
-        "tokens_out": limits.tokens_out,
-        "temperature": config.generation.temperature if temperature is None else temperature,
-        "top_p": config.generation.top_p if top_p is None else top_p,
-    }
-
-
-def _bind(tx: Tx, channel: ChannelSeed, channel_id: int, name: str = "") -> list[str]:
-    """Bind the channel's places. With a `name` what is taken from another channel is audited and told."""
-    changes = []
-    for place in channel.bind:
-        platform, _, rest = place.partition(":")
-        account, _, where = rest.partition("/")
-        before = bindings.bound_to(tx, platform, account, where)
-        bindings.bind(tx, platform, account, where, channel_id)
-        if name and before != name:
-            audit.record(tx, owner(tx), "config apply", f"bind {place}", before, name)
-            changes.append(f"{place}: {before or '-'} -> {name}")
-    return changes
-
-
-def _share_from_now_on(tx: Tx, partner: str) -> None:
-    """A price holds the share at which it was made: a new share is a new price, and books stay as they are."""
-    rows = tx.all(
-        "SELECT channel.id, share_bps FROM channel JOIN partner ON partner.id = partner_id WHERE partner.name = ?",
-        [partner],
-    )
-    for row in rows:
-        price = prices.price_now(tx, row["id"])
-        if price.share_bps != row["share_bps"]:
-            prices.set_price(tx, row["id"], price.in_nano, price.out_nano, row["share_bps"], price.train_nano)
-
-
-def _audited(tx: Tx, table: str, name: str, values: Mapping[str, Value]) -> list[str]:
-    now = tx.one(f"SELECT * FROM {table} WHERE name = ?", [name])
-    assert now is not None, name
-    changed = {key: value for key, value in values.items() if now[key] != value}
-    if not changed:
-        return []
-    marks = ", ".join(f"{key} = ?" for key in changed)
-    tx.run(f"UPDATE {table} SET {marks} WHERE name = ?", [*changed.values(), name])
-    before: Json = {key: now[key] for key in changed}
-    after: Json = {key: str(value) if isinstance(value, bytes) else value for key, value in changed.items()}
-    audit.record(tx, owner(tx), "config apply", f"{table} {name}", before, after)
-    return [f"{table} {name}: {key} = {now[key]!r} -> {value!r}" for key, value in changed.items()]
+def _audit(tx: Tx, target: str, changes: Iterable[Difference]) -> None:
+    changed = list(changes)
+    before = settings.stored({one.key: one.stored for one in changed})
+    after = settings.stored({one.key: one.file for one in changed})
+    audit.record(tx, owner(tx), _ACTION, target, before, after)

@@ -6,6 +6,7 @@ from dataclasses import asdict, fields
 
 from core.channels import adapter_names, partners
 from core.config.keys import NAME
+from core.config.schema import OWNER_PARTNER
 from core.errors import BadInput, UnknownThing
 from core.storage.database import Row, Tx, Value
 from core.types import Channel, Limits, Sampling
@@ -34,7 +35,7 @@ def channels(tx: Tx, user_hash: str) -> tuple[Channel, ...]:
 
 
 def create_channel(
-    tx: Tx, name: str, *, title: str = "", partner: str = partners.OWNER_PARTNER, limits: Limits | None = None
+    tx: Tx, name: str, *, title: str = "", partner: str = OWNER_PARTNER, limits: Limits | None = None
 ) -> Channel:
     """A channel on base, free of charge, with an adapter name of its own.
 

@@ -6,9 +6,6 @@ from collections.abc import Mapping
 
 from core.storage.database import Row, Tx, Value
 
-OWNER_PARTNER = "owner"
-
-
 def find(tx: Tx, name: str) -> Row | None:
     """The row of a partner: id, name, title, share_bps, weight."""
     return tx.one("SELECT * FROM partner WHERE name = ?", [name])
@@ -17,6 +14,14 @@ def find(tx: Tx, name: str) -> Row | None:
 def create(tx: Tx, name: str, **values: Value) -> int:
     """A new partner's id. `values` are its columns: title, share_bps, weight."""
     return tx.insert("partner", name=name, created_ms=tx.now_ms, **values)
+
+
+def channel_ids(tx: Tx, name: str) -> tuple[int, ...]:
+    """The channels of a partner."""
+    rows = tx.all(
+        "SELECT channel.id FROM channel JOIN partner ON partner.id = partner_id WHERE partner.name = ?", [name]
+    )
+    return tuple(row["id"] for row in rows)
 
 
 def update(tx: Tx, name: str, values: Mapping[str, Value]) -> None:

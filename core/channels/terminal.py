@@ -7,6 +7,7 @@ from collections.abc import Callable
 from pathlib import Path
 
 from core import files
+from core.config.schema import OWNER_PARTNER
 from core.channels import bindings, directory, operators, partners
 from core.storage import lifecycle
 from core.storage.database import Tx
@@ -20,8 +21,8 @@ HOME_ACCOUNT = "home"  # of the terminal that writes the history file
 
 def ensure_terminal(tx: Tx, account: str) -> None:
     """Create the terminal's partner, channel and binding where they are missing, and make its user an operator."""
-    if partners.find(tx, partners.OWNER_PARTNER) is None:
-        partners.create(tx, partners.OWNER_PARTNER, title="Owner")
+    if partners.find(tx, OWNER_PARTNER) is None:
+        partners.create(tx, OWNER_PARTNER, title="Owner")
     channel = directory.channel_by_name(tx, TERMINAL)
     if channel is None:
         channel = directory.create_channel(tx, TERMINAL, title="Terminal", limits=Limits(per_minute=0, per_hour=0))

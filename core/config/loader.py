@@ -133,7 +133,7 @@ class _Reader(Problems):
         written = frozenset({*table, *(own if isinstance(own, Mapping) else ())})
         own_limits = self.section(Limits, f"{path}.limits", own, limits)
         settings = self.section(ChannelSettings, path, table, limits=own_limits, written=written)
-        if settings.partner not in (known := [OWNER_PARTNER, *partners]):
+        if settings.partner not in (known := list(dict.fromkeys([OWNER_PARTNER, *partners]))):
             need = Lazy("setting.partner", partners=", ".join(known), name=settings.partner)
             wrong = refusal(need, settings.partner, known)
             self.lines.append(refused(keys(ChannelSettings)["partner"], settings.partner, wrong, path).render("en"))

@@ -20,10 +20,12 @@ from prometheus_client.core import Metric
 
 from bots import control, metrics, metrics_server
 from bots.plugins import find_bots
-from bots.provisioning import DESK, seed
+from bots.provisioning import DESK, differences, seed
 from core.adapters import registry
 from core.channels.training_permission import declare, set_exceptions
 from core.chat.service import Service, ServiceSettings
+from core.config.keys import nearest
+from core.config.loader import bad_config, examine_file
 from core.config.schema import BotTable, Config, GenerationDefaults
 from core.delivery.deliveries import Deliveries
 from core.engine import plugins
@@ -81,6 +83,7 @@ async def open_store(config: Config, home: Home) -> AsyncIterator[Database]:
 @asynccontextmanager
 async def open_parts(config: Config, home: Home, progress: Progress | None = None) -> AsyncIterator[Parts]:
     async with open_store(config, home) as database, make_engine(config, home, progress) as engine:
+        await _report_differences(database, config)
         deliveries = Deliveries(database)
         await database.write(lambda tx: registry.keep_base(tx, engine.info.fingerprint))
         training = JobSupervisor(
@@ -88,6 +91,13 @@ async def open_parts(config: Config, home: Home, progress: Progress | None = Non
         )
         service = Service(database, home, engine, deliveries, training, service_settings(config))
         yield Parts(config, home, database, engine, deliveries, training, service)
+
+
+async def _report_differences(database: Database, config: Config) -> None:
+    """Report what the file sets otherwise than the database, on standard error and, without the values, in the log."""
+    for one in await database.read(lambda tx: differences(tx, config)):
+        log.info("config.differs", extra={"target": f"{one.group} {one.name}", "setting": one.key})
+        sys.stderr.write(f"distributary: {one.render('differs')}\n")
 
 
 def asked(engine: Engine) -> int:
@@ -129,8 +139,29 @@ def _sampling(given: GenerationDefaults) -> Sampling:
     return Sampling(**values)
 
 
+def load_all(file: Path | None, environment: Mapping[str, str]) -> tuple[Config, dict[str, Bot]]:
+    """The configuration and its bots. Raises BadConfig with every mistake of the file and of the bots' tables."""
+    config, problems = examine_file(file, environment)
+    try:
+        plugins.check(config.engine.kind)
+    except BadConfig as error:
+        problems.append(error.detail)
+    told = {line.split(".")[1] for line in problems if line.startswith("bots.")}  # of a variable that is not set
+    bots, wrong = _examine_bots({name: table for name, table in config.bots.items() if name not in told})
+    if problems := [*problems, *wrong]:
+        raise bad_config(file, problems)
+    return config, bots
+
+
 def enabled_bots(tables: Mapping[str, BotTable]) -> dict[str, Bot]:
     """The bots of the configuration, configured. Raises BadConfig with everything that is wrong with any of them."""
+    bots, problems = _examine_bots(tables)
+    if problems:
+        raise BadConfig(detail="\n".join(problems), file="[bots]", problems="\n".join(problems))
+    return bots
+
+
+def _examine_bots(tables: Mapping[str, BotTable]) -> tuple[dict[str, Bot], list[str]]:
     broken: dict[str, str] = {}
     found = find_bots(broken, wanted={table.kind for table in tables.values()})
     bots: dict[str, Bot] = {}
@@ -139,16 +170,18 @@ def enabled_bots(tables: Mapping[str, BotTable]) -> dict[str, Bot]:
         if table.kind in broken:
             problems.append(f"[bots.{name}]: {broken[table.kind]}")
         elif table.kind not in found:
-            installed = ", ".join(sorted(find_bots()))
-            problems.append(f"[bots.{name}]: no bot {table.kind!r} is installed; there are {installed}")
+            installed = sorted(find_bots())
+            problems.append(
+                f"[bots.{name}]: no bot {table.kind!r} is installed; there are {', '.join(installed)}"
+                f"{nearest(table.kind, installed)}"
+            )
         else:
             try:
                 bots[name] = found[table.kind].configure(table.settings)
             except BadConfig as error:
-                problems.append(str(error.fields.get("problems", error.detail or error)))
-    if problems:
-        raise BadConfig(detail="\n".join(problems), file="[bots]", problems="\n".join(problems))
-    return bots
+                told = str(error.fields.get("problems", error.detail or error))
+                problems += told.replace(f"bots.{table.kind}", f"bots.{name}").splitlines()
+    return bots, problems
 
 
 # --- running ---

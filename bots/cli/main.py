@@ -7,6 +7,7 @@ import asyncio
 import os
 import shlex
 import sys
+import tomllib
 import traceback
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict
@@ -15,7 +16,7 @@ from pathlib import Path
 from typing import Any
 
 from bots import control
-from bots.app import Parts, enabled_bots, open_store, run_program
+from bots.app import Parts, load_all, open_store, run_program
 from bots.cli.benchmark import try_out
 from bots.cli.doctor import Examined, Level, as_json, examine, report
 from bots.cli.usage import usage
@@ -24,8 +25,9 @@ from bots.terminal.bot import Surroundings, TerminalBot, is_interactive, read_se
 from core.channels.terminal import TERMINAL
 from core.commands.parser import find
 from core.commands.table import COMMANDS
-from core.config.loader import FILE_NAME, load_config, show_config
+from core.config.loader import FILE_NAME, load_config
 from core.config.schema import Config
+from core.config.show import show_config
 from core.errors import AppError, BadConfig, UserError
 from core.i18n.messages import resolve, say
 from core.observability import logs
@@ -87,9 +89,10 @@ def _chat(given: argparse.Namespace) -> int:
 
 
 def _serve(given: argparse.Namespace) -> int:
-    config, home = _config(given), _home(given)
+    home = _home(given)
+    config, bots = load_all(_file(given), os.environ)
+    _register(config)
     logs.install("debug" if given.verbose else config.log.level)
-    bots = enabled_bots(config.bots)
     if not bots:
         raise BadConfig(
             detail="no bot is enabled: add a table [bots.NAME]; deploy/config.example.toml shows how",
@@ -156,14 +159,33 @@ def _plugin(given: argparse.Namespace) -> int:
 
 
 def _apply(given: argparse.Namespace) -> int:
+    """Show what would change, then change it if --yes was given or the question is answered so."""
     config = _config(given)
     if config.file is None:
         raise BadConfig(detail="there is no configuration file to apply; name one with --config", file="-", problems="")
-    import tomllib
-
     table = tomllib.loads(config.file.read_text(encoding="utf-8"))
     sections = ("generation", "limits", "partners", "channels")
-    return _ask(given, {"apply": {name: table[name] for name in sections if name in table}})
+    request = {"apply": {name: table[name] for name in sections if name in table}}
+    told = _answer(given, {**request, "preview": True})
+    sys.stdout.write(f"{told}\n")
+    if told == say("en", "terminal.nothing_to_change"):
+        return 0
+    if not given.yes and not _agreed():
+        sys.stdout.write(f"{say('en', 'terminal.not_applied')}\n")
+        return 1
+    _answer(given, request)
+    return 0
+
+
+def _agreed() -> bool:
+    return sys.stdin.isatty() and input(say("en", "terminal.apply_question")).strip().lower() in ("y", "yes")
+
+
+def _check(given: argparse.Namespace) -> int:
+    config, _ = load_all(_file(given), os.environ)
+    name = str(config.file) if config.file else say("en", "terminal.no_file")
+    sys.stdout.write(f"{say('en', 'terminal.config_good', file=name)}\n")
+    return 0
 
 
 def _show(given: argparse.Namespace) -> int:
@@ -172,23 +194,26 @@ def _show(given: argparse.Namespace) -> int:
 
 
 def _ask(given: argparse.Namespace, request: dict[str, Any]) -> int:
-    """Let the process that owns the home do it; where there is none, do it here."""
+    sys.stdout.write(_answer(given, request) + "\n")
+    return 0
+
+
+def _answer(given: argparse.Namespace, request: dict[str, Any]) -> str:
+    """The answer of the process that owns the home; if none does, of this one. Raises BadConfig with its error."""
     home = _home(given)
     answer = control.ask(home, request)
     if answer is None:
         answer = {"text": asyncio.run(_do_here(_config(given), home, request))}
     if "error" in answer:
-        sys.stderr.write(f"distributary: {answer['error']}\n")
-        return 2
-    sys.stdout.write(answer["text"].rstrip() + "\n")
-    return 0
+        raise BadConfig(detail=answer["error"])
+    return answer["text"].rstrip()
 
 
 async def _do_here(config: Config, home: Home, request: dict[str, Any]) -> str:
     async with open_store(config, home) as database:
         desk = control.CommandRunner(database, home)
         if "apply" in request:
-            return await desk.apply(request["apply"])
+            return await desk.apply(request["apply"], only_preview=bool(request.get("preview")))
         return (await desk.run(request["command"], request.get("channel", TERMINAL))).text
 
 
@@ -247,10 +272,12 @@ def _parser() -> argparse.ArgumentParser:
         add(commands, entry.name, _plugin, f"what the {entry.name} bot brings").add_argument(
             "words", nargs=argparse.REMAINDER, metavar="..."
         )
-    config = add(commands, "config", _show, "show the configuration, or apply its channels and partners")
-    what = config.add_subparsers(metavar="show|apply", required=True)
+    config = add(commands, "config", _show, "show or check the configuration, or apply its channels and partners")
+    what = config.add_subparsers(metavar="show|check|apply", required=True)
     add(what, "show", _show, "what is in use, secrets masked")
-    add(what, "apply", _apply, "change existing channels and partners to what the file says")
+    add(what, "check", _check, "every mistake of the file, those of the bots' tables too")
+    applied = add(what, "apply", _apply, "change existing channels and partners to what the file says")
+    applied.add_argument("--yes", "-y", action="store_true", help="do not ask")
     return parser
 
 
@@ -263,11 +290,18 @@ def _home(given: argparse.Namespace) -> Home:
     return Home(user_data_path("distributary"))
 
 
-def _config(given: argparse.Namespace) -> Config:
-    """The file that was named; else the home's, if there is one; else the defaults."""
+def _file(given: argparse.Namespace) -> Path | None:
+    """The file that was named; else the home's, if there is one."""
     named = given.config or os.environ.get(CONFIG_VARIABLE)
     file = Path(named).expanduser() if named else _home(given).path / FILE_NAME
-    config = load_config(file if named or file.exists() else None, os.environ)
+    return file if named or file.exists() else None
+
+
+def _config(given: argparse.Namespace) -> Config:
+    return _register(load_config(_file(given), os.environ))
+
+
+def _register(config: Config) -> Config:
     for secret in config.secrets:
         logs.register_secret(secret)
     return config

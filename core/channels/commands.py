@@ -10,8 +10,8 @@ from core.commands.registry import command
 from core.commands.table import Call
 from core.errors import BadInput, NotAllowed, UnknownThing
 from core.i18n.messages import language_name, say
-from core.storage.database import Tx, Value
-from core.types import Body, Caller, Channel, ForgetMemory, Grant, Outcome
+from core.storage.database import Tx
+from core.types import Body, Caller, Channel, ForgetMemory, Grant, Json, Outcome
 
 ALL = "all"
 _MAX_LABEL, _MAX_SHOWN = 80, 80
@@ -93,7 +93,7 @@ def channel_set(tx: Tx, caller: Caller, call: Call) -> Outcome:
     return Outcome(Body(told))
 
 
-def _changes(language: str, channel: Channel, before: Mapping[str, Value], after: Mapping[str, Value]) -> str:
+def _changes(language: str, channel: Channel, before: Mapping[str, Json], after: Mapping[str, Json]) -> str:
     lines = [say(language, "operators.set", name=channel.name), ""]
     for name, value in after.items():
         shown = {"before": settings.brief(before[name]), "after": settings.brief(value)}

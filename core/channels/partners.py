@@ -6,6 +6,7 @@ from collections.abc import Mapping
 
 from core.storage.database import Row, Tx, Value
 
+
 def find(tx: Tx, name: str) -> Row | None:
     """The row of a partner: id, name, title, share_bps, weight."""
     return tx.one("SELECT * FROM partner WHERE name = ?", [name])

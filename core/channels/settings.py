@@ -14,8 +14,8 @@ from core.config.keys import Key, refusal, refused, shown
 from core.config.schema import channel_keys
 from core.errors import BadInput
 from core.i18n.messages import Refusal, say
-from core.storage.database import Tx, Value
-from core.types import Channel, Limits
+from core.storage.database import Tx
+from core.types import Channel, Json, Limits
 from core.usage import prices
 
 Settings = Mapping[str, Any]
@@ -73,8 +73,7 @@ def _parse(key: Key, text: str) -> Any:
 
 
 def _refused(key: Key, text: str, error: Refusal) -> BadInput:
-    told = refused(key, text, error)
-    return BadInput(str(told), **told.fields)  # type: ignore[arg-type]
+    return BadInput("setting.sentence", clause=refused(key, text, error))
 
 
 def store(tx: Tx, channel: Channel, changed: Settings) -> None:
@@ -87,9 +86,9 @@ def store(tx: Tx, channel: Channel, changed: Settings) -> None:
         prices.set_price(tx, channel.id, now["price_in"], now["price_out"], share_bps, now["price_train"])
 
 
-def moved(tx: Tx, channel: Channel, places: Iterable[str]) -> tuple[dict[str, Value], dict[str, Value]]:
+def moved(tx: Tx, channel: Channel, places: Iterable[str]) -> tuple[dict[str, Json], dict[str, Json]]:
     """Bind each place to the channel. For each that another channel, or none, held: whose it was, and whose it is."""
-    before: dict[str, Value] = {}
+    before: dict[str, Json] = {}
     for place in places:
         held = bindings.bound_to(tx, *bindings.split(place))
         if held != channel.name:
@@ -98,7 +97,7 @@ def moved(tx: Tx, channel: Channel, places: Iterable[str]) -> tuple[dict[str, Va
     return before, dict.fromkeys(before, channel.name)
 
 
-def stored(settings: Settings) -> dict[str, Value]:
+def stored(settings: Settings) -> dict[str, Any]:
     """The values as columns and the audit log hold them: lists as lines."""
     return {name: "\n".join(value) if isinstance(value, tuple) else value for name, value in settings.items()}
 

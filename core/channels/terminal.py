@@ -7,8 +7,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 from core import files
-from core.config.schema import OWNER_PARTNER
 from core.channels import bindings, directory, operators, partners
+from core.config.schema import OWNER_PARTNER
 from core.storage import lifecycle
 from core.storage.database import Tx
 from core.storage.home import Home

@@ -51,12 +51,12 @@ def key(
         "help": help, "chat": chat, "file": file, "secret": secret, "shape": shape, "example": example, "bounds": bounds
     }  # fmt: skip
     made: Any = field(default=default, metadata=metadata, repr=not secret)
-    return cast("T", made)
+    return made  # type: ignore[no-any-return]
 
 
 def table(made: type[T], help: str) -> T:
     """A field that is a section of its own."""
-    return cast("T", field(default_factory=made, metadata={"help": help}))
+    return field(default_factory=made, metadata={"help": help})
 
 
 @dataclass(frozen=True, slots=True)
@@ -148,9 +148,13 @@ class Key:
         return refusal(self.needs(), value, self.choices)
 
 
-@cache
-def keys(section: type) -> Mapping[str, Key]:
+def keys(section: Any) -> Mapping[str, Key]:
     """The settings of a section, by name, in the order of its fields; `kind`, which says what the others do, first."""
+    return _keys(section)
+
+
+@cache
+def _keys(section: Any) -> Mapping[str, Key]:
     hints = get_type_hints(section, include_extras=True)
     made = (one for one in fields(section) if "help" in one.metadata)
     return {one.name: _key(one, hints[one.name]) for one in sorted(made, key=lambda one: one.name != "kind")}
@@ -268,7 +272,7 @@ def refusal(need: Lazy, value: object, known: Iterable[str] = ()) -> Refusal:
 
 
 def refused(one: Key, value: object, refusal: Refusal, path: str = "") -> Lazy:
-    """The whole sentence: the key, its value and what is allowed."""
+    """What is wrong, as a clause: the key, its value and what is allowed."""
     name = f"{path}.{one.name}" if path else one.name
     return Lazy("setting.refused", setting=name, value="***" if one.secret else shown(value), need=refusal.reason)
 

@@ -111,9 +111,9 @@ def _example(section: str, made: type, *, commented: bool) -> list[str]:
     for name, one in keys(made).items():
         if not one.file:
             continue
-        value = asdict(one.default) if one.section else one.default if one.example is None else one.example
+        value = one.default if one.example is None else one.example
         if one.section:
-            value = {first: value[first] for first in list(value)[:1]}
+            value = dict(list(asdict(one.default).items())[:1])
         setting = f"{mark}{name} = {toml(value)}"
         wraps = len(setting) > 40
         if wraps:

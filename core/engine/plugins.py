@@ -39,19 +39,24 @@ class EngineContext:
 EngineFactory = Callable[[EngineContext], Engine]
 
 
+def check(kind: str) -> None:
+    """Raises BadConfig if no engine of that name is installed."""
+    names = [*BUILT_IN, *(entry.name for entry in entry_points(group=GROUP))]
+    if kind not in names:
+        near = get_close_matches(kind, names, 1)
+        hint = f"; did you mean {near[0]}?" if near else ""
+        raise BadConfig(detail=f"engine.kind = {kind!r} is not one of the installed engines: {', '.join(names)}{hint}")
+
+
 def make_engine(kind: str, context: EngineContext) -> Engine:
     """The engine of that name. torch is imported only if the engine needs it.
 
     Raises BadConfig if no engine of that name is installed, or an installed one cannot be loaded.
     """
+    check(kind)
     if kind in BUILT_IN:
         return BUILT_IN[kind](context)
     installed = {entry.name: entry for entry in entry_points(group=GROUP)}
-    if kind not in installed:
-        names = [*BUILT_IN, *installed]
-        near = get_close_matches(kind, names, 1)
-        hint = f"; did you mean {near[0]}?" if near else ""
-        raise BadConfig(detail=f"engine.kind = {kind!r} is not one of the installed engines: {', '.join(names)}{hint}")
     try:
         factory: EngineFactory = installed[kind].load()
         engine = factory(context)

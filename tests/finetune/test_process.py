@@ -186,7 +186,7 @@ def test_bad_data_is_yours_with_its_line(make_job):
 def test_a_bad_setting_is_not_said_to_be_the_files_fault(make_job, forked):
     status, (failed,), _ = forked(make_job(rank=0))
     assert (status, failed.fault) == (EXIT_FAILED, "settings")
-    assert failed.reason == "finetune.rank=0 is not within 1 and 256"
+    assert failed.reason == "finetune.rank = 0 does not work: it must be a whole number from 1 to 256"
 
 
 def test_why_an_adapter_is_refused_is_told_in_the_language_of_who_brought_it_and_logged_in_english(

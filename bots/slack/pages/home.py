@@ -125,7 +125,8 @@ def _settings(shown: Overview, at: Address) -> list[Block]:
     language, channel = shown.language, shown.channel
     none = say(language, "slack.home_no_limit")
     fields = [
-        f"*{say(language, f'slack.limits_{key}')}*\n{getattr(channel.limits, key) or none}" for key in modals.LIMIT_KEYS
+        f"*{modals.limit_label(language, key)}*\n{getattr(channel.limits, name) or none}"
+        for name, key in modals.LIMIT_KEYS.items()
     ]
     told = channel.instructions if len(channel.instructions) <= _SHOWN else f"{channel.instructions[:_SHOWN]}…"
     buttons = [

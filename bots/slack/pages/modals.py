@@ -12,18 +12,19 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from bots.slack.pages.text import read as read_text
-from core.i18n.messages import say
+from core.config.keys import Key, keys
+from core.config.schema import channel_keys
+from core.i18n.messages import Lazy, Refusal, say
 from core.platform import Choice, Overview
-from core.types import Attachment
+from core.types import Attachment, Limits
 
 Values = Mapping[str, Mapping[str, Any]]
 View = dict[str, Any]
 ASK = "ask"  # also the callback id of the message shortcut
 LIMITS, INSTRUCTIONS, DATASET, VERSION = "limits", "instructions", "dataset", "version"
-LIMIT_KEYS = ("per_minute", "per_hour", "tokens_in", "tokens_out")
+LIMIT_KEYS = keys(Limits)
 FILE_TYPES = ("jsonl", "json", "csv", "tsv", "txt", "gz")
-MAX_INSTRUCTIONS = 3_000  # what Slack's input holds; longer ones are for the command
-_MOST_DIGITS = 9
+MAX_INSTRUCTIONS = min(3_000, channel_keys()["instructions"].longest)  # Slack's input holds 3,000 characters
 _QUOTE, _MAX_METADATA = 1_000, 3_000
 _QUOTES = (('"', '"'), ("「", "」"), ("«", "»"), ("“", "”"), ("＂", "＂"))
 
@@ -76,27 +77,34 @@ def ask_view(message: Mapping[str, Any], place: str, language: str) -> View:
 def limits_view(about: About, shown: Overview) -> View:
     """What each person may use, as it is now."""
     limits = shown.channel.limits
-    least = {"tokens_out": "1"}
     return _modal(
         LIMITS,
         about,
         [
             _input(
                 about,
-                key,
-                f"limits_{key}",
+                name,
+                "",
                 {
                     "type": "number_input",
                     "action_id": "number",
                     "is_decimal_allowed": False,
-                    "min_value": least.get(key, "0"),
-                    "initial_value": str(getattr(limits, key)),
+                    "min_value": str(key.low),
+                    "max_value": str(key.high),
+                    "initial_value": str(getattr(limits, name)),
                 },
-                hint="" if key in least else "limits_zero",
+                hint="" if key.low else "limits_zero",
+                text=limit_label(about.language, key),
             )
-            for key in LIMIT_KEYS
+            for name, key in LIMIT_KEYS.items()
         ],
     )
+
+
+def limit_label(language: str, key: Key) -> str:
+    """The name of a limit; its English help where no sentence names it."""
+    sentence = say(language, name := f"slack.limits_{key.name}")
+    return key.help if sentence == name else sentence
 
 
 def instructions_view(about: About, shown: Overview) -> View | None:
@@ -187,9 +195,9 @@ def _asked(about: About, values: Values) -> Filled:
 
 def _limits(about: About, values: Values) -> Filled:
     given = {key: str(values[key]["number"].get("value") or "").strip() for key in LIMIT_KEYS if key in values}
-    wrong = {key: value for key, value in given.items() if value and not _is_number(value)}
+    wrong = {name: need for name, text in given.items() if text and (need := _wrong(LIMIT_KEYS[name], text))}
     if wrong:
-        return Filled(errors=dict.fromkeys(wrong, say(about.language, "slack.limits_number")))
+        return Filled(errors={name: need.render(about.language) for name, need in wrong.items()})
     wanted = " ".join(f"{key}={value}" for key, value in given.items() if value)
     return Filled(f"/channel set {wanted}" if wanted else "")
 
@@ -236,8 +244,13 @@ def attachment(given: Mapping[str, Any]) -> Attachment:
     )
 
 
-def _is_number(text: str) -> bool:
-    return text.isascii() and text.isdecimal() and len(text) <= _MOST_DIGITS
+def _wrong(key: Key, text: str) -> Lazy | None:
+    """What the value must be, if it is not."""
+    try:
+        key.parse(text)
+    except Refusal as refusal:
+        return refusal.reason
+    return None
 
 
 # --- parts ---
@@ -256,12 +269,19 @@ def _modal(name: str, about: About, blocks: list[dict[str, Any]]) -> View:
 
 
 def _input(
-    about: About, block_id: str, label: str, element: dict[str, Any], *, hint: str = "", optional: bool = False
+    about: About,
+    block_id: str,
+    label: str,
+    element: dict[str, Any],
+    *,
+    hint: str = "",
+    text: str = "",
+    optional: bool = False,
 ) -> dict[str, Any]:
     return {
         "type": "input",
         "block_id": block_id,
-        "label": _plain(say(about.language, f"slack.{label}")),
+        "label": _plain(text or say(about.language, f"slack.{label}")),
         "optional": optional,
         "element": element,
         **({"hint": _plain(say(about.language, f"slack.{hint}"))} if hint else {}),

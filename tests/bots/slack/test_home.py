@@ -12,6 +12,7 @@ from bots.slack.pages.modals import MAX_INSTRUCTIONS, Filled, filled
 from bots.slack.pages.text import spelled
 from core.channels import directory
 from core.commands.parser import parse
+from core.config.schema import channel_keys
 from core.i18n.messages import say
 from core.storage.database import Tx
 from tests.bots.slack.talk import Talk, talk
@@ -104,7 +105,8 @@ async def test_limits_are_changed_by_a_modal_and_by_role(tmp_path: Path, http: b
         assert [block["element"]["initial_value"] for block in view["blocks"]] == ["0", "0", "2000", "512"]
 
         refused = await it.there.deliver(it.there.submit("UOWNER", view, {"per_minute": {"value": "many"}}))
-        assert refused == {"response_action": "errors", "errors": {"per_minute": say(language, "slack.limits_number")}}
+        need = channel_keys()["per_minute"].needs().render(language)
+        assert refused == {"response_action": "errors", "errors": {"per_minute": need}}
         published = len(it.there.called("views.publish"))
         await it.answer(it.there.submit("UOWNER", view, {"per_minute": {"value": "7"}}, id="V1"))
         assert await channel(it, "per_minute") == 7

@@ -254,7 +254,7 @@ def test_a_wrong_configuration_is_one_message_and_status_2(tmp_path):
 def test_an_unknown_key_of_the_terminal_is_named_with_those_there_are():
     with pytest.raises(BadConfig) as caught:
         read_settings({"plaice": "x", "user": 3})
-    assert "bots.terminal.plaice is unknown; there are place" in caught.value.detail
+    assert "bots.terminal.plaice is unknown; [bots.terminal] has place" in caught.value.detail
     assert "bots.terminal.user = 3" in caught.value.detail
     assert TerminalBot.configure({"language": "zh"}).platform == "terminal"
 

@@ -99,9 +99,9 @@ def test_fields_are_filled_and_never_read_as_templates() -> None:
 
 
 def test_a_sentence_in_a_sentence_speaks_its_language() -> None:
-    need = Lazy("operators.need_whole", low=0, high=9)
-    said = say("zh", "operators.bad_value", setting="per_minute", value="x", need=need)
-    assert say("zh", "operators.need_whole", low=0, high=9) in said
+    need = Lazy("setting.whole", low=0, high=9)
+    said = say("zh", "setting.refused", setting="per_minute", value="x", need=need)
+    assert say("zh", "setting.whole", low=0, high=9) in said
 
 
 def test_a_number_picks_the_plural_form_of_its_language(monkeypatch: pytest.MonkeyPatch) -> None:

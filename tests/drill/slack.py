@@ -18,8 +18,9 @@ from typing import Any
 
 from aiohttp import web
 
+from bots.shared.rate_limits import Rate
 from bots.slack.bot import SlackBot
-from bots.slack.sending.rate_limits import SlackRate, SlackRateLimiter
+from bots.slack.sending.rate_limits import SlackRateLimiter
 from bots.slack.web import EVENTS
 from core.channels import bindings, directory, terminal
 from core.storage.cipher import Cipher
@@ -37,7 +38,7 @@ METHODS = ("chat.startStream", "chat.stopStream", "chat.appendStream", "chat.upd
 
 
 def fast() -> SlackRateLimiter:
-    return SlackRateLimiter(dict.fromkeys(METHODS, SlackRate(1e6, 1e6)))
+    return SlackRateLimiter(dict.fromkeys(METHODS, Rate(1e6, 1e6)))
 
 
 def plan(seed: int, count: int) -> list[list[dict[str, Any]]]:

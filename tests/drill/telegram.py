@@ -16,8 +16,9 @@ from typing import Any
 
 from aiohttp import web
 
+from bots.shared.rate_limits import Rate
 from bots.telegram.bot import TelegramBot
-from bots.telegram.sending.rate_limits import SendLimits, TelegramRate, TelegramRateLimiter
+from bots.telegram.sending.rate_limits import SendLimits, TelegramRateLimiter
 from core.channels import bindings, directory, terminal
 from core.storage.cipher import Cipher
 from core.storage.database import Database, Tx
@@ -30,7 +31,7 @@ from tests.support.database import write_now
 
 PEOPLE = [Person(100 + n, f"P{n}") for n in range(5)]
 GROUPS = [-200 - n for n in range(3)]
-FAST = TelegramRate(1e6, 1e6)
+FAST = Rate(1e6, 1e6)
 
 
 def plan(seed: int, count: int) -> list[dict[str, Any]]:

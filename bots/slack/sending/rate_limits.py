@@ -1,4 +1,4 @@
-"""How often Slack lets one workspace call each method. Knows methods and their tiers; knows no message.
+"""How often Slack lets an app call each method in one workspace.
 
 Tiers are per method, workspace and app; chat.postMessage is about one a second for each channel.
 """
@@ -7,70 +7,57 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Mapping
-from dataclasses import dataclass
+
+from cachetools import LRUCache
+
+from bots.shared.rate_limits import Rate, TokenBucket
 
 
-@dataclass(frozen=True, slots=True)
-class SlackRate:
-    """`burst` calls at once, then `per_s` of them a second."""
-
-    per_s: float
-    burst: float
+def _tier(per_minute: float) -> Rate:
+    return Rate(per_minute / 60, per_minute / 4)
 
 
-def _tier(per_minute: float) -> SlackRate:
-    return SlackRate(per_minute / 60, per_minute / 4)
-
-
-RATES: Mapping[str, SlackRate] = {
+RATES: Mapping[str, Rate] = {
     "chat.startStream": _tier(20),
     "chat.stopStream": _tier(20),
     "chat.appendStream": _tier(100),
     "chat.update": _tier(50),
-    "chat.postMessage": SlackRate(1.0, 3.0),
+    "chat.postMessage": Rate(1.0, 3.0),
     "users.info": _tier(100),
 }
 _OTHER = _tier(50)
 _PER_CHANNEL = ("chat.postMessage",)
-_MOST = 5_000
-
-
-@dataclass(slots=True)
-class _SlackBucket:
-    rate: SlackRate
-    left: float
-    at: float
-    closed_until: float = 0.0
+_MAX_BUCKETS = 5_000
 
 
 class SlackRateLimiter:
-    """One workspace's."""
+    """Rate limits of one workspace."""
 
-    def __init__(self, rates: Mapping[str, SlackRate] = RATES, clock: Callable[[], float] = time.monotonic) -> None:
+    def __init__(self, rates: Mapping[str, Rate] = RATES, clock: Callable[[], float] = time.monotonic) -> None:
         self._rates, self._clock = rates, clock
-        self._buckets: dict[str, _SlackBucket] = {}
+        self._buckets: LRUCache[str, TokenBucket] = LRUCache(_MAX_BUCKETS)
+        self._closed_until: LRUCache[str, float] = LRUCache(_MAX_BUCKETS)
 
     def wait_s(self, method: str, channel: str = "") -> float:
         """Seconds until this call is allowed; 0 is now."""
-        bucket, now = self._bucket(method, channel), self._clock()
-        bucket.left = min(bucket.rate.burst, bucket.left + (now - bucket.at) * bucket.rate.per_s)
-        bucket.at = now
-        return max(bucket.closed_until - now, (1 - bucket.left) / bucket.rate.per_s, 0.0)
+        key, now = _key(method, channel), self._clock()
+        return max(self._closed_until.get(key, 0.0) - now, self._bucket(key, method, now).wait_s(now), 0.0)
 
     def take(self, method: str, channel: str = "") -> None:
-        self._bucket(method, channel).left -= 1
+        now = self._clock()
+        self._bucket(_key(method, channel), method, now).take(now)
 
     def refused(self, method: str, channel: str, retry_after_s: float) -> None:
-        """Slack said 429: nothing of this kind before it says so."""
-        bucket = self._bucket(method, channel)
-        bucket.closed_until = max(bucket.closed_until, self._clock() + retry_after_s)
+        """Slack answered 429: no call of this kind before `retry_after_s` have passed."""
+        key = _key(method, channel)
+        self._closed_until[key] = max(self._closed_until.get(key, 0.0), self._clock() + retry_after_s)
 
-    def _bucket(self, method: str, channel: str) -> _SlackBucket:
-        key = f"{method} {channel}" if method in _PER_CHANNEL else method
+    def _bucket(self, key: str, method: str, now: float) -> TokenBucket:
         found = self._buckets.get(key)
         if found is None:
-            if len(self._buckets) >= _MOST:
-                self._buckets.pop(next(one for one in self._buckets if " " in one))
-            rate = self._rates.get(method, _OTHER)
-            found = self._buckets[key] = _SlackBucket(rate, rate.burst, self._clock())
+            found = self._buckets[key] = TokenBucket(self._rates.get(method, _OTHER), now)
         return found
+
+
+def _key(method: str, channel: str) -> str:
+    return f"{method} {channel}" if method in _PER_CHANNEL else method

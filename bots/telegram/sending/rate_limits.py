@@ -1,4 +1,4 @@
-"""How fast one account may write: per chat, for the whole bot, and never before a `retry_after`. Knows no method.
+"""Rate limits of one account: per chat, for the whole bot, and never before a `retry_after`.
 
 Telegram's limits: about one message a second in a chat, 20 a minute in a group, 30 a second for the bot
 (https://core.telegram.org/bots/faq#my-bot-is-hitting-limits-how-do-i-avoid-this). Edits count; so do drafts, here.
@@ -8,60 +8,35 @@ from __future__ import annotations
 
 import asyncio
 import time
-from collections import OrderedDict
 from collections.abc import Callable
 from dataclasses import dataclass
+
+from cachetools import LRUCache
+
+from bots.shared.rate_limits import Rate, TokenBucket
 
 _MAX_CHATS = 10_000
 
 
-@dataclass(frozen=True, slots=True)
-class TelegramRate:
-    """So many a second, and so many at once after a pause. In any span of t seconds: at most burst + per_s * t."""
-
-    per_s: float
-    burst: float
+_PRIVATE, _GROUP, _DRAFT, _BOT = Rate(0.9, 3), Rate(16 / 60, 4), Rate(2.0, 2), Rate(25.0, 5)
 
 
 @dataclass(frozen=True, slots=True)
 class SendLimits:
-    private: TelegramRate = TelegramRate(0.9, 3)
-    group: TelegramRate = TelegramRate(16 / 60, 4)
-    draft: TelegramRate = TelegramRate(2.0, 2)
-    bot: TelegramRate = TelegramRate(25.0, 5)
-
-
-class TelegramBucket:
-    """Tokens that come back with time."""
-
-    __slots__ = ("_at", "_rate", "_tokens")
-
-    def __init__(self, rate: TelegramRate, now: float) -> None:
-        self._rate, self._tokens, self._at = rate, rate.burst, now
-
-    def wait_s(self, now: float, spare: float = 0.0) -> float:
-        """Seconds until there is one token above `spare`."""
-        self._fill(now)
-        lacking = min(1.0 + spare, self._rate.burst) - self._tokens
-        return 0.0 if lacking <= 1e-9 else lacking / self._rate.per_s
-
-    def take(self, now: float) -> None:
-        self._fill(now)
-        self._tokens -= 1.0
-
-    def _fill(self, now: float) -> None:
-        self._tokens = min(self._rate.burst, self._tokens + (now - self._at) * self._rate.per_s)
-        self._at = now
+    private: Rate = _PRIVATE
+    group: Rate = _GROUP
+    draft: Rate = _DRAFT
+    bot: Rate = _BOT
 
 
 class TelegramRateLimiter:
-    """`wait_s` asks, `take` books, `turn` does both. What is only shown leaves room for what is final."""
+    """`wait_s` is the time to wait, `take` counts a call, `turn` does both. Drafts leave tokens for final messages."""
 
     def __init__(self, limits: SendLimits | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._limits = limits or SendLimits()
         self._clock = clock
-        self._bot = TelegramBucket(self._limits.bot, clock())
-        self._chats: OrderedDict[tuple[int, bool], TelegramBucket] = OrderedDict()
+        self._bot = TokenBucket(self._limits.bot, clock())
+        self._chats: LRUCache[tuple[int, bool], TokenBucket] = LRUCache(_MAX_CHATS)
         self._blocked: dict[int, float] = {}
         self._blocked_all = 0.0
 
@@ -103,15 +78,12 @@ class TelegramRateLimiter:
     def blocked(self, chat: int) -> bool:
         return max(self._blocked.get(chat, 0.0), self._blocked_all) > self._clock()
 
-    def _chat(self, chat: int, draft: bool, now: float) -> TelegramBucket:
+    def _chat(self, chat: int, draft: bool, now: float) -> TokenBucket:
         key = (chat, draft)
         found = self._chats.get(key)
         if found is None:
             limits = self._limits
-            found = self._chats[key] = TelegramBucket(
+            found = self._chats[key] = TokenBucket(
                 limits.draft if draft else limits.private if chat > 0 else limits.group, now
             )
-            if len(self._chats) > _MAX_CHATS:
-                self._chats.popitem(last=False)
-        self._chats.move_to_end(key)
         return found

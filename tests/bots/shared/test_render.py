@@ -2,13 +2,11 @@
 
 from __future__ import annotations
 
-import pytest
+import regex
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bots.shared.render import closed_blocks, is_boundary, plain, printable, split_text
-
-regex = pytest.importorskip("regex")
+from bots.shared.render import closed_blocks, plain, printable, split_text
 
 PIECES = st.sampled_from(
     [
@@ -58,15 +56,6 @@ def test_no_grapheme_is_torn(text, limit):
         if max(map(len, clusters), default=0) <= limit:
             assert at in starts
         at += len(part)
-
-
-@given(TEXT)
-def test_boundaries_are_those_of_unicode(text):
-    at, starts = 0, {0, len(text)}
-    for cluster in regex.findall(r"\X", text):
-        starts.add(at)
-        at += len(cluster)
-    assert {i for i in range(len(text) + 1) if is_boundary(text, i)} == starts
 
 
 def test_a_paragraph_is_preferred_to_a_sentence_and_a_sentence_to_a_word():

@@ -10,8 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from bots.shared.rate_limits import Rate
 from bots.slack.bot import SlackBot
-from bots.slack.sending.rate_limits import SlackRate, SlackRateLimiter
+from bots.slack.sending.rate_limits import SlackRateLimiter
 from bots.slack.web import EVENTS
 from core.channels import bindings, directory, operators, training_permission
 from core.engine.protocol import Request
@@ -21,7 +22,7 @@ from tests.fakes.slack import FakeSlack, Held
 from tests.fakes.slack.held import APP_TOKEN, SIGNING
 from tests.support.world import World, world
 
-FAST = SlackRate(1000.0, 1000.0)
+FAST = Rate(1000.0, 1000.0)
 METHODS = ("auth.test", "chat.startStream", "chat.stopStream", "chat.appendStream", "chat.update", "chat.postMessage")
 
 

@@ -12,8 +12,9 @@ from typing import Any
 
 from aiohttp import ClientSession
 
+from bots.shared.rate_limits import Rate
 from bots.telegram.bot import TelegramBot
-from bots.telegram.sending.rate_limits import SendLimits, TelegramRate, TelegramRateLimiter
+from bots.telegram.sending.rate_limits import SendLimits, TelegramRateLimiter
 from bots.telegram.webhook import path_of
 from core.channels import bindings, directory, operators
 from core.engine.protocol import Request
@@ -27,7 +28,7 @@ ANN = Person(11, "Ann")
 LI = Person(12, "Li", "zh-hans")
 OWNER = Person(13, "Owner")
 SECRET = "a-secret-of-sixteen-or-more"
-FAST = TelegramRate(1000.0, 1000.0)
+FAST = Rate(1000.0, 1000.0)
 
 
 @dataclass

@@ -9,8 +9,9 @@ from pathlib import Path
 import pytest
 from aiogram.methods import SendMessage
 
+from bots.shared.rate_limits import Rate, TokenBucket
 from bots.telegram.sending.api import Lost, TelegramApi, end, make_bot
-from bots.telegram.sending.rate_limits import SendLimits, TelegramBucket, TelegramRate, TelegramRateLimiter
+from bots.telegram.sending.rate_limits import SendLimits, TelegramRateLimiter
 from core.engine.protocol import Request
 from core.errors import AppError, EngineError
 from core.i18n.messages import say
@@ -220,7 +221,7 @@ async def _cut(deadline_s: float) -> None:
 
 
 def test_a_bucket_never_gives_more_than_its_rate() -> None:
-    bucket, now, taken = TelegramBucket(TelegramRate(2.0, 3), 0.0), 0.0, 0
+    bucket, now, taken = TokenBucket(Rate(2.0, 3), 0.0), 0.0, 0
     for _ in range(1_000):
         now += 0.037
         if bucket.wait_s(now) <= 0:

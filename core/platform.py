@@ -90,6 +90,8 @@ class SupportsOrphans(Protocol):
 
 # --- the service as a bot sees it ---
 
+VOTE_REASONS = ("untrue", "unhelpful", "other")  # of a thumb down, the third part of its button's value
+
 
 @dataclass(frozen=True, slots=True)
 class Choice:

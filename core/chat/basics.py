@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 from core.channels import bindings, people
-from core.chat import conversations
-from core.chat.stopping import reaches_all
+from core.chat import conversations, inbox
+from core.chat.stopping import may_stop_all
 from core.commands.help import details, overview
 from core.commands.parser import find
 from core.commands.registry import command
@@ -18,7 +18,7 @@ from core.types import AnswerAgain, Body, Button, Caller, ForgetMemory, Outcome,
 
 @command("start")
 def start(tx: Tx, caller: Caller, call: Call) -> Outcome:
-    """Say who answers here. The payload of a channel's link brings the person to that channel."""
+    """Introduce the channel. The payload of a channel's link moves the person to that channel."""
     at, payload = caller.address, call.arguments.get("link", "")
     own = tx.cipher.hash_user(at.platform, at.account, at.place) == caller.user
     linked = bindings.channel_of_link(tx, at.platform, at.account, payload) if payload and own else None
@@ -34,11 +34,10 @@ def start(tx: Tx, caller: Caller, call: Call) -> Outcome:
 @command("help")
 def show_help(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """All commands, one command, or one form of it: `/help channel set`. Raises BadCommand for an unknown command."""
-    grant = caller.grant
     name, _, word = call.arguments.get("command", "").partition(" ")
     if not name:
-        return Outcome(Body(overview(caller.language, grant)))
-    return Outcome(Body(details(caller.language, grant, find(name), word.strip().lower())))
+        return Outcome(Body(overview(caller.language, caller.grant)))
+    return Outcome(Body(details(caller.language, caller.grant, find(name), word.strip().lower())))
 
 
 @command("new")
@@ -50,14 +49,9 @@ def new(tx: Tx, caller: Caller, call: Call) -> Outcome:
 
 @command("stop")
 def stop(tx: Tx, caller: Caller, call: Call) -> Outcome:
-    """The answer that is being written here: the caller's own; for those who may, anybody's (core.chat.stopping)."""
-    at = caller.address
-    asked_by = tx.value(
-        "SELECT user_hash FROM inbox WHERE platform = ? AND account = ? AND place = ? AND conversation = ?"
-        " AND lane = 'turn' AND state = 'running'",
-        [at.platform, at.account, at.place, at.conversation],
-    )
-    everybody = reaches_all(tx, caller.user, caller.channel.id, moderates=caller.moderates)
+    """Stop the reply that is being written in this conversation (core.chat.stopping says whose)."""
+    asked_by = inbox.running_user(tx, caller.address)
+    everybody = may_stop_all(tx, caller.user, caller.channel.id, moderates=caller.moderates)
     if asked_by is None:
         key = "users.nothing_to_stop"
     else:
@@ -68,7 +62,6 @@ def stop(tx: Tx, caller: Caller, call: Call) -> Outcome:
 @command("retry")
 def retry(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """Raises BadInput where there is no question to answer again."""
-    asked = "SELECT 1 FROM turn WHERE conversation_id = ? AND role = 'user'"
-    if not tx.value(asked, [caller.conversation_id]):
+    if not conversations.has_question(tx, caller.conversation_id):
         raise BadInput("service.nothing_to_retry")
     return Outcome(Body(""), (AnswerAgain(),))

@@ -1,4 +1,4 @@
-"""Who speaks, where, in which language and lane. Runs inside a transaction; knows no command's work and no model."""
+"""The author of a message: channel, language, conversation and grant. Inside a transaction."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from core.types import Caller
 
 
 def caller_of(tx: Tx, row: InboxRow) -> Caller:
-    """Who is speaking, in which channel and language. Raises NotAllowed where no channel is bound to the place."""
+    """Raises NotAllowed where no channel is bound to the place."""
     at = row.address
     channel = bindings.channel_of_person(tx, at.platform, at.account, at.place, row.user_hash)
     language = people.language_of(tx, row.user_hash) or resolve(row.language)

@@ -1,7 +1,7 @@
-"""The blind comparison: one question, answered by a version and by what is in service, and a person's choice.
+"""/adapter compare and choose: one question, answered blind by a candidate and by the champion, and a person's choice.
 
-Which answer stands first is drawn by chance, kept, and told only after the choice. Nothing of it is charged or becomes
-part of the conversation. Rows and commands first, then how both answers are made. Knows no platform.
+The order of the answers is drawn at random, stored, and told only after the choice. Nothing is charged or becomes part
+of the conversation.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ from core.commands.registry import command
 from core.commands.table import Call
 from core.delivery.deliveries import keep_body, new_delivery
 from core.delivery.live_view import show_once
-from core.engine.protocol import Delta, Finished, FinishReason, Generation, Request, Scope
+from core.engine.protocol import Delta, Finished, FinishReason, Generation, Request
 from core.errors import AdapterUnusable, BadInput, EngineError, UnknownThing, UserError
 from core.i18n.messages import say
 from core.jobs import jobs
@@ -42,7 +42,7 @@ CHOICES = ("a", "b", "same")
 
 @dataclass(frozen=True, slots=True)
 class Pair:
-    """What is to be answered twice: by whom, in the order in which it is shown."""
+    """A question and the versions that answer it, in the order in which the answers are shown."""
 
     id: int
     question: str
@@ -54,7 +54,7 @@ class Pair:
 
 @command("adapter", "compare")
 def compare(tx: Tx, caller: Caller, call: Call) -> Outcome:
-    """Begin one. Raises UnknownThing, BadInput for a version that cannot be used, or where there is no question."""
+    """Begin a comparison. Raises UnknownThing, BadInput for an unusable version or where there is no question."""
     version = find_version(tx, caller, call.arguments["version"])
     champion, label = adapter_names.champion(tx, caller.channel.adapter)
     if version is None and champion is not None:
@@ -86,7 +86,7 @@ def compare(tx: Tx, caller: Caller, call: Call) -> Outcome:
 
 @command("adapter", "choose")
 def choose(tx: Tx, caller: Caller, call: Call) -> Outcome:
-    """Count a choice, once, and say whose answer it was. Raises UnknownThing."""
+    """Store a choice once, and tell which version it was. Raises UnknownThing."""
     typed, choice = call.arguments["comparison"], call.arguments["choice"]
     row = _find(tx, caller, typed)
     if row["chosen"] is None:
@@ -101,7 +101,7 @@ def choose(tx: Tx, caller: Caller, call: Call) -> Outcome:
 
 
 def score(tx: Tx, candidate: str, other: str | None) -> tuple[int, int, int]:
-    """(how often the candidate was chosen, how often the other, how often neither)."""
+    """How often was chosen: (the candidate, the other, neither)."""
     rows = tx.all(
         "SELECT chosen, count(*) AS n FROM comparison WHERE candidate = ? AND other IS ? AND chosen IS NOT NULL"
         " GROUP BY chosen",
@@ -112,9 +112,7 @@ def score(tx: Tx, candidate: str, other: str | None) -> tuple[int, int, int]:
 
 
 def _unseen_question(tx: Tx, caller: Caller, version: Version) -> str:
-    """One of the test rows' that was not asked yet in this comparison, else the first again; whole ones before those
-    that were kept cut. Raises BadInput.
-    """
+    """A test question that this candidate was not asked yet, uncut ones first; else the first. Raises BadInput."""
     asked = {
         tx.cipher.unseal(row["question"])
         for row in tx.all("SELECT question FROM comparison WHERE candidate = ?", [version.sha256])
@@ -169,8 +167,8 @@ def _label(tx: Tx, sha256: str | None) -> str:
 
 
 @dataclass(slots=True)
-class Both:
-    """Two answers that are stopped as one, whether the engine has them or not."""
+class BothAnswers:
+    """Two answers that are cancelled together, waiting or running."""
 
     answers: list[Generation | PendingReply] = field(default_factory=list)
     stopped: bool = False
@@ -183,18 +181,18 @@ class Both:
 
 @dataclass(frozen=True, slots=True)
 class Comparisons:
-    """Has a question answered by both, through the engine and the deliveries of the replies, and without a charge."""
+    """Generates both answers with the engine and deliveries of `replies`."""
 
     replies: Replies
 
     async def answer(self, row: InboxRow, caller: Caller) -> None:
-        """Answer the row's question twice, up to the stored text. Raises an AppError that the person is to see."""
+        """Answer the row's question twice and store the text. Raises an AppError for the person."""
         replies, database = self.replies, self.replies.database
         key = replace(caller.address, reply_to="")
-        both = Both()
+        both = BothAnswers()
         replies.running[key] = RunningReply(caller.user, both)
         try:
-            if await database.read(lambda tx: stopped_since(tx, row, caller.channel.id)):  # a later stop finds `both`
+            if await database.read(lambda tx: stopped_since(tx, row, caller.channel.id)):  # a later stop cancels `both`
                 raise UserError("service.stopped")
             pair = await database.read(lambda tx: _pair(tx, row.id))
             refs = await database.read(lambda tx: tuple(replies.adapter_ref(tx, sha256) for sha256 in pair.answerers))
@@ -206,7 +204,7 @@ class Comparisons:
             text = say(caller.language, "compare.answering")
             await show_once(lambda: replies.deliveries.show(handle, caller.address, text))
             answers = await self._answers([self._request(caller, pair, *one) for one in enumerate(refs)], both)
-        except AdapterUnusable as error:  # the channel may answer from another one
+        except AdapterUnusable as error:  # not the fault of the channel's champion
             log.error("compare.unusable", extra={"error": str(error)})
             raise BadInput("compare.unusable", label=error.fields.get("label", "?")) from error
         finally:
@@ -214,7 +212,7 @@ class Comparisons:
             del replies.running[key]
 
         def keep(tx: Tx) -> None:
-            """Raises UserError where the person was forgotten meanwhile: then nothing of it is stored."""
+            """Raises UserError, and stores nothing, where the person was erased meanwhile."""
             if inbox.is_forgotten(tx, row.id):
                 raise UserError("service.stopped")
             keep_body(tx, delivery_id, _body(tx, caller, pair, answers))
@@ -222,16 +220,15 @@ class Comparisons:
 
         await database.write(keep)
 
-    async def _answers(self, requests: Sequence[Request], both: Both) -> list[str]:
-        """Side by side, where there is room; a stop in the conversation ends both. Raises AppError."""
+    async def _answers(self, requests: Sequence[Request], both: BothAnswers) -> list[str]:
+        """Both at once, as far as admission allows; a stop cancels both. Raises AppError."""
         heard = await asyncio.gather(*(self._one(request, both) for request in requests), return_exceptions=True)
         for one in heard:
             if isinstance(one, BaseException):
                 raise one
         return [one for one in heard if isinstance(one, str)]
 
-    async def _one(self, request: Request, both: Both) -> str:
-        """One answer, in its turn among all that want a place at the engine. Raises AppError."""
+    async def _one(self, request: Request, both: BothAnswers) -> str:
         pending = PendingReply()
         both.answers.append(pending)
         if both.stopped:
@@ -242,27 +239,16 @@ class Comparisons:
             return await _read(generation)
 
     def _request(self, caller: Caller, pair: Pair, number: int, ref: AdapterRef | None) -> Request:
-        channel = caller.channel
-        system = (Message(Role.SYSTEM, channel.instructions),) if channel.instructions else ()
-        return Request(
-            id=f"comparison-{pair.id}-{number}",
-            messages=(*system, Message(Role.USER, pair.question)),
-            sampling=replace(
-                self.replies.sampling,
-                temperature=channel.sampling.temperature,
-                top_p=channel.sampling.top_p,
-                seed=pair.id,
-                max_tokens=channel.limits.tokens_out,
-            ),
-            adapter=ref,
-            scope=Scope(channel.partner, channel.name, caller.user, f"comparison-{pair.id}-{number}", channel.weight),
-            max_prompt_tokens=channel.limits.tokens_in,
-            deadline_s=self.replies.deadline_s,
+        name = f"comparison-{pair.id}-{number}"
+        question = Message(Role.USER, pair.question)
+        temperature = caller.channel.sampling.temperature
+        return self.replies.request(
+            caller, name, [question], ref, seed=pair.id, temperature=temperature, conversation=name
         )
 
 
 async def _read(generation: Generation) -> str:
-    """Raises UserError where a person stopped it: half an answer is not compared."""
+    """Raises UserError where it was stopped: half an answer is not compared."""
     text = ""
     async for event in generation:
         if isinstance(event, Delta):
@@ -275,7 +261,7 @@ async def _read(generation: Generation) -> str:
 
 
 def _pair(tx: Tx, inbox_id: int) -> Pair:
-    """Raises UserError where whoever asked was forgotten meanwhile, and the question with them."""
+    """Raises UserError where the person, and so the question, was erased meanwhile."""
     found = tx.one("SELECT * FROM comparison WHERE inbox_id = ?", [inbox_id])
     assert found is not None, inbox_id
     if found["question"] is None:
@@ -287,7 +273,7 @@ def _pair(tx: Tx, inbox_id: int) -> Pair:
 
 
 def _body(tx: Tx, caller: Caller, pair: Pair, answers: list[str]) -> Body:
-    """Both, blind. Where they say the very same there is nothing to choose: that counts as a tie."""
+    """Both answers without their versions. Identical ones count as a tie."""
     language = caller.language
     row = tx.one("SELECT * FROM comparison WHERE id = ?", [pair.id])
     assert row is not None

@@ -1,4 +1,4 @@
-"""Conversations and their turns. Knows nothing of prompts: it gives back what was said, in order."""
+"""Conversations and their turns, as rows."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ MAX_TURNS = 64
 
 
 def conversation_id(tx: Tx, at: Address, channel_id: int) -> int:
-    """The conversation at this address: found, or begun. One that has moved to another channel begins anew."""
+    """The conversation at this address, created if needed. It restarts when the place is bound to another channel."""
     key = [at.platform, at.account, at.place, at.conversation]
     found = tx.one(
         "SELECT id, channel_id FROM conversation WHERE platform = ? AND account = ? AND place = ? AND conversation = ?",
@@ -34,7 +34,7 @@ def conversation_id(tx: Tx, at: Address, channel_id: int) -> int:
 
 
 def history(tx: Tx, conversation: int) -> tuple[Message, ...]:
-    """The last turns, oldest first."""
+    """The last MAX_TURNS turns, oldest first, beginning with a question."""
     rows = tx.all(
         "SELECT role, text FROM turn WHERE conversation_id = ? ORDER BY id DESC LIMIT ?", [conversation, MAX_TURNS]
     )
@@ -44,8 +44,12 @@ def history(tx: Tx, conversation: int) -> tuple[Message, ...]:
     return tuple(turns)
 
 
+def has_question(tx: Tx, conversation: int) -> bool:
+    return bool(tx.value("SELECT 1 FROM turn WHERE conversation_id = ? AND role = 'user'", [conversation]))
+
+
 def append(tx: Tx, conversation: int, inbox_id: int, role: Role, text: str, user_hash: str) -> None:
-    """`user_hash` is the person who spoke or was answered: both turns are theirs to erase."""
+    """Store a turn. `user_hash` is the person who asked, also for the answer: both are erased with that person."""
     tx.insert(
         "turn",
         conversation_id=conversation,
@@ -58,7 +62,7 @@ def append(tx: Tx, conversation: int, inbox_id: int, role: Role, text: str, user
 
 
 def drop_last_answer(tx: Tx, conversation: int) -> None:
-    """Take back the reply after the last question: another answer replaces it."""
+    """Delete the reply to the last question, which another one replaces."""
     tx.run(
         "DELETE FROM turn WHERE conversation_id = ? AND role = 'assistant' AND id > ("
         " SELECT ifnull(max(id), 0) FROM turn WHERE conversation_id = ? AND role = 'user')",

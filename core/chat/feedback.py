@@ -1,8 +1,7 @@
-"""What becomes of a thumb and of /correct: votes, and replies that may be learned from. Knows no model and no data set.
+"""Votes, /consent reply and /correct: which replies become training examples. Inside a transaction.
 
-A reply is kept to learn from, sealed and with what its person said before it, only where that person allows it: for
-all that they say here (/consent on), for this one (asked after a thumb down), or because they correct it themselves.
-Runs inside a transaction.
+An example holds a reply and the turns before it, encrypted, and only with its person's consent: for everything in the
+channel (/consent on), for this reply (asked after a thumb down), or because they correct it themselves.
 """
 
 from __future__ import annotations
@@ -20,23 +19,23 @@ from core.delivery.deliveries import keep_body, new_delivery
 from core.errors import BadInput, UnknownThing
 from core.i18n.messages import resolve, say
 from core.jobs import jobs
+from core.platform import VOTE_REASONS
 from core.storage import lifecycle
 from core.storage.database import Row, Tx, Value
 from core.storage.lifecycle import Erasure, Periods, Prune, Stage
 from core.types import After, Body, Button, Caller, Outcome
 
-REASONS = ("untrue", "unhelpful", "other")
-_VOTE = re.compile(r"([0-9a-f]{32}):(-?1)(?::([a-z]*))?")  # the third part: no other press follows, a reason or not
-_SHORT = 8  # of a reply's number, as people see it
+_VOTE = re.compile(r"([0-9a-f]{32}):(-?1)(?::([a-z]*))?")  # reply:vote:reason; no third part: a reason may follow
+_SHORT = 8  # digits of a reply's number that people see
 _NAMED = re.compile(r"#([0-9a-f]{8})\s+(\S.*)", re.DOTALL)
 _MOST, _CUT = 5, 300
 
 
 @dataclass(frozen=True, slots=True)
 class DeliveredReply:
-    """A delivered one, and whom it answered.
+    """A delivered reply and the person who asked.
 
-    `consent_ms`: since when they allow all; 0 where this reply is older, or was refused.
+    `consent_ms`: since when that person consents to everything; 0 where the reply is older, or was refused.
     """
 
     id: str
@@ -62,7 +61,7 @@ def reply_of(tx: Tx, generation_id: str) -> DeliveredReply | None:
 
 
 def own_reply(tx: Tx, user_hash: str, typed: str) -> DeliveredReply | None:
-    """The reply of this number, whole or its first eight digits, that this person was given."""
+    """This person's reply of that number (all digits, or the first eight)."""
     number = typed.removeprefix("#").lower()
     if len(number) not in (_SHORT, 32):
         return None
@@ -77,21 +76,21 @@ def own_reply(tx: Tx, user_hash: str, typed: str) -> DeliveredReply | None:
 
 
 def vote(tx: Tx, row: InboxRow) -> bool:
-    """Keep a thumb, and why; the last one counts. Only who was answered has a vote. Whether something is to be said.
+    """Store the vote of the person who asked, with its reason; the last one counts.
 
-    After a thumb down, whoever has not allowed all is asked for this one reply: by buttons, where it could be used.
+    True where a question was stored: after a thumb down without general consent, whether this reply may be used.
     """
     found = _VOTE.fullmatch(row.value)
     reply = reply_of(tx, found[1]) if found else None
     if found is None or reply is None or reply.user != row.user_hash:
         return False
-    reason = found[3] if found[3] in REASONS else ""
+    reason = found[3] if found[3] in VOTE_REASONS else ""
     tx.run(
         "INSERT INTO feedback (generation_id, user_hash, vote, at_ms, reason) VALUES (?, ?, ?, ?, ?)"
         " ON CONFLICT DO UPDATE SET vote = excluded.vote, reason = excluded.reason",
         [reply.id, row.user_hash, int(found[2]), tx.now_ms, reason],
     )
-    said = _said(tx, reply)
+    said = _turns(tx, reply)
     if not said or reply.platform in training_permission.forbidden(tx):
         return False
     if reply.consent_ms:
@@ -109,23 +108,23 @@ def vote(tx: Tx, row: InboxRow) -> bool:
 
 
 def share(tx: Tx, reply: DeliveredReply) -> None:
-    """Keep a reply because its person allows it for this one. Raises BadInput where its text is gone."""
-    _mark(tx, reply, refused=False)
-    said = _said(tx, reply)
+    """Store a reply with consent for this one. Raises BadInput where its text is gone."""
+    _set_refused(tx, reply, refused=False)
+    said = _turns(tx, reply)
     if not said and _example(tx, reply) is None:
         raise BadInput("feedback.too_late")
     _keep(tx, reply, said, shared=True)
 
 
 def refuse(tx: Tx, reply: DeliveredReply) -> bool:
-    """Nothing is learned from this reply, whatever else its person allows. Whether it may have been until now."""
-    _mark(tx, reply, refused=True)
+    """Exclude a reply whatever the general consent; True where it may have been used until now."""
+    _set_refused(tx, reply, refused=True)
     return bool(tx.run("DELETE FROM example WHERE generation_id = ?", [reply.id]) or reply.consent_ms)
 
 
 @command("consent", "reply")
 def consent_reply(tx: Tx, caller: Caller, call: Call) -> Outcome:
-    """For one reply that the caller was given. Withdrawing also erases the data sets that may hold it."""
+    """Consent for one of the caller's replies. Withdrawing it erases the data sets that may hold the reply."""
     reply = own_reply(tx, caller.user, call.arguments["reply"])
     if reply is None:
         raise UnknownThing("feedback.no_reply_of_yours")
@@ -141,17 +140,17 @@ def consent_reply(tx: Tx, caller: Caller, call: Call) -> Outcome:
 
 @command("correct")
 def correct(tx: Tx, caller: Caller, call: Call) -> Outcome:
-    """Keep what should have been answered. Without a text: which replies people have given away, and wait for one.
+    """Store the right answer to a reply; without a text, list the shared replies that wait for one.
 
-    What was said elsewhere is not shown where others read. Raises UnknownThing where no reply is meant, BadInput where
-    its person does not allow it or its text is gone.
+    In public places neither lists nor names replies from elsewhere. Raises UnknownThing where no reply is meant,
+    BadInput without consent or where the text is gone.
     """
     text = call.arguments.get("text", "").strip()
     if caller.public and (not text or _NAMED.fullmatch(text)):
         raise BadInput("feedback.in_private")
     if not text:
-        return Outcome(Body(_waiting(tx, caller)))
-    reply, text = _meant(tx, caller, text)
+        return Outcome(Body(_uncorrected(tx, caller)))
+    reply, text = _target(tx, caller, text)
     if reply is None or reply.channel_id != caller.channel.id:
         raise UnknownThing("feedback.no_reply")
     if reply.platform in training_permission.forbidden(tx):
@@ -160,8 +159,8 @@ def correct(tx: Tx, caller: Caller, call: Call) -> Outcome:
     if not own and not reply.consent_ms and not (kept and kept["shared"]):
         raise BadInput("feedback.not_allowed")
     if own:
-        _mark(tx, reply, refused=False)
-    said = _said(tx, reply)
+        _set_refused(tx, reply, refused=False)
+    said = _turns(tx, reply)
     if kept is None and not said:
         raise BadInput("feedback.too_late")
     _keep(tx, reply, said, shared=own)
@@ -176,8 +175,8 @@ def correct(tx: Tx, caller: Caller, call: Call) -> Outcome:
     return Outcome(Body("\n".join([say(caller.language, "feedback.corrected"), "", *_fenced(f"{asked} ▶ {text}")])))
 
 
-def _meant(tx: Tx, caller: Caller, text: str) -> tuple[DeliveredReply | None, str]:
-    """The reply that is named by its number, else the one that the command answers, else the last one here."""
+def _target(tx: Tx, caller: Caller, text: str) -> tuple[DeliveredReply | None, str]:
+    """The reply that is named by its number, else the one that the message replies to, else the last one here."""
     at = caller.address
     if named := _NAMED.fullmatch(text):
         found = tx.value(
@@ -201,8 +200,8 @@ def _meant(tx: Tx, caller: Caller, text: str) -> tuple[DeliveredReply | None, st
     return reply_of(tx, found or ""), text
 
 
-def _waiting(tx: Tx, caller: Caller) -> str:
-    """What people have given away and nobody has corrected: not what they liked. Oldest first."""
+def _uncorrected(tx: Tx, caller: Caller) -> str:
+    """The shared replies without a thumb up or a correction, oldest first."""
     forbidden = training_permission.forbidden(tx)
     rows = tx.all(
         "SELECT example.generation_id, said, ifnull(reason, '') AS reason FROM example"
@@ -228,7 +227,7 @@ def _cut(text: str) -> str:
 
 
 def _fenced(text: str) -> list[str]:
-    """As it stands, on one line: nobody's markup is ours."""
+    """Text of others on one line, its markup inactive."""
     fence = "`" * max(3, 1 + max(map(len, re.findall("`+", text)), default=0))
     return [fence, " ".join(text.split()), fence]
 
@@ -246,15 +245,15 @@ def _answer(tx: Tx, reply: DeliveredReply) -> Row | None:
     )
 
 
-def _mark(tx: Tx, reply: DeliveredReply, *, refused: bool) -> None:
-    """The answer and its question, which may be of an earlier message; of a text that is gone there is nothing."""
+def _set_refused(tx: Tx, reply: DeliveredReply, *, refused: bool) -> None:
+    """Mark the answer and its question, where their text still exists."""
     answer = _answer(tx, reply)
     if answer is not None:
         conversations.set_refused(tx, answer["conversation_id"], reply.user, answer["id"], refused=refused)
 
 
-def _said(tx: Tx, reply: DeliveredReply) -> list[dict[str, str]]:
-    """The conversation of its person up to this answer, as far as it may be used; empty where its text is gone."""
+def _turns(tx: Tx, reply: DeliveredReply) -> list[dict[str, str]]:
+    """The turns of its person up to this answer that may be used; empty where its text is gone."""
     answer = _answer(tx, reply)
     if answer is None or answer["refused"]:
         return []
@@ -270,7 +269,7 @@ def _said(tx: Tx, reply: DeliveredReply) -> list[dict[str, str]]:
 
 
 def _keep(tx: Tx, reply: DeliveredReply, said: list[dict[str, str]], *, shared: bool) -> None:
-    """Once; again it can only become shared. For as long as a data set, from the first time on."""
+    """Store once, with the time of the first call; a repeat can only set `shared`."""
     tx.run(
         "INSERT INTO example (generation_id, channel_id, user_hash, platform, shared, said, at_ms)"
         " VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET shared = max(shared, excluded.shared)",

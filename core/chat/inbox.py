@@ -1,4 +1,7 @@
-"""The inbox: accept, take, close. Knows rows and their states; knows nothing of what a message means."""
+"""The inbox: accepted updates as rows, their states, and which of them to handle next.
+
+new -> running -> generated (its text is stored) -> done (answered or refused) or dead (given up).
+"""
 
 from __future__ import annotations
 
@@ -15,11 +18,11 @@ from core.storage.lifecycle import HOUR_MS, Erasure, Periods, Prune, Stage
 from core.types import Address, Attachment, Incoming, Kind, Lane
 
 MAX_OPEN = 10_000
-MAX_TEXT = 100_000  # characters; a longer text is not kept, and refused with its length
+MAX_TEXT = 100_000  # characters; a longer text is not stored, and refused with its length
 MAX_ATTEMPTS = 5
 _HERE = "platform = ? AND account = ? AND place = ? AND conversation = ?"
-# What has begun stands before what is new, and counts: in its channel (found as core.channels.directory does) and
-# account.
+# Candidates: control rows, and the oldest open turn of each conversation. Within an account, channels take turns, rows
+# that have begun before new ones. The channel of a place is found as in core.channels.bindings.
 _DUE = """
     WITH head AS (
         SELECT id, lane, state, platform, account, coalesce(
@@ -47,7 +50,7 @@ _DUE = """
 
 @dataclass(frozen=True, slots=True)
 class InboxRow:
-    """One row that is being handled."""
+    """One row, decrypted and parsed."""
 
     id: int
     lane: Lane
@@ -57,7 +60,7 @@ class InboxRow:
     language: str
     update_key: str
     text: str
-    command: Call | BadCommand | None  # parsed; the error of a line that cannot be, which its author is told
+    command: Call | BadCommand | None  # or the error that its author is told
     attachments: tuple[Attachment, ...]
     action: str
     value: str
@@ -66,12 +69,12 @@ class InboxRow:
     answers: str = ""
     public: bool = False
     moderates: bool = False
-    oversize: int = 0  # characters of a text that was too long to keep
-    readable: bool = True  # whether what it says can be unsealed
+    oversize: int = 0  # characters of a text that was too long to store
+    readable: bool = True  # whether its payload could be decrypted
 
 
 def accept(tx: Tx, incoming: Incoming) -> int | None:
-    """Keep one update; its row id, or None for a repeat. Raises Overloaded where too much waits already."""
+    """Store one update: its row id, or None for a repeat. Raises Overloaded where MAX_OPEN rows are open."""
     if int(tx.value("SELECT count(*) FROM inbox WHERE state IN ('new', 'running', 'generated')")) >= MAX_OPEN:
         raise Overloaded(retry_after_s=30)
     text, command = clean(incoming.text), clean(incoming.command)
@@ -115,7 +118,7 @@ def accept(tx: Tx, incoming: Incoming) -> int | None:
 
 
 def accept_dead(tx: Tx, platform: str, account: str, update_key: str, raw: str) -> None:
-    """Keep an update that could not be read, so that it is acknowledged, counted and never lost."""
+    """Store an update that cannot be parsed, so that it can be acknowledged."""
     tx.run(
         "INSERT INTO inbox (platform, account, place, conversation, reply_to, user_hash, lane, kind, language,"
         " update_key, message_key, payload, received_ms, state, outcome, closed_ms)"
@@ -126,23 +129,23 @@ def accept_dead(tx: Tx, platform: str, account: str, update_key: str, raw: str) 
 
 
 def recover(tx: Tx) -> None:
-    """At start nothing runs: what was running begins again. One process owns the home, so there are no leases."""
+    """At start: rows of an earlier process run again. One process owns the home, so there are no leases."""
     tx.run("UPDATE inbox SET state = 'new', attempts = attempts + 1 WHERE state = 'running'")
 
 
 def take(tx: Tx, room: int, accounts: Collection[tuple[str, str]], active: Collection[int]) -> list[InboxRow]:
-    """The rows to begin now: every control row, and turns, each its conversation's oldest open one.
+    """Take the rows to handle now: control rows, and the oldest open turn of each conversation.
 
-    Of one account at most `room` turns are handled at once, so that a platform that is away holds up no other; what is
-    free there goes to the channel that has the least of it. `accounts` are the (platform, account) pairs whose bot is
-    running; `active` are the rows being handled already.
+    At most `room` turns of one account run at once, so that an unavailable platform delays no other; a free place goes
+    to the channel with the fewest. `accounts` are the (platform, account) pairs with a running bot, `active` the ids of
+    the rows in work.
     """
     rows = tx.all(_DUE, [room])
     due = [row for row in rows if row["id"] not in active and (row["platform"], row["account"]) in accounts]
     for row in due:
         if row["state"] == "new":
             tx.run("UPDATE inbox SET state = 'running' WHERE id = ?", [row["id"]])
-    return [_taken(tx, row) for row in due]
+    return [_row(tx, row) for row in due]
 
 
 def mark_generated(tx: Tx, inbox_id: int) -> None:
@@ -150,12 +153,12 @@ def mark_generated(tx: Tx, inbox_id: int) -> None:
 
 
 def is_generated(tx: Tx, inbox_id: int) -> bool:
-    """Whether the row's text is stored, so that only its delivery is left to do."""
+    """Whether its text is stored and only the delivery is left."""
     return bool(tx.value("SELECT state = 'generated' FROM inbox WHERE id = ?", [inbox_id]))
 
 
 def close(tx: Tx, inbox_id: int, outcome: str, *, dead: bool = False) -> None:
-    """End a row: `done` is answered or refused in sight of the person, `dead` is given up. One that ended stays so."""
+    """Close a row as done or dead. A closed row stays as it is."""
     tx.run(
         "UPDATE inbox SET state = ?, outcome = ?, closed_ms = ? WHERE id = ? AND state NOT IN ('done', 'dead')",
         ["dead" if dead else "done", outcome, tx.now_ms, inbox_id],
@@ -163,19 +166,19 @@ def close(tx: Tx, inbox_id: int, outcome: str, *, dead: bool = False) -> None:
 
 
 def controls_after(tx: Tx, row: InboxRow) -> list[InboxRow]:
-    """What came to this turn's conversation after it and waits for no turn: stops, presses."""
+    """Control rows (stops, presses) of the same conversation after this turn."""
     sql = f"SELECT * FROM inbox NOT INDEXED WHERE id > ? AND lane = 'control' AND {_HERE}"
-    return [_taken(tx, one) for one in tx.all(sql, [row.id, *_here(row)])]
+    return [_row(tx, one) for one in tx.all(sql, [row.id, *_here(row)])]
 
 
 def turn_before_closed_ms(tx: Tx, row: InboxRow) -> int | None:
-    """When the turn before this one ended; None where it has not, or is the first."""
+    """When the turn before this one was closed; None where it is open, or there is none."""
     sql = f"SELECT closed_ms FROM inbox NOT INDEXED WHERE id < ? AND lane = 'turn' AND {_HERE} ORDER BY id DESC LIMIT 1"
     return tx.value(sql, [row.id, *_here(row)])  # type: ignore[no-any-return]
 
 
 def open_rows(tx: Tx, platform: str, account: str) -> int:
-    """What is not yet ended for this account: messages, and the messages of jobs that were started from it."""
+    """Open rows of this account, and undelivered messages of its jobs."""
     messages = tx.value(
         "SELECT count(*) FROM inbox WHERE platform = ? AND account = ? AND state IN ('new', 'running', 'generated')",
         [platform, account],
@@ -188,8 +191,37 @@ def open_rows(tx: Tx, platform: str, account: str) -> int:
     return int(messages) + int(jobs)
 
 
+def limited_lately(tx: Tx, row: InboxRow, window_ms: int) -> bool:
+    """Whether this person was told of a limit in this place within the window."""
+    return bool(
+        tx.value(
+            "SELECT 1 FROM inbox WHERE user_hash = ? AND place = ? AND outcome = 'limited' AND closed_ms > ?",
+            [row.user_hash, row.address.place, tx.now_ms - window_ms],
+        )
+    )
+
+
+def is_forgotten(tx: Tx, inbox_id: int) -> bool:
+    """Whether its person was erased after it was accepted."""
+    return bool(tx.value("SELECT outcome = 'forgotten' FROM inbox WHERE id = ?", [inbox_id]))
+
+
+def running_user(tx: Tx, at: Address) -> str | None:
+    """Who asked for the reply that is being written in that conversation."""
+    return tx.value(  # type: ignore[no-any-return]
+        f"SELECT user_hash FROM inbox WHERE {_HERE} AND lane = 'turn' AND state = 'running'",
+        [at.platform, at.account, at.place, at.conversation],
+    )
+
+
+def has_message(tx: Tx, platform: str, account: str, message_key: str) -> bool:
+    """Whether that message was accepted."""
+    asked = "SELECT 1 FROM inbox WHERE platform = ? AND account = ? AND message_key = ?"
+    return bool(tx.value(asked, [platform, account, tx.cipher.hash_message(message_key)]))
+
+
 def clean(text: str) -> str:
-    """Text that SQLite, JSON and every platform can hold: no NUL, no lone surrogate."""
+    """Text that SQLite, JSON and every platform accept: no NUL, no lone surrogate."""
     return text.replace("\x00", "\ufffd").encode("utf-8", "replace").decode("utf-8") if text else text
 
 
@@ -202,11 +234,11 @@ def _clean_attachment(given: Attachment) -> Attachment:
     return replace(given, name=clean(given.name), media_type=clean(given.media_type))
 
 
-def _taken(tx: Tx, row: Row) -> InboxRow:
+def _row(tx: Tx, row: Row) -> InboxRow:
     readable = True
     try:
         payload = json.loads(tx.cipher.unseal(row["payload"])) if row["payload"] else {}
-    except StoredUnreadable:  # this one is given up, and stops no other
+    except StoredUnreadable:  # the handler refuses it
         payload, readable = {}, False
     return InboxRow(
         id=row["id"],
@@ -289,18 +321,3 @@ def _prunes(kept: Periods) -> list[Prune]:
         ),
         lifecycle.batch("UPDATE inbox SET user_hash = ''", "inbox", "id", forgotten, HOUR_MS),
     ]
-
-
-def limited_lately(tx: Tx, row: InboxRow, window_ms: int) -> bool:
-    """Whether this person was told of a limit in this place within the window."""
-    return bool(
-        tx.value(
-            "SELECT 1 FROM inbox WHERE user_hash = ? AND place = ? AND outcome = 'limited' AND closed_ms > ?",
-            [row.user_hash, row.address.place, tx.now_ms - window_ms],
-        )
-    )
-
-
-def is_forgotten(tx: Tx, inbox_id: int) -> bool:
-    """Whether its person was erased after it was accepted."""
-    return bool(tx.value("SELECT outcome = 'forgotten' FROM inbox WHERE id = ?", [inbox_id]))

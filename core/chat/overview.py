@@ -1,12 +1,10 @@
-"""What a bot's own pages show of a place: who may do what there, how it is used, what runs. Reads rows; changes none.
-
-Knows no sentence and no platform. What a page shows decides nothing: commands are checked where they run.
-"""
+"""Reads what a bot's pages and menus show of a place: channel, grant, usage, jobs, versions."""
 
 from __future__ import annotations
 
 from core.adapters import registry
 from core.channels import adapter_names, bindings, operators, people
+from core.chat import inbox
 from core.i18n.messages import resolve
 from core.jobs import jobs
 from core.platform import Choice, JobLine, Overview
@@ -20,16 +18,15 @@ _HOUR_MS = 3_600_000
 
 
 class Overviews:
+    """core.platform.PlaceReader over the database."""
+
     def __init__(self, database: Database) -> None:
         self._database = database
 
     async def overview(self, at: Address, user: str) -> Overview | None:
-        """None where no channel answers in that place."""
         return await self._database.read(lambda tx: _overview(tx, at, user))
 
     async def language(self, at: Address, user: str) -> str:
-        """The language that this person chose, else their channel's; "" where neither is known."""
-
         def work(tx: Tx) -> str:
             who = tx.cipher.hash_user(at.platform, at.account, user)
             channel = bindings.channel_of_person(tx, at.platform, at.account, at.place, who)
@@ -38,13 +35,8 @@ class Overviews:
         return await self._database.read(work)
 
     async def heard(self, at: Address, message_key: str) -> bool:
-        """Whether that message was taken in: whoever goes on below it speaks to us."""
-
-        def work(tx: Tx) -> bool:
-            asked = "SELECT 1 FROM inbox WHERE platform = ? AND account = ? AND message_key = ?"
-            return bool(tx.value(asked, [at.platform, at.account, tx.cipher.hash_message(message_key)]))
-
-        return await self._database.read(work)
+        """Whether that message was accepted: a thread below it is ours."""
+        return await self._database.read(lambda tx: inbox.has_message(tx, at.platform, at.account, message_key))
 
 
 def _overview(tx: Tx, at: Address, user: str) -> Overview | None:
@@ -79,7 +71,7 @@ def _left(tx: Tx, channel: Channel, who: str) -> int | None:
 
 
 def _age_s(tx: Tx, adapter: str) -> float | None:
-    """Since the newest promotion, or the newest one that was taken back."""
+    """Seconds since the newest promotion or rollback."""
     since = tx.value("SELECT max(max(at_ms, ifnull(undone_ms, 0))) FROM promotion WHERE name = ?", [adapter])
     return None if since is None else _ago_s(tx, int(since))
 
@@ -96,7 +88,7 @@ def _jobs(tx: Tx, channel_id: int) -> tuple[JobLine, ...]:
 
 
 def _choices(tx: Tx, adapter: str) -> tuple[Choice, ...]:
-    """What could answer instead of what does, newest first; base is the last."""
+    """Versions that could be promoted, newest first, base last."""
     champion, _ = adapter_names.champion(tx, adapter)
     loaded = registry.loaded_base(tx)
     usable = (

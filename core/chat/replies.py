@@ -1,7 +1,7 @@
-"""One reply, from its inbox row to its settled delivery. Knows prices, adapters and turns; knows no command.
+"""Generates a reply and settles it.
 
-The order of the commits is the promise (core.delivery): pin, handle, generated, receipt + charge + turns in one.
-A crash between any two of them leads back here with the same row, the same pinned adapter, price and seed.
+The order of the commits: adapter, price and seed are pinned; the handle; the generated text; receipt, charge and turns
+in one transaction (core.delivery). After a crash the row is handled again with what was pinned.
 """
 
 from __future__ import annotations
@@ -10,6 +10,7 @@ import asyncio
 import hashlib
 import logging
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
@@ -32,12 +33,12 @@ from core.types import AdapterRef, Address, Body, Button, Caller, Handle, Messag
 from core.usage import ledger, limits, prices
 
 log = logging.getLogger(__name__)
-_RETRY_TEMPERATURE = 0.7  # another answer to the same question must be able to differ
+_RETRY_TEMPERATURE = 0.7  # at least: another reply to the same question has to differ
 
 
 @dataclass(frozen=True, slots=True)
 class PinnedReply:
-    """What a reply is bound to, whatever happens to it: by the row `generation`."""
+    """The inputs of a reply, from its row in `generation`: the same after a crash. `messages` end with the question."""
 
     generation_id: str
     delivery_id: int
@@ -52,7 +53,7 @@ class Stoppable(Protocol):
 
 @dataclass(frozen=True, slots=True)
 class RunningReply:
-    """What a stop reaches: an answer that is being written, and whom it is for."""
+    """A reply that a stop can cancel, and the person who asked for it."""
 
     user: str
     answer: Stoppable
@@ -60,21 +61,21 @@ class RunningReply:
 
 @dataclass(slots=True)
 class Replies:
-    """Runs replies. `running` holds what a stop reaches in each conversation that is being answered."""
+    """`running` holds the reply in progress of each conversation."""
 
     database: Database
     home: Home
     engine: Engine
     deliveries: Deliveries
     admission: AdmissionQueue
-    sampling: Sampling = field(default_factory=Sampling)  # what a channel does not set for itself
+    sampling: Sampling = field(default_factory=Sampling)  # defaults of the channels
     deadline_s: float = 120.0
     running: dict[Address, RunningReply] = field(default_factory=dict)
 
     async def generate(self, row: InboxRow, caller: Caller, text: str, *, again: bool) -> None:
-        """Answer `text`, up to the stored final text; raises an AppError that the person is to see.
+        """Generate a reply to `text`, or with `again` another one to the last question, and store its final text.
 
-        With `again` the conversation's last question is answered once more and `text` is ignored.
+        Raises an AppError for the person.
         """
         key = replace(caller.address, reply_to="")
         pending = PendingReply()
@@ -87,7 +88,16 @@ class Replies:
             if pinned.adapter is not None:
                 await asyncio.to_thread(registry.verify, pinned.adapter)
             handle = await self.deliveries.open(pinned.delivery_id, caller.address)
-            request = self._request(row, caller, pinned, again=again)
+            temperature = caller.channel.sampling.temperature
+            request = self.request(
+                caller,
+                pinned.generation_id,
+                pinned.messages,
+                pinned.adapter,
+                seed=pinned.seed,
+                temperature=max(temperature, _RETRY_TEMPERATURE) if again else temperature,
+                conversation=str(caller.conversation_id),
+            )
             async with self.admission.slot(request.scope, pending):
                 began = time.monotonic()
                 generation = self.engine.submit(request)
@@ -106,7 +116,7 @@ class Replies:
         await self.database.write(lambda tx: _keep(tx, row, pinned, body, finished))
 
     def stop(self, at: Address, user: str) -> None:
-        """Stop what is being answered there, if it is for `user` ("": anybody). The text so far becomes the answer."""
+        """Stop the reply in progress there, if `user` asked for it ("": anybody). The text so far becomes the reply."""
         running = self.running.get(replace(at, reply_to=""))
         if running is not None and user in ("", running.user):
             running.answer.cancel()
@@ -148,53 +158,57 @@ class Replies:
             past = past[: last + 1]
         else:
             past = (*past, Message(Role.USER, text))
-        system = (Message(Role.SYSTEM, channel.instructions),) if channel.instructions else ()
-        return PinnedReply(
-            generation_id,
-            new_delivery(tx, inbox_id=row.id),
-            self.adapter_ref(tx, sha256),
-            seed,
-            (*system, *past),
-        )
+        delivery_id = new_delivery(tx, inbox_id=row.id)
+        return PinnedReply(generation_id, delivery_id, self.adapter_ref(tx, sha256), seed, past)
 
     def adapter_ref(self, tx: Tx, sha256: str | None) -> AdapterRef | None:
-        """The version's folder, or AdapterUnusable: never another's, nor silently the bare base."""
+        """The version's folder; None is the base model. Raises AdapterUnusable, rather than use another version."""
         if sha256 is None:
             return None
-        row = tx.one("SELECT name, version, base_fingerprint, unpublished_ms FROM adapter WHERE sha256 = ?", [sha256])
-        assert row is not None, sha256
-        label = f"{row['name']}@{row['version']}"
-        if row["base_fingerprint"] != self.engine.info.fingerprint:
+        version = registry.by_sha(tx, sha256)
+        if version.base_fingerprint != self.engine.info.fingerprint:
+            trained_on, loaded = version.base_fingerprint[:12], self.engine.info.model
             raise AdapterUnusable(
                 "error.adapter_other_base",
-                f"{label} was trained on base model {row['base_fingerprint'][:12]}, loaded is {self.engine.info.model}",
-                label=label,
+                f"{version.label} was trained on base model {trained_on}, loaded is {loaded}",
+                label=version.label,
             )
-        if row["unpublished_ms"] is not None:
-            raise AdapterUnusable(detail=f"{label} is unpublished", label=label)
-        return AdapterRef(sha256, self.home.adapters / sha256, label)
+        if version.unpublished:
+            raise AdapterUnusable(detail=f"{version.label} is unpublished", label=version.label)
+        return AdapterRef(sha256, self.home.adapters / sha256, version.label)
 
-    def _request(self, row: InboxRow, caller: Caller, pinned: PinnedReply, *, again: bool) -> Request:
+    def request(
+        self,
+        caller: Caller,
+        request_id: str,
+        messages: Sequence[Message],
+        adapter: AdapterRef | None,
+        *,
+        seed: int,
+        temperature: float,
+        conversation: str = "",
+    ) -> Request:
+        """A request under the instructions, sampling and limits of the caller's channel."""
         channel = caller.channel
-        temperature = max(channel.sampling.temperature, _RETRY_TEMPERATURE) if again else channel.sampling.temperature
+        system = (Message(Role.SYSTEM, channel.instructions),) if channel.instructions else ()
         return Request(
-            id=pinned.generation_id,
-            messages=pinned.messages,
+            id=request_id,
+            messages=(*system, *messages),
             sampling=replace(
                 self.sampling,
                 temperature=temperature,
                 top_p=channel.sampling.top_p,
-                seed=pinned.seed,
+                seed=seed,
                 max_tokens=channel.limits.tokens_out,
             ),
-            adapter=pinned.adapter,
-            scope=Scope(channel.partner, channel.name, caller.user, str(caller.conversation_id), channel.weight),
+            adapter=adapter,
+            scope=Scope(channel.partner, channel.name, caller.user, conversation, channel.weight),
             max_prompt_tokens=channel.limits.tokens_in,
             deadline_s=self.deadline_s,
         )
 
     async def _read(self, generation: Generation, handle: Handle, to: Address) -> tuple[str, Finished]:
-        """Show the text as it grows; what was said, and why it ended."""
+        """Show the text while it grows; the whole text, and why it ended."""
         view = LiveView(lambda text: self.deliveries.show(handle, to, text))
         finished: Finished | None = None
         failure: AppError | None = None
@@ -237,8 +251,8 @@ class Replies:
 
 
 def settle(tx: Tx, row: InboxRow, body: Body) -> None:
-    """In the transaction of the last receipt: the charge, the two turns, the closed row."""
-    if not inbox.is_generated(tx, row.id):  # erased by /forget meanwhile
+    """In the transaction of the last receipt: charge, store both turns, close the row."""
+    if not inbox.is_generated(tx, row.id):  # erased meanwhile
         return
     generation = tx.one(
         "SELECT id, channel_id, retry FROM generation WHERE inbox_id = ? AND state = 'generated'", [row.id]
@@ -259,7 +273,7 @@ def settle(tx: Tx, row: InboxRow, body: Body) -> None:
 
 
 def fail(tx: Tx, row: InboxRow) -> None:
-    """Nothing is charged; the tokens stay recorded for cost."""
+    """End its generation without a charge; the tokens stay recorded."""
     tx.run(
         "UPDATE generation SET state = 'failed', ended_ms = ? WHERE inbox_id = ? AND state <> 'delivered'",
         [tx.now_ms, row.id],
@@ -267,7 +281,7 @@ def fail(tx: Tx, row: InboxRow) -> None:
 
 
 def _keep(tx: Tx, row: InboxRow, pinned: PinnedReply, body: Body, finished: Finished) -> None:
-    """Raises UserError where the person was forgotten while this was generated: then nothing of it is stored."""
+    """Raises UserError, and stores nothing, where the person was erased meanwhile."""
     if inbox.is_forgotten(tx, row.id):
         raise UserError("service.stopped")
     _count(tx, pinned, finished)
@@ -277,7 +291,7 @@ def _keep(tx: Tx, row: InboxRow, pinned: PinnedReply, body: Body, finished: Fini
 
 
 def _count(tx: Tx, pinned: PinnedReply, finished: Finished) -> None:
-    """What it cost, delivered or not."""
+    """Record the tokens, delivered or not."""
     usage = finished.usage
     tx.run(
         "UPDATE generation SET finish = ?, tokens_in = ?, tokens_reused = ?, tokens_out = ? WHERE id = ?",

@@ -1,14 +1,13 @@
-"""The one door: accept(incoming), and the loop that takes what was accepted. Knows no platform.
+"""Accepts updates and handles them, in order within a conversation, at most `max_replies` turns of an account at once.
 
-A message flows like this; each step is committed before the next one begins:
+The way of a message; each step is committed before the next:
 
-    accept    the update becomes an inbox row; only then may the bot tell its platform
-    take      control rows at once, turns in order per conversation
-    answer    (core.chat.handler) a command runs in one transaction that also stores its text
-    (core.channels.commands.run_command);
-              a question becomes a generation (core.chat.replies)
-    deliver   handle, parts, receipts (core.delivery.deliveries)
-    settle    receipt, charge, turns and the closed row in one transaction
+    accept    core.chat.inbox       the update becomes a row; only then does the bot acknowledge it
+    take      core.chat.inbox       control rows at once, turns in order of their conversation
+    handle    core.chat.handler     a command is dispatched (core.chat.dispatch), a question becomes a generation
+                                    (core.chat.replies); either way the final text is stored
+    deliver   core.delivery         handle, parts, receipts, with one bounded retry
+    settle    core.chat.replies     receipt, charge, turns and the closed row in one transaction
 """
 
 from __future__ import annotations
@@ -25,7 +24,7 @@ from core.chat.handler import MessageHandler
 from core.chat.inbox import InboxRow
 from core.chat.overview import Overviews
 from core.chat.replies import Replies
-from core.chat.stopping import reaches_all_at
+from core.chat.stopping import may_stop_all_at
 from core.config.schema import Retention
 from core.delivery.deliveries import Deliveries
 from core.delivery.retry import STORAGE_S
@@ -41,15 +40,12 @@ from core.types import Address, Grant, Incoming, Sampling
 
 log = logging.getLogger(__name__)
 _LOOK_AGAIN_S = 30.0
-_ASK_AGAIN_S = 0.1  # whether all is settled: the end of a job is told to nobody
+_POLL_S = 0.1  # until all is settled; nothing signals the end of a job's message
 
 
 @dataclass(frozen=True, slots=True)
 class ServiceSettings:
-    """`max_replies` bounds the turns of one account that are handled at once; more wait in the inbox.
-
-    No more replies are with the engine at once, of all accounts together.
-    """
+    """`max_replies` bounds the turns of one account in work, and the replies of all accounts at the engine."""
 
     retention: Retention
     sampling: Sampling = field(default_factory=Sampling)
@@ -58,7 +54,7 @@ class ServiceSettings:
 
 
 class Service:
-    """Built once. `run` must be running for anything to be answered; `accept` commits without it."""
+    """core.platform.BotService. `accept` works without `run`, which handles what was accepted."""
 
     def __init__(
         self,
@@ -86,31 +82,23 @@ class Service:
         self._work = asyncio.Event()
         self._ended = asyncio.Condition()
 
-    # --- the door ---
+    # --- for bots ---
 
     def register(self, platform: str, account: str, sink: MessageSink) -> None:
-        """From now on what waits for this account is answered through `sink`."""
         self._deliveries.register(platform, account, sink)
         self._accounts.add((platform, account))
         self._training.wake()
         self._work.set()
 
     async def accept(self, *incoming: Incoming) -> None:
-        """Commit what a platform sent. When this returns, the platform may be told; a repeat is a no-op.
-
-        Raises StorageError (StorageFull) or Overloaded; then nothing is kept and nothing may be acknowledged.
-        """
         await self._database.write(lambda tx: [inbox.accept(tx, one) for one in incoming])
         self._work.set()
 
     async def accept_dead(self, platform: str, account: str, update_key: str, raw: str) -> None:
-        """Commit an update that could not be read, so that it can be acknowledged and never stops a bot."""
         await self._database.write(lambda tx: inbox.accept_dead(tx, platform, account, update_key, raw))
         log.error("inbox.unreadable", extra={"platform": platform, "account": account})
 
     async def grant(self, at: Address, user: str) -> Grant:
-        """What this person may do in the channel of that place: what a bot's menu shows."""
-
         def work(tx: Tx) -> Grant:
             who = tx.cipher.hash_user(at.platform, at.account, user)
             channel = bindings.channel_of_person(tx, at.platform, at.account, at.place, who)
@@ -119,26 +107,24 @@ class Service:
         return await self._database.read(work)
 
     async def stops_all(self, at: Address, user: str) -> bool:
-        """Whether this person may stop what others asked for in that place, whatever a platform knows of them."""
-
         def work(tx: Tx) -> bool:
             who = tx.cipher.hash_user(at.platform, at.account, user)
-            return reaches_all_at(tx, at, who, moderates=False)
+            return may_stop_all_at(tx, at, who, moderates=False)
 
         return await self._database.read(work)
 
     async def settled(self, platform: str, account: str) -> None:
-        """Wait until all that was accepted from this account is ended, the messages of its jobs included."""
+        """Return when no message of this account, and no message of its jobs, is open."""
         async with self._ended:
             while await self._database.read(lambda tx: inbox.open_rows(tx, platform, account)):
                 try:
-                    async with asyncio.timeout(_ASK_AGAIN_S):
+                    async with asyncio.timeout(_POLL_S):
                         await self._ended.wait()
                 except TimeoutError:
                     continue
 
     async def run(self) -> None:
-        """Answer until cancelled; `drain` first for a clean end."""
+        """Handle rows until cancelled; call `drain` before."""
         await self._database.write(inbox.recover)
         await erasure.reapply(self._database, self._home)
         async with asyncio.TaskGroup() as tasks:
@@ -155,7 +141,7 @@ class Service:
                     continue
 
     async def drain(self, deadline_s: float) -> None:
-        """Begin nothing new; let what runs end within the deadline, then cut it: its text so far is the answer."""
+        """Take nothing new; wait for the rows in work, then stop them: the text so far becomes the reply."""
         self._handler.draining = True
         try:
             async with asyncio.timeout(deadline_s * 0.8), self._ended:

@@ -1,7 +1,4 @@
-"""Whose answer a stop reaches: one's own; for an operator, and for whom the bot knows to moderate the place, anybody's.
-
-Runs inside a transaction. Knows no platform.
-"""
+"""Who may stop a reply: its author; operators and the moderators of the place may stop any. Inside a transaction."""
 
 from __future__ import annotations
 
@@ -13,29 +10,29 @@ from core.storage.database import Tx
 from core.types import Address, Grant, Kind
 
 
-def reaches_all(tx: Tx, user_hash: str, channel_id: int, *, moderates: bool) -> bool:
-    """Whether this person may stop what others asked for."""
+def may_stop_all(tx: Tx, user_hash: str, channel_id: int, *, moderates: bool) -> bool:
+    """Whether this person may stop other people's replies."""
     return moderates or operators.grant_of(tx, user_hash, channel_id) >= Grant.OPERATOR
 
 
-def reaches_all_at(tx: Tx, at: Address, user_hash: str, *, moderates: bool) -> bool:
-    """The same, by the place."""
+def may_stop_all_at(tx: Tx, at: Address, user_hash: str, *, moderates: bool) -> bool:
+    """`may_stop_all` in the channel of that place."""
     channel = bindings.channel_of_person(tx, at.platform, at.account, at.place, user_hash)
-    return reaches_all(tx, user_hash, channel.id if channel else 0, moderates=moderates)
+    return may_stop_all(tx, user_hash, channel.id if channel else 0, moderates=moderates)
 
 
 def stopped_user(tx: Tx, row: InboxRow) -> str:
-    """Whose answer this stop is for; "" is anybody's."""
-    return "" if reaches_all_at(tx, row.address, row.user_hash, moderates=row.moderates) else row.user_hash
+    """Whose reply this stop applies to; "" is anybody's."""
+    return "" if may_stop_all_at(tx, row.address, row.user_hash, moderates=row.moderates) else row.user_hash
 
 
 def stopped_since(tx: Tx, row: InboxRow, channel_id: int) -> bool:
-    """Whether this turn was stopped: a stop for it came after it, when the turn before it had ended."""
+    """Whether a stop for this turn was accepted after it, once the turn before it had ended."""
     stops = [
         one.received_ms
         for one in inbox.controls_after(tx, row)
         if _is_stop(one)
-        and (one.user_hash == row.user_hash or reaches_all(tx, one.user_hash, channel_id, moderates=one.moderates))
+        and (one.user_hash == row.user_hash or may_stop_all(tx, one.user_hash, channel_id, moderates=one.moderates))
     ]
     if not stops:
         return False

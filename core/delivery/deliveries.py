@@ -1,8 +1,8 @@
-"""How one delivery reaches a platform: handle, parts, receipts. Knows nothing of what the text is or what it costs.
+"""Deliveries: one text each, written in parts through the sink of its account.
 
-The order is the promise. A handle is committed before anything final is written through it; the final text is
-committed before its first part is written; the last receipt is committed together with whatever the caller settles.
-So a crash at any point leads back to `open` or `finish`, and neither writes a second final message.
+The order of the commits makes it exactly-once: a handle before anything final is written through it, the final text
+before its first part, the last receipt together with what the caller settles. After a crash at any point `open` or
+`finish` goes on, and neither writes a second final message.
 """
 
 from __future__ import annotations
@@ -23,19 +23,20 @@ from core.types import Address, Attachment, Body, Button, Handle, Receipt
 
 log = logging.getLogger(__name__)
 CHOOSE_S = 15.0
+_GONE_TWICE = "the message that replaces a deleted one is gone as well"
 
 
 @dataclass(slots=True)
 class Deliveries:
-    """Writes deliveries through the sinks that bots have registered, one sink per platform and account."""
+    """Writes deliveries through the registered sinks, one for each platform and account."""
 
     database: Database
-    _left: int = 0  # first messages that a crash may have left: posted, perhaps, but their handle never committed
+    _left: int = 0  # first messages that a crash may have left: posted, but the handle not committed
     _sinks: dict[tuple[str, str], MessageSink] = field(default_factory=dict)
 
     @property
     def orphans(self) -> int:
-        """First messages that may stand somewhere without an answer: left by a crash, or by an answer that was lost."""
+        """First messages that may be visible without an answer, after a crash or a lost response."""
         return self._left + sum(one.orphans for one in self._sinks.values() if isinstance(one, SupportsOrphans))
 
     def register(self, platform: str, account: str, sink: MessageSink) -> None:
@@ -52,27 +53,27 @@ class Deliveries:
             raise AppError(detail=f"no bot is running for {to.platform} {to.account}") from None
 
     def fetch(self, to: Address, attachment: Attachment) -> AsyncIterator[bytes]:
-        """The bytes of a file that was sent there. Raises BadInput where they cannot be had."""
+        """The content of a file that was sent there. Raises BadInput where the platform cannot give it."""
         sink = self._sink(to)
         if not isinstance(sink, SupportsFetch):
             raise BadInput("training.no_files_here")
         return sink.fetch(attachment)
 
     async def choose(self, to: Address, label: str) -> None:
-        """Show what was chosen, where buttons were pressed for it. Best effort."""
+        """Replace the pressed buttons by the chosen label. Best effort."""
         sink = self._sink(to)
         if not isinstance(sink, SupportsChoose):
             return
         try:
             async with asyncio.timeout(CHOOSE_S):
                 await sink.choose(to, label)
-        except Exception as error:  # anybody's sink: the answer stands, whatever this raises
+        except Exception as error:  # a sink may raise anything; the answer is delivered already
             log.info("delivery.not_chosen", extra={"error": type(error).__name__})
 
     async def open(self, delivery_id: int, to: Address) -> Handle:
-        """The handle of part 1: the one that a crash left, recovered, or a new one, committed."""
+        """The committed handle of part 1: that of an earlier attempt, recovered, or a new one."""
         sink = self._sink(to)
-        left = await self.database.read(lambda tx: _handle(tx, delivery_id, 1))
+        left, _ = await self.database.read(lambda tx: _part(tx, delivery_id, 1))
         if left is not None:
             handle = await sink.recover(left)
             if handle == left:
@@ -80,38 +81,26 @@ class Deliveries:
         else:
             self._left += await self.database.read(lambda tx: _begun_before(tx, delivery_id))
             handle = await sink.open(to)
-        await self.database.write(lambda tx: _keep_handle(tx, delivery_id, 1, handle))
+        await self._keep_handle(delivery_id, 1, handle)
         return handle
 
     async def show(self, handle: Handle, to: Address, text: str) -> None:
         await self._sink(to).show(handle, text)
 
     async def finish(self, delivery_id: int, to: Address, body: Body, settle: Callable[[Tx], None]) -> None:
-        """Write the committed body, part by part; `settle` runs in the transaction of the last receipt."""
-        sink = self._sink(to)
-        parts = sink.split(body)
+        """Write the committed body part by part; `settle` runs in the transaction of the last receipt."""
+        parts = self._sink(to).split(body)
         for number, part in enumerate(parts, start=1):
-            last = number == len(parts)
-            handle, receipt = await self.database.read(lambda tx, n=number: _part(tx, delivery_id, n))  # type: ignore[misc]
-            if receipt is None:
-                if handle is None:
-                    handle = await sink.open(to)
-                    await self.database.write(lambda tx, n=number, h=handle: _keep_handle(tx, delivery_id, n, h))  # type: ignore[misc]
-                receipt = await self._finish(delivery_id, number, sink, handle, part)
-            await self.database.write(
-                lambda tx, n=number, r=receipt, last=last: _keep_receipt(  # type: ignore[misc]
-                    tx, delivery_id, n, r, settle if last else None
-                )
-            )
+            await self._finish_part(delivery_id, number, to, part, settle if number == len(parts) else None)
 
     async def fail(self, delivery_id: int, to: Address, body: Body, settle: Callable[[Tx], None]) -> None:
-        """End the delivery visibly, without a charge; `settle` runs in the transaction that closes it."""
+        """End the delivery visibly; `settle` runs in the transaction that closes it."""
         handle, sink = await self.open(delivery_id, to), self._sink(to)
         reopened = await sink.fail(handle, body)
         if reopened is not None:
-            await self._keep_reopened(delivery_id, 1, reopened)
+            await self._keep_handle(delivery_id, 1, reopened.handle)
             if await sink.fail(reopened.handle, body) is not None:
-                raise AppError(detail="a new message is gone as well")
+                raise AppError(detail=_GONE_TWICE)
 
         def close(tx: Tx) -> None:
             give_up(tx, delivery_id)
@@ -119,54 +108,70 @@ class Deliveries:
 
         await self.database.write(close)
 
-    async def _finish(self, delivery_id: int, number: int, sink: MessageSink, handle: Handle, part: Body) -> Receipt:
-        ended = await sink.finish(handle, part)
-        if isinstance(ended, Reopened):
-            await self._keep_reopened(delivery_id, number, ended)
-            ended = await sink.finish(ended.handle, part)
-        if isinstance(ended, Reopened):
-            raise AppError(detail="a new message is gone as well")
-        return ended
+    async def _finish_part(
+        self, delivery_id: int, number: int, to: Address, part: Body, settle: Callable[[Tx], None] | None
+    ) -> None:
+        sink = self._sink(to)
+        handle, receipt = await self.database.read(lambda tx: _part(tx, delivery_id, number))
+        if receipt is None:
+            if handle is None:
+                handle = await sink.open(to)
+                await self._keep_handle(delivery_id, number, handle)
+            ended = await sink.finish(handle, part)
+            if isinstance(ended, Reopened):
+                await self._keep_handle(delivery_id, number, ended.handle)
+                ended = await sink.finish(ended.handle, part)
+            if isinstance(ended, Reopened):
+                raise AppError(detail=_GONE_TWICE)
+            receipt = ended
+        written = receipt
+        await self.database.write(lambda tx: _keep_receipt(tx, delivery_id, number, written, settle))
 
-    async def _keep_reopened(self, delivery_id: int, number: int, reopened: Reopened) -> None:
-        await self.database.write(lambda tx: _keep_handle(tx, delivery_id, number, reopened.handle))
+    async def _keep_handle(self, delivery_id: int, number: int, handle: Handle) -> None:
+        await self.database.write(
+            lambda tx: tx.run(
+                "INSERT INTO part (delivery_id, number, handle) VALUES (?, ?, ?)"
+                " ON CONFLICT DO UPDATE SET handle = excluded.handle",
+                [delivery_id, number, handle],
+            )
+        )
 
 
 # --- rows: run inside a transaction ---
 
 
 def new_delivery(tx: Tx, *, inbox_id: int | None = None, job_id: int | None = None) -> int:
-    """The delivery of an inbox row or of a job: made once, found again after a crash."""
+    """The delivery of an inbox row or of a job: created once, found again after a crash."""
     column, value = ("inbox_id", inbox_id) if inbox_id is not None else ("job_id", job_id)
     found = tx.value(f"SELECT id FROM delivery WHERE {column} = ?", [value])
     return int(found) if found else tx.insert("delivery", **{column: value, "state": "open"})
 
 
 def keep_body(tx: Tx, delivery_id: int, body: Body) -> None:
-    """Store what will be written, before the first part of it is."""
+    """Store the final text, before its first part is written."""
     tx.run(
         "UPDATE delivery SET state = 'generated', body = ? WHERE id = ?", [tx.cipher.seal(dump_body(body)), delivery_id]
     )
 
 
 def kept_body(tx: Tx, delivery_id: int) -> Body | None:
-    """The body that `keep_body` stored, if this delivery has come that far."""
+    """The stored final text, or None."""
     sealed = tx.value("SELECT body FROM delivery WHERE id = ? AND state = 'generated'", [delivery_id])
     return load_body(tx.cipher.unseal(sealed)) if sealed else None
 
 
 def give_up(tx: Tx, delivery_id: int) -> None:
-    """End it undelivered: the platform does not take it."""
+    """Close it undelivered."""
     tx.run("UPDATE delivery SET state = 'failed', body = NULL WHERE id = ?", [delivery_id])
 
 
 def skip(tx: Tx, delivery_id: int) -> None:
-    """End it as done without a message."""
+    """Close it as done without a message."""
     tx.run("UPDATE delivery SET state = 'done', body = NULL WHERE id = ?", [delivery_id])
 
 
 def renew_for_job(tx: Tx, job_id: int) -> None:
-    """The job's next message is a new one; what was written stays as it is."""
+    """Begin a new message for the job; the earlier one stays as it is."""
     tx.run("DELETE FROM part WHERE delivery_id IN (SELECT id FROM delivery WHERE job_id = ?)", [job_id])
     tx.run("DELETE FROM delivery WHERE job_id = ?", [job_id])
     new_delivery(tx, job_id=job_id)
@@ -195,26 +200,14 @@ def load_body(text: str) -> Body:
 
 
 def _begun_before(tx: Tx, delivery_id: int) -> bool:
-    """Whether a process that was cut had its row already."""
+    """Whether an earlier process began to handle its row."""
     sql = "SELECT attempts > 0 FROM inbox JOIN delivery ON inbox.id = inbox_id WHERE delivery.id = ?"
     return bool(tx.value(sql, [delivery_id]))
-
-
-def _handle(tx: Tx, delivery_id: int, number: int) -> Handle | None:
-    return _part(tx, delivery_id, number)[0]
 
 
 def _part(tx: Tx, delivery_id: int, number: int) -> tuple[Handle | None, Receipt | None]:
     row = tx.one("SELECT handle, receipt FROM part WHERE delivery_id = ? AND number = ?", [delivery_id, number])
     return (Handle(row["handle"]), Receipt(row["receipt"]) if row["receipt"] else None) if row else (None, None)
-
-
-def _keep_handle(tx: Tx, delivery_id: int, number: int, handle: Handle) -> None:
-    tx.run(
-        "INSERT INTO part (delivery_id, number, handle) VALUES (?, ?, ?) "
-        "ON CONFLICT DO UPDATE SET handle = excluded.handle",
-        [delivery_id, number, handle],
-    )
 
 
 def _keep_receipt(tx: Tx, delivery_id: int, number: int, receipt: Receipt, settle: Callable[[Tx], None] | None) -> None:

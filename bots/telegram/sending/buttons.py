@@ -7,8 +7,8 @@ from collections.abc import Iterable
 
 from aiogram.types import InlineKeyboardButton, InlineKeyboardMarkup
 
-from core.chat.feedback import REASONS
 from core.i18n.messages import say
+from core.platform import VOTE_REASONS
 from core.types import Button
 
 log = logging.getLogger(__name__)
@@ -51,7 +51,7 @@ def reasons_keyboard(language: str, vote: str) -> InlineKeyboardMarkup:
     return InlineKeyboardMarkup(
         inline_keyboard=[
             [InlineKeyboardButton(text=say(language, f"feedback.reason_{one}"), callback_data=f"f:{vote}:{one}")]
-            for one in REASONS
+            for one in VOTE_REASONS
         ]
     )
 

@@ -93,13 +93,13 @@ DAMAGES: dict[str, Callable[[Path], object]] = {
 }
 
 
-@pytest.mark.parametrize("damage", DAMAGES.values(), ids=DAMAGES)
-def test_a_damaged_folder_is_refused_with_its_reason(tmp_path: Path, damage: Callable[[Path], object]) -> None:
-    folder = make(tmp_path / "a")
-    damage(folder)
-    with pytest.raises(AdapterUnusable) as refused:
-        registry.inspect(folder)
-    assert refused.value.detail.startswith("a: ")
+def test_a_damaged_folder_is_refused_with_its_reason(tmp_path: Path) -> None:
+    for number, (name, damage) in enumerate(DAMAGES.items()):
+        folder = make(tmp_path / str(number) / "a")
+        damage(folder)
+        with pytest.raises(AdapterUnusable) as refused:
+            registry.inspect(folder)
+        assert refused.value.detail.startswith("a: "), name
 
 
 # --- after it is published ---
@@ -121,8 +121,7 @@ def test_placing_is_repeatable_at_every_point(home: Home, tmp_path: Path) -> Non
     registry.verify(AdapterRef(candidate.sha256, target))
 
 
-@pytest.mark.parametrize("name", [registry.WEIGHTS, registry.CONFIG, registry.MANIFEST])
-@pytest.mark.parametrize("at", [0, 9, -1])
+@pytest.mark.parametrize(("name", "at"), [(registry.WEIGHTS, -1), (registry.CONFIG, 0), (registry.MANIFEST, 9)])
 def test_one_changed_bit_is_seen_although_time_and_size_are_the_same(placed: AdapterRef, name: str, at: int) -> None:
     registry.verify(placed)
     path = placed.folder / name
@@ -181,7 +180,7 @@ def test_publishing_is_repeatable_and_answers_nobody_yet(database: Database) -> 
     assert write_now(database, work) == (None, "base")
 
 
-@pytest.mark.parametrize("seed", range(20))
+@pytest.mark.parametrize("seed", range(3))
 def test_rollback_is_an_undo_stack_that_skips_what_is_withdrawn(database: Database, seed: int) -> None:
     """Against a plain list: each promotion remembers what answered before it."""
     randomness = random.Random(seed)

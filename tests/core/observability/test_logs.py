@@ -39,8 +39,15 @@ def clean(text: str) -> bool:
     return "canary" not in text and "c0ffee" not in text and OURS not in text
 
 
-@pytest.mark.parametrize("secret", [*CANARIES.values(), OURS], ids=[*CANARIES, "registered"])
-def test_no_secret_comes_through_any_way_in(written: io.StringIO, secret: str) -> None:
+def test_no_secret_comes_through_any_way_in(written: io.StringIO) -> None:
+    for secret in (*CANARIES.values(), OURS):
+        log_every_way(secret)
+    text = written.getvalue()
+    assert clean(text)
+    assert text.count("\n") > 8 * len(CANARIES)
+
+
+def log_every_way(secret: str) -> None:
     log = logging.getLogger("core.somewhere")
     log.info(f"message {secret}")
     log.info("argument %s", secret)
@@ -60,9 +67,6 @@ def test_no_secret_comes_through_any_way_in(written: io.StringIO, secret: str) -
     except ExceptionGroup:
         log.exception("failed")
     logging.getLogger("aiogram.client").warning("other library %s", secret)
-    text = written.getvalue()
-    assert clean(text)
-    assert text.count("\n") > 8
 
 
 def test_a_handler_of_another_library_gets_clean_records_too(written: io.StringIO) -> None:
@@ -98,11 +102,11 @@ def test_warnings_and_crashes_of_threads_go_the_same_way(written: io.StringIO) -
     assert "program.failed" in text
 
 
-@pytest.mark.parametrize("name", ["text", "body", "payload", "prompt", "messages", "reason", "username"])
-def test_fields_that_hold_peoples_text_are_not_written(written: io.StringIO, name: str) -> None:
-    logging.getLogger("core.chat.replies").info("reply.failed", extra={name: "my diary", "row": 7})
-    assert "diary" not in written.getvalue()
-    assert "row=7" in written.getvalue()
+def test_fields_that_hold_peoples_text_are_not_written(written: io.StringIO) -> None:
+    for name in ("text", "body", "payload", "prompt", "messages", "reason", "username"):
+        logging.getLogger("core.chat.replies").info("reply.failed", extra={name: "my diary", "row": name})
+        assert "diary" not in written.getvalue()
+        assert f"row={name}" in written.getvalue()
 
 
 def test_what_an_error_quotes_is_not_written(written: io.StringIO) -> None:

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import shutil
 import sqlite3
 import tempfile
+from contextlib import closing
 from pathlib import Path
 
 import pytest
@@ -98,18 +100,17 @@ def test_a_job_is_charged_once_and_one_that_trains_nothing_never(tmp_path: Path)
         assert read_now(it.database, ledger.check) == []
 
 
-@pytest.mark.parametrize(
-    ("damage", "found"),
-    [
-        ("UPDATE job SET state = 'failed'", "I2 a job"),
-        ("UPDATE job SET price_id = NULL", "I2 a job"),
-        ("UPDATE job SET tokens_agreed = 3", "I4 a job"),
-        ("UPDATE price SET train_nano = train_nano + 1", "I4 a job"),
-        ("UPDATE usage_daily SET jobs_nano = jobs_nano - 1", "I1"),
-        ("DELETE FROM job", "I2 a job"),
-    ],
+DAMAGES = (
+    ("UPDATE job SET state = 'failed'", "I2 a job"),
+    ("UPDATE job SET price_id = NULL", "I2 a job"),
+    ("UPDATE job SET tokens_agreed = 3", "I4 a job"),
+    ("UPDATE price SET train_nano = train_nano + 1", "I4 a job"),
+    ("UPDATE usage_daily SET jobs_nano = jobs_nano - 1", "I1"),
+    ("DELETE FROM job", "I2 a job"),
 )
-def test_the_checker_finds_each_kind_of_damage(tmp_path: Path, damage: str, found: str) -> None:
+
+
+def test_the_checker_finds_each_kind_of_damage(tmp_path: Path) -> None:
     with town(tmp_path) as it:
         bring(it)
         it.run("owner", "/channel set acme price_train=5")
@@ -117,10 +118,12 @@ def test_the_checker_finds_each_kind_of_damage(tmp_path: Path, damage: str, foun
         write_now(it.database, lambda tx: jobs.pin_price(tx, job.id, 10))
         write_now(it.database, lambda tx: publish(tx, job.id, 10))
         assert read_now(it.database, ledger.check) == []
-    connection = sqlite3.connect(tmp_path / "a.db")
-    connection.execute("PRAGMA foreign_keys = OFF")
-    connection.execute(damage)
-    connection.commit()
-    connection.close()
-    with Database(tmp_path / "a.db", Cipher(b"k" * 32)) as database:
-        assert any(problem.startswith(found) for problem in read_now(database, ledger.check))
+    for number, (damage, found) in enumerate(DAMAGES):
+        path = tmp_path / f"{number}.db"
+        shutil.copyfile(tmp_path / "a.db", path)
+        with closing(sqlite3.connect(path)) as connection:
+            connection.execute("PRAGMA foreign_keys = OFF")
+            connection.execute(damage)
+            connection.commit()
+        with Database(path, Cipher(b"k" * 32)) as database:
+            assert any(problem.startswith(found) for problem in read_now(database, ledger.check)), damage

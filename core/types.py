@@ -190,6 +190,7 @@ class Channel:
     questions: tuple[str, ...] = ()  # suggested at the start
     limits: Limits = field(default_factory=Limits)
     sampling: Sampling = field(default_factory=Sampling)
+    settings: Mapping[str, object] = field(default_factory=dict, compare=False)  # those without a field here, by name
     archived: bool = False
     weight: float = 1.0  # its partner's share of the engine
 

@@ -67,7 +67,8 @@ def channel_show(tx: Tx, caller: Caller, call: Call) -> Outcome:
         places=", ".join(bindings.places(tx, channel.id)) or none,
         **shown,
     )
-    return Outcome(Body(text.strip()))
+    more = (f"\n- {name}: {settings.brief(value)}" for name, value in channel.settings.items())
+    return Outcome(Body(text.strip() + "".join(more)))
 
 
 @command("channel", "set")

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import asdict, fields
+from functools import cache
+from typing import Any
 
 from core.channels import adapter_names, partners
-from core.config.keys import NAME
-from core.config.schema import OWNER_PARTNER
+from core.config.keys import NAME, Key
+from core.config.schema import OWNER_PARTNER, channel_columns
 from core.errors import BadInput, UnknownThing
 from core.storage.database import Row, Tx, Value
 from core.types import Channel, Limits, Sampling
@@ -90,6 +93,23 @@ def channel_of_row(row: Row) -> Channel:
         questions=tuple(row["questions"].splitlines()),
         limits=Limits(**{one.name: row[one.name] for one in fields(Limits)}),
         sampling=Sampling(temperature=row["temperature"], top_p=row["top_p"]),
+        settings={name: _read(one, row[name]) for name, one in _others().items()},
         archived=row["archived_ms"] is not None,
         weight=row["weight"],
     )
+
+
+@cache
+def _others() -> Mapping[str, Key]:
+    """The columns of settings that have no field of their own in Channel, Limits or Sampling."""
+    own = {one.name for made in (Channel, Limits, Sampling) for one in fields(made)}
+    return {name: one for name, one in channel_columns().items() if name not in own}
+
+
+def _read(key: Key, stored: Any) -> Any:
+    match key.schema["type"]:
+        case "array":
+            return tuple(stored.splitlines())
+        case "boolean":
+            return bool(stored)
+    return stored

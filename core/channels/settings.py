@@ -11,7 +11,7 @@ from typing import Any
 
 from core.channels import adapter_names, bindings, directory
 from core.config.keys import Key, refusal, refused, shown
-from core.config.schema import channel_keys
+from core.config.schema import PRICES, channel_keys
 from core.errors import BadInput
 from core.i18n.messages import Refusal, say
 from core.storage.database import Tx
@@ -19,7 +19,6 @@ from core.types import Channel, Json, Limits
 from core.usage import prices
 
 Settings = Mapping[str, Any]
-PRICES = ("price_in", "price_out", "price_train", "share")
 
 
 def owners() -> frozenset[str]:
@@ -36,12 +35,11 @@ def current(tx: Tx, channel: Channel) -> dict[str, Any]:
         "price_train": price.train_nano,
         "share": price.share_bps / 100,
     }
-    holders = (channel, channel.limits, channel.sampling)
-    found = {}
+    found: dict[str, Any] = {}
     for name in channel_keys():
-        holder = next((one for one in holders if hasattr(one, name)), None)
-        if name in sold:
-            found[name] = sold[name]
+        holder = next((one for one in (channel, channel.limits, channel.sampling) if hasattr(one, name)), None)
+        if name in sold or name in channel.settings:
+            found[name] = sold.get(name, channel.settings.get(name))
         elif holder is not None:
             found[name] = getattr(holder, name)
     return found

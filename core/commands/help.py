@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from core.commands.table import COMMANDS, Command, Form
+from core.config.schema import channel_keys
 from core.i18n.messages import say
 from core.types import Grant
 
@@ -28,11 +29,20 @@ def details(language: str, grant: Grant, command: Command, word: str = "") -> st
         lines.append(say(language, "help.line", form=usage(language, command, one), meaning=meaning))
         lines.append(say(language, "help.example", example=one.example))
     if any(one.settings for one in shown):
-        lines += ["", say(language, f"help.settings_{command.name}")]
+        lines += ["", _settings(language, command)]
     needed = min(one.who for one in shown)
     if needed > grant:
         lines += ["", say(language, f"help.who_{needed.name.lower()}")]
     return "\n".join(lines)
+
+
+def _settings(language: str, command: Command) -> str:
+    """The settings of a command; one that the sentence does not name is told by its definition, in English."""
+    told = say(language, f"help.settings_{command.name}")
+    if command.name != "channel":
+        return told
+    more = [f"- `{name}`: {one.help}" for name, one in channel_keys().items() if f"`{name}`" not in told]
+    return "\n".join([told.rstrip(), *more])
 
 
 def table_markdown(language: str = "en") -> str:

@@ -17,6 +17,7 @@ from core.types import Limits
 _DAYS = 36_500
 Temperature = Annotated[float, pydantic.Field(ge=0, le=2)]
 TopP = Annotated[float, pydantic.Field(ge=0.01, le=1)]
+PRICES = ("price_in", "price_out", "price_train", "share")
 OWNER_PARTNER = "owner"
 """The partner that every home has."""
 
@@ -110,7 +111,7 @@ class PartnerSettings:
 class ChannelSettings:
     """[channels.NAME], and what /channel set changes. `written` holds the keys that the file sets.
 
-    A key that /channel set takes and that is not a price, an adapter or a binding is a column of the table `channel`.
+    A key that /channel set takes is a column of the table `channel`, but for the prices and the bindings.
     """
 
     title: Line = key("", "name for people; empty is NAME", chat="operator", max_length=80, example="Acme Building")
@@ -201,3 +202,9 @@ def channel_keys() -> Mapping[str, Key]:
     for name, one in keys(ChannelSettings).items():
         found |= keys(one.section) if one.section else {name: one}
     return {name: one for name, one in found.items() if one.chat}
+
+
+@cache
+def channel_columns() -> Mapping[str, Key]:
+    """The settings of a channel that are columns of its table; a list is stored as lines."""
+    return {name: one for name, one in channel_keys().items() if name not in (*PRICES, "bind")}

@@ -9,6 +9,7 @@ from importlib.resources import files
 import sqlite_utils
 from sqlite_utils import Migrations
 
+from core.config.schema import channel_columns
 from core.errors import StorageError
 
 MIGRATIONS = Migrations("distributary")
@@ -20,6 +21,18 @@ def migrate(db: sqlite_utils.Database) -> None:
     if newer := sorted(applied - {step.__name__ for step in STEPS}):
         raise StorageError(detail=f"the database is of another release: it has {', '.join(newer)}")
     MIGRATIONS.apply(db)
+    _add_channel_settings(db)
+
+
+def _add_channel_settings(db: sqlite_utils.Database) -> None:
+    """Add the columns of settings of a channel that core.config.schema defines and no migration creates."""
+    have = db["channel"].columns_dict
+    for name, one in channel_columns().items():
+        if name not in have:
+            kind = {"integer": "INTEGER", "boolean": "INTEGER", "number": "REAL"}.get(one.schema["type"], "TEXT")
+            default = "" if one.default == () else one.default
+            needed = "" if default is None else f" NOT NULL DEFAULT {db.quote(default)}"
+            db.execute(f"ALTER TABLE channel ADD COLUMN {name} {kind}{needed}")
 
 
 def m001_schema(db: sqlite_utils.Database) -> None:

@@ -85,9 +85,9 @@ def channel_set(tx: Tx, caller: Caller, call: Call) -> Outcome:
     if not after and not changed:
         return Outcome(Body(say(caller.language, "operators.set_nothing", name=channel.name)))
     settings.store(tx, channel, changed)
-    before |= settings.stored({name: now[name] for name in changed})
-    after |= settings.stored(changed)
-    audit.record(tx, caller, call.action, channel.name, before, after)
+    before |= {name: now[name] for name in changed}
+    after |= changed
+    audit.record(tx, caller, call.action, channel.name, settings.stored(before), settings.stored(after))
     told = _changes(caller.language, channel, before, after)
     if "instructions" in changed and (label := _trained_otherwise(tx, channel, changed["instructions"])):
         told = f"{told}\n\n{say(caller.language, 'operators.trained_otherwise', label=label)}"

@@ -102,6 +102,8 @@ def stored(settings: Settings) -> dict[str, Any]:
 
 def brief(value: object) -> str | int:
     """A value in one line of a message."""
+    if isinstance(value, bool):
+        return str(value).lower()
     if isinstance(value, int):
         return value
     if isinstance(value, float):

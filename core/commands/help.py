@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from core.commands.table import COMMANDS, Command, Form
 from core.config.schema import channel_keys
-from core.i18n.messages import say
+from core.i18n.messages import languages, say
 from core.types import Grant
 
 
@@ -38,7 +38,7 @@ def details(language: str, grant: Grant, command: Command, word: str = "") -> st
 
 def _settings(language: str, command: Command) -> str:
     """The settings of a command; one that the sentence does not name is told by its definition, in English."""
-    told = say(language, f"help.settings_{command.name}")
+    told = say(language, f"help.settings_{command.name}", codes=", ".join(languages()))
     if command.name != "channel":
         return told
     more = [f"- `{name}`: {one.help}" for name, one in channel_keys().items() if f"`{name}`" not in told]

@@ -62,7 +62,7 @@ def test_the_terminal_is_made_once_and_its_user_operates_everything(database: Da
 
 def test_a_channel_begins_with_the_default_limits_free_and_on_base(database: Database) -> None:
     acme = create(database)
-    assert acme.limits == Limits(6, 60, 2000, 512)
+    assert acme.limits == Limits()
     assert acme.title == "acme"
     assert read_now(database, lambda tx: adapter_names.champion(tx, acme.adapter)[1]) == "base"
     price = read_now(database, lambda tx: prices.price_now(tx, acme.id))

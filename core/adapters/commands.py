@@ -73,7 +73,9 @@ def show(tx: Tx, caller: Caller, call: Call) -> Outcome:
     )
     if put := registry.put_into_service(tx, version.sha256):
         text += "\n" + _approved(tx, caller, put)
-    buttons = () if version.sha256 == champion or version.unpublished else (_promote_button(caller, version.label),)
+    buttons = (
+        () if version.sha256 == champion or version.unpublished else (promote_button(caller.language, version.label),)
+    )
     return Outcome(Body(text, buttons))
 
 
@@ -152,10 +154,6 @@ def discard_button(language: str, label: str) -> Button:
     return Button(say(language, "adapter.discard_button"), "command", f"/adapter discard {label}")
 
 
-def _promote_button(caller: Caller, label: str) -> Button:
-    return promote_button(caller.language, label)
-
-
 def find_version(tx: Tx, caller: Caller, typed: str) -> Version | None:
     """The version of the channel's adapter name that was typed; None is base. Raises UnknownThing."""
     if typed.lower() == BASE:
@@ -172,7 +170,7 @@ def find_version(tx: Tx, caller: Caller, typed: str) -> Version | None:
 def check_usable(tx: Tx, version: Version) -> None:
     if version.unpublished:
         raise BadInput("adapter.is_unpublished", label=version.label, reason=_reason(version))
-    if _other_base(tx, version):
+    if registry.is_of_other_base(tx, version):
         raise BadInput("adapter.is_of_another_base", label=version.label)
 
 
@@ -188,10 +186,6 @@ def _check_verdict(version: Version, reason: str) -> None:
     if not version.passed and not reason:
         why = Lazy(f"adapter.verdict_{version.verdict}")
         raise BadInput("adapter.needs_reason", label=version.label, why=why)
-
-
-def _other_base(tx: Tx, version: Version) -> bool:
-    return registry.loaded_base(tx) not in (None, version.base_fingerprint)
 
 
 def _followers(tx: Tx, caller: Caller) -> str:
@@ -231,7 +225,7 @@ def state_now(tx: Tx, version: Version) -> Lazy | None:
 def _state(tx: Tx, version: Version, champion: str | None) -> Lazy:
     if version.unpublished:
         return Lazy("adapter.unpublished", reason=_reason(version))
-    if _other_base(tx, version):
+    if registry.is_of_other_base(tx, version):
         return Lazy("adapter.other_base")
     return Lazy("adapter.in_service") if version.sha256 == champion else Lazy("adapter.ready")
 

@@ -12,7 +12,7 @@ import secrets
 from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 
-from core.adapters import registry
+from core.adapters import folders, registry
 from core.adapters.commands import check_usable, find_version, promote_button
 from core.adapters.registry import Version
 from core.channels import adapter_names, audit
@@ -198,7 +198,7 @@ class Comparisons:
             refs = await database.read(lambda tx: tuple(replies.adapter_ref(tx, sha256) for sha256 in pair.answerers))
             for ref in refs:
                 if ref is not None:
-                    await asyncio.to_thread(registry.verify, ref)
+                    await asyncio.to_thread(folders.verify, ref)
             delivery_id = await database.write(lambda tx: new_delivery(tx, inbox_id=row.id))
             handle = await replies.deliveries.open(delivery_id, caller.address)
             text = say(caller.language, "compare.answering")

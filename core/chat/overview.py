@@ -90,11 +90,9 @@ def _jobs(tx: Tx, channel_id: int) -> tuple[JobLine, ...]:
 def _choices(tx: Tx, adapter: str) -> tuple[Choice, ...]:
     """Versions that could be promoted, newest first, base last."""
     champion, _ = adapter_names.champion(tx, adapter)
-    loaded = registry.loaded_base(tx)
-    usable = (
-        one
+    found = [
+        Choice(one.label, one.passed)
         for one in registry.versions(tx, adapter)
-        if not one.unpublished and one.sha256 != champion and loaded in (None, one.base_fingerprint)
-    )
-    found = [Choice(one.label, one.passed) for one in usable]
+        if one.sha256 != champion and registry.is_usable(tx, one)
+    ]
     return (*found[:_CHOICES], *((Choice(adapter_names.BASE),) if champion is not None else ()))

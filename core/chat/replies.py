@@ -14,7 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, field, replace
 from typing import Protocol
 
-from core.adapters import registry
+from core.adapters import folders, registry
 from core.channels import adapter_names
 from core.chat import conversations, inbox
 from core.chat.admission import AdmissionQueue, PendingReply
@@ -86,7 +86,7 @@ class Replies:
                 raise UserError("service.stopped")
             pinned = await self.database.write(lambda tx: self._pin(tx, row, caller, text, again=again))
             if pinned.adapter is not None:
-                await asyncio.to_thread(registry.verify, pinned.adapter)
+                await asyncio.to_thread(folders.verify, pinned.adapter)
             handle = await self.deliveries.open(pinned.delivery_id, caller.address)
             temperature = caller.channel.sampling.temperature
             request = self.request(

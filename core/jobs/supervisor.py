@@ -15,8 +15,8 @@ from dataclasses import replace
 from pathlib import Path
 
 from core import charts
-from core.adapters import registry
-from core.adapters.registry import Candidate
+from core.adapters import folders, registry
+from core.adapters.folders import Candidate
 from core.channels import adapter_names
 from core.delivery.deliveries import Deliveries, keep_body, new_delivery
 from core.engine.protocol import EngineInfo
@@ -159,13 +159,13 @@ class TrainingWorker(JobWorker):
 
     async def _publish(self, job: Job, out: Path) -> None:
         try:
-            candidate = await asyncio.to_thread(registry.inspect, out)
+            candidate = await asyncio.to_thread(folders.inspect, out)
             if unfit := self._unfit(job, candidate):
                 await self._fail(job, "ours", Lazy(unfit), of_use=False)
                 return
             if not await self._database.write(lambda tx: jobs.publishing(tx, job.id, candidate.sha256)):
                 return
-            await asyncio.to_thread(registry.place, self._home, candidate)
+            await asyncio.to_thread(folders.place, self._home, candidate)
         except AdapterUnusable as error:
             await self._refuse(job, error)
             return
@@ -181,7 +181,7 @@ class TrainingWorker(JobWorker):
         if not sha256 or not await asyncio.to_thread(folder.is_dir):
             return False
         try:
-            candidate = await asyncio.to_thread(registry.inspect, folder)
+            candidate = await asyncio.to_thread(folders.inspect, folder)
         except AdapterUnusable as error:
             await self._refuse(job, error)
             return True

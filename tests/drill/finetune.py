@@ -28,7 +28,7 @@ from pathlib import Path
 
 import torch
 
-from core.adapters import registry
+from core.adapters import folders
 from core.channels import bindings, directory, terminal
 from core.chat import conversations
 from core.config.sections import HyperParameters
@@ -127,7 +127,7 @@ def look_at(folder: Path) -> list[str]:
     if out.exists():
         try:
             if Spec.read(folder).method == "lora":
-                registry.inspect(out)
+                folders.inspect(out)
             json.loads((out / "manifest.json").read_text())
         except (AppError, OSError, ValueError) as error:
             problems.append(f"a result that is not whole: {error}")
@@ -307,7 +307,7 @@ def _half_published(home: Home) -> list[str]:
     problems = []
     for folder in home.adapters.iterdir():
         try:
-            if not folder.name.endswith(".new") and registry.inspect(folder).sha256 != folder.name:
+            if not folder.name.endswith(".new") and folders.inspect(folder).sha256 != folder.name:
                 problems.append(f"{folder.name[:12]} is not what its name says")
         except AppError as error:
             problems.append(f"{folder.name[:12]}: {error.detail}")

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from core.adapters import registry
+from core.adapters import folders
 from core.errors import JobError
 from core.jobs.protocol import SHOWN, Done, Evaluated, Judged, Shown, Spec
 from finetune.evaluation.evaluator import SCORES
@@ -56,7 +56,7 @@ def test_peft_folders_of_any_plain_kind_are_examined_and_published(
     job = make_job()
     heard = examine(job, made)
     out = job / "out"
-    assert registry.inspect(out).base_fingerprint
+    assert folders.inspect(out).base_fingerprint
     for name in ("adapter_config.json", "adapter_model.safetensors"):
         assert (out / name).read_bytes() == (made / name).read_bytes()
     manifest = json.loads((out / "manifest.json").read_text())

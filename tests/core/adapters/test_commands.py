@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from core.adapters import registry
+from core.adapters import folders, registry
 from core.channels import adapter_names
 from core.errors import BadInput, UnknownThing
 from core.i18n.messages import languages, say
@@ -35,7 +35,7 @@ def _publish(tx: Tx, it: Town) -> None:
     datasets.keep_dataset(tx, "d" * 64, "faq.jsonl", source="file", size_bytes=1, brought_by="x")
     registry.keep_base(tx, "loaded")
     for n, base in enumerate(("loaded", "loaded", "another"), start=1):
-        candidate = registry.Candidate(f"{n:064x}", Path(), base, "d" * 64, json.dumps(MANIFEST))
+        candidate = folders.Candidate(f"{n:064x}", Path(), base, "d" * 64, json.dumps(MANIFEST))
         registry.publish(tx, candidate, "acme", n)
         job = jobs.create(tx, it.caller(tx, "operator"), "d" * 64, "faq.jsonl")
         jobs.end(tx, job.id, "published", result=candidate.sha256)
@@ -174,7 +174,7 @@ def test_show_says_how_many_epochs_were_done(it: Town) -> None:
         start=4,
     ):
         manifest = json.dumps({"hyper": {"epochs": 8}, "epochs_done": done})
-        candidate = registry.Candidate(str(version) * 64, Path(), "loaded", "", manifest)
+        candidate = folders.Candidate(str(version) * 64, Path(), "loaded", "", manifest)
         write_now(it.database, lambda tx, new=candidate, n=version: registry.publish(tx, new, "acme", n))
         assert told in it.says("operator", f"/adapter show {version}", language=language)
 
@@ -182,7 +182,7 @@ def test_show_says_how_many_epochs_were_done(it: Town) -> None:
 def test_an_imported_manifest_may_say_little(it: Town) -> None:
     write_now(
         it.database,
-        lambda tx: registry.publish(tx, registry.Candidate("9" * 64, Path(), "loaded", "", "{}"), "acme", 4),
+        lambda tx: registry.publish(tx, folders.Candidate("9" * 64, Path(), "loaded", "", "{}"), "acme", 4),
     )
     assert "acme@4" in it.says("operator", "/adapter show 4")
     assert "acme@4" in it.says("operator", "/adapter list")

@@ -13,7 +13,7 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-from core.adapters import registry
+from core.adapters import folders, registry
 from core.channels import adapter_names, directory, terminal
 from core.errors import AdapterUnusable
 from core.storage.cipher import Cipher
@@ -28,10 +28,10 @@ def make(folder: Path, *, seed: int = 0) -> Path:
     folder.mkdir(parents=True)
     values = np.random.default_rng(seed).normal(size=(4, 8)).astype(np.float32)
     name = "base_model.model.model.layers.0.self_attn.q_proj.lora_{}.weight"
-    save_file({name.format("A"): values, name.format("B"): values.T.copy()}, folder / registry.WEIGHTS)
-    (folder / registry.CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
-    (folder / registry.MANIFEST).write_text(json.dumps({"base_fingerprint": "f" * 64, "data_sha256": "d" * 64}))
-    (folder / registry.CARD).write_text("# a card\n")
+    save_file({name.format("A"): values, name.format("B"): values.T.copy()}, folder / folders.WEIGHTS)
+    (folder / folders.CONFIG).write_text(json.dumps({"peft_type": "LORA", "r": 4, "lora_alpha": 8}))
+    (folder / folders.MANIFEST).write_text(json.dumps({"base_fingerprint": "f" * 64, "data_sha256": "d" * 64}))
+    (folder / folders.CARD).write_text("# a card\n")
     return folder
 
 
@@ -44,51 +44,51 @@ def home(tmp_path: Path) -> Home:
 
 def test_a_whole_folder_is_read_and_its_hash_depends_on_what_counts(tmp_path: Path) -> None:
     first, same, other = (make(tmp_path / name, seed=seed) for name, seed in (("a", 0), ("b", 0), ("c", 1)))
-    found = registry.inspect(first)
+    found = folders.inspect(first)
     assert (found.base_fingerprint, found.dataset_sha256) == ("f" * 64, "d" * 64)
-    (same / registry.CARD).write_text("# another card\n")
-    assert registry.inspect(same).sha256 == found.sha256 != registry.inspect(other).sha256
+    (same / folders.CARD).write_text("# another card\n")
+    assert folders.inspect(same).sha256 == found.sha256 != folders.inspect(other).sha256
 
 
 def _cut(folder: Path) -> None:
-    path = folder / registry.WEIGHTS
+    path = folder / folders.WEIGHTS
     path.write_bytes(path.read_bytes()[:-1])
 
 
 def _huge_header(folder: Path) -> None:
-    (folder / registry.WEIGHTS).write_bytes((2**60).to_bytes(8, "little") + b"{}")
+    (folder / folders.WEIGHTS).write_bytes((2**60).to_bytes(8, "little") + b"{}")
 
 
 def _link(folder: Path) -> None:
-    path = folder / registry.WEIGHTS
+    path = folder / folders.WEIGHTS
     path.rename(folder.parent / "elsewhere")
     path.symlink_to(folder.parent / "elsewhere")
 
 
 def _manifest(value: str) -> Callable[[Path], None]:
-    return lambda folder: (folder / registry.MANIFEST).write_text(value) and None
+    return lambda folder: (folder / folders.MANIFEST).write_text(value) and None
 
 
 DAMAGES: dict[str, Callable[[Path], object]] = {
     "cut": _cut,
     "huge header": _huge_header,
-    "no tensors": lambda folder: save_file({}, folder / registry.WEIGHTS),
-    "not safetensors": lambda folder: (folder / registry.WEIGHTS).write_bytes(b"PK\x03\x04 a pickle"),
-    "empty": lambda folder: (folder / registry.WEIGHTS).write_bytes(b""),
+    "no tensors": lambda folder: save_file({}, folder / folders.WEIGHTS),
+    "not safetensors": lambda folder: (folder / folders.WEIGHTS).write_bytes(b"PK\x03\x04 a pickle"),
+    "empty": lambda folder: (folder / folders.WEIGHTS).write_bytes(b""),
     "link": _link,
     "another file": lambda folder: (folder / "run_me.py").write_text("import os"),
     "a folder": lambda folder: (folder / "inner").mkdir(),
-    "no manifest": lambda folder: (folder / registry.MANIFEST).unlink(),
-    "no config": lambda folder: (folder / registry.CONFIG).unlink(),
-    "no weights": lambda folder: (folder / registry.WEIGHTS).unlink(),
+    "no manifest": lambda folder: (folder / folders.MANIFEST).unlink(),
+    "no config": lambda folder: (folder / folders.CONFIG).unlink(),
+    "no weights": lambda folder: (folder / folders.WEIGHTS).unlink(),
     "manifest without base": _manifest("{}"),
     "manifest of another shape": _manifest("[]"),
     "manifest no JSON": _manifest("{"),
     "manifest nested": _manifest("[" * 100_000),
-    "manifest no text": lambda folder: (folder / registry.MANIFEST).write_bytes(b"\xff\xfe{"),
-    "not LoRA": lambda folder: (folder / registry.CONFIG).write_text('{"peft_type": "IA3"}'),
-    "too large": lambda folder: (folder / registry.CARD).write_bytes(b"x" * (2**20 + 1)),
-    "a pipe": lambda folder: ((folder / registry.CARD).unlink(), os.mkfifo(folder / registry.CARD)),
+    "manifest no text": lambda folder: (folder / folders.MANIFEST).write_bytes(b"\xff\xfe{"),
+    "not LoRA": lambda folder: (folder / folders.CONFIG).write_text('{"peft_type": "IA3"}'),
+    "too large": lambda folder: (folder / folders.CARD).write_bytes(b"x" * (2**20 + 1)),
+    "a pipe": lambda folder: ((folder / folders.CARD).unlink(), os.mkfifo(folder / folders.CARD)),
     "gone": shutil.rmtree,
 }
 
@@ -98,7 +98,7 @@ def test_a_damaged_folder_is_refused_with_its_reason(tmp_path: Path) -> None:
         folder = make(tmp_path / str(number) / "a")
         damage(folder)
         with pytest.raises(AdapterUnusable) as refused:
-            registry.inspect(folder)
+            folders.inspect(folder)
         assert refused.value.detail.startswith("a: "), name
 
 
@@ -107,23 +107,23 @@ def test_a_damaged_folder_is_refused_with_its_reason(tmp_path: Path) -> None:
 
 @pytest.fixture
 def placed(home: Home, tmp_path: Path) -> AdapterRef:
-    candidate = registry.inspect(make(tmp_path / "out"))
-    return AdapterRef(candidate.sha256, registry.place(home, candidate), "acme@1")
+    candidate = folders.inspect(make(tmp_path / "out"))
+    return AdapterRef(candidate.sha256, folders.place(home, candidate), "acme@1")
 
 
 def test_placing_is_repeatable_at_every_point(home: Home, tmp_path: Path) -> None:
-    candidate = registry.inspect(make(tmp_path / "out"))
-    target = registry.place(home, candidate)
+    candidate = folders.inspect(make(tmp_path / "out"))
+    target = folders.place(home, candidate)
     assert not (tmp_path / "out").exists()
-    assert registry.place(home, candidate) == target
-    again = registry.inspect(make(tmp_path / "out"))  # a trainer that was run once more
-    assert registry.place(home, again) == target
-    registry.verify(AdapterRef(candidate.sha256, target))
+    assert folders.place(home, candidate) == target
+    again = folders.inspect(make(tmp_path / "out"))  # a trainer that was run once more
+    assert folders.place(home, again) == target
+    folders.verify(AdapterRef(candidate.sha256, target))
 
 
-@pytest.mark.parametrize(("name", "at"), [(registry.WEIGHTS, -1), (registry.CONFIG, 0), (registry.MANIFEST, 9)])
+@pytest.mark.parametrize(("name", "at"), [(folders.WEIGHTS, -1), (folders.CONFIG, 0), (folders.MANIFEST, 9)])
 def test_one_changed_bit_is_seen_although_time_and_size_are_the_same(placed: AdapterRef, name: str, at: int) -> None:
-    registry.verify(placed)
+    folders.verify(placed)
     path = placed.folder / name
     before = path.stat()
     data = bytearray(path.read_bytes())
@@ -131,27 +131,27 @@ def test_one_changed_bit_is_seen_although_time_and_size_are_the_same(placed: Ada
     path.write_bytes(data)
     os.utime(path, ns=(before.st_atime_ns, before.st_mtime_ns))
     with pytest.raises(AdapterUnusable) as refused:
-        registry.verify(placed)
+        folders.verify(placed)
     assert refused.value.fields["label"] == "acme@1"
 
 
 def test_a_swapped_or_missing_folder_is_seen(placed: AdapterRef, tmp_path: Path) -> None:
-    registry.verify(placed)
+    folders.verify(placed)
     placed.folder.rename(tmp_path / "aside")
     with pytest.raises(AdapterUnusable):
-        registry.verify(placed)
+        folders.verify(placed)
     make(placed.folder, seed=1)
     with pytest.raises(AdapterUnusable):
-        registry.verify(placed)
+        folders.verify(placed)
     shutil.rmtree(placed.folder)
     (tmp_path / "aside").rename(placed.folder)
-    registry.verify(placed)
+    folders.verify(placed)
 
 
 def test_an_unchanged_folder_is_read_once(placed: AdapterRef, monkeypatch: pytest.MonkeyPatch) -> None:
-    registry.verify(placed)
-    monkeypatch.setattr(registry, "_digest", lambda _: pytest.fail("read again"))
-    registry.verify(placed)
+    folders.verify(placed)
+    monkeypatch.setattr(folders, "_digest", lambda _: pytest.fail("read again"))
+    folders.verify(placed)
 
 
 # --- rows ---
@@ -167,7 +167,7 @@ def database(home: Home) -> Iterator[Database]:
 def _versions(tx: Tx, count: int) -> list[str]:
     made = [f"{n:064x}" for n in range(1, count + 1)]
     for n, sha256 in enumerate(made, start=1):
-        registry.publish(tx, registry.Candidate(sha256, Path(), "base", "", "{}"), "terminal", n)
+        registry.publish(tx, folders.Candidate(sha256, Path(), "base", "", "{}"), "terminal", n)
     return made
 
 

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import pytest
 
-from core.adapters import registry
+from core.adapters import folders, registry
 from core.channels import audit, bindings, directory
 from core.chat import dispatch
 from core.commands import registry as handlers
@@ -70,7 +70,7 @@ def test_a_channel_is_made_bound_set_shown_and_archived(it: Town) -> None:
 def test_new_instructions_warn_where_a_version_answers_that_was_trained_under_others(it: Town) -> None:
     def work(tx: Tx) -> None:
         manifest = json.dumps({"instructions_sha256": hashlib.sha256(b"Be brief.").hexdigest()})
-        registry.publish(tx, registry.Candidate("v", Path(), "base", "", manifest), "acme", 1)
+        registry.publish(tx, folders.Candidate("v", Path(), "base", "", manifest), "acme", 1)
         registry.promote(tx, "acme", "v", "me", "")
 
     write_now(it.database, work)

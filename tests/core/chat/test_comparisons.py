@@ -9,8 +9,8 @@ from pathlib import Path
 
 import pytest
 
-from core.adapters import registry
-from core.adapters.registry import Candidate
+from core.adapters import folders, registry
+from core.adapters.folders import Candidate
 from core.channels import bindings
 from core.chat.comparisons import _pair
 from core.engine.protocol import Request
@@ -52,7 +52,7 @@ async def publish(w: World, *, unseen: tuple[tuple[str, str], ...] = (), worst=(
 
 @pytest.fixture(autouse=True)
 def folders_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(registry, "verify", lambda ref: None)
+    monkeypatch.setattr(folders, "verify", lambda ref: None)
 
 
 async def press(w: World, number: int) -> str:
@@ -245,7 +245,7 @@ async def test_a_version_that_is_damaged_is_not_said_to_be_the_channels(
     async with world(tmp_path, answers) as w:
         await publish(w)
         if where == "verified":
-            monkeypatch.setattr(registry, "verify", damaged)
+            monkeypatch.setattr(folders, "verify", damaged)
         told = await w.ask("/adapter compare acme@1 What?", user=OWNER)
         assert told == say("en", "compare.unusable", label="acme@1")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from core.adapters import registry
+from core.adapters import folders, registry
 from core.channels import operators
 from core.commands.parser import find
 from core.commands.table import COMMANDS, Form
@@ -40,7 +40,7 @@ def _train(tx: Tx, it: Town) -> None:
     datasets.keep_dataset(tx, DATASET, "faq.jsonl", source="file", size_bytes=1, brought_by=it.hash("owner"))
     judged = json.dumps({"judged": {"verdict": "passed", "champion": "base", "worst": [[7, 1.0, 2.0]]}})
     for version in (4, 5):
-        candidate = registry.Candidate(f"{version:064x}", Path(), "base", DATASET, judged)
+        candidate = folders.Candidate(f"{version:064x}", Path(), "base", DATASET, judged)
         registry.publish(tx, candidate, "acme", version)
 
 

@@ -10,7 +10,7 @@ from pathlib import Path
 
 import pytest
 
-from core.adapters import registry
+from core.adapters import folders, registry
 from core.channels import directory
 from core.commands.parser import parse
 from core.errors import BadInput, UnknownThing
@@ -74,7 +74,7 @@ def job_row(it: Town, job_id: int = 1) -> Row:
 def publish(it: Town, judged: Judged) -> None:
     def work(tx: Tx) -> None:
         manifest = json.dumps({"judged": asdict(judged)})
-        registry.publish(tx, registry.Candidate(SHA, Path(), "base", SHA, manifest), "acme", 1)
+        registry.publish(tx, folders.Candidate(SHA, Path(), "base", SHA, manifest), "acme", 1)
         jobs.end(tx, 1, "published", result=SHA)
 
     write_now(it.database, work)

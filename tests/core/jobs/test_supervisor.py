@@ -15,8 +15,8 @@ from pathlib import Path
 
 import pytest
 
-from core.adapters import registry
-from core.adapters.registry import Candidate
+from core.adapters import folders, registry
+from core.adapters.folders import Candidate
 from core.channels import adapter_names
 from core.config.sections import HyperParameters
 from core.delivery.deliveries import Deliveries
@@ -54,7 +54,7 @@ async def test_a_job_becomes_a_version_and_its_one_message_a_report(tmp_path: Pa
         job = await it.job(job_id)
         assert (job["state"], job["result"], job["reason"]) == ("published", version["sha256"], "")
         assert (version["name"], version["version"]) == ("acme", 1)
-        await asyncio.to_thread(registry.inspect, it.home.adapters / version["sha256"])
+        await asyncio.to_thread(folders.inspect, it.home.adapters / version["sha256"])
         assert len(it.bot.opened) == 1
         for fact in ("acme@1", "10 of 12", "line 3: not JSON", "2.50 (base) → 1.50", "/adapter promote acme@1"):
             assert fact in said
@@ -479,7 +479,7 @@ async def test_a_result_that_does_not_fit_is_never_published(tmp_path: Path, wor
 async def test_trouble_with_the_disk_costs_no_result(
     tmp_path: Path, step: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    usual, left = getattr(registry, step), [10 if step == "place" else 2]
+    usual, left = getattr(folders, step), [10 if step == "place" else 2]
 
     def troubled(*given: object) -> object:
         left[0] -= 1
@@ -490,7 +490,7 @@ async def test_trouble_with_the_disk_costs_no_result(
             raise error
         raise AdapterUnusable(detail="out: trouble", label="out") from error
 
-    monkeypatch.setattr(registry, step, troubled)
+    monkeypatch.setattr(folders, step, troubled)
     monkeypatch.setattr("core.jobs.worker._LONGEST_WAIT_S", 0.02)
     async with works(tmp_path) as it:
         job_id = await it.order()
@@ -720,7 +720,7 @@ async def test_a_crash_before_the_move_is_mended_without_training_again(
         raise OSError(28, "No space left on device")
 
     with monkeypatch.context() as patch:
-        patch.setattr(registry, "place", crash)
+        patch.setattr(folders, "place", crash)
         async with works(tmp_path, bot=bot, settings=TrainingSettings(retry_s=60)) as it:
             job_id = await it.order()
             async with asyncio.timeout(20):

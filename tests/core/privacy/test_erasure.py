@@ -12,7 +12,7 @@ from pathlib import Path
 
 import pytest
 
-from core.adapters import registry
+from core.adapters import folders, registry
 from core.channels import adapter_names, directory, terminal
 from core.commands.parser import parse
 from core.commands.registry import CommandContext
@@ -185,7 +185,7 @@ async def test_forget_withdraws_the_versions_that_learned_from_the_person_and_au
         sha256 = await bring(it)
 
         def publish(tx: Tx) -> None:
-            candidate = registry.Candidate("a" * 64, tmp_path, "base", sha256, "{}")
+            candidate = folders.Candidate("a" * 64, tmp_path, "base", sha256, "{}")
             registry.publish(tx, candidate, "acme", 1)
             registry.promote(tx, "acme", "a" * 64, "owner", "")
             if discarded:
@@ -408,7 +408,7 @@ def _job_of_a_file(tx: Tx) -> None:
 def _compared(tx: Tx, *, typed: bool) -> None:
     """A question to a version of that data set and to base, typed or one of its test rows."""
     if registry.versions(tx, "acme") == []:
-        registry.publish(tx, registry.Candidate("a" * 64, Path("."), "base", "d" * 64, "{}"), "acme", 1)
+        registry.publish(tx, folders.Candidate("a" * 64, Path("."), "base", "d" * 64, "{}"), "acme", 1)
         tx.run("UPDATE job SET result = ?", ["a" * 64])
     tx.insert(
         "comparison",

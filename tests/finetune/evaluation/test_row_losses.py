@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from core.adapters import registry
+from core.adapters import folders
 from core.commands.parser import parse
 from core.commands.table import Call
 from core.config.sections import HyperParameters
@@ -57,7 +57,7 @@ async def test_the_real_trainer_is_stopped_goes_on_and_its_result_is_published(
     async with works(tmp_path, bot=bot, command=COMMAND, info=info, settings=settings) as it:
         said = await it.ended()
         (version,) = await it.versions()
-        candidate = await asyncio.to_thread(registry.inspect, it.home.adapters / version["sha256"])
+        candidate = await asyncio.to_thread(folders.inspect, it.home.adapters / version["sha256"])
         assert candidate.base_fingerprint == info.fingerprint
         assert "acme@1" in said
         assert "60 of 61" in said

@@ -18,7 +18,7 @@ from bots.slack.pages.blocks import ACTIONS, STOP, where
 from bots.slack.pages.modals import About, attachment, filled
 from bots.slack.pages.text import COMMAND
 from bots.slack.pages.text import read as read_text
-from core.commands.table import COMMANDS
+from core.commands.table import BY_NAME
 from core.i18n.messages import say
 from core.types import Address, Incoming, Kind, Lane
 
@@ -205,10 +205,9 @@ def _command(body: Payload, language: str) -> ReadEvent:
     """`/distributary`: one of the commands, or a question. It is answered in a DM; the channel stays the place."""
     account, user, place = account_of(body), body["user_id"], body["channel_id"]
     _, text = read_text(body.get("text") or "")
-    word = text.partition(" ")[0].lstrip("/").lower()
     if not text:
         text = "/help"
-    elif word in {command.name for command in COMMANDS} and text[:1] != "/":
+    elif text.partition(" ")[0].lower() in BY_NAME:
         text = f"/{text}"
     key = update_key(body)
     incoming = Incoming(

@@ -31,9 +31,9 @@ from pydantic import ValidationError
 from bots.telegram.addresses import PLATFORM, conversation, receipt, topic_of
 from bots.telegram.sending.api import RawMember
 from bots.telegram.sending.buttons import pressed
-from core.commands.parser import parse
-from core.commands.table import COMMANDS
-from core.errors import AppError, UserError
+from core.commands.parser import is_command, read
+from core.commands.table import COMMANDS, Call
+from core.errors import AppError, BadCommand
 from core.types import Address, Attachment, Grant, Incoming, Kind, Lane
 
 log = logging.getLogger(__name__)
@@ -120,9 +120,11 @@ class UpdateReader:
             named, text = self._unnamed(message, text)
             if not named and not self._answers_me(message):
                 return None
-        if _needs_grant(text) and not await self._is_admin(message):
+        call = read(text)
+        if _needs_grant(call) and not await self._is_admin(message):
             return self._incoming(message, key, "", notice="telegram.operators_in_private")
-        moderates = _is_stop(text) and await self._is_admin(message)
+        stops = isinstance(call, Call) and call.command.name == "stop"
+        moderates = stops and await self._is_admin(message)
         return replace(self._incoming(message, key, text), moderates=moderates)
 
     async def _edited(self, message: Message, key: str) -> Incoming | None:
@@ -141,7 +143,7 @@ class UpdateReader:
             value = label or value
         topic = None if isinstance(message, InaccessibleMessage) else topic_of(message)
         group = message.chat.type != ChatType.PRIVATE
-        if group and _needs_grant(value) and not await self._admin(message, press.from_user.id):
+        if group and _needs_grant(read(value)) and not await self._admin(message, press.from_user.id):
             return None
         moderates = False
         if group and action == "stop" and (asker := self._asker(message)) != press.from_user.id:
@@ -207,11 +209,12 @@ class UpdateReader:
 
     def _incoming(self, message: Message, key: str, text: str, *, notice: str = "") -> Incoming:
         """A message that is for the bot. A command that someone else wrote is none."""
-        if text[:1] in ("/", "／") and _second_hand(message):
+        command = is_command(text)
+        if command and _second_hand(message):
             text, notice = "", "telegram.second_hand"
-        if text and not notice and text[:1] not in ("/", "／"):
+        elif text and not command:
             text = f"{self._quoted(message)}{text}"
-        files = () if notice else _files(message) or _files(message.reply_to_message if text[:1] == "/" else None)
+        files = () if notice else _files(message) or _files(message.reply_to_message if command else None)
         album = message.media_group_id if not _text(message) else None
         return Incoming(
             lane=Lane.TURN,
@@ -340,18 +343,8 @@ def _user(message: Message) -> str:
     return str(message.from_user.id) if message.from_user is not None else str(message.chat.id)
 
 
-def _needs_grant(text: str) -> bool:
-    try:
-        return parse(text).form.who > Grant.ANYONE
-    except UserError:
-        return False
-
-
-def _is_stop(text: str) -> bool:
-    try:
-        return parse(text).command.name == "stop"
-    except UserError:
-        return False
+def _needs_grant(call: Call | BadCommand) -> bool:
+    return isinstance(call, Call) and call.form.who > Grant.ANYONE
 
 
 def _files(message: Message | None) -> tuple[Attachment, ...]:

@@ -95,37 +95,46 @@ def accept(tx: Tx, incoming: Incoming) -> int | None:
         "moderates": incoming.moderates,
     }
     to = incoming.address
-    return tx.value(  # type: ignore[no-any-return]
-        "INSERT INTO inbox (platform, account, place, conversation, reply_to, user_hash, lane, kind, language,"
-        " update_key, message_key, payload, received_ms, state) VALUES (?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, ?, 'new')"
-        " ON CONFLICT DO NOTHING RETURNING id",
-        [
-            to.platform,
-            to.account,
-            to.place,
-            to.conversation,
-            to.reply_to,
-            tx.cipher.hash_user(to.platform, to.account, incoming.user),
-            lane_of(command) if command else incoming.lane,
-            incoming.kind,
-            incoming.language,
-            incoming.update_key,
-            tx.cipher.hash_message(incoming.message_key) if incoming.message_key else "",
-            tx.cipher.seal(json.dumps(payload, ensure_ascii=False)),
-            tx.now_ms,
-        ],
+    return _insert(
+        tx,
+        platform=to.platform,
+        account=to.account,
+        place=to.place,
+        conversation=to.conversation,
+        reply_to=to.reply_to,
+        user_hash=tx.cipher.hash_user(to.platform, to.account, incoming.user),
+        lane=lane_of(command) if command else incoming.lane,
+        kind=incoming.kind,
+        language=incoming.language,
+        update_key=incoming.update_key,
+        message_key=tx.cipher.hash_message(incoming.message_key) if incoming.message_key else "",
+        payload=tx.cipher.seal(json.dumps(payload, ensure_ascii=False)),
+        state="new",
     )
 
 
 def accept_dead(tx: Tx, platform: str, account: str, update_key: str, raw: str) -> None:
     """Store an update that cannot be parsed, so that it can be acknowledged."""
-    tx.run(
-        "INSERT INTO inbox (platform, account, place, conversation, reply_to, user_hash, lane, kind, language,"
-        " update_key, message_key, payload, received_ms, state, outcome, closed_ms)"
-        " VALUES (?, ?, '', '', '', '', 'control', 'message', '', ?, '', ?, ?, 'dead', 'unreadable', ?)"
-        " ON CONFLICT DO NOTHING",
-        [platform, account, update_key, tx.cipher.seal(clean(raw)[:MAX_TEXT]), tx.now_ms, tx.now_ms],
+    _insert(
+        tx,
+        platform=platform,
+        account=account,
+        **dict.fromkeys(("place", "conversation", "reply_to", "user_hash", "language", "message_key"), ""),
+        lane=Lane.CONTROL,
+        kind=Kind.MESSAGE,
+        update_key=update_key,
+        payload=tx.cipher.seal(clean(raw)[:MAX_TEXT]),
+        state="dead",
+        outcome="unreadable",
+        closed_ms=tx.now_ms,
     )
+
+
+def _insert(tx: Tx, **columns: Value) -> int | None:
+    """Its id, or None where the update is stored already."""
+    names, marks = ", ".join(columns), ", ".join("?" * len(columns))
+    sql = f"INSERT INTO inbox ({names}, received_ms) VALUES ({marks}, ?) ON CONFLICT DO NOTHING RETURNING id"
+    return tx.value(sql, [*columns.values(), tx.now_ms])  # type: ignore[no-any-return]
 
 
 def recover(tx: Tx) -> None:

@@ -8,20 +8,21 @@ before its first part, the last receipt together with what the caller settles. A
 from __future__ import annotations
 
 import asyncio
-import json
 import logging
 from collections.abc import AsyncIterator, Callable
 from dataclasses import dataclass, field
-from pathlib import Path
+
+from pydantic import TypeAdapter
 
 from core.errors import AppError, BadInput
 from core.platform import MessageSink, Reopened, SupportsChoose, SupportsFetch, SupportsOrphans
 from core.storage import lifecycle
 from core.storage.database import Database, Tx
 from core.storage.lifecycle import Erasure, Periods, Prune, Stage
-from core.types import Address, Attachment, Body, Button, Handle, Receipt
+from core.types import Address, Attachment, Body, Handle, Receipt
 
 log = logging.getLogger(__name__)
+_BODY = TypeAdapter(Body)
 CHOOSE_S = 15.0
 _GONE_TWICE = "the message that replaces a deleted one is gone as well"
 
@@ -150,14 +151,15 @@ def new_delivery(tx: Tx, *, inbox_id: int | None = None, job_id: int | None = No
 def keep_body(tx: Tx, delivery_id: int, body: Body) -> None:
     """Store the final text, before its first part is written."""
     tx.run(
-        "UPDATE delivery SET state = 'generated', body = ? WHERE id = ?", [tx.cipher.seal(dump_body(body)), delivery_id]
+        "UPDATE delivery SET state = 'generated', body = ? WHERE id = ?",
+        [tx.cipher.seal(_BODY.dump_json(body).decode()), delivery_id],
     )
 
 
 def kept_body(tx: Tx, delivery_id: int) -> Body | None:
     """The stored final text, or None."""
     sealed = tx.value("SELECT body FROM delivery WHERE id = ? AND state = 'generated'", [delivery_id])
-    return load_body(tx.cipher.unseal(sealed)) if sealed else None
+    return _BODY.validate_json(tx.cipher.unseal(sealed)) if sealed else None
 
 
 def give_up(tx: Tx, delivery_id: int) -> None:
@@ -175,28 +177,6 @@ def renew_for_job(tx: Tx, job_id: int) -> None:
     tx.run("DELETE FROM part WHERE delivery_id IN (SELECT id FROM delivery WHERE job_id = ?)", [job_id])
     tx.run("DELETE FROM delivery WHERE job_id = ?", [job_id])
     new_delivery(tx, job_id=job_id)
-
-
-def dump_body(body: Body) -> str:
-    return json.dumps(
-        {
-            "text": body.text,
-            "note": body.note,
-            "buttons": [[button.text, button.action, button.value] for button in body.buttons],
-            "files": [str(path) for path in body.files],
-        },
-        ensure_ascii=False,
-    )
-
-
-def load_body(text: str) -> Body:
-    given = json.loads(text)
-    return Body(
-        given["text"],
-        tuple(Button(*button) for button in given["buttons"]),
-        tuple(Path(path) for path in given["files"]),
-        given["note"],
-    )
 
 
 def _begun_before(tx: Tx, delivery_id: int) -> bool:

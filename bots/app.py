@@ -1,6 +1,8 @@
-"""Builds the parts once, in the order in which they need each other, and runs bots on them until told to stop.
+"""The application: builds the parts in the order of their dependencies, and runs bots on them until a signal comes.
 
-Knows every room's constructor; knows nothing of arguments and of what a bot says.
+open_store    locks the home and opens the database
+open_parts    adds engine, deliveries, fine-tunes and the service
+run_program   opens the parts, runs the bots, drains
 """
 
 from __future__ import annotations
@@ -10,8 +12,8 @@ import logging
 import os
 import signal
 import sys
-from collections.abc import AsyncIterator, Awaitable, Callable, Iterator, Mapping, Sequence
-from contextlib import ExitStack, asynccontextmanager, contextmanager
+from collections.abc import AsyncIterator, Awaitable, Callable, Mapping, Sequence
+from contextlib import ExitStack, asynccontextmanager
 from dataclasses import asdict, dataclass
 from itertools import chain, repeat
 from pathlib import Path
@@ -21,6 +23,7 @@ from prometheus_client.core import Metric
 from bots import control, metrics, metrics_server
 from bots.plugins import find_bots
 from bots.provisioning import DESK, differences, seed
+from bots.startup import Announcer, loading_progress, model_title
 from core.adapters import registry
 from core.channels.training_permission import declare, set_exceptions
 from core.chat.service import Service, ServiceSettings
@@ -33,7 +36,7 @@ from core.engine.plugins import EngineContext
 from core.engine.protocol import Engine
 from core.errors import BadConfig
 from core.jobs.supervisor import JobSupervisor, TrainingSettings
-from core.model import demo
+from core.model.demo import Progress
 from core.platform import Bot
 from core.storage import state
 from core.storage.cipher import Cipher
@@ -42,13 +45,12 @@ from core.storage.home import Home, Lock
 from core.types import Sampling
 
 log = logging.getLogger(__name__)
-Progress = Callable[[float, str], None]
 _RESTART_S = (1.0, 5.0, 15.0, 60.0)
 
 
 @dataclass(frozen=True, slots=True)
 class Parts:
-    """What runs: built by `open_parts`, closed in the opposite order when it is left."""
+    """The parts of a running program. `open_parts` builds them, and closes them in the opposite order."""
 
     config: Config
     home: Home
@@ -65,9 +67,9 @@ class Parts:
 
 @asynccontextmanager
 async def open_store(config: Config, home: Home) -> AsyncIterator[Database]:
-    """The home, locked and open for writing, with the channels that the configuration names.
+    """Lock the home, open its database for writing, and create the configuration's channels if they are missing.
 
-    Raises StorageError, also for a key that is not the home's, HomeBusy naming the process that owns the home.
+    Raises HomeBusy with the process that owns the home, StorageError (also for a key that is not the home's).
     """
     home.create()
     with Lock(home):
@@ -82,6 +84,7 @@ async def open_store(config: Config, home: Home) -> AsyncIterator[Database]:
 
 @asynccontextmanager
 async def open_parts(config: Config, home: Home, progress: Progress | None = None) -> AsyncIterator[Parts]:
+    """Open the store, load the model, build the service. Raises what open_store raises, ModelLoadFailed, BadConfig."""
     async with open_store(config, home) as database, make_engine(config, home, progress) as engine:
         await _report_differences(database, config)
         deliveries = Deliveries(database)
@@ -101,7 +104,7 @@ async def _report_differences(database: Database, config: Config) -> None:
 
 
 def asked(engine: Engine) -> int:
-    """How many it answers, or should."""
+    """Requests that run or wait."""
     stats = engine.stats()
     return stats.running + stats.waiting
 
@@ -146,22 +149,15 @@ def load_all(file: Path | None, environment: Mapping[str, str]) -> tuple[Config,
         plugins.check(config.engine.kind)
     except BadConfig as error:
         problems.append(error.detail)
-    told = {line.split(".")[1] for line in problems if line.startswith("bots.")}  # of a variable that is not set
-    bots, wrong = _examine_bots({name: table for name, table in config.bots.items() if name not in told})
+    named = {line.split(".")[1] for line in problems if line.startswith("bots.")}  # of a variable that is not set
+    bots, wrong = examine_bots({name: table for name, table in config.bots.items() if name not in named})
     if problems := [*problems, *wrong]:
         raise bad_config(file, problems)
     return config, bots
 
 
-def enabled_bots(tables: Mapping[str, BotTable]) -> dict[str, Bot]:
-    """The bots of the configuration, configured. Raises BadConfig with everything that is wrong with any of them."""
-    bots, problems = _examine_bots(tables)
-    if problems:
-        raise BadConfig(detail="\n".join(problems), file="[bots]", problems="\n".join(problems))
-    return bots
-
-
-def _examine_bots(tables: Mapping[str, BotTable]) -> tuple[dict[str, Bot], list[str]]:
+def examine_bots(tables: Mapping[str, BotTable]) -> tuple[dict[str, Bot], list[str]]:
+    """The configured bots by name, and the problems of those that cannot run."""
     broken: dict[str, str] = {}
     found = find_bots(broken, wanted={table.kind for table in tables.values()})
     bots: dict[str, Bot] = {}
@@ -179,8 +175,8 @@ def _examine_bots(tables: Mapping[str, BotTable]) -> tuple[dict[str, Bot], list[
             try:
                 bots[name] = found[table.kind].configure(table.settings)
             except BadConfig as error:
-                told = str(error.fields.get("problems", error.detail or error))
-                problems += told.replace(f"bots.{table.kind}", f"bots.{name}").splitlines()
+                text = str(error.fields.get("problems", error.detail or error))
+                problems += text.replace(f"bots.{table.kind}", f"bots.{name}").splitlines()
     return bots, problems
 
 
@@ -195,7 +191,7 @@ async def run_program(
     drain_s: float,
     restart: bool,
 ) -> int:
-    """Load, make the bots, run them; the exit status."""
+    """Open the parts, make the bots, run them; the exit status."""
     with ExitStack() as loading:
         progress = loading.enter_context(loading_progress(model_title(config)))
         async with open_parts(config, home, progress) as parts:
@@ -204,19 +200,23 @@ async def run_program(
 
 
 async def run_bots(parts: Parts, bots: Mapping[str, Bot], *, drain_s: float, restart: bool) -> int:
-    """Run until every bot has ended, or a signal comes; the exit status. A second signal ends at once.
+    """Run until every bot has ended or a signal comes; the exit status. A second signal ends the process at once.
 
-    With `restart` a bot that fails is started again and stops no other; else its error ends the program.
+    With `restart` a bot that fails is started again, and the others go on; else its error ends the program.
     """
-    told = _Signals()
-    desk = control.CommandRunner(parts.database, parts.home, parts.engine, parts.training)
+    signals = _Signals()
+    runner = control.CommandRunner(parts.database, parts.home, parts.engine, parts.training)
     for bot in bots.values():
         await parts.database.write(lambda tx, bot=bot: declare(tx, bot.platform, allowed=bot.training_allowed))  # type: ignore[misc]
     parts.deliveries.register(DESK.platform, DESK.account, control.NullSink())
     async with asyncio.TaskGroup() as tasks:
+        if restart:
+            announcer = Announcer(parts.database, tasks)
+            parts.deliveries.on_register = announcer.registered
+            announcer.started(parts.engine.info, tuple(bots), parts.config.metrics.listen)
         background = [
             tasks.create_task(parts.service.run(), name="service"),
-            tasks.create_task(control.serve(desk), name="control"),
+            tasks.create_task(control.serve(runner), name="control"),
         ]
         if restart and parts.config.metrics.listen:
             background.append(
@@ -226,13 +226,13 @@ async def run_bots(parts: Parts, bots: Mapping[str, Bot], *, drain_s: float, res
             tasks.create_task(_keep_running(name, bot, parts.service) if restart else bot.run(parts.service), name=name)
             for name, bot in bots.items()
         ]
-        stop = tasks.create_task(told.wait(), name="signals")
+        stop = tasks.create_task(signals.wait(), name="signals")
         ended = tasks.create_task(_all_ended(listening), name="ended")
         await asyncio.wait({ended, stop}, return_when=asyncio.FIRST_COMPLETED)
-        await parts.service.drain(drain_s)  # the bots still listen: what they accept now waits for the next start
+        await parts.service.drain(drain_s)  # the bots still accept updates: those wait for the next start
         for task in [*listening, ended, stop, *background]:
             task.cancel()
-    return 130 if told.number == signal.SIGINT else 0
+    return 130 if signals.number == signal.SIGINT else 0
 
 
 class _Signals:
@@ -244,7 +244,7 @@ class _Signals:
 
     def _take(self, number: int) -> None:
         if self.number:
-            os._exit(128 + number)  # asked twice: whatever is not yet done is done at the next start
+            os._exit(128 + number)  # the second signal: unfinished work is done at the next start
         self.number = number
         self._came.set()
 
@@ -263,41 +263,6 @@ async def _keep_running(name: str, bot: Bot, service: Service) -> None:
             return
         except BadConfig:
             raise
-        except Exception:  # a bot's outermost handler: one platform's failure stops no other
+        except Exception:  # the outermost handler of a bot
             log.exception("bot.failed", extra={"bot": name, "again_in_s": delay_s})
         await asyncio.sleep(delay_s)
-
-
-def model_title(config: Config) -> str:
-    return demo.TITLE if config.model.name == "demo" else Path(config.model.name).name
-
-
-@contextmanager
-def loading_progress(title: str) -> Iterator[Progress]:
-    """Shows the one-off conversion of a model on standard error: a bar for people, log lines for files."""
-    if not sys.stderr.isatty():
-        steps: set[tuple[str, int]] = set()
-
-        def tell(fraction: float, what: str) -> None:
-            step = (what, int(fraction * 4) * 25)
-            if step not in steps:
-                steps.add(step)
-                log.info("model.loading", extra={"model": title, "what": what, "percent": step[1]})
-
-        yield tell
-        return
-    from rich.console import Console
-    from rich.progress import BarColumn, Progress, TaskProgressColumn, TextColumn, TimeElapsedColumn
-
-    columns = (TextColumn("{task.description}"), TaskProgressColumn(), BarColumn(40), TimeElapsedColumn())
-    bars = Progress(*columns, console=Console(stderr=True))
-    task = bars.add_task("", total=1.0, visible=False)
-
-    def show(fraction: float, what: str) -> None:
-        bars.start()
-        bars.update(task, completed=fraction, description=f"{title}: {what}", visible=True)
-
-    try:
-        yield show
-    finally:
-        bars.stop()

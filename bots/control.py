@@ -1,8 +1,8 @@
-"""The control socket: other `distributary` commands ask the process that owns the home to write for them.
+"""The control socket: other `distributary` commands have the process that owns the home write for them.
 
-One line of JSON each way: {"command": "/adapter list", "channel": "acme"} or {"apply": {...}} -> {"text": ...} or
-{"error": ...}. What a job says while it runs is heard by nobody here: its command `status` tells how far it is.
-The socket lies in the home, for its owner's eyes only; who can open it is the terminal's owner. Knows no model.
+A request and its answer are one line of JSON each: {"command": "/adapter list", "channel": "acme"} or {"apply": {...}}
+-> {"text": ...} or {"error": ...}. The progress of a job is not sent: `finetune status` shows it. The socket lies in
+the home with mode 0600; whoever can open it acts as the terminal's owner.
 """
 
 from __future__ import annotations
@@ -51,7 +51,7 @@ _NEEDS_A_CHAT = (("adapter", "compare"), ("adapter", "choose"))
 
 @dataclass(frozen=True, slots=True)
 class CommandRunner:
-    """Runs commands as the terminal's owner. Without `engine` and `training` nothing else runs in this process."""
+    """Runs chat commands as the terminal's owner. `engine` and `training` are None outside `serve` and `chat`."""
 
     database: Database
     home: Home
@@ -59,7 +59,7 @@ class CommandRunner:
     training: JobSupervisor | None = None
 
     async def run(self, text: str, channel: str = TERMINAL) -> Body:
-        """Raises what the command raises."""
+        """Run one chat command in a channel. Raises what the command raises."""
         call = parse(text)
         if call.key in _NEEDS_A_CHAT:
             raise BadInput("terminal.needs_a_chat", command=f"/{call.command.name} {call.form.word}")
@@ -89,12 +89,12 @@ class CommandRunner:
 
 
 def _no_file(to: Address, attachment: Attachment) -> AsyncIterator[bytes]:
-    """Nothing is sent to a command line: files are named."""
+    """The command line has no attachments: files are named by path."""
     raise BadInput("training.no_files_here")
 
 
 class NullSink:
-    """The sink of the command line: a job that was ordered there is worked off, and has nobody to tell."""
+    """The sink of the command line, which shows no messages of jobs."""
 
     def split(self, body: Body) -> tuple[Body, ...]:
         return (body,)
@@ -115,12 +115,12 @@ class NullSink:
         pass
 
 
-# --- the owner's side ---
+# --- server ---
 
 
-async def serve(desk: CommandRunner) -> None:
+async def serve(runner: CommandRunner) -> None:
     """Answer on the socket until cancelled."""
-    path = desk.home.control_socket
+    path = runner.home.control_socket
     path.unlink(missing_ok=True)
     with _short(path) as short:
         listener = socket.socket(socket.AF_UNIX, socket.SOCK_STREAM)
@@ -131,10 +131,10 @@ async def serve(desk: CommandRunner) -> None:
             os.umask(before)
 
     async def answer(reader: asyncio.StreamReader, writer: asyncio.StreamWriter) -> None:
-        with suppress(OSError, ValueError, TimeoutError):  # a caller that went away, or speaks no JSON
+        with suppress(OSError, ValueError, TimeoutError):  # the client went away, or sent no JSON
             async with asyncio.timeout(_ANSWER_S):
                 given = json.loads(await reader.readline())
-                writer.write(json.dumps(await _answer(desk, given), ensure_ascii=False).encode() + b"\n")
+                writer.write(json.dumps(await _answer(runner, given), ensure_ascii=False).encode() + b"\n")
                 await writer.drain()
         writer.close()
 
@@ -146,11 +146,11 @@ async def serve(desk: CommandRunner) -> None:
         path.unlink(missing_ok=True)
 
 
-async def _answer(desk: CommandRunner, given: Any) -> dict[str, str]:
+async def _answer(runner: CommandRunner, given: Any) -> dict[str, str]:
     try:
         if "apply" in given:
-            return {"text": await desk.apply(given["apply"], only_preview=bool(given.get("preview")))}
-        return {"text": (await desk.run(str(given["command"]), str(given.get("channel", TERMINAL)))).text}
+            return {"text": await runner.apply(given["apply"], only_preview=bool(given.get("preview")))}
+        return {"text": (await runner.run(str(given["command"]), str(given.get("channel", TERMINAL)))).text}
     except AppError as error:
         return {"error": sentence(error)}
     except Exception as error:
@@ -159,27 +159,27 @@ async def _answer(desk: CommandRunner, given: Any) -> dict[str, str]:
 
 
 def sentence(error: AppError) -> str:
-    """The error as one who sits at the command line reads it: the sentence, and the detail where it says more."""
+    """The error for the command line: its message, and its detail if that adds something."""
     if isinstance(error, BadConfig) and error.detail:  # names file, keys, values and what is allowed
         return error.detail
-    told = say("en", error.key, **error.fields)
-    return f"{told}\n{error.detail}" if error.detail and error.detail not in told else told
+    shown = say("en", error.key, **error.fields)
+    return f"{shown}\n{error.detail}" if error.detail and error.detail not in shown else shown
 
 
-# --- the asking side ---
+# --- client ---
 
 
 def ask(home: Home, request: Mapping[str, Any]) -> dict[str, str] | None:
-    """What the owner of the home answers; None where no owner listens."""
-    with _short(home.control_socket) as short, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as line:
-        line.settimeout(_ANSWER_S)
+    """Send a request to the process that owns the home; its answer, or None if no process listens. Raises StorageError."""
+    with _short(home.control_socket) as short, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
+        connection.settimeout(_ANSWER_S)
         try:
-            line.connect(short)
+            connection.connect(short)
         except OSError:
             return None
         try:
-            line.sendall(json.dumps(request).encode() + b"\n")
-            with line.makefile("rb") as answer:
+            connection.sendall(json.dumps(request).encode() + b"\n")
+            with connection.makefile("rb") as answer:
                 return {str(key): str(value) for key, value in json.loads(answer.readline()).items()}
         except (OSError, ValueError) as error:
             raise StorageError(detail=f"the process that owns {home.path} did not answer: {error}") from error
@@ -187,7 +187,7 @@ def ask(home: Home, request: Mapping[str, Any]) -> dict[str, str] | None:
 
 @contextmanager
 def _short(path: Path) -> Iterator[str]:
-    """A name for the socket that fits into the 107 bytes which the system allows."""
+    """A path of the socket within the 107 bytes that the system allows."""
     if len(os.fsencode(path)) < 104:
         yield str(path)
         return

@@ -1,12 +1,16 @@
-"""`distributary usage`: the daily roll-up of the ledger, read without asking who owns the home. Writes nothing."""
+"""`distributary usage`: usage by day and channel, read from the database beside the process that owns the home."""
 
 from __future__ import annotations
 
 import json
 import sqlite3
+import sys
 from contextlib import closing
 from typing import Any
 
+import click
+
+from bots.cli.options import Options, pass_options, shared_options
 from core.errors import StorageError, UnknownThing
 from core.i18n.messages import money
 from core.storage.database import open_read_only
@@ -26,7 +30,18 @@ _MONEY = ("gross_nano", "partner_nano")
 _COLUMNS = ("day", "channel", *_COUNTS, *(name.removesuffix("_nano") for name in _MONEY))
 
 
-def usage(home: Home, channel: str, *, as_json: bool) -> str:
+@click.command()
+@click.argument("channel", default="")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON.")
+@shared_options
+@pass_options
+def usage(options: Options, channel: str, as_json: bool) -> int:
+    """Show what was used, by day and channel."""
+    sys.stdout.write(usage_text(options.home, channel, as_json=as_json))
+    return 0
+
+
+def usage_text(home: Home, channel: str, *, as_json: bool) -> str:
     """Every day's usage of one channel, or of all. Raises UnknownThing, StorageError."""
     try:
         with closing(open_read_only(home.database)) as connection:

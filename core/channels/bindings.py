@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import sqlite3
+
 from core.channels.directory import SELECT_CHANNEL, channel_of_row
 from core.storage.database import Tx
 from core.types import Channel
@@ -66,6 +68,21 @@ def places(tx: Tx, channel_id: int) -> tuple[str, ...]:
     """The places of a channel, written as platform:account/place."""
     rows = tx.all("SELECT * FROM binding WHERE channel_id = ? ORDER BY platform, account, place", [channel_id])
     return tuple(f"{row['platform']}:{row['account']}" + f"/{row['place']}" * bool(row["place"]) for row in rows)
+
+
+def bound_platforms(connection: sqlite3.Connection) -> set[str]:
+    """The platforms on which any place is bound. Raises sqlite3.Error."""
+    return {str(row[0]) for row in connection.execute("SELECT DISTINCT platform FROM binding")}
+
+
+def channels_of_account(tx: Tx, platform: str, account: str) -> list[str]:
+    """The names of the channels that answer in places of the account."""
+    rows = tx.all(
+        "SELECT DISTINCT name FROM channel JOIN binding ON channel_id = channel.id"
+        " WHERE platform = ? AND account = ? AND archived_ms IS NULL ORDER BY name",
+        [platform, account],
+    )
+    return [str(row["name"]) for row in rows]
 
 
 def bound_to(tx: Tx, platform: str, account: str, place: str) -> str:

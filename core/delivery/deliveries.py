@@ -32,6 +32,7 @@ class Deliveries:
     """Writes deliveries through the registered sinks, one for each platform and account."""
 
     database: Database
+    on_register: Callable[[str, str], None] | None = None  # called with platform and account
     _left: int = 0  # first messages that a crash may have left: posted, but the handle not committed
     _sinks: dict[tuple[str, str], MessageSink] = field(default_factory=dict)
 
@@ -42,6 +43,8 @@ class Deliveries:
 
     def register(self, platform: str, account: str, sink: MessageSink) -> None:
         self._sinks[platform, account] = sink
+        if self.on_register is not None:
+            self.on_register(platform, account)
 
     def reaches(self, to: Address) -> bool:
         """Whether a bot for this address is running."""

@@ -170,7 +170,7 @@ def sentence(error: AppError) -> str:
 
 
 def ask(home: Home, request: Mapping[str, Any]) -> dict[str, str] | None:
-    """Send a request to the process that owns the home; its answer, or None if no process listens. Raises StorageError."""
+    """The answer of the process that owns the home; None if no process listens. Raises StorageError."""
     with _short(home.control_socket) as short, socket.socket(socket.AF_UNIX, socket.SOCK_STREAM) as connection:
         connection.settimeout(_ANSWER_S)
         try:

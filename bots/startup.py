@@ -1,4 +1,4 @@
-"""What a start shows: the progress of loading the model, then the model, the bots and their channels when they are ready."""
+"""What a start shows: the model's loading, then which bots and channels are ready."""
 
 from __future__ import annotations
 

@@ -72,7 +72,7 @@ def shared_options(command: F) -> F:
             setattr(options, str(parameter.name), value)
 
     folder, file = click.Path(path_type=Path), click.Path(path_type=Path, dir_okay=False)
-    for flags, settings in (
+    options: tuple[tuple[tuple[str, ...], dict[str, Any]], ...] = (
         (("--verbose", "-v"), {"is_flag": True, "help": "Log more, and show tracebacks."}),
         (
             ("--home", "home_folder"),
@@ -86,7 +86,8 @@ def shared_options(command: F) -> F:
             ("--config", "config_file"),
             {"type": file, "metavar": "FILE", "help": f"Else ${CONFIG_VARIABLE}, else {FILE_NAME} in the home."},
         ),
-    ):
+    )
+    for flags, settings in options:
         command = click.option(*flags, callback=store, expose_value=False, **settings)(command)
     return command
 

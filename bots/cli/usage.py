@@ -15,16 +15,8 @@ from core.errors import StorageError, UnknownThing
 from core.i18n.messages import money
 from core.storage.database import open_read_only
 from core.storage.home import Home
+from core.usage.reports import usage_by_day
 
-_ROWS = """
-    SELECT usage_daily.day, channel.name AS channel, partner.name AS partner, sum(replies) AS replies,
-        sum(usage_daily.tokens_in) AS tokens_in, sum(usage_daily.tokens_reused) AS tokens_reused,
-        sum(usage_daily.tokens_out) AS tokens_out,
-        sum(gross_nano) AS gross_nano, sum(partner_nano) AS partner_nano, sum(owner_nano) AS owner_nano,
-        sum(jobs) AS jobs, sum(tokens_trained) AS tokens_trained, sum(jobs_nano) AS jobs_nano
-    FROM usage_daily JOIN channel ON channel.id = channel_id JOIN partner ON partner.id = partner_id
-    WHERE ? = '' OR channel.name = ? GROUP BY usage_daily.day, channel.id ORDER BY usage_daily.day, channel.name
-"""
 _COUNTS = ("replies", "tokens_in", "tokens_reused", "tokens_out", "jobs", "tokens_trained")
 _MONEY = ("gross_nano", "partner_nano")
 _COLUMNS = ("day", "channel", *_COUNTS, *(name.removesuffix("_nano") for name in _MONEY))
@@ -45,9 +37,8 @@ def usage_text(home: Home, channel: str, *, as_json: bool) -> str:
     """Every day's usage of one channel, or of all. Raises UnknownThing, StorageError."""
     try:
         with closing(open_read_only(home.database)) as connection:
-            connection.row_factory = sqlite3.Row
-            known = [row["name"] for row in connection.execute("SELECT name FROM channel ORDER BY name")]
-            rows = [dict(row) for row in connection.execute(_ROWS, [channel, channel])]
+            known = [row[0] for row in connection.execute("SELECT name FROM channel ORDER BY name")]
+            rows = usage_by_day(connection, channel)
     except sqlite3.Error as error:
         raise StorageError(detail=f"{home.database} cannot be read: {error}") from error
     if channel and channel not in known:

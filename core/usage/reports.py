@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import csv
+import sqlite3
 from collections.abc import Sequence
 from pathlib import Path
+from typing import Any
 
 from core import files
 from core.storage.database import Row, Tx
@@ -25,6 +27,19 @@ def daily(tx: Tx, channel_id: int, count: int) -> list[Row]:
     )
     by_day = {row["day"]: row for row in found}
     return [by_day.get(day, {"day": day, **dict.fromkeys((*_COUNTS, *_OF_JOBS), 0)}) for day in days]
+
+
+def usage_by_day(connection: sqlite3.Connection, channel: str) -> list[dict[str, Any]]:
+    """Usage of each day and channel, oldest first; "" as the channel is all of them. Raises sqlite3.Error."""
+    sums = ", ".join(f"sum(usage_daily.{name}) AS {name}" for name in (*_COUNTS, "owner_nano", *_OF_JOBS))
+    connection.row_factory = sqlite3.Row
+    rows = connection.execute(
+        f"SELECT day, channel.name AS channel, partner.name AS partner, {sums} FROM usage_daily"
+        " JOIN channel ON channel.id = channel_id JOIN partner ON partner.id = partner_id"
+        " WHERE ? IN ('', channel.name) GROUP BY day, channel.id ORDER BY day, channel.name",
+        [channel],
+    )
+    return [dict(row) for row in rows]
 
 
 def totals(tx: Tx, most: int, other: str) -> list[Row]:

@@ -16,8 +16,11 @@ from types import SimpleNamespace
 import pytest
 from transformers import GPT2Config, GPT2LMHeadModel
 
-from bots.cli import doctor
-from bots.cli.doctor import Examined, Finding, Level, examine, has_wal_reset_bug, report
+from bots.cli.doctor import checks, machine, storage
+from bots.cli.doctor.checks import examine
+from bots.cli.doctor.findings import Finding, Level, Setup, report
+from bots.cli.doctor.machine import has_wal_reset_bug
+from bots.cli.doctor.model import is_private
 from core.config.loader import read_config
 from core.config.sections import EngineSettings, ModelSettings
 from core.engine.cpu.compiled import compiled
@@ -46,8 +49,8 @@ def home(tmp_path: Path) -> Home:
 
 def findings(home: Home, given: dict[str, object] | None = None) -> dict[str, Finding]:
     """What is not good, by the sentence's name."""
-    patient = Examined(home, read_config(given or SCRIPTED, {}))
-    return {one.name: one for one in examine(patient) if one.level is not Level.GOOD}
+    setup = Setup(home, read_config(given or SCRIPTED, {}))
+    return {one.name: one for one in examine(setup) if one.level is not Level.GOOD}
 
 
 def test_a_healthy_home_has_no_bad_finding_and_stays_as_it_is(home):
@@ -70,9 +73,11 @@ def test_an_open_key_and_an_open_home_are_told(home):
     assert "chmod 700" in found["home"].action
 
 
-def test_a_missing_key_is_bad(home):
+def test_a_missing_key_is_told_once_and_no_backup_of_the_database_is_advised(home):
     home.key_file.unlink()
-    assert findings(home)["key"].level is Level.BAD
+    found = findings(home)
+    assert found["key"].level is Level.BAD
+    assert not {"database", "books"} & set(found)
 
 
 def test_a_damaged_database_is_bad(home):
@@ -86,7 +91,7 @@ def test_a_clock_behind_the_database_is_bad(home):
 
 
 def test_a_disk_without_room_is_bad(home, monkeypatch):
-    monkeypatch.setattr(doctor.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**8))
+    monkeypatch.setattr(storage.shutil, "disk_usage", lambda _: SimpleNamespace(free=10**8))
     assert findings(home)["disk"].level is Level.BAD
 
 
@@ -95,16 +100,37 @@ def test_a_bot_that_is_not_installed_is_told_with_those_that_are(home):
     assert "terminal" in found["bots"].text
 
 
-def test_a_model_folder_without_a_model_is_bad(home, tmp_path):
-    assert findings(home, {"model": {"name": str(tmp_path)}})["model"].level is Level.BAD
+def test_a_model_folder_needs_a_configuration_a_tokenizer_and_weights(home, tmp_path):
+    folder = tmp_path / "model"
+    folder.mkdir()
+    for file, said in (
+        (None, "no config.json"),
+        ("config.json", "no tokenizer"),
+        ("tokenizer.json", "no weights"),
+        ("model.safetensors", ""),
+    ):
+        if file:
+            (folder / file).write_text("{}", encoding="utf-8")
+        found = findings(home, {"model": {"name": str(folder)}}).get("model")
+        assert (found is None) if not said else (found is not None and said in found.text)
+    found = findings(home, {"model": {"name": str(folder / "config.json")}})["model"]
+    assert "is a file" in found.text
+
+
+def test_a_bot_that_is_bound_to_no_channel_is_told(home):
+    bots = {"bots": {"telegram": {"token": "123456:" + "a" * 35}}}
+    assert "bound to no channel" in findings(home, {**SCRIPTED, **bots})["bots"].text
+    bound = {"channels": {"acme": {"bind": ["telegram:acme_bot"]}}}
+    assert "bots" not in findings(home, {**SCRIPTED, **bots, **bound})
+    assert "none is enabled" in findings(home)["bots"].text
 
 
 def test_a_check_that_fails_hides_no_other(home, monkeypatch):
-    def breaks(_: Examined) -> list[Finding]:
+    def breaks(_: Setup) -> list[Finding]:
         raise RuntimeError("no")
 
-    monkeypatch.setattr(doctor, "CHECKS", (breaks, *doctor.CHECKS))
-    found = examine(Examined(home, read_config(SCRIPTED, {})))
+    monkeypatch.setattr(checks, "CHECKS", (breaks, *checks.CHECKS))
+    found = examine(Setup(home, read_config(SCRIPTED, {})))
     assert "breaks" in found[0].text
     assert len(found) > 5
 
@@ -124,15 +150,14 @@ def test_the_worst_comes_first_and_columns_stand_below_each_other():
     assert told == "✗ a           b   c\n✓ long name   x\n"
 
 
-@pytest.mark.parametrize("language", ["en", "zh"])
-def test_every_sentence_is_there(language):
-    texts = tomllib.loads((ROOT / "core" / "i18n" / f"{language}.toml").read_text(encoding="utf-8"))
-    source = "".join((ROOT / "bots" / name).read_text(encoding="utf-8") for name in ("doctor.py", "trial.py"))
-    used = set(re.findall(r'Level\.\w+(?: if [^,]+)?, "(\w+)", "(\w+)"', source))
-    assert used
-    for name, key in used:
-        assert name in texts["doctor"]
-        assert key in texts["doctor"]
+def test_every_message_exists_in_every_language():
+    source = "".join(path.read_text(encoding="utf-8") for path in (ROOT / "bots" / "cli" / "doctor").glob("*.py"))
+    used = set(re.findall(r'finding\(\s*Level\.(\w+), "(\w+)", "(\w+)"', source))
+    assert len(used) > 30
+    for language in ("en", "zh"):
+        texts = tomllib.loads((ROOT / "core" / "i18n" / f"{language}.toml").read_text(encoding="utf-8"))["doctor"]
+        for level, name, key in used:
+            assert {name, key, *([f"{key}_do"] if level != "GOOD" else [])} <= set(texts), (language, key)
 
 
 def test_the_command_ends_with_1_if_something_is_bad(home):
@@ -145,14 +170,17 @@ def test_the_command_ends_with_1_if_something_is_bad(home):
     assert bad.returncode == 1
     assert bad.stdout.startswith("✗ ")
     assert "did you mean engine?" in bad.stdout
+    (home.path / "config.toml").write_text('[engine]\napi_key = "env:NOT_THERE"\n', encoding="utf-8")
+    unset = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, check=False)
+    first, *_ = unset.stdout.splitlines()
+    assert first.startswith("✗ configuration   engine.api_key")
+    assert "NOT_THERE is not set" in first
 
 
 async def _doctor_over(fake: FakeOpenAI, home: Home, **engine: str) -> dict[str, Finding]:
     async with fake.open():
         given = {"engine": {"kind": "remote", "url": fake.url, **engine}}
-        return await asyncio.to_thread(
-            lambda: {one.name: one for one in examine(Examined(home, read_config(given, {})))}
-        )
+        return await asyncio.to_thread(lambda: {one.name: one for one in examine(Setup(home, read_config(given, {})))})
 
 
 async def test_the_model_server_is_looked_at(home):
@@ -169,7 +197,7 @@ async def test_the_model_server_is_looked_at(home):
 
 @pytest.mark.parametrize("host", ["127.0.0.1", "::1", "10.1.2.3", "gpu", "gpu.lan", "8.8.8.8", "model.example.org"])
 def test_an_unencrypted_way_out_of_the_private_network_is_told(host):
-    assert doctor._is_private(host) == (host not in ("8.8.8.8", "model.example.org"))
+    assert is_private(host) == (host not in ("8.8.8.8", "model.example.org"))
 
 
 # --- how fast it answers ---
@@ -213,8 +241,8 @@ def test_a_gpu_that_is_not_there_is_told(home, monkeypatch, wanted, there):
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.device_count", lambda: 1)
     monkeypatch.setattr("torch.cuda.get_device_name", "GPU {}".format)
-    patient = Examined(home, read_config({"model": {"device": wanted}}, {}))
-    (found,) = doctor._torch(patient)
+    setup = Setup(home, read_config({"model": {"device": wanted}}, {}))
+    (found,) = machine.torch(setup)
     assert (found.level is Level.GOOD) is there
     assert ("GPU 0" if there else wanted) in found.text
 
@@ -230,8 +258,8 @@ def test_a_gpu_that_is_not_there_is_told(home, monkeypatch, wanted, there):
 def test_a_gpu_beyond_the_last_is_told_with_those_that_are_there(home, monkeypatch, gpus, language, text, action):
     monkeypatch.setattr("torch.cuda.is_available", lambda: gpus > 0)
     monkeypatch.setattr("torch.cuda.device_count", lambda: gpus)
-    patient = Examined(home, read_config({"model": {"device": "cuda:4"}}, {}), language=language)
-    (found,) = doctor._torch(patient)
+    setup = Setup(home, read_config({"model": {"device": "cuda:4"}}, {}), language=language)
+    (found,) = machine.torch(setup)
     assert (found.level, found.text) == (Level.BAD, text)
     assert action in found.action
 
@@ -239,8 +267,8 @@ def test_a_gpu_beyond_the_last_is_told_with_those_that_are_there(home, monkeypat
 @pytest.mark.parametrize(("language", "said"), [("en", "could not be built"), ("zh", "无法为本机处理器编译")])
 def test_without_a_compiler_it_says_what_to_install(home, monkeypatch, language, said):
     monkeypatch.setattr("core.engine.cpu.compiled.unavailable_reason", lambda: "no C++ compiler is installed\nmore")
-    patient = Examined(home, read_config({"model": {"device": "cpu"}}, {}), language=language)
-    _, found = doctor._torch(patient)
+    setup = Setup(home, read_config({"model": {"device": "cpu"}}, {}), language=language)
+    _, found = machine.torch(setup)
     assert found.level is Level.WARNING
     assert said in found.text
     assert "no C++ compiler is installed" in found.text

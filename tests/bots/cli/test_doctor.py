@@ -186,7 +186,7 @@ async def _doctor_over(fake: FakeOpenAI, home: Home, **engine: str) -> dict[str,
 async def test_the_model_server_is_looked_at(home):
     found = (await _doctor_over(FakeOpenAI(tiny_tokenizer()), home))["model server"]
     assert found.level is Level.GOOD
-    assert found.text.endswith("serves acme/base, up to 512 tokens; 0 adapters are loaded")
+    assert found.text.endswith("serves acme/base, up to 512 tokens; adapters loaded: 0")
     found = (await _doctor_over(FakeOpenAI(tiny_tokenizer(), loads=False), home))["model server"]
     assert (found.level, "VLLM_ALLOW_RUNTIME_LORA_UPDATING=1" in found.action) == (Level.WARNING, True)
     found = (await _doctor_over(FakeOpenAI(tiny_tokenizer(), healthy=False), home))["model server"]
@@ -250,7 +250,7 @@ def test_a_gpu_that_is_not_there_is_told(home, monkeypatch, wanted, there):
 @pytest.mark.parametrize(
     ("gpus", "language", "text", "action"),
     [
-        (0, "en", "no GPU is found, but model.device is cuda:4", 'set model.device to "auto", or mend the driver'),
+        (0, "en", "no GPU is found, but model.device is cuda:4", 'set model.device to "auto", or repair the driver'),
         (2, "en", "model.device is cuda:4, but the GPUs found are cuda:0, cuda:1", 'one of these, or to "auto"'),
         (2, "zh", "model.device 为 cuda:4，但找到的 GPU 只有 cuda:0, cuda:1", "把 model.device 设为其中之一"),
     ],

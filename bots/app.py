@@ -35,7 +35,8 @@ from core.engine import plugins
 from core.engine.plugins import EngineContext
 from core.engine.protocol import Engine
 from core.errors import BadConfig
-from core.jobs.supervisor import JobSupervisor, TrainingSettings
+from core.jobs.supervisor import JobSupervisor
+from core.jobs.worker import TrainingSettings
 from core.model.demo import Progress
 from core.platform import Bot
 from core.storage import state
@@ -90,7 +91,7 @@ async def open_parts(config: Config, home: Home, progress: Progress | None = Non
         deliveries = Deliveries(database)
         await database.write(lambda tx: registry.keep_base(tx, engine.info.fingerprint))
         training = JobSupervisor(
-            database, home, deliveries, engine.info, training_settings(config), asked=lambda: asked(engine)
+            database, home, deliveries, engine.info, training_settings(config), load=lambda: asked(engine)
         )
         service = Service(database, home, engine, deliveries, training, service_settings(config))
         yield Parts(config, home, database, engine, deliveries, training, service)

@@ -118,7 +118,7 @@ def _unseen_question(tx: Tx, caller: Caller, version: Version) -> str:
         for row in tx.all("SELECT question FROM comparison WHERE candidate = ?", [version.sha256])
         if row["question"]
     }
-    kept = [question for question, _ in jobs.shown(tx, version.sha256).unseen]
+    kept = [question for question, _ in jobs.test_rows(tx, version.sha256).unseen]
     unseen = sorted(kept, key=lambda question: question.endswith("…")) or list(caller.channel.questions)
     if not unseen:
         raise BadInput("compare.no_question", label=version.label)

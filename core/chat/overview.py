@@ -82,7 +82,7 @@ def _ago_s(tx: Tx, at_ms: int) -> float:
 
 def _jobs(tx: Tx, channel_id: int) -> tuple[JobLine, ...]:
     return tuple(
-        JobLine(job.id, job.label, job.dataset, job.state, job.lasting, _ago_s(tx, job.created_ms))
+        JobLine(job.id, job.label, job.dataset, job.state, job.keeps_checkpoint, _ago_s(tx, job.created_ms))
         for job in jobs.of_channel(tx, channel_id, _JOBS)
     )
 

@@ -1,9 +1,13 @@
-"""What /finetune does: check, ask, start, status, list, cancel. Knows rows; core.jobs.worker do the work."""
+"""/finetune and /adapter worst: handlers on job rows. core.jobs.checks and core.jobs.supervisor do the work.
+
+/adapter import has a file of its own: core.jobs.importing.
+"""
 
 from __future__ import annotations
 
 import asyncio
-from dataclasses import replace
+from collections.abc import Mapping
+from dataclasses import dataclass, replace
 
 from core.adapters import registry
 from core.adapters.commands import find_version, state_now
@@ -16,34 +20,87 @@ from core.config.sections import PRESETS
 from core.delivery.deliveries import new_delivery
 from core.errors import BadInput, UnknownThing
 from core.i18n.messages import Lazy, duration, languages, say
-from core.jobs import data_messages, datasets, event_log, job_messages, jobs
+from core.jobs import datasets, event_log, jobs, messages
 from core.jobs.checks import read_preview
-from core.jobs.dataset_files import COLUMNS, BroughtData, bring_data, check_room
+from core.jobs.datasets import CONSENTED
+from core.jobs.examples import store_examples
 from core.jobs.jobs import Job
-from core.jobs.protocol import Checked, LeftOut, Preview, load_judged
-from core.jobs.resumable import begun_with
+from core.jobs.protocol import Checked, LeftOut, Preview, Spec, load_judged
 from core.storage.database import Tx
 from core.types import Body, Caller, EraseFiles, Grant, Json, Outcome, WakeTraining
 
+MAX_OPEN = 8  # jobs at work, all channels together
+COLUMNS = ("question", "answer", "system")  # of a data set, where the person names them
+_MAX_LICENCE, _MAX_COLUMN = 100, 200
 _LISTED = 10
 
 
+@dataclass(frozen=True, slots=True)
+class PreparedData:
+    """A stored data set. `agreed`: train without asking. `unreadable`: stored texts that cannot be decrypted."""
+
+    sha256: str
+    name: str
+    agreed: bool
+    unreadable: int = 0
+
+
+async def prepare_data(context: CommandContext, caller: Caller, call: Call) -> PreparedData:
+    """Store the data set of `/finetune`: a named or uploaded file, or the channel's consented examples.
+
+    Raises BadInput for a data set that is missing, unreadable or too large, AppError for a full disk.
+    """
+    given = call.arguments
+    typed, agreed = given.get("source", given.get("dataset", "")), given.get("go") == "yes"
+    if caller.attachments and typed == "yes":  # the caption of an uploaded file
+        typed, agreed = "", True
+    _check_arguments(given)
+    try:
+        if typed in CONSENTED and not caller.attachments:
+            sha256, unreadable = await store_examples(context, caller, typed)
+            return PreparedData(sha256, typed, agreed, unreadable)
+        sha256, name = await datasets.store_named(context, caller, typed, licence=given.get("licence", ""))
+        return PreparedData(sha256, name, agreed)
+    except OSError as error:  # of the home folder; errors of the given file are BadInput
+        raise datasets.storage_error(error) from error
+
+
+def check_room(tx: Tx, caller: Caller) -> None:
+    """Raises BadInput where the channel has a job at work, or MAX_OPEN jobs are. Jobs that wait for a yes are not."""
+    at_work = [job for job in jobs.open_jobs(tx) if job.state != "waiting"]
+    for job in at_work:
+        if job.channel_id == caller.channel.id and job.state != "validating":
+            raise BadInput("training.busy", title=job.title, id=job.id)
+    if len(at_work) >= MAX_OPEN:
+        raise BadInput("training.too_many", n=len(at_work))
+
+
+def _check_arguments(given: Mapping[str, str]) -> None:
+    for key in COLUMNS:
+        if len(given.get(key, "")) > _MAX_COLUMN:
+            raise BadInput("training.setting_too_long", setting=key, limit=_MAX_COLUMN)
+    if len(given.get("licence", "")) > _MAX_LICENCE:
+        raise BadInput("training.setting_too_long", setting="licence", limit=_MAX_LICENCE)
+    if bool(given.get("question")) != bool(given.get("answer")):
+        raise BadInput("training.both_columns")
+
+
 async def read_rows(context: CommandContext, caller: Caller, call: Call) -> tuple[Preview, ...]:
-    """The rows that the check chose to show; none where they are gone, as with a job that has ended."""
+    """The sample rows of the job's check; none once the job has started or ended."""
     job = await context.database.read(lambda tx: find_job(tx, caller, call))
     return Preview.load(await asyncio.to_thread(read_preview, context.home, job.id)) if job else ()
 
 
 async def read_base(context: CommandContext, caller: Caller, call: Call) -> str:
-    """The fingerprint of the base model that the job was started on; "" where it has learned nothing."""
+    """The fingerprint of the base model that the job was trained on; "" where it has no folder."""
     job = await context.database.read(lambda tx: find_job(tx, caller, call))
-    begun = await asyncio.to_thread(begun_with, context.home.jobs / str(job.id)) if job else None
-    return begun.fingerprint if begun else ""
+    spec = await asyncio.to_thread(Spec.find, context.home.jobs / str(job.id)) if job else None
+    return spec.fingerprint if spec else ""
 
 
-@command("finetune", prepare=bring_data, check=check_room)
-@command("finetune", "from", prepare=bring_data, check=check_room)
-def begin(tx: Tx, caller: Caller, call: Call, data: BroughtData) -> Outcome:
+@command("finetune", prepare=prepare_data, check=check_room)
+@command("finetune", "from", prepare=prepare_data, check=check_room)
+def begin(tx: Tx, caller: Caller, call: Call, data: PreparedData) -> Outcome:
     """Create a job for a data set: it is checked, then it asks; with `yes` it trains at once.
 
     Raises BadInput for an unknown preset.
@@ -73,7 +130,7 @@ def begin(tx: Tx, caller: Caller, call: Call, data: BroughtData) -> Outcome:
     made: Json = {"job": job.id, "dataset": job.dataset_sha256, "state": job.state}
     audit.record(tx, caller, call.action, job.label, None, made)
     text = _queued(tx, caller, job) if agreed else say(caller.language, "training.validating", name=job.dataset)
-    left_out = [f"- {line}" for line in data_messages.left_out_text(caller.language, event_log.events(tx, job.id))]
+    left_out = [f"- {line}" for line in messages.left_out_text(caller.language, event_log.events(tx, job.id))]
     return Outcome(Body("\n".join([text, *left_out])), (WakeTraining(),))
 
 
@@ -83,7 +140,7 @@ def start(tx: Tx, caller: Caller, call: Call) -> Outcome:
     job = _asking(tx, caller, call)
     if job is None:
         return Outcome(Body(say(caller.language, "training.none")))
-    jobs.move(tx, job.id, "queued")
+    jobs.leave_waiting(tx, job.id, "queued")
     audit.record(tx, caller, "finetune start", job.label, {"job": job.id, "state": job.state}, "queued")
     return Outcome(Body(_queued(tx, caller, job)), (WakeTraining(),))
 
@@ -94,10 +151,10 @@ def redact(tx: Tx, caller: Caller, call: Call) -> Outcome:
     job = _asking(tx, caller, call)
     if job is None:
         return Outcome(Body(say(caller.language, "training.none")))
-    checked = data_messages.last(event_log.events(tx, job.id), Checked)
+    checked = messages.last(event_log.events(tx, job.id), Checked)
     if checked is None or not checked.personal:
         raise BadInput("training.nothing_personal", name=job.dataset)
-    jobs.move(tx, job.id, "validating", redact=True)
+    jobs.leave_waiting(tx, job.id, "validating", redact=True)
     audit.record(tx, caller, "finetune redact", job.label, {"dataset": job.dataset_sha256}, "validating")
     return Outcome(Body(say(caller.language, "training.redacting", name=job.dataset)), (WakeTraining(),))
 
@@ -110,7 +167,7 @@ def preview(tx: Tx, caller: Caller, call: Call, rows: tuple[Preview, ...]) -> Ou
         return Outcome(Body(say(caller.language, "training.none")))
     if not rows:
         return Outcome(Body(say(caller.language, "training.no_preview", id=job.id)))
-    return Outcome(Body(data_messages.preview_text(caller.language, job.dataset, rows)))
+    return Outcome(Body(messages.preview_text(caller.language, job.dataset, rows)))
 
 
 @command("finetune", "status", prepare=read_rows)
@@ -122,20 +179,22 @@ def status(tx: Tx, caller: Caller, call: Call, rows: tuple[Preview, ...]) -> Out
     job = replace(job, language=caller.language)
     events = event_log.events(tx, job.id)
     line = _line(tx, caller, job)
-    if job.state == "waiting" and not jobs.is_told(tx, job.id):  # nothing can be started before its question stands
+    if job.state == "waiting" and not jobs.is_delivered(
+        tx, job.id
+    ):  # nothing can be started before its question stands
         return Outcome(Body(say(caller.language, "training.still_checking", name=job.dataset)))
     if job.state == "waiting":
-        asked = data_messages.question(job, events, rows)
+        asked = messages.question(job, events, rows)
         return Outcome(replace(asked, text=f"{line}\n\n{asked.text}"))
     lines = [line]
     if job.state == "failed":
-        lines.append(job_messages.failed_text(job, resumable=jobs.resumable(tx, job.id)))
+        lines.append(messages.failed_text(job, resumable=jobs.resumable(tx, job.id)))
     elif job.state in ("running", "publishing"):
-        lines.append(job_messages.progress_text(job, events))
+        lines.append(messages.progress_text(job, events))
     elif job.state == "published":
         version = registry.by_sha(tx, job.result)
         judged = load_judged(version.manifest.get("judged") or {})
-        lines.append(job_messages.report(job, events, judged=judged, now=state_now(tx, version)).text)
+        lines.append(messages.report(job, events, judged=judged, now=state_now(tx, version)).text)
     return Outcome(Body("\n\n".join(lines)))
 
 
@@ -164,11 +223,11 @@ def cancel(tx: Tx, caller: Caller, call: Call) -> Outcome:
     job = find_job(tx, caller, call)
     if job is None:
         return Outcome(Body(say(caller.language, "training.none")))
-    if not jobs.cancel(tx, job.id, jobs.ASKED):
+    if not jobs.cancel(tx, job.id, jobs.REQUESTED):
         return Outcome(Body(say(caller.language, "training.ended_already", id=job.id)))
     audit.record(tx, caller, "finetune cancel", job.label, {"job": job.id, "state": job.state}, "cancelled")
     return Outcome(
-        Body(say(caller.language, job_messages.cancelled_key(job), id=job.id, title=job.title)),
+        Body(say(caller.language, messages.cancelled_key(job), id=job.id, title=job.title)),
         (WakeTraining(), EraseFiles()),
     )
 
@@ -190,7 +249,7 @@ def resume(tx: Tx, caller: Caller, call: Call, begun_on: str) -> Outcome:
     if begun_on and registry.loaded_base(tx) not in (None, begun_on):
         text = f"{_queued(tx, caller, job)} {say(caller.language, 'training.begins_anew')}"
         return Outcome(Body(text), (WakeTraining(),))
-    before = jobs.before(tx, job.id)
+    before = jobs.jobs_ahead(tx, job.id)
     fields = {"id": job.id, "title": job.title, "label": job.label, "before": before}
     key = "training.resumed_behind" if before else "training.resumed"
     return Outcome(Body(say(caller.language, key, **fields)), (WakeTraining(),))
@@ -208,7 +267,7 @@ def worst(tx: Tx, caller: Caller, call: Call) -> Outcome:
     if not rows:
         return Outcome(Body(say(caller.language, "adapter.none_worse", **fields)))
     lines = [say(caller.language, "adapter.worst", **fields), ""]
-    texts = {line: (asked, said) for line, _, _, asked, said in jobs.shown(tx, version.sha256).worst}
+    texts = {line: (asked, said) for line, _, _, asked, said in jobs.test_rows(tx, version.sha256).worst}
     for line, before, after in rows:
         asked, said = texts.get(line, ("", ""))
         key = "adapter.worst_row" if asked else "adapter.worst_line"
@@ -231,9 +290,9 @@ def answer_to_question(tx: Tx, caller: Caller, text: str) -> Call | None:
     job = next(
         (job for job in jobs.open_jobs(tx) if job.channel_id == caller.channel.id and job.state == "waiting"), None
     )
-    if job is None or not jobs.is_told(tx, job.id) or not _is_here(caller, job):
+    if job is None or not jobs.is_delivered(tx, job.id) or not _is_here(caller, job):
         return None
-    if jobs.talked_since(tx, job.id, caller.conversation_id):
+    if jobs.has_turn_since(tx, job.id, caller.conversation_id):
         return None
     if any(word in _words(language, "yes") for language in languages()):
         return parse(f"/finetune start {job.id}")
@@ -261,7 +320,7 @@ def _asking(tx: Tx, caller: Caller, call: Call) -> Job | None:
     job = find_job(tx, caller, call)
     if job is None:
         return None
-    if job.state == "validating" or (job.state == "waiting" and not jobs.is_told(tx, job.id)):
+    if job.state == "validating" or (job.state == "waiting" and not jobs.is_delivered(tx, job.id)):
         raise BadInput("training.still_checking", name=job.dataset)
     if job.state != "waiting":
         raise BadInput("training.not_waiting", id=job.id, state=Lazy(f"training.state_{job.state}"))
@@ -279,14 +338,14 @@ def _words(language: str, key: str) -> list[str]:
 
 
 def _queued(tx: Tx, caller: Caller, job: Job) -> str:
-    before = jobs.before(tx, job.id)
+    before = jobs.jobs_ahead(tx, job.id)
     key = "training.queued" if before else "training.started"
     return say(caller.language, key, id=job.id, name=job.dataset, title=job.title, label=job.label, before=before)
 
 
 def _line(tx: Tx, caller: Caller, job: Job) -> str:
     state = Lazy(f"training.state_{job.state}")
-    if job.state == "queued" and (before := jobs.before(tx, job.id)):
+    if job.state == "queued" and (before := jobs.jobs_ahead(tx, job.id)):
         state = Lazy("training.state_queued_behind", before=before)
     return say(
         caller.language,

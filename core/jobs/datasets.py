@@ -1,21 +1,38 @@
-"""Data sets as rows: immutable, known by the hash of their bytes, with whose they are. Knows no file, no sentence."""
+"""Data sets: rows, and files that are stored under the SHA-256 of their bytes. A data set never changes.
+
+A file is stored before the transaction of its command. The trainer checks what the rows of a file hold.
+"""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import asyncio
+import errno
+import hashlib
+import os
+import tempfile
+from collections.abc import AsyncIterator, Callable, Iterator
 from dataclasses import dataclass
+from pathlib import Path
+from typing import BinaryIO
 
+from core import files
+from core.channels import terminal
+from core.commands.registry import CommandContext
+from core.errors import AppError, BadInput
+from core.i18n.messages import Lazy
 from core.storage import lifecycle
 from core.storage.database import Row, Tx
 from core.storage.home import Home
 from core.storage.lifecycle import Periods, Prune
+from core.types import Caller
 
-CONVERSATIONS, FEEDBACK = "conversations", "feedback"  # sources: what people said, and what they said of answers
-OF_PEOPLE = (CONVERSATIONS, FEEDBACK)
-
-
-# What a person may know of: what they brought themselves, and what jobs of the channels that they operate have read.
-# What people said is not among it, because they consented for one channel.
+CONVERSATIONS, FEEDBACK = "conversations", "feedback"  # sources with people's messages; any other is a file
+CONSENTED = (CONVERSATIONS, FEEDBACK)
+MAX_BYTES = 200 * 10**6
+_CHUNK = 2**20
+_FETCH_S = 300.0
+# Data sets that a person may know: their own, and those that jobs of channels which they operate have read. People
+# consent for one channel, so data sets of their messages are not among them.
 _KNOWN = (
     " FROM dataset JOIN ("
     " SELECT sha256, name, created_ms AS at_ms FROM dataset WHERE brought_by = ?"
@@ -28,7 +45,7 @@ _KNOWN = (
 
 @dataclass(frozen=True, slots=True)
 class Dataset:
-    """`name` is what those call it who ask; `rows` is 0 until it was checked."""
+    """`name` is the name under which the person who lists it knows it; `rows` is 0 before the check."""
 
     sha256: str
     name: str
@@ -44,7 +61,7 @@ class Dataset:
 def keep_dataset(
     tx: Tx, sha256: str, name: str, *, source: str, size_bytes: int, brought_by: str, licence: str = ""
 ) -> None:
-    """Write a data set down. The same bytes brought again are there again; whose they were first, they stay."""
+    """Insert a data set, or restore an erased one; the first owner of the same bytes stays the owner."""
     tx.run(
         "INSERT INTO dataset (sha256, name, source, licence, size_bytes, brought_by, created_ms)"
         " VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET created_ms = excluded.created_ms, erased_ms = NULL,"
@@ -54,7 +71,7 @@ def keep_dataset(
 
 
 def keep_derived(tx: Tx, parent: str, sha256: str, *, size_bytes: int) -> None:
-    """Another data set made of one: it has its licence, who brought it, and whose words are in it."""
+    """Insert a data set made from another one, with the same licence, owner and people."""
     tx.run(
         "INSERT INTO dataset (sha256, name, source, licence, size_bytes, brought_by, created_ms, parent)"
         " SELECT ?, name, source, licence, ?, brought_by, ?, sha256 FROM dataset WHERE sha256 = ?"
@@ -72,7 +89,7 @@ def count_rows(tx: Tx, sha256: str, rows: int) -> None:
 
 
 def known_dataset(tx: Tx, user_hash: str, typed: str) -> tuple[str, str] | None:
-    """(sha256, name) of a data set by its name or the beginning of its hash: one that this person may know of."""
+    """(sha256, name) of the newest known data set with this name, or with this hash prefix of 8 digits or more."""
     row = tx.one(
         f"SELECT known.sha256, known.name {_KNOWN}"
         " AND (known.name = ? OR (length(?) >= 8 AND substr(known.sha256, 1, length(?)) = ?))"
@@ -83,7 +100,7 @@ def known_dataset(tx: Tx, user_hash: str, typed: str) -> tuple[str, str] | None:
 
 
 def known_datasets(tx: Tx, user_hash: str, limit: int) -> list[Dataset]:
-    """Newest first, each once."""
+    """Data sets that the person may know, newest first."""
     rows = tx.all(
         "SELECT dataset.*, known.name AS called, max(at_ms)"
         f" {_KNOWN} GROUP BY dataset.sha256 ORDER BY created_ms DESC LIMIT ?",
@@ -92,8 +109,18 @@ def known_datasets(tx: Tx, user_hash: str, limit: int) -> list[Dataset]:
     return [_dataset(row) for row in rows]
 
 
+def newest_of_channel(tx: Tx, channel_id: int) -> tuple[str, str] | None:
+    """(sha256, name) of the newest job's data set in a channel that is not erased."""
+    row = tx.one(
+        "SELECT dataset_sha256, job.dataset FROM job JOIN dataset ON sha256 = dataset_sha256"
+        " WHERE channel_id = ? AND erased_ms IS NULL ORDER BY job.id DESC LIMIT 1",
+        [channel_id],
+    )
+    return (row["dataset_sha256"], row["dataset"]) if row else None
+
+
 def is_erased(tx: Tx, sha256: str) -> bool:
-    """Whether it was erased, or never was."""
+    """Whether the data set is erased or unknown."""
     return not tx.value("SELECT 1 FROM dataset WHERE sha256 = ? AND erased_ms IS NULL", [sha256])
 
 
@@ -111,23 +138,157 @@ def _dataset(row: Row) -> Dataset:
     )
 
 
+# --- files ---
+
+
+def path_of(home: Home, sha256: str) -> Path:
+    return home.datasets / sha256
+
+
+async def store_named(context: CommandContext, caller: Caller, typed: str, *, licence: str = "") -> tuple[str, str]:
+    """Store an uploaded file, or a path given on the terminal, or find a known data set; its (sha256, name).
+
+    Raises BadInput.
+    """
+    home, database = context.home, context.database
+    local = caller.address.platform == terminal.TERMINAL
+    if caller.attachments and not local:
+        sent = caller.attachments[0]
+        file = await download(home, context.fetch(caller.address, sent), sent.name)
+        return await _store_file(context, caller, sent.name, file, licence)
+    path = Path(caller.attachments[0].file_id) if caller.attachments else typed_path(typed) if local else None
+    if path is not None and await asyncio.to_thread(is_folder, path):
+        raise BadInput("training.dataset_is_folder", name=path.name)
+    opened = await asyncio.to_thread(open_plain, path) if path is not None else None
+    if path is not None and opened is not None:
+        return await _store_file(context, caller, path.name, opened, licence)
+    known = await database.read(lambda tx: known_dataset(tx, caller.user, typed)) if typed else None
+    if known is not None and await asyncio.to_thread(path_of(home, known[0]).is_file):
+        return known
+    if not typed and path is None:
+        raise BadInput("training.no_dataset")
+    raise BadInput("training.dataset_not_found", typed=(typed or str(path))[:200])
+
+
+async def download(home: Home, chunks: AsyncIterator[bytes], name: str, limit: int = MAX_BYTES) -> BinaryIO:
+    """Write an uploaded file to an unnamed temporary file, which the caller closes. Raises BadInput."""
+    file = tempfile.TemporaryFile(dir=home.datasets)  # noqa: SIM115
+    try:
+        size = 0
+        async with asyncio.timeout(_FETCH_S):
+            async for chunk in chunks:
+                size += len(chunk)
+                if size > limit:
+                    raise BadInput("training.dataset_too_large", name=name, limit=limit // 10**6)
+                await asyncio.to_thread(file.write, chunk)
+        await asyncio.to_thread(file.seek, 0)
+    except TimeoutError as error:
+        file.close()
+        raise BadInput("training.dataset_unreadable", name=name, reason=Lazy("training.read_too_slow")) from error
+    except BaseException:
+        file.close()
+        raise
+    return file
+
+
+def typed_path(typed: str) -> Path | None:
+    try:
+        return Path(typed).expanduser() if typed else None
+    except RuntimeError:  # the home of an unknown user
+        return None
+
+
+def is_folder(path: Path) -> bool:
+    try:
+        return path.is_dir()
+    except OSError:  # a name that is too long
+        return False
+
+
+def open_plain(path: Path, unreadable: str = "training.dataset_unreadable") -> BinaryIO | None:
+    """Open a regular file; None where there is none. Raises BadInput, with the sentence `unreadable`."""
+    try:
+        return files.open_plain(path)
+    except FileNotFoundError:
+        return None
+    except (IsADirectoryError, files.NotPlainFile) as error:
+        raise BadInput(unreadable, name=path.name, reason=Lazy("training.read_no_file")) from error
+    except OSError as error:
+        raise BadInput(unreadable, name=path.name, reason=error.strerror or "?") from error
+
+
+async def _store_file(
+    context: CommandContext, caller: Caller, name: str, file: BinaryIO, licence: str
+) -> tuple[str, str]:
+    def copy() -> tuple[str, int]:
+        with file:
+            return store(context.home, _chunks(file, name))
+
+    sha256, size = await asyncio.to_thread(copy)
+    await context.database.write(
+        lambda tx: keep_dataset(
+            tx, sha256, name, source="file", size_bytes=size, brought_by=caller.user, licence=licence
+        )
+    )
+    return sha256, name
+
+
+def _chunks(file: BinaryIO, name: str) -> Iterator[bytes]:
+    size = 0
+    try:
+        while chunk := file.read(_CHUNK):
+            size += len(chunk)
+            if size > MAX_BYTES:
+                raise BadInput("training.dataset_too_large", name=name, limit=MAX_BYTES // 10**6)
+            yield chunk
+    except OSError as error:
+        raise BadInput("training.dataset_unreadable", name=name, reason=error.strerror or "?") from error
+    if not size:
+        raise BadInput("training.dataset_empty", name=name)
+
+
+def store(home: Home, chunks: Iterator[bytes]) -> tuple[str, int]:
+    """Write a file, then rename it to its SHA-256; (sha256, size in bytes). Raises OSError."""
+    new = home.datasets / f".new-{os.getpid()}-{os.urandom(8).hex()}"
+    digest, size = hashlib.sha256(), 0
+    try:
+        with os.fdopen(os.open(new, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600), "wb") as out:
+            for chunk in chunks:
+                digest.update(chunk)
+                size += len(chunk)
+                out.write(chunk)
+        files.move(new, path_of(home, digest.hexdigest()))
+    finally:
+        new.unlink(missing_ok=True)
+    return digest.hexdigest(), size
+
+
+def storage_error(error: OSError) -> AppError:
+    """The error of a command whose file cannot be stored."""
+    full = error.errno in (errno.ENOSPC, errno.EDQUOT)
+    return AppError("error.storage_full" if full else "error.storage", f"it cannot be kept: {error}")
+
+
+# --- erasure and retention ---
+
+
 def erase_unneeded(tx: Tx, sha256: str) -> None:
-    """Erase a data set of people's messages when its last job ends. Whose messages they were stays recorded."""
-    marks = ", ".join("?" * len(OF_PEOPLE))
+    """Erase a data set of people's messages when its last job has ended; `dataset_person` rows stay."""
+    marks = ", ".join("?" * len(CONSENTED))
     tx.run(
         f"UPDATE dataset SET erased_ms = ? WHERE erased_ms IS NULL AND source IN ({marks}) AND sha256 = ?"
         " AND NOT EXISTS (SELECT 1 FROM job WHERE dataset_sha256 = dataset.sha256 AND ended_ms IS NULL)",
-        [tx.now_ms, *OF_PEOPLE, sha256],
+        [tx.now_ms, *CONSENTED, sha256],
     )
 
 
 def add_person(tx: Tx, sha256: str, user_hash: str) -> None:
-    """Record that a data set holds messages of this person."""
+    """Record that a data set holds messages of a person."""
     tx.run("INSERT OR IGNORE INTO dataset_person VALUES (?, ?)", [sha256, user_hash])
 
 
 def of_person(tx: Tx, user_hash: str, channel_id: int | None = None) -> list[str]:
-    """The data sets that hold messages of this person: those that jobs of one channel alone read, or all."""
+    """Data sets with messages of a person: all, or those that only jobs of one channel have read."""
     rows = tx.all(
         "SELECT DISTINCT dataset_sha256 FROM dataset_person WHERE user_hash = ? AND (? IS NULL OR NOT EXISTS"
         " (SELECT 1 FROM job WHERE job.dataset_sha256 = dataset_person.dataset_sha256 AND job.channel_id <> ?))",
@@ -141,7 +302,7 @@ def drop_person(tx: Tx, user_hash: str) -> None:
 
 
 def erase(tx: Tx, sha256: str) -> None:
-    """Its file goes with the next sweep."""
+    """Mark a data set as erased; the next sweep removes its file."""
     tx.run("UPDATE dataset SET erased_ms = ? WHERE sha256 = ? AND erased_ms IS NULL", [tx.now_ms, sha256])
 
 

@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+
 from core.jobs.protocol import (
     Answered,
     Checked,
@@ -42,7 +44,7 @@ def add_event(tx: Tx, job_id: int, event: JobEvent) -> bool:
         f"SELECT count(*) >= ? OR ifnull(max(data = ?), 0) {of_kind}", [MAX_EVENTS, data, job_id, event.kind]
     ):
         return False
-    note(tx, job_id, event.kind, data)
+    append(tx, job_id, event.kind, data)
     return forward
 
 
@@ -70,15 +72,29 @@ def newest_progress(tx: Tx, job_id: int) -> Progress | None:
     return event if isinstance(event, Progress) else None
 
 
-def begin_anew(tx: Tx, job_id: int) -> None:
+def clear(tx: Tx, job_id: int) -> None:
     """What it did is of no use, and not to be told as if it were."""
     tx.run("DELETE FROM job_event WHERE job_id = ? AND kind NOT IN ('publishing', 'left_out')", [job_id])
 
 
-def note(tx: Tx, job_id: int, kind: str, data: str) -> None:
+def append(tx: Tx, job_id: int, kind: str, data: str) -> None:
     """Append to it, whatever it is."""
     seq = int(tx.value("SELECT ifnull(max(seq), 0) + 1 FROM job_event WHERE job_id = ?", [job_id]))
     tx.insert("job_event", job_id=job_id, seq=seq, at_ms=tx.now_ms, kind=kind, data=data)
+
+
+def published_folder(tx: Tx, job_id: int) -> str:
+    """The hash that `publishing` recorded, or ""."""
+    data = tx.value(
+        "SELECT data FROM job_event WHERE job_id = ? AND kind = 'publishing' ORDER BY seq DESC LIMIT 1", [job_id]
+    )
+    return str(json.loads(data)["sha256"]) if data else ""
+
+
+def unpublished_folder(tx: Tx, job_id: int) -> str:
+    """The same hash where no version was registered for it, so that the folder can be removed."""
+    sha256 = published_folder(tx, job_id)
+    return "" if tx.value("SELECT 1 FROM adapter WHERE sha256 = ?", [sha256]) else sha256
 
 
 @lifecycle.prunes

@@ -1,26 +1,32 @@
-"""What people said in a channel and allow to be learned from, as conversations. Reads rows; knows no file and no job.
+"""Consented examples: people's messages in a channel that may be learned from, and the data set made of them.
 
-Two sources: whole conversations of those who gave /consent, and single replies that they rated or that an operator
-corrected (core.chat.feedback keeps those). Platforms that forbid training stay out (core.channels.training_permission).
+Two sources: whole conversations of people who gave /consent, and single replies that people rated or operators
+corrected (table `example`, core.chat.feedback). Platforms that forbid training are left out
+(core.channels.training_permission).
 """
 
 from __future__ import annotations
 
+import asyncio
 import json
 from dataclasses import dataclass, field
 
 from core.channels import training_permission
-from core.errors import StoredUnreadable
+from core.commands.registry import CommandContext
+from core.errors import AppError, BadInput, StoredUnreadable
+from core.jobs import datasets
+from core.jobs.datasets import CONVERSATIONS
 from core.storage.database import Tx
+from core.types import Caller
 
-MOST_TURNS = 40_000  # the newest of them
+MOST_TURNS = 40_000  # the newest ones
 
 
 @dataclass(slots=True)
 class ConsentedExample:
-    """One conversation of one person, as rows of a data set hold it. `id` is of what it was made from.
+    """One conversation of one person as a row of a data set. `id`: its conversation or generation.
 
-    `corrected_by`: whose words the answer is, where an operator has corrected it.
+    `corrected_by`: the operator who wrote the answer, "" where the model did.
     """
 
     user: str
@@ -30,22 +36,22 @@ class ConsentedExample:
 
     @property
     def people(self) -> set[str]:
-        """Whose words are in it."""
+        """The authors of its texts."""
         return {self.user, self.corrected_by} - {""}
 
 
 @dataclass(frozen=True, slots=True)
 class ConsentedExamples:
-    """`unreadable` turns or replies are damaged, or of another key: they are left out, with what belongs to them."""
+    """`unreadable` counts stored texts that cannot be decrypted; they are left out."""
 
-    said: list[ConsentedExample]
+    examples: list[ConsentedExample]
     unreadable: int
 
 
 def conversations_of(tx: Tx, channel_id: int, *, most: int | None = None) -> ConsentedExamples:
-    """What was asked since the person consented and not refused, each question with its answer; people stay apart.
+    """Questions with their answers since each person's consent, one conversation for each person.
 
-    Of `most` turns, the newest; None is MOST_TURNS. Raises StoredUnreadable where not one of them can be read.
+    Reads the `most` (MOST_TURNS) newest turns. Raises StoredUnreadable where none of them can be decrypted.
     """
     forbidden = training_permission.forbidden(tx)
     marks = ", ".join("?" * len(forbidden))
@@ -58,30 +64,30 @@ def conversations_of(tx: Tx, channel_id: int, *, most: int | None = None) -> Con
         " ORDER BY turn.id DESC LIMIT ?) ORDER BY conversation_id, user_hash, id",
         [channel_id, *forbidden, MOST_TURNS if most is None else most],
     )
-    said: dict[tuple[int, str], ConsentedExample] = {}
+    examples: dict[tuple[int, str], ConsentedExample] = {}
     question: tuple[tuple[int, str], str] | None = None
     unreadable = 0
     for row in rows:
-        whose = (row["conversation_id"], row["user_hash"])
+        key = (row["conversation_id"], row["user_hash"])
         text = _unsealed(tx, row["text"])
         if text is None:
             question = None
             unreadable += 1
         elif row["role"] == "user":
-            question = (whose, text)
-        elif question is not None and question[0] == whose:
-            one = said.setdefault(whose, ConsentedExample(row["user_hash"], str(row["conversation_id"])))
-            one.messages += [{"role": "user", "content": question[1]}, {"role": "assistant", "content": text}]
+            question = (key, text)
+        elif question is not None and question[0] == key:
+            example = examples.setdefault(key, ConsentedExample(row["user_hash"], str(row["conversation_id"])))
+            example.messages += [{"role": "user", "content": question[1]}, {"role": "assistant", "content": text}]
             question = None
-    return _counted(list(said.values()), unreadable, len(rows))
+    return _counted(list(examples.values()), unreadable, len(rows))
 
 
 def examples_of(tx: Tx, channel_id: int, *, most: int | None = None) -> ConsentedExamples:
-    """Replies with a thumb up as they were given, and corrected ones with the correction in the place of the answer.
+    """Replies with a thumb up, and corrected replies with the correction as the answer.
 
-    Of people who consented, for all that they say here or for this one reply. What came before an answer is read by the
-    model and not learned. Of `most` replies, the newest; None is MOST_TURNS. Raises StoredUnreadable where not one of
-    them can be read.
+    The person consented for the channel or shared this reply. Earlier answers have weight 0: the model reads them and
+    does not learn them. Reads the `most` newest replies (MOST_TURNS).
+    Raises StoredUnreadable where none can be decrypted.
     """
     forbidden = training_permission.forbidden(tx)
     marks = ", ".join("?" * len(forbidden))
@@ -95,20 +101,20 @@ def examples_of(tx: Tx, channel_id: int, *, most: int | None = None) -> Consente
         " ORDER BY example.at_ms DESC, example.generation_id DESC LIMIT ?",
         [channel_id, *forbidden, MOST_TURNS if most is None else most],
     )
-    said = []
+    examples = []
     for row in reversed(rows):
         text = _unsealed(tx, row["said"])
         correction = "" if row["correction"] is None else _unsealed(tx, row["correction"])
         if text is None or correction is None:
             continue
-        *before, answer = json.loads(text)
+        *earlier, answer = json.loads(text)
         if correction:
             answer = {"role": "assistant", "content": correction}
-        earlier = [{**one, "weight": 0} if one["role"] == "assistant" else one for one in before]
-        said.append(
-            ConsentedExample(row["user_hash"], row["generation_id"], [*earlier, answer], row["corrected_by"] or "")
+        context = [{**message, "weight": 0} if message["role"] == "assistant" else message for message in earlier]
+        examples.append(
+            ConsentedExample(row["user_hash"], row["generation_id"], [*context, answer], row["corrected_by"] or "")
         )
-    return _counted(said, len(rows) - len(said), len(rows))
+    return _counted(examples, len(rows) - len(examples), len(rows))
 
 
 def _unsealed(tx: Tx, sealed: bytes) -> str | None:
@@ -118,8 +124,48 @@ def _unsealed(tx: Tx, sealed: bytes) -> str | None:
         return None
 
 
-def _counted(said: list[ConsentedExample], unreadable: int, of: int) -> ConsentedExamples:
-    """Raises StoredUnreadable where nothing was readable: then it is the key."""
-    if of and unreadable == of:
-        raise StoredUnreadable(detail=f"none of {of} stored texts can be read")
-    return ConsentedExamples(said, unreadable)
+def _counted(examples: list[ConsentedExample], unreadable: int, total: int) -> ConsentedExamples:
+    """Raises StoredUnreadable where no text was readable: the key is wrong."""
+    if total and unreadable == total:
+        raise StoredUnreadable(detail=f"none of {total} stored texts can be read")
+    return ConsentedExamples(examples, unreadable)
+
+
+async def store_examples(context: CommandContext, caller: Caller, source: str) -> tuple[str, int]:
+    """Store the consented examples of the caller's channel as a data set; (sha256, unreadable texts).
+
+    Raises BadInput where there are none, AppError where a consent was withdrawn meanwhile.
+    """
+    channel, database = caller.channel.id, context.database
+    read = conversations_of if source == CONVERSATIONS else examples_of
+    found = await database.read(lambda tx: read(tx, channel))
+    examples = found.examples
+    if not examples and found.unreadable:
+        raise BadInput("training.none_readable", n=found.unreadable)
+    if not examples:
+        people = await database.read(
+            lambda tx: tx.value("SELECT count(*) FROM consent WHERE channel_id = ?", [channel])
+        )
+        raise BadInput(f"training.no_{source}", people=people)
+    lines = [json.dumps({"messages": one.messages}, ensure_ascii=False).encode() + b"\n" for one in examples]
+    sha256, size = await asyncio.to_thread(datasets.store, context.home, iter(lines))
+
+    def keep(tx: Tx) -> None:
+        now = read(tx, channel, most=2 * MOST_TURNS).examples  # newer turns may have arrived meanwhile
+        if not {_identity(one) for one in examples} <= {_identity(one) for one in now}:
+            raise AppError("training.consent_changed")
+        datasets.keep_dataset(tx, sha256, source, source=source, size_bytes=size, brought_by=caller.user)
+        for user in sorted(set().union(*(one.people for one in examples))):
+            datasets.add_person(tx, sha256, user)
+
+    try:
+        await database.write(keep)
+    except AppError:
+        if await database.read(lambda tx: datasets.is_erased(tx, sha256)):
+            await asyncio.to_thread(datasets.path_of(context.home, sha256).unlink, missing_ok=True)
+        raise
+    return sha256, found.unreadable
+
+
+def _identity(example: ConsentedExample) -> tuple[str, str, str]:
+    return example.user, example.id, example.corrected_by

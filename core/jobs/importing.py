@@ -18,15 +18,14 @@ from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO, Self
 
-from core import files
 from core.channels import audit, terminal
 from core.commands.registry import CommandContext, Fetch, command
 from core.commands.table import Call
 from core.delivery.deliveries import new_delivery
 from core.errors import BadInput
 from core.i18n.messages import Lazy, say
-from core.jobs import jobs
-from core.jobs.dataset_files import bring_named, check_room, fetched, no_storage, typed_path
+from core.jobs import datasets, jobs
+from core.jobs.commands import check_room
 from core.model.weights import tensor_entries
 from core.storage.database import Tx
 from core.storage.home import Home
@@ -58,17 +57,18 @@ class UnpackedAdapter:
 
 async def unpack_adapter(context: CommandContext, caller: Caller, call: Call) -> UnpackedAdapter:
     """Unpack the adapter of `/adapter import` and find its data set. Raises BadInput, AppError."""
-    home, database = context.home, context.database
     source, typed = _named(caller, call)
     try:
         if typed:
-            sha256, name = await bring_named(home, database, context.fetch, replace(caller, attachments=()), typed)
+            found: tuple[str, str] | None = await datasets.store_named(context, replace(caller, attachments=()), typed)
         else:
-            sha256, name = await database.read(lambda tx: _last_dataset(tx, caller))
-        unpacked, title = await _unpacked(home, context.fetch, caller, source)
-    except OSError as error:  # of the home: an error of the file itself is a BadInput
-        raise no_storage(error) from error
-    return UnpackedAdapter(unpacked.name, title, sha256, name)
+            found = await context.database.read(lambda tx: datasets.newest_of_channel(tx, caller.channel.id))
+        if found is None:
+            raise BadInput("import.no_dataset")
+        unpacked, title = await _unpacked(context.home, context.fetch, caller, source)
+    except OSError as error:  # of the home folder; errors of the given file are BadInput
+        raise datasets.storage_error(error) from error
+    return UnpackedAdapter(unpacked.name, title, *found)
 
 
 @command("adapter", "import", prepare=unpack_adapter, check=check_room)
@@ -78,7 +78,7 @@ def import_adapter(tx: Tx, caller: Caller, call: Call, given: UnpackedAdapter) -
     jobs.set_imported(tx, job.id, given.folder)
     new_delivery(tx, job_id=job.id)
     audit.record(tx, caller, call.action, job.label, None, {"job": job.id, "file": given.title})
-    before = jobs.before(tx, job.id)
+    before = jobs.jobs_ahead(tx, job.id)
     fields = {"id": job.id, "name": given.title, "dataset": given.dataset, "label": job.label, "before": before}
     return Outcome(Body(say(caller.language, "import.started", **fields)), (WakeTraining(),))
 
@@ -87,18 +87,6 @@ def _named(caller: Caller, call: Call) -> tuple[str, str]:
     """(the adapter, the data set) as they were typed: with a file that was sent, the one word is the data set."""
     first, second = call.arguments.get("file", ""), call.arguments.get("dataset", "")
     return ("", first) if caller.attachments and not second else (first, second)
-
-
-def _last_dataset(tx: Tx, caller: Caller) -> tuple[str, str]:
-    """What the channel's newest job has read, and still is kept. Raises BadInput."""
-    row = tx.one(
-        "SELECT dataset_sha256, job.dataset FROM job JOIN dataset ON sha256 = dataset_sha256"
-        " WHERE channel_id = ? AND erased_ms IS NULL ORDER BY job.id DESC LIMIT 1",
-        [caller.channel.id],
-    )
-    if row is None:
-        raise BadInput("import.no_dataset")
-    return row["dataset_sha256"], row["dataset"]
 
 
 # --- files: blocking ---
@@ -110,50 +98,30 @@ async def _unpacked(home: Home, fetch: Fetch, caller: Caller, typed: str) -> tup
     local = caller.address.platform == terminal.TERMINAL
     if caller.attachments and not local:
         sent = caller.attachments[0]
-        file = await fetched(home, fetch(caller.address, sent), sent.name, MOST_BYTES[WEIGHTS])
+        file = await datasets.download(home, fetch(caller.address, sent), sent.name, MOST_BYTES[WEIGHTS])
         await asyncio.to_thread(_unpack_archive, file, sent.name, aside)
         return aside, sent.name
-    path = Path(caller.attachments[0].file_id) if caller.attachments else typed_path(typed)
+    path = Path(caller.attachments[0].file_id) if caller.attachments else datasets.typed_path(typed)
     if path is None or not local:
         raise BadInput("import.no_file")
     await asyncio.to_thread(_unpack_path, path, aside)
     return aside, path.name
 
 
-def _unpack_path(path: Path, aside: Path) -> None:
-    if _is_folder(path):
-        with _making(aside):
+def _unpack_path(path: Path, target: Path) -> None:
+    if datasets.is_folder(path):
+        with _making(target):
             for name in MOST_BYTES:
-                try:
-                    with _open_plain(path / name) as file:
-                        _copy(file, aside, name)
-                except FileNotFoundError:
-                    raise BadInput("import.missing", name=path.name, what=name) from None
+                member = datasets.open_plain(path / name, "import.unreadable")
+                if member is None:
+                    raise BadInput("import.missing", name=path.name, what=name)
+                with member:
+                    _copy(member, target, name)
         return
-    try:
-        file = _open_plain(path)
-    except FileNotFoundError:
-        raise BadInput("import.not_found", typed=str(path)[:200]) from None
-    _unpack_archive(file, path.name, aside)
-
-
-def _is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:  # a name that is too long
-        return False
-
-
-def _open_plain(path: Path) -> BinaryIO:
-    """Raises FileNotFoundError, and BadInput for a path that is there and cannot be read."""
-    try:
-        return files.open_plain(path)
-    except FileNotFoundError:
-        raise
-    except (IsADirectoryError, files.NotPlainFile) as error:
-        raise BadInput("import.unreadable", name=path.name, reason=Lazy("training.read_no_file")) from error
-    except OSError as error:
-        raise BadInput("import.unreadable", name=path.name, reason=error.strerror or "?") from error
+    file = datasets.open_plain(path, "import.unreadable")
+    if file is None:
+        raise BadInput("import.not_found", typed=str(path)[:200])
+    _unpack_archive(file, path.name, target)
 
 
 def _unpack_archive(file: BinaryIO, name: str, aside: Path) -> None:

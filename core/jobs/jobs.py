@@ -1,7 +1,7 @@
-"""Jobs, as rows. Knows no process, no file and no sentence.
+"""Jobs as rows: the states of a fine-tune and the transitions between them.
 
-validating -> waiting -> queued -> running -> publishing -> published | cancelled | failed. The check of the data is
-validating; waiting is for somebody's yes, without which nothing is trained.
+validating -> waiting -> queued -> running -> publishing -> published | cancelled | failed. A validating job's data is
+checked; a waiting job needs a person's confirmation.
 """
 
 from __future__ import annotations
@@ -12,7 +12,7 @@ from dataclasses import dataclass
 
 from core.delivery import deliveries
 from core.jobs import datasets, event_log
-from core.jobs.datasets import CONVERSATIONS, FEEDBACK, OF_PEOPLE
+from core.jobs.datasets import CONSENTED
 from core.jobs.protocol import JobEvent, Shown
 from core.storage import lifecycle
 from core.storage.database import Row, Tx
@@ -20,20 +20,17 @@ from core.storage.home import Home
 from core.storage.lifecycle import Erasure, Periods, Prune, Stage
 from core.types import Address, After, Caller, EraseFiles, WakeTraining
 
-BEFORE = ("validating", "waiting")  # nobody has agreed to it yet
+UNCONFIRMED = ("validating", "waiting")
 AT_WORK = ("queued", "running", "publishing")
-OPEN = (*BEFORE, *AT_WORK)
-ASKED, EXPIRED, REPLACED = "asked", "expired", "replaced"  # why a job was cancelled
-ERASED = "erased"  # the same, where the data set was erased
+OPEN = (*UNCONFIRMED, *AT_WORK)
+REQUESTED, EXPIRED, REPLACED, ERASED = "requested", "expired", "replaced", "erased"  # reasons of a cancellation
+KEPT = "kept"  # the fault of a failed job whose checkpoint is kept
 _LOG_S = 30 * 86_400.0
-KEPT = "kept"  # the fault of a job that failed on our side, where what it had learned is kept
-_OPEN = "('validating', 'waiting', 'queued', 'running', 'publishing')"
-_AT_WORK = "('queued', 'running', 'publishing')"
-# Ended, and may go on: what it has learned so far is kept as long as its data set.
+# Ended, and can be resumed: the checkpoint is kept as long as the data set.
 RESUMABLE = (
-    f"(job.state = 'cancelled' AND job.reason = '{ASKED}' OR job.state = 'failed' AND job.reason LIKE '{KEPT}: %')"
+    f"(job.state = 'cancelled' AND job.reason = '{REQUESTED}' OR job.state = 'failed' AND job.reason LIKE '{KEPT}: %')"
     " AND job.imported = '' AND job.started_ms IS NOT NULL AND EXISTS (SELECT 1 FROM dataset"
-    f" WHERE sha256 = job.dataset_sha256 AND erased_ms IS NULL AND source NOT IN ('{CONVERSATIONS}', '{FEEDBACK}'))"
+    f" WHERE sha256 = job.dataset_sha256 AND erased_ms IS NULL AND source NOT IN {CONSENTED})"
 )
 _JOB = (
     "SELECT job.*, dataset.source, channel.title, channel.instructions, train_nano, charge.tokens_trained, gross_nano"
@@ -45,7 +42,7 @@ _JOB = (
 
 @dataclass(frozen=True, slots=True)
 class Job:
-    """One fine-tune. `title` and `instructions` are its channel's, as they are now."""
+    """One fine-tune. `title` and `instructions` are the channel's present ones."""
 
     id: int
     channel_id: int
@@ -58,28 +55,28 @@ class Job:
     source: str
     state: str
     reason: str
-    result: str  # the sha256 of the version that came of it; "" where none did
+    result: str  # sha256 of the published version, or ""
     address: Address
     language: str
     attempts: int
     created_ms: int
-    started: bool  # whether it ever was trained
+    started: bool  # a trainer has run for it
     ended_ms: int | None
-    preset: str  # of hyper-parameters; "" is the configuration's
-    imported: str  # the folder of an adapter from elsewhere that it examines; "" where it trains
+    preset: str  # of hyper-parameters; "": those of the configuration
+    imported: str  # folder of an adapter from elsewhere to evaluate; "": the job trains
     columns: Mapping[str, str]
     redact: bool
-    train_nano: int  # the price of a token that was offered, or agreed to; 0 where there is none
-    charged: tuple[int, int] | None  # (tokens that were trained, their price in nano-units), once it is published
+    train_nano: int  # price of a trained token in nano-units; 0: free
+    charged: tuple[int, int] | None  # (trained tokens, price in nano-units) of a published job
 
     @property
     def label(self) -> str:
         return f"{self.adapter}@{self.version}"
 
     @property
-    def lasting(self) -> bool:
-        """Whether it may go on after it has ended: its data set, and what was learned, outlive it."""
-        return self.started and self.source not in OF_PEOPLE and not self.imported
+    def keeps_checkpoint(self) -> bool:
+        """Whether it can be resumed after a cancellation: its data set and its checkpoint stay."""
+        return self.started and self.source not in CONSENTED and not self.imported
 
     @property
     def open(self) -> bool:
@@ -96,10 +93,9 @@ def create(
     columns: Mapping[str, str] | None = None,
     preset: str = "",
 ) -> Job:
-    """A job for the caller's channel; its version is one that no adapter and no job of that name ever had.
+    """Insert a job of the caller's channel, with a version that no adapter and no job of this name ever had.
 
-    `dataset` is what these people call the data set: others may have brought the same bytes under another name.
-    `columns` are those of a question and its answer, where they were named.
+    `dataset` is the person's name for the data set. `columns` maps question, answer and system to columns.
     """
     name = caller.channel.adapter
     version = 1 + int(
@@ -128,9 +124,7 @@ def create(
         actor=caller.user,
         created_ms=tx.now_ms,
     )
-    made = find(tx, job_id)
-    assert made is not None
-    return made
+    return get(tx, job_id)
 
 
 def find(tx: Tx, job_id: int) -> Job | None:
@@ -138,37 +132,38 @@ def find(tx: Tx, job_id: int) -> Job | None:
     return _job(row) if row else None
 
 
+def get(tx: Tx, job_id: int) -> Job:
+    """A job that exists."""
+    return _job(tx.all(f"{_JOB} WHERE job.id = ?", [job_id])[0])
+
+
 def of_channel(tx: Tx, channel_id: int, limit: int) -> list[Job]:
-    """Newest first."""
-    return [
-        _job(row)
-        for row in tx.all(f"{_JOB} WHERE job.channel_id = ? ORDER BY job.id DESC LIMIT ?", [channel_id, limit])
-    ]
+    """The channel's jobs, newest first."""
+    rows = tx.all(f"{_JOB} WHERE job.channel_id = ? ORDER BY job.id DESC LIMIT ?", [channel_id, limit])
+    return [_job(row) for row in rows]
 
 
 def open_jobs(tx: Tx) -> list[Job]:
-    """Oldest first."""
-    return [_job(row) for row in tx.all(f"{_JOB} WHERE job.state IN {_OPEN} ORDER BY job.id")]
+    """All open jobs, oldest first."""
+    return [_job(row) for row in tx.all(f"{_JOB} WHERE job.state IN {OPEN} ORDER BY job.id")]
 
 
 def due(tx: Tx) -> list[Job]:
-    """What is to be trained, oldest first, and what was trained and ended, where its message is not written."""
-    return _due(tx, f"job.state IN {_AT_WORK}", f"job.state NOT IN {_OPEN} AND started_ms IS NOT NULL")
+    """Jobs for the training worker, oldest first: to train, or ended with a message that is not sent yet."""
+    return _due(tx, f"job.state IN {AT_WORK}", f"job.state NOT IN {OPEN} AND started_ms IS NOT NULL")
 
 
 def due_checks(tx: Tx) -> list[Job]:
-    """What is to be checked, oldest first, and what was checked, where its question or its end is not written."""
-    return _due(tx, "job.state = 'validating'", f"job.state NOT IN {_AT_WORK} AND started_ms IS NULL")
+    """Jobs for the check worker, oldest first: to check, or checked with a message that is not sent yet."""
+    return _due(tx, "job.state = 'validating'", f"job.state NOT IN {AT_WORK} AND started_ms IS NULL")
 
 
-def _due(tx: Tx, work: str, untold: str) -> list[Job]:
-    return [
-        _job(row)
-        for row in tx.all(
-            f"{_JOB} JOIN delivery ON delivery.job_id = job.id"
-            f" WHERE {work} OR ({untold} AND delivery.state IN ('open', 'generated')) ORDER BY job.id"
-        )
-    ]
+def _due(tx: Tx, work: str, unsent: str) -> list[Job]:
+    rows = tx.all(
+        f"{_JOB} JOIN delivery ON delivery.job_id = job.id"
+        f" WHERE {work} OR ({unsent} AND delivery.state IN ('open', 'generated')) ORDER BY job.id"
+    )
+    return [_job(row) for row in rows]
 
 
 def state_of(tx: Tx, job_id: int) -> str:
@@ -176,31 +171,26 @@ def state_of(tx: Tx, job_id: int) -> str:
 
 
 def start(tx: Tx, job_id: int) -> bool:
-    """Mark it as running; whether it still is to be run."""
+    """Set a job running; False where it is not at work any more."""
     return bool(
         tx.run(
-            "UPDATE job SET state = 'running', started_ms = ifnull(started_ms, ?)"
-            f" WHERE id = ? AND state IN {_AT_WORK}",
+            f"UPDATE job SET state = 'running', started_ms = ifnull(started_ms, ?) WHERE id = ? AND state IN {AT_WORK}",
             [tx.now_ms, job_id],
         )
     )
 
 
-def ask(tx: Tx, job_id: int) -> bool:
-    """Its data is checked: from now on it waits for a yes. Whether it still is to be asked for."""
+def await_confirmation(tx: Tx, job_id: int) -> bool:
+    """Set a checked job waiting for a yes; False where it was cancelled meanwhile."""
     return bool(
         tx.run(
-            "UPDATE job SET state = 'waiting', asked_ms = ? WHERE id = ? AND state = 'validating'",
-            [tx.now_ms, job_id],
+            "UPDATE job SET state = 'waiting', asked_ms = ? WHERE id = ? AND state = 'validating'", [tx.now_ms, job_id]
         )
     )
 
 
 def pin_price(tx: Tx, job_id: int, tokens: int | None = None) -> None:
-    """What its channel pays for a trained token now is what this job costs, whatever becomes of the price.
-
-    `tokens` is how many were told to whoever decides: no more are charged.
-    """
+    """Fix the price of a trained token at the channel's present one; at most `tokens`, the estimate, are charged."""
     tx.run(
         "UPDATE job SET tokens_agreed = ?,"
         " price_id = (SELECT max(id) FROM price WHERE price.channel_id = job.channel_id) WHERE id = ?",
@@ -208,31 +198,27 @@ def pin_price(tx: Tx, job_id: int, tokens: int | None = None) -> None:
     )
 
 
-def is_asking(tx: Tx, job_id: int) -> bool:
-    return state_of(tx, job_id) == "waiting"
-
-
-def move(tx: Tx, job_id: int, state: str, *, redact: bool = False) -> None:
-    """Out of waiting: to be trained, or to be checked again. What it says next is another message."""
+def leave_waiting(tx: Tx, job_id: int, state: str, *, redact: bool = False) -> None:
+    """Queue a waiting job, or have it checked again; its next message is a new one."""
     tx.run("UPDATE job SET state = ?, redact = ?, asked_ms = NULL, attempts = 0 WHERE id = ?", [state, redact, job_id])
     deliveries.renew_for_job(tx, job_id)
 
 
-def read_from(tx: Tx, job_id: int, dataset_sha256: str) -> None:
-    """The job is for this data set from now on, whose columns have our own names; it needs the other one no more."""
+def replace_dataset(tx: Tx, job_id: int, dataset_sha256: str) -> None:
+    """Train on another data set, with standard column names, and erase the earlier one if nothing needs it."""
     before = str(tx.value("SELECT dataset_sha256 FROM job WHERE id = ?", [job_id]))
     tx.run("UPDATE job SET dataset_sha256 = ?, columns = '', redact = 0 WHERE id = ?", [dataset_sha256, job_id])
     datasets.erase_unneeded(tx, before)
 
 
 def expired(tx: Tx, age_ms: int) -> list[int]:
-    """The jobs that have waited so long for a yes."""
+    """Jobs that have waited `age_ms` or longer for a yes."""
     rows = tx.all("SELECT id FROM job WHERE state = 'waiting' AND asked_ms <= ?", [tx.now_ms - age_ms])
     return [row["id"] for row in rows]
 
 
-def talked_since(tx: Tx, job_id: int, conversation_id: int) -> bool:
-    """Whether something was said in that conversation after the job had asked."""
+def has_turn_since(tx: Tx, job_id: int, conversation_id: int) -> bool:
+    """Whether the conversation has a turn after the question of the job."""
     return bool(
         tx.value(
             "SELECT 1 FROM turn WHERE conversation_id = ? AND at_ms > (SELECT asked_ms FROM job WHERE id = ?) LIMIT 1",
@@ -241,8 +227,8 @@ def talked_since(tx: Tx, job_id: int, conversation_id: int) -> bool:
     )
 
 
-def before(tx: Tx, job_id: int) -> int:
-    """How many jobs are trained before this one, which waits: the one at work, and older ones that wait."""
+def jobs_ahead(tx: Tx, job_id: int) -> int:
+    """How many jobs are trained before this queued one."""
     return int(
         tx.value(
             "SELECT count(*) FROM job WHERE id <> ?"
@@ -253,52 +239,38 @@ def before(tx: Tx, job_id: int) -> int:
 
 
 def publishing(tx: Tx, job_id: int, sha256: str) -> bool:
-    """Note which folder is about to be moved, so that a crash between the move and the commit loses nothing."""
+    """Record the hash of the folder that is moved next, so that a crash after the move loses nothing."""
     if not tx.run("UPDATE job SET state = 'publishing' WHERE id = ? AND state = 'running'", [job_id]):
         return False
-    event_log.note(tx, job_id, "publishing", json.dumps({"sha256": sha256}))
+    event_log.append(tx, job_id, "publishing", json.dumps({"sha256": sha256}))
     return True
 
 
-def published_folder(tx: Tx, job_id: int) -> str:
-    """The hash that `publishing` noted, or ""."""
-    data = tx.value(
-        "SELECT data FROM job_event WHERE job_id = ? AND kind = 'publishing' ORDER BY seq DESC LIMIT 1", [job_id]
-    )
-    return str(json.loads(data)["sha256"]) if data else ""
-
-
-def unpublished_folder(tx: Tx, job_id: int) -> str:
-    """The same where no version came of it, so that nobody will ever use the folder."""
-    sha256 = published_folder(tx, job_id)
-    return "" if tx.value("SELECT 1 FROM adapter WHERE sha256 = ?", [sha256]) else sha256
-
-
 def end(tx: Tx, job_id: int, state: str, reason: str = "", result: str | None = None) -> bool:
-    """Published, cancelled or failed; whether it was open until now."""
+    """Set a job published, cancelled or failed; False where it had ended before."""
     changed = tx.run(
-        f"UPDATE job SET state = ?, reason = ?, result = ?, ended_ms = ? WHERE id = ? AND state IN {_OPEN}",
+        f"UPDATE job SET state = ?, reason = ?, result = ?, ended_ms = ? WHERE id = ? AND state IN {OPEN}",
         [state, reason, result, tx.now_ms, job_id],
     )
     datasets.erase_unneeded(tx, str(tx.value("SELECT dataset_sha256 FROM job WHERE id = ?", [job_id])))
     return bool(changed)
 
 
-def fail(tx: Tx, job_id: int, fault: str, reason: str, *, learned: bool) -> bool:
-    """End it as failed; whether it was open. `learned`: there is something that it may go on from."""
-    return end(tx, job_id, "failed", f"{KEPT if learned and fault == 'ours' else fault}: {reason}"[:500])
+def fail(tx: Tx, job_id: int, fault: str, reason: str, *, resumable: bool) -> bool:
+    """Set a job failed; False where it had ended before. `resumable`: it has a checkpoint to continue from."""
+    return end(tx, job_id, "failed", f"{KEPT if resumable and fault == 'ours' else fault}: {reason}"[:500])
 
 
 def cancel(tx: Tx, job_id: int, reason: str) -> bool:
-    """End it unpublished; the supervisor stops its trainer. Whether it was open.
+    """Cancel an open job; its worker stops the trainer. False where it had ended before.
 
-    Of one that was asked for before it began, the answer to that says enough: it gets no message of its own.
+    A job that was cancelled by a command before it started sends no message of its own: the command is answered.
     """
     was = state_of(tx, job_id)
     if not end(tx, job_id, "cancelled", reason):
         return False
-    if was in (*BEFORE, "queued"):
-        if reason in (ASKED, REPLACED):
+    if was in (*UNCONFIRMED, "queued"):
+        if reason in (REQUESTED, REPLACED):
             deliveries.skip(tx, deliveries.new_delivery(tx, job_id=job_id))
         elif was == "waiting":
             deliveries.renew_for_job(tx, job_id)
@@ -306,23 +278,23 @@ def cancel(tx: Tx, job_id: int, reason: str) -> bool:
 
 
 def resumable(tx: Tx, job_id: int) -> bool:
-    """Whether it was cancelled by somebody, or failed on our side with something learned, and may go on."""
+    """Whether the job has ended and can be resumed."""
     return bool(tx.value(f"SELECT 1 FROM job WHERE id = ? AND {RESUMABLE}", [job_id]))
 
 
 def resume(tx: Tx, job_id: int) -> None:
-    """Queue a resumable job again. What was said of its end stays as it is; what it says next is another message."""
+    """Queue a resumable job again; its next message is a new one."""
     tx.run("UPDATE job SET state = 'queued', reason = '', ended_ms = NULL, attempts = 0 WHERE id = ?", [job_id])
     deliveries.renew_for_job(tx, job_id)
 
 
-def give_up_message(tx: Tx, job_id: int) -> None:
-    """The platform does not take what is said of this job; /finetune status still tells it."""
+def drop_message(tx: Tx, job_id: int) -> None:
+    """Give up a message that the platform does not take."""
     deliveries.give_up(tx, deliveries.new_delivery(tx, job_id=job_id))
 
 
-def is_told(tx: Tx, job_id: int) -> bool:
-    """Whether the job's message has its last form, or will get none."""
+def is_delivered(tx: Tx, job_id: int) -> bool:
+    """Whether the job's message has its final form, or was given up."""
     return bool(tx.value("SELECT state IN ('done', 'failed') FROM delivery WHERE job_id = ?", [job_id]))
 
 
@@ -331,17 +303,17 @@ def count_by_state(tx: Tx) -> dict[str, int]:
 
 
 def count_attempt(tx: Tx, job_id: int) -> int:
-    """One more trainer that ended without a result or progress; how many by now."""
+    """Count a trainer process that ended without result or progress; the new count."""
     return int(tx.value("UPDATE job SET attempts = attempts + 1 WHERE id = ? RETURNING attempts", [job_id]))
 
 
 def set_imported(tx: Tx, job_id: int, unpacked: str) -> None:
-    """The job examines an adapter from elsewhere: the folder of that name beside the jobs' becomes its candidate."""
+    """Have the job evaluate an adapter from elsewhere: its candidate is the folder of this name in jobs/."""
     tx.run("UPDATE job SET imported = ? WHERE id = ?", [unpacked, job_id])
 
 
-def keep_shown(tx: Tx, job_id: int, text: str) -> None:
-    """What of its test rows may be shown, sealed; nothing of a data set that is erased. Erasing one erases this too."""
+def keep_test_rows(tx: Tx, job_id: int, text: str) -> None:
+    """Store, encrypted, the test rows that operators may see. They are erased together with their data set."""
     tx.run(
         "UPDATE job SET shown = ? WHERE id = ?"
         " AND EXISTS (SELECT 1 FROM dataset WHERE sha256 = dataset_sha256 AND erased_ms IS NULL)",
@@ -349,34 +321,22 @@ def keep_shown(tx: Tx, job_id: int, text: str) -> None:
     )
 
 
-def shown(tx: Tx, result: str) -> Shown:
-    """Of the job that made this version; empty where nothing is kept, or not any more."""
+def test_rows(tx: Tx, result: str) -> Shown:
+    """The stored test rows of a version; empty where there are none."""
     sealed = tx.value("SELECT shown FROM job WHERE result = ? AND shown IS NOT NULL", [result])
     return Shown.load(tx.cipher.unseal(sealed) if sealed else "")
 
 
 def _job(row: Row) -> Job:
+    plain = (
+        "id channel_id title instructions adapter version dataset dataset_sha256 source state reason language attempts"
+        " created_ms ended_ms imported preset"
+    )
     return Job(
-        id=row["id"],
-        channel_id=row["channel_id"],
-        title=row["title"],
-        instructions=row["instructions"],
-        adapter=row["adapter"],
-        version=row["version"],
-        dataset=row["dataset"],
-        dataset_sha256=row["dataset_sha256"],
-        source=row["source"],
-        state=row["state"],
-        reason=row["reason"],
+        **{name: row[name] for name in plain.split()},
         result=row["result"] or "",
         address=Address(row["platform"], row["account"], row["place"], row["conversation"]),
-        language=row["language"],
-        attempts=row["attempts"],
-        created_ms=row["created_ms"],
         started=row["started_ms"] is not None,
-        ended_ms=row["ended_ms"],
-        imported=row["imported"],
-        preset=row["preset"],
         columns=json.loads(row["columns"] or "{}"),
         redact=bool(row["redact"]),
         train_nano=row["train_nano"] or 0,
@@ -385,7 +345,7 @@ def _job(row: Row) -> Job:
 
 
 def move_place(tx: Tx, platform: str, account: str, before: str, now: str) -> None:
-    """Rename a place that the platform has renamed."""
+    """Follow a rename of a place by its platform."""
     tx.run(
         "UPDATE OR IGNORE job SET place = ? WHERE platform = ? AND account = ? AND place = ?",
         [now, platform, account, before],
@@ -393,7 +353,7 @@ def move_place(tx: Tx, platform: str, account: str, before: str, now: str) -> No
 
 
 def add_event(tx: Tx, job_id: int, event: JobEvent) -> None:
-    """Store what the trainer reported. A step beyond the last one resets the count of failed attempts."""
+    """Store an event of the trainer. Progress beyond the last stored step resets the count of attempts."""
     if event_log.add_event(tx, job_id, event):
         tx.run("UPDATE job SET attempts = 0 WHERE id = ?", [job_id])
 
@@ -401,13 +361,11 @@ def add_event(tx: Tx, job_id: int, event: JobEvent) -> None:
 # --- erasure and retention ---
 
 
+@lifecycle.withdraws
 def withdraw(tx: Tx, user_hash: str, channel_id: int) -> tuple[After, ...]:
-    """Erase the data sets of this channel that hold messages of a person, and cancel the jobs that read them."""
+    """Erase the channel's data sets with messages of a person, and cancel the jobs on them."""
     erased = _erase_datasets(tx, datasets.of_person(tx, user_hash, channel_id))
     return (EraseFiles(), WakeTraining()) if erased else ()
-
-
-lifecycle.withdraws(withdraw)
 
 
 def _erase_datasets(tx: Tx, erased: list[str]) -> bool:
@@ -434,10 +392,8 @@ def _prunes(kept: Periods) -> list[Prune]:
 
 @lifecycle.sweeps
 def _sweep(tx: Tx, kept: Periods) -> Callable[[Home], None]:
-    known = {
-        str(row["name"])
-        for row in tx.all("SELECT id AS name FROM job UNION SELECT imported FROM job WHERE ended_ms IS NULL")
-    }
+    names = tx.all("SELECT id AS name FROM job UNION SELECT imported FROM job WHERE ended_ms IS NULL")
+    known = {str(row["name"]) for row in names}
     gone = {str(row["id"]) for row in tx.all(f"SELECT id FROM job WHERE ended_ms IS NOT NULL AND NOT ({RESUMABLE})")}
 
     def remove(home: Home) -> None:

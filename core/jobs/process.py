@@ -1,7 +1,7 @@
-"""One trainer process: started on a job folder, heard, and stopped. Knows no rows, no adapters and no sentences.
+"""One trainer process: start it on a job folder, read its events, pause and stop it.
 
-It runs `python -m finetune check|train JOBDIR` in a session of its own. The end of its standard input tells it to
-write a checkpoint and go; so it also goes when this program is killed.
+The command is `python -m finetune check|train JOBDIR`, in a session of its own. End of file on its standard input asks
+it to write a checkpoint and exit, so it also exits when this program is killed.
 """
 
 from __future__ import annotations
@@ -17,6 +17,7 @@ import time
 from asyncio.subprocess import DEVNULL, PIPE, Process
 from collections.abc import Awaitable, Callable, Mapping, Sequence
 from contextlib import suppress
+from dataclasses import dataclass
 from pathlib import Path
 
 from core.errors import JobError
@@ -29,11 +30,10 @@ _ROOT = Path(__file__).resolve().parents[2]
 _MAX_LINE_BYTES = 2**20
 _MAX_LOG_BYTES = 2**20
 _TERMINATE_S = 5.0
-_LEAVE_S = 30.0
-_LOCK_S, _LOOK_S = 60.0, 0.2
-_USHER_S, _QUIET_S = 0.02, 0.5
-_LONGEST_HALT_S, _TURN_S = 4.5, 0.5
-# What a trainer needs to find its libraries and its device. Tokens and passwords are not among it.
+_EXIT_S = 30.0
+_LOCK_S, _LOCK_POLL_S = 60.0, 0.2
+_LOAD_POLL_S = 0.02
+# The variables by which a trainer finds its libraries and its device; no tokens, no passwords.
 _PASSED = frozenset(
     "PATH HOME USER LANG LANGUAGE TZ TMPDIR TEMP TMP VIRTUAL_ENV LD_LIBRARY_PATH DYLD_LIBRARY_PATH SYSTEMROOT".split()
 )
@@ -57,54 +57,54 @@ class TrainerProcess:
         self._log_file = log_file
         self._command = command
         self._silence_s = silence_s
-        self._halted_at: float | None = None  # of time.monotonic
-        self._halted_s = 0.0  # all its halts before
+        self._paused_at: float | None = None  # time.monotonic
+        self._earlier_pauses_s = 0.0
         self._process: Process | None = None
-        self._told_to_stop = asyncio.Event()
+        self._stop_requested = asyncio.Event()
 
-    async def run(self, hear: Callable[[JobEvent], Awaitable[None]]) -> int:
-        """Start it, give each event to `hear`, and wait for its end. Raises JobError where it cannot be started."""
+    async def run(self, on_event: Callable[[JobEvent], Awaitable[None]]) -> int:
+        """Start the process, pass each event to `on_event`, and wait for the end. Raises JobError."""
         await self._until_unlocked()
-        if self._told_to_stop.is_set():
+        if self._stop_requested.is_set():
             return EXIT_INTERRUPTED
         self._process = process = await self._spawn()
-        if self._told_to_stop.is_set():
-            self._hang_up()
+        if self._stop_requested.is_set():
+            self._close_stdin()
         try:
-            await self._listen(process, hear)
-            return await self._ended(process)
+            await self._read_events(process, on_event)
+            return await self._exit_status(process)
         finally:
-            if process.returncode is None:  # we are cancelled, or cannot hear it any more
+            if process.returncode is None:  # this task was cancelled, or an event could not be stored
                 self._signal(signal.SIGKILL)
                 await process.wait()
 
     async def stop(self, deadline_s: float) -> None:
-        """Ask it to write a checkpoint and go; make it go when the time is over. Returns when it is asked."""
-        self._told_to_stop.set()
+        """Ask for a checkpoint and an exit; SIGTERM after the deadline, then SIGKILL."""
+        self._stop_requested.set()
         process = self._process
         if process is None or process.returncode is not None:
             return
-        self._hang_up()
-        for patience_s, number in ((deadline_s, signal.SIGTERM), (_TERMINATE_S, signal.SIGKILL)):
+        self._close_stdin()
+        for timeout_s, number in ((deadline_s, signal.SIGTERM), (_TERMINATE_S, signal.SIGKILL)):
             try:
-                async with asyncio.timeout(patience_s):
+                async with asyncio.timeout(timeout_s):
                     await process.wait()
                     return
             except TimeoutError:
                 self._signal(number)
 
-    def halt(self) -> None:
-        """Let it stand still, in the middle of whatever it does, until `go_on`; not if it is to go."""
-        if not self._told_to_stop.is_set():
+    def pause(self) -> None:
+        """Stop the process group with SIGSTOP until `resume`; a no-op once a stop is requested."""
+        if not self._stop_requested.is_set():
             self._signal(signal.SIGSTOP)
-            self._halted_at = self._halted_at or time.monotonic()
+            self._paused_at = self._paused_at or time.monotonic()
 
-    def go_on(self) -> None:
+    def resume(self) -> None:
         self._signal(signal.SIGCONT)
-        self._halted_s, self._halted_at = self._stood_still_s(), None
+        self._earlier_pauses_s, self._paused_at = self._paused_s(), None
 
-    def _stood_still_s(self) -> float:
-        return self._halted_s + (time.monotonic() - self._halted_at if self._halted_at else 0.0)
+    def _paused_s(self) -> float:
+        return self._earlier_pauses_s + (time.monotonic() - self._paused_at if self._paused_at else 0.0)
 
     async def _spawn(self) -> Process:
         descriptor = await asyncio.to_thread(_open_log, self._log_file)
@@ -127,15 +127,15 @@ class TrainerProcess:
             if descriptor >= 0:
                 os.close(descriptor)
 
-    async def _listen(self, process: Process, hear: Callable[[JobEvent], Awaitable[None]]) -> None:
+    async def _read_events(self, process: Process, on_event: Callable[[JobEvent], Awaitable[None]]) -> None:
         while True:
             try:
-                line = await self._read(process)
+                line = await self._read_line(process)
             except TimeoutError:
                 log.error("trainer.silent", extra={"job": self._folder.name, "seconds": self._silence_s})
                 self._signal(signal.SIGKILL)
                 return
-            except ValueError:  # longer than any event
+            except ValueError:  # longer than _MAX_LINE_BYTES
                 log.warning("trainer.line_too_long", extra={"job": self._folder.name})
                 continue
             if not line:
@@ -146,86 +146,101 @@ class TrainerProcess:
                 log.warning("trainer.not_an_event", extra={"job": self._folder.name, "bytes": len(line)})
                 continue
             if not isinstance(event, Alive):
-                await hear(event)
+                await on_event(event)
 
-    async def _read(self, process: Process) -> bytes:
-        """The next line. Raises TimeoutError after `silence_s`, in which the time that it was halted does not count."""
+    async def _read_line(self, process: Process) -> bytes:
+        """Raises TimeoutError after `silence_s` without a line, pauses not counted."""
         assert process.stdout is not None
-        left, before, began = self._silence_s, self._stood_still_s(), time.monotonic()
+        left, paused_before, began = self._silence_s, self._paused_s(), time.monotonic()
         while True:
             try:
                 async with asyncio.timeout(left):
                     return await process.stdout.readline()
             except TimeoutError:
-                silent = time.monotonic() - began - (self._stood_still_s() - before)
+                silent = time.monotonic() - began - (self._paused_s() - paused_before)
                 left = self._silence_s - silent
                 if left <= 0:
                     raise
 
-    async def _ended(self, process: Process) -> int:
-        """Its exit status; it has closed its standard output, so it has no more to do than to go."""
+    async def _exit_status(self, process: Process) -> int:
+        """Wait for the exit of a process that has closed its standard output; kill it after _EXIT_S."""
         try:
-            async with asyncio.timeout(_LEAVE_S):
+            async with asyncio.timeout(_EXIT_S):
                 return await process.wait()
         except TimeoutError:
-            log.error("trainer.stays", extra={"job": self._folder.name})
+            log.error("trainer.no_exit", extra={"job": self._folder.name})
             self._signal(signal.SIGKILL)
             return await process.wait()
 
     async def _until_unlocked(self) -> None:
-        """Wait for a trainer of an earlier life, which is writing its checkpoint. Raises JobError if it never ends."""
+        """Wait until the trainer of an earlier run of this program has exited. Raises JobError after _LOCK_S."""
         try:
             async with asyncio.timeout(_LOCK_S):
                 while await asyncio.to_thread(_is_locked, self._folder / "lock"):
                     with suppress(TimeoutError):
-                        async with asyncio.timeout(_LOOK_S):
-                            await self._told_to_stop.wait()
+                        async with asyncio.timeout(_LOCK_POLL_S):
+                            await self._stop_requested.wait()
                             return
         except TimeoutError:
             raise JobError("training.why_locked", seconds=round(_LOCK_S)) from None
 
-    def _hang_up(self) -> None:
-        self.go_on()  # it cannot hear us while it is halted
+    def _close_stdin(self) -> None:
+        self.resume()  # a paused process reads nothing
         if self._process is not None and self._process.stdin is not None:
             self._process.stdin.close()
 
     def _signal(self, number: signal.Signals) -> None:
-        """To the trainer and whatever it has started."""
+        """Send a signal to the process group."""
         if self._process is not None and self._process.returncode is None:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, number)
 
 
-async def usher(trainer: TrainerProcess, asked: Callable[[], int]) -> None:
-    """While people are answered the trainer stands still, and a moment longer: they ask again. Until cancelled.
+@dataclass(slots=True)
+class PausePolicy:
+    """Whether a trainer is paused while replies are generated on the same machine.
 
-    `asked` counts who is answered or waits. Running more slowly is not enough: each of chat's matrix products waits for
-    the slowest of its threads, so that one thread beside them makes a first token 38 times later, however nice it is
-    (tests/bench/room.py). A chat that never rests leaves a job a turn now and then, which ends when somebody asks.
+    A low priority is not enough: each matrix product of a reply waits for the slowest of its threads, so one busy
+    thread beside them delays a first token 38 times, however nice it is (tests/bench/room.py). The pause lasts
+    `quiet_s` longer than the load. After `longest_pause_s` the trainer runs for `turn_s`, unless the load grows.
     """
-    asked_at = halted_at = -math.inf
-    halted, before = False, 0
+
+    quiet_s: float = 0.5
+    longest_pause_s: float = 4.5
+    turn_s: float = 0.5
+    paused: bool = False
+    _loaded_at: float = -math.inf
+    _paused_at: float = -math.inf
+    _load_before: int = 0
+
+    def update(self, now: float, load: int) -> bool:
+        """`paused` at the time `now` (seconds) with `load` replies in work or waiting."""
+        if load:
+            self._loaded_at = now
+        quiet = now - self._loaded_at >= self.quiet_s
+        in_turn = self.longest_pause_s <= now - self._paused_at < self.longest_pause_s + self.turn_s
+        pause = not (quiet or (in_turn and load <= self._load_before))
+        if pause and not self.paused:
+            self._paused_at = now
+        self.paused, self._load_before = pause, load
+        return pause
+
+
+async def pause_under_load(trainer: TrainerProcess, load: Callable[[], int]) -> None:
+    """Pause and resume a trainer by PausePolicy until cancelled. `load` counts replies in work or waiting."""
+    policy = PausePolicy()
     try:
         while True:
-            now, count = time.monotonic(), asked()
-            if count:
-                asked_at = now
-            room = now - asked_at >= _QUIET_S
-            turn = _LONGEST_HALT_S <= now - halted_at < _LONGEST_HALT_S + _TURN_S and count <= before
-            if halted and (room or turn):
-                trainer.go_on()
-                halted = False
-            elif not (halted or room or turn):
-                trainer.halt()
-                halted, halted_at = True, now
-            before = count
-            await asyncio.sleep(_USHER_S)
+            before = policy.paused
+            if policy.update(time.monotonic(), load()) != before:
+                trainer.resume() if before else trainer.pause()
+            await asyncio.sleep(_LOAD_POLL_S)
     finally:
-        trainer.go_on()
+        trainer.resume()
 
 
 def environment(given: Mapping[str, str]) -> dict[str, str]:
-    """What a trainer may know of our environment; none of it is a secret."""
+    """The environment of a trainer, without secrets."""
     passed = {name: value for name, value in given.items() if name in _PASSED or name.startswith(_PASSED_GROUPS)}
     return {**passed, "PYTHONPATH": str(_ROOT), "PYTHONUNBUFFERED": "1", "HF_HUB_OFFLINE": "1"}
 
@@ -245,7 +260,7 @@ def _is_locked(path: Path) -> bool:
 
 
 def _open_log(path: Path) -> int:
-    """Where the trainer's standard error goes; -1 where there is no room. A file that has grown large begins anew."""
+    """Descriptor of the file for standard error, truncated beyond _MAX_LOG_BYTES; -1 where it cannot be opened."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
     try:
         if path.exists() and path.stat().st_size > _MAX_LOG_BYTES:

@@ -78,6 +78,14 @@ class Spec:
         aside.replace(folder / "spec.json")
 
     @classmethod
+    def find(cls, folder: Path) -> Spec | None:
+        """The spec of a job folder; None where there is none that can be read."""
+        try:
+            return cls.read(folder)
+        except JobError:
+            return None
+
+    @classmethod
     def read(cls, folder: Path) -> Spec:
         """Raises JobError for a missing, damaged or newer spec.json; it names the file and the key."""
         path = folder / "spec.json"

@@ -1,7 +1,7 @@
-"""Fine-tunes, one at a time: trained, judged by their trainer, published. Knows no torch.
+"""Worker for training: trains a job, evaluates the candidate, publishes it; and the supervisor of both workers.
 
-queued -> running -> publishing -> published | cancelled | failed. Every step is committed before the next, so a crash
-leads back to a trainer that resumes its checkpoint, or to a folder that only has to be written down.
+queued -> running -> publishing -> published | cancelled | failed. Each step is committed before the next one: after a
+crash the trainer resumes its checkpoint, or a finished folder is registered.
 """
 
 from __future__ import annotations
@@ -22,14 +22,13 @@ from core.delivery.deliveries import Deliveries, keep_body, new_delivery
 from core.engine.protocol import EngineInfo
 from core.errors import AdapterUnusable, StorageFull
 from core.i18n.messages import Lazy
-from core.jobs import event_log, job_messages, jobs
+from core.jobs import event_log, jobs, messages
 from core.jobs.checks import CheckWorker, check_folder
 from core.jobs.jobs import Job
 from core.jobs.process import COMMAND
-from core.jobs.progress_message import ProgressMessage
-from core.jobs.protocol import EXIT_FINISHED, SHOWN, Evaluated, JobEvent, Progress
-from core.jobs.resumable import begun_with
-from core.jobs.worker import JobWorker, TrainingSettings, WorkerContext, with_line
+from core.jobs.progress import ProgressMessage
+from core.jobs.protocol import EXIT_FINISHED, SHOWN, Evaluated, JobEvent, Progress, Spec
+from core.jobs.worker import JobWorker, TrainingSettings, WorkerContext
 from core.storage.database import Database, Tx
 from core.storage.home import Home
 from core.types import AdapterRef
@@ -38,11 +37,9 @@ from core.usage import ledger
 log = logging.getLogger(__name__)
 CANDIDATE, OUT = "candidate", "out"
 
-__all__ = ["JobSupervisor", "TrainingSettings"]
-
 
 class JobSupervisor:
-    """Both lines of jobs: what is to be checked, and what is to be trained."""
+    """Runs the check worker and the training worker."""
 
     def __init__(
         self,
@@ -53,29 +50,29 @@ class JobSupervisor:
         settings: TrainingSettings,
         *,
         command: Sequence[str] = COMMAND,
-        asked: Callable[[], int] = lambda: 0,
+        load: Callable[[], int] = lambda: 0,
     ) -> None:
-        """`asked` counts who is answered on the same machine, or waits for it: meanwhile the trainer stands still."""
-        shop = WorkerContext(database, home, deliveries, info, settings, command, asked)
-        self._trains = TrainingWorker(shop)
-        self._checks = CheckWorker(shop, lambda: self._trains.busy)
+        """`load` counts replies in work or waiting on the same machine: the trainer is paused meanwhile."""
+        context = WorkerContext(database, home, deliveries, info, settings, command, load)
+        self._training = TrainingWorker(context)
+        self._checks = CheckWorker(context, lambda: self._training.busy)
 
     def wake(self) -> None:
-        """There may be a job, or one less."""
+        """A job was added, changed or cancelled."""
         self._checks.wake()
-        self._trains.wake()
+        self._training.wake()
 
     async def run(self) -> None:
         """Until cancelled."""
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(self._checks.run(), name="checks")
-            tasks.create_task(self._trains.run(), name="trains")
+            tasks.create_task(self._checks.run(), name="check worker")
+            tasks.create_task(self._training.run(), name="training worker")
 
     async def stop(self, deadline_s: float) -> None:
-        """Begin no job; what is trained writes its checkpoint. It goes on at the next start."""
+        """Start no job; the running trainers write their checkpoints. The jobs continue at the next start."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._checks.stop(deadline_s))
-            tasks.create_task(self._trains.stop(deadline_s))
+            tasks.create_task(self._training.stop(deadline_s))
 
 
 class TrainingWorker(JobWorker):
@@ -85,18 +82,18 @@ class TrainingWorker(JobWorker):
         return jobs.due(tx)
 
     async def work(self, job: Job) -> None:
-        if not await self._publish_placed(job):
+        if not await self._register_placed(job):
             await self._train(job)
 
     async def _train(self, job: Job) -> None:
-        """Run its trainer, or what is left for it to do, until there is a result or a reason."""
+        """Run trainer processes until the job is published, failed or cancelled."""
         if not await self._database.write(lambda tx: jobs.start(tx, job.id)):
             return
         folder = self._home.jobs / str(job.id)
         try:
             champion = await self._database.read(lambda tx: self._champion(tx, job))
             if await asyncio.to_thread(self._prepare, job, folder, champion):
-                await self._database.write(lambda tx: event_log.begin_anew(tx, job.id))
+                await self._database.write(lambda tx: event_log.clear(tx, job.id))
         except FileNotFoundError:
             await self._fail(job, "ours", Lazy("training.why_no_data"))
             return
@@ -104,36 +101,37 @@ class TrainingWorker(JobWorker):
             _wait_out(error)
             await self._fail(job, "ours", Lazy("training.why_folder", error=error.strerror))
             return
-        board = ProgressMessage(self._database, self._deliveries, job)
-        await board.open(await self._delivery(job))
-        while not self._stopping and await self._is_on(job):
-            status, failed = await self._run_trainer(job, folder, board)
-            if not await self._is_on(job):
-                return  # cancelled, or cancelled and to go on: in its turn, and with another message
+        progress = ProgressMessage(self._database, self._deliveries, job)
+        await progress.open(await self._delivery(job))
+        while not self._stopping and await self._is_active(job):
+            status, failed = await self._run_trainer(job, folder, progress)
+            if not await self._is_active(job):
+                return  # cancelled, and perhaps queued again by a resume
             if failed is not None:
-                await self._fail(job, failed.fault, with_line(failed, job.language), of_use=failed.of_use)
+                reason = messages.failure_reason(failed, job.language)
+                await self._fail(job, failed.fault, reason, resumable=failed.of_use)
             elif status == EXIT_FINISHED:
                 await self._publish(job, folder / OUT)
             else:
-                await self._again(job, status)
+                await self._retry_trainer(job, status)
 
-    # --- its folder ---
+    # --- job folder ---
 
     def _champion(self, tx: Tx, job: Job) -> AdapterRef | None:
-        """What the channel answers from now, which the candidate has to beat; None is the base model."""
+        """The version that answers in the channel now; None for the base model."""
         sha256, label = adapter_names.champion(tx, job.adapter)
-        if sha256 is None or registry.by_sha(tx, sha256).base_fingerprint != self.shop.info.fingerprint:
+        if sha256 is None or registry.by_sha(tx, sha256).base_fingerprint != self.context.info.fingerprint:
             return None
         return AdapterRef(sha256, self._home.adapters / sha256, label)
 
     def _prepare(self, job: Job, folder: Path, champion: AdapterRef | None) -> bool:
-        """jobs/<id>/. What an earlier life laid out stays, but for where things lie; the check has had its turn.
+        """Lay out the job folder, or update the paths in the spec of an earlier start.
 
-        What had ended goes on as it was begun, whatever the channel and the configuration say by now. On another
-        base model nothing of it is of use: whether it is that.
+        A resumed job keeps its instructions and hyper-parameters. On another base model it starts again from nothing;
+        True in this case. Raises OSError.
         """
         shutil.rmtree(check_folder(self._home, job.id), ignore_errors=True)
-        begun = begun_with(folder)
+        earlier = Spec.find(folder)
         if job.imported and not (folder / CANDIDATE).exists():
             folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             (self._home.jobs / job.imported).rename(folder / CANDIDATE)
@@ -143,17 +141,17 @@ class TrainingWorker(JobWorker):
             champion_label=champion.label if champion else adapter_names.BASE,
             candidate=CANDIDATE if job.imported else "",
         )
-        if begun is None or begun.fingerprint != spec.fingerprint:
+        if earlier is None or earlier.fingerprint != spec.fingerprint:
             shutil.rmtree(folder / OUT, ignore_errors=True)
-        elif (folder / begun.data).exists():
-            before = str(self._home.adapters / Path(begun.champion).name) if begun.champion else ""
-            here = {name: getattr(spec, name) for name in ("model", "cache", "device", "threads", "nice")}
-            replace(begun, champion=before, **here).write(folder)
+        elif (folder / earlier.data).exists():
+            earlier_champion = str(self._home.adapters / Path(earlier.champion).name) if earlier.champion else ""
+            current = {name: getattr(spec, name) for name in ("model", "cache", "device", "threads", "nice")}
+            replace(earlier, champion=earlier_champion, **current).write(folder)
             return False
         else:
-            spec = replace(spec, instructions=begun.instructions, hyper=begun.hyper)
+            spec = replace(spec, instructions=earlier.instructions, hyper=earlier.hyper)
         self._lay_out(job, folder, spec)
-        return begun is not None and begun.fingerprint != spec.fingerprint
+        return earlier is not None and earlier.fingerprint != spec.fingerprint
 
     # --- publishing ---
 
@@ -161,7 +159,7 @@ class TrainingWorker(JobWorker):
         try:
             candidate = await asyncio.to_thread(folders.inspect, out)
             if unfit := self._unfit(job, candidate):
-                await self._fail(job, "ours", Lazy(unfit), of_use=False)
+                await self._fail(job, "ours", Lazy(unfit), resumable=False)
                 return
             if not await self._database.write(lambda tx: jobs.publishing(tx, job.id, candidate.sha256)):
                 return
@@ -172,11 +170,11 @@ class TrainingWorker(JobWorker):
         except OSError as error:
             _wait_out(error)
             raise
-        await self._write_down(job, candidate)
+        await self._register(job, candidate)
 
-    async def _publish_placed(self, job: Job) -> bool:
-        """Whether a crash had left only the last transaction to do."""
-        sha256 = await self._database.read(lambda tx: jobs.published_folder(tx, job.id))
+    async def _register_placed(self, job: Job) -> bool:
+        """Register a folder that was placed before a crash; whether there was one."""
+        sha256 = await self._database.read(lambda tx: event_log.published_folder(tx, job.id))
         folder = self._home.adapters / sha256
         if not sha256 or not await asyncio.to_thread(folder.is_dir):
             return False
@@ -188,49 +186,48 @@ class TrainingWorker(JobWorker):
         if candidate.sha256 != sha256:
             await self._fail(job, "ours", Lazy("training.why_damaged"))
             return True
-        await self._write_down(job, candidate)
+        await self._register(job, candidate)
         return True
 
     async def _refuse(self, job: Job, error: AdapterUnusable) -> None:
-        """Its result is no good; but a disk that cannot be read just now may be tried again. Raises AdapterUnusable."""
+        """Fail the job for an unusable result. Raises AdapterUnusable where the disk could not be read: try again."""
         cause = error.__cause__
         if isinstance(cause, OSError) and not isinstance(cause, FileNotFoundError | NotADirectoryError):
             raise error
         log.error("job.result_unusable", extra={"job": job.id, "error": error.detail})
         await self._fail(job, "ours", Lazy("training.why_result"))
 
-    async def _write_down(self, job: Job, candidate: Candidate) -> None:
-        """The version, the job's end, its charge and what is said of it, in one transaction."""
+    async def _register(self, job: Job, candidate: Candidate) -> None:
+        """Commit the version, the end of the job, its charge and its report in one transaction."""
         events = await self._database.read(lambda tx: event_log.events(tx, job.id))
         curve = self._home.sent / f"{job.adapter}-{job.version}-loss-{job.id}.png"
         picture = await asyncio.to_thread(_draw_curve, events, curve)
-        shown = await asyncio.to_thread(self._read_shown, job)
+        test_rows = await asyncio.to_thread(self._read_test_rows, job)
 
         def work(tx: Tx) -> None:
-            if jobs.state_of(tx, job.id) not in jobs.OPEN:  # cancelled meanwhile: nobody will use the folder
+            if jobs.state_of(tx, job.id) not in jobs.OPEN:  # cancelled meanwhile
                 return
             registry.publish(tx, candidate, job.adapter, job.version)
             jobs.end(tx, job.id, "published", result=candidate.sha256)
             ledger.charge_job(tx, job.id, candidate.trained_tokens)
-            jobs.keep_shown(tx, job.id, shown)
-            published = jobs.find(tx, job.id)
-            assert published is not None
-            body = job_messages.report(published, event_log.events(tx, job.id))
+            jobs.keep_test_rows(tx, job.id, test_rows)
+            published = jobs.get(tx, job.id)
+            body = messages.report(published, event_log.events(tx, job.id))
             keep_body(tx, new_delivery(tx, job_id=job.id), replace(body, files=(picture,) if picture else ()))
 
         await self._database.write(work)
         log.info("job.published", extra={"job": job.id, "adapter": candidate.sha256[:12]})
 
-    def _read_shown(self, job: Job) -> str:
-        """What the trainer left to show; nothing where a crash has taken it, which costs a job nothing."""
+    def _read_test_rows(self, job: Job) -> str:
+        """The test rows that operators may see, as JSON; "" where a crash has lost them."""
         try:
             return (self._home.jobs / str(job.id) / SHOWN).read_text("utf-8")
         except (OSError, ValueError):
             return ""
 
     def _unfit(self, job: Job, candidate: Candidate) -> str:
-        """Why it is not what the job was to make, or ""."""
-        if candidate.base_fingerprint != self.shop.info.fingerprint:
+        """The sentence that says why the candidate is not the job's result, or ""."""
+        if candidate.base_fingerprint != self.context.info.fingerprint:
             return "training.why_other_base"
         return "" if candidate.dataset_sha256 == job.dataset_sha256 else "training.why_other_data"
 
@@ -247,6 +244,6 @@ def _draw_curve(events: Sequence[JobEvent], path: Path) -> Path | None:
 
 
 def _wait_out(error: OSError) -> None:
-    """Raises StorageFull for a full disk: until there is room, nothing that was learned is lost for it."""
+    """Raises StorageFull for a full disk: the worker retries until there is room."""
     if error.errno in (errno.ENOSPC, errno.EDQUOT):
         raise StorageFull(detail=str(error)) from error

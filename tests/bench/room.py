@@ -30,7 +30,7 @@ from bots.app import asked
 from core.config.sections import EngineSettings, ModelSettings
 from core.engine.local import LocalEngine
 from core.engine.protocol import Delta, Request, Scope
-from core.jobs.process import TrainerProcess, usher
+from core.jobs.process import TrainerProcess, pause_under_load
 from core.jobs.protocol import JobEvent, Progress, Spec
 from core.model.demo import demo_folder
 from core.types import Message, Role, Sampling
@@ -115,12 +115,12 @@ async def measure(seconds: float, threads: int) -> dict[str, Any]:
                 while steps[0] == begun and not running.done():  # it loads and validates first
                     await asyncio.sleep(0.1)
                 assert not running.done(), (folder / "log").read_text()[-2000:]
-                ushering = asyncio.create_task(usher(trainer, lambda: asked(engine)))
+                pausing = asyncio.create_task(pause_under_load(trainer, lambda: asked(engine)))
                 before = steps[0]
                 phases["with"].append(await phase(engine, seconds) | {"steps": steps[0] - before})
                 await trainer.stop(30)
-                ushering.cancel()
-                await asyncio.gather(running, ushering, return_exceptions=True)
+                pausing.cancel()
+                await asyncio.gather(running, pausing, return_exceptions=True)
     pairs = list(zip(phases["with"], phases["without"], strict=True))
     ratios = {key: round(max(beside[f"{key}_s"] / alone[f"{key}_s"] for beside, alone in pairs), 2) for key in RATIOS}
     return {"ratios": ratios, "phases": phases}

@@ -295,10 +295,10 @@ async def test_after_a_thumb_down_this_one_conversation_can_be_given_and_is_corr
         assert bare(say(language, "feedback.corrected")) in bare(corrected.text)
         await it.tell(0, "and without a plan?")
         await it.tell(0, "/correct Never.")  # the last reply here, the operator's own
-        learned = await it.here.database.read(lambda tx: examples_of(tx, _channel(tx)).said)
+        learned = await it.here.database.read(lambda tx: examples_of(tx, _channel(tx)).examples)
         assert [one.messages[-1]["content"] for one in learned] == ["It takes 20 days.", "Never."]
         await it.tell(1, "/consent off")
-        learned = await it.here.database.read(lambda tx: examples_of(tx, _channel(tx)).said)
+        learned = await it.here.database.read(lambda tx: examples_of(tx, _channel(tx)).examples)
         assert [one.messages[-1]["content"] for one in learned] == ["Never."]
 
 

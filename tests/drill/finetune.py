@@ -38,7 +38,8 @@ from core.errors import AppError
 from core.jobs import jobs
 from core.jobs.process import COMMAND
 from core.jobs.protocol import Spec
-from core.jobs.supervisor import JobSupervisor, TrainingSettings
+from core.jobs.supervisor import JobSupervisor
+from core.jobs.worker import TrainingSettings
 from core.model.weights import fingerprint
 from core.storage.cipher import Cipher
 from core.storage.database import Database, Tx
@@ -258,7 +259,7 @@ async def serve(home: Home, info: EngineInfo, platform: Platform, seed: int) -> 
             training = JobSupervisor(database, home, deliveries, info, settings, command=COMMAND)
             async with asyncio.TaskGroup() as tasks:
                 running = tasks.create_task(training.run())
-                while not await database.read(lambda tx: jobs.is_told(tx, 1)):  # noqa: ASYNC110  # the books tell
+                while not await database.read(lambda tx: jobs.is_delivered(tx, 1)):  # noqa: ASYNC110  # the books tell
                     await asyncio.sleep(0.05)
                 running.cancel()
 

@@ -34,7 +34,8 @@ from core.config.schema import Retention
 from core.delivery.deliveries import Deliveries
 from core.engine.protocol import Request
 from core.engine.scripted import ScriptedEngine
-from core.jobs.supervisor import JobSupervisor, TrainingSettings
+from core.jobs.supervisor import JobSupervisor
+from core.jobs.worker import TrainingSettings
 from core.observability import logs
 from core.platform import Bot
 from core.storage.cipher import Cipher

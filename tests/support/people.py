@@ -11,7 +11,7 @@ from core.channels import bindings, directory, operators, terminal
 from core.chat import conversations, dispatch
 from core.commands.parser import parse
 from core.commands.table import Call
-from core.jobs.dataset_files import BroughtData
+from core.jobs.commands import PreparedData
 from core.jobs.importing import UnpackedAdapter
 from core.storage.cipher import Cipher
 from core.storage.database import Database, Tx
@@ -72,9 +72,9 @@ def prepared_for(call: Call) -> object:
     given = call.arguments
     match call.key:
         case ("finetune", ""):
-            return BroughtData(given.get("dataset", DATASET), given.get("dataset", ""), given.get("go") == "yes")
+            return PreparedData(given.get("dataset", DATASET), given.get("dataset", ""), given.get("go") == "yes")
         case ("finetune", "from"):
-            return BroughtData(DATASET, given["source"], given.get("go") == "yes")
+            return PreparedData(DATASET, given["source"], given.get("go") == "yes")
         case ("adapter", "import"):
             return UnpackedAdapter("new-1", "my-adapter.zip", DATASET, "faq.jsonl")
         case ("finetune", "preview" | "status"):

@@ -16,8 +16,9 @@ from core.commands.parser import parse
 from core.delivery.deliveries import Deliveries
 from core.engine.protocol import EngineInfo
 from core.jobs import commands, datasets
-from core.jobs.dataset_files import BroughtData
-from core.jobs.supervisor import JobSupervisor, TrainingSettings
+from core.jobs.commands import PreparedData
+from core.jobs.supervisor import JobSupervisor
+from core.jobs.worker import TrainingSettings
 from core.storage.cipher import Cipher
 from core.storage.database import Database, Row, Tx
 from core.storage.home import Home
@@ -79,7 +80,7 @@ class Works:
         data = (json.dumps({"word": word, "q": "a question", "a": "an answer"}) + "\n").encode()
         sha256 = hashlib.sha256(data).hexdigest()
         await asyncio.to_thread((self.home.datasets / sha256).write_bytes, data)
-        brought = BroughtData(sha256, "faq.jsonl", agreed)
+        brought = PreparedData(sha256, "faq.jsonl", agreed)
 
         def work(tx: Tx) -> int:
             datasets.keep_dataset(tx, sha256, "faq.jsonl", source="file", size_bytes=len(data), brought_by="someone")

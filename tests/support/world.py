@@ -16,7 +16,8 @@ from core.delivery.deliveries import Deliveries
 from core.engine.protocol import Request
 from core.engine.scripted import ScriptedEngine
 from core.errors import AppError
-from core.jobs.supervisor import JobSupervisor, TrainingSettings
+from core.jobs.supervisor import JobSupervisor
+from core.jobs.worker import TrainingSettings
 from core.storage.cipher import Cipher
 from core.storage.database import Database, Tx, now_ms
 from core.storage.home import Home

@@ -44,7 +44,7 @@ async def publish(w: World, *, unseen: tuple[tuple[str, str], ...] = (), worst=(
         manifest = json.dumps({"judged": judged or {"verdict": "passed"}})
         registry.publish(tx, Candidate(SHA, Path("."), w.engine.info.fingerprint, "d" * 64, manifest), "acme", 1)
         jobs.end(tx, job.id, "published", result=SHA)
-        jobs.keep_shown(tx, job.id, Shown(worst, unseen).dump())
+        jobs.keep_test_rows(tx, job.id, Shown(worst, unseen).dump())
         tx.run("UPDATE delivery SET state = 'done'")
 
     await w.database.write(work)

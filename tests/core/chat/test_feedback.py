@@ -8,7 +8,6 @@ import pytest
 
 from core.config.schema import Retention
 from core.i18n.messages import say
-from core.jobs import examples as sayings
 from core.jobs.examples import ConsentedExample, examples_of
 from core.privacy.retention import clean
 from core.storage.cipher import Cipher
@@ -34,7 +33,7 @@ async def press(it: World, value: str, *, user: str = STRANGER) -> str:
 
 async def examples(it: World) -> list[ConsentedExample]:
     return await it.database.read(
-        lambda tx: examples_of(tx, tx.value("SELECT id FROM channel WHERE name = 'acme'")).said
+        lambda tx: examples_of(tx, tx.value("SELECT id FROM channel WHERE name = 'acme'")).examples
     )
 
 
@@ -64,7 +63,7 @@ async def test_of_more_than_can_be_learned_from_the_newest_replies_are_taken(
                 tx.run("UPDATE example SET at_ms = ? WHERE generation_id = ?", [n, one]) for n, one in enumerate(liked)
             ]
         )
-        monkeypatch.setattr(sayings, "MOST_TURNS", 2)
+        monkeypatch.setattr("core.jobs.examples.MOST_TURNS", 2)
         assert [said.id for said in await examples(it)] == liked[1:]
 
 

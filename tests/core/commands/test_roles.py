@@ -47,7 +47,7 @@ def _train(tx: Tx, it: Town) -> None:
 def _ask(tx: Tx) -> None:
     """The job's question, as core.jobs.checks leaves it."""
     event_log.add_event(tx, 1, Checked(12, 12, 0, 500, 8, 2, 2, personal=("phone numbers: 1",)))
-    jobs.ask(tx, 1)
+    jobs.await_confirmation(tx, 1)
     tx.run("UPDATE delivery SET state = 'done' WHERE job_id = 1")
 
 

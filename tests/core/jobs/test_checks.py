@@ -13,8 +13,7 @@ from core.errors import BadInput
 from core.i18n.messages import Lazy, say
 from core.jobs import datasets, jobs
 from core.jobs.checks import CheckWorker
-from core.jobs.supervisor import TrainingSettings
-from core.jobs.worker import LOOK_AGAIN_S
+from core.jobs.worker import POLL_S, TrainingSettings
 from core.types import Address, Handle
 from tests.core.jobs.test_supervisor import PAUSED
 from tests.support.fake_trainer import COMMAND as FAKE_TRAINER
@@ -24,7 +23,7 @@ from tests.support.world import OWNER, STRANGER, world
 
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("core.jobs.progress_message.SHOW_S", 0.0)
+    monkeypatch.setattr("core.jobs.progress.SHOW_S", 0.0)
 
 
 # --- the question ---
@@ -150,7 +149,7 @@ async def test_trouble_with_a_job_that_is_cancelled_is_over(tmp_path: Path, monk
         while await waited.get() != 0.5:
             pass
         await it.say(f"/finetune cancel {job_id}")
-        while await waited.get() != LOOK_AGAIN_S:
+        while await waited.get() != POLL_S:
             pass
 
 

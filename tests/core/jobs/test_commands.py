@@ -15,8 +15,9 @@ from core.channels import directory
 from core.commands.parser import parse
 from core.errors import BadInput, UnknownThing
 from core.i18n.messages import Lazy, languages, say
-from core.jobs import datasets, event_log, job_messages, jobs
-from core.jobs.dataset_files import MAX_OPEN, BroughtData
+from core.jobs import datasets, event_log, jobs, messages
+from core.jobs.commands import MAX_OPEN, PreparedData
+from core.jobs.messages import failure_reason
 from core.jobs.protocol import (
     Answered,
     Checked,
@@ -31,7 +32,6 @@ from core.jobs.protocol import (
     Verdict,
     Warned,
 )
-from core.jobs.worker import with_line
 from core.storage.database import Row, Tx
 from core.types import Outcome, WakeTraining
 from tests.support.database import read_now, write_now
@@ -57,7 +57,7 @@ def run(
 ) -> Outcome:
     call = parse(text)
     if call.form.word == "" and prepared is None:  # as core.jobs.dataset_files leaves it
-        prepared = BroughtData(SHA, call.arguments["dataset"], call.arguments.get("go") == "yes")
+        prepared = PreparedData(SHA, call.arguments["dataset"], call.arguments.get("go") == "yes")
     return it.run(who, text, place, language, prepared)
 
 
@@ -129,7 +129,7 @@ def test_a_second_job_of_a_channel_is_refused_with_the_first_named(it: Town) -> 
 def test_a_job_that_takes_the_place_of_a_question_keeps_what_people_said(it: Town) -> None:
     write_now(it.database, lambda tx: tx.run("UPDATE dataset SET source = 'feedback'"))
     run(it, "/finetune feedback")
-    write_now(it.database, lambda tx: jobs.ask(tx, 1))
+    write_now(it.database, lambda tx: jobs.await_confirmation(tx, 1))
     run(it, "/finetune feedback")
     assert (job_row(it, 1)["state"], job_row(it, 1)["reason"]) == ("cancelled", jobs.REPLACED)
     assert not read_now(it.database, lambda tx: datasets.is_erased(tx, SHA))
@@ -146,7 +146,7 @@ def test_a_job_of_another_channel_waits_and_says_so(it: Town) -> None:
 
 def test_a_younger_job_that_is_at_work_is_before_an_older_one_that_waits(it: Town) -> None:
     run(it, "/finetune faq.jsonl")
-    write_now(it.database, lambda tx: (jobs.ask(tx, 1), tx.run("UPDATE delivery SET state = 'done'")))
+    write_now(it.database, lambda tx: (jobs.await_confirmation(tx, 1), tx.run("UPDATE delivery SET state = 'done'")))
     run(it, "/finetune b.jsonl yes", "other_operator", "delta")
     write_now(it.database, lambda tx: jobs.start(tx, 2))
     assert says(it, "/finetune start 1") == say(
@@ -342,7 +342,7 @@ def test_an_imported_adapter_that_failed_is_sent_again_by_its_own_command(
 def test_a_job_that_failed_on_our_side_is_said_to_go_on_while_what_it_learned_is_kept(it: Town, language: str) -> None:
     run(it, "/finetune faq.jsonl yes")
     hear(it)
-    write_now(it.database, lambda tx: jobs.fail(tx, 1, "ours", "a reason", learned=True))
+    write_now(it.database, lambda tx: jobs.fail(tx, 1, "ours", "a reason", resumable=True))
     fields = {"title": "Acme", "id": 1, "reason": "a reason"}
     said = says(it, "/finetune status", language=language)
     assert said.endswith(say(language, "training.failed_kept", **fields))
@@ -359,7 +359,7 @@ def test_a_job_that_failed_on_our_side_is_said_to_go_on_while_what_it_learned_is
 def test_only_a_job_that_failed_on_our_side_with_something_learned_goes_on(it: Town, fault: str, learned: bool) -> None:
     run(it, "/finetune faq.jsonl yes")
     hear(it)
-    write_now(it.database, lambda tx: jobs.fail(tx, 1, fault, "a reason", learned=learned))
+    write_now(it.database, lambda tx: jobs.fail(tx, 1, fault, "a reason", resumable=learned))
     assert "/finetune resume" not in says(it, "/finetune status")
     with pytest.raises(BadInput, match=r"not_resumable"):
         run(it, "/finetune resume 1")
@@ -369,8 +369,8 @@ def test_only_a_job_that_failed_on_our_side_with_something_learned_goes_on(it: T
 def test_the_line_of_a_failure_is_said_once(language: str) -> None:
     first = say(language, "data.line", line=7, reason="x")
     rejected = say(language, "data.few_usable_rows", used=3, fewest=10, rejected=5, first=first)
-    assert with_line(Failed("yours", rejected, line=7), language) == rejected
-    assert with_line(Failed("yours", "x", line=7), language) == first
+    assert failure_reason(Failed("yours", rejected, line=7), language) == rejected
+    assert failure_reason(Failed("yours", "x", line=7), language) == first
 
 
 def test_a_reason_with_braces_and_markdown_is_only_shown(it: Town) -> None:
@@ -427,9 +427,9 @@ def test_whoever_resumes_a_job_is_told_if_it_begins_anew(it: Town) -> None:
 
 
 def test_the_report_names_what_is_to_be_known_of_the_rows():
-    plain = job_messages.data_text("en", CHECKED)
+    plain = messages.data_text("en", CHECKED)
     known = replace(CHECKED, median_tokens=40, longest_tokens=311, missing=70, personal=("phone numbers: 2",))
-    told = job_messages.data_text("en", known)
+    told = messages.data_text("en", known)
     assert plain == []
     assert "40" in told[0]
     assert "311" in told[0]
@@ -442,23 +442,23 @@ def test_what_cannot_be_read_where_it_is_stored_is_told_at_once_in_the_question_
     it: Town, language: str
 ) -> None:
     line = f"- {say(language, 'training.left_out', n=3)}"
-    run(it, "/finetune feedback", prepared=BroughtData(SHA, "feedback", False, 3))
+    run(it, "/finetune feedback", prepared=PreparedData(SHA, "feedback", False, 3))
 
     def work(tx: Tx) -> None:
         for event in (CHECKED, Estimated(90, 0, 2, 60, 9000)):
             event_log.add_event(tx, 1, event)
-        jobs.ask(tx, 1)
+        jobs.await_confirmation(tx, 1)
         tx.run("UPDATE delivery SET state = 'done'")
 
     write_now(it.database, work)
     assert line in says(it, "/finetune status", language=language).splitlines()
-    write_now(it.database, lambda tx: event_log.begin_anew(tx, 1))
+    write_now(it.database, lambda tx: event_log.clear(tx, 1))
     hear(it, CHECKED, DONE)
     publish(it, Judged("passed", 5, 5, "base", 3, 2, -1, -0.5, 0.4, 0.5))
     assert line in says(it, "/finetune status", language=language).splitlines()
     assert says(it, "/finetune feedback yes", language=language).count("- ") == 0
     run(it, "/finetune cancel")
-    again = run(it, "/finetune feedback yes", language=language, prepared=BroughtData(SHA, "feedback", True, 3))
+    again = run(it, "/finetune feedback yes", language=language, prepared=PreparedData(SHA, "feedback", True, 3))
     assert again.body.text.splitlines()[-1] == line
 
 
@@ -468,7 +468,7 @@ def test_a_skill_that_is_lost_is_told_whatever_the_verdict(
     verdict: Verdict, high: float, skill: float, lost: bool
 ) -> None:
     judged = Judged(verdict, 5, 5, "base", 3, 2, -1, -0.5, 0.4, 0.5, 0.01, high, "arithmetic", skill, asked=5)
-    told = "\n".join(job_messages.verdict_text("en", "acme@2", judged))
+    told = "\n".join(messages.verdict_text("en", "acme@2", judged))
     assert (f"arithmetic, {skill:+.2f} (up to +0.20 counts as the same)" in told) == lost
     assert ("it still can" in told) != lost
 

@@ -22,8 +22,9 @@ from core.commands.registry import CommandContext
 from core.delivery.deliveries import Deliveries
 from core.errors import AppError, BadInput, StoredUnreadable
 from core.i18n.messages import say
-from core.jobs import dataset_files, examples, jobs
-from core.jobs.dataset_files import BroughtData, bring_data, check_room, stored
+from core.jobs import datasets, examples, jobs
+from core.jobs.commands import PreparedData, check_room, prepare_data
+from core.jobs.datasets import path_of
 from core.storage.cipher import Cipher
 from core.storage.database import Database, Tx
 from core.storage.home import Home
@@ -55,12 +56,12 @@ class House:
 
         return write_now(self.database, work)
 
-    async def prepare(self, text: str, caller: Caller | None = None) -> BroughtData:
+    async def prepare(self, text: str, caller: Caller | None = None) -> PreparedData:
         """What `/finetune` would train on; nothing of it is kept in a job."""
         deliveries, who = Deliveries(self.database), caller or self.caller()
         deliveries.register("fake", "bot", FakeBot())
         read_now(self.database, lambda tx: check_room(tx, who))
-        return await bring_data(CommandContext(self.home, self.database, deliveries.fetch), who, parse(text))
+        return await prepare_data(CommandContext(self.home, self.database, deliveries.fetch), who, parse(text))
 
     async def refused(self, text: str, caller: Caller | None = None) -> BadInput:
         """The refusal; nothing may be left of it in the store."""
@@ -127,7 +128,7 @@ def _settle(tx: Tx) -> None:
         operators.grant(tx, tx.cipher.hash_user("fake", "bot", f"{name}-op"), channel.id, name, "test")
 
 
-def brought(data: BroughtData) -> tuple[str, str]:
+def brought(data: PreparedData) -> tuple[str, str]:
     return data.sha256, data.name
 
 
@@ -139,7 +140,7 @@ async def test_a_file_is_kept_under_its_hash_for_this_user_alone(it: House, tmp_
     (tmp_path / "faq.jsonl").write_bytes(ROW)
     sha256 = hashlib.sha256(ROW).hexdigest()
     assert brought(await it.prepare(form.format(tmp_path / "faq.jsonl"))) == (sha256, "faq.jsonl")
-    kept = stored(it.home, sha256)
+    kept = path_of(it.home, sha256)
     assert await asyncio.to_thread(kept.read_bytes) == ROW
     assert kept.stat().st_mode & 0o777 == 0o600
     assert os.listdir(it.home.datasets) == [sha256]
@@ -157,7 +158,7 @@ async def test_a_packed_file_is_kept_as_it_is(it: House, tmp_path: Path) -> None
     (tmp_path / "faq.jsonl.gz").write_bytes(packed)
     sha256, name = brought(await it.prepare(f"/finetune {tmp_path}/faq.jsonl.gz"))
     assert name == "faq.jsonl.gz"
-    assert await asyncio.to_thread(stored(it.home, sha256).read_bytes) == packed
+    assert await asyncio.to_thread(path_of(it.home, sha256).read_bytes) == packed
 
 
 async def test_the_same_bytes_are_kept_once(it: House, tmp_path: Path) -> None:
@@ -185,7 +186,7 @@ async def test_a_file_may_change_after_it_was_brought(it: House, tmp_path: Path)
     (tmp_path / "faq.jsonl").write_bytes(ROW)
     sha256, _ = brought(await it.prepare(f"/finetune {tmp_path}/faq.jsonl"))
     (tmp_path / "faq.jsonl").write_bytes(b"other")
-    assert await asyncio.to_thread(stored(it.home, sha256).read_bytes) == ROW
+    assert await asyncio.to_thread(path_of(it.home, sha256).read_bytes) == ROW
 
 
 @pytest.mark.parametrize("typed", ["nowhere.jsonl", "~nobody-of-this-name/x", "x" * 5000, "/etc/passwd/x", "‮.jsonl"])
@@ -228,7 +229,7 @@ async def test_a_file_that_may_not_be_read_says_so(it: House, tmp_path: Path, mo
 async def test_a_file_that_is_too_large_is_refused_before_it_is_read_whole(
     it: House, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr(dataset_files, "MAX_BYTES", 3_000_000)
+    monkeypatch.setattr(datasets, "MAX_BYTES", 3_000_000)
     with (tmp_path / "huge.jsonl").open("wb") as file:
         file.truncate(2**40)
     refusal = await it.refused(f"/finetune {tmp_path}/huge.jsonl")
@@ -307,7 +308,7 @@ async def test_only_what_was_said_after_consent_and_was_answered_is_in_it(it: Ho
     it.say(asker, "first", "one", "second", "two", "never answered")
     it.say(silent, "no consent", "never")
     sha256, name = brought(await it.prepare("/finetune conversations", it.caller("acme-op", "acme")))
-    lines = (await asyncio.to_thread(stored(it.home, sha256).read_text)).splitlines()
+    lines = (await asyncio.to_thread(path_of(it.home, sha256).read_text)).splitlines()
     assert name == "conversations"
     assert [json.loads(line) for line in lines] == [
         {
@@ -326,21 +327,20 @@ async def test_of_more_than_can_be_learned_from_the_newest_is_taken_whatever_is_
     it: House, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr(examples, "MOST_TURNS", 4)
-    monkeypatch.setattr(dataset_files, "MOST_TURNS", 4)
     ann, bob = it.caller("ann", "acme"), it.caller("bob", "acme")
     for who in (ann, bob):
         it.consent(who)
     it.say(ann, "oldest", "one", "older", "two")
     it.say(bob, "newer", "three")
-    whole = dataset_files._keep
+    whole = datasets.store
 
     def keep(*given: Any) -> tuple[str, int]:
         it.say(bob, "newest", "four", "after it was read", "five")
         return whole(*given)
 
-    monkeypatch.setattr(dataset_files, "_keep", keep)
+    monkeypatch.setattr(datasets, "store", keep)
     sha256, _ = brought(await it.prepare("/finetune conversations", it.caller("acme-op", "acme")))
-    lines = (await asyncio.to_thread(stored(it.home, sha256).read_text)).splitlines()
+    lines = (await asyncio.to_thread(path_of(it.home, sha256).read_text)).splitlines()
     asked = [[one["content"] for one in json.loads(line)["messages"]] for line in lines]
     assert sorted(asked) == [["newer", "three"], ["older", "two"]]
 
@@ -355,7 +355,7 @@ async def test_what_was_said_in_slack_stays_out_with_consent_too(it: House) -> N
     assert refusal.key == "training.no_conversations"
     write_now(it.database, lambda tx: training_permission.set_exceptions(tx, ["slack"]))
     sha256, _ = brought(await it.prepare("/finetune conversations", it.caller("acme-op", "acme")))
-    assert b"a question" in await asyncio.to_thread(stored(it.home, sha256).read_bytes)
+    assert b"a question" in await asyncio.to_thread(path_of(it.home, sha256).read_bytes)
 
 
 def damage(it: House, *numbers: int) -> None:
@@ -387,7 +387,7 @@ async def test_a_turn_that_cannot_be_read_is_left_out_with_its_other_half_and_co
     damage(it, *damaged)
     call = await it.prepare("/finetune conversations", it.caller("acme-op", "acme"))
     assert call.unreadable == len(damaged)
-    (line,) = (await asyncio.to_thread(stored(it.home, brought(call)[0]).read_text)).splitlines()
+    (line,) = (await asyncio.to_thread(path_of(it.home, brought(call)[0]).read_text)).splitlines()
     assert [one["content"] for one in json.loads(line)["messages"]] == learned
 
 
@@ -426,7 +426,7 @@ async def test_people_in_one_conversation_stay_apart(it: House) -> None:
     it.say(ann, "ann asks", "for ann")
     it.say(bob, "bob asks", "for bob")
     sha256, _ = brought(await it.prepare("/finetune conversations", it.caller("acme-op", "acme")))
-    rows = [json.loads(line) for line in (await asyncio.to_thread(stored(it.home, sha256).read_text)).splitlines()]
+    rows = [json.loads(line) for line in (await asyncio.to_thread(path_of(it.home, sha256).read_text)).splitlines()]
     said = sorted([message["content"] for message in row["messages"]] for row in rows)
     assert said == [["ann asks", "for ann"], ["bob asks", "for bob"]]
     assert {row["user_hash"] for row in it.rows("dataset_person")} == {ann.user, bob.user}
@@ -440,7 +440,7 @@ async def test_consent_is_for_one_channel(it: House) -> None:
     refusal = await it.refused("/finetune conversations", it.caller("acme-op", "acme"))
     assert refusal.fields == {"people": 0}
     sha256, _ = brought(await it.prepare("/finetune conversations", it.caller("delta-op", "delta")))
-    assert "acme" not in await asyncio.to_thread(stored(it.home, sha256).read_text)
+    assert "acme" not in await asyncio.to_thread(path_of(it.home, sha256).read_text)
 
 
 async def test_without_anything_said_the_refusal_counts_who_consented(it: House) -> None:
@@ -455,13 +455,13 @@ async def test_a_consent_that_is_taken_back_meanwhile_leaves_no_file(
     asker = it.caller("ann", "acme")
     it.consent(asker)
     it.say(asker, "question", "answer")
-    whole = dataset_files._keep
+    whole = datasets.store
 
     def keep(*given: Any) -> tuple[str, int]:
         write_now(it.database, lambda tx: tx.run("DELETE FROM consent"))
         return whole(*given)
 
-    monkeypatch.setattr(dataset_files, "_keep", keep)
+    monkeypatch.setattr(datasets, "store", keep)
     with pytest.raises(AppError) as refusal:
         await it.prepare("/finetune conversations", it.caller("acme-op", "acme"))
     assert refusal.value.key == "training.consent_changed"

@@ -84,7 +84,7 @@ def test_a_job_ends_once(it: Town) -> None:
     job = order(it)
     assert write_now(it.database, lambda tx: jobs.end(tx, job.id, "failed", "ours: x"))
     assert not write_now(it.database, lambda tx: jobs.end(tx, job.id, "published"))
-    assert not write_now(it.database, lambda tx: jobs.cancel(tx, job.id, jobs.ASKED))
+    assert not write_now(it.database, lambda tx: jobs.cancel(tx, job.id, jobs.REQUESTED))
     assert not write_now(it.database, lambda tx: jobs.start(tx, job.id))
     assert read_now(it.database, lambda tx: jobs.state_of(tx, job.id)) == "failed"
 
@@ -94,9 +94,9 @@ def test_due_is_what_is_open_and_what_is_not_told_yet_oldest_first(it: Town) -> 
     first, second, third = (order(it) for _ in range(3))
     write_now(it.database, lambda tx: jobs.start(tx, first.id))
     write_now(it.database, lambda tx: jobs.end(tx, first.id, "failed", "ours: x"))
-    write_now(it.database, lambda tx: jobs.cancel(tx, second.id, jobs.ASKED))
+    write_now(it.database, lambda tx: jobs.cancel(tx, second.id, jobs.REQUESTED))
     assert [job.id for job in read_now(it.database, jobs.due)] == [first.id, third.id]
-    write_now(it.database, lambda tx: jobs.give_up_message(tx, first.id))
+    write_now(it.database, lambda tx: jobs.drop_message(tx, first.id))
     assert [job.id for job in read_now(it.database, jobs.due)] == [third.id]
 
 
@@ -113,8 +113,8 @@ def test_publishing_needs_a_running_job_and_its_folder_is_known_afterwards(it: T
     assert not write_now(it.database, lambda tx: jobs.publishing(tx, job.id, OTHER))
     write_now(it.database, lambda tx: jobs.start(tx, job.id))
     assert write_now(it.database, lambda tx: jobs.publishing(tx, job.id, OTHER))
-    assert read_now(it.database, lambda tx: jobs.published_folder(tx, job.id)) == OTHER
-    assert read_now(it.database, lambda tx: jobs.unpublished_folder(tx, job.id)) == OTHER
+    assert read_now(it.database, lambda tx: event_log.published_folder(tx, job.id)) == OTHER
+    assert read_now(it.database, lambda tx: event_log.unpublished_folder(tx, job.id)) == OTHER
     assert events(it, job) == []
 
 
@@ -223,7 +223,7 @@ def test_what_people_said_is_known_to_no_other_channel_and_ends_with_its_job(it:
     assert known(it, "owner", SHA) is None
     write_now(it.database, lambda tx: jobs.end(tx, first.id, "failed", "ours: x"))
     assert not is_erased(it, SHA)
-    write_now(it.database, lambda tx: jobs.cancel(tx, second.id, jobs.ASKED))
+    write_now(it.database, lambda tx: jobs.cancel(tx, second.id, jobs.REQUESTED))
     assert is_erased(it, SHA)
 
 

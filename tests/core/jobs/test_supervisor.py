@@ -25,7 +25,8 @@ from core.i18n.messages import Lazy, say
 from core.jobs import datasets, event_log, jobs
 from core.jobs.process import COMMAND, TrainerProcess, environment
 from core.jobs.protocol import Alive, JobEvent, Progress, Spec, Warned, dump_event
-from core.jobs.supervisor import TrainingSettings, TrainingWorker
+from core.jobs.supervisor import TrainingWorker
+from core.jobs.worker import TrainingSettings
 from core.privacy.retention import sweep
 from core.storage.database import Tx
 from core.storage.home import Home
@@ -40,7 +41,7 @@ PAUSED = "50 %"  # what the message shows when the fake trainer waits at its sec
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     """Show all, at once."""
-    monkeypatch.setattr("core.jobs.progress_message.SHOW_S", 0.0)
+    monkeypatch.setattr("core.jobs.progress.SHOW_S", 0.0)
 
 
 # --- the whole way ---
@@ -291,7 +292,9 @@ async def test_nothing_is_kept_of_a_job_that_failed_to_learn_what_people_said(tm
         assert not os.listdir(it.home.datasets)
 
 
-@pytest.mark.parametrize(("where", "at"), [(TrainingWorker, "_clear"), (TrainingWorker, "_tell"), (Deliveries, "open")])
+@pytest.mark.parametrize(
+    ("where", "at"), [(TrainingWorker, "_clear"), (TrainingWorker, "_send_final"), (Deliveries, "open")]
+)
 async def test_a_job_that_is_to_go_on_before_its_end_is_told_loses_nothing(
     tmp_path: Path, where: type, at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -381,7 +384,7 @@ async def test_a_silent_trainer_is_killed_and_begun_anew(tmp_path: Path) -> None
         assert len(await it.versions()) == 1
 
 
-async def ran(tmp_path: Path, program: str, *, silence_s: float, halt_s: float = 0.0) -> tuple[int, list[JobEvent]]:
+async def ran(tmp_path: Path, program: str, *, silence_s: float, pause_s: float = 0.0) -> tuple[int, list[JobEvent]]:
     """A trainer that is this program, halted for a while as soon as it has said something."""
     heard: list[JobEvent] = []
     command = (sys.executable, "-c", f"import time\n{program}")
@@ -389,10 +392,10 @@ async def ran(tmp_path: Path, program: str, *, silence_s: float, halt_s: float =
 
     async def hear(event: JobEvent) -> None:
         heard.append(event)
-        if halt_s:
-            trainer.halt()
-            await asyncio.sleep(halt_s)
-            asyncio.get_running_loop().call_later(halt_s, trainer.go_on)
+        if pause_s:
+            trainer.pause()
+            await asyncio.sleep(pause_s)
+            asyncio.get_running_loop().call_later(pause_s, trainer.resume)
 
     return await trainer.run(hear), heard
 
@@ -404,11 +407,11 @@ async def test_signs_of_life_keep_a_trainer_that_has_nothing_else_to_say(tmp_pat
 
 async def test_time_in_which_a_trainer_is_halted_is_not_its_silence(tmp_path: Path) -> None:
     said = dump_event(Warned("here"))
-    assert await ran(tmp_path, f"print({said!r}, flush=True)\ntime.sleep(0.5)", silence_s=2.0, halt_s=2.5) == (
+    assert await ran(tmp_path, f"print({said!r}, flush=True)\ntime.sleep(0.5)", silence_s=2.0, pause_s=2.5) == (
         0,
         [Warned("here")],
     )
-    status, _ = await ran(tmp_path, f"print({said!r}, flush=True)\ntime.sleep(60)", silence_s=1.0, halt_s=0.2)
+    status, _ = await ran(tmp_path, f"print({said!r}, flush=True)\ntime.sleep(60)", silence_s=1.0, pause_s=0.2)
     assert status == -signal.SIGKILL  # it is silent while it may speak
 
 
@@ -490,8 +493,8 @@ async def test_trouble_with_the_disk_costs_no_result(
             raise error
         raise AdapterUnusable(detail="out: trouble", label="out") from error
 
-    monkeypatch.setattr(folders, step, troubled)
-    monkeypatch.setattr("core.jobs.worker._LONGEST_WAIT_S", 0.02)
+    monkeypatch.setattr(registry, step, troubled)
+    monkeypatch.setattr("core.jobs.worker._LONGEST_BACKOFF_S", 0.02)
     async with works(tmp_path) as it:
         job_id = await it.order()
         await it.ended()
@@ -535,7 +538,7 @@ async def test_a_running_job_that_is_cancelled_ends_its_trainer(
         job_id = await it.order(word)
         await it.bot.until(lambda: PAUSED in it.bot.newest)
         process = trainer_of(it.folder(job_id))
-        await it.database.write(lambda tx: jobs.cancel(tx, job_id, "asked"))
+        await it.database.write(lambda tx: jobs.cancel(tx, job_id, jobs.REQUESTED))
         it.training.wake()
         assert await it.ended() == say("en", "training.cancelled", id=job_id, title="Acme")
         with pytest.raises(ProcessLookupError):
@@ -547,7 +550,7 @@ async def test_a_running_job_that_is_cancelled_ends_its_trainer(
 async def test_a_job_that_is_cancelled_while_it_waits_never_begins(tmp_path: Path) -> None:
     async with works(tmp_path, running=False) as it:
         job_id = await it.order()
-        await it.database.write(lambda tx: jobs.cancel(tx, job_id, "asked"))
+        await it.database.write(lambda tx: jobs.cancel(tx, job_id, jobs.REQUESTED))
         await it.run()
         await it.order("worse", place="q")
         await it.ended()

@@ -19,7 +19,7 @@ from core.commands.registry import CommandContext
 from core.config.schema import Retention
 from core.delivery.deliveries import Deliveries
 from core.jobs import datasets, jobs
-from core.jobs.dataset_files import bring_data
+from core.jobs.commands import prepare_data
 from core.privacy import commands, erasure, retention, tombstones
 from core.storage.cipher import Cipher
 from core.storage.database import Database, Tx
@@ -92,7 +92,7 @@ async def bring(it: World) -> str:
 
     who = await it.database.read(caller)
     context = CommandContext(it.home, it.database, Deliveries(it.database).fetch)
-    return (await bring_data(context, who, parse("/finetune conversations"))).sha256
+    return (await prepare_data(context, who, parse("/finetune conversations"))).sha256
 
 
 async def test_text_lies_in_no_file_in_the_clear_before_anyone_asks(tmp_path: Path) -> None:
@@ -330,7 +330,7 @@ async def test_no_number_of_a_person_stays_anywhere_once_nothing_can_be_answered
         assert found(tmp_path, ["777000777"]) == []
 
 
-@pytest.mark.parametrize(("state", "reason"), [("cancelled", jobs.ASKED), ("failed", f"{jobs.KEPT}: a reason")])
+@pytest.mark.parametrize(("state", "reason"), [("cancelled", jobs.REQUESTED), ("failed", f"{jobs.KEPT}: a reason")])
 async def test_a_job_keeps_its_address_while_it_may_be_resumed_or_has_something_to_say(
     tmp_path: Path, state: str, reason: str
 ) -> None:

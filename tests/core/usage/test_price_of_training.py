@@ -19,7 +19,7 @@ PRICE = 500_000  # nano-units per trained token; the fake trainer's check tells 
 
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("core.jobs.progress_message.SHOW_S", 0.0)
+    monkeypatch.setattr("core.jobs.progress.SHOW_S", 0.0)
 
 
 async def set_price(it: Works, nano: int) -> None:

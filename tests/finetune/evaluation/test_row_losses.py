@@ -16,7 +16,7 @@ from core.engine.protocol import EngineInfo
 from core.jobs import datasets
 from core.jobs.commands import begin
 from core.jobs.process import COMMAND
-from core.jobs.supervisor import TrainingSettings
+from core.jobs.worker import TrainingSettings
 from core.model.weights import fingerprint
 from core.storage.database import Tx
 from tests.finetune.conftest import faq
@@ -44,7 +44,7 @@ async def order(it: Works) -> None:
 async def test_the_real_trainer_is_stopped_goes_on_and_its_result_is_published(
     tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("core.jobs.progress_message.SHOW_S", 0.0)
+    monkeypatch.setattr("core.jobs.progress.SHOW_S", 0.0)
     monkeypatch.setattr("tests.support.works.WAIT_S", 120)
     info = EngineInfo("tiny", await asyncio.to_thread(fingerprint, tiny_folder), "tiny", 1000, tiny_folder)
     settings = TrainingSettings(hyper=HYPER, nice=0)

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import asdict
+from typing import TypeVar
 
 from core.adapters.commands import anyway_button, compare_button, discard_button, promote_button
 from core.commands.parser import as_word
 from core.i18n.messages import Lazy, duration, money, say
-from core.jobs.data_messages import data_text, last, left_out_text, rows_text, short
-from core.jobs.datasets import OF_PEOPLE
+from core.jobs.datasets import CONSENTED
 from core.jobs.jobs import EXPIRED, Job
 from core.jobs.protocol import (
     FEWEST_TEST_ROWS,
@@ -18,11 +18,16 @@ from core.jobs.protocol import (
     Answered,
     Checked,
     Done,
+    Estimated,
     Evaluated,
+    Failed,
     JobEvent,
     Judged,
+    LeftOut,
     Planned,
+    Preview,
     Progress,
+    Redacted,
     Warned,
     forgets,
 )
@@ -163,7 +168,7 @@ def _health_text(language: str, judged: Judged) -> list[str]:
 def failed_text(job: Job, *, resumable: bool) -> str:
     """Whose fault it is, what happened, and what to do."""
     fault, _, reason = job.reason.partition(": ")
-    yours = "training.failed_sayings" if job.source in OF_PEOPLE else "training.failed_yours"
+    yours = "training.failed_sayings" if job.source in CONSENTED else "training.failed_yours"
     settings = "training.failed_adapter" if job.imported else "training.failed_settings"
     ours = "training.failed_ours_adapter" if job.imported else "training.failed_ours"
     key = "training.failed_kept" if resumable else {"yours": yours, "settings": settings}.get(fault, ours)
@@ -179,7 +184,7 @@ def cancelled_key(job: Job) -> str:
     known = {"erased": "training.cancelled_erased", EXPIRED: "training.expired"}
     if job.reason in known:
         return known[job.reason]
-    return "training.cancelled" if job.lasting else "training.cancelled_for_good"
+    return "training.cancelled" if job.keeps_checkpoint else "training.cancelled_for_good"
 
 
 def _held_up(events: Sequence[JobEvent]) -> list[str]:
@@ -201,3 +206,160 @@ def _unseen(language: str, events: Sequence[JobEvent]) -> str:
 
 def worst_button(language: str, label: str) -> Button:
     return Button(say(language, "adapter.worst_button"), "command", f"/adapter worst {label}")
+
+
+SHOWN_LINES = 5
+
+
+_SHOWN_CHARACTERS = 200
+
+
+_SAMPLE, _SAMPLE_ROW = 120, 700  # characters of a row in the question, and in the preview
+
+
+_BARS = "▁▂▃▄▅▆▇█"
+
+
+T = TypeVar("T")
+
+
+def question(job: Job, events: Sequence[JobEvent], preview: Sequence[Preview]) -> Body:
+    """The report of the check, and whether to start."""
+    language, checked, estimated = job.language, last(events, Checked), last(events, Estimated)
+    assert checked is not None
+    assert estimated is not None
+    lines = rows_text(language, job.dataset, checked, "training.usable")
+    lines += [f"- {line}" for line in left_out_text(language, events)]
+    lines += [f"- {line}" for line in data_text(language, checked)]
+    if (redacted := last(events, Redacted)) is not None and redacted.sha256 == job.dataset_sha256:
+        told = {"n": redacted.replaced, "sha": redacted.sha256[:12]}
+        lines.append(f"- {say(language, 'training.redacted', **told)}")
+    if preview:
+        lines += ["", say(language, "training.sample", line=preview[0].line), "", f"> {_sample(preview[0])}"]
+    lines += [
+        "",
+        estimate_text(language, estimated, job.train_nano),
+        "",
+        say(language, "training.ask", id=job.id, label=job.label),
+    ]
+    return Body("\n".join(lines), _buttons(job, personal=bool(checked.personal)))
+
+
+def estimate_text(language: str, estimated: Estimated, train_nano: int) -> str:
+    """With `train_nano` to pay for each token."""
+    to_pay = estimated.tokens * train_nano
+    price = Lazy("training.price", price=money(to_pay)) if to_pay else Lazy("training.price_none")
+    key = "training.estimate" if estimated.seconds else "training.estimate_unmeasured"
+    return say(
+        language,
+        key,
+        tokens=estimated.tokens,
+        epochs=estimated.epochs,
+        steps=estimated.steps,
+        time=duration(language, estimated.seconds),
+        memory=f"{estimated.memory_mib / 1024:.1f}",
+        price=price,
+    )
+
+
+def preview_text(language: str, name: str, preview: Sequence[Preview]) -> str:
+    """Each row as the model reads it, with marks around what it learns."""
+    lines = [say(language, "training.preview", name=name)]
+    for row in preview:
+        shown = "".join(f"▶{_cut(text)}◀" if taught else _cut_head(text) for taught, text in row.parts)
+        fence = "````" if "```" in shown else "```"
+        lines += ["", say(language, "training.preview_line", line=row.line), fence, shown.strip("\n"), fence]
+    return "\n".join(lines)
+
+
+def rows_text(language: str, name: str, checked: Checked, key: str = "training.rows") -> list[str]:
+    """What became of each row that was not simply used, by line."""
+    lines = [say(language, key, name=name, used=checked.used, rows=checked.rows)]
+    if checked.duplicates:
+        where = ", ".join(str(line) for line in checked.doubled[:SHOWN_LINES])
+        more = "…" if checked.duplicates > len(checked.doubled[:SHOWN_LINES]) else ""
+        told = "training.doubled" if where else "training.duplicates"
+        lines.append(f"- {say(language, told, n=checked.duplicates, lines=f'{where}{more}')}")
+    rejected = checked.rows - checked.used - checked.duplicates  # of these only the first are named
+    for named, count in ((checked.rejected, rejected), (checked.mended, len(checked.mended))):
+        shown = named[:SHOWN_LINES]
+        lines += [f"- {short(one)}" for one in shown]
+        if count > len(shown):
+            lines.append(f"- {say(language, 'training.more_lines', n=count - len(shown))}")
+    return lines
+
+
+def left_out_text(language: str, events: Sequence[JobEvent]) -> list[str]:
+    """What could not become a row, because it cannot be read where it is stored."""
+    left_out = last(events, LeftOut)
+    return [say(language, "training.left_out", n=left_out.unreadable)] if left_out else []
+
+
+def data_text(language: str, checked: Checked) -> list[str]:
+    """What is to be known of the rows that are used, before time is spent on them."""
+    lines = []
+    if checked.longest_tokens:
+        lines.append(
+            say(
+                language,
+                "training.lengths",
+                bars=_bars(checked.histogram),
+                shortest=checked.shortest_tokens,
+                median=checked.median_tokens,
+                longest=checked.longest_tokens,
+            )
+        )
+    if checked.missing:
+        lines.append(say(language, "training.missing", n=checked.missing))
+    if checked.personal:
+        lines.append(say(language, "training.personal", found=", ".join(checked.personal)))
+    return lines
+
+
+def last(events: Sequence[JobEvent], kind: type[T]) -> T | None:
+    return next((event for event in reversed(events) if isinstance(event, kind)), None)
+
+
+def short(text: str) -> str:
+    return text if len(text) <= _SHOWN_CHARACTERS else f"{text[: _SHOWN_CHARACTERS - 1]}…"
+
+
+def _buttons(job: Job, *, personal: bool) -> tuple[Button, ...]:
+    offered = [
+        ("start_anyway" if personal else "start", "start"),
+        *([("redact", "redact")] if personal else []),
+        ("preview", "preview"),
+        ("cancel", "cancel"),
+    ]
+    return tuple(
+        Button(say(job.language, f"training.button_{key}"), "command", f"/finetune {word} {job.id}")
+        for key, word in offered
+    )
+
+
+def _bars(histogram: Sequence[int]) -> str:
+    """One character for each count, the tallest for the largest."""
+    most = max(histogram, default=0)
+    return "".join(_BARS[min(len(_BARS) - 1, count * len(_BARS) // most)] if count else " " for count in histogram)
+
+
+def _sample(row: Preview) -> str:
+    """One line of it: what was asked, and what is learned."""
+    asked, said = (" ".join(text.split()) for text in (row.asked, row.said))
+    return f"{_cut(asked, _SAMPLE)} ▶ {_cut(said, _SAMPLE)}"
+
+
+def _cut(text: str, most: int = _SAMPLE_ROW) -> str:
+    return text if len(text) <= most else f"{text[:most]}…"
+
+
+def _cut_head(text: str) -> str:
+    return text if len(text) <= _SAMPLE_ROW else f"…{text[-_SAMPLE_ROW:]}"
+
+
+def failure_reason(failed: Failed, language: str) -> str:
+    """The trainer's reason with the line of the data set, unless the reason names the line."""
+    prefix = say(language, "data.line", line=failed.line, reason="").strip()
+    if not failed.line or prefix in failed.reason:
+        return failed.reason
+    return say(language, "data.line", line=failed.line, reason=failed.reason)

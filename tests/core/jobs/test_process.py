@@ -1,4 +1,4 @@
-"""A trainer stands still while people are answered, never for ever, and never when it is to go."""
+"""When a trainer process is paused, and how it ends while it is."""
 
 from __future__ import annotations
 
@@ -8,63 +8,36 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Callable
+from collections.abc import Sequence
 from pathlib import Path
 
-import pytest
-
 from core.config.sections import HyperParameters
-from core.jobs import process
-from core.jobs.process import TrainerProcess, usher
+from core.jobs.process import PausePolicy, TrainerProcess
 from core.jobs.protocol import JobEvent, Progress, Spec
 from tests.support.fake_trainer import COMMAND
 
 
-class Recorder:
-    def __init__(self) -> None:
-        self.orders: list[str] = []
-
-    def halt(self) -> None:
-        self.orders.append("halt")
-
-    def go_on(self) -> None:
-        self.orders.append("go on")
+def paused(policy: PausePolicy, loads: Sequence[tuple[float, int]]) -> list[bool]:
+    """The policy's decisions for (time in seconds, load)."""
+    return [policy.update(now, load) for now, load in loads]
 
 
-async def ushered(asked: Callable[[], int], seconds: float) -> list[str]:
-    recorder = Recorder()
-    task = asyncio.create_task(usher(recorder, asked))  # type: ignore[arg-type]
-    await asyncio.sleep(seconds)
-    task.cancel()
-    await asyncio.gather(task, return_exceptions=True)
-    return recorder.orders
+def test_a_trainer_is_paused_under_load_and_a_moment_longer() -> None:
+    policy = PausePolicy(quiet_s=0.5)
+    assert paused(policy, [(1, 0), (2, 1), (3, 2), (3.4, 0), (3.6, 0), (9, 0)]) == [
+        False,
+        True,
+        True,
+        True,
+        False,
+        False,
+    ]
 
 
-@pytest.fixture(autouse=True)
-def fast(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "_USHER_S", 0.001)
-    monkeypatch.setattr(process, "_QUIET_S", 0.05)
-
-
-async def test_it_halts_while_somebody_is_answered_and_goes_on_afterwards() -> None:
-    until = time.monotonic() + 0.1
-    assert await ushered(lambda: int(time.monotonic() < until), 0.4) == ["halt", "go on", "go on"]
-    assert await ushered(lambda: 0, 0.1) == ["go on"]
-
-
-async def test_a_chat_that_never_rests_leaves_it_a_turn(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "_LONGEST_HALT_S", 0.05)
-    monkeypatch.setattr(process, "_TURN_S", 0.02)
-    orders = await ushered(lambda: 1, 0.6)
-    assert orders[:4] == ["halt", "go on", "halt", "go on"]
-
-
-async def test_a_turn_ends_when_somebody_asks(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(process, "_LONGEST_HALT_S", 0.05)
-    monkeypatch.setattr(process, "_TURN_S", 60.0)
-    began = time.monotonic()
-    orders = await ushered(lambda: 1 + (time.monotonic() - began > 0.2), 0.4)
-    assert orders == ["halt", "go on", "halt", "go on", "go on"]
+def test_under_lasting_load_the_trainer_has_turns_which_end_when_the_load_grows() -> None:
+    policy = PausePolicy(quiet_s=0.5, longest_pause_s=4.0, turn_s=1.0)
+    assert paused(policy, [(1, 1), (4.9, 1), (5, 1), (5.9, 1), (6, 1)]) == [True, True, False, False, True]
+    assert paused(policy, [(10, 1), (10.2, 2), (10.3, 1)]) == [False, True, True]
 
 
 def state(pid: int) -> str:
@@ -78,27 +51,27 @@ def until_state(pid: int, wanted: str) -> None:
         time.sleep(0.01)
 
 
-async def test_a_halted_trainer_still_goes_when_it_is_told_to(tmp_path: Path) -> None:
+async def test_a_paused_trainer_stops_when_asked(tmp_path: Path) -> None:
     (tmp_path / "data.jsonl").write_text('{"word": "pause"}\n')
     Spec("1", "", "", "data.jsonl", "", "acme@1", hyper=HyperParameters()).write(tmp_path)
     process = TrainerProcess(tmp_path, tmp_path / "log", command=COMMAND)
     reached = asyncio.Event()
 
-    async def hear(event: JobEvent) -> None:
+    async def on_event(event: JobEvent) -> None:
         if isinstance(event, Progress) and event.step == 2:
             reached.set()
 
-    running = asyncio.create_task(process.run(hear))
+    running = asyncio.create_task(process.run(on_event))
     await asyncio.wait_for(reached.wait(), 20)
     assert process._process is not None
-    process.halt()
+    process.pause()
     async with asyncio.timeout(10):
         await asyncio.to_thread(until_state, process._process.pid, "T")
         await process.stop(10)
         assert await running == 3
 
 
-def test_a_trainer_that_is_halted_goes_on_when_its_supervisor_dies(tmp_path: Path) -> None:
+def test_a_paused_trainer_continues_when_its_supervisor_dies(tmp_path: Path) -> None:
     """It would hold the job's lock for ever: the kernel wakes it, and its input has ended."""
     child = (
         "import os, sys, time; from finetune.__main__ import _wake_when_left_alone as wake; wake();"

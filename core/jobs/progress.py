@@ -1,6 +1,6 @@
-"""The one message of a running job: events are kept as they come, the newest state is shown at a calm pace.
+"""The progress message of a job: stores events as they arrive and shows the newest state about once a second.
 
-Showing is best effort: a platform that is away costs the job nothing. Knows no process, and not how a job ends.
+Showing is best effort: a job continues while its platform is unreachable.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ import time
 
 from core.delivery.deliveries import Deliveries
 from core.errors import StorageError
-from core.jobs import event_log, job_messages, jobs
+from core.jobs import event_log, jobs, messages
 from core.jobs.jobs import Job
 from core.jobs.protocol import JobEvent, Progress
 from core.storage.database import Database
@@ -24,47 +24,47 @@ _SHOW_DEADLINE_S = 10.0
 
 
 class ProgressMessage:
-    """Open it once, then `post` events while `paint` runs."""
+    """`open` it once, then `add` events while `show` runs."""
 
     def __init__(self, database: Database, deliveries: Deliveries, job: Job) -> None:
         self._database = database
         self._deliveries = deliveries
         self._job = job
         self._handle: Handle | None = None
-        self._news = asyncio.Event()
-        self._news.set()
-        self._kept = 0.0
+        self._changed = asyncio.Event()
+        self._changed.set()
+        self._stored_at = 0.0
 
     async def open(self, delivery_id: int) -> None:
-        """Post the message, or find it again."""
+        """Post the message, or recover its handle. Raises StorageError."""
         try:
             async with asyncio.timeout(_OPEN_DEADLINE_S):
                 self._handle = await self._deliveries.open(delivery_id, self._job.address)
         except StorageError:
             raise
-        except Exception as error:  # a platform's failure: its end is told all the same
+        except Exception as error:  # of the platform: the final message is sent in any case
             log.warning("job.not_opened", extra={"job": self._job.id, "error": type(error).__name__})
 
-    async def post(self, event: JobEvent) -> None:
-        """Keep an event; of progress not more than one in SHOW_S, and the last. Raises StorageError."""
-        last = isinstance(event, Progress) and event.step == event.steps
-        if isinstance(event, Progress) and not last and time.monotonic() - self._kept < SHOW_S:
-            return
-        if isinstance(event, Progress):
-            self._kept = time.monotonic()
-        await self._database.write(lambda tx: jobs.add_event(tx, self._job.id, event))
-        self._news.set()
-
-    async def paint(self) -> None:
-        """Until cancelled."""
+    async def show(self) -> None:
+        """Edit the message whenever events were added, until cancelled."""
         while self._handle is not None:
-            await self._news.wait()
-            self._news.clear()
+            await self._changed.wait()
+            self._changed.clear()
             try:
                 async with asyncio.timeout(_SHOW_DEADLINE_S):
                     events = await self._database.read(lambda tx: event_log.events(tx, self._job.id))
-                    text = job_messages.progress_text(self._job, events)
+                    text = messages.progress_text(self._job, events)
                     await self._deliveries.show(self._handle, self._job.address, text)
             except Exception as error:
                 log.warning("job.show_failed", extra={"job": self._job.id, "error": type(error).__name__})
             await asyncio.sleep(SHOW_S)
+
+    async def add(self, event: JobEvent) -> None:
+        """Store an event; of progress at most one in SHOW_S, and the last step. Raises StorageError."""
+        if isinstance(event, Progress):
+            now = time.monotonic()
+            if event.step != event.steps and now - self._stored_at < SHOW_S:
+                return
+            self._stored_at = now
+        await self._database.write(lambda tx: jobs.add_event(tx, self._job.id, event))
+        self._changed.set()

@@ -76,7 +76,7 @@ def line(it: Town, role: str, name: str, form: Form) -> str:
     if (name, form.word) == ("operator", "remove"):
         return f"/operator remove {it.operator_id('operator')}"
     if name == "finetune" and form.parameters and form.parameters[0].name == "dataset":
-        return f"/finetune {form.word} {DATASET}"  # as core.jobs.dataset_files has brought it
+        return f"/finetune {form.word} {DATASET}"  # as prepare_data stores it
     if (name, form.word) in (("finetune", "start"), ("finetune", "preview"), ("finetune", "redact")):
         it.says("owner", f"/finetune {DATASET}")
         write_now(it.database, _ask)

@@ -56,7 +56,7 @@ def run(
     it: Town, text: str, who: str = "operator", place: str = "acme", language: str = "en", prepared: object = None
 ) -> Outcome:
     call = parse(text)
-    if call.form.word == "" and prepared is None:  # as core.jobs.dataset_files leaves it
+    if call.form.word == "" and prepared is None:  # as prepare_data leaves it
         prepared = PreparedData(SHA, call.arguments["dataset"], call.arguments.get("go") == "yes")
     return it.run(who, text, place, language, prepared)
 

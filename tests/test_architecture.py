@@ -24,7 +24,7 @@ ALLOWED: dict[str, str] = {
     "core.config": "core.types core.errors core.i18n",
     "core.platform": "core.types core.errors core.i18n",
     "core.commands": "core.types core.errors core.i18n core.config core.storage",
-    "core.storage": "core.types core.errors core.files core.config",
+    "core.storage": "core.types core.errors core.files",
     "core.model": "core.types core.errors core.files core.config",
     "core.engine": "core.types core.errors core.files core.i18n core.config core.model",
     "core.observability": "core.types core.errors core.engine core.storage",

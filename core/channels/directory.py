@@ -11,6 +11,7 @@ from core.channels import adapter_names, partners
 from core.config.keys import NAME, Key
 from core.config.schema import OWNER_PARTNER, channel_columns
 from core.errors import BadInput, UnknownThing
+from core.storage import migrations
 from core.storage.database import Row, Tx, Value
 from core.types import Channel, Limits, Sampling
 from core.usage import prices
@@ -104,6 +105,16 @@ def _others() -> Mapping[str, Key]:
     """The columns of settings that have no field of their own in Channel, Limits or Sampling."""
     own = {one.name for made in (Channel, Limits, Sampling) for one in fields(made)}
     return {name: one for name, one in channel_columns().items() if name not in own}
+
+
+def _register_columns() -> None:
+    """A setting of a channel is a column of its table; those without a migration are added by their definition."""
+    for name, one in channel_columns().items():
+        kind = {"integer": "INTEGER", "boolean": "INTEGER", "number": "REAL"}.get(one.schema["type"], "TEXT")
+        migrations.add_column("channel", name, kind, "" if one.default == () else one.default)
+
+
+_register_columns()
 
 
 def _read(key: Key, stored: Any) -> Any:

@@ -9,10 +9,10 @@ from importlib.resources import files
 import sqlite_utils
 from sqlite_utils import Migrations
 
-from core.config.schema import channel_columns
 from core.errors import StorageError
 
 MIGRATIONS = Migrations("distributary")
+_columns: dict[tuple[str, str], tuple[str, str | float | None]] = {}
 
 
 def migrate(db: sqlite_utils.Database) -> None:
@@ -21,18 +21,20 @@ def migrate(db: sqlite_utils.Database) -> None:
     if newer := sorted(applied - {step.__name__ for step in STEPS}):
         raise StorageError(detail=f"the database is of another release: it has {', '.join(newer)}")
     MIGRATIONS.apply(db)
-    _add_channel_settings(db)
+    _add_columns(db)
 
 
-def _add_channel_settings(db: sqlite_utils.Database) -> None:
-    """Add the columns of settings of a channel that core.config.schema defines and no migration creates."""
-    have = db["channel"].columns_dict
-    for name, one in channel_columns().items():
-        if name not in have:
-            kind = {"integer": "INTEGER", "boolean": "INTEGER", "number": "REAL"}.get(one.schema["type"], "TEXT")
-            default = "" if one.default == () else one.default
-            needed = "" if default is None else f" NOT NULL DEFAULT {db.quote(default)}"
-            db.execute(f"ALTER TABLE channel ADD COLUMN {name} {kind}{needed}")
+def add_column(table: str, name: str, kind: str, default: str | float | None = None) -> None:
+    """Register a column that no migration creates; it is added when a database is opened. Its owner calls this."""
+    _columns[table, name] = kind, default
+
+
+def _add_columns(db: sqlite_utils.Database) -> None:
+    for (table, name), (kind, default) in _columns.items():
+        if name not in db[table].columns_dict:
+            quoted = db.quote(default) if isinstance(default, str) else default
+            needed = "" if default is None else f" NOT NULL DEFAULT {quoted}"
+            db.execute(f"ALTER TABLE {table} ADD COLUMN {name} {kind}{needed}")
 
 
 def m001_schema(db: sqlite_utils.Database) -> None:

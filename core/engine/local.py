@@ -35,14 +35,14 @@ from core.model.demo import Progress
 
 log = logging.getLogger(__name__)
 
-CANCEL_S = 60.0  # for cancelled requests to end: one step, which may be a long one
+CANCEL_S = 60.0  # for cancelled requests to end: one step, which may be long
 
 
 class LocalEngine:
     """Implements core.engine.protocol.Engine. The model is loaded when the engine is entered.
 
-    `cache` takes the converted demo model; `progress` is called from a thread with (fraction, what).
-    A `model` that is loaded already may be handed over instead.
+    `cache` takes the converted demo model; `progress` is called from a thread with the fraction done and what is being
+    done. A loaded `model` may be passed instead.
     """
 
     def __init__(
@@ -63,8 +63,8 @@ class LocalEngine:
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
-        # A thread that ran a large operator keeps OpenMP's workers as long as it lives, and all spin more slowly
-        # while there are more of them than cores: the one that loads must end before the model thread begins.
+        # A thread that ran a large operator keeps its OpenMP workers as long as it lives, and workers beyond the number
+        # of cores slow all of them down: the loading thread has to end before the model thread starts.
         loader = ThreadPoolExecutor(max_workers=1, thread_name_prefix="load")
         try:
             model = await self._loop.run_in_executor(loader, self._load)
@@ -104,7 +104,7 @@ class LocalEngine:
         return self._requests.info
 
     def submit(self, request: Request) -> RunningGeneration[RequestState]:
-        """Begin a request; returns at once. What goes wrong is raised out of the iteration."""
+        """Begin a request; returns at once. Errors are raised out of the iteration."""
         return self._requests.begin(request, lambda: self._new_state(request), lambda state: self.thread.submit(state))
 
     def cancel(self, state: RequestState) -> None:
@@ -112,7 +112,7 @@ class LocalEngine:
             self.thread.cancel(state)
 
     async def forget(self, channel: str, conversation: str = "") -> None:
-        """Wipe what memory holds of a conversation; what runs or waits for it ends as cancelled."""
+        """Wipe what memory holds of a conversation; its running and waiting requests end as cancelled."""
         if self._requests.running:
             await asyncio.wrap_future(self.thread.forget(channel, conversation))
 
@@ -132,7 +132,7 @@ class LocalEngine:
         )
 
     async def drain(self, deadline_s: float) -> None:
-        """Take no more; finish what runs within the deadline, then cancel the rest."""
+        """Accept no more; finish running requests within the deadline, then cancel the rest."""
         await self._requests.drain(deadline_s, CANCEL_S)
 
     def _new_state(self, request: Request) -> RequestState:
@@ -144,7 +144,7 @@ class LocalEngine:
             scanner=StopScanner(request.sampling.stop),
         )
 
-    # --- other threads
+    # --- on other threads
 
     def _load(self) -> BaseModel:
         model = self._model or load_for_serving(
@@ -164,7 +164,7 @@ class LocalEngine:
     def _emit(self, outputs: list[Output]) -> None:
         try:
             self._loop.call_soon_threadsafe(self._deliver, outputs)
-        except RuntimeError:  # the event loop is closed: nobody listens
+        except RuntimeError:  # the event loop is closed
             log.warning("engine.loop_closed", extra={"events": len(outputs)})
 
     def _deliver(self, outputs: list[Output]) -> None:

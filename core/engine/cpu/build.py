@@ -19,20 +19,20 @@ from core import files
 
 SOURCES = Path(__file__).with_name("kernels")
 COMPILERS = ("g++", "clang++", "c++")
-# -march=native for the wide registers. Errors of mathematics are no news to anybody, and to report them costs.
+# -fno-math-errno, -fno-trapping-math: errno and FP traps are never read and block vectorization.
 FLAGS = ("-O3", "-march=native", "-std=c++17", "-fopenmp", "-fno-math-errno", "-fno-trapping-math", "-shared", "-fPIC")
 DEADLINE_S = 60.0
 
 
 def built_library() -> Path:
-    """The library for these sources and this processor. Raises OSError or subprocess.SubprocessError."""
+    """Path of the library for these sources and this processor. Raises OSError or subprocess.SubprocessError."""
     compiler = next((found for name in COMPILERS if (found := shutil.which(name))), None)
     if compiler is None:
         raise FileNotFoundError(f"no C++ compiler is installed ({', '.join(COMPILERS)})")
-    told = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
-    asked = subprocess.run([compiler, "--version"], capture_output=True, check=True, text=True, timeout=DEADLINE_S)
+    features = torch.cpu.get_capabilities() if hasattr(torch.cpu, "get_capabilities") else {}
+    version = subprocess.run([compiler, "--version"], capture_output=True, check=True, text=True, timeout=DEADLINE_S)
     sources = sorted(SOURCES.iterdir())
-    made_of = repr((asked.stdout, FLAGS, platform.machine(), sorted(told.items()))).encode()
+    made_of = repr((version.stdout, FLAGS, platform.machine(), sorted(features.items()))).encode()
     key = b"".join((*(one.read_bytes() for one in sources), made_of))
     folder = user_cache_path("distributary") / "kernels"
     library = folder / f"{hashlib.sha256(key).hexdigest()[:32]}.so"

@@ -24,7 +24,7 @@ from core.engine.cpu.build import built_library
 
 log = logging.getLogger(__name__)
 
-TILE = 4  # tokens that read an adapter's weights together; as in lanes.h
+TILE = 4  # tokens that share a read of an adapter's weights; as in kernels/simd.h
 
 _P, _N = ctypes.c_void_p, ctypes.c_int64
 _ARGUMENTS = {
@@ -36,23 +36,23 @@ _ARGUMENTS = {
 
 
 class CompiledOperators:
-    """The operators on tensors: float32, contiguous, on the CPU. What is said to be changed is changed in place."""
+    """The operators on tensors: float32, contiguous, on the CPU."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
         for name, arguments in _ARGUMENTS.items():
             function = getattr(library, name)
             function.argtypes, function.restype = arguments, None
-        # Outputs of a product that are computed together.
+        # Outputs per block of weights.
         self.float_block: int = library.float_block()
         self.int8_block: int = library.int8_block()
-        self.group: int = library.group_size()  # inputs that go as int8 by one scale
-        self.absmax: int = library.absmax()  # what an int8 weight may be; it lies there as largest + 1 more
+        self.group: int = library.group_size()  # inputs per scale
+        self.absmax: int = library.absmax()  # largest int8 weight, stored with absmax + 1 added
         self.library.scratch_size.argtypes, self.library.scratch_size.restype = (_P,), _N
-        self.unroll: int = library.unroll()  # int8 weights of an output that are multiplied at once
+        self.unroll: int = library.unroll()  # int8 weights of one output that are multiplied at once
 
     def __deepcopy__(self, memo: dict[int, object]) -> CompiledOperators:
-        """What holds operators may be copied; they are the process's."""
+        """Copies share the operators of the process."""
         return self
 
     def float_matmul(self, x: Tensor, weights: Tensor, bias: Tensor | None, outs: int) -> Tensor:
@@ -63,10 +63,10 @@ class CompiledOperators:
         return y
 
     def int8_matmul(self, x: Tensor, weights: Tensor, scales: Tensor, bias: Tensor | None, outs: int) -> Tensor:
-        """x (N, in), weights uint8 (out, in), largest + 1 more than they are, in_blocks of int8_block, together.
+        """x (N, in), weights uint8 (out, in) with absmax + 1 added, `in_blocks` of int8_block and unroll -> (N, outs).
 
-        x goes as int8, each `group` of a row's inputs by its own largest value. The weights are blank with zeros to
-        whole groups, their scales float32 to whole blocks.
+        x is quantized with one scale per `group` of a row's inputs. Weights are padded with zeros to whole groups,
+        their float32 scales to whole blocks.
         """
         rows, size = x.shape
         y = x.new_empty(rows, outs)
@@ -76,7 +76,7 @@ class CompiledOperators:
     def add_lora(self, x: Tensor, y: Tensor, a: Tensor, b: Tensor, tiles: Tensor, outs: Sequence[int]) -> None:
         """y (N, sum of outs) += B (A x), in place, each token of x (N, in) with the slot that `tiles_of` gave it.
 
-        a (S, P * R, in) and b (S, P * R, sum of outs) hold P parts; of b only each part's own block is read.
+        a (S, P * R, in) and b (S, P * R, sum of outs) hold P parts; only each part's own block of b is read.
         """
         parts = len(outs)
         assert x.stride(1) == y.stride(1) == 1
@@ -88,9 +88,9 @@ class CompiledOperators:
 
 
 def in_blocks(weight: Tensor, block: int, some: int = 1, *, multiple: int = 1, blank: int = 0) -> Tensor:
-    """(out, in) -> (out / block, in / some, block, some): what products read one by one.
+    """(out, in) -> (out / block, in / some, block, some), in the order in which products read.
 
-    Filled up with `blank` to whole blocks of outputs and a `multiple` of inputs, which is one of `some`.
+    Padded with `blank` to whole blocks of outputs and a `multiple` of inputs, itself a multiple of `some`.
     """
     outs, size = weight.shape
     shape = -(-outs // block) * block, -(-size // multiple) * multiple
@@ -100,7 +100,7 @@ def in_blocks(weight: Tensor, block: int, some: int = 1, *, multiple: int = 1, b
 
 
 def tiles_of(slots: Sequence[int | None]) -> Tensor:
-    """The slot of each token, None for none -> int64 (count, 2 + TILE): a slot, how many tokens share it, and which."""
+    """Slot of each token, None for the base model -> int64 (count, 2 + TILE): slot, number of tokens, their indices."""
     tokens: dict[int, list[int]] = {}
     for token, slot in enumerate(slots):
         if slot is not None:
@@ -123,13 +123,13 @@ def _at_or_none(tensor: Tensor | None) -> int | None:
 
 
 def compiled() -> CompiledOperators | None:
-    """The operators, built if they are not there yet; None, and the log says why, where that fails."""
+    """The operators, built on first use; None, with the reason in the log, where that fails."""
     found = _outcome()
     return found if isinstance(found, CompiledOperators) else None
 
 
 def unavailable_reason() -> str:
-    """Why there are none; empty if there are."""
+    """Why there are no operators; empty if there are."""
     found = _outcome()
     return "" if isinstance(found, CompiledOperators) else found
 

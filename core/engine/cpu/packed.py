@@ -18,10 +18,10 @@ from core.engine.cpu.compiled import compiled, in_blocks
 
 
 class PackedLinear(nn.Module):
-    """y = W x + b, W of (out, in) packed. A row's result depends on that row alone."""
+    """y = W x + b with W (out, in) packed. A row's result depends on that row alone."""
 
     def __init__(self, weights: Sequence[Tensor], bias: Tensor | None) -> None:
-        """W is the weights one under another."""
+        """W is the weights concatenated along the outputs."""
         super().__init__()
         whole = weights[0] if len(weights) == 1 else torch.cat(tuple(weights))
         self.out_features, self.in_features = whole.shape
@@ -43,7 +43,7 @@ class PackedLinear(nn.Module):
 
 
 def packable(linear: nn.Module) -> bool:
-    """Whether the linear's weights are such that a packed copy of them runs here."""
+    """Whether a packed copy of the linear's weights can run here."""
     if type(linear) is not nn.Linear:
         return False
     onednn: bool = torch.backends.mkldnn.is_available()  # type: ignore[no-untyped-call]  # torch does not type it

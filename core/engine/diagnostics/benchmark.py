@@ -22,15 +22,15 @@ from core.types import AdapterRef, Message, Role, Sampling
 if TYPE_CHECKING:
     from core.engine.lora.adapter_files import AdapterTarget
 
-TOKENS = 48  # of each answer
+TOKENS = 48  # per answer
 MAX_ROWS, MAX_ADAPTERS = 32, 8
-DEADLINE_S = 30.0  # of each part: a slower machine is measured by what it has made until then
+DEADLINE_S = 30.0  # per part; a slower machine is measured by the tokens until then
 QUESTION = "Question {number}: tell me, in as many words as you like, where rivers come from and where they go."
 
 
 @dataclass(frozen=True, slots=True)
 class Speed:
-    """`floor` is 0 where the engine cannot know it; times are of the events as a reader gets them."""
+    """`roofline_fraction` is 0 where the engine cannot measure it; times are those of the events at the reader."""
 
     rows: int
     adapters: int
@@ -52,7 +52,7 @@ class Benchmark:
 
 
 async def measure(engine: Engine, rows: int, adapters: Sequence[AdapterRef] = ()) -> Benchmark:
-    """Warm up, then measure. Raises what a request raises."""
+    """Warm up, then measure. Raises the requests' errors."""
     rows = min(rows, MAX_ROWS)
     await _speed(engine, 1, adapters[:1], tokens=4)
     one, many = await _speed(engine, 1), await _speed(engine, rows)
@@ -61,7 +61,7 @@ async def measure(engine: Engine, rows: int, adapters: Sequence[AdapterRef] = ()
 
 
 def random_adapters(folder: Path, base: AdapterTarget, rank: int, count: int = MAX_ADAPTERS) -> list[AdapterRef]:
-    """Adapters as large as a fine-tune makes them, small enough in their numbers to change no answer much."""
+    """Adapters of a fine-tune's size whose small weights hardly change the answers."""
     import torch
     from safetensors.torch import save_file
 
@@ -106,14 +106,14 @@ async def _speed(engine: Engine, rows: int, adapters: Sequence[AdapterRef] = (),
 
 
 def _request(row: int, adapter: AdapterRef | None, tokens: int) -> Request:
-    """Rows differ in their first word, so that none can use another's."""
+    """Rows differ in their first word, so that none can reuse another's prefix."""
     messages = (Message(Role.USER, QUESTION.format(number=row)),)
     scope = Scope("trial", f"trial {row}")
     return Request(f"trial {row}", messages, Sampling(max_tokens=tokens), adapter, scope, deadline_s=DEADLINE_S)
 
 
 async def _hear(engine: Engine, request: Request, began: float) -> tuple[float, list[float], int]:
-    """Seconds to the first text, then from text to text, and how many tokens there were."""
+    """Seconds to the first text, then between texts, and the number of tokens."""
     times: list[float] = []
     tokens = 0
     async for event in engine.submit(request):
@@ -125,7 +125,7 @@ async def _hear(engine: Engine, request: Request, began: float) -> tuple[float, 
 
 
 def stats_between(before: EngineStats, after: EngineStats) -> EngineStats:
-    """What passes took in between, for the shares that EngineStats makes of it."""
+    """The passes between two readings, for the shares that EngineStats computes."""
     return replace(
         after,
         positions_read=after.positions_read - before.positions_read,

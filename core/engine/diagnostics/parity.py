@@ -29,9 +29,11 @@ LORA_STD = 0.05
 
 @torch.inference_mode()
 def check_parity(model: BaseModel) -> None:
-    """Compare the engine with the model alone: two rows, chunked prefill, a step together. ~0.3 s, warms up as well.
+    """Compare the engine with the model's own forward pass: two rows, chunked prefill, a joint step. ~0.3 s; also warms
+    up.
 
     Raises ModelLoadFailed if they differ by more than rounding.
+
     """
     vocab = model.module.config.get_text_config().vocab_size  # type: ignore[union-attr, operator]  # a transformers model
     texts = [[(7 + 31 * i) % vocab for i in range(TOKENS)], [(5 + 17 * i) % vocab for i in range(TOKENS // 2)]]
@@ -39,7 +41,7 @@ def check_parity(model: BaseModel) -> None:
     try:
         with _short_windows(model.module):
             _compare(model, "", _by_slots(model, texts, None), _alone(model, texts, None))
-        if runner.fused is None:  # tests prove the family's adapters; another model may use its layers in its own way
+        if runner.fused is None:  # tests cover adapters of the family; other models may use their layers differently
             adapter = _some_adapter(model)
             _compare(model, "adapters on ", _by_slots(model, texts, adapter), _alone(model, texts, adapter))
     except (RuntimeError, TypeError, ValueError, AttributeError, IndexError, KeyError, AssertionError) as error:
@@ -49,9 +51,9 @@ def check_parity(model: BaseModel) -> None:
 def _compare(model: BaseModel, what: str, found: Tensor, wanted: Tensor) -> None:
     tolerance = 1e-3 if model.dtype is torch.float32 else 0.1
     if any(isinstance(child, Int8Linear) for child in model.module.modules()):
-        tolerance = 0.3  # rounding in the last bit moves int8 activations by whole steps; a wrong mask shows as more
+        tolerance = 0.3  # rounding in the last bit changes int8 activations by whole steps; a wrong mask differs more
     difference = float((found - wanted).abs().max() / wanted.abs().max())
-    if not difference <= tolerance:  # also if it is not a number
+    if not difference <= tolerance:  # also for NaN
         detail = (
             f"the engine would not serve {what}{model.name} exactly: its logits differ from the model's own by "
             f"{difference:.1%}; its layers work in a way that the engine does not know, so name another model"
@@ -60,7 +62,7 @@ def _compare(model: BaseModel, what: str, found: Tensor, wanted: Tensor) -> None
 
 
 def _by_slots(model: BaseModel, texts: Sequence[Sequence[int]], adapter: AdapterWeights | None) -> Tensor:
-    """(2, V) after the last tokens; the adapter is the first row's."""
+    """(2, V) after the last tokens, by the engine; the first row uses the adapter."""
     runner = Runner(model, max_rows=len(texts), context=TOKENS)
     long, short = texts
     half, few = len(long) // 2, len(short) // 2
@@ -68,7 +70,7 @@ def _by_slots(model: BaseModel, texts: Sequence[Sequence[int]], adapter: Adapter
         slot = None if adapter is None else runner.lora.acquire(adapter)
         runner.run(runner.cache.add_row(), [long[:half]], [slot])
         runner.run(runner.cache.add_row(), [short[:few]], [None])
-        runner.run(0, [long[half : half + 1], short[few:-1]], [slot, None])  # one's step beside another's chunk
+        runner.run(0, [long[half : half + 1], short[few:-1]], [slot, None])  # a decode step beside a chunk
         runner.run(0, [long[half + 1 : -1]], [slot])
         return runner.run(0, [long[-1:], short[-1:]], [slot, None]).float()
     finally:
@@ -76,7 +78,7 @@ def _by_slots(model: BaseModel, texts: Sequence[Sequence[int]], adapter: Adapter
 
 
 def _alone(model: BaseModel, texts: Sequence[Sequence[int]], adapter: AdapterWeights | None) -> Tensor:
-    """The same by the model itself, each text at once."""
+    """The same by the model itself, one text at a time."""
     module: Any = model.module
     found = []
     with attention.eager_attention(module):
@@ -98,7 +100,7 @@ def _adding(a: Tensor, b: Tensor) -> Callable[[nn.Module, tuple[Tensor, ...], Te
 
 
 def _some_adapter(model: BaseModel) -> AdapterWeights:
-    """Random weights of rank 1 on every layer that adapters may change."""
+    """Random weights of rank 1 on every module that adapters may change."""
     dice = torch.Generator().manual_seed(0)
     pairs = {}
     for name, linear in linear_modules(model.module):
@@ -110,7 +112,7 @@ def _some_adapter(model: BaseModel) -> AdapterWeights:
 
 @contextmanager
 def _short_windows(module: nn.Module) -> Iterator[None]:
-    """Let all sliding windows be shorter than the texts of the proof: real ones are too long to be met at each load."""
+    """Make all sliding windows shorter than the texts: real ones are too long to be reached at each load."""
     places: list[Any] = [*module.modules()]
     places += [one for child in places for one in _configs(child)]
     held = {id(place): (place, vars(place).get("sliding_window")) for place in places}

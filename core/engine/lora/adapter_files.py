@@ -31,15 +31,15 @@ log = logging.getLogger(__name__)
 
 CONFIG, WEIGHTS, MANIFEST = "adapter_config.json", "adapter_model.safetensors", "manifest.json"
 MAX_RANK = 256
-READ_AT_ONCE = 4  # each takes memory, and a share of the CPU
+MAX_READS = 4  # concurrent ones; each takes memory and CPU time
 MAX_CONFIG_BYTES = 2**20
 FLOATS = (torch.float32, torch.bfloat16, torch.float16)
 TENSOR_NAME = re.compile(r"base_model\.model\.(?P<module>.+)\.lora_(?P<side>[AB])\.weight")
 PLAIN_NAME = re.compile(r"[\w.]+")
-PLAIN_KEY = re.compile(r"\^?(?:[\w-]|\\?\.)+\$?")  # of a pattern: nothing in it makes `re` go back and try again
-MOST_KEYS, MOST_EXPRESSIONS = 4096, 64  # of patterns, and how many of them may be more than plain
-PLAIN_INIT = ("true", "false", "gaussian", "eva", "orthogonal", "mica")  # the others change the base model's weights
-# Keys that do not change what an adapter computes, or that are read below. Any other key must be empty.
+PLAIN_KEY = re.compile(r"\^?(?:[\w-]|\\?\.)+\$?")  # a pattern key without backtracking
+MAX_KEYS, MAX_EXPRESSIONS = 4096, 64  # keys of patterns, and how many of them may be expressions
+PLAIN_INIT = ("true", "false", "gaussian", "eva", "orthogonal", "mica")  # others change the base model's weights
+# Keys that are read below or do not change the result. Any other key must be empty.
 # fmt: off
 KNOWN_KEYS = frozenset({
     "alpha_pattern", "auto_mapping", "base_model_name_or_path", "bias", "corda_config", "ensure_weight_tying",
@@ -66,9 +66,9 @@ class AdapterWeights:
 
 @dataclass(frozen=True, slots=True)
 class AdapterTarget:
-    """What an adapter must fit: the model's fingerprint, and (out, in) of each module that may be changed.
+    """What an adapter must fit: the model's fingerprint, and (out, in) of each module that adapters may change.
 
-    `head` is the name of the one that makes the logits.
+    `head` names the module that computes the logits.
     """
 
     fingerprint: str
@@ -80,23 +80,22 @@ class AdapterTarget:
 class AdapterStore:
     """Loaded adapters by sha256, least recently used dropped first. Called from any thread; one load per adapter.
 
-    Who runs with an adapter holds its weights itself: dropping one here never touches a running request.
+    A running request holds its own reference to the weights, so dropping one here never affects it.
     """
 
     def __init__(self, base: AdapterTarget, *, limit: int) -> None:
         self.base, self.limit = base, limit
         self._lock = threading.Lock()
-        self._turns = threading.Semaphore(READ_AT_ONCE)
+        self._turns = threading.Semaphore(MAX_READS)
         self._loaded: OrderedDict[str, Future[AdapterWeights]] = OrderedDict()
 
     def __len__(self) -> int:
         return len(self._loaded)
 
     def get(self, ref: AdapterRef) -> Future[AdapterWeights]:
-        """The adapter's weights; if they are not here, another thread reads them now.
+        """The adapter's weights; if they are not here, another thread reads them.
 
-        They may end in AdapterUnusable; a failure is not remembered. What is being read is not dropped: it would only
-        be read once more.
+        The future may raise AdapterUnusable; failures are not cached. A load in progress is never dropped.
         """
         with self._lock:
             future = self._loaded.get(ref.sha256)
@@ -107,10 +106,10 @@ class AdapterStore:
             read = [key for key, one in self._loaded.items() if one.done()]
             for key in read[: max(0, len(self._loaded) - self.limit)]:
                 del self._loaded[key]
-        if mine:  # on a thread that ends: one that ran large operators keeps OpenMP's workers, see LocalEngine
+        if mine:  # on a thread that ends, see LocalEngine.__aenter__
             try:
                 threading.Thread(target=self._load, args=(ref, future), name="adapter").start()
-            except RuntimeError as error:  # no more threads
+            except RuntimeError as error:  # the system is out of threads
                 self._failed(ref, future, error)
         return future
 
@@ -118,7 +117,7 @@ class AdapterStore:
         try:
             with self._turns:
                 weights = load_adapter(ref, self.base)
-        except BaseException as error:  # whoever waits for the same load must hear of it
+        except BaseException as error:  # raised to all that wait for this load
             self._failed(ref, future, error)
         else:
             log.info("adapter.loaded", extra={"adapter": ref.label or ref.sha256[:12]})
@@ -132,7 +131,7 @@ class AdapterStore:
 
 
 def load_adapter(ref: AdapterRef, base: AdapterTarget) -> AdapterWeights:
-    """Read and check an adapter folder. Raises AdapterUnusable with why as detail, and for people as `reason`."""
+    """Read and check an adapter folder. Raises AdapterUnusable: detail for operators, `reason` for people."""
     try:
         _check_manifest(ref.folder, base)
         config = _read_config(ref.folder)
@@ -199,7 +198,7 @@ def _read_config(folder: Path) -> dict[str, Any]:
 
 
 def _check_names(config: Mapping[str, Any]) -> None:
-    """That what names modules has the form that PEFT reads, and its regular expressions can be matched."""
+    """Check that everything that names modules has PEFT's form and that its regular expressions can be matched."""
     for key in ("target_modules", "exclude_modules", "layers_pattern"):
         value = config.get(key)
         listed = isinstance(value, list) and all(isinstance(one, str) for one in value)
@@ -218,13 +217,13 @@ def _check_names(config: Mapping[str, Any]) -> None:
             raise Refusal("unfit.no_name", value=repr(one))
     keys = [*(config.get("rank_pattern") or {}), *(config.get("alpha_pattern") or {})]
     expressions = [one for one in keys if not PLAIN_KEY.fullmatch(one)]
-    if len(keys) > MOST_KEYS or len(expressions) > MOST_EXPRESSIONS:
+    if len(keys) > MAX_KEYS or len(expressions) > MAX_EXPRESSIONS:
         raise Refusal(
             "unfit.many_keys",
             n=len(keys),
             expressions=len(expressions),
-            most=MOST_KEYS,
-            most_expressions=MOST_EXPRESSIONS,
+            most=MAX_KEYS,
+            most_expressions=MAX_EXPRESSIONS,
         )
     for one in expressions:
         compile_pattern(one)
@@ -248,7 +247,7 @@ def _check_numbers(config: Mapping[str, Any]) -> None:
 def _read_tensors(
     folder: Path, config: Mapping[str, Any], base: AdapterTarget, ranks: Mapping[str, int]
 ) -> dict[str, dict[str, Tensor]]:
-    """{module: {"A": (r, in), "B": (out, r)}}, all as the configuration and the base model say."""
+    """{module: {"A": (r, in), "B": (out, r)}}, checked against the configuration and the base model."""
     path = folder / WEIGHTS
     if not path.is_file():
         pickled = any((folder / name).exists() for name in ("adapter_model.bin", "adapter_model.pt"))
@@ -264,7 +263,7 @@ def _read_tensors(
             module, side = match["module"], match["side"]
             _check_module(module, config, base)
             shape = tuple(file.get_slice(key).get_shape())
-            if shape != (wanted := _shape(side, base.shapes[module], ranks[module])):  # seen before it is read
+            if shape != (wanted := _shape(side, base.shapes[module], ranks[module])):  # checked before the data is read
                 raise Refusal("unfit.shape", name=key, shape=shape, wanted=wanted)
             tensor = file.get_tensor(key)
             _check_tensor(key, tensor)
@@ -320,7 +319,7 @@ def _is_target(module: str, config: Mapping[str, Any]) -> bool:
     if not targets or not _named(module, targets):
         return False
     layers = config.get("layers_to_transform")
-    if layers is None or layers == [] or module in targets:  # a module named in full is meant whatever its layer
+    if layers is None or layers == [] or module in targets:  # a module named in full is targeted in any layer
         return True
     patterns = config.get("layers_pattern") or []
     named = [rf"(?:^|.*?\.){one}" for one in ([patterns] if isinstance(patterns, str) else patterns)]
@@ -337,7 +336,7 @@ def _named(module: str, names: Any) -> bool:
 
 
 def _by_pattern(modules: Iterable[str], pattern: Mapping[str, Any] | None, default: Any) -> dict[str, Any]:
-    """Of each module the value of the first key that its name ends with (peft/utils/other.py, get_pattern_key)."""
+    """For each module the value of the first key that its name ends with (peft/utils/other.py, get_pattern_key)."""
     endings = [(_ending(key), value) for key, value in (pattern or {}).items()]
     return {module: next((value for ends, value in endings if ends(module)), default) for module in modules}
 
@@ -355,4 +354,4 @@ def _fold(
     a, b = sides["A"].to(dtype), (sides["B"].float() * scale).to(dtype)
     if not bool(a.isfinite().all() and b.isfinite().all()):
         raise Refusal("unfit.too_large", module=module, scale=scale, dtype=dtype)
-    return a, b.t().contiguous().t()  # as it lies in a slot, so that the model thread only copies
+    return a, b.t().contiguous().t()  # in the layout of a slot, so that the model thread only copies

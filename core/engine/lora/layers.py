@@ -42,11 +42,11 @@ class StackedLora:
         self.b = [torch.zeros(0, 0, width, device=device, dtype=dtype) for width in self.widths]
 
     def __call__(self, module: nn.Module, inputs: tuple[Tensor, ...], output: Tensor) -> None:
-        """As a forward hook of the one module."""
+        """Forward hook of a single module."""
         self.add(inputs[0], output)
 
     def add(self, x: Tensor, y: Tensor) -> None:
-        """Add to y (..., sum of outs), in place, what the plan's adapters make of x (..., in); tokens in any shape."""
+        """Add to y (..., sum of outs), in place, the planned adapters' products of x (..., in); tokens in any shape."""
         x, y = x.view(-1, x.shape[-1]), y.view(-1, y.shape[-1])
         for segment in self.planner.current:
             if segment.tiles is not None:
@@ -57,7 +57,7 @@ class StackedLora:
 
     def _add_tiles(self, segment: LoraSegment, tiles: Tensor, x: Tensor, y: Tensor) -> None:
         assert self.planner.operators is not None
-        if len(x) != segment.tokens.stop:  # a model's own head, which sees the last token of a row that runs alone
+        if len(x) != segment.tokens.stop:  # the model's own head gets only the last token of a single row
             assert segment.stop == segment.start + 1
             tiles = tiles_of([segment.start] * len(x))
         self.planner.operators.add_lora(x, y, self.a, self.b[0], tiles, self.outs)
@@ -66,21 +66,21 @@ class StackedLora:
         slots = slice(segment.start, segment.stop)
         h = nn.functional.linear(x, self.a[slots].flatten(0, 1)).view(len(x), segment.stop - segment.start, -1)
         if segment.foreign is not None:
-            # Filled, not multiplied: another tenant's overflow times zero would be NaN.
+            # Filled, not multiplied: another row's overflow times zero would be NaN.
             h.masked_fill_(segment.foreign, 0.0)
         for y, b, own in zip(ys, self.b, h.chunk(len(ys), dim=2), strict=True):
             y.addmm_(own.flatten(1), b[slots].flatten(0, 1))
 
     def resize(self, slots: int, rank: int) -> None:
-        """Other slots or another rank; what fits stays in its slot. All of it or, without memory, nothing."""
+        """Change the number of slots or the rank; what fits stays. On an out-of-memory error nothing changes."""
         if (slots, rank) == (len(self.a), self.rank):
-            return  # already, when another stack found no memory
+            return  # done before another stack ran out of memory
         a = _resized(self.a, len(self.outs), slots, rank)
         b = [_resized(old, len(self.outs) if self.joined else 1, slots, rank) for old in self.b]
         self.a, self.b, self.rank = a, b, rank
 
     def fill(self, slot: int, part: int, a: Tensor, b: Tensor) -> None:
-        """Put one module's A (r, in) and B (out, r) into a slot that is zero."""
+        """Write one module's A (r, in) and B (out, r) to a slot that is zero."""
         start = part * self.rank
         self.a[slot, start : start + len(a)].copy_(a)
         if self.joined:
@@ -95,7 +95,7 @@ class StackedLora:
 
 
 def _resized(old: Tensor, parts: int, slots: int, rank: int) -> Tensor:
-    """(S, P * R, n) for other slots and another rank."""
+    """(S, P * R, n) with another number of slots and another rank."""
     old = old.view(len(old), parts, old.shape[1] // parts, old.shape[2])
     kept = old[:slots, :, :rank]
     new = old.new_zeros(slots, parts, rank, old.shape[3])

@@ -19,11 +19,11 @@ from core.engine.lora.layers import StackedLora
 from core.engine.lora.segments import SegmentPlanner
 from core.engine.out_of_memory import is_out_of_memory
 
-MOST_PADDED = 4  # times the rank that the adapters in use need: from there on all are laid out anew
+MAX_PADDING = 4  # ratio of the stacked rank to the needed one from which all slots are reallocated
 
 
 class AdapterSlots:
-    """The slots: which adapter lies in which, and who uses it. All methods belong to the model thread."""
+    """Slots of adapters and their users. All methods belong to the model thread."""
 
     def __init__(
         self,
@@ -34,32 +34,32 @@ class AdapterSlots:
         dtype: torch.dtype,
         groups: Sequence[tuple[str, ...]] = (),
     ) -> None:
-        """`groups` are the modules whose products are merged, in order; they are given their part by `add`."""
+        """`groups` lists modules whose products are merged, in order; their LoRA is applied by `add`."""
         self.linears = dict(linear_modules(module))
         self.max_slots, self.device, self.dtype = max_slots, device, dtype
         self.planner = SegmentPlanner(device, compiled() if device.type == "cpu" and dtype is torch.float32 else None)
         self.merged = bool(groups)
         self.places = {name: (group, part) for group in groups for part, name in enumerate(group)}
-        self.stacks: dict[str, StackedLora] = {}  # by the first module of the group
-        self.hooks: list[RemovableHandle] = []  # of a model that runs its own forward
+        self.stacks: dict[str, StackedLora] = {}  # by first module of the group
+        self.hooks: list[RemovableHandle] = []  # on models that run their own forward pass
         self.slots: dict[str, int] = {}  # adapter sha256 -> slot, least recently used first
-        self.ranks: dict[str, int] = {}  # of those in the slots
+        self.ranks: dict[str, int] = {}  # of the adapters in slots
         self.users: Counter[str] = Counter()
         self.slot_count, self.rank = 0, 0
-        self.version = 0  # of the tensors: another one, other tensors
+        self.version = 0  # changes when tensors are reallocated
 
     def add(self, name: str, x: Tensor, y: Tensor) -> None:
-        """Add to y, in place, what the running pass's adapters make of x in the group that begins with `name`."""
+        """Add to y, in place, the pass's LoRA for x in the group that begins with `name`."""
         stack = self.stacks.get(name)
         if stack is not None:
             stack.add(x, y)
 
     def has_slot(self, key: str) -> bool:
-        """Whether `acquire` would find a slot: the adapter's own, an empty one, or one that nobody uses."""
+        """Whether `acquire` would find a slot: the adapter's own, an empty one, or an unused one."""
         return key in self.slots or len(self.slots) < self.max_slots or len(self.users) < len(self.slots)
 
     def acquire(self, adapter: AdapterWeights) -> int:
-        """The adapter's slot, filled if need be, held until `release`. At most max_slots different ones at a time."""
+        """The adapter's slot, filled if need be and held until `release`. At most max_slots different ones at once."""
         key = adapter.sha256
         slot = self.slots.pop(key, None)
         if slot is None:
@@ -75,13 +75,13 @@ class AdapterSlots:
         return slot
 
     def release(self, key: str) -> None:
-        """One user less. The adapter stays in its slot until another one needs it."""
+        """Release one use. The adapter stays in its slot until another one needs it."""
         self.users[key] -= 1
         if not self.users[key]:
             del self.users[key]
 
     def close(self) -> None:
-        """Leave the model as it was."""
+        """Remove the hooks from the model."""
         for hook in self.hooks:
             hook.remove()
 
@@ -112,15 +112,15 @@ class AdapterSlots:
         return slot
 
     def _lower_rank(self) -> None:
-        """Nothing is padded for an adapter that is gone, nor for one that has lain idle while all others were used."""
+        """Stop padding for an adapter that is gone, or idle while all others were used."""
         oldest = next(iter(self.slots))
         idle = oldest not in self.users and len(self.slots) > 1
         needed = max(rank for key, rank in self.ranks.items() if not (idle and key == oldest))
-        if needed * MOST_PADDED > self.rank:
+        if needed * MAX_PADDING > self.rank:
             return
         if self.ranks[oldest] > needed:
             self._empty(oldest)
-        self.rank = needed  # of each stack at least: memory may end half-way
+        self.rank = needed  # first: an out-of-memory error may leave stacks of a higher rank
         try:
             self._resize(self.slot_count, needed)
         except Exception as error:
@@ -155,20 +155,20 @@ class AdapterSlots:
             stack.zero(slot)
 
     def _resize(self, slots: int, rank: int) -> None:
-        self.version += 1  # first: memory may end half-way, and then some tensors are others already
+        self.version += 1  # first: an out-of-memory error may leave some tensors reallocated
         for stack in self.stacks.values():
             stack.resize(slots, rank)
         self.slot_count, self.rank = slots, rank
 
 
 def linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Linear | Int8Linear | LinearSlice]]:
-    """The modules that an adapter may change, by name: linear ones that see (B, T, in)."""
+    """Modules that adapters may change, by name: linear ones with inputs (B, T, in)."""
     text = module.config.get_text_config()  # type: ignore[union-attr, operator]  # a transformers model
     experts = any(getattr(text, key, None) for key in ("num_experts", "num_local_experts", "n_routed_experts"))
     for name, child in module.named_modules():
         if name.endswith(".kv_b_proj"):
-            continue  # it expands latents out of the cache, so it sees a row's whole past at each step
-        # Inside a mixture of experts tokens are regrouped, so a row is no longer the first dimension.
+            continue  # it expands cached latents, so each step runs it over the whole row
+        # A mixture of experts regroups tokens, so that rows are no longer the first dimension.
         if isinstance(child, nn.Linear | Int8Linear | LinearSlice) and (
             not experts or "attn" in name or "attention" in name
         ):
@@ -176,11 +176,11 @@ def linear_modules(module: nn.Module) -> Iterator[tuple[str, nn.Linear | Int8Lin
 
 
 def linear_shapes(module: nn.Module) -> dict[str, tuple[int, int]]:
-    """(out, in) of every module that an adapter may change."""
+    """(out, in) of every module that adapters may change."""
     return {name: (child.out_features, child.in_features) for name, child in linear_modules(module)}
 
 
 def head_name(module: nn.Module) -> str:
-    """The module that makes the logits."""
+    """Name of the module that computes the logits."""
     head = module.get_output_embeddings()  # type: ignore[operator]  # a transformers model
     return next((name for name, child in module.named_modules() if child is head), "")

@@ -26,30 +26,30 @@ from core.errors import AppError, EngineError, Overloaded
 
 log = logging.getLogger(__name__)
 
-RETRY_S = (0.2, 1.0)  # before the second and the third attempt
+RETRY_S = (0.2, 1.0)  # before the second and third attempt
 BUSY, RETRIED = (429, 503), (429, 502, 503)
-BUSY_S = 5.0  # when a busy server does not say for how long
+BUSY_S = 5.0  # if a busy server sends no Retry-After
 MAX_BUSY_S = 3600.0
-MAX_RETRY_WAIT_S = 2.0  # of a busy server's wait, before its answer is passed on
-LOAD_S = 120.0  # an adapter from a network disk
+MAX_RETRY_WAIT_S = 2.0  # longest Retry-After that is waited for here
+LOAD_S = 120.0  # an adapter may come from a network disk
 MAX_BODY = 2**22
 
 
 class ServerRefused(EngineError):
-    """The server answered with an error: its status, and what it `said`."""
+    """The server answered with an error: its status and message."""
 
-    def __init__(self, detail: str, status: int, said: str) -> None:
+    def __init__(self, detail: str, status: int, message: str) -> None:
         super().__init__(detail=detail)
-        self.status, self.message = status, said
+        self.status, self.message = status, message
 
 
 class NotServed(ServerRefused):
-    """404: the server has no model (or adapter) of that name, or no such path at all."""
+    """404: the server has no model (or adapter) of that name, or no such path."""
 
 
 @dataclass(frozen=True, slots=True)
 class ServedModel:
-    """One entry of /v1/models; adapters have a parent. `context` is 0 where the server does not say."""
+    """One entry of /v1/models; adapters have a parent. `context` is 0 where the server does not tell."""
 
     id: str
     parent: str = ""
@@ -58,14 +58,14 @@ class ServedModel:
 
 
 class OpenAIServer:
-    """`refused` are those of OPTIONAL_FIELDS that `probe` found out not to send."""
+    """`dropped_fields` are the OPTIONAL_FIELDS that the server refused during `probe`."""
 
     def __init__(self, settings: RemoteSettings) -> None:
         url = httpx2.URL(settings.url.rstrip("/").removesuffix("/v1"))
         self.address = f"{url.host}:{url.port or (443 if url.scheme == 'https' else 80)}"
         self.dropped_fields: frozenset[str] = frozenset()
         self._settings = settings
-        # The environment's proxies are not for this: prompts go to the configured machine and nowhere else.
+        # No proxies of the environment: prompts go to the configured machine and nowhere else.
         self._client = httpx2.AsyncClient(
             base_url=url,
             headers={"Authorization": f"Bearer {settings.api_key}"} if settings.api_key else {},
@@ -80,7 +80,7 @@ class OpenAIServer:
     async def close(self) -> None:
         await self._client.aclose()
 
-    # --- what it has
+    # --- models and adapters
 
     async def check_health(self) -> None:
         """Raises EngineError or Overloaded if the server cannot answer; one without /health is asked for its models."""
@@ -104,7 +104,7 @@ class OpenAIServer:
         ]
 
     async def tokenize(self, model: str, text: str) -> list[int] | None:
-        """What the server's tokenizer makes of a text; None if it does not tell."""
+        """Token ids of a text by the server's tokenizer; None if it has no such endpoint."""
         try:
             found = await self._call("POST", "/tokenize", {"model": model, "prompt": text, "add_special_tokens": False})
         except EngineError:
@@ -113,30 +113,32 @@ class OpenAIServer:
         return tokens if isinstance(tokens, list) else None
 
     async def loads_adapters(self) -> bool:
-        """Whether it can be told at run time to load an adapter."""
+        """Whether the server loads adapters at run time."""
         try:
             await self._call("GET", "/v1/load_lora_adapter")
         except NotServed:
             return False
-        except EngineError:  # 405: there is such a thing, but it wants a POST
+        except EngineError:  # 405: the path exists, but takes only POST
             return True
         return True
 
     async def load_adapter(self, name: str, path: str) -> None:
-        """Have it read an adapter's folder, at a path of the server's. Raises EngineError with its words."""
+        """Have the server load an adapter's folder, at a path of its own file system. Raises EngineError with its
+        message.
+        """
         try:
             await self._call("POST", "/v1/load_lora_adapter", {"lora_name": name, "lora_path": path}, limit_s=LOAD_S)
         except ServerRefused as error:
-            if "already" not in error.message:  # another request was faster
+            if "already" not in error.message:  # another request has loaded it meanwhile
                 raise
 
     # --- completions
 
     @asynccontextmanager
     async def stream(self, completion: CompletionRequest) -> AsyncIterator[AsyncIterator[Chunk]]:
-        """The answer's chunks; left early, the connection is closed, and with that the server drops the request.
+        """The answer's chunks. Leaving early closes the connection, on which the server drops the request.
 
-        Nothing is asked again once an answer has begun. Raises EngineError, NotThere, Refused, Overloaded, on
+        Nothing is retried once an answer has begun. Raises EngineError, NotServed, ServerRefused or Overloaded, on
         entering or out of the iteration.
         """
         by = asyncio.get_running_loop().time() + self._settings.first_token_s
@@ -159,7 +161,7 @@ class OpenAIServer:
             await response.aclose()
 
     async def probe(self, completion: CompletionRequest) -> None:
-        """Have one answer, to learn which of OPTIONAL_FIELDS the server takes. Raises as `stream` does."""
+        """Request one answer to learn which OPTIONAL_FIELDS the server takes. Raises as `stream` does."""
         while True:
             try:
                 async with self.stream(completion) as chunks:
@@ -189,7 +191,7 @@ class OpenAIServer:
                 chunk = self._chunk(data, completion, tokens or 0)
             except TimeoutError:
                 silence = self._settings.next_token_s if began else self._settings.first_token_s
-                raise EngineError(detail=f"{self} said nothing for {silence:g} s") from None
+                raise EngineError(detail=f"{self} message nothing for {silence:g} s") from None
             except (httpx2.HTTPError, httpx2.StreamError) as error:
                 raise self._cut(tokens) from error
             except ValueError as error:
@@ -218,7 +220,7 @@ class OpenAIServer:
     async def _call(
         self, method: str, path: str, body: Mapping[str, Any] | None = None, limit_s: float = 0.0
     ) -> dict[str, Any]:
-        """A whole answer; {} where it is not a JSON object."""
+        """A whole JSON response; {} where it is not an object."""
         by = asyncio.get_running_loop().time() + (limit_s or self._settings.next_token_s)
         response = await self._send(method, path, body, by)
         try:
@@ -228,7 +230,7 @@ class OpenAIServer:
         return sse.read_object(text)
 
     async def _send(self, method: str, path: str, body: Mapping[str, Any] | None, by: float) -> httpx2.Response:
-        """The begun response of status 200, to be closed by the caller. What passes by itself is asked again."""
+        """The response of status 200, its body unread, to be closed by the caller. Transient failures are retried."""
         waits = iter(RETRY_S)
         while True:
             try:
@@ -254,13 +256,13 @@ class OpenAIServer:
             await asyncio.sleep(max(retry_after_s, wait_s * random.uniform(0.75, 1.25)))  # noqa: S311 - spread, no secret
 
     async def _refusal(self, response: httpx2.Response, model: str, by: float) -> AppError:
-        """What a response of another status than 200 means."""
+        """The error for a response of another status than 200."""
         try:
             text = await self._read(response, by)
         finally:
             await response.aclose()
-        said = sse.error_message(sse.read_object(text)) or " ".join(text.split())[: sse.MAX_MESSAGE]
-        return self._failure(response.status_code, said, model, _retry_after_s(response.headers))
+        message = sse.error_message(sse.read_object(text)) or " ".join(text.split())[: sse.MAX_MESSAGE]
+        return self._failure(response.status_code, message, model, _retry_after_s(response.headers))
 
     async def _read(self, response: httpx2.Response, by: float) -> str:
         found = b""
@@ -274,14 +276,14 @@ class OpenAIServer:
             raise EngineError(detail=f"{self} cut an answer: {_why(error)}") from None
         return found.decode("utf-8", "replace")
 
-    def _failure(self, status: int, said: str, model: str, retry_after_s: float | None = None) -> AppError:
+    def _failure(self, status: int, message: str, model: str, retry_after_s: float | None = None) -> AppError:
         if status in BUSY:
-            return Overloaded(detail=f"{self} is busy ({status}): {said}", retry_after_s=retry_after_s or BUSY_S)
+            return Overloaded(detail=f"{self} is busy ({status}): {message}", retry_after_s=retry_after_s or BUSY_S)
         if status in (401, 403):
-            return ServerRefused(f"{self} refuses the key ({status}): set engine.api_key", status, said)
+            return ServerRefused(f"{self} refuses the key ({status}): set engine.api_key", status, message)
         if status == 404:
-            return NotServed(f"{self} knows no {model[:80]!r}: {said}", status, said)
-        return ServerRefused(f"{self} refused ({status}): {said}", status, said)
+            return NotServed(f"{self} knows no {model[:80]!r}: {message}", status, message)
+        return ServerRefused(f"{self} refused ({status}): {message}", status, message)
 
 
 def _why(error: Exception) -> str:
@@ -289,7 +291,7 @@ def _why(error: Exception) -> str:
 
 
 def _retry_after_s(headers: Mapping[str, str]) -> float | None:
-    """Of a Retry-After header: seconds, or a date (RFC 9110, 10.2.3)."""
+    """Seconds of a Retry-After header, which may be a date (RFC 9110, 10.2.3)."""
     value = headers.get("retry-after", "")
     try:
         seconds = float(value)

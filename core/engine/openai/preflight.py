@@ -20,7 +20,7 @@ SAMPLE = "The river branches: 3 < 5, 我们在这里。\n\n  def f(x):\treturn x
 
 
 async def check_server(server: OpenAIServer, settings: RemoteSettings, files: ModelFiles) -> tuple[str, EngineInfo]:
-    """The base model's id at the server, and what the engine is with it. Raises AppError with what is wrong."""
+    """Check the server; return the base model's id there and the engine's info. Raises AppError with what is wrong."""
     await server.check_health()
     base = find_base(server, await server.models(), settings.model_there)
     info = EngineInfo(
@@ -37,7 +37,7 @@ async def check_server(server: OpenAIServer, settings: RemoteSettings, files: Mo
             detail=f"{server} serves {base.id}, whose tokenizer is not that of model.name={files.name}: "
             "they are not the same base model"
         )
-    sampling = Sampling(stop=("\n\n\n\n",))  # so that the probe meets every field there is
+    sampling = Sampling(stop=("\n\n\n\n",))  # so that the probe sends every field
     await server.probe(
         CompletionRequest(base.id, tuple(ids[:16]), sampling, 1, tuple(sorted(files.eos_ids)), secrets.token_hex(16))
     )
@@ -45,7 +45,7 @@ async def check_server(server: OpenAIServer, settings: RemoteSettings, files: Mo
 
 
 def find_base(server: OpenAIServer, models: list[ServedModel], wanted: str) -> ServedModel:
-    """The base model that is named, or the only one. Raises ModelLoadFailed."""
+    """The named base model, or the only one. Raises ModelLoadFailed."""
     bases = [model for model in models if not model.parent]
     found = [model for model in bases if model.id == wanted] if wanted else bases
     if len(found) == 1:
@@ -56,7 +56,7 @@ def find_base(server: OpenAIServer, models: list[ServedModel], wanted: str) -> S
 
 
 def _fingerprint(settings: RemoteSettings, files: ModelFiles) -> str:
-    """Whose adapters fit: by the weights here, else as the configuration says."""
+    """Fingerprint that adapters must match: of the local weights, else from the configuration."""
     given = settings.fingerprint
     if files.fingerprint and given not in ("", files.fingerprint):
         raise ModelLoadFailed(

@@ -34,17 +34,17 @@ from core.types import TokenUsage
 
 log = logging.getLogger(__name__)
 
-FIRST_GUESS_S = 10.0  # of how long one request takes, before any has been seen
+INITIAL_S = 10.0  # estimate of a request's time at the server before the first one ended
 
 
 @dataclass(eq=False, slots=True)
 class RemoteRequestState:
-    """One request on its way. `task` is there while the server has it."""
+    """State of one request. `task` exists while it is at the server."""
 
     request: Request
     scanner: StopScanner
     submitted: float = field(default_factory=time.monotonic)
-    begun: float = 0.0  # when the server got it
+    begun: float = 0.0  # when it was sent to the server
     task: asyncio.Task[FinishReason | AppError] | None = None
     timer: asyncio.TimerHandle | None = None
     prompt_tokens: int = 0
@@ -59,9 +59,10 @@ class RemoteRequestState:
 
 
 class RemoteEngine:
-    """Implements core.engine.protocol.Engine. Entered, it has asked the server for one token.
+    """Implements core.engine.protocol.Engine. Entering it checks the server with one token.
 
-    `cache` takes the converted demo model; `progress` is called from a thread with (fraction, what).
+    `cache` takes the converted demo model; `progress` is called from a thread with the fraction done and what is being
+    done.
     """
 
     def __init__(
@@ -73,7 +74,7 @@ class RemoteEngine:
         self._running = 0
         self._counter = StatsCounter()
         self._requests: OpenRequests[RemoteRequestState] = OpenRequests(self._counter, self.cancel)
-        self._mean_s = FIRST_GUESS_S
+        self._mean_s = INITIAL_S
 
     async def __aenter__(self) -> Self:
         self._loop = asyncio.get_running_loop()
@@ -87,7 +88,7 @@ class RemoteEngine:
         except BaseException as error:
             await self._close()
             if isinstance(error, AppError) and not isinstance(error, ModelLoadFailed):
-                raise ModelLoadFailed(detail=error.detail or str(error)) from error  # only an operator hears of it
+                raise ModelLoadFailed(detail=error.detail or str(error)) from error  # shown to operators only
             raise
         self._builder = RequestBuilder(self._server, self.settings, files, base, info.context)
         self._tasks = await asyncio.TaskGroup().__aenter__()
@@ -115,7 +116,7 @@ class RemoteEngine:
         return self._requests.info
 
     def submit(self, request: Request) -> RunningGeneration[RemoteRequestState]:
-        """Begin a request; returns at once. What goes wrong is raised out of the iteration."""
+        """Begin a request; returns at once. Errors are raised out of the iteration."""
         return self._requests.begin(
             request, lambda: RemoteRequestState(request, StopScanner(request.sampling.stop)), self._enter
         )
@@ -127,7 +128,7 @@ class RemoteEngine:
             self._end(state, FinishReason.CANCELLED)
 
     async def forget(self, channel: str, conversation: str = "") -> None:
-        """End what runs or waits for a conversation; what the server keeps of it is never found again."""
+        """End what runs or waits for a conversation; its prefix at the server can no longer be reused."""
         if not self._requests.running:
             return
         self._builder.forget(channel, conversation)
@@ -150,7 +151,7 @@ class RemoteEngine:
         )
 
     async def drain(self, deadline_s: float) -> None:
-        """Take no more; finish what runs within the deadline, then cancel the rest."""
+        """Accept no more; finish running requests within the deadline, then cancel the rest."""
         await self._requests.drain(deadline_s, DRAIN_S)
 
     # --- requests
@@ -170,7 +171,7 @@ class RemoteEngine:
         return Overloaded(retry_after_s=max(1.0, round(ahead / self.settings.max_rows * self._mean_s, 1)))
 
     def _fill(self) -> None:
-        """Hand over to the server what fits."""
+        """Send the next requests to the server while it has room."""
         while self._running < self.settings.max_rows and (state := self._scheduler.take()) is not None:
             self._running += 1
             state.begun = time.monotonic()
@@ -179,12 +180,12 @@ class RemoteEngine:
             state.task.add_done_callback(partial(self._left, state))
 
     def _late(self, state: RemoteRequestState) -> None:
-        """The deadline of one that may still wait; one that runs is ended by its task."""
+        """End a waiting request at its deadline; a running one is ended by its task."""
         if state.task is None:
             self._end(state, FinishReason.DEADLINE)
 
     def _left(self, state: RemoteRequestState, task: asyncio.Task[FinishReason | AppError]) -> None:
-        """The task is over, however that came; cancelled before its first step it has not run at all."""
+        """The task has ended. One cancelled before its first step has not run at all."""
         self._running -= 1
         self._mean_s += 0.1 * (time.monotonic() - state.begun - self._mean_s)
         self._end(state, FinishReason.CANCELLED if task.cancelled() else task.result())
@@ -192,7 +193,7 @@ class RemoteEngine:
         self._fill()
 
     def _end(self, state: RemoteRequestState, outcome: FinishReason | AppError) -> None:
-        """Say the last that is said of a state; what comes after that is not heard."""
+        """Emit the last event of a request; later ones are dropped."""
         if not self._requests.is_open(state):
             return
         if state.timer is not None:
@@ -203,7 +204,7 @@ class RemoteEngine:
         if isinstance(outcome, FinishReason):
             if held := state.scanner.flush():
                 self._requests.put(state, Delta(held))
-            if state.uncounted:  # it was left before the server counted it
+            if state.uncounted:  # the stream ended before the server counted it
                 self._count(state, state.completion_tokens + self._builder.count(state.uncounted))
             last = Finished(outcome, state.usage)
         else:
@@ -222,7 +223,7 @@ class RemoteEngine:
         except AppError as error:
             log.warning("remote.failed", extra={"id": state.request.id, "why": error.detail or type(error).__name__})
             return error
-        except Exception as error:  # whatever it is, this request alone ends by it
+        except Exception as error:  # ends this request only
             log.exception("remote.request_broke")
             return EngineError(detail=type(error).__name__)
 
@@ -239,12 +240,12 @@ class RemoteEngine:
                 self._take(state, chunk)
                 reason = reason or _reason(state, chunk)
                 if reason is FinishReason.STOP and not chunk.finish:
-                    break  # found here before the server found it: it need not go on
+                    break  # found here first: the server need not go on
         assert reason is not None  # a stream ends with a finish or an error
         return reason
 
     def _take(self, state: RemoteRequestState, chunk: Chunk) -> None:
-        """Count what came, and show what of it is certain."""
+        """Count a chunk's tokens and emit the text that is certain."""
         state.cached_tokens = max(state.cached_tokens, chunk.cached_tokens)
         if chunk.completion_tokens is None:
             state.uncounted += chunk.text
@@ -255,7 +256,7 @@ class RemoteEngine:
             self._requests.put(state, Delta(text))
 
     def _count(self, state: RemoteRequestState, tokens: int) -> None:
-        """So many there are now; those that came together shared their time."""
+        """Record the number of tokens so far; tokens that came together share the time since the last ones."""
         now, new = time.monotonic(), tokens - state.completion_tokens
         gap_s = None if state.last_token is None else (now - state.last_token) / max(new, 1)
         for _ in range(new):
@@ -276,5 +277,5 @@ def _reason(state: RemoteRequestState, chunk: Chunk) -> FinishReason | None:
             return FinishReason.END
         case "length":
             return FinishReason.LENGTH
-        case other:  # vLLM's "abort" and "error"
+        case other:  # "abort" and "error" of vLLM
             raise EngineError(detail=f"the server ended the answer itself: {other[:40]}")

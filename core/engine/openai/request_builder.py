@@ -26,20 +26,20 @@ from core.types import AdapterRef
 
 log = logging.getLogger(__name__)
 
-SALTS = 10_000  # conversations whose prefixes can be found again at the server
-LOADS = 2  # times an adapter is loaded for one request: behind a router another replica may get the next call
+SALTS = 10_000  # conversations whose prefixes can be reused at the server
+LOADS = 2  # loads of an adapter per request: a router may send the next call to another replica
 TOO_LONG = ("context length", "max_model_len")
 
 
 class RequestBuilder:
-    """Asks one server for answers of its base model and of adapters. `base` is the base model's id there."""
+    """Builds and begins requests to one server. `base` is the base model's id there."""
 
     def __init__(
         self, server: OpenAIServer, settings: RemoteSettings, files: ModelFiles, base: str, context: int
     ) -> None:
         self.server, self.settings, self.files = server, settings, files
         self.base, self.context = base, context
-        self.adapters: set[str] = set()  # that have answered
+        self.adapters: set[str] = set()  # adapters that have answered
         self._salts: LRUCache[tuple[str, str], str] = LRUCache(SALTS)
 
     async def render(self, request: Request, workers: ThreadPoolExecutor) -> RenderedPrompt:
@@ -60,7 +60,7 @@ class RequestBuilder:
     async def begin(
         self, stack: AsyncExitStack, completion: CompletionRequest, ref: AdapterRef | None
     ) -> AsyncIterator[Chunk]:
-        """The answer's chunks; an adapter that the server does not know is loaded into it first."""
+        """The answer's chunks; an adapter unknown to the server is loaded first."""
         loads = 0
         while True:
             try:
@@ -87,12 +87,14 @@ class RequestBuilder:
         return len(self.files.tokenizer.encode(text, add_special_tokens=False))
 
     def forget(self, channel: str, conversation: str) -> None:
-        """What the server keeps of a conversation, or of all of the channel's, is never found again."""
+        """Forget the salts of a conversation, or of all of the channel's, so that the server's prefixes are never found
+        again.
+        """
         for key in [key for key in self._salts if key[0] == channel and conversation in ("", key[1])]:
             del self._salts[key]
 
     def _salt(self, request: Request) -> str:
-        """What the server's prefix cache is keyed with: nobody else's conversation meets this one's."""
+        """Key of the server's prefix cache: no other conversation can hit this one's prefix."""
         scope = request.scope
         fresh = secrets.token_hex(16)
         if not scope.conversation:
@@ -110,7 +112,7 @@ class RequestBuilder:
             hint = "start it with VLLM_ALLOW_RUNTIME_LORA_UPDATING=1, and let it see the adapters"
             raise _unusable(ref, f"{error.detail}; it does not load {path}: {hint}") from error
         except ServerRefused as error:
-            raise _unusable(ref, f"{error.detail}; it was told to load {path}") from error
+            raise _unusable(ref, f"{error.detail}; it was asked to load {path}") from error
         log.info("remote.adapter_loaded", extra={"adapter": ref.label or ref.sha256[:12]})
 
 

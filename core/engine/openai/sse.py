@@ -14,8 +14,8 @@ from typing import Any
 from core.types import Sampling
 
 MAX_LINE = 2**20
-MAX_MESSAGE = 300  # of a server's words in a detail
-OPTIONAL_FIELDS = (  # what strict servers may refuse, dropped in this order if they do not say what it is
+MAX_MESSAGE = 300  # characters of a server's message in a detail
+OPTIONAL_FIELDS = (  # strict servers may refuse these; dropped in this order if the error names none
     "continuous_usage_stats",
     "cache_salt",
     "include_stop_str_in_output",
@@ -29,7 +29,7 @@ NEUTRAL = {"top_k": 0, "min_p": 0.0, "repetition_penalty": 1.0}
 
 @dataclass(frozen=True, slots=True)
 class CompletionRequest:
-    """One completion. Prefixes are reused between those of equal `salt` alone."""
+    """One completion. The server reuses prefixes only between requests of equal `salt`."""
 
     model: str
     prompt: tuple[int, ...]
@@ -41,9 +41,9 @@ class CompletionRequest:
 
 @dataclass(frozen=True, slots=True)
 class Chunk:
-    """What one event of a stream says. Counts are of the whole so far; None where the event tells none.
+    """One event of a stream. Counts are of the whole answer so far; None where the event has none.
 
-    `finish` is the server's finish_reason at the end of the text; `stopped_by` the stop string, if it names that.
+    `finish` is the server's finish_reason at the end of the text; `stopped_by` the stop string, if it names one.
     """
 
     text: str = ""
@@ -65,7 +65,7 @@ def body(completion: CompletionRequest, refused: Collection[str]) -> dict[str, A
             raise ValueError(f"does not know {name}, which is set to {extras[name]} here")
     extras |= {"cache_salt": completion.salt, "stop_token_ids": list(completion.stop_ids)}
     options = {"include_usage": True, "continuous_usage_stats": True}
-    if sampling.stop:  # what it found is cut off here, as everywhere
+    if sampling.stop:  # the stop string is cut off here
         extras |= {"stop": list(sampling.stop), "include_stop_str_in_output": True}
     return {
         "model": completion.model,
@@ -83,9 +83,9 @@ def body(completion: CompletionRequest, refused: Collection[str]) -> dict[str, A
 
 
 async def events(parts: AsyncIterator[bytes]) -> AsyncGenerator[str]:
-    """The data of server-sent events, one line each. Raises ValueError.
+    """Data of server-sent events, one line each. Raises ValueError.
 
-    Lines end with a line feed and nothing else: text may hold U+2028 and its like, at which str.splitlines cuts.
+    Lines end with a line feed only: text may hold U+2028 and others at which str.splitlines cuts.
     """
     buffer = b""
     async for part in parts:
@@ -101,7 +101,7 @@ async def events(parts: AsyncIterator[bytes]) -> AsyncGenerator[str]:
 
 
 def read_object(text: str) -> dict[str, Any]:
-    """A JSON object; {} where it is none."""
+    """A JSON object; {} if the text is none."""
     try:
         found = json.loads(text)
     except (ValueError, RecursionError):
@@ -110,14 +110,14 @@ def read_object(text: str) -> dict[str, Any]:
 
 
 def error_message(answer: Mapping[str, Any]) -> str:
-    """The message of an error in OpenAI's form, in FastAPI's, or none."""
+    """The message of an error in OpenAI's form, in FastAPI's, or empty."""
     error = answer.get("error", answer)
     found = (error.get("message") or error.get("detail") or "") if isinstance(error, dict) else error
     return " ".join(str(found).split())[:MAX_MESSAGE]
 
 
 def read_chunk(event: Mapping[str, Any], completion: CompletionRequest, tokens: int) -> Chunk:
-    """One event of the answer to `completion`, of which `tokens` were counted before. Raises ValueError."""
+    """One event of the answer, after `tokens` counted ones. Raises ValueError."""
     if not event:
         raise ValueError("sent an event that is no JSON object")
     if event.get("model") != completion.model:
@@ -144,7 +144,7 @@ def token_count(value: object) -> int | None:
 
 
 def _checked_count(usage: Mapping[str, Any], completion: CompletionRequest, tokens: int) -> int:
-    """Completion tokens so far; people are charged by them, so they must be possible."""
+    """Completion tokens so far, checked to be possible, since people are charged for them."""
     prompt, answered = token_count(usage.get("prompt_tokens")), token_count(usage.get("completion_tokens"))
     if prompt != len(completion.prompt):
         raise ValueError(f"counts {prompt} prompt tokens where {len(completion.prompt)} were sent")

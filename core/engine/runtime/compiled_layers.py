@@ -55,39 +55,39 @@ class _Pass(ctypes.Structure):
 
 
 class CompiledLayers:
-    """A fused model's, with the slots and adapters of one runner."""
+    """A fused model's layers with the KV cache and adapter slots of one runner."""
 
     def __init__(self, fused: FusedModel, operators: CompiledOperators, cache: SlotCache, lora: AdapterSlots) -> None:
         self.fused, self.operators, self.cache, self.lora = fused, operators, cache, lora
         self._layers = (_LayerPointers * len(fused.layers))()
-        for told, layer in zip(self._layers, fused.layers, strict=True):
-            told.norm, told.mlp_norm = _norm(layer.norm), _norm(layer.mlp_norm)
-            told.q_norm, told.k_norm = _norm(layer.q_norm), _norm(layer.k_norm)
-            told.qkv, told.out = _linear(layer.qkv), _linear(layer.out)
-            told.gate_up, told.down = _linear(layer.gate_up), _linear(layer.down)
+        for pointers, layer in zip(self._layers, fused.layers, strict=True):
+            pointers.norm, pointers.mlp_norm = _norm(layer.norm), _norm(layer.mlp_norm)
+            pointers.q_norm, pointers.k_norm = _norm(layer.q_norm), _norm(layer.k_norm)
+            pointers.qkv, pointers.out = _linear(layer.qkv), _linear(layer.out)
+            pointers.gate_up, pointers.down = _linear(layer.gate_up), _linear(layer.down)
         self._norm = _norm(fused.norm)
-        self._versions = (-1, -1)  # of slots and adapters, as they were told
+        self._versions = (-1, -1)  # of the KV cache and the adapter slots, when pointers were set
         self._widths: list[object] = []
         self._scratch = torch.empty(0)
 
-    def __call__(self, x: Tensor, turn: tuple[Tensor, Tensor], rows: Tensor, tiles: Tensor | None) -> Tensor:
-        """Embeddings x (N, hidden), changed in place, to each row's last state (B, hidden), normed.
+    def __call__(self, x: Tensor, rope: tuple[Tensor, Tensor], rows: Tensor, tiles: Tensor | None) -> Tensor:
+        """Embeddings x (N, hidden), overwritten, to each row's last state (B, hidden), normed.
 
-        turn are cos and sin (N, head_dim), the latter's first half negated. rows int64 (B, 5) begin with the slot, how
-        many tokens it holds, and how many of the N are its next ones; what follows is the call's own.
+        rope holds cos and sin (N, head_dim), the first half of sin negated. rows int64 (B, 5): slot, tokens it holds,
+        tokens of this pass, and two fields that the kernels fill in.
         """
         fused = self.fused
-        self._tell(x)
+        self._point_to_slots(x)
         given = _Pass(tokens=len(x), rows=len(rows), threads=torch.get_num_threads(), scale=fused.scale)
         given.hidden, given.heads, given.kv, given.size = x.shape[1], fused.heads, fused.kv_heads, fused.head_dim
         given.inner = self._layers[0].gate_up.outs // 2
-        given.row, given.x, (given.cos, given.sin) = _at(rows), _at(x), map(_at, turn)
+        given.row, given.x, (given.cos, given.sin) = _at(rows), _at(x), map(_at, rope)
         if tiles is not None:
             given.tile, given.tiles = _at(tiles), len(tiles)
         library = self.operators.library
         needed: int = library.scratch_size(ctypes.byref(given))
         if needed > len(self._scratch):
-            self._scratch = torch.empty(0)  # first: not both at once
+            self._scratch = torch.empty(0)  # first, so that both never exist at once
             self._scratch = torch.empty(needed)
         states = torch.empty(len(rows), x.shape[1])
         library.run_layers(
@@ -96,23 +96,25 @@ class CompiledLayers:
         )
         return states
 
-    def _tell(self, x: Tensor) -> None:
-        """Where slots and adapters lie now, and how far each layer sees."""
-        for told, window in zip(self._layers, self.fused.windows, strict=True):
-            told.window = window or 0
+    def _point_to_slots(self, x: Tensor) -> None:
+        """Set the pointers to KV and adapter slots if those were reallocated, and each layer's window."""
+        for pointers, window in zip(self._layers, self.fused.windows, strict=True):
+            pointers.window = window or 0
         like = x.new_empty(0, self.fused.kv_heads, self.fused.head_dim)
         held = [layer.whole(like) for layer in self.cache.layers]
         versions = self.cache.version, self.lora.version
         if versions == self._versions:
             return
         self._widths = []
-        for told, layer, (keys, values) in zip(self._layers, self.fused.layers, held, strict=True):
-            told.keys, told.values, told.capacity = _at(keys), _at(values), keys.shape[2]
-            for linear, name in zip((told.qkv, told.out, told.gate_up, told.down), layer.names, strict=True):
-                self._tell_adapters(linear, self.lora.stacks.get(name))
+        for pointers, layer, (keys, values) in zip(self._layers, self.fused.layers, held, strict=True):
+            pointers.keys, pointers.values, pointers.capacity = _at(keys), _at(values), keys.shape[2]
+            for linear, name in zip(
+                (pointers.qkv, pointers.out, pointers.gate_up, pointers.down), layer.names, strict=True
+            ):
+                self._point_to_adapters(linear, self.lora.stacks.get(name))
         self._versions = versions
 
-    def _tell_adapters(self, linear: _LinearPointers, stack: StackedLora | None) -> None:
+    def _point_to_adapters(self, linear: _LinearPointers, stack: StackedLora | None) -> None:
         if stack is None:
             linear.a = linear.b = None
             return
@@ -123,7 +125,7 @@ class CompiledLayers:
 
 
 def compiled_layers(fused: FusedModel, cache: SlotCache, lora: AdapterSlots) -> CompiledLayers | None:
-    """None where there are no operators, or weights that they do not know."""
+    """None without compiled operators, or for weights that they do not support."""
     operators = lora.planner.operators
     linears = [one for layer in fused.layers for one in (layer.qkv, layer.out, layer.gate_up, layer.down)]
     known = all(
@@ -138,16 +140,16 @@ def _norm(norm: RmsNormWeights | None) -> _NormPointers:
 
 
 def _linear(linear: nn.Module) -> _LinearPointers:
-    told = _LinearPointers()
+    pointers = _LinearPointers()
     if isinstance(linear, Int8Linear):
         assert isinstance(linear.kernel, BlockedKernel)
-        told.bytes, told.scales = _at(linear.kernel.packed), _at(linear.kernel.scales)
+        pointers.bytes, pointers.scales = _at(linear.kernel.packed), _at(linear.kernel.scales)
     else:
         assert isinstance(linear, PackedLinear)
-        told.floats = _at(linear.packed)
-    told.outs, told.bias = linear.out_features, None if linear.bias is None else _at(linear.bias)
-    setattr(told, "in", linear.in_features)
-    return told
+        pointers.floats = _at(linear.packed)
+    pointers.outs, pointers.bias = linear.out_features, None if linear.bias is None else _at(linear.bias)
+    setattr(pointers, "in", linear.in_features)
+    return pointers
 
 
 def _at(tensor: Tensor) -> int:

@@ -22,16 +22,16 @@ from core.engine.runtime.kv_cache import SlotCache
 
 log = logging.getLogger(__name__)
 
-MAX_GRAPHS = 96  # they share their memory, so each costs little more than its launches
-IDS, POSITIONS, ROWS, SLOTS = range(4)  # of the inputs
+MAX_GRAPHS = 96  # they share a memory pool, so each is small
+IDS, POSITIONS, ROWS, SLOTS = range(4)  # rows of the inputs
 
 
 @dataclass(frozen=True, slots=True)
 class GraphShape:
-    """All that decides which kernels a step launches, and over what.
+    """Everything that decides which kernels a step launches, and over what.
 
-    `rows` of the cache with `length` keys each; adapter slots [0, slots) of `rank` are multiplied: none of them if all
-    rows run bare.
+    `rows` of the cache with `length` keys each; adapter slots [0, slots) of `rank` are multiplied, none if all rows run
+    the base model.
     """
 
     rows: int
@@ -45,14 +45,14 @@ Step = Callable[[Tensor, GraphShape], Tensor]
 
 
 class DecodeGraphs:
-    """The captured steps of one runner. All methods belong to the model thread."""
+    """The captured decode steps of one runner. All methods belong to the model thread."""
 
     def __init__(self, step: Step, cache: SlotCache, lora: AdapterSlots, *, device: torch.device) -> None:
         self.step, self.cache, self.lora, self.device = step, cache, lora, device
         self.captures = device.type == "cuda"
         self.usable = True
         self.graphs: LRUCache[GraphShape, torch.cuda.CUDAGraph | None] = LRUCache(MAX_GRAPHS)
-        self.refused: set[GraphShape] = set()  # no memory for them
+        self.refused: set[GraphShape] = set()  # captures that ran out of memory
         self.shape = GraphShape(0, 0, 0, 0)  # of the last step
         self._versions = (cache.version, lora.version)
         self._host = torch.zeros(4, cache.max_rows, dtype=torch.long, pin_memory=self.captures)
@@ -63,9 +63,9 @@ class DecodeGraphs:
         self._pool = self._new_pool()
 
     def run(self, ids: Sequence[int], slots: Sequence[int | None]) -> Tensor | None:
-        """Take in one id of each of the first rows. Logits (B, V), good until the next call.
+        """Compute one id of each of the first rows. Returns logits (B, V), valid until the next call.
 
-        None if this shape cannot be captured: nothing has happened then.
+        None if this shape cannot be captured; nothing has happened then.
         """
         if not self.usable:
             return None
@@ -100,9 +100,9 @@ class DecodeGraphs:
     def _fill(
         self, shape: GraphShape, ids: Sequence[int], positions: Sequence[int], slots: Sequence[int | None]
     ) -> None:
-        """One copy to the device. Rows beyond the given ones write to the spare row, and their logits go nowhere."""
+        """Copy the inputs to the device at once. Padding rows write to the spare slot, and their logits are dropped."""
         if self._copied is not None:
-            self._copied.synchronize()  # of the call before: long done
+            self._copied.synchronize()  # of the previous call, long done
         rest = shape.rows - len(ids)
         self._host[:, : shape.rows] = torch.tensor(
             [
@@ -120,10 +120,10 @@ class DecodeGraphs:
         logits = self.step(self._inputs[:, : shape.rows], shape)
         if self._logits is None:
             self._logits = logits.new_empty(self.cache.max_rows, logits.shape[1])
-        self._logits[: shape.rows] = logits  # out of the graphs' common memory, which the next one overwrites
+        self._logits[: shape.rows] = logits  # the next graph overwrites the shared pool
 
     def _add(self, shape: GraphShape) -> bool:
-        """Capture a step; whether that went well. Running it twice writes the same keys and values twice."""
+        """Capture a step; False if that failed. Running it twice writes the same keys and values twice."""
         if not self.captures:
             self.graphs[shape] = None
         else:
@@ -134,7 +134,7 @@ class DecodeGraphs:
                 self._forget_graphs()
                 self.refused.add(shape)
                 return False
-            except RuntimeError as error:  # an operator that asks the host, for one
+            except RuntimeError as error:  # such as an operator that synchronizes with the host
                 log.warning("engine.graphs_off", extra={"shape": str(shape), "reason": str(error)[:500]})
                 self._drop()
                 self.usable = False
@@ -146,27 +146,29 @@ class DecodeGraphs:
         assert stream is not None
         stream.wait_stream(torch.cuda.current_stream(self.device))
         with torch.cuda.stream(stream):
-            self._compute(shape)  # libraries lay out their workspaces outside of the graph
+            self._compute(shape)  # libraries allocate their workspaces outside of the graph
         torch.cuda.current_stream(self.device).wait_stream(stream)
         graph = torch.cuda.CUDAGraph()
         with (
-            torch.cuda.stream(torch.cuda.current_stream(self.device)),  # torch stays on the other if a capture fails
+            torch.cuda.stream(
+                torch.cuda.current_stream(self.device)
+            ),  # torch stays on the other stream if a capture fails
             torch.cuda.graph(graph, pool=self._pool, stream=stream, capture_error_mode="thread_local"),
         ):
             self._compute(shape)
         return graph
 
     def _drop(self) -> None:
-        """What was captured is of another layout, and so is what did not fit."""
+        """Drop captures, and refusals, of another layout."""
         self._forget_graphs()
         self.refused.clear()
         self._versions = (self.cache.version, self.lora.version)
 
     def _forget_graphs(self) -> None:
         self.graphs.clear()
-        self._pool = self._new_pool()  # torch gives up a pool with its last graph, and refuses to capture into it again
+        self._pool = self._new_pool()  # torch drops a pool with its last graph and cannot reuse it
 
-    def _new_pool(self) -> Any:  # torch names the type of its handle nowhere public
+    def _new_pool(self) -> Any:  # the type of the handle is not public
         return torch.cuda.graph_pool_handle() if self.device.type == "cuda" else None
 
 
@@ -176,6 +178,6 @@ def row_bucket(rows: int) -> int:
 
 
 def length_bucket(length: int) -> int:
-    """Multiples of 128 up to 512, then four to each doubling: at most a quarter of the keys is read in vain."""
+    """Multiples of 128 up to 512, then four per doubling: at most a quarter of the keys read is padding."""
     step = max(128, (1 << (length - 1).bit_length()) // 8)
     return -(-length // step) * step

@@ -26,13 +26,13 @@ FAMILY = {"llama": "Llama", "mistral": "Mistral", "qwen2": "Qwen2", "qwen3": "Qw
 
 MADE = "_distributary_fused"
 
-AddLora = Callable[[str, Tensor, Tensor], None]  # (name of the group's first module, input, output to add to)
+AddLora = Callable[[str, Tensor, Tensor], None]  # (first module of the group, input, output to add to)
 
 
 class RmsNormWeights:
-    """Root mean square normalisation (Zhang and Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight.
+    """Root mean square normalization (Zhang and Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight.
 
-    On a CPU a few small operators take half the time of torch's one, which is made of many: with n numbers in a row,
+    On a CPU a few small operators take half the time of torch's composite one: with n numbers in a row,
     sqrt(mean(x^2) + eps) is hypot(|x|, sqrt(n eps)) / sqrt(n).
     """
 
@@ -44,7 +44,7 @@ class RmsNormWeights:
         self.least = torch.tensor((size * eps) ** 0.5)
 
     def __call__(self, x: Tensor, delta: Tensor | None = None) -> Tensor:
-        """Of x + delta, which is put in x's place."""
+        """Normalize x + delta; x becomes x + delta."""
         if delta is not None:
             x += delta
         if not self.written_out:
@@ -55,7 +55,7 @@ class RmsNormWeights:
 
 @dataclass(frozen=True, slots=True)
 class DecoderLayer:
-    """One decoder layer: merged products with the names that adapters know them by, and its norms."""
+    """Merged products of one decoder layer, the names adapters know them by, and its norms."""
 
     qkv: nn.Module
     out: nn.Module
@@ -69,7 +69,7 @@ class DecoderLayer:
 
 
 class FusedModel:
-    """The model's forward pass in two: tokens of any rows to each row's last state, and these to logits."""
+    """The model's forward pass in two parts: tokens to the last state of each row, and states to logits."""
 
     def __init__(self, module: Any) -> None:
         self.module, self.inner, self.head = module, module.model, _alone(module.lm_head)
@@ -85,7 +85,7 @@ class FusedModel:
         self.scale: float = first.scaling
 
     def __deepcopy__(self, memo: dict[int, Any]) -> None:
-        """A copied model is fused anew: packed weights cannot be copied."""
+        """A copied model is fused again: packed weights cannot be copied."""
 
     def _layer(self, name: str, layer: Any) -> DecoderLayer:
         attention, mlp = layer.self_attn, layer.mlp
@@ -110,7 +110,7 @@ class FusedModel:
         )
 
     def begin(self, ids: Tensor, positions: Tensor) -> tuple[Tensor, tuple[Tensor, Tensor]]:
-        """Of ids and positions (N,) the embeddings (N, hidden), and what turns heads: cos and sin (N, head_dim).
+        """ids and positions (N,) -> embeddings (N, hidden), and cos and sin (N, head_dim) of the rotary positions.
 
         The first half of sin is negated, for x cos + roll(x) sin.
         """
@@ -127,14 +127,13 @@ class FusedModel:
     ) -> Tensor:
         """ids (N,), segment by segment and row by row -> (B, hidden), the head's input for the last token of each row.
 
-        Products see all tokens at once, whatever rows they belong to, in that order or in `order`; attention goes by
-        segment.
+        Products run over all tokens at once, attention by segment.
         """
         positions = torch.cat([segment.positions.flatten() for segment in segments])
-        x, turn = self.begin(ids, positions)
+        x, rope = self.begin(ids, positions)
         delta: Tensor | None = None
         for i, layer in enumerate(self.layers):
-            delta = self._attention(i, layer, layer.norm(x, delta), turn, segments, cache, lora)
+            delta = self._attention(i, layer, layer.norm(x, delta), rope, segments, cache, lora)
             gate_up = _product(layer.gate_up, layer.names[2], layer.mlp_norm(x, delta), lora)
             delta = _product(layer.down, layer.names[3], _activate(gate_up), lora)
         x = x if delta is None else x + delta
@@ -150,7 +149,7 @@ class FusedModel:
         index: int,
         layer: DecoderLayer,
         x: Tensor,
-        turn: tuple[Tensor, Tensor],
+        rope: tuple[Tensor, Tensor],
         segments: Sequence[SlotSegment],
         cache: SlotCache,
         lora: AddLora | None,
@@ -161,14 +160,16 @@ class FusedModel:
         if layer.q_norm is not None and layer.k_norm is not None:
             qkv[:, :heads] = layer.q_norm(qkv[:, :heads])
             qkv[:, heads : heads + kv] = layer.k_norm(qkv[:, heads : heads + kv])
-        qk, v = self._turned(qkv, turn)
+        qk, v = self._rotated(qkv, rope)
         held, window = cache.layers[index], self.windows[index]
-        outs = [self._look_up(qk[one.tokens], v[one.tokens], held, one, window) for one in segments]
+        outs = [self._slot_attention(qk[one.tokens], v[one.tokens], held, one, window) for one in segments]
         out = outs[0] if len(outs) == 1 else torch.cat(outs)
         return _product(layer.out, layer.names[1], out, lora)
 
-    def _look_up(self, qk: Tensor, v: Tensor, held: SlotLayer, segment: SlotSegment, window: int | None) -> Tensor:
-        """qk (rows * T, heads + kv, head_dim), turned, v (rows * T, kv, head_dim) -> (rows * T, heads * head_dim)."""
+    def _slot_attention(
+        self, qk: Tensor, v: Tensor, held: SlotLayer, segment: SlotSegment, window: int | None
+    ) -> Tensor:
+        """qk (rows * T, heads + kv, head_dim), rotated, v (rows * T, kv, head_dim) -> (rows * T, heads * head_dim)."""
         heads, kv = self.heads, self.kv_heads
         shape = (segment.rows, -1, kv, self.head_dim)
         keys, values = held.put(segment, qk[:, heads:].view(shape).transpose(1, 2), v.view(shape).transpose(1, 2))
@@ -179,16 +180,18 @@ class FusedModel:
         out = out.view(segment.rows, kv, heads // kv, -1, self.head_dim).permute(0, 3, 1, 2, 4)
         return out.reshape(-1, heads * self.head_dim)
 
-    def _turned(self, qkv: Tensor, turn: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
-        """Queries and keys (N, heads + kv, head_dim) by their rotary positions, and values (N, kv, head_dim)."""
-        turned = self.heads + self.kv_heads
-        qk, v = qkv[:, :turned], qkv[:, turned:]
-        cos, sin = turn
+    def _rotated(self, qkv: Tensor, rope: tuple[Tensor, Tensor]) -> tuple[Tensor, Tensor]:
+        """Queries and keys (N, heads + kv, head_dim) with rotary positions applied, and values (N, kv, head_dim)."""
+        rotated = self.heads + self.kv_heads
+        qk, v = qkv[:, :rotated], qkv[:, rotated:]
+        cos, sin = rope
         return torch.addcmul(qk * cos[:, None], qk.roll(self.head_dim // 2, -1), sin[:, None]), v
 
 
 def fuse(module: nn.Module) -> FusedModel | None:
-    """The model's fused forward; None if it is not exactly of the family. Its linear weights become views of merged."""
+    """The model's fused forward pass, or None if it is not exactly of the family. Its linear weights become views of
+    merged ones.
+    """
     config: Any = module.config
     prefix = FAMILY.get(config.model_type)
     if prefix is None or type(module).__name__ != f"{prefix}ForCausalLM" or config.hidden_act != "silu":
@@ -196,17 +199,17 @@ def fuse(module: nn.Module) -> FusedModel | None:
     kinds = {type(child).__name__ for child in module.modules() if not list(child.children())}
     known = {"Linear", "Int8Linear", "LinearSlice", "Embedding", f"{prefix}RMSNorm", f"{prefix}RotaryEmbedding"}
     if kinds - known - {"SiLU", "SiLUActivation"}:
-        return None  # quantised by others, or a layer that this forward does not know
+        return None  # quantized by another library, or an unknown layer
     fused: FusedModel | None = getattr(module, MADE, None)
     if fused is None:
         fused = FusedModel(module)
-        setattr(module, MADE, fused)  # once per model: merging again would copy its weights
+        setattr(module, MADE, fused)  # once per model: merging again would copy the weights
     fused.windows = [_window(config, layer.self_attn) for layer in fused.inner.layers]
     return fused
 
 
 def _window(config: Any, attention: Any) -> int | None:
-    """How many tokens the layer sees; None is all. Mistral's layers are alike, Qwen's differ."""
+    """Tokens that the layer sees; None is all. Mistral's layers are alike, Qwen's differ."""
     window: int | None = getattr(config if config.model_type == "mistral" else attention, "sliding_window", None)
     return window
 
@@ -238,7 +241,7 @@ def _alone(linear: Any) -> nn.Module:
 
 
 def _merge(owner: Any, names: Sequence[str]) -> nn.Module:
-    """One linear whose output is that of the named ones side by side; they become views of it, or stay as they are."""
+    """One linear with the named ones' outputs side by side. They become views of it, or stay as they are."""
     parts: list[Any] = [getattr(owner, name) for name in names]
     if isinstance(parts[0], Int8Linear):
         whole = merge_int8(parts)

@@ -21,29 +21,29 @@ from transformers.cache_utils import Cache, CacheLayerMixin
 from core.engine.cpu.lazy_zeros import lazy_zeros
 from core.engine.out_of_memory import is_out_of_memory
 
-LENGTH_STEP = 16  # views are cut to a multiple of this
-FIRST_LENGTH = 256  # longer slots are multiples of it
-IDLE_BYTES = 64 * 2**20  # held without rows: a talk's next turn finds its pages there
+LENGTH_STEP = 16  # read lengths are multiples of it
+FIRST_LENGTH = 256  # capacities are multiples of it
+IDLE_BYTES = 64 * 2**20  # kept without rows, so that the next turn finds its pages
 
 
 @dataclass(frozen=True, slots=True)
 class SlotSegment:
-    """Part of a pass: as many tokens of each of some consecutive rows, each from its own position on."""
+    """Part of a pass: the same number of tokens of some consecutive rows, each from its own position on."""
 
-    tokens: slice  # where they lie in the pass, row by row
+    tokens: slice  # of the pass, row by row
     first: int
     rows: int
-    length: int  # keys visible to it: positions [0, length)
+    length: int  # keys read: positions [0, length)
     positions: Tensor  # (rows, T)
-    start: int | None  # position of the first row's first token; None if the host does not know it
+    start: int | None  # first row's first position; None if only the device knows it
     row_index: Tensor  # (rows, 1)
-    mask: Tensor  # bool (rows, 1, T, length): each token sees its own row up to and with itself
-    biases: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)  # what `bias` has made
+    mask: Tensor  # bool (rows, 1, T, length), causal
+    biases: dict[tuple[int, int, int], Tensor] = field(default_factory=dict)  # cache of `bias`
 
     def bias(self, window: int | None, keys: int, group: int, dtype: torch.dtype) -> Tensor:
-        """The mask to add to scores of `group` heads packed as queries of one key: (rows, keys, group * T, length).
+        """The additive mask for scores of `group` heads packed as queries of one key: (rows, keys, group * T, length).
 
-        With a window each token sees only that many of its row's last tokens, itself among them.
+        With a window each token sees only that many last tokens of its row, itself included.
         """
         window = self.length if window is None else min(window, self.length)
         found = self.biases.get((window, keys, group))
@@ -59,7 +59,7 @@ class SlotSegment:
 
 
 class _ActiveSegment(threading.local):
-    """The segment that this thread's plain forward pass of the model is about."""
+    """The segment that this thread's own forward pass of the model works on."""
 
     segment: SlotSegment | None = None
 
@@ -69,7 +69,7 @@ active = _ActiveSegment()
 
 @contextmanager
 def segment_scope(segment: SlotSegment) -> Iterator[None]:
-    """Let the plain forward pass inside read and write that segment."""
+    """Let the model's own forward pass inside read and write that segment."""
     active.segment = segment
     try:
         yield
@@ -98,32 +98,34 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not t
         return lazy_zeros(shape, like.dtype) if self.lazy else like.new_zeros(shape)
 
     def update(self, key_states: Tensor, value_states: Tensor, *args: Any, **kwargs: Any) -> tuple[Tensor, Tensor]:
-        """As `put`, at the running segment."""
+        """`put` at the active segment."""
         assert active.segment is not None
         return self.put(active.segment, key_states, value_states)
 
     def whole(self, like: Tensor) -> tuple[Tensor, Tensor]:
-        """Keys and values of all slots, for what is to be written to them; like is (rows, kv_heads, head_dim)."""
+        """Keys and values of all slots, allocated if needed; like is (rows, kv_heads, head_dim)."""
         if not self.is_initialized:
             self.lazy_initialization(like[:, :, None], like[:, :, None])
         return self.keys, self.values
 
     def put(self, segment: SlotSegment, key_states: Tensor, value_states: Tensor) -> tuple[Tensor, Tensor]:
-        """Write (rows, kv_heads, T, head_dim) at a segment; return views (rows, kv_heads, length, head_dim)."""
+        """Write (rows, kv_heads, T, head_dim) to a segment; return views (rows, kv_heads, length, head_dim)."""
         if not self.is_initialized:
             self.lazy_initialization(key_states, value_states)
         first, rows = segment.first, slice(segment.first, segment.first + segment.rows)
-        if segment.rows == 1 and segment.start is not None:  # a plain copy is quicker than an indexed one
+        if segment.rows == 1 and segment.start is not None:  # a plain copy is faster than an indexed one
             stop = segment.start + key_states.shape[2]
             self.keys[first, :, segment.start : stop] = key_states[0]
             self.values[first, :, segment.start : stop] = value_states[0]
-        else:  # two index tensors around a slice put their shape first: (rows, T, kv_heads, head_dim)
+        else:  # indices around a slice put their shape first: (rows, T, kv_heads, head_dim)
             self.keys[segment.row_index, :, segment.positions] = key_states.transpose(1, 2)
             self.values[segment.row_index, :, segment.positions] = value_states.transpose(1, 2)
         return self.keys[rows, :, : segment.length], self.values[rows, :, : segment.length]
 
     def resize(self, slots: int, length: int, *, used: Sequence[int], reach: Sequence[int]) -> None:
-        """Another capacity; of each row the `used` positions are kept. `reach` is how far it may have been written."""
+        """Change the capacity, keeping the `used` positions of each row. `reach` is how far each row may have been
+        written.
+        """
         self.capacity = (slots, length)
         if self.is_initialized:
             self.keys = _resized(self.keys, slots, length, used, reach)
@@ -141,10 +143,10 @@ class SlotLayer(CacheLayerMixin):  # type: ignore[misc]  # transformers is not t
 
 
 class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
-    """The slots of all layers. Rows [0, rows) are running; `used[row]` tokens of each are filled.
+    """KV slots of all layers. Rows [0, rows) are running; `used[row]` tokens of each are filled.
 
-    With a `spare` there is one more slot, of index `slots`, for what static steps compute for no row at all.
-    `lazy`: in memory that costs nothing before it is written, all slots at once; only on a CPU, without a spare.
+    A `spare` slot, of index `slots`, takes the writes of static steps for padding rows. `lazy` allocates all slots at
+    once in memory that costs nothing before it is written: CPU only, without a spare.
     """
 
     def __init__(
@@ -161,10 +163,10 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         self.max_rows, self.max_length = max_rows, max_length
         self.spare, self.lazy = spare, lazy
         self.slots, self.length = 0, 0  # capacity
-        self.version = 0  # of the tensors: another one, other tensors
+        self.version = 0  # changes when tensors are reallocated
         self.used: list[int] = []
-        self.reach: list[int] = []  # how far each row may have been written
-        self.dirty: dict[int, int] = {}  # row: the longest that was wiped there
+        self.reach: list[int] = []  # positions of each row that may have been written
+        self.dirty: dict[int, int] = {}  # row -> largest length wiped there
         self._position_bytes = 0
 
     @property
@@ -173,11 +175,11 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
 
     @property
     def capacity(self) -> tuple[int, int]:
-        """What memory is laid out for: slots, and their length."""
+        """Number of slots, and their length."""
         return self.slots, self.length
 
     def add_row(self, length: int = 0) -> int:
-        """An empty row after the others, with room for that length. May raise as `reserve`."""
+        """Append an empty row with capacity for that length. May raise as `reserve`."""
         assert self.rows < self.max_rows
         self._ensure_capacity(self.rows + 1, max(length, 1))
         self.used.append(0)
@@ -185,11 +187,11 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         return self.rows - 1
 
     def reserve(self, length: int) -> None:
-        """Make room for rows of that length. May raise an out-of-memory error; the rows stay as they are."""
+        """Grow to rows of that length. May raise an out-of-memory error, which leaves the rows as they are."""
         self._ensure_capacity(self.rows, length)
 
     def _ensure_capacity(self, slots: int, length: int) -> None:
-        """Both at once: each new layout copies all rows. Both double, so that few are made, if memory is enough."""
+        """Grow both at once, since each reallocation copies all rows, and double them if memory permits."""
         assert slots <= self.max_rows
         assert length <= self.max_length
         if slots <= self.slots and length <= self.length:
@@ -205,10 +207,10 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         except Exception as error:
             if wished == needed or not is_out_of_memory(error):
                 raise
-        self._resize(*needed)  # here, where the error no longer holds what was laid out already
+        self._resize(*needed)  # here, where the error no longer references tensors
 
     def enter(self, first: int, counts: Sequence[int]) -> list[int]:
-        """Make room for the next counts[i] tokens of row first + i; returns how many tokens each row holds."""
+        """Reserve the next counts[i] tokens of row first + i; returns how many tokens each row holds."""
         used = self.used[first : first + len(counts)]
         self.reserve(max(map(sum, zip(used, counts, strict=True))))
         for row, (start, count) in enumerate(zip(used, counts, strict=True), first):
@@ -238,29 +240,29 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         return SlotSegment(tokens, first, rows, length, positions, used[0], row_index, mask)
 
     def static(self, positions: Tensor, row_index: Tensor, length: int) -> SlotSegment:
-        """One token of each of the first rows, at positions (rows,) that the device alone knows."""
+        """A segment of one token of each of the first rows, at positions (rows,) known to the device only."""
         mask = torch.arange(length, device=positions.device) <= positions[:, None, None, None]
         rows = len(positions)
         return SlotSegment(slice(0, rows), 0, rows, length, positions[:, None], None, row_index[:, None], mask)
 
     def touch(self, rows: int) -> None:
-        """One more token of each of the first rows may have been written."""
+        """Each of the first rows may have been written by one more token."""
         for row in range(rows):
             self.reach[row] = self.used[row] + 1
 
     def advance(self, first: int, counts: Sequence[int]) -> None:
-        """The pass is done: its tokens are part of the rows."""
+        """Count the tokens of a finished pass."""
         for row, count in enumerate(counts, first):
             self.used[row] += count
 
     @property
     def used_bytes(self) -> int:
-        """Of keys and values of the used part of all rows."""
+        """Bytes of keys and values in the used part of all rows."""
         return self._bytes_of(sum(self.used))
 
     @property
     def held_bytes(self) -> int:
-        """What the slots hold while no row runs."""
+        """Bytes held while no row runs."""
         return self._bytes_of(sum(self.dirty.values()) if self.lazy else self.slots * self.length)
 
     def _bytes_of(self, positions: int) -> int:
@@ -269,7 +271,7 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         return self._position_bytes * positions
 
     def row_bytes(self, row: int) -> int:
-        """How much `take_out` would copy."""
+        """Bytes that `take_out` would copy."""
         return sum(tensor[row, :, : self.used[row]].nbytes for tensor in self._tensors())
 
     def take_out(self, row: int) -> list[Tensor]:
@@ -277,7 +279,7 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         return [tensor[row, :, : self.used[row]].clone() for tensor in self._tensors()]
 
     def put_in(self, row: int, tensors: list[Tensor], count: int) -> None:
-        """Let an empty row begin with the first `count` positions of what was taken out."""
+        """Start an empty row with the first `count` positions of tensors from `take_out`."""
         assert self.used[row] == 0
         self.reserve(count)
         self.reach[row] = count
@@ -298,15 +300,16 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         self.wipe(source)
 
     def wipe(self, row: int) -> None:
-        """Zero a row, also what a pass that failed half-way wrote beyond its used part."""
+        """Zero a row, including writes of a failed pass beyond its used part."""
         for tensor in self._tensors():
             tensor[row, :, : self.reach[row]] = 0
         self.dirty[row] = max(self.dirty.get(row, 0), self.reach[row])
         self.used[row] = self.reach[row] = 0
 
     def drop_last(self) -> None:
-        """The last row, wiped before, is no longer there. Without rows all memory is given back if it is more than
-        IDLE_BYTES, but not with a spare: graphs are captured over these very tensors."""
+        """Remove the last row, wiped before. Without rows, memory beyond IDLE_BYTES is freed, except with a spare:
+        graphs are captured over these tensors.
+        """
         assert self.used[-1] == 0
         self.used.pop()
         self.reach.pop()
@@ -314,7 +317,7 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
             self.clear()
 
     def clear(self) -> None:
-        """Give all memory back."""
+        """Free all memory."""
         self.used, self.reach = [], []
         self.slots, self.length = 0, 0
         self.dirty.clear()
@@ -325,7 +328,7 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
             layer.capacity = (0, 0)
 
     def is_blank(self) -> bool:
-        """Whether nothing but zeros is held outside the used part of the running rows."""
+        """Whether everything outside the used part of the running rows is zero."""
         rows, used = self.rows, [*self.used]
         for tensor in self._tensors():
             if bool(tensor[rows : self.slots].any()) or any(
@@ -338,7 +341,7 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
         return [tensor for layer in self.layers if layer.is_initialized for tensor in (layer.keys, layer.values)]
 
     def _resize(self, slots: int, length: int) -> None:
-        self.version += 1  # first: memory may end half-way, and then some tensors are others already
+        self.version += 1  # first: an out-of-memory error may leave some tensors reallocated
         for layer in self.layers:
             layer.resize(slots + self.spare, length, used=self.used, reach=self.reach)
         self.slots, self.length = slots, length
@@ -349,9 +352,9 @@ def _grown(needed: int, held: int, most: int) -> int:
 
 
 def _resized(old: Tensor, slots: int, length: int, used: Sequence[int], reach: Sequence[int]) -> Tensor:
-    """Row by row: one that is long must not make it slow for all."""
+    """Copy row by row, so that one long row does not cost all."""
     new = old.new_zeros((slots, old.shape[1], length, old.shape[3]))
     for row, (kept, written) in enumerate(zip(used, reach, strict=True)):
         new[row, :, :kept] = old[row, :, :kept]
-        old[row, :, :written] = 0  # freed memory may lie in an allocator's pool for long
+        old[row, :, :written] = 0  # freed memory may stay in the allocator's pool
     return new

@@ -32,7 +32,7 @@ from core.model.base import BaseModel
 log = logging.getLogger(__name__)
 
 CHUNK_CPU, CHUNK_CUDA = 256, 1024  # prompt tokens between two decode steps
-LONGEST_SLEEP_S = 3600.0  # what a lock can wait for has an end
+MAX_SLEEP_S = 3600.0  # a lock's timeout is bounded
 KEPT_AFTER = (FinishReason.END, FinishReason.STOP, FinishReason.LENGTH)
 
 Output = tuple[RequestState, Event | AppError]
@@ -41,8 +41,8 @@ Output = tuple[RequestState, Event | AppError]
 class ModelThread:
     """Owns the rows. `start`, `submit`, `cancel`, `forget`, `stop` and the counters may be used from any thread.
 
-    `emit` gets the outputs of one step at once, on the model thread; after Finished or an error nothing more comes.
-    `spawn` runs a call on a thread of its own, so that no prompt is rendered between two steps.
+    `emit` gets all events of a step at once, on the model thread; nothing follows Finished or an error. `spawn` runs a
+    call on another thread, so that no prompt is rendered between two steps.
     """
 
     def __init__(
@@ -64,13 +64,13 @@ class ModelThread:
         self._emit = emit
         self._outputs: list[Output] = []
         self._thread = threading.Thread(target=self._run, name="model", daemon=True)
-        # Under the lock: what other threads touch.
+        # Guarded by the lock: what other threads use.
         self._wake = threading.Condition()
         self.queue = WaitingQueue(settings, self._wake, prepare=prepare, spawn=spawn, translate=translate)
         self._forgets: list[tuple[str, str, Future[None]]] = []
         self._stopping = self._over = False
 
-    # --- any thread
+    # --- from any thread
 
     @property
     def running(self) -> int:
@@ -84,22 +84,24 @@ class ModelThread:
         self._thread.start()
 
     def submit(self, state: RequestState) -> None:
-        """Let a state wait for its turn. Raises Overloaded; may end another state with it, see Scheduler.add."""
+        """Queue a request. Raises Overloaded; may displace another request, see Scheduler.add."""
         with self._wake:
             if self._over:
                 raise EngineError(detail="the model thread has ended: start the program again")
             self.queue.add(state)
 
     def cancel(self, state: RequestState) -> None:
-        """End the state within one step; Finished still comes."""
+        """End a request within one step; Finished still comes."""
         with self._wake:
             state.cancelled = True
             self._wake.notify()
 
     def forget(self, channel: str, conversation: str) -> Future[None]:
-        """End what runs or waits for that conversation (or channel) and wipe its rows; done when that has happened."""
+        """End the requests of a conversation (or channel) and wipe their rows. The future is done when that has
+        happened.
+        """
         done: Future[None] = Future()
-        done.set_running_or_notify_cancel()  # it is done also if whoever waits for it goes away
+        done.set_running_or_notify_cancel()  # so that a waiter that goes away cannot cancel it
         with self._wake:
             if self._over:
                 done.set_result(None)
@@ -116,18 +118,18 @@ class ModelThread:
         if self._thread.is_alive():
             self._thread.join()
 
-    # --- the model thread
+    # --- on the model thread
 
     def _run(self) -> None:
         if self.settings.threads and self.model.device.type == "cpu":
-            torch.set_num_threads(self.settings.threads)  # holds for the calling thread
+            torch.set_num_threads(self.settings.threads)  # applies to the calling thread
         outcome: FinishReason | AppError = FinishReason.CANCELLED
         with torch.inference_mode():
             try:
                 while self._wait_for_work():
                     try:
                         self._step()
-                    except Exception as error:  # the thread outlives any error of a step
+                    except Exception as error:  # the thread survives any error of a step
                         log.exception("engine.step_failed")
                         self._fail_running(translate(error))
                     self._flush()
@@ -137,7 +139,7 @@ class ModelThread:
             self._end_all(outcome)
 
     def _wait_for_work(self) -> bool:
-        """Sleep until there is something to do; False when the thread is to stop."""
+        """Sleep until there is work; False when the thread is to stop."""
         with self._wake:
             while not self._stopping:
                 states = self.queue.states()
@@ -148,7 +150,7 @@ class ModelThread:
                 left = min((state.deadline - time.monotonic() for state in states), default=None)
                 if left is not None and left <= 0:
                     break
-                self._wake.wait(None if left is None else min(left, LONGEST_SLEEP_S))
+                self._wake.wait(None if left is None else min(left, MAX_SLEEP_S))
             return not self._stopping
 
     def _step(self) -> None:
@@ -160,7 +162,7 @@ class ModelThread:
         self._pass()
 
     def _end_cancelled_and_late(self) -> None:
-        """One by one: an error on the way leaves the rest to the next step."""
+        """End them one by one: after an error the rest follow in the next step."""
         while self.queue.failed:
             self._end(*self.queue.failed.pop(0))
         with self._wake:
@@ -179,8 +181,9 @@ class ModelThread:
             del self._forgets[0]
 
     def _pass(self) -> None:
-        """One token for every row past its prompt, beside a chunk of prompts: of the row that is taking its own in,
-        then of states that are ready. A prompt that is cut leaves the steps' tokens room in the chunk."""
+        """Compute one token for every row past its prompt, beside a chunk of prompts: of the row in prefill, then of
+        ready requests. A chunk that does not finish its prompt leaves budget for the decoding rows.
+        """
         rows = self.rows.states
         parts: list[Sequence[int]] = [state.next_ids(1) for state in rows if state.uncomputed == 1]
         stepping, budget = len(parts), self.chunk
@@ -188,7 +191,7 @@ class ModelThread:
             if len(parts) == len(rows):
                 room = self.runner.cache.capacity
                 if self._admit() is None or (parts and self.runner.cache.capacity != room):
-                    break  # making room took its time: the others step before the new row begins
+                    break  # reallocation took time: the others step first
             state = rows[len(parts)]
             cut = state.uncomputed > budget
             parts.append(state.next_ids(max(budget - stepping, 1) if cut else budget))
@@ -199,19 +202,19 @@ class ModelThread:
         for taken, result in results:
             for state, part in taken if isinstance(result, Tensor) else ():
                 self.counter.prompt_tokens += state.mark_computed(len(part))
-        for taken, result in results:  # these first: only what is past its prompt may lie before the others
+        for taken, result in results:  # first, so that rows past their prompt stay in front
             if isinstance(result, Exception):
                 self._end(taken[0][0], translate(result))
         for taken, result in results:
-            past_prompt = [state for state, _ in taken if not state.uncomputed]  # all, but perhaps the last
+            past_prompt = [state for state, _ in taken if not state.uncomputed]  # all but perhaps the last
             if isinstance(result, Tensor) and past_prompt:
                 self._accept_logits(past_prompt, result[: len(past_prompt)])
         if minimum_bytes:
-            self.counter.decode_s += time.monotonic() - began  # until the ids are read: a GPU works uncomputed our back
+            self.counter.decode_s += time.monotonic() - began  # until the ids are read: a GPU works asynchronously
             self.counter.decode_bytes += minimum_bytes
 
     def _admit(self) -> RequestState | None:
-        """Give the next ready state a row. One for which memory is short waits until another row has ended."""
+        """Give the next ready request a row. One that lacks memory waits until another row has ended."""
         state = None if self.rows.full else self.queue.next_ready(self.rows.states, self.rows.has_slot)
         if state is None:
             return None
@@ -227,10 +230,10 @@ class ModelThread:
                 self.counter.reused_tokens += state.reused
                 self._outputs.append((state, Started(len(state.prompt), state.reused, state.dropped)))
             return state
-        return self._admit()  # here, where the error no longer holds what was laid out already
+        return self._admit()  # here, where the error no longer references tensors
 
     def _not_admitted(self, state: RequestState, error: Exception) -> None:
-        """It waits, if all that it lacks is memory, and others' ends or what is kept of them may give some."""
+        """Requeue the request if memory is all it lacks and may become free; else end it."""
         if is_out_of_memory(error) and self.rows.free_memory():
             log.warning("engine.admit_no_memory", extra={"rows": self.running, "reason": str(error)[:200]})
             self.queue.put_back(state)
@@ -239,13 +242,13 @@ class ModelThread:
             self._end(state, translate(error))
 
     def _preempt(self, state: RequestState) -> None:
-        """Take a state out of its row for another's sake. It goes on later where it was: from what is kept, or anew."""
+        """Take a request out of its row. It resumes from its stored keys and values, or recomputes them."""
         self.rows.leave(state, keep=True)
         self.queue.put_back(state)
         log.debug("engine.preempted", extra={"answered": len(state.answer)})
 
     def _accept_logits(self, states: Sequence[RequestState], logits: Tensor) -> None:
-        """Draw one token per row from (B, V), and show or end."""
+        """Sample one token per row from (B, V); emit it or end the request."""
         ids = self._sample(states, logits)
         now = time.monotonic()
         for state, token in zip(states, ids, strict=True):
@@ -264,7 +267,7 @@ class ModelThread:
                 self._end(state, outcome)
 
     def _sample(self, states: Sequence[RequestState], logits: Tensor) -> list[int]:
-        """One token per row of (B, V); where memory is short for all at once, by halves, which draw the same."""
+        """One token per row of (B, V). Out of memory, halves are sampled separately, with the same result."""
         try:
             return sample(
                 logits,
@@ -283,7 +286,7 @@ class ModelThread:
         return self._sample(states[:half], logits[:half]) + self._sample(states[half:], logits[half:])
 
     def _emit_token(self, state: RequestState, token: int) -> FinishReason | None:
-        """Emit what became certain; the reason to end, if there is one."""
+        """Emit the text that became certain; return the reason to end, if any."""
         if token in self.model.eos_ids:
             return FinishReason.END
         self._emit_text(state, state.scanner.push(state.detokenizer.push(token)))
@@ -298,7 +301,7 @@ class ModelThread:
             self._outputs.append((state, Delta(text)))
 
     def _end(self, state: RequestState, outcome: FinishReason | AppError) -> None:
-        """Take a state out of wherever it is; say why, with usage."""
+        """Remove a request from wherever it is and emit its last event."""
         if state.phase is RequestPhase.ENDED:
             return
         if isinstance(outcome, FinishReason):
@@ -313,7 +316,7 @@ class ModelThread:
         state.prompt, state.answer, state.adapter = (), [], None
 
     def _last_text(self, state: RequestState, reason: FinishReason) -> FinishReason:
-        """Show what was held back, unless a stop string ended the answer; it may itself complete one."""
+        """Emit the text held back, unless a stop string ended the answer; it may itself complete one."""
         if reason is FinishReason.STOP:
             return reason
         self._emit_text(state, state.scanner.push(state.detokenizer.flush()))
@@ -323,18 +326,18 @@ class ModelThread:
         return reason
 
     def _fail_running(self, error: AppError) -> None:
-        """A step broke: nothing is known of the rows any more."""
+        """End all running requests: after a failed step the state of the rows is unknown."""
         for state in self.rows.clear():
             self._end(state, error)
 
     def _end_all(self, outcome: FinishReason | AppError) -> None:
-        with self._wake:  # whoever comes meanwhile finds the thread over
+        with self._wake:  # submit and forget find the thread over from now on
             self._over = True
             self._outputs += self.queue.failed
             for state in [*self.queue.states(), *self.rows.states]:
                 try:
                     self._end(state, outcome)
-                except Exception as error:  # the others must end too
+                except Exception as error:  # the others have to end too
                     log.exception("engine.end_failed")
                     self._outputs.append((state, translate(error)))
             self._flush()
@@ -352,7 +355,7 @@ class ModelThread:
 
 
 def _text_error(error: Exception) -> AppError:
-    """A tokenizer's own error over one answer is of no matter to the others."""
+    """A tokenizer's error concerns one answer only."""
     log.error("engine.text_failed", exc_info=error)
     return translate(error)
 

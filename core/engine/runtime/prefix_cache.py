@@ -23,7 +23,7 @@ class CachedPrefix:
     `tensors` are (kv_heads, len(ids), head_dim), keys and values of each layer in turn.
     """
 
-    adapter: str  # sha256; "" is the bare base model
+    adapter: str  # sha256; "" is the base model
     ids: tuple[int, ...]
     tensors: list[Tensor]
 
@@ -33,7 +33,7 @@ class CachedPrefix:
 
     def wipe(self) -> None:
         for tensor in self.tensors:
-            tensor.zero_()  # freed memory may lie in an allocator's pool for long
+            tensor.zero_()  # freed memory may stay in the allocator's pool
 
 
 class _Entries(LRUCache[tuple[str, str], CachedPrefix]):

@@ -14,12 +14,12 @@ from torch import nn
 
 from core.engine.cpu.int8 import Int8Linear, LinearSlice
 
-BLOCK_BYTES = 256 * 2**20  # beyond the caches of common processors
+BLOCK_BYTES = 256 * 2**20  # larger than the caches of common processors
 READS = 4
 
 
 def weight_bytes(module: nn.Module) -> int:
-    """Of the weights that one pass reads: each once, also where modules share it; embeddings only as an output head."""
+    """Bytes of the weights that one pass reads: shared ones once, embeddings only as an output head."""
     int8 = 0
     seen: dict[int, int] = {}
     looked_up: dict[int, int] = {}
@@ -33,7 +33,7 @@ def weight_bytes(module: nn.Module) -> int:
 
 @cache
 def bandwidth(device: torch.device, threads: int) -> float:
-    """Bytes/s that this device reads: the best of some reads of one block. Measured once; `threads` are torch's now."""
+    """Bytes/s that this device reads: the best of several reads of one block. Cached; `threads` are torch's now."""
     block = torch.ones(BLOCK_BYTES // 4, device=device)
     best = 0.0
     for _ in range(READS):

@@ -25,9 +25,9 @@ from core.model.base import BaseModel, attends_by_mask
 
 
 class Runner:
-    """The model with its slots and adapter stacks. All methods belong to one thread.
+    """The model with its KV cache and adapter slots. All methods belong to one thread.
 
-    At most `adapters` different ones at once; 0 is one for each row. `static` lets steps run over static buffers
+    At most `adapters` different ones run at once; 0 is one per row. `static` runs decode steps over static buffers
     (core.engine.runtime.cuda_graphs); None means on a GPU.
     """
 
@@ -61,10 +61,10 @@ class Runner:
         self.positions_read = self.positions_held = 0  # as in EngineStats
 
     def run(self, first: int, parts: Sequence[Sequence[int]], slots: Sequence[int | None]) -> Tensor:
-        """Take in the next ids of each of the rows [first, first + B), row i with the adapter in slots[i].
+        """Compute the next ids of each of the rows [first, first + B), row i with the adapter in slots[i].
 
-        parts[i] are one id or more, of any number: prompts' chunks go with other rows' single tokens. Returns logits
-        (B, V) after the last of each, good until the next call. After an error the rows are as they were before.
+        parts[i] holds one id or more: chunks of prompts run beside single tokens of other rows. Returns logits (B, V)
+        after the last id of each, valid until the next call. After an error the rows are as before.
         """
         counts = [len(part) for part in parts]
         if self.steps is not None and first == 0 and max(counts) == 1:
@@ -85,12 +85,12 @@ class Runner:
             read = sum(segment.rows * segment.length for segment in segments)
         self.cache.advance(first, counts)
         held = sum(self.cache.used[first : first + len(counts)])
-        self.positions_read += read or held  # no row is read too far in one call
+        self.positions_read += read or held  # the compiled layers read no padding
         self.positions_held += held
         return logits
 
     def _step(self, inputs: Tensor, shape: GraphShape) -> Tensor:
-        """One token of each row, all of it on the device: what graphs capture."""
+        """One token of each row, entirely on the device: what graphs capture."""
         ids, positions, row_index, own = inputs
         segment = self.cache.static(positions, row_index, shape.length)
         with self.lora.planner.masked(own, shape.slots) as plan:
@@ -143,7 +143,7 @@ class Runner:
 
 
 def translate(error: BaseException) -> AppError:
-    """What a request hears of an error out of a forward pass."""
+    """The error that a request gets for an error of a forward pass."""
     if isinstance(error, AppError):
         return error
     if is_out_of_memory(error):

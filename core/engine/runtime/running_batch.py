@@ -20,11 +20,11 @@ from core.engine.scheduling.request_state import RequestPhase, RequestState
 
 log = logging.getLogger(__name__)
 
-RowTokens = tuple[RequestState, Sequence[int]]  # the ids that a pass takes in for a state
+RowTokens = tuple[RequestState, Sequence[int]]  # token ids that a pass computes for a request
 
 
 class RunningBatch:
-    """The states that run, at most `most`, and what is kept of conversations between turns. Owns the runner.
+    """The running requests, at most `most`, and the prefixes kept between turns. Owns the runner.
 
     All methods belong to the model thread.
     """
@@ -32,17 +32,17 @@ class RunningBatch:
     def __init__(self, runner: Runner, *, most: int, reuse_bytes: int) -> None:
         self.runner, self.most = runner, most
         self.prefixes = PrefixCache(reuse_bytes)
-        self.states: list[RequestState] = []  # index is the row; past their prompt but perhaps the last
-        self._short = False  # of memory, for a row more
+        self.states: list[RequestState] = []  # by row; all but perhaps the last are past their prompt
+        self._out_of_memory = False  # for another row
         self._weight_bytes = weight_bytes(runner.module)
 
     @property
     def full(self) -> bool:
-        """Whether no state gets a row before another has left its own."""
-        return len(self.states) == self.most or self._short
+        """Whether a row has to end before another request can get one."""
+        return len(self.states) == self.most or self._out_of_memory
 
     def has_slot(self, state: RequestState) -> bool:
-        """Whether there is a slot for the state's adapter."""
+        """Whether there is a slot for the request's adapter."""
         return state.adapter is None or self.runner.lora.has_slot(state.adapter.sha256)
 
     def enter(self, state: RequestState) -> None:
@@ -53,7 +53,7 @@ class RunningBatch:
             row = self.runner.cache.add_row(len(state.prompt) + len(state.answer))
             self._reuse(state, row)
         except Exception:
-            if self.runner.cache.rows > len(self.states):  # a row that nobody will own
+            if self.runner.cache.rows > len(self.states):  # the row without a request
                 self.runner.cache.wipe(len(self.states))
                 self.runner.cache.drop_last()
             self._release(state)
@@ -62,21 +62,23 @@ class RunningBatch:
         self.states.append(state)
 
     def free_memory(self) -> bool:
-        """Memory was short for a row more: what is kept for later turns goes. Whether there may be enough now, or when
-        another row has ended."""
+        """After an out-of-memory error for another row: drop the prefixes. Whether a retry makes sense, now or after a
+        row ends.
+        """
         dropped = self.drop_prefixes()
-        self._short = bool(self.states) and not dropped
-        return dropped or self._short
+        self._out_of_memory = bool(self.states) and not dropped
+        return dropped or self._out_of_memory
 
     def run(self, parts: Sequence[RowTokens]) -> list[tuple[Sequence[RowTokens], Tensor | Exception]]:
-        """Logits of the first rows, which take in these parts; an error for each that cannot go on."""
+        """Logits of the first rows, which compute these tokens; an error for each row that cannot go on."""
         return self._by_halves(0, parts) if parts else []
 
     def _by_halves(
         self, first: int, parts: Sequence[RowTokens]
     ) -> list[tuple[Sequence[RowTokens], Tensor | Exception]]:
-        """Logits of rows [first, first + len(parts)). A pass that fails, for memory or for one row's sake, is run again
-        in halves, so that only those end that cannot go on alone."""
+        """Logits of rows [first, first + len(parts)). A failed pass is retried in halves, so that only the rows that
+        cause the failure end.
+        """
         try:
             slots = [state.slot for state, _ in parts]
             return [(parts, self.runner.run(first, [part for _, part in parts], slots))]
@@ -91,13 +93,13 @@ class RunningBatch:
         return self._by_halves(first, parts[:half]) + self._by_halves(first + half, parts[half:])
 
     def drop_prefixes(self) -> bool:
-        """Memory is short: give up what is kept for later turns. Whether there was anything."""
+        """Drop all prefixes to free memory. Whether there were any."""
         found = len(self.prefixes) > 0
         self.prefixes.clear()
         return found
 
     def minimum_bytes(self) -> int:
-        """What a pass of one token for each row must read: weights, adapters, keys and values."""
+        """Bytes that a pass of one token per row must read: weights, adapters, keys and values."""
         adapters = {state.slot: state.adapter_bytes for state in self.states}
         return self._weight_bytes + sum(adapters.values()) + self.runner.cache.used_bytes
 
@@ -112,16 +114,16 @@ class RunningBatch:
         self._release(state)
 
     def clear(self) -> list[RequestState]:
-        """Nothing is known of the rows any more: take all states out of them, and give their memory back."""
+        """Take all requests out of their rows, whose state is unknown, and free the rows' memory."""
         states, self.states = self.states, []
-        self._short = False
+        self._out_of_memory = False
         self.runner.cache.clear()
         for state in states:
             self._release(state)
         return states
 
     def _wipe(self, row: int) -> None:
-        """Wipe a row and close the gap: the last row past its prompt moves up, then the one that is still filling."""
+        """Wipe a row and close the gap: the last row past its prompt moves up, then the one in prefill."""
         cache = self.runner.cache
         cache.wipe(row)
         last = len(self.states) - 1
@@ -133,10 +135,10 @@ class RunningBatch:
                 row = source
         self.states.pop()
         cache.drop_last()
-        self._short = False
+        self._out_of_memory = False
 
     def _release(self, state: RequestState) -> None:
-        """The row's adapter and time: the state has no row any more."""
+        """The request has no row any more: release its adapter, count its time."""
         if state.slot is not None and state.adapter is not None:
             self.runner.lora.release(state.adapter.sha256)
         if state.admitted is not None:
@@ -145,7 +147,7 @@ class RunningBatch:
         state.computed, state.phase = 0, RequestPhase.READY
 
     def _reuse(self, state: RequestState, row: int) -> None:
-        """Begin with what is kept of the conversation."""
+        """Start from the conversation's cached prefix."""
         found = self.prefixes.find(state.request.scope, state.adapter_sha256, (*state.prompt, *state.answer))
         if found is None:
             return
@@ -159,7 +161,7 @@ class RunningBatch:
             self.prefixes.clear()
 
     def _keep(self, state: RequestState, row: int) -> None:
-        """Keep what an answer leaves in its row, for the next turn or its own rest."""
+        """Store the row's keys and values for the next turn or the request's resumption."""
         cache, scope = self.runner.cache, state.request.scope
         if not self.prefixes.accepts(scope, cache.row_bytes(row)):
             return

@@ -16,35 +16,35 @@ from torch import Tensor
 from core.types import Sampling
 
 NOT_FINITE = -1
-CANDIDATES = 1024  # of the most likely tokens, before a whole vocabulary is sorted
-BLOCK, MIN_BLOCK = 256, 16  # logits in which the largest of all is looked for
-MIN_TEMPERATURE = 1e-5  # up to here nothing but the most likely token has a chance, and float32 an end
+CANDIDATES = 1024  # most likely tokens that are tried before the whole vocabulary is sorted
+BLOCK, MIN_BLOCK = 256, 16  # logits per block of _argmax
+MIN_TEMPERATURE = 1e-5  # below it only the most likely token has a chance, and float32 overflows
 
-_UNDECIDED = -2  # more of the vocabulary must be sorted to draw this row
+_UNDECIDED = -2  # the candidates do not suffice for this row
 
 
 def sample(
     logits: Tensor, params: Sequence[Sampling], positions: Sequence[int], seen: Sequence[Sequence[int]]
 ) -> list[int]:
-    """One token per row; NOT_FINITE for a row whose logits are not numbers.
+    """One token per row; NOT_FINITE for a row whose logits are not finite.
 
     logits (B, V); positions count from the first generated token; seen[i] are the ids of row i's prompt and answer so
-    far, needed for the repetition penalty alone. Rows do not influence each other.
+    far, needed for the repetition penalty only. Rows do not influence each other.
     """
     ids = _argmax(logits)
-    # NaN and +inf show in the maximum; a row of -inf alone cannot be drawn from either.
+    # NaN and +inf show in the maximum; a row of only -inf cannot be sampled either.
     finite = logits.gather(1, ids[:, None])[:, 0].isfinite()
     for draw, rows in _rows_by_method(params).items():
         ids[_to_device(rows, logits.device)] = _draw(draw, logits, rows, params, positions, seen)
-    found: list[int] = torch.where(finite, ids, NOT_FINITE).tolist()  # the one wait for a GPU
-    if rows := [i for i, one in enumerate(found) if one == _UNDECIDED]:  # seldom: it is nearly all the same to them
+    found: list[int] = torch.where(finite, ids, NOT_FINITE).tolist()  # the only synchronization with a GPU
+    if rows := [i for i, one in enumerate(found) if one == _UNDECIDED]:  # rare: nearly uniform rows
         for i, one in zip(rows, _draw(_sample_sorted, logits, rows, params, positions, seen).tolist(), strict=True):
             found[i] = one
     return found
 
 
 def uniform(seed: int, position: int) -> float:
-    """A number in [0, 1) of 53 random bits."""
+    """A number in [0, 1) with 53 random bits."""
     digest = hashlib.blake2b(f"{seed}:{position}".encode(), digest_size=8).digest()
     return (int.from_bytes(digest, "big") >> 11) / 2**53
 
@@ -62,11 +62,11 @@ class RowParameters:
         self.uniform = double[5]
 
 
-Draw = Callable[[Tensor, RowParameters], Tensor]  # scores (N, V), penalised -> ids (N,)
+Draw = Callable[[Tensor, RowParameters], Tensor]  # penalized scores (N, V) -> ids (N,)
 
 
 def _rows_by_method(params: Sequence[Sampling]) -> dict[Draw, list[int]]:
-    """Which rows are drawn in which way; the others have their most likely token."""
+    """Rows by sampling method; the others take their most likely token."""
     ways: dict[Draw, list[int]] = {}
     for i, one in enumerate(params):
         if one.temperature > MIN_TEMPERATURE:
@@ -93,7 +93,7 @@ def _draw(
 
 
 def _penalize(scores: Tensor, penalty: Tensor, seen: Sequence[Sequence[int]]) -> None:
-    """Make ids that were seen less likely, in place (Keskar et al. 2019, arXiv 1909.05858, as transformers does it)."""
+    """Make seen ids less likely, in place (Keskar et al. 2019, arXiv 1909.05858, as transformers does it)."""
     at = [(row, one) for row, ids in enumerate(seen) for one in set(ids)]
     if not at:
         return
@@ -103,9 +103,9 @@ def _penalize(scores: Tensor, penalty: Tensor, seen: Sequence[Sequence[int]]) ->
 
 
 def _argmax(scores: Tensor) -> Tensor:
-    """Where the largest of each row is, the first of equal ones; a NaN is larger than all: (N, V) -> (N,).
+    """Index of each row's maximum, the first of equal ones; NaN is larger than all: (N, V) -> (N,).
 
-    On a CPU argmax takes some 15 times as long as amax, so it is asked only for the block of the maximum.
+    On a CPU argmax takes some 15 times as long as amax, so it runs only on the block of the maximum.
     """
     block = math.gcd(scores.shape[1], BLOCK)
     if scores.device.type != "cpu" or block < MIN_BLOCK:
@@ -121,14 +121,14 @@ def _greedy(scores: Tensor, columns: RowParameters) -> Tensor:
 
 
 def _sample_full(scores: Tensor, columns: RowParameters) -> Tensor:
-    """Of the whole vocabulary in its own order, but for min-p."""
+    """From the whole vocabulary in its own order, with min-p only."""
     weights = torch.softmax(scores / columns.temperature, dim=-1)
     weights.masked_fill_(weights < columns.min_p * weights.amax(dim=-1, keepdim=True), 0.0)
     return _inverse_cdf(weights, columns.uniform)[:, 0]
 
 
 def _sample_top(scores: Tensor, columns: RowParameters) -> Tensor:
-    """Of the most likely tokens; _UNDECIDED where CANDIDATES of them are too few."""
+    """From the most likely tokens; _UNDECIDED where CANDIDATES of them are too few."""
     weights, ids = torch.topk(torch.softmax(scores / columns.temperature, dim=-1), min(CANDIDATES, scores.shape[1]))
     by_k = columns.top_k > 0
     enough = torch.where(by_k, columns.top_k <= weights.shape[1], weights.sum(dim=-1, keepdim=True) >= columns.top_p)
@@ -137,7 +137,7 @@ def _sample_top(scores: Tensor, columns: RowParameters) -> Tensor:
 
 
 def _sample_sorted(scores: Tensor, columns: RowParameters) -> Tensor:
-    """As `_sample_top`, of the whole vocabulary."""
+    """`_sample_top` over the whole vocabulary."""
     weights, ids = torch.sort(torch.softmax(scores / columns.temperature, dim=-1), descending=True)
     return _sample_ordered(weights, ids, columns)
 
@@ -147,7 +147,7 @@ def _sample_ordered(weights: Tensor, ids: Tensor, columns: RowParameters) -> Ten
 
 
 def _filtered(weights: Tensor, columns: RowParameters) -> Tensor:
-    """Probabilities in falling order, (N, W) -> the same, 0 where not to be drawn: by top-k, then top-p, then min-p."""
+    """Descending probabilities (N, W) -> the same with 0 where excluded by top-k, then top-p, then min-p."""
     beyond = (columns.top_k > 0) & (torch.arange(weights.shape[1], device=weights.device) >= columns.top_k)
     weights = weights.masked_fill(beyond, 0.0)
     weights = torch.where(columns.top_k > 0, weights / weights.sum(dim=-1, keepdim=True), weights)
@@ -158,13 +158,15 @@ def _filtered(weights: Tensor, columns: RowParameters) -> Tensor:
 
 
 def _inverse_cdf(weights: Tensor, drawn: Tensor) -> Tensor:
-    """weights (N, W), drawn (N, 1) in [0, 1) -> (N, 1): where in the running total that number falls, on no zero."""
+    """weights (N, W), drawn (N, 1) in [0, 1) -> (N, 1): index at which the cumulative sum reaches that share, never of
+    a zero.
+    """
     total = weights.double().cumsum(dim=-1)
     below = torch.minimum(drawn * total[:, -1:], total[:, -1:].nextafter(torch.zeros_like(drawn)))
-    return torch.searchsorted(total, below, right=True).clamp_max_(weights.shape[1] - 1)  # beyond: not finite
+    return torch.searchsorted(total, below, right=True).clamp_max_(weights.shape[1] - 1)  # out of range: not finite
 
 
 def _to_device(values: Tensor | Sequence[int], device: torch.device) -> Tensor:
-    """On the device, without waiting for it."""
+    """Copy to the device without synchronizing."""
     values = values if isinstance(values, Tensor) else torch.tensor(values)
     return values.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else values.to(device)

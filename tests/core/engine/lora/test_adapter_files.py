@@ -18,7 +18,7 @@ from hypothesis import strategies as st
 from safetensors.torch import load_file, save_file
 
 from core.engine.lora.adapter_files import (
-    READ_AT_ONCE,
+    MAX_READS,
     AdapterStore,
     AdapterTarget,
     AdapterWeights,
@@ -387,7 +387,7 @@ def test_few_files_are_read_at_once_and_each_of_them_once(
     store = AdapterStore(fits, limit=1)
     names = "abcdef"
     futures = [store.get(AdapterRef(name * 64, copy.folder)) for name in names * 2]
-    assert all(begun.acquire(timeout=60) for _ in range(READ_AT_ONCE))
+    assert all(begun.acquire(timeout=60) for _ in range(MAX_READS))
     assert not begun.acquire(timeout=0.3)
     stalled.set()
     assert [future.result().sha256[0] for future in futures] == [*names * 2]

@@ -11,6 +11,7 @@ from typing import Any
 from core.config.sections import EngineSettings, ModelSettings
 from core.engine.local import LocalEngine
 from core.engine.protocol import Delta, Finished, Generation, Request, Scope, Started
+from core.engine.runtime.kv_cache import SlotCache
 from core.model.base import BaseModel
 from core.types import AdapterRef, Message, Role, Sampling
 
@@ -61,3 +62,12 @@ async def hear(generation: Generation) -> Heard:
             case Finished():
                 heard.finished = event
     return heard
+
+
+def is_blank(cache: SlotCache) -> bool:
+    """Whether everything outside the used part of the running rows is zero."""
+    rows, used = cache.rows, [*cache.used]
+    return not any(
+        bool(tensor[rows : cache.slots].any()) or any(bool(tensor[row, :, used[row] :].any()) for row in range(rows))
+        for tensor in cache._tensors()
+    )

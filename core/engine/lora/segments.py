@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from itertools import groupby
 
 import torch
+from cachetools import LRUCache
 from torch import Tensor
 
 from core.engine.cpu.compiled import CompiledOperators, tiles_of
@@ -44,15 +45,13 @@ class SegmentPlanner:
         self.device = device
         self.operators = operators
         self.current: Sequence[LoraSegment] = ()
-        self._plans: dict[Runs, list[LoraSegment]] = {}  # of the last passes: they rarely differ from step to step
+        self._plans: LRUCache[Runs, list[LoraSegment]] = LRUCache(PLANS_KEPT)  # they rarely differ between steps
 
     @contextmanager
     def segments(self, runs: Iterable[tuple[int | None, int]]) -> Iterator[Sequence[LoraSegment]]:
         """Apply adapters in the forward pass inside: (slot, number of tokens) in turn; None is the base model."""
         key = tuple(runs)
         if key not in self._plans:
-            if len(self._plans) == PLANS_KEPT:
-                self._plans.clear()
             self._plans[key] = self._plan(key)
         self.current = self._plans[key]
         try:

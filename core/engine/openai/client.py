@@ -191,7 +191,7 @@ class OpenAIServer:
                 chunk = self._chunk(data, completion, tokens or 0)
             except TimeoutError:
                 silence = self._settings.next_token_s if began else self._settings.first_token_s
-                raise EngineError(detail=f"{self} message nothing for {silence:g} s") from None
+                raise EngineError(detail=f"{self} said nothing for {silence:g} s") from None
             except (httpx2.HTTPError, httpx2.StreamError) as error:
                 raise self._cut(tokens) from error
             except ValueError as error:

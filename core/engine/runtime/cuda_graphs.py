@@ -23,7 +23,6 @@ from core.engine.runtime.kv_cache import SlotCache
 log = logging.getLogger(__name__)
 
 MAX_GRAPHS = 96  # they share a memory pool, so each is small
-IDS, POSITIONS, ROWS, SLOTS = range(4)  # rows of the inputs
 
 
 @dataclass(frozen=True, slots=True)

@@ -30,27 +30,16 @@ AddLora = Callable[[str, Tensor, Tensor], None]  # (first module of the group, i
 
 
 class RmsNormWeights:
-    """Root mean square normalization (Zhang and Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight.
-
-    On a CPU a few small operators take half the time of torch's composite one: with n numbers in a row,
-    sqrt(mean(x^2) + eps) is hypot(|x|, sqrt(n eps)) / sqrt(n).
-    """
+    """Root mean square normalization (Zhang and Sennrich 2019): x / sqrt(mean(x^2) + eps) * weight."""
 
     def __init__(self, weight: Tensor, eps: float) -> None:
         self.weight, self.eps = weight.detach(), eps
-        self.written_out = weight.device.type == "cpu" and weight.dtype is torch.float32
-        size = len(weight)
-        self.scale = self.weight * size**0.5 if self.written_out else self.weight
-        self.least = torch.tensor((size * eps) ** 0.5)
 
     def __call__(self, x: Tensor, delta: Tensor | None = None) -> Tensor:
         """Normalize x + delta; x becomes x + delta."""
         if delta is not None:
             x += delta
-        if not self.written_out:
-            return functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
-        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
-        return (x / torch.hypot(length, self.least)).mul_(self.scale)
+        return functional.rms_norm(x, (x.shape[-1],), self.weight, self.eps)
 
 
 @dataclass(frozen=True, slots=True)

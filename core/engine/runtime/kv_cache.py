@@ -327,16 +327,6 @@ class SlotCache(Cache):  # type: ignore[misc]  # transformers is not typed
             layer.is_initialized = False
             layer.capacity = (0, 0)
 
-    def is_blank(self) -> bool:
-        """Whether everything outside the used part of the running rows is zero."""
-        rows, used = self.rows, [*self.used]
-        for tensor in self._tensors():
-            if bool(tensor[rows : self.slots].any()) or any(
-                bool(tensor[row, :, used[row] :].any()) for row in range(rows)
-            ):
-                return False
-        return True
-
     def _tensors(self) -> list[Tensor]:
         return [tensor for layer in self.layers if layer.is_initialized for tensor in (layer.keys, layer.values)]
 

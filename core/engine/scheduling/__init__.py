@@ -1,7 +1,6 @@
 """Requests between submit and their last event.
 
-requests.py        OpenRequests: opens and closes the stream of each request (event loop)
-stream.py          EventStream: the events on their way to the reader
+requests.py        OpenRequests: opens and closes the event stream of each request (event loop)
 request_state.py   RequestState: one request of the local engine
 admission.py       WaitingQueue: waiting, preparing, ready; chooses who gets a row and who is preempted
 scheduler.py       Scheduler: virtual token counters by partner, channel and user

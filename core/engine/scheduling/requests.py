@@ -8,12 +8,11 @@ from __future__ import annotations
 import asyncio
 import contextlib
 import logging
-from collections.abc import Callable
+from collections.abc import AsyncIterator, Callable
 from typing import Generic, TypeVar
 
 from core.engine.protocol import EngineInfo, Event, Finished, Request, check_request
 from core.engine.scheduling.stats import StatsCounter
-from core.engine.scheduling.stream import EventStream
 from core.errors import AppError, EngineError, Overloaded
 
 log = logging.getLogger(__name__)
@@ -23,17 +22,34 @@ DRAIN_S = 10.0  # when the engine is left without an error
 S = TypeVar("S")
 
 
-class RunningGeneration(EventStream, Generic[S]):
-    """Events of one request. Implements core.engine.protocol.Generation."""
+class RunningGeneration(Generic[S]):
+    """Events of one request, for one reader, once. Implements core.engine.protocol.Generation."""
 
     def __init__(self, cancel: Callable[[S], None]) -> None:
-        super().__init__()
         self._cancel = cancel
+        self._events: asyncio.Queue[Event | Exception] = asyncio.Queue()
+        self._over = False
         self.state: S | None = None  # None: refused at submit
 
     def cancel(self) -> None:
         if self.state is not None:
             self._cancel(self.state)
+
+    def put(self, event: Event | Exception) -> None:
+        """Append an event. `Finished` or an exception is the last; an exception is raised to the reader."""
+        self._events.put_nowait(event)
+
+    def __aiter__(self) -> AsyncIterator[Event]:
+        return self
+
+    async def __anext__(self) -> Event:
+        if self._over:
+            raise StopAsyncIteration
+        event = await self._events.get()
+        self._over = isinstance(event, Finished | Exception)
+        if isinstance(event, Exception):
+            raise event
+        return event
 
 
 class OpenRequests(Generic[S]):

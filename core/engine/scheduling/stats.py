@@ -58,14 +58,6 @@ class StatsCounter:
 
     def stats(self) -> EngineStats:
         """The totals; the engine adds its current load."""
-        return EngineStats(
-            generated_tokens=self.generated_tokens,
-            prompt_tokens=self.prompt_tokens,
-            reused_tokens=self.reused_tokens,
-            ended=self.ended.copy(),
-            waited_s=self.waited.snapshot(),
-            first_token_s=self.first_token.snapshot(),
-            inter_token_s=self.inter_token.snapshot(),
-            decode_s=self.decode_s,
-            decode_bytes=self.decode_bytes,
-        )
+        spans = {f"{name}_s": getattr(self, name).snapshot() for name in ("waited", "first_token", "inter_token")}
+        counts = ("generated_tokens", "prompt_tokens", "reused_tokens", "decode_s", "decode_bytes")
+        return EngineStats(ended=self.ended.copy(), **spans, **{name: getattr(self, name) for name in counts})

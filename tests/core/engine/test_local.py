@@ -25,7 +25,7 @@ from core.engine.scheduling.request_state import RequestState
 from core.errors import EngineError, OutOfMemory, Overloaded, PromptTooLong
 from core.model.base import BaseModel
 from core.types import AdapterRef, TokenUsage
-from tests.support.engine_dialogue import ask, hear, running
+from tests.support.engine_dialogue import ask, hear, is_blank, running
 from tests.support.engine_steps import Steps
 
 LONG = {"max_tokens": 300}
@@ -118,7 +118,7 @@ async def test_cancel_in_decode_frees_the_row_and_gives_usage(endless: BaseModel
                 tokens = event.usage.completion_tokens
         assert 1 <= tokens < 300
         assert engine.stats().running == 0
-        assert engine.thread.runner.cache.is_blank()
+        assert is_blank(engine.thread.runner.cache)
 
 
 def test_cancel_in_prefill_frees_the_row_within_a_step(endless: BaseModel) -> None:
@@ -133,7 +133,7 @@ def test_cancel_in_prefill_frees_the_row_within_a_step(endless: BaseModel) -> No
     steps.step()
     assert steps.over["200:long"] == Finished(FinishReason.CANCELLED, TokenUsage(200, 0, 0))
     assert not steps.thread.rows.states
-    assert steps.thread.runner.cache.is_blank()
+    assert is_blank(steps.thread.runner.cache)
 
 
 async def test_cancel_while_waiting(endless: BaseModel) -> None:
@@ -320,7 +320,7 @@ async def test_a_pass_that_fails_for_one_row_ends_that_row_alone(endless: BaseMo
         with pytest.raises(EngineError, match="poisoned"):
             await hear(bad)
         assert (await hear(good)).text == alone.text
-        assert engine.thread.runner.cache.is_blank()
+        assert is_blank(engine.thread.runner.cache)
 
 
 def nameless(*_: object) -> str:
@@ -448,7 +448,7 @@ async def test_whoever_finds_no_memory_for_a_row_waits_until_another_ends(endles
         assert [one.finished.reason for one in heard] == [FinishReason.LENGTH] * 6  # type: ignore[union-attr]
         assert heard[5].text == alone.text
         assert engine.thread.runner.cache.slots == 3  # not only the two that doubling would have found memory for
-        assert engine.thread.runner.cache.is_blank()
+        assert is_blank(engine.thread.runner.cache)
 
 
 async def test_an_answer_that_made_room_waits_for_memory(endless: BaseModel) -> None:
@@ -528,7 +528,7 @@ async def test_forget_ends_and_wipes_a_conversation_and_leaves_the_others(endles
         assert engine.stats().running == 1
         assert (await hear(forgotten)).finished.reason is FinishReason.CANCELLED  # type: ignore[union-attr]
         await engine.forget("c")
-        assert engine.thread.runner.cache.is_blank()
+        assert is_blank(engine.thread.runner.cache)
         assert (await hear(kept)).finished.reason is FinishReason.CANCELLED  # type: ignore[union-attr]
         await engine.forget("unknown")
 
@@ -571,7 +571,7 @@ async def test_an_error_while_a_row_ends_loses_neither_a_forget_nor_those_that_f
         async with asyncio.timeout(30):
             await forgetting
             await asyncio.gather(*map(hear, [mine, *flood]), return_exceptions=True)
-        assert engine.thread.runner.cache.is_blank()
+        assert is_blank(engine.thread.runner.cache)
         assert (await hear(engine.submit(ask("x")))).finished is not None
 
 
@@ -587,7 +587,7 @@ async def test_nothing_lingers_in_memory_after_an_answer(endless: BaseModel, mon
         cache = engine.thread.runner.cache
         await asyncio.gather(*(hear(engine.submit(ask(f"{i}" * 20 * i))) for i in range(6)))
         assert cache._tensors()
-        assert cache.is_blank()
+        assert is_blank(cache)
         assert 0 < cache.held_bytes <= IDLE_BYTES
         monkeypatch.setattr("core.engine.runtime.kv_cache.IDLE_BYTES", cache.held_bytes)
         await hear(engine.submit(ask("x", max_tokens=400)))

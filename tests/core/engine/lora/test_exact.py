@@ -15,7 +15,7 @@ from core.engine.runtime.loading import load_for_serving
 from core.model.base import BaseModel
 from core.model.chat_format import render
 from core.types import AdapterRef, Message, Role
-from tests.support.engine_dialogue import Heard, ask, hear, running
+from tests.support.engine_dialogue import Heard, ask, hear, is_blank, running
 from tests.support.tiny import peft_answers, save_adapter
 
 N = 24
@@ -57,7 +57,7 @@ async def test_any_mix_arriving_at_any_time_equals_peft_one_by_one(base: BaseMod
                 await asyncio.sleep(0.01)  # join while others are in the middle
         assert [answers[text] for text in texts] == expected
         assert [task.result().text for task in tasks] == [text_of(base, ids) for ids in expected]
-        assert engine.thread.runner.cache.is_blank()
+        assert is_blank(engine.thread.runner.cache)
     assert len({tuple(ids) for ids in expected}) == len(expected)  # the adapters do change the answers
 
 

@@ -16,7 +16,7 @@ from core.engine.protocol import Request
 from core.errors import AdapterUnusable, AppError, BadInput, PromptTooLong
 from core.model.base import BaseModel
 from core.types import AdapterRef
-from tests.support.engine_dialogue import ask, hear, running
+from tests.support.engine_dialogue import ask, hear, is_blank, running
 
 NAN = float("nan")
 UNKNOWN = AdapterRef("0" * 64, Path("/nowhere"), "gone@1")
@@ -59,7 +59,7 @@ async def undisturbed(model: BaseModel) -> AsyncIterator[LocalEngine]:
         assert (await hear(engine.submit(ask("long", max_tokens=60, deadline_s=600)))).text == alone
         stats = engine.stats()
         assert (stats.running, stats.waiting) == (0, 0)
-        assert engine.thread.runner.cache.is_blank()
+        assert is_blank(engine.thread.runner.cache)
         assert not engine.thread.runner.lora.users
 
 

@@ -26,7 +26,7 @@ from tests.bench import gpu
 from tests.core.engine.lora.test_exact import prompts, spy_answers
 from tests.core.engine.runtime.test_families import FAMILIES, made
 from tests.core.engine.runtime.test_fused import adapter
-from tests.support.engine_dialogue import ask, hear, running
+from tests.support.engine_dialogue import ask, hear, is_blank, running
 from tests.support.tiny import peft_answers, save_adapter
 
 N = 24
@@ -55,7 +55,7 @@ async def test_any_mix_over_static_buffers_equals_peft(
         assert [answers[text] for text in texts] == [ids[:n] for ids, n in zip(expected, lengths, strict=True)]
         assert {shape.rows for shape in shapes} > {1}
         assert {shape.slots > 0 for shape in shapes} == {True, False}
-        assert engine.thread.runner.cache.is_blank()
+        assert is_blank(engine.thread.runner.cache)
 
 
 async def test_a_family_of_windows_and_caps_over_static_buffers_equals_generate(
@@ -99,7 +99,7 @@ def grown(model: BaseModel, runner: Runner) -> list[torch.Tensor]:
     slots = [slots[-1], *slots[1:-1]]
     found.append(runner.run(0, [[5]] * len(slots), slots).clone())
     found.append(runner.run(0, [[5]] * 3, slots[:3]).clone())  # not all rows, as after a pass that failed
-    assert runner.cache.is_blank()
+    assert is_blank(runner.cache)
     return found
 
 
@@ -139,7 +139,7 @@ def test_rows_beside_a_short_mix_never_write_into_others(base: BaseModel) -> Non
     before = runner.cache.take_out(3)
     runner.run(0, [[5]] * 3, [None] * 3)
     assert all(torch.equal(a, b) for a, b in zip(runner.cache.take_out(3), before, strict=True))
-    assert runner.cache.is_blank()
+    assert is_blank(runner.cache)
 
 
 @pytest.mark.parametrize(

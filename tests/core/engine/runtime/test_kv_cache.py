@@ -13,7 +13,7 @@ import torch
 from core.engine.cpu.lazy_zeros import lazy_zeros, lazy_zeros_available
 from core.engine.runtime.kv_cache import FIRST_LENGTH, SlotCache
 from core.model.base import BaseModel
-from tests.support.engine_dialogue import ask, hear, running
+from tests.support.engine_dialogue import ask, hear, is_blank, running
 
 MIB = 2**20
 PAGE = 4096
@@ -80,4 +80,4 @@ async def test_a_long_prompt_among_running_rows_lays_out_nothing_anew(base: Base
         for one in others:
             one.cancel()
         await asyncio.gather(*(hear(one) for one in others))
-        assert cache.is_blank()
+        assert is_blank(cache)

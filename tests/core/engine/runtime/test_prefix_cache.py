@@ -15,7 +15,7 @@ from core.engine.runtime.prefix_cache import CachedPrefix, PrefixCache
 from core.errors import EngineError
 from core.model.base import BaseModel
 from core.types import AdapterRef, Message, Role
-from tests.support.engine_dialogue import Heard, ask, hear, running
+from tests.support.engine_dialogue import Heard, ask, hear, is_blank, running
 
 SCOPE = Scope("p", "c", "u", "v")
 
@@ -49,7 +49,7 @@ async def test_a_conversation_goes_on_from_what_is_kept_and_says_the_same(
                     heard.append(await say(engine, said, adapter=adapter))
                     said.append("an answer that is not what the model said" if number == 2 else heard[-1].text)
                 texts[mib] = [one.text for one in heard]
-                assert engine.thread.runner.cache.is_blank()
+                assert is_blank(engine.thread.runner.cache)
             started = [one.started for one in heard if one.started is not None]
             if mib:
                 assert reused(heard[0]) == 0

@@ -18,6 +18,7 @@ from core.engine.scheduling.request_state import RequestState
 from core.errors import EngineError, Overloaded
 from core.model.base import BaseModel
 from core.types import AdapterRef
+from tests.support.engine_dialogue import is_blank
 from tests.support.engine_steps import Steps
 
 STEP_S = 0.05  # what a step of 8 rows takes on two cores
@@ -97,7 +98,7 @@ def test_an_answer_that_made_room_goes_on_as_if_nothing_had_been(
             assert len(steps.begun) == 3
             assert not steps.over.keys() & {"30:f0", "30:f1"}
         steps.until_over("30:f0", "30:f1", within=100)
-        assert steps.thread.runner.cache.is_blank()
+        assert is_blank(steps.thread.runner.cache)
         assert not steps.thread.runner.lora.users
         return steps
 
@@ -237,7 +238,7 @@ def test_any_order_of_adapters_is_answered(
     assert all(isinstance(one, Finished) for one in steps.over.values())
     assert steps.thread.runner.lora.slot_count <= slots
     assert len(steps.thread.queue) == 0
-    assert steps.thread.runner.cache.is_blank()
+    assert is_blank(steps.thread.runner.cache)
 
 
 def test_busy_comes_with_the_time_that_those_who_wait_will_take(

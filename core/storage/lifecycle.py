@@ -123,7 +123,7 @@ def sweep_steps(tx: Tx, periods: Periods) -> list[Callable[[Home], None]]:
 
 
 def batch(change: str, table: str, key: str, where: str, *ages_ms: int) -> Prune:
-    """A prune step: `change` ("DELETE FROM turn") for BATCH rows where `where` holds; each age fills one ? of it."""
+    """A prune step: the statement `change` for BATCH rows where `where` holds; each age fills one ? of it."""
     sql = f"{change} WHERE {key} IN (SELECT {key} FROM {table} WHERE {where} LIMIT {BATCH})"
     return lambda tx: tx.run(sql, [tx.now_ms - age for age in ages_ms])
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing, contextmanager
@@ -102,3 +103,14 @@ def test_a_database_of_a_newer_release_is_refused_and_left_as_it_is(tmp_path: Pa
         db.conn.execute("INSERT INTO _sqlite_migrations VALUES (2, 'distributary', 'm002_later', 'now')")
     with pytest.raises(StorageError, match="m002_later"), Database(tmp_path / "a.db", Cipher(b"k" * 32)):
         pass
+
+
+def test_each_table_is_written_by_one_module_alone() -> None:
+    root = Path(migrations.__file__).parents[2]
+    sources = {path: path.read_text("utf-8") for name in ("core", "bots") for path in (root / name).rglob("*.py")}
+    tables = re.findall(r"CREATE TABLE (\w+)", (root / "core/storage/m001_schema.sql").read_text("utf-8"))
+    assert len(tables) > 20
+    for table in tables:
+        writes = rf"(INSERT (OR \w+ )?INTO|UPDATE( OR \w+)?|DELETE FROM)\s+{table}\b|\.insert\(\s*\"{table}\""
+        writers = sorted(str(path) for path, text in sources.items() if re.search(writes, text))
+        assert len(writers) <= 1, (table, writers)

@@ -9,14 +9,13 @@ from typing import Any
 
 from core.channels import adapter_names, partners
 from core.config.keys import NAME, Key
-from core.config.schema import OWNER_PARTNER, channel_columns
+from core.config.schema import OWNER_PARTNER, RESERVED, channel_columns
 from core.errors import BadInput, UnknownThing
 from core.storage import migrations
 from core.storage.database import Row, Tx, Value
 from core.types import Channel, Limits, Sampling
 from core.usage import prices
 
-RESERVED = frozenset({"base", "all"})  # an adapter version; all channels
 SELECT_CHANNEL = (
     "SELECT channel.*, partner.name AS partner, weight FROM channel JOIN partner ON partner.id = partner_id"
 )

@@ -18,7 +18,6 @@ from pydantic import AfterValidator, BeforeValidator, ConfigDict, TypeAdapter
 
 from core.i18n.messages import Lazy, Refusal, languages, resolve
 
-Setter = Literal["file", "operator", "owner"]
 T = TypeVar("T")
 NAME = re.compile(r"[a-z0-9][a-z0-9._-]{0,62}")
 PLACE = re.compile(r"([a-z0-9_]+):([^\s:/]+)(?:[:/](\S+))?")

@@ -14,7 +14,16 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from core.config.keys import NAME, Problems, keys, nearest, refusal, refused, shown
-from core.config.schema import OWNER_PARTNER, SECTIONS, BotTable, ChannelSettings, Config, PartnerSettings, presets
+from core.config.schema import (
+    OWNER_PARTNER,
+    RESERVED,
+    SECTIONS,
+    BotTable,
+    ChannelSettings,
+    Config,
+    PartnerSettings,
+    presets,
+)
 from core.config.sections import PRESETS
 from core.errors import BadConfig
 from core.i18n.messages import Lazy
@@ -119,6 +128,8 @@ class _Reader(Problems):
                 self.lines.append(f"[{group}] holds tables: [{group}.NAME]")
             elif not NAME.fullmatch(name):
                 self.lines.append(f"[{group}.{name}]: a name has small letters, digits, dots, dashes, underscores")
+            elif group == "channels" and name in RESERVED:
+                self.lines.append(f"[{group}.{name}]: {name} is reserved; choose another name")
             else:
                 found.append((name, table))
         return found

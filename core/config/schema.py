@@ -17,6 +17,9 @@ from core.types import Limits
 _DAYS = 36_500
 Temperature = Annotated[float, pydantic.Field(ge=0, le=2)]
 TopP = Annotated[float, pydantic.Field(ge=0.01, le=1)]
+RESERVED = frozenset({"base", "all"})
+"""Names that no channel has: base is an adapter version, all is every channel."""
+
 PRICES = ("price_in", "price_out", "price_train", "share")
 OWNER_PARTNER = "owner"
 """The partner that every home has."""

@@ -9,9 +9,8 @@ from pathlib import Path
 import pytest
 
 from bots.slack.pages.text import read
-from bots.slack.settings import read_settings
 from core.chat.service import Service
-from core.errors import BadConfig, StorageError
+from core.errors import StorageError
 from tests.bots.slack.talk import talk
 from tests.fakes.slack.held import SIGNING
 from tests.fakes.slack.server import sign, signed
@@ -173,20 +172,3 @@ async def test_10000_forged_requests_are_all_401(tmp_path: Path) -> None:
                 statuses[status] = statuses.get(status, 0) + 1
         assert statuses == {401: 10_000}
         assert await it.here.count("inbox") == 0
-
-
-@pytest.mark.parametrize(
-    ("given", "named"),
-    [
-        ({}, "app_token"),
-        ({"app_token": "xapp-1-ABC-def"}, "client_id"),
-        ({"token": "nonsense", "app_token": "xapp-1-ABC-def"}, "xoxb-"),
-        ({"tokn": "x"}, "token"),
-        ({"client_id": "1.2", "signing_secret": "s"}, "client_secret"),
-    ],
-)
-def test_what_is_missing_or_wrong_is_told(given: dict[str, str], named: str) -> None:
-    with pytest.raises(BadConfig) as caught:
-        read_settings(given)
-    assert named in str(caught.value.fields["problems"])
-    assert "nonsense" not in str(caught.value.fields["problems"])

@@ -18,9 +18,8 @@ from pathlib import Path
 import pytest
 from prompt_toolkit.history import FileHistory
 
-from bots.terminal.bot import TerminalBot, TerminalSink, read_settings
+from bots.terminal.bot import TerminalSink
 from core.channels.terminal import prune_history
-from core.errors import BadConfig
 from core.types import Address, Body, Handle
 from tests.support.paths import ROOT
 
@@ -249,14 +248,6 @@ def test_a_wrong_configuration_is_one_message_and_status_2(tmp_path):
     assert ran.returncode == 2
     assert "did you mean model?" in ran.stderr
     assert "Traceback" not in ran.stderr
-
-
-def test_an_unknown_key_of_the_terminal_is_named_with_those_there_are():
-    with pytest.raises(BadConfig) as caught:
-        read_settings({"plaice": "x", "user": 3})
-    assert "bots.terminal.plaice is unknown; [bots.terminal] has place" in caught.value.detail
-    assert "bots.terminal.user = 3" in caught.value.detail
-    assert TerminalBot.configure({"language": "zh"}).platform == "terminal"
 
 
 @pytest.mark.parametrize("inside", ["", "home"])

@@ -83,13 +83,15 @@ def test_new_instructions_warn_where_a_version_answers_that_was_trained_under_ot
 def test_a_price_is_a_new_row_and_the_old_ones_stay(it: Town) -> None:
     it.run("owner", "/channel set acme price_in=150 price_out=600 share=30%")
     it.run("owner", "/channel set acme share=33.25")
+    it.run("owner", "/channel set acme share=0.5%")
     rows = [row for row in it.rows()["price"] if row["channel_id"] == 2]
     assert [(row["in_nano"], row["out_nano"], row["share_bps"]) for row in rows] == [
         (0, 0, 0),
         (150, 600, 3000),
         (150, 600, 3325),
+        (150, 600, 50),
     ]
-    assert last(it)[2:] == ({"share": 30.0}, {"share": 33.25})
+    assert last(it)[2:] == ({"share": 33.25}, {"share": 0.5})
 
 
 def test_what_is_so_already_is_no_change(it: Town) -> None:
@@ -122,6 +124,7 @@ def test_what_is_so_already_is_no_change(it: Town) -> None:
         "top_p=1.1",
         "share=101",
         "share=-1",
+        "share=0.5",
         "price_in=0.5",
         "price_out=x",
         "adapter=nothing",

@@ -107,6 +107,7 @@ WRONG = {
     "model = 3": ["model = 3", "[model]"],
     "channels = 3": ["[channels.NAME]"],
     "[channels.'A B']": ["[channels.A B]", "small letters"],
+    "[channels.all]": ["[channels.all]", "reserved"],
     "[channels.acme]\nbind = ['telegram']": ["channels.acme.bind", "platform:account"],
     "[channels.a]\nbind = ['t:x', 't:y']\n[channels.b]\nbind = ['t:y']": [
         'channels.b.bind: "t:y"',

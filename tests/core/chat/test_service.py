@@ -14,9 +14,10 @@ from core.channels import bindings, directory, people
 from core.chat import handler, inbox
 from core.chat.admission import AdmissionQueue, PendingReply
 from core.chat.inbox import InboxRow
+from core.commands.table import Call
 from core.delivery import retry
 from core.engine.protocol import Request, Scope
-from core.errors import EngineError, Overloaded
+from core.errors import BadCommand, EngineError, Overloaded
 from core.i18n.messages import say
 from core.platform import Unreachable
 from core.storage.cipher import Cipher
@@ -34,6 +35,32 @@ async def test_a_question_is_answered_and_charged_once(tmp_path: Path) -> None:
         assert row["gross_nano"] == row["tokens_in"] * 150 + row["tokens_out"] * 600
         assert row["partner_nano"] == row["gross_nano"] * 3000 // 10_000
         assert await it.database.read(ledger.check) == []
+
+
+async def test_a_command_is_parsed_when_its_row_is_accepted_and_when_it_is_taken(tmp_path: Path) -> None:
+    async with world(tmp_path, running=False) as it:
+        await it.send("/stop it")
+        await it.send("/adapter promote 4 since it's better")
+        await it.send("/adaptor", conversation="d")
+        await it.send("Again", kind=Kind.PRESS, command="/retry", conversation="e")
+        await it.send("is 1/2 = /?", conversation="f")
+        rows = await it.database.write(lambda tx: inbox.take(tx, 10, {("fake", "bot")}, ()))
+    read = {row.id: (row.lane, row.text, row.command) for row in rows}
+    assert [lane for lane, _, _ in read.values()].count(Lane.CONTROL) == 1
+    calls = {one.action: one.arguments for _, _, one in read.values() if isinstance(one, Call)}
+    assert calls == {"stop": {}, "adapter promote": {"version": "4", "reason": "since it's better"}, "retry": {}}
+    assert [one.fields["nearest"] for _, _, one in read.values() if isinstance(one, BadCommand)] == ["/adapter"]
+    assert [text for _, text, one in read.values() if one is None] == ["is 1/2 = /?"]
+    assert [text for _, text, one in read.values() if isinstance(one, Call)] == ["", "", "Again"]
+
+
+async def test_that_a_reply_is_a_retry_is_stored_with_it(tmp_path: Path) -> None:
+    async with world(tmp_path) as it:
+        await it.ask("hello")
+        await it.ask("Again", kind=Kind.PRESS, command="/retry")
+        rows = await it.database.read(lambda tx: tx.all("SELECT retry FROM generation ORDER BY inbox_id"))
+        assert [row["retry"] for row in rows] == [0, 1]
+        assert await it.count("turn") == 2
 
 
 async def test_a_repeat_is_a_no_op(tmp_path: Path) -> None:

@@ -72,67 +72,65 @@ def test_only_stop_is_in_the_control_lane() -> None:
     ] * 2
 
 
-@pytest.mark.parametrize(
-    ("text", "arguments"),
-    [
-        ("/finetune faq.jsonl", {"dataset": "faq.jsonl"}),
-        ('/finetune "my faq.jsonl"', {"dataset": "my faq.jsonl"}),
-        ("/finetune “my faq.jsonl” yes", {"dataset": "my faq.jsonl", "go": "yes"}),
-        (
-            "/finetune a.csv question=Fråga answer=Mitt svar",
-            {"dataset": "a.csv", "question": "Fråga", "answer": "Mitt svar"},
-        ),
-        ("/finetune", {}),
-        ("/FineTune@acme_bot   STATUS 3", {"job": "3"}),
-        ("／language　zh", {"language": "zh"}),
-        ("/ help usage", {"command": "usage"}),
-        ("/adapter promote 4 it's better, isn't it", {"version": "4", "reason": "it's better, isn't it"}),
-        ("/adapter promote base 'as agreed'", {"version": "base", "reason": "as agreed"}),
-        ("/channel create acme Acme's House", {"name": "acme", "title": "Acme's House"}),
-        ("/channel set title=A b per_minute=6", {"title": "A b", "per_minute": "6"}),
-        (
-            '/channel set acme instructions="Don\'t guess. a=b" title=x',
-            {"channel": "acme", "instructions": "Don't guess. a=b", "title": "x"},
-        ),
-        ("/channel set acme title＝标题", {"channel": "acme", "title": "标题"}),
-        ("/channel set acme instructions=", {"channel": "acme", "instructions": ""}),
-        ('/channel set acme instructions="one\ntwo"', {"channel": "acme", "instructions": "one\ntwo"}),
-        ("/stop it please", {}),
-        ("/consent ON", {"choice": "on"}),
-    ],
+_READ: tuple[tuple[str, dict[str, str]], ...] = (
+    ("/finetune faq.jsonl", {"dataset": "faq.jsonl"}),
+    ('/finetune "my faq.jsonl"', {"dataset": "my faq.jsonl"}),
+    ("/finetune “my faq.jsonl” yes", {"dataset": "my faq.jsonl", "go": "yes"}),
+    (
+        "/finetune a.csv question=Fråga answer=Mitt svar",
+        {"dataset": "a.csv", "question": "Fråga", "answer": "Mitt svar"},
+    ),
+    ("/finetune", {}),
+    ("/FineTune@acme_bot   STATUS 3", {"job": "3"}),
+    ("／language　zh", {"language": "zh"}),
+    ("/ help usage", {"command": "usage"}),
+    ("/adapter promote 4 it's better, isn't it", {"version": "4", "reason": "it's better, isn't it"}),
+    ("/adapter promote base 'as agreed'", {"version": "base", "reason": "as agreed"}),
+    ("/channel create acme Acme's House", {"name": "acme", "title": "Acme's House"}),
+    ("/channel set title=A b per_minute=6", {"title": "A b", "per_minute": "6"}),
+    (
+        '/channel set acme instructions="Don\'t guess. a=b" title=x',
+        {"channel": "acme", "instructions": "Don't guess. a=b", "title": "x"},
+    ),
+    ("/channel set acme title＝标题", {"channel": "acme", "title": "标题"}),
+    ("/channel set acme instructions=", {"channel": "acme", "instructions": ""}),
+    ('/channel set acme instructions="one\ntwo"', {"channel": "acme", "instructions": "one\ntwo"}),
+    ("/stop it please", {}),
+    ("/consent ON", {"choice": "on"}),
 )
-def test_arguments(text: str, arguments: dict[str, str]) -> None:
-    assert parse(text).arguments == arguments
+_REFUSED: tuple[tuple[str, list[str]], ...] = (
+    ("/fintune faq.jsonl", ["/fintune", "Did you mean /finetune?", "/finetune faq.jsonl", "check the file"]),
+    ("/adaptor list", ["/adapter"]),
+    ("/lang zh", ["/language zh"]),
+    ("/hlep", ["/help"]),
+    ("/qqq", ["/qqq", "/help"]),
+    ("/adapter", ["list, show, promote, rollback"]),
+    ("/adapter promot acme@4", ["/adapter promote <version> [reason]", "/adapter promote acme@4"]),
+    ("/finetune statsu", ["/finetune status"]),
+    ("/channel 7", ["list, create, show, set, archive"]),
+    ("/adapter show", ["version is missing", "/adapter show <version>"]),
+    ("/adapter list all", ['"all"', "/adapter list"]),
+    ("/consent maybe", ["maybe", "on, off"]),
+    ("/channel set acme", ["/channel set"]),
+    ("/channel set acme titel=x", ["titel", "Did you mean title?"]),
+    ("/channel set acme zzz=x", ["zzz", "per_minute"]),
+    ("/channel set acme delta title=x", ["delta", "key=value"]),
+    ("/claim", ["code is missing", "/claim <code>"]),
+    ("/claim ''", ["code is missing"]),
+    ("/", ["/help"]),
+    ("hello", ["/help"]),
+)
 
 
-@pytest.mark.parametrize(
-    ("text", "parts"),
-    [
-        ("/fintune faq.jsonl", ["/fintune", "Did you mean /finetune?", "/finetune faq.jsonl", "check the file"]),
-        ("/adaptor list", ["/adapter"]),
-        ("/lang zh", ["/language zh"]),
-        ("/hlep", ["/help"]),
-        ("/qqq", ["/qqq", "/help"]),
-        ("/adapter", ["list, show, promote, rollback"]),
-        ("/adapter promot acme@4", ["/adapter promote <version> [reason]", "/adapter promote acme@4"]),
-        ("/finetune statsu", ["/finetune status"]),
-        ("/channel 7", ["list, create, show, set, archive"]),
-        ("/adapter show", ["version is missing", "/adapter show <version>"]),
-        ("/adapter list all", ['"all"', "/adapter list"]),
-        ("/consent maybe", ["maybe", "on, off"]),
-        ("/channel set acme", ["/channel set"]),
-        ("/channel set acme titel=x", ["titel", "Did you mean title?"]),
-        ("/channel set acme zzz=x", ["zzz", "per_minute"]),
-        ("/channel set acme delta title=x", ["delta", "key=value"]),
-        ("/claim", ["code is missing", "/claim <code>"]),
-        ("/claim ''", ["code is missing"]),
-        ("/", ["/help"]),
-        ("hello", ["/help"]),
-    ],
-)
-def test_a_mistake_is_answered_with_the_right_form(text: str, parts: list[str]) -> None:
-    said = refusal(text)
-    assert [part for part in parts if part not in said] == []
+def test_arguments() -> None:
+    for text, arguments in _READ:
+        assert parse(text).arguments == arguments, text
+
+
+def test_a_mistake_is_answered_with_the_right_form() -> None:
+    for text, parts in _REFUSED:
+        said = refusal(text)
+        assert [part for part in parts if part not in said] == [], text
 
 
 def test_an_answer_to_a_mistake_speaks_the_persons_language_throughout() -> None:

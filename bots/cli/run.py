@@ -12,8 +12,7 @@ import click
 from bots.app import Parts, run_program
 from bots.cli.options import Options, language, pass_options, shared_options
 from bots.provisioning import greeting
-from bots.terminal.bot import Surroundings, TerminalBot, is_interactive, read_settings
-from core.commands.table import COMMANDS
+from bots.terminal.bot import TerminalBot, TerminalContext, is_interactive, read_settings
 from core.errors import BadConfig
 from core.observability import logs
 from core.platform import Bot
@@ -36,9 +35,8 @@ def chat(options: Options) -> int:
     async def terminal(parts: Parts) -> Mapping[str, Bot]:
         release = ".".join(version("distributary").split(".")[:2])
         lines = await parts.database.read(lambda tx: greeting(tx, parts.engine.info, settings.place, spoken, release))
-        commands = {command.name: command.help(spoken) for command in COMMANDS}
-        surroundings = Surroundings(spoken, lines, home.path / "history", commands)
-        return {"terminal": TerminalBot(settings, surroundings, interactive=interactive)}
+        context = TerminalContext(spoken, lines, home.path / "history")
+        return {"terminal": TerminalBot(settings, context, interactive=interactive)}
 
     return asyncio.run(run_program(config, home, terminal, drain_s=_CHAT_DRAIN_S, restart=False))
 

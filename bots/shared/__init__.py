@@ -1,1 +1,7 @@
-"""TODO map."""
+"""What several bots use.
+
+- render.py: splitting text within a limit, Markdown blocks, plain text
+- rate_limits.py: the token bucket
+
+May import core.platform, core.types, core.errors, core.i18n and core.commands.
+"""

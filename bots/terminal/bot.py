@@ -1,7 +1,7 @@
-"""The terminal as a platform: typed or piped lines come in, replies go out. Knows nothing of models or rows.
+"""The terminal as a platform: typed or piped lines in, replies out.
 
-Piped, each line of standard input is one message, each reply is printed as plain text, and the end of input ends the
-program once all is answered. At a terminal, bots.terminal.screen is in charge of what people see.
+Piped: each line of standard input is one message, each reply is printed as plain text, and the program ends with the
+input once everything is answered. Interactive: bots.terminal.screen edits lines and renders replies.
 """
 
 from __future__ import annotations
@@ -49,19 +49,18 @@ class TerminalSettings:
 
 
 @dataclass(frozen=True, slots=True)
-class Surroundings:
-    """What the program knows of the terminal that it runs on."""
+class TerminalContext:
+    """What the program knows about its terminal: the environment's language, the greeting, the history file."""
 
     language: str = "en"
     greeting: tuple[str, ...] = ()
     history: Path | None = None
-    commands: Mapping[str, str] | None = None
 
 
-class Sheet(Protocol):
-    """What replies are written on. `number` counts the handles of this run."""
+class ReplyView(Protocol):
+    """Where replies are written. `number` counts the handles of this run."""
 
-    async def begin(self, number: int, reply_to: str, *, owed: bool) -> None: ...
+    async def begin(self, number: int, reply_to: str, *, resumed: bool) -> None: ...
 
     async def show(self, number: int, text: str) -> None: ...
 
@@ -69,48 +68,48 @@ class Sheet(Protocol):
 
 
 class TerminalSink:
-    """Handles count within one run of the program; a handle of an earlier run is opened anew."""
+    """The terminal's message sink. A handle is good for one run of the program; an earlier run's is replaced."""
 
-    def __init__(self, sheet: Sheet) -> None:
-        self._sheet = sheet
+    def __init__(self, view: ReplyView) -> None:
+        self._view = view
         self._run = uuid.uuid4().hex
         self._count = 0
-        self._ended: set[int] = set()
-        self._renewed: dict[Handle, Handle] = {}
+        self._finished: set[int] = set()
+        self._replaced: dict[Handle, Handle] = {}
 
     def split(self, body: Body) -> tuple[Body, ...]:
         return (body,)
 
     async def open(self, to: Address) -> Handle:
-        return await self._begin(to.reply_to, owed=False)
+        return await self._begin(to.reply_to, resumed=False)
 
     async def show(self, handle: Handle, text: str) -> None:
         number = self._number(handle)
-        if number and number not in self._ended:
-            await self._sheet.show(number, text)
+        if number and number not in self._finished:
+            await self._view.show(number, text)
 
     async def finish(self, handle: Handle, body: Body) -> Receipt:
         number = self._number(await self.recover(handle))
-        if number not in self._ended:
-            await self._sheet.end(number, body)
-            self._ended.add(number)
+        if number not in self._finished:
+            await self._view.end(number, body)
+            self._finished.add(number)
         return Receipt(handle)
 
     async def recover(self, handle: Handle) -> Handle:
-        """The same handle, or a new one for what an earlier run still owed."""
+        """The same handle, or a new one for a reply that an earlier run did not finish."""
         if self._number(handle):
             return handle
-        if handle not in self._renewed:
-            self._renewed[handle] = await self._begin(str(json.loads(handle).get("to", "")), owed=True)
-        return self._renewed[handle]
+        if handle not in self._replaced:
+            self._replaced[handle] = await self._begin(str(json.loads(handle).get("to", "")), resumed=True)
+        return self._replaced[handle]
 
     async def fail(self, handle: Handle, body: Body) -> None:
         await self.finish(handle, body)
 
-    async def _begin(self, reply_to: str, *, owed: bool) -> Handle:
+    async def _begin(self, reply_to: str, *, resumed: bool) -> Handle:
         self._count += 1
         number = self._count
-        await self._sheet.begin(number, reply_to, owed=owed)
+        await self._view.begin(number, reply_to, resumed=resumed)
         return Handle(json.dumps({"run": self._run, "n": number, "to": reply_to}))
 
     def _number(self, handle: Handle) -> int:
@@ -120,7 +119,7 @@ class TerminalSink:
 
 
 class TerminalBot:
-    """`interactive` None means: if standard input and output are a terminal."""
+    """The terminal bot. `interactive` None: where standard input and output are a terminal."""
 
     platform = "terminal"
     training_allowed = True
@@ -128,109 +127,116 @@ class TerminalBot:
     def __init__(
         self,
         settings: TerminalSettings | None = None,
-        surroundings: Surroundings | None = None,
+        context: TerminalContext | None = None,
         *,
         interactive: bool | None = None,
     ) -> None:
         self._settings = settings or TerminalSettings()
-        self._surroundings = surroundings or Surroundings()
-        self._language = self._settings.language or self._surroundings.language
+        self._context = context or TerminalContext()
+        self._language = self._settings.language or self._context.language
+        self._shown_language = self._language  # the person's own choice, once it is known
         self._interactive = is_interactive() if interactive is None else interactive
 
     @classmethod
     def configure(cls, settings: Mapping[str, object]) -> Self:
         return cls(read_settings(settings))
 
-    async def run(self, door: BotService) -> None:
+    async def run(self, service: BotService) -> None:
         if self._interactive:
-            await self._talk(door)
+            await self._talk(service)
         else:
-            await self._answer_lines(door)
+            await self._answer_lines(service)
 
-    # --- a person ---
+    # --- interactive ---
 
-    async def _talk(self, door: BotService) -> None:
+    async def _talk(self, service: BotService) -> None:
         from bots.terminal.screen import Screen  # prompt_toolkit and rich are for people only
 
         screen = Screen(
-            words=lambda key: say(self._language, key),
+            language=lambda: self._shown_language,
             new_key=_new_key,
-            commands=self._surroundings.commands or {},
-            history=self._surroundings.history,
-            greeting=self._surroundings.greeting,
+            history=self._context.history,
+            greeting=self._context.greeting,
         )
-        door.register(self.platform, ACCOUNT, TerminalSink(screen))
+        service.register(self.platform, ACCOUNT, TerminalSink(screen))
+        await self._read_language(service)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(screen.run(), name="screen")
-            sweeper = tasks.create_task(self._sweep(door, screen), name="sweeper")
+            sweeper = tasks.create_task(self._sweep(service, screen), name="sweeper")
             while (typed := await screen.typed.get()) is not None:
                 try:
-                    await door.accept(await self._incoming(typed.key, typed.text))
+                    await service.accept(await self._incoming(typed.key, typed.text))
                 except AppError as error:
                     screen.answered([typed.key])
                     screen.notice(self._sentence(error))
             sweeper.cancel()
 
-    async def _sweep(self, door: BotService, screen: Screen) -> None:
-        """A message may end without a reply of its own: what the service has settled waits for nothing."""
+    async def _sweep(self, service: BotService, screen: Screen) -> None:
+        """Once the service has settled everything: release messages that got no reply, and re-read the language."""
         while True:
+            await screen.sent.wait()
+            screen.sent.clear()
             keys = screen.unanswered
-            if keys:
-                await door.settled(self.platform, ACCOUNT)
-                screen.answered(keys)
-            await asyncio.sleep(0.5)
+            await service.settled(self.platform, ACCOUNT)
+            screen.answered(keys)
+            await self._read_language(service)
 
-    # --- a pipe ---
+    async def _read_language(self, service: BotService) -> None:
+        """Use the language that the person chose with /language for completion and notices."""
+        at = Address(self.platform, ACCOUNT, self._settings.place, self._settings.conversation)
+        self._shown_language = await service.places.language(at, self._settings.user) or self._language
 
-    async def _answer_lines(self, door: BotService) -> None:
-        sheet = _Paper()
-        door.register(self.platform, ACCOUNT, TerminalSink(sheet))
+    # --- piped ---
+
+    async def _answer_lines(self, service: BotService) -> None:
+        view = _PipedView()
+        service.register(self.platform, ACCOUNT, TerminalSink(view))
         async with asyncio.TaskGroup() as tasks:
-            asking = tasks.create_task(self._ask_lines(door, sheet), name="asking")
-            gone = tasks.create_task(sheet.gone.wait(), name="gone")
+            asking = tasks.create_task(self._ask_lines(service, view), name="asking")
+            gone = tasks.create_task(view.gone.wait(), name="gone")
             await asyncio.wait({asking, gone}, return_when=asyncio.FIRST_COMPLETED)
             asking.cancel()
             gone.cancel()
-        if sheet.gone.is_set():
+        if view.gone.is_set():
             raise BrokenPipeError(errno.EPIPE, "standard output is closed")
 
-    async def _ask_lines(self, door: BotService, sheet: _Paper) -> None:
+    async def _ask_lines(self, service: BotService, view: _PipedView) -> None:
         async for line in _lines(0):
             text = line.decode("utf-8", "replace").strip()
             if not text:
                 continue
-            if len(sheet.unanswered) >= _MAX_OPEN:
-                await self._wait_for_room(door, sheet)
+            if len(view.unanswered) >= _MAX_OPEN:
+                await self._wait_for_slot(service, view)
             key = _new_key()
-            sheet.unanswered.add(key)
-            await self._accept(door, await self._incoming(key, text))
-        await door.settled(self.platform, ACCOUNT)
+            view.unanswered.add(key)
+            await self._accept(service, await self._incoming(key, text))
+        await service.settled(self.platform, ACCOUNT)
 
-    async def _wait_for_room(self, door: BotService, sheet: _Paper) -> None:
-        """Until one more is answered, or all are settled: a message may end without a reply of its own."""
-        sheet.answered.clear()
-        answered = asyncio.ensure_future(sheet.answered.wait())
-        settled = asyncio.ensure_future(door.settled(self.platform, ACCOUNT))
+    async def _wait_for_slot(self, service: BotService, view: _PipedView) -> None:
+        """Wait until one more is answered, or all are settled: a message may end without a reply of its own."""
+        view.answered.clear()
+        answered = asyncio.ensure_future(view.answered.wait())
+        settled = asyncio.ensure_future(service.settled(self.platform, ACCOUNT))
         try:
             await asyncio.wait({answered, settled}, return_when=asyncio.FIRST_COMPLETED)
             if settled.done():
                 settled.result()
-                sheet.unanswered.clear()
+                view.unanswered.clear()
         finally:
             answered.cancel()
             settled.cancel()
 
-    async def _accept(self, door: BotService, incoming: Incoming) -> None:
+    async def _accept(self, service: BotService, incoming: Incoming) -> None:
         while True:
             try:
-                return await door.accept(incoming)
+                return await service.accept(incoming)
             except Overloaded as busy:
                 await asyncio.sleep(busy.retry_after_s)
 
     # --- both ---
 
     async def _incoming(self, key: str, text: str | None) -> Incoming:
-        """A message, or (text None) the wish to stop the reply."""
+        """A message, or (text None) a stop of the current reply."""
         settings = self._settings
         command = text is not None and is_command(text)
         return Incoming(
@@ -248,12 +254,12 @@ class TerminalBot:
     def _sentence(self, error: AppError) -> str:
         fields = dict(error.fields)
         if isinstance(error, Overloaded):
-            fields["wait"] = duration(self._language, error.retry_after_s)
-        return say(self._language, error.key, **fields)
+            fields["wait"] = duration(self._shown_language, error.retry_after_s)
+        return say(self._shown_language, error.key, **fields)
 
 
-class _Paper:
-    """A sheet on standard output, for programs: replies as plain text, one after another, nothing else."""
+class _PipedView:
+    """Replies on standard output as plain text, one after another."""
 
     def __init__(self) -> None:
         self.unanswered: set[str] = set()
@@ -261,7 +267,7 @@ class _Paper:
         self.gone = asyncio.Event()
         self._keys: dict[int, str] = {}
 
-    async def begin(self, number: int, reply_to: str, *, owed: bool) -> None:
+    async def begin(self, number: int, reply_to: str, *, resumed: bool) -> None:
         self._keys[number] = reply_to
 
     async def show(self, number: int, text: str) -> None:
@@ -275,7 +281,7 @@ class _Paper:
             if error.errno not in (errno.EPIPE, errno.EBADF):
                 raise StorageError(detail=f"standard output cannot be written: {error.strerror}") from error
             self.gone.set()
-            await asyncio.Event().wait()  # not written, and never will be: the next start owes it
+            await asyncio.Event().wait()  # never written in this run: the next start delivers it
         self.unanswered.discard(self._keys.pop(number, ""))
         self.answered.set()
 
@@ -294,7 +300,7 @@ def _new_key() -> str:
 
 
 def _named_files(command: str) -> tuple[Attachment, ...]:
-    """The local files that a command names."""
+    """The local files among the words of a command."""
     try:
         words = shlex.split(command)[1:]
     except ValueError:
@@ -319,28 +325,28 @@ async def _lines(descriptor: int) -> AsyncIterator[bytes]:
     """The lines of a descriptor, each at most _MAX_LINE_BYTES long, read no faster than they are taken."""
     loop = asyncio.get_running_loop()
     queue: asyncio.Queue[bytes | None] = asyncio.Queue()
-    room = threading.Semaphore(_MAX_OPEN)
+    slots = threading.Semaphore(_MAX_OPEN)
 
-    def give(line: bytes | None) -> None:
-        room.acquire()
+    def put(line: bytes | None) -> None:
+        slots.acquire()
         loop.call_soon_threadsafe(queue.put_nowait, line)
 
-    # A daemon thread that holds no lock of Python's: it may be waiting for input when the program ends.
-    threading.Thread(target=_read_lines, args=(descriptor, give), name="stdin", daemon=True).start()
+    # A daemon thread without a Python lock: it may be waiting for input when the program ends.
+    threading.Thread(target=_read_lines, args=(descriptor, put), name="stdin", daemon=True).start()
     while (line := await queue.get()) is not None:
-        room.release()
+        slots.release()
         yield line
 
 
-def _read_lines(descriptor: int, give: Callable[[bytes | None], None]) -> None:
+def _read_lines(descriptor: int, put: Callable[[bytes | None], None]) -> None:
     held = b""
-    with suppress(OSError, RuntimeError):  # input is gone, or the loop is closed
+    with suppress(OSError, RuntimeError):  # input closed, or the loop is closed
         while chunk := os.read(descriptor, _CHUNK_BYTES):
             *whole, held = (held + chunk).split(b"\n")
             for line in whole:
-                give(line[:_MAX_LINE_BYTES])
+                put(line[:_MAX_LINE_BYTES])
             held = held[:_MAX_LINE_BYTES]
         if held:
-            give(held)
+            put(held)
     with suppress(RuntimeError):
-        give(None)
+        put(None)

@@ -1,15 +1,15 @@
-"""The terminal while a person sits at it: a line editor at the bottom, replies growing above it.
+"""The interactive terminal: a line editor at the bottom, streamed replies above it.
 
-The editor runs from the first to the last moment, so the terminal stays in raw mode: Ctrl-C is a key that stops a
-reply, never a signal that ends us, or the `make` above us. Finished Markdown blocks are printed for good; only the
-last, growing one is redrawn. Knows nothing of the service: what is typed comes out of a queue.
+The editor runs for the whole session, so the terminal stays in raw mode: Ctrl-C is a key that stops a reply, never a
+signal that ends this program or the `make` above it. Complete Markdown blocks are printed once; only the last,
+incomplete one is redrawn. What is typed comes out of a queue.
 """
 
 from __future__ import annotations
 
 import asyncio
 import os
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from io import StringIO
 from pathlib import Path
@@ -33,6 +33,8 @@ from rich.syntax import Syntax
 from rich.text import Text
 
 from bots.shared.render import closed_blocks, plain, printable
+from core.commands.table import COMMANDS
+from core.i18n.messages import say
 from core.types import Body
 
 PROMPT = "› "
@@ -42,7 +44,7 @@ _STYLE = Style.from_dict({"dim": "ansibrightblack", "bottom-toolbar": "noreverse
 
 @dataclass(frozen=True, slots=True)
 class Typed:
-    """What the person did: sent a message, or (text None) asked to stop the reply."""
+    """A message that was sent, or (text None) a request to stop the reply."""
 
     key: str
     text: str | None
@@ -50,7 +52,7 @@ class Typed:
 
 @dataclass(slots=True)
 class _OpenReply:
-    """One open handle. Of `text`, the first `printed` characters stand above for good."""
+    """One open handle. The first `printed` characters of `text` are printed and stay."""
 
     key: str
     text: str = ""
@@ -58,19 +60,19 @@ class _OpenReply:
 
 
 class Screen:
-    """A sheet (bots.terminal.bot.Sheet) on a terminal. `words` gives a sentence of core/i18n by its key."""
+    """The reply view of a terminal. `language` is asked at each use: a command may change it."""
 
     def __init__(
         self,
         *,
-        words: Callable[[str], str],
+        language: Callable[[], str],
         new_key: Callable[[], str],
-        commands: Mapping[str, str],
         history: Path | None,
         greeting: Iterable[str] = (),
     ) -> None:
         self.typed: asyncio.Queue[Typed | None] = asyncio.Queue()
-        self._words = words
+        self.sent = asyncio.Event()
+        self._language = language
         self._new_key = new_key
         self._greeting = tuple(greeting)
         self._replies: dict[int, _OpenReply] = {}
@@ -80,7 +82,7 @@ class Screen:
             self._above,
             multiline=True,
             prompt_continuation="  ",
-            completer=_Commands(commands),
+            completer=_Commands(language),
             complete_while_typing=Condition(lambda: self._session.default_buffer.text.startswith("/")),
             reserve_space_for_menu=6,
             key_bindings=self._keys(),
@@ -99,7 +101,7 @@ class Screen:
         return max(20, self._app.output.get_size().columns)
 
     async def run(self) -> None:
-        """Until Ctrl-D, or the terminal is gone. `typed` then ends with None."""
+        """Edit lines until Ctrl-D, or until the terminal is gone. `typed` then ends with None."""
         self._print([*(part for line in self._greeting for part in _wrapped(line, self._width)), ""])
         try:
             with patch_stdout(raw=True):
@@ -109,12 +111,12 @@ class Screen:
         finally:
             self.typed.put_nowait(None)
 
-    # --- the sheet: what replies do ---
+    # --- the reply view ---
 
-    async def begin(self, number: int, reply_to: str, *, owed: bool) -> None:
+    async def begin(self, number: int, reply_to: str, *, resumed: bool) -> None:
         self._echo_until(reply_to)
-        if owed:
-            self._print([_dim(self._words("terminal.owed"))])
+        if resumed:
+            self._print([_dim(say(self._language(), "terminal.owed"))])
         self._replies[number] = _OpenReply(reply_to)
         self._app.invalidate()
 
@@ -141,7 +143,7 @@ class Screen:
     async def end(self, number: int, body: Body) -> None:
         reply = self._replies.pop(number, None) or _OpenReply("")
         text = printable(body.text)
-        if not text.startswith(reply.text[: reply.printed]):  # another text than the one that was growing
+        if not text.startswith(reply.text[: reply.printed]):  # not the text that was streamed
             reply.printed = 0
         self._print_block(reply, text[reply.printed :])
         hints = [_dim(hint) for hint in body_hints(body)]
@@ -153,7 +155,7 @@ class Screen:
         self._app.invalidate()
 
     def answered(self, keys: Iterable[str]) -> None:
-        """These got no reply of their own (a stop, a repeated refusal): nothing waits for them."""
+        """Release messages that got no reply of their own (a stop, a repeated refusal)."""
         for key in keys:
             self._echo(self._unanswered.pop(key, ""))
         self._app.invalidate()
@@ -163,13 +165,13 @@ class Screen:
         return tuple(self._unanswered)
 
     def notice(self, text: str) -> None:
-        """One sentence of ours, above the line that is being typed."""
+        """Print a notice above the line that is being typed."""
         self._print([_dim(printable(line)) for line in text.splitlines()])
 
-    # --- printing for good ---
+    # --- printing ---
 
     def _echo_until(self, key: str) -> None:
-        """Print the messages that waited for their turn, up to the one whose turn it is."""
+        """Print the queued messages up to the one that is answered now."""
         if key not in self._unanswered:
             return
         for earlier in list(self._unanswered):
@@ -203,29 +205,29 @@ class Screen:
             self._app.output.write_raw(data)
             self._app.output.flush()
 
-    # --- what stands between the printed text and the cursor ---
+    # --- between the printed text and the cursor ---
 
     def _above(self) -> StyleAndTextTuples:
-        """The growing block, the messages that wait, the prompt."""
+        """The incomplete block, the queued messages, the prompt."""
         shown: StyleAndTextTuples = []
         for reply in self._replies.values():
             if reply.key:
-                shown += self._growing(reply)
+                shown += self._streaming(reply)
         for text in self._unanswered.values():
             if text:
                 first = set_cell_size(printable(text).split("\n")[0], self._width - 4).rstrip()
                 shown.append(("class:dim", f"{PROMPT}{first}\n"))
         return [*shown, ("", PROMPT)]
 
-    def _growing(self, reply: _OpenReply) -> StyleAndTextTuples:
+    def _streaming(self, reply: _OpenReply) -> StyleAndTextTuples:
         tail = reply.text[reply.printed :]
         if not tail.strip():
             return [("class:dim", "…\n")]
         if self._tail[0] != (tail, self._width):
             self._tail = ((tail, self._width), markdown_lines(tail, self._width))
-        room = max(3, self._app.output.get_size().rows - 6)
+        height = max(3, self._app.output.get_size().rows - 6)
         lines = ([""] if reply.printed else []) + self._tail[1]
-        return [*to_formatted_text(ANSI("\n".join(lines[-room:]))), ("", "\n")]
+        return [*to_formatted_text(ANSI("\n".join(lines[-height:]))), ("", "\n")]
 
     # --- keys ---
 
@@ -250,7 +252,7 @@ class Screen:
             if event.current_buffer.text:
                 event.current_buffer.reset()
             elif not self._stop_reply():
-                self.notice(self._words("terminal.leave_hint"))
+                self.notice(say(self._language(), "terminal.leave_hint"))
 
         @keys.add("c-d", filter=Condition(lambda: not self._session.default_buffer.text))
         def _(event: KeyPressEvent) -> None:
@@ -260,7 +262,7 @@ class Screen:
         return keys
 
     def _stop_reply(self) -> bool:
-        """Ask to stop what is being answered; whether there is anything."""
+        """Request a stop of the current reply; whether there is one."""
         busy = bool(self._unanswered) or any(reply.key for reply in self._replies.values())
         if busy:
             self.typed.put_nowait(Typed(self._new_key(), None))
@@ -274,31 +276,33 @@ class Screen:
             self._echo(text)
             self._unanswered[key] = ""
         self.typed.put_nowait(Typed(key, text))
+        self.sent.set()
 
 
 class _Commands(Completer):
-    """Names of commands, while the first word is one."""
+    """Completes the name of a command while the first word is being typed."""
 
-    def __init__(self, commands: Mapping[str, str]) -> None:
-        self._commands = commands
+    def __init__(self, language: Callable[[], str]) -> None:
+        self._language = language
 
     def get_completions(self, document: Document, complete_event: CompleteEvent) -> Iterable[Completion]:
         typed = document.text_before_cursor
         if typed.startswith("/") and " " not in typed and "\n" not in typed:
-            for name, meaning in self._commands.items():
-                if name.startswith(typed[1:]):
-                    yield Completion(f"/{name}", start_position=-len(typed), display_meta=meaning)
+            for command in COMMANDS:
+                if command.name.startswith(typed[1:]):
+                    meaning = command.help(self._language())
+                    yield Completion(f"/{command.name}", start_position=-len(typed), display_meta=meaning)
 
 
 def open_history(path: Path) -> History:
-    """The lines typed before, for this user's eyes only."""
+    """The history of typed lines, readable by this user only."""
     os.close(os.open(path, os.O_CREAT | os.O_WRONLY, 0o600))
     path.chmod(0o600)
     return FileHistory(path)
 
 
 def body_hints(body: Body) -> list[str]:
-    """What hangs below a reply: files, and the commands behind its buttons, but for those of a model's answer."""
+    """Lines below a reply: files, and the commands behind its buttons, except those of a model's answer."""
     commands = [
         f"[{button.text}] {button.value}" for button in body.buttons if button.action == "command" and not body.note
     ]
@@ -318,7 +322,7 @@ class _Code(CodeBlock):
 
 
 class _ChatMarkdown(Markdown):
-    """As people write in chats: a line break is a line break, and headings stand at the left."""
+    """Markdown as chats write it: a line break is kept, and headings are aligned left."""
 
     elements: ClassVar = {**Markdown.elements, "heading_open": _LeftHeading, "fence": _Code, "code_block": _Code}
 

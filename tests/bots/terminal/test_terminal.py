@@ -20,6 +20,7 @@ from prompt_toolkit.history import FileHistory
 
 from bots.terminal.bot import TerminalSink
 from core.channels.terminal import prune_history
+from core.i18n.messages import say
 from core.types import Address, Body, Handle
 from tests.support.paths import ROOT
 
@@ -285,8 +286,8 @@ def test_the_terminal_needs_no_other_platforms_library_and_no_torch():
 class Sheet:
     said: list[tuple[object, ...]] = field(default_factory=list)
 
-    async def begin(self, number: int, reply_to: str, *, owed: bool) -> None:
-        self.said.append(("begin", number, reply_to, owed))
+    async def begin(self, number: int, reply_to: str, *, resumed: bool) -> None:
+        self.said.append(("begin", number, reply_to, resumed))
 
     async def show(self, number: int, text: str) -> None:
         self.said.append(("show", number, text))
@@ -345,7 +346,7 @@ class Person:
     def type(self, text: str) -> None:
         os.write(self._here, text.encode())
 
-    def sees(self, pattern: str, seconds: float = 20) -> bool:
+    def sees(self, pattern: str, seconds: float = 120) -> bool:
         """Whether this comes to be seen; what was seen up to then is used up."""
         deadline = time.monotonic() + seconds
         while time.monotonic() < deadline:
@@ -388,7 +389,22 @@ def test_a_person_asks_stops_and_leaves(person):
     person.type("\x03")
     assert person.sees("Ctrl-D")
     person.type("\x04")
-    assert person.process.wait(20) == 0
+    assert person.process.wait(120) == 0
+
+
+def test_completion_and_hints_follow_the_language_that_was_chosen(person):
+    assert person.sees("Ctrl-D")
+    person.type("/who")
+    assert person.sees("show who you are here")
+    person.type("\x03/language zh\r")
+    assert person.sees(say("zh", "users.language_set", name="中文"))
+    deadline = time.monotonic() + 120
+    while True:  # once the program has settled the command
+        person.type("\x03")
+        if person.sees("按 Ctrl-D|Ctrl-D 退出", 1) or time.monotonic() > deadline:
+            break
+    person.type("/who")
+    assert person.sees(say("zh", "help.whoami")[:6])
 
 
 def test_markdown_is_shown_as_what_it_means(person):

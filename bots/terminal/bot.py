@@ -160,22 +160,24 @@ class TerminalBot:
         )
         service.register(self.platform, ACCOUNT, TerminalSink(screen))
         await self._read_language(service)
+        accepted = asyncio.Event()
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(screen.run(), name="screen")
-            sweeper = tasks.create_task(self._sweep(service, screen), name="sweeper")
+            sweeper = tasks.create_task(self._sweep(service, screen, accepted), name="sweeper")
             while (typed := await screen.typed.get()) is not None:
                 try:
                     await service.accept(await self._incoming(typed.key, typed.text))
+                    accepted.set()
                 except AppError as error:
                     screen.answered([typed.key])
                     screen.notice(self._sentence(error))
             sweeper.cancel()
 
-    async def _sweep(self, service: BotService, screen: Screen) -> None:
+    async def _sweep(self, service: BotService, screen: Screen, accepted: asyncio.Event) -> None:
         """Once the service has settled everything: release messages that got no reply, and re-read the language."""
         while True:
-            await screen.sent.wait()
-            screen.sent.clear()
+            await accepted.wait()
+            accepted.clear()
             keys = screen.unanswered
             await service.settled(self.platform, ACCOUNT)
             screen.answered(keys)

@@ -71,7 +71,6 @@ class Screen:
         greeting: Iterable[str] = (),
     ) -> None:
         self.typed: asyncio.Queue[Typed | None] = asyncio.Queue()
-        self.sent = asyncio.Event()
         self._language = language
         self._new_key = new_key
         self._greeting = tuple(greeting)
@@ -276,7 +275,6 @@ class Screen:
             self._echo(text)
             self._unanswered[key] = ""
         self.typed.put_nowait(Typed(key, text))
-        self.sent.set()
 
 
 class _Commands(Completer):

@@ -104,7 +104,8 @@ class Key:
             return self.adapter.validate_python(tuple(value) if isinstance(value, list) else value)
         except pydantic.ValidationError as error:
             own = (one.get("ctx", {}).get("error") for one in error.errors())
-            raise next((one for one in own if isinstance(one, Refusal)), self._refusal(value)) from None
+            wrong = refusal(self.needs(), value, self.choices)
+            raise next((one for one in own if isinstance(one, Refusal)), wrong) from None
 
     def parse(self, text: str) -> Any:
         """The typed value of what a person types. Raises Refusal."""
@@ -142,9 +143,6 @@ class Key:
             case "array":
                 return Lazy("setting.list")
         return Lazy("setting.shorter", limit=self.longest) if self.longest else Lazy("setting.text")
-
-    def _refusal(self, value: object) -> Refusal:
-        return refusal(self.needs(), value, self.choices)
 
 
 def keys(section: Any) -> Mapping[str, Key]:
@@ -210,6 +208,10 @@ def _percent(value: object) -> object:
     return value
 
 
+def _basis_points(percent: float) -> float:
+    return round(percent, 2)
+
+
 Line = Annotated[str, AfterValidator(_single_line)]
 """Text without line breaks."""
 
@@ -222,8 +224,8 @@ Place = Annotated[str, AfterValidator(_place)]
 Listen = Annotated[str, AfterValidator(_listen)]
 """host:port; "" is off."""
 
-Percent = Annotated[float, pydantic.Field(ge=0, le=100), BeforeValidator(_percent)]
-"""30 and "30%" are 30 percent."""
+Percent = Annotated[float, pydantic.Field(ge=0, le=100), BeforeValidator(_percent), AfterValidator(_basis_points)]
+"""30 and "30%" are 30 percent; to a hundredth, as it is stored."""
 
 
 def host_and_port(listen: str) -> tuple[str, int]:

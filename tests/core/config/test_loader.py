@@ -146,7 +146,7 @@ def test_what_is_wrong_is_named_with_its_value_and_what_is_allowed():
 
 
 @pytest.mark.parametrize(
-    ("written", "percent"), [("30", 30), ("33.25", 33.25), ('"30%"', 30), ('"0.3%"', 0.3), ("0", 0)]
+    ("written", "percent"), [("30", 30), ("33.3333", 33.33), ('"30%"', 30), ('"0.3%"', 0.3), ("0", 0)]
 )
 def test_a_share_is_a_number_of_percent(written, percent):
     assert read(f"[partners.acme]\nshare = {written}").partners["acme"].share == percent

@@ -102,13 +102,7 @@ def _x_marks(draw: ImageDraw.ImageDraw, marks: Sequence[tuple[float, str]]) -> N
 
 
 def _line(
-    draw: ImageDraw.ImageDraw,
-    frame: _Frame,
-    points: Sequence[Point],
-    colour: str,
-    width: int,
-    *,
-    dots: bool = False,
+    draw: ImageDraw.ImageDraw, frame: _Frame, points: Sequence[Point], colour: str, width: int, *, dots: bool = False
 ) -> None:
     pixels = [(frame.x(share), frame.y(value)) for share, value in points if math.isfinite(value)]
     if len(pixels) > 1:

@@ -101,9 +101,9 @@ async def read_base(context: CommandContext, caller: Caller, call: Call) -> str:
 @command("finetune", prepare=prepare_data, check=check_room)
 @command("finetune", "from", prepare=prepare_data, check=check_room)
 def begin(tx: Tx, caller: Caller, call: Call, data: PreparedData) -> Outcome:
-    """Create a job for a data set: it is checked, then it asks; with `yes` it trains at once.
+    """Create a job: its data set is checked, then it waits for a yes; with `yes` it is trained at once.
 
-    Raises BadInput for an unknown preset.
+    It replaces jobs of the channel that were not confirmed. Raises BadInput for an unknown preset.
     """
     preset = call.arguments.get("preset", "").lower()
     if preset and preset not in PRESETS:
@@ -112,15 +112,9 @@ def begin(tx: Tx, caller: Caller, call: Call, data: PreparedData) -> Outcome:
     given, agreed = call.arguments, data.agreed
     columns = {key: given[key] for key in COLUMNS if given.get(key)}
     job = jobs.create(
-        tx,
-        caller,
-        data.sha256,
-        data.name,
-        state="queued" if agreed else "validating",
-        columns=columns,
-        preset=preset,
+        tx, caller, data.sha256, data.name, state="queued" if agreed else "validating", columns=columns, preset=preset
     )
-    for old in unanswered:  # this one takes its place; it is there by now, so that a data set of both is kept
+    for old in unanswered:  # after the new job exists, which keeps a data set of both
         jobs.cancel(tx, old, jobs.REPLACED)
     if agreed:
         jobs.pin_price(tx, job.id)
@@ -136,8 +130,8 @@ def begin(tx: Tx, caller: Caller, call: Call, data: PreparedData) -> Outcome:
 
 @command("finetune", "start")
 def start(tx: Tx, caller: Caller, call: Call) -> Outcome:
-    """Somebody's yes. Raises UnknownThing, and BadInput for a job that does not wait for one."""
-    job = _asking(tx, caller, call)
+    """Confirm a job. Raises UnknownThing, and BadInput for a job that does not wait."""
+    job = _waiting_job(tx, caller, call)
     if job is None:
         return Outcome(Body(say(caller.language, "training.none")))
     jobs.leave_waiting(tx, job.id, "queued")
@@ -147,8 +141,8 @@ def start(tx: Tx, caller: Caller, call: Call) -> Outcome:
 
 @command("finetune", "redact")
 def redact(tx: Tx, caller: Caller, call: Call) -> Outcome:
-    """The same job on another data set, without the personal data that was found. Raises UnknownThing, BadInput."""
-    job = _asking(tx, caller, call)
+    """Check the job again on a data set without personal data. Raises UnknownThing, BadInput."""
+    job = _waiting_job(tx, caller, call)
     if job is None:
         return Outcome(Body(say(caller.language, "training.none")))
     checked = messages.last(event_log.events(tx, job.id), Checked)
@@ -161,7 +155,7 @@ def redact(tx: Tx, caller: Caller, call: Call) -> Outcome:
 
 @command("finetune", "preview", prepare=read_rows)
 def preview(tx: Tx, caller: Caller, call: Call, rows: tuple[Preview, ...]) -> Outcome:
-    """The rows that the check has read; a job that has been started or has ended has none. Raises UnknownThing."""
+    """Sample rows of the check, until the job starts or ends. Raises UnknownThing."""
     job = find_job(tx, caller, call)
     if job is None:
         return Outcome(Body(say(caller.language, "training.none")))
@@ -179,13 +173,11 @@ def status(tx: Tx, caller: Caller, call: Call, rows: tuple[Preview, ...]) -> Out
     job = replace(job, language=caller.language)
     events = event_log.events(tx, job.id)
     line = _line(tx, caller, job)
-    if job.state == "waiting" and not jobs.is_delivered(
-        tx, job.id
-    ):  # nothing can be started before its question stands
+    if job.state == "waiting" and not jobs.is_delivered(tx, job.id):  # the question is not sent yet
         return Outcome(Body(say(caller.language, "training.still_checking", name=job.dataset)))
     if job.state == "waiting":
-        asked = messages.question(job, events, rows)
-        return Outcome(replace(asked, text=f"{line}\n\n{asked.text}"))
+        question = messages.question(job, events, rows)
+        return Outcome(replace(question, text=f"{line}\n\n{question.text}"))
     lines = [line]
     if job.state == "failed":
         lines.append(messages.failed_text(job, resumable=jobs.resumable(tx, job.id)))
@@ -209,7 +201,7 @@ def list_jobs(tx: Tx, caller: Caller, call: Call) -> Outcome:
 
 @command("finetune", "data")
 def list_data(tx: Tx, caller: Caller, call: Call) -> Outcome:
-    """The data sets that this person may know of, each a version that never changes."""
+    """Data sets that the person may know."""
     found = datasets.known_datasets(tx, caller.user, _LISTED)
     if not found:
         return Outcome(Body(say(caller.language, "training.no_data")))
@@ -234,7 +226,7 @@ def cancel(tx: Tx, caller: Caller, call: Call) -> Outcome:
 
 @command("finetune", "resume", prepare=read_base)
 def resume(tx: Tx, caller: Caller, call: Call, begun_on: str) -> Outcome:
-    """Go on with a job that has ended, from its last checkpoint; on another base model it begins anew.
+    """Continue an ended job from its checkpoint; on another base model it starts again from nothing.
 
     Raises UnknownThing, BadInput.
     """
@@ -257,7 +249,7 @@ def resume(tx: Tx, caller: Caller, call: Call, begun_on: str) -> Outcome:
 
 @command("adapter", "worst")
 def worst(tx: Tx, caller: Caller, call: Call) -> Outcome:
-    """The unseen rows on which a version lost most: where to look for what is wrong with the data. Raises BadInput."""
+    """The test rows with the largest rise in loss, where faults of the data show first. Raises BadInput."""
     version = find_version(tx, caller, call.arguments["version"])
     judged = version.judged if version else {}
     if version is None or not judged:
@@ -267,11 +259,11 @@ def worst(tx: Tx, caller: Caller, call: Call) -> Outcome:
     if not rows:
         return Outcome(Body(say(caller.language, "adapter.none_worse", **fields)))
     lines = [say(caller.language, "adapter.worst", **fields), ""]
-    texts = {line: (asked, said) for line, _, _, asked, said in jobs.test_rows(tx, version.sha256).worst}
+    texts = {line: (question, answer) for line, _, _, question, answer in jobs.test_rows(tx, version.sha256).worst}
     for line, before, after in rows:
-        asked, said = texts.get(line, ("", ""))
-        key = "adapter.worst_row" if asked else "adapter.worst_line"
-        fields = {"line": line, "before": f"{before:.2f}", "after": f"{after:.2f}", "asked": asked, "said": said}
+        question, answer = texts.get(line, ("", ""))
+        key = "adapter.worst_row" if question else "adapter.worst_line"
+        fields = {"line": line, "before": f"{before:.2f}", "after": f"{after:.2f}", "asked": question, "said": answer}
         lines.append(say(caller.language, key, **fields))
     if not texts:
         lines += ["", say(caller.language, "adapter.rows_gone")]
@@ -279,10 +271,10 @@ def worst(tx: Tx, caller: Caller, call: Call) -> Outcome:
 
 
 def answer_to_question(tx: Tx, caller: Caller, text: str) -> Call | None:
-    """The command that a plain "yes" or "no" stands for, where a job's question is the last thing that was said here.
+    """The command for a plain "yes" or "no" directly after a job's question, or None.
 
-    Anything else is a message like any other: a word from somebody who may not, and where others read along any word,
-    since it may be meant for them, and a bot may want more of who gives a command there (Telegram: an administrator).
+    None for a person without the grant, and in public places: the word may be meant for somebody else, and some bots
+    want more of the author of a command there (an administrator's grant).
     """
     word = text.strip().strip(".!。！").lower()
     if caller.public or len(word) > 12 or operators.grant_of(tx, caller.user, caller.channel.id) < Grant.OPERATOR:
@@ -302,10 +294,7 @@ def answer_to_question(tx: Tx, caller: Caller, text: str) -> Call | None:
 
 
 def find_job(tx: Tx, caller: Caller, call: Call) -> Job | None:
-    """The job that was named, or the channel's newest; None where it has none. Raises UnknownThing.
-
-    A job of another channel is as unknown as one that never was.
-    """
+    """The named job of the channel, or its newest; None where it has none. Raises UnknownThing."""
     typed = call.arguments.get("job", "")
     if not typed:
         return next(iter(jobs.of_channel(tx, caller.channel.id, 1)), None)
@@ -315,8 +304,8 @@ def find_job(tx: Tx, caller: Caller, call: Call) -> Job | None:
     return job
 
 
-def _asking(tx: Tx, caller: Caller, call: Call) -> Job | None:
-    """The job, where its question is written and waits for an answer. Raises UnknownThing, BadInput."""
+def _waiting_job(tx: Tx, caller: Caller, call: Call) -> Job | None:
+    """A job that waits for a yes and whose question is sent. Raises UnknownThing, BadInput."""
     job = find_job(tx, caller, call)
     if job is None:
         return None
@@ -328,9 +317,9 @@ def _asking(tx: Tx, caller: Caller, call: Call) -> Job | None:
 
 
 def _is_here(caller: Caller, job: Job) -> bool:
-    """The same chat; in which thread does not matter, since a direct message in Slack begins one of its own."""
-    at, asked = caller.address, job.address
-    return (at.platform, at.account, at.place) == (asked.platform, asked.account, asked.place)
+    """Whether caller and job are in the same place; threads may differ (a direct message may start one)."""
+    here, there = caller.address, job.address
+    return (here.platform, here.account, here.place) == (there.platform, there.account, there.place)
 
 
 def _words(language: str, key: str) -> list[str]:

@@ -125,17 +125,9 @@ def is_erased(tx: Tx, sha256: str) -> bool:
 
 
 def _dataset(row: Row) -> Dataset:
-    return Dataset(
-        sha256=row["sha256"],
-        name=row["called"],
-        source=row["source"],
-        licence=row["licence"],
-        size_bytes=row["size_bytes"],
-        rows=row["rows"] or 0,
-        brought_by=row["brought_by"],
-        created_ms=row["created_ms"],
-        parent=row["parent"] or "",
-    )
+    plain = ("sha256", "source", "licence", "size_bytes", "brought_by", "created_ms")
+    fields = {name: row[name] for name in plain}
+    return Dataset(**fields, name=row["called"], rows=row["rows"] or 0, parent=row["parent"] or "")
 
 
 # --- files ---

@@ -1,4 +1,4 @@
-"""What happened to a job, in order: what its trainer said, kept within bounds. Knows no process and no sentence."""
+"""The events of a job as rows, bounded in number, and the `publishing` entry."""
 
 from __future__ import annotations
 
@@ -23,13 +23,13 @@ from core.storage.database import Tx
 from core.storage.lifecycle import Periods, Prune
 
 MAX_EVENTS = 200
-CURVE_POINTS = 100  # of progress, from the first step to the last: as many as a picture shows
+CURVE_POINTS = 100  # of progress from the first step to the last, for the loss curve
 
 
 def add_event(tx: Tx, job_id: int, event: JobEvent) -> bool:
-    """Keep what the trainer said: each thing once, of its progress the newest and what a curve needs, within a bound.
+    """Store an event: the newest of most kinds, all of a few kinds up to MAX_EVENTS, and of progress a curve.
 
-    Whether it is a step beyond the last one.
+    True for progress beyond the last stored step.
     """
     data = dump_event(event)
     forward = False
@@ -49,7 +49,7 @@ def add_event(tx: Tx, job_id: int, event: JobEvent) -> bool:
 
 
 def _make_room(tx: Tx, job_id: int, steps: int) -> None:
-    """The newest progress goes where it is too near to the one before it, or where training went back behind that."""
+    """Delete the newest progress where it is too near to the one before, or where training went back behind it."""
     rows = tx.all(
         "SELECT seq, data FROM job_event WHERE job_id = ? AND kind = 'progress' ORDER BY seq DESC LIMIT 2", [job_id]
     )
@@ -59,7 +59,7 @@ def _make_room(tx: Tx, job_id: int, steps: int) -> None:
 
 
 def events(tx: Tx, job_id: int) -> list[JobEvent]:
-    """In the order in which the trainer said them."""
+    """In the order of their arrival."""
     rows = tx.all("SELECT data FROM job_event WHERE job_id = ? AND kind <> 'publishing' ORDER BY seq", [job_id])
     return [load_event(row["data"]) for row in rows]
 
@@ -73,18 +73,18 @@ def newest_progress(tx: Tx, job_id: int) -> Progress | None:
 
 
 def clear(tx: Tx, job_id: int) -> None:
-    """What it did is of no use, and not to be told as if it were."""
+    """Forget what a training from another base model reported."""
     tx.run("DELETE FROM job_event WHERE job_id = ? AND kind NOT IN ('publishing', 'left_out')", [job_id])
 
 
 def append(tx: Tx, job_id: int, kind: str, data: str) -> None:
-    """Append to it, whatever it is."""
+    """Append an entry of any kind."""
     seq = int(tx.value("SELECT ifnull(max(seq), 0) + 1 FROM job_event WHERE job_id = ?", [job_id]))
     tx.insert("job_event", job_id=job_id, seq=seq, at_ms=tx.now_ms, kind=kind, data=data)
 
 
 def published_folder(tx: Tx, job_id: int) -> str:
-    """The hash that `publishing` recorded, or ""."""
+    """The hash of the folder that a `publishing` entry names, or ""."""
     data = tx.value(
         "SELECT data FROM job_event WHERE job_id = ? AND kind = 'publishing' ORDER BY seq DESC LIMIT 1", [job_id]
     )

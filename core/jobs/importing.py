@@ -1,7 +1,7 @@
-"""/adapter import: a PEFT folder from elsewhere becomes a job that only examines it. Knows no torch and no platform.
+"""/adapter import: a PEFT folder from elsewhere becomes a job that evaluates it.
 
-The file is unpacked beside the jobs before the command's transaction; nothing of it is believed there but names, sizes
-and headers. The trainer reads it, under its limits, by the code that reads adapters for serving.
+The archive is unpacked into jobs/ before the command's transaction. Only names, sizes and headers are checked here; the
+trainer reads the weights with the code that serves them.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MOST_BYTES = {CONFIG: 2**20, WEIGHTS: 2 * 2**30}
 MOST_MEMBERS, MOST_UNPACKED = 1000, 32 * 2**30
 _CHUNK = 2**20
-_MOST_HEADER = 2**14  # bytes of a header that gives a longer name, or attributes; they may stand in a row
+_MOST_HEADER = 2**14  # bytes of one extended header; several may follow each other
 _LONG_HEADERS = (
     tarfile.XHDTYPE,
     tarfile.XGLTYPE,
@@ -47,7 +47,7 @@ _LONG_HEADERS = (
 
 @dataclass(frozen=True, slots=True)
 class UnpackedAdapter:
-    """A folder in jobs/ with the two files of an adapter, its title, and the data set that it is evaluated on."""
+    """A folder in jobs/ with the two files of an adapter, its title, and the data set for the evaluation."""
 
     folder: str
     title: str
@@ -73,7 +73,7 @@ async def unpack_adapter(context: CommandContext, caller: Caller, call: Call) ->
 
 @command("adapter", "import", prepare=unpack_adapter, check=check_room)
 def import_adapter(tx: Tx, caller: Caller, call: Call, given: UnpackedAdapter) -> Outcome:
-    """Queue the job that examines it."""
+    """Queue a job that evaluates the adapter."""
     job = jobs.create(tx, caller, given.dataset_sha256, given.dataset)
     jobs.set_imported(tx, job.id, given.folder)
     new_delivery(tx, job_id=job.id)
@@ -84,28 +84,28 @@ def import_adapter(tx: Tx, caller: Caller, call: Call, given: UnpackedAdapter) -
 
 
 def _named(caller: Caller, call: Call) -> tuple[str, str]:
-    """(the adapter, the data set) as they were typed: with a file that was sent, the one word is the data set."""
+    """(adapter, data set) as typed; with an uploaded adapter the first argument is the data set."""
     first, second = call.arguments.get("file", ""), call.arguments.get("dataset", "")
     return ("", first) if caller.attachments and not second else (first, second)
 
 
-# --- files: blocking ---
+# --- files (blocking) ---
 
 
 async def _unpacked(home: Home, fetch: Fetch, caller: Caller, typed: str) -> tuple[Path, str]:
-    """(a folder in jobs/ with the two files, what the person calls it). Raises BadInput."""
-    aside = home.jobs / f"new-{os.urandom(8).hex()}"
+    """(folder in jobs/ with the two files, title). Raises BadInput."""
+    target = home.jobs / f"new-{os.urandom(8).hex()}"
     local = caller.address.platform == terminal.TERMINAL
     if caller.attachments and not local:
         sent = caller.attachments[0]
         file = await datasets.download(home, fetch(caller.address, sent), sent.name, MOST_BYTES[WEIGHTS])
-        await asyncio.to_thread(_unpack_archive, file, sent.name, aside)
-        return aside, sent.name
+        await asyncio.to_thread(_unpack_archive, file, sent.name, target)
+        return target, sent.name
     path = Path(caller.attachments[0].file_id) if caller.attachments else datasets.typed_path(typed)
     if path is None or not local:
         raise BadInput("import.no_file")
-    await asyncio.to_thread(_unpack_path, path, aside)
-    return aside, path.name
+    await asyncio.to_thread(_unpack_path, path, target)
+    return target, path.name
 
 
 def _unpack_path(path: Path, target: Path) -> None:
@@ -124,12 +124,12 @@ def _unpack_path(path: Path, target: Path) -> None:
     _unpack_archive(file, path.name, target)
 
 
-def _unpack_archive(file: BinaryIO, name: str, aside: Path) -> None:
-    """A zip or tar file (gzip, bzip2, xz too): the two files of its outermost adapter. Nothing else is written.
+def _unpack_archive(file: BinaryIO, name: str, target: Path) -> None:
+    """Extract the two files of the outermost adapter in a zip or tar archive, and nothing else.
 
-    What trainers leave behind holds their checkpoints as well, each an adapter in a folder further in.
+    The output folder of a trainer also holds checkpoints, each an adapter in a deeper folder.
     """
-    with file, _making(aside):
+    with file, _making(target):
         try:
             members = _zip_members(file) if zipfile.is_zipfile(file) else _tar_members(file)
             found: dict[str, PurePosixPath] = {}
@@ -139,7 +139,7 @@ def _unpack_archive(file: BinaryIO, name: str, aside: Path) -> None:
                 before = found.get(path.name)
                 with opened as inside:
                     if before is None or len(path.parts) < len(before.parts):
-                        _copy(inside, aside, path.name)
+                        _copy(inside, target, path.name)
                         found[path.name] = path
                         twice.discard(path.name)
                     elif len(path.parts) == len(before.parts):
@@ -171,7 +171,7 @@ def _zip_members(file: BinaryIO) -> Iterator[tuple[str, IO[bytes]]]:
 
 
 class _TarHeader(tarfile.TarInfo):
-    """Refuses, before it is read, what tarfile reads whole into memory to tell of the next member."""
+    """Refuses headers of other members that tarfile would read whole into memory."""
 
     @classmethod
     def frombuf(cls, buf: bytes | bytearray, encoding: str, errors: str) -> Self:
@@ -181,7 +181,7 @@ class _TarHeader(tarfile.TarInfo):
         return header
 
     def _proc_gnusparse_10(self, *_: object) -> None:
-        """The map of a file with holes, of the newer form: tarfile calls this to read it."""
+        """tarfile calls this to read the map of a sparse file of format 1.0."""
         raise tarfile.HeaderError("a file with holes")
 
 
@@ -190,8 +190,8 @@ def _tar_members(file: BinaryIO) -> Iterator[tuple[str, IO[bytes]]]:
     with tarfile.open(fileobj=file, mode="r:*", tarinfo=_TarHeader) as archive:
         size = 0
         for number, member in enumerate(archive):
-            archive.members.clear()  # type: ignore[attr-defined]  # with all that their headers say
-            size += member.size  # what is passed over is unpacked too, to find what comes next
+            archive.members.clear()  # type: ignore[attr-defined]  # free their headers
+            size += member.size  # skipped members are decompressed too
             if number >= MOST_MEMBERS or size > MOST_UNPACKED:
                 raise BadInput("import.many", limit=MOST_MEMBERS, size=MOST_UNPACKED // 2**30)
             if member.isfile() and PurePosixPath(member.name).name in MOST_BYTES:
@@ -201,7 +201,7 @@ def _tar_members(file: BinaryIO) -> Iterator[tuple[str, IO[bytes]]]:
 
 
 class _making:
-    """Make the folder, check what was laid into it, and take it away again where that fails."""
+    """Make the folder, check its files at the end, and remove it on failure."""
 
     def __init__(self, folder: Path) -> None:
         self.folder = folder
@@ -231,7 +231,7 @@ def _copy(file: IO[bytes], folder: Path, name: str) -> None:
 
 
 def _check_headers(folder: Path) -> None:
-    """What can be told without torch, at once: the rest is told by the trainer."""
+    """Check what can be checked without torch; the trainer checks the rest."""
     try:
         config = json.loads((folder / CONFIG).read_text("utf-8"))
     except (ValueError, RecursionError) as error:

@@ -128,24 +128,22 @@ def create(
 
 
 def find(tx: Tx, job_id: int) -> Job | None:
-    row = tx.one(f"{_JOB} WHERE job.id = ?", [job_id])
-    return _job(row) if row else None
+    return next(iter(_select(tx, "WHERE job.id = ?", job_id)), None)
 
 
 def get(tx: Tx, job_id: int) -> Job:
     """A job that exists."""
-    return _job(tx.all(f"{_JOB} WHERE job.id = ?", [job_id])[0])
+    return _select(tx, "WHERE job.id = ?", job_id)[0]
 
 
 def of_channel(tx: Tx, channel_id: int, limit: int) -> list[Job]:
     """The channel's jobs, newest first."""
-    rows = tx.all(f"{_JOB} WHERE job.channel_id = ? ORDER BY job.id DESC LIMIT ?", [channel_id, limit])
-    return [_job(row) for row in rows]
+    return _select(tx, "WHERE job.channel_id = ? ORDER BY job.id DESC LIMIT ?", channel_id, limit)
 
 
 def open_jobs(tx: Tx) -> list[Job]:
     """All open jobs, oldest first."""
-    return [_job(row) for row in tx.all(f"{_JOB} WHERE job.state IN {OPEN} ORDER BY job.id")]
+    return _select(tx, f"WHERE job.state IN {OPEN} ORDER BY job.id")
 
 
 def due(tx: Tx) -> list[Job]:
@@ -159,11 +157,8 @@ def due_checks(tx: Tx) -> list[Job]:
 
 
 def _due(tx: Tx, work: str, unsent: str) -> list[Job]:
-    rows = tx.all(
-        f"{_JOB} JOIN delivery ON delivery.job_id = job.id"
-        f" WHERE {work} OR ({unsent} AND delivery.state IN ('open', 'generated')) ORDER BY job.id"
-    )
-    return [_job(row) for row in rows]
+    where = f"{work} OR ({unsent} AND delivery.state IN ('open', 'generated'))"
+    return _select(tx, f"JOIN delivery ON delivery.job_id = job.id WHERE {where} ORDER BY job.id")
 
 
 def state_of(tx: Tx, job_id: int) -> str:
@@ -172,21 +167,14 @@ def state_of(tx: Tx, job_id: int) -> str:
 
 def start(tx: Tx, job_id: int) -> bool:
     """Set a job running; False where it is not at work any more."""
-    return bool(
-        tx.run(
-            f"UPDATE job SET state = 'running', started_ms = ifnull(started_ms, ?) WHERE id = ? AND state IN {AT_WORK}",
-            [tx.now_ms, job_id],
-        )
-    )
+    sql = f"UPDATE job SET state = 'running', started_ms = ifnull(started_ms, ?) WHERE id = ? AND state IN {AT_WORK}"
+    return bool(tx.run(sql, [tx.now_ms, job_id]))
 
 
 def await_confirmation(tx: Tx, job_id: int) -> bool:
     """Set a checked job waiting for a yes; False where it was cancelled meanwhile."""
-    return bool(
-        tx.run(
-            "UPDATE job SET state = 'waiting', asked_ms = ? WHERE id = ? AND state = 'validating'", [tx.now_ms, job_id]
-        )
-    )
+    sql = "UPDATE job SET state = 'waiting', asked_ms = ? WHERE id = ? AND state = 'validating'"
+    return bool(tx.run(sql, [tx.now_ms, job_id]))
 
 
 def pin_price(tx: Tx, job_id: int, tokens: int | None = None) -> None:
@@ -219,12 +207,8 @@ def expired(tx: Tx, age_ms: int) -> list[int]:
 
 def has_turn_since(tx: Tx, job_id: int, conversation_id: int) -> bool:
     """Whether the conversation has a turn after the question of the job."""
-    return bool(
-        tx.value(
-            "SELECT 1 FROM turn WHERE conversation_id = ? AND at_ms > (SELECT asked_ms FROM job WHERE id = ?) LIMIT 1",
-            [conversation_id, job_id],
-        )
-    )
+    sql = "SELECT 1 FROM turn WHERE conversation_id = ? AND at_ms > (SELECT asked_ms FROM job WHERE id = ?) LIMIT 1"
+    return bool(tx.value(sql, [conversation_id, job_id]))
 
 
 def jobs_ahead(tx: Tx, job_id: int) -> int:
@@ -327,6 +311,10 @@ def test_rows(tx: Tx, result: str) -> Shown:
     return Shown.load(tx.cipher.unseal(sealed) if sealed else "")
 
 
+def _select(tx: Tx, tail: str, *parameters: str | int) -> list[Job]:
+    return [_job(row) for row in tx.all(f"{_JOB} {tail}", parameters)]
+
+
 def _job(row: Row) -> Job:
     plain = (
         "id channel_id title instructions adapter version dataset dataset_sha256 source state reason language attempts"
@@ -385,8 +373,8 @@ def _erase(tx: Tx, erasure: Erasure) -> None:
 
 @lifecycle.prunes
 def _prunes(kept: Periods) -> list[Prune]:
-    told = "NOT EXISTS (SELECT 1 FROM delivery WHERE job_id = job.id AND state IN ('open', 'generated'))"
-    where = f"place <> '' AND ended_ms <= ? AND {told} AND NOT ({RESUMABLE})"
+    sent = "NOT EXISTS (SELECT 1 FROM delivery WHERE job_id = job.id AND state IN ('open', 'generated'))"
+    where = f"place <> '' AND ended_ms <= ? AND {sent} AND NOT ({RESUMABLE})"
     return [lifecycle.batch("UPDATE job SET place = '', conversation = ''", "job", "id", where, kept.dead)]
 
 

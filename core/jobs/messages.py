@@ -1,4 +1,4 @@
-"""What people read of a job: progress, report, refusal. Makes sentences of rows and events; changes nothing."""
+"""Messages about jobs and their data sets: progress, question, report, failure."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _BAR_CELLS = 20
 
 
 def progress_text(job: Job, events: Sequence[JobEvent]) -> str:
-    """The one message that is edited while the job runs."""
+    """The text of the progress message."""
     head = say(job.language, "training.improving", title=job.title, label=job.label)
     progress = last(events, Progress)
     if progress is None:
@@ -82,7 +82,7 @@ def _before_it_trains(job: Job, events: Sequence[JobEvent]) -> str:
 
 
 def ended_body(job: Job, events: Sequence[JobEvent], *, resumable: bool) -> Body:
-    """What the message becomes when the job has ended."""
+    """The final form of the job's message."""
     if job.state == "cancelled":
         return Body(say(job.language, cancelled_key(job), **_named(job)))
     if job.state == "failed":
@@ -91,9 +91,9 @@ def ended_body(job: Job, events: Sequence[JobEvent], *, resumable: bool) -> Body
 
 
 def report(job: Job, events: Sequence[JobEvent], *, judged: Judged | None = None, now: Lazy | None = None) -> Body:
-    """Of a published version: what was used, how it does on rows that it never saw, what to do next.
+    """Report on a published version: data, verdict, next steps.
 
-    `judged` is its verdict where the events are not kept any more, `now` what became of it, where that is more.
+    `judged` is the stored verdict where the events are deleted; `now` is the version's present state, if it has one.
     """
     language, judged = job.language, last(events, Judged) or judged
     done, checked = last(events, Done), last(events, Checked)
@@ -118,7 +118,7 @@ def report(job: Job, events: Sequence[JobEvent], *, judged: Judged | None = None
 
 
 def _report_buttons(language: str, label: str, judged: Judged | None) -> tuple[Button, ...]:
-    """What may be done with a version now: to see for oneself, to put it into service, or to be done with it."""
+    """Compare or see the worst rows, promote, discard."""
     passed = judged is None or judged.passed
     look = worst_button if judged is not None and not passed and judged.worst else compare_button
     serve = promote_button if passed else anyway_button
@@ -126,7 +126,7 @@ def _report_buttons(language: str, label: str, judged: Judged | None) -> tuple[B
 
 
 def verdict_text(language: str, label: str, judged: Judged) -> list[str]:
-    """The gate's verdict, and the numbers that it rests on."""
+    """The gate's verdict and its numbers."""
     fields = {"label": label, "champion": judged.champion, "rows": judged.rows, "fewest": FEWEST_TEST_ROWS}
     return [
         say(language, f"training.verdict_{judged.verdict}", **fields),
@@ -147,7 +147,7 @@ def verdict_text(language: str, label: str, judged: Judged) -> list[str]:
 
 
 def _health_text(language: str, judged: Judged) -> list[str]:
-    """What the base could do, and how whole answers look; nothing where it was not measured."""
+    """Ability and generated answers; nothing where they were not measured."""
     if judged.ability is None:
         return []
     able = "training.unable" if forgets(judged.ability_high, judged.skill_change) else "training.able"
@@ -166,7 +166,7 @@ def _health_text(language: str, judged: Judged) -> list[str]:
 
 
 def failed_text(job: Job, *, resumable: bool) -> str:
-    """Whose fault it is, what happened, and what to do."""
+    """Whose fault the failure is, the reason, and what to do."""
     fault, _, reason = job.reason.partition(": ")
     yours = "training.failed_sayings" if job.source in CONSENTED else "training.failed_yours"
     settings = "training.failed_adapter" if job.imported else "training.failed_settings"
@@ -176,7 +176,7 @@ def failed_text(job: Job, *, resumable: bool) -> str:
 
 
 def _named(job: Job) -> dict[str, object]:
-    """Its fields of a sentence; `typed` is the data set as a command takes it."""
+    """Fields for sentences; `typed` is the data set's name as a command takes it."""
     return {"title": job.title, "id": job.id, "name": job.dataset, "typed": as_word(job.dataset)}
 
 
@@ -188,13 +188,13 @@ def cancelled_key(job: Job) -> str:
 
 
 def _held_up(events: Sequence[JobEvent]) -> list[str]:
-    """What it has warned of since it last came further: it may be waiting for that to end."""
+    """Warnings since the last progress."""
     further = max((at for at, event in enumerate(events) if isinstance(event, Progress)), default=-1)
     return [f"- {short(event.text)}" for event in events[further + 1 :] if isinstance(event, Warned)]
 
 
 def _losses(now: Progress) -> str:
-    """In the beginning, and now."""
+    """First loss and present loss."""
     first, last = f"{now.first_loss:.2f}", f"{now.loss:.2f}"
     return last if not now.first_loss or first == last else f"{first} → {last}"
 
@@ -224,7 +224,7 @@ T = TypeVar("T")
 
 
 def question(job: Job, events: Sequence[JobEvent], preview: Sequence[Preview]) -> Body:
-    """The report of the check, and whether to start."""
+    """The report of the check and the question whether to start."""
     language, checked, estimated = job.language, last(events, Checked), last(events, Estimated)
     assert checked is not None
     assert estimated is not None
@@ -232,8 +232,8 @@ def question(job: Job, events: Sequence[JobEvent], preview: Sequence[Preview]) -
     lines += [f"- {line}" for line in left_out_text(language, events)]
     lines += [f"- {line}" for line in data_text(language, checked)]
     if (redacted := last(events, Redacted)) is not None and redacted.sha256 == job.dataset_sha256:
-        told = {"n": redacted.replaced, "sha": redacted.sha256[:12]}
-        lines.append(f"- {say(language, 'training.redacted', **told)}")
+        fields = {"n": redacted.replaced, "sha": redacted.sha256[:12]}
+        lines.append(f"- {say(language, 'training.redacted', **fields)}")
     if preview:
         lines += ["", say(language, "training.sample", line=preview[0].line), "", f"> {_sample(preview[0])}"]
     lines += [
@@ -246,7 +246,7 @@ def question(job: Job, events: Sequence[JobEvent], preview: Sequence[Preview]) -
 
 
 def estimate_text(language: str, estimated: Estimated, train_nano: int) -> str:
-    """With `train_nano` to pay for each token."""
+    """Time, memory and price. `train_nano`: price of a token in nano-units."""
     to_pay = estimated.tokens * train_nano
     price = Lazy("training.price", price=money(to_pay)) if to_pay else Lazy("training.price_none")
     key = "training.estimate" if estimated.seconds else "training.estimate_unmeasured"
@@ -263,7 +263,7 @@ def estimate_text(language: str, estimated: Estimated, train_nano: int) -> str:
 
 
 def preview_text(language: str, name: str, preview: Sequence[Preview]) -> str:
-    """Each row as the model reads it, with marks around what it learns."""
+    """Each row as the model reads it, with marks around the learned parts."""
     lines = [say(language, "training.preview", name=name)]
     for row in preview:
         shown = "".join(f"▶{_cut(text)}◀" if taught else _cut_head(text) for taught, text in row.parts)
@@ -273,30 +273,30 @@ def preview_text(language: str, name: str, preview: Sequence[Preview]) -> str:
 
 
 def rows_text(language: str, name: str, checked: Checked, key: str = "training.rows") -> list[str]:
-    """What became of each row that was not simply used, by line."""
+    """Counts of rows, and the lines that were rejected, mended or duplicates."""
     lines = [say(language, key, name=name, used=checked.used, rows=checked.rows)]
     if checked.duplicates:
         where = ", ".join(str(line) for line in checked.doubled[:SHOWN_LINES])
         more = "…" if checked.duplicates > len(checked.doubled[:SHOWN_LINES]) else ""
-        told = "training.doubled" if where else "training.duplicates"
-        lines.append(f"- {say(language, told, n=checked.duplicates, lines=f'{where}{more}')}")
-    rejected = checked.rows - checked.used - checked.duplicates  # of these only the first are named
-    for named, count in ((checked.rejected, rejected), (checked.mended, len(checked.mended))):
-        shown = named[:SHOWN_LINES]
-        lines += [f"- {short(one)}" for one in shown]
+        key = "training.doubled" if where else "training.duplicates"
+        lines.append(f"- {say(language, key, n=checked.duplicates, lines=f'{where}{more}')}")
+    rejected = checked.rows - checked.used - checked.duplicates  # only the first are listed
+    for found, count in ((checked.rejected, rejected), (checked.mended, len(checked.mended))):
+        shown = found[:SHOWN_LINES]
+        lines += [f"- {short(line)}" for line in shown]
         if count > len(shown):
             lines.append(f"- {say(language, 'training.more_lines', n=count - len(shown))}")
     return lines
 
 
 def left_out_text(language: str, events: Sequence[JobEvent]) -> list[str]:
-    """What could not become a row, because it cannot be read where it is stored."""
+    """The count of stored texts that could not be decrypted."""
     left_out = last(events, LeftOut)
     return [say(language, "training.left_out", n=left_out.unreadable)] if left_out else []
 
 
 def data_text(language: str, checked: Checked) -> list[str]:
-    """What is to be known of the rows that are used, before time is spent on them."""
+    """Lengths of rows, missing rows, personal data."""
     lines = []
     if checked.longest_tokens:
         lines.append(
@@ -338,15 +338,15 @@ def _buttons(job: Job, *, personal: bool) -> tuple[Button, ...]:
 
 
 def _bars(histogram: Sequence[int]) -> str:
-    """One character for each count, the tallest for the largest."""
+    """One block character for each count."""
     most = max(histogram, default=0)
     return "".join(_BARS[min(len(_BARS) - 1, count * len(_BARS) // most)] if count else " " for count in histogram)
 
 
 def _sample(row: Preview) -> str:
-    """One line of it: what was asked, and what is learned."""
-    asked, said = (" ".join(text.split()) for text in (row.asked, row.said))
-    return f"{_cut(asked, _SAMPLE)} ▶ {_cut(said, _SAMPLE)}"
+    """Question and answer of a row on one line."""
+    question, answer = (" ".join(text.split()) for text in (row.question, row.answer))
+    return f"{_cut(question, _SAMPLE)} ▶ {_cut(answer, _SAMPLE)}"
 
 
 def _cut(text: str, most: int = _SAMPLE_ROW) -> str:

@@ -1,13 +1,13 @@
-"""The job folder: what `serve` and the trainer process say to each other. Knows neither the store nor torch.
+"""The protocol of `serve` and the trainer process: the job folder and the events.
 
-    jobs/<id>/spec.json    written once, by serve          jobs/<id>/data.jsonl   the data set, as brought
-    jobs/<id>/lock         held by the trainer             jobs/<id>/checkpoint/  the trainer's own
-    jobs/<id>/candidate/   an adapter that was trained elsewhere and is to be examined, where there is one
-    jobs/<id>/out/         the adapter folder, complete once the event `finished` is out
-    jobs/<id>/check/       a job folder of its own: of the check, before anybody has agreed to the job
-    standard output        one event as JSON per line      standard input         its end means: checkpoint and exit
+    jobs/<id>/spec.json    written by serve                jobs/<id>/data.*       the data set
+    jobs/<id>/lock         held by the trainer             jobs/<id>/checkpoint/  written by the trainer
+    jobs/<id>/candidate/   an adapter from elsewhere that is evaluated instead of a training
+    jobs/<id>/out/         the adapter folder, complete once the event `finished` is sent
+    jobs/<id>/check/       the job folder of the check
+    standard output        one event as JSON per line      standard input         end of file: checkpoint and exit
 
-Exit status of the trainer: 0 finished, 3 interrupted (resume later), 1 failed (an event `failed` says why).
+Exit status of the trainer: 0 finished, 3 interrupted (resume later), 1 failed (an event `failed` has the reason).
 """
 
 from __future__ import annotations
@@ -24,13 +24,13 @@ from core.errors import JobError
 
 SPEC_VERSION = 1
 SHOWN = "shown.json"
-PREVIEW = "preview.json"  # in the folder of a check: the rows that it chose to show
+PREVIEW = "preview.json"  # in the check folder: sample rows
 EXIT_FINISHED, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 3
 
 
 @dataclass(frozen=True, slots=True)
 class Fresh:
-    """Of a model that begins from nothing. `vocabulary` 0 is the tokenizer of the configured model."""
+    """A model with random weights. `vocabulary` 0: the tokenizer of the configured model."""
 
     layers: int = key(8, "transformer layers", ge=1, le=200)
     hidden: int = key(384, "width of the hidden state", ge=8, le=16_384)
@@ -39,47 +39,47 @@ class Fresh:
     context: int = key(1024, "tokens of the longest sequence", ge=16, le=131_072)
 
 
-Method = Literal["lora", "full", "scratch"]  # a delta; all weights; all weights of a model drawn anew
+Method = Literal["lora", "full", "scratch"]  # adapter; all weights; all weights from random ones
 
 
 @dataclass(frozen=True, slots=True)
 class Spec:
-    """Everything a trainer needs to know. Paths are absolute, or relative to the job folder."""
+    """The order to a trainer, spec.json. Paths are absolute or relative to the job folder."""
 
     job: str
     model: str
     fingerprint: str
     data: str
     data_sha256: str
-    label: str  # what the adapter will be called: name@version
+    label: str  # name@version of the adapter
     instructions: str = ""
-    language: str = "en"  # of the sentences in its events
-    champion: str = ""  # the folder of the version that answers now; "" is the base model
+    language: str = "en"  # of the sentences in events
+    champion: str = ""  # folder of the version that answers now; "": the base model
     champion_label: str = "base"
-    candidate: str = ""  # the folder of an adapter from elsewhere: nothing is trained, it is only examined
+    candidate: str = ""  # folder of an adapter from elsewhere to evaluate; "": train one
     device: str = "cpu"
     dtype: str = "auto"  # float32 on a CPU, bfloat16 on a GPU; or one of the two
     threads: int = 1
     nice: int = 10
-    ability: bool = True  # whether the gate looks at what the base could do, and at whole answers
-    cache: str = ""  # a folder for what may be used by later jobs on the same base; "" is none
+    ability: bool = True  # the gate measures ability and generated answers
+    cache: str = ""  # folder for results that later jobs on the same base reuse; "": none
     hyper: HyperParameters = field(default_factory=HyperParameters)
     method: Method = "lora"
     fresh: Fresh = field(default_factory=Fresh)  # of the method "scratch"
-    model_name: str = ""  # for people, and for the adapter's manifest; "" is the last name of `model`
-    columns: dict[str, str] = field(default_factory=dict)  # of the data, where named: question, answer, system
-    redact: bool = False  # a check takes personal data out of the rows, and looks at what is left
-    warm_up: bool = True  # a check takes some steps, to tell how long the job will be
+    model_name: str = ""  # in the manifest and in messages; "": the last part of `model`
+    columns: dict[str, str] = field(default_factory=dict)  # question, answer, system -> column of the data
+    redact: bool = False  # the check removes personal data first
+    warm_up: bool = True  # the check measures some training steps
     version: int = SPEC_VERSION
 
     def write(self, folder: Path) -> None:
-        aside = folder / "spec.json.new"
-        aside.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
-        aside.replace(folder / "spec.json")
+        new = folder / "spec.json.new"
+        new.write_text(json.dumps(asdict(self), ensure_ascii=False, indent=2) + "\n", encoding="utf-8")
+        new.replace(folder / "spec.json")
 
     @classmethod
     def find(cls, folder: Path) -> Spec | None:
-        """The spec of a job folder; None where there is none that can be read."""
+        """The spec of a job folder; None where it cannot be read."""
         try:
             return cls.read(folder)
         except JobError:
@@ -87,7 +87,7 @@ class Spec:
 
     @classmethod
     def read(cls, folder: Path) -> Spec:
-        """Raises JobError for a missing, damaged or newer spec.json; it names the file and the key."""
+        """Raises JobError, with the file and the key, where spec.json is missing, damaged or of a newer version."""
         path = folder / "spec.json"
         try:
             known = json.loads(path.read_text(encoding="utf-8"))
@@ -102,15 +102,15 @@ class Spec:
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """A row as it is trained, decoded from its token ids: what is taught (True) and what is only read. No event.
+    """A row as it is trained, decoded from token ids: parts that are learned (True) and parts that are context.
 
-    `asked` and `said` are its last question and its first answer that is taught, without the template's marks.
+    `question` and `answer` are its last question and its first learned answer, without the template's marks.
     """
 
     line: int
     parts: tuple[tuple[bool, str], ...]
-    asked: str
-    said: str
+    question: str
+    answer: str
 
     @staticmethod
     def dump(rows: Sequence[Preview]) -> str:
@@ -118,7 +118,7 @@ class Preview:
 
     @staticmethod
     def load(text: str) -> tuple[Preview, ...]:
-        """None where the text is none of ours."""
+        """The rows, or none where the text cannot be read."""
         try:
             return tuple(
                 Preview(**{**row, "parts": tuple((bool(taught), str(part)) for taught, part in row["parts"])})
@@ -130,10 +130,10 @@ class Preview:
 
 @dataclass(frozen=True, slots=True)
 class Checked:
-    """The data set was read. `rejected` and `mended` hold "line 7: reason" for the person, the first of them.
+    """The report on a data set. `rejected` and `mended` hold the first "line 7: reason" of each.
 
-    `personal` says what personal data was found in the rows that are used, a sentence for each kind. `histogram` counts
-    rows by length, from the shortest to the longest, in steps of the same width.
+    `personal` has a sentence for each kind of personal data that was found. `histogram` counts rows by length, from the
+    shortest to the longest in steps of equal width.
     """
 
     kind: ClassVar[str] = "checked"
@@ -147,17 +147,17 @@ class Checked:
     rejected: tuple[str, ...] = ()
     mended: tuple[str, ...] = ()
     personal: tuple[str, ...] = ()
-    median_tokens: int = 0  # of a row as it is trained, its instructions included
+    median_tokens: int = 0  # of a row as it is trained, instructions included
     longest_tokens: int = 0
-    missing: int = 0  # about so many more rows would be enough for a verdict
+    missing: int = 0  # rows that a verdict needs in addition, about
     shortest_tokens: int = 0
     histogram: tuple[int, ...] = ()
-    doubled: tuple[int, ...] = ()  # the lines of the first duplicates
+    doubled: tuple[int, ...] = ()  # lines of the first duplicates
 
 
 @dataclass(frozen=True, slots=True)
 class Answered:
-    """So many of our own prompts has the model answered as it is, before anything is trained."""
+    """The base model has answered `done` of `of` generic prompts, from which the rehearsal rows are made."""
 
     kind: ClassVar[str] = "answered"
     done: int
@@ -166,20 +166,20 @@ class Answered:
 
 @dataclass(frozen=True, slots=True)
 class Planned:
-    """What is about to be done, before the first step. `tokens` are those of all epochs, rehearsal included."""
+    """The training to come. `tokens` counts all epochs, rehearsal included."""
 
     kind: ClassVar[str] = "planned"
     steps: int
     tokens: int
     rows: int
-    rehearsed: int  # rows of what the base can do, beside `rows`
+    rehearsed: int  # rows of the base model's own answers, beside `rows`
 
 
 @dataclass(frozen=True, slots=True)
 class Estimated:
-    """What a job would take, before anybody agrees to it. `tokens` are those of all epochs, rehearsal included.
+    """What training would take. `tokens` counts all epochs, rehearsal included.
 
-    `seconds` and `memory_mib` come from steps that were really taken; 0 where none were: another job is at work.
+    `seconds` and `memory_mib` are measured on some steps; 0 where none were taken because another job is training.
     """
 
     kind: ClassVar[str] = "estimated"
@@ -194,7 +194,7 @@ class Estimated:
 
 @dataclass(frozen=True, slots=True)
 class Redacted:
-    """Personal data was taken out; JOBDIR/`name` holds the rows that are left, and is another data set."""
+    """Personal data was removed: JOBDIR/`name` holds the new data set."""
 
     kind: ClassVar[str] = "redacted"
     name: str
@@ -205,7 +205,7 @@ class Redacted:
 
 @dataclass(frozen=True, slots=True)
 class LeftOut:
-    """Of what people said, so many stored texts could not be read. Not of the trainer: it never saw them."""
+    """Stored texts that could not be decrypted. `serve` adds this event; the trainer sends none."""
 
     kind: ClassVar[str] = "left_out"
     unreadable: int
@@ -213,7 +213,7 @@ class LeftOut:
 
 @dataclass(frozen=True, slots=True)
 class Progress:
-    """`loss` and `first_loss` are means over the last and the first few steps: one step's rows say little."""
+    """`loss` and `first_loss` are means over the last and the first few steps."""
 
     kind: ClassVar[str] = "progress"
     step: int
@@ -224,13 +224,13 @@ class Progress:
     tokens_per_s: float
     seconds_left: float
     grad_norm: float = 0.0
-    clipped: float = 0.0  # the fraction of gradient values that clipping by value touched
-    first_loss: float = 0.0  # 0 where it is not known
+    clipped: float = 0.0  # fraction of gradient values that were clipped
+    first_loss: float = 0.0  # 0: unknown
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluated:
-    """Mean loss per assistant token on rows that training did not see."""
+    """Mean loss per assistant token on rows that were held out."""
 
     kind: ClassVar[str] = "evaluated"
     step: int
@@ -240,22 +240,22 @@ class Evaluated:
     who: Literal["base", "candidate"] = "candidate"
 
 
-FEWEST_TEST_ROWS = 30  # below, an interval says more about chance than about the model
-MOST_FORGOTTEN = 0.05  # nats per token of the base's own answers
-MOST_OF_A_SKILL = 0.2  # the same of one skill: eight prompts say less than sixty-four, but one may not pay for the rest
+FEWEST_TEST_ROWS = 30  # with fewer, the confidence interval is too wide for a verdict
+MOST_FORGOTTEN = 0.05  # nats per token on the base model's own answers
+MOST_OF_A_SKILL = 0.2  # the same for one skill, measured on 8 prompts of 64
 Worse = tuple[int, float, float]  # (line of the data set, loss per token of the champion, of the candidate)
 Verdict = Literal["passed", "no_better", "style_only", "forgets", "unsound", "too_few"]
 
 
 @dataclass(frozen=True, slots=True)
 class Judged:
-    """The gate's verdict on rows that training did not see, against what the channel answers from now.
+    """The gate's verdict on the test rows, against the version that answers in the channel now (the champion).
 
-    Losses and lifts are means per token. `low` and `high` hold the difference of the losses, 95% sure. `ability` is how
-    much more the candidate wonders at the base's own answers to generic prompts, in nats per token, at most
-    `ability_high`, and `skill` is what lost most of all, by `skill_change`; None where it was not measured. `unsound`
-    of `asked` answers were cut, looped or recited the prompt; `unsound_base` of the base's. `worst` are the rows that
-    the champion knows better, worst first.
+    Losses and lifts are means per token. `low` and `high` bound the difference of the losses with 95 % confidence.
+    `ability`: rise in loss (nats per token) on the base model's own answers to generic prompts, at most `ability_high`;
+    `skill` has the largest rise, `skill_change`; None where it was not measured. `unsound` of `asked` generated answers
+    were cut, looped or recited the prompt; `unsound_base` of the base model's. `worst` are the rows with the largest
+    rise in loss against the champion, worst first.
     """
 
     kind: ClassVar[str] = "judged"
@@ -284,16 +284,13 @@ class Judged:
 
 
 def forgets(ability_high: float, skill_change: float) -> bool:
-    """Whether too much of what the base could do is lost, of all of it or of one skill."""
+    """Whether the candidate loses too much of the base model's ability, over all or in one skill."""
     return not (ability_high <= MOST_FORGOTTEN and skill_change <= MOST_OF_A_SKILL)
 
 
 @dataclass(frozen=True, slots=True)
 class Shown:
-    """What of the test rows may be shown to operators. No event: it holds text, and lies in JOBDIR/shown.json.
-
-    `worst` are those of Judged with their question and answer, `unseen` some questions with theirs.
-    """
+    """Test rows that operators may see, JOBDIR/shown.json: `worst` of Judged with their texts, `unseen` others."""
 
     worst: tuple[tuple[int, float, float, str, str], ...] = ()
     unseen: tuple[tuple[str, str], ...] = ()
@@ -303,7 +300,7 @@ class Shown:
 
     @classmethod
     def load(cls, text: str) -> Shown:
-        """Empty where the text is none of ours."""
+        """Empty where the text cannot be read."""
         try:
             return cls(**{name: _tuples(value) for name, value in json.loads(text or "{}").items()})
         except (ValueError, TypeError, AttributeError):
@@ -318,7 +315,7 @@ class Warned:
 
 @dataclass(frozen=True, slots=True)
 class Alive:
-    """Nothing new, but it is at work: not kept, and told to nobody."""
+    """A sign of life without news; it is not stored."""
 
     kind: ClassVar[str] = "alive"
 
@@ -339,9 +336,9 @@ Fault = Literal["yours", "settings", "ours"]
 
 @dataclass(frozen=True, slots=True)
 class Failed:
-    """`fault` is "yours" where the data is to blame, "settings" where a setting is, "ours" otherwise.
+    """`fault`: "yours" for the data, "settings" for a setting, "ours" for anything else.
 
-    `of_use`: whether what it had learned by then may be gone on from.
+    `of_use`: whether a resumed job may continue from the checkpoint.
     """
 
     kind: ClassVar[str] = "failed"
@@ -385,7 +382,7 @@ def load_event(line: str) -> JobEvent:
 
 
 def load_judged(given: Mapping[str, Any]) -> Judged | None:
-    """The verdict as a version's manifest holds it; None where it holds none."""
+    """The verdict in a version's manifest; None where there is none."""
     try:
         return Judged(**{name: _tuples(value) for name, value in given.items()})
     except TypeError:

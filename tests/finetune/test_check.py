@@ -35,9 +35,9 @@ def test_the_preview_is_the_very_tokens_and_marks_what_is_learned(make_job: Make
     for one in shown:
         row, tokenizer = rows[one.line], prepared.base.tokenizer
         assert "".join(text for _, text in one.parts) == tokenizer.decode(list(row.row.ids))
-        assert [text for taught, text in one.parts if taught] == [f"{one.said}<|im_end|>"]
+        assert [text for taught, text in one.parts if taught] == [f"{one.answer}<|im_end|>"]
         assert "Be brief." in one.parts[0][1]
-        assert one.asked in one.parts[0][1]
+        assert one.question in one.parts[0][1]
 
 
 @pytest.mark.parametrize("known", [1, 2, 3, 4])

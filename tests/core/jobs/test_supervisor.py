@@ -493,7 +493,7 @@ async def test_trouble_with_the_disk_costs_no_result(
             raise error
         raise AdapterUnusable(detail="out: trouble", label="out") from error
 
-    monkeypatch.setattr(registry, step, troubled)
+    monkeypatch.setattr(folders, step, troubled)
     monkeypatch.setattr("core.jobs.worker._LONGEST_BACKOFF_S", 0.02)
     async with works(tmp_path) as it:
         job_id = await it.order()

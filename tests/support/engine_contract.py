@@ -1,4 +1,4 @@
-"""Every engine as the contract meets it: local, scripted, remote over the fake server, remote over the real vLLM."""
+"""Engines for the contract tests: local, scripted, remote over the fake server, remote over the real vLLM."""
 
 from __future__ import annotations
 

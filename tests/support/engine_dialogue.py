@@ -1,4 +1,4 @@
-"""Short words for engine tests: ask, read, collect."""
+"""Helpers for engine tests: make a request, read its events."""
 
 from __future__ import annotations
 

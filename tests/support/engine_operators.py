@@ -1,4 +1,4 @@
-"""The operators that a pass is made of, one by one, on tensors: float32, contiguous, on the CPU."""
+"""The kernels of a pass, one by one, on tensors: float32, contiguous, on the CPU."""
 
 from __future__ import annotations
 

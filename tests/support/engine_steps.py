@@ -1,4 +1,4 @@
-"""The model thread driven by hand, step by step, so that time is counted in steps and nothing depends on a clock."""
+"""The model thread driven step by step, so that tests count steps instead of time."""
 
 from __future__ import annotations
 

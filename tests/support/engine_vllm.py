@@ -1,4 +1,4 @@
-"""The real vLLM in its own environment, with the demo model; adapters are loaded into it at run time."""
+"""The real vLLM in its own environment, with the demo model and adapters loaded at run time."""
 
 from __future__ import annotations
 

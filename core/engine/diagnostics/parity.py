@@ -107,7 +107,7 @@ def _some_adapter(model: BaseModel) -> AdapterWeights:
         a = torch.randn(1, linear.in_features, generator=dice) * linear.in_features**-0.5
         b = torch.randn(linear.out_features, 1, generator=dice) * LORA_STD
         pairs[name] = (a.to(model.dtype), b.to(model.dtype))
-    return AdapterWeights("proof", 1, pairs)
+    return AdapterWeights("parity", 1, pairs)
 
 
 @contextmanager

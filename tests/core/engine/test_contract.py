@@ -1,4 +1,4 @@
-"""What every engine promises (core/engine/protocol.py), tried on each: one suite for all of them."""
+"""The engine protocol (core/engine/protocol.py), tested on every engine."""
 
 from __future__ import annotations
 
@@ -192,7 +192,7 @@ async def test_the_oldest_turns_are_dropped_to_fit_and_the_last_alone_must(subje
 @pytest.mark.parametrize(
     "wrong", [{"temperature": -1.0}, {"temperature": float("nan")}, {"top_p": 0.0}, {"max_tokens": 0}, {"min_p": 2.0}]
 )
-async def test_numbers_that_cannot_be_are_bad_input(subject: Subject, wrong: dict[str, float]) -> None:
+async def test_impossible_parameters_are_bad_input(subject: Subject, wrong: dict[str, float]) -> None:
     async with subject.open() as engine:
         with pytest.raises(BadInput):
             await hear(engine.submit(ask("x", **wrong)))

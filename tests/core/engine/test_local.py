@@ -1,4 +1,4 @@
-"""Promises of the local engine: join and leave, cancel, stop, deadline, bounds, failures, forgetting."""
+"""The local engine: joining and leaving, cancelling, stopping, deadlines, bounds, failures, forgetting."""
 
 from __future__ import annotations
 
@@ -185,7 +185,7 @@ async def test_a_deadline_keeps_what_exists(endless: BaseModel) -> None:
         assert finished.usage.completion_tokens > 3
 
 
-async def test_a_deadline_also_ends_what_waits_while_nothing_runs(endless: BaseModel) -> None:
+async def test_a_deadline_ends_a_waiting_request_while_none_runs(endless: BaseModel) -> None:
     async with running(endless) as engine:
         stuck = threading.Event()
         engine.thread.queue._prepare = lambda state: stuck.wait(30)  # type: ignore[assignment, return-value]
@@ -195,7 +195,7 @@ async def test_a_deadline_also_ends_what_waits_while_nothing_runs(endless: BaseM
         assert heard.finished.reason is FinishReason.DEADLINE
 
 
-async def test_files_that_are_slow_to_read_hold_up_no_others(
+async def test_slow_adapter_files_delay_no_other_requests(
     endless: BaseModel, adapters: list[AdapterRef], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     stalled, load = threading.Event(), adapter_files.load_adapter
@@ -223,7 +223,7 @@ async def test_files_that_are_slow_to_read_hold_up_no_others(
         assert engine.stats().waiting == 0
 
 
-async def test_an_adapter_for_which_there_is_no_thread_can_be_read_later(
+async def test_an_adapter_without_a_thread_to_read_it_can_be_read_later(
     endless: BaseModel, adapters: list[AdapterRef], monkeypatch: pytest.MonkeyPatch
 ) -> None:
     start = threading.Thread.start
@@ -241,7 +241,7 @@ async def test_an_adapter_for_which_there_is_no_thread_can_be_read_later(
         assert (await hear(engine.submit(ask("x", adapter=adapters[0])))).finished is not None
 
 
-async def test_a_prompt_for_which_there_is_no_thread_fails_alone(
+async def test_without_a_thread_for_its_prompt_a_request_fails_alone(
     endless: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     def none_left(work: Callable[[], None]) -> None:
@@ -348,7 +348,7 @@ async def test_a_token_without_a_text_is_an_error_of_its_row_alone(endless: Base
         assert (await hear(good)).text == alone.text
 
 
-async def test_a_crash_of_the_model_thread_fails_what_runs_and_the_thread_goes_on(endless: BaseModel) -> None:
+async def test_a_failed_step_ends_the_running_requests_only(endless: BaseModel) -> None:
     async with running(endless) as engine:
         before = await hear(engine.submit(ask("x")))
         crashing = [engine.submit(ask(f"{i}", **LONG)) for i in range(3)]
@@ -367,7 +367,7 @@ async def test_a_crash_of_the_model_thread_fails_what_runs_and_the_thread_goes_o
         assert engine.stats().running == 0
 
 
-async def test_the_end_of_the_model_thread_is_an_error_of_all_that_is_open_and_of_what_comes(
+async def test_after_the_model_thread_ends_all_requests_fail(
     endless: BaseModel,
 ) -> None:
     async with running(endless, max_rows=1) as engine:
@@ -390,7 +390,7 @@ async def test_the_end_of_the_model_thread_is_an_error_of_all_that_is_open_and_o
             await engine.forget("c")
 
 
-def test_whoever_had_to_go_hears_of_it_also_at_the_end_of_the_thread(endless: BaseModel) -> None:
+def test_a_displaced_request_is_answered_when_the_thread_ends(endless: BaseModel) -> None:
     steps = Steps(endless, max_waiting=4)
     for i in range(4):
         steps.submit(f"5:{i}", Scope("flood"))
@@ -439,7 +439,7 @@ def bounded(cache: SlotCache, slots: int) -> None:
     cache._resize = no_memory  # type: ignore[method-assign]
 
 
-async def test_whoever_finds_no_memory_for_a_row_waits_until_another_ends(endless: BaseModel) -> None:
+async def test_a_request_without_memory_for_its_row_waits_for_another_to_end(endless: BaseModel) -> None:
     async with running(endless, reuse_mib=0) as engine:
         alone = await hear(engine.submit(ask("5")))
         engine.thread.runner.cache.clear()
@@ -451,7 +451,7 @@ async def test_whoever_finds_no_memory_for_a_row_waits_until_another_ends(endles
         assert is_blank(engine.thread.runner.cache)
 
 
-async def test_an_answer_that_made_room_waits_for_memory(endless: BaseModel) -> None:
+async def test_a_preempted_answer_waits_for_memory(endless: BaseModel) -> None:
     async with running(endless, max_rows=2, reuse_mib=0) as engine:
         flood = [engine.submit(ask(f"{i}", scope=Scope("flood"), **LONG)) for i in range(2)]
         for generation in flood:
@@ -471,7 +471,7 @@ async def test_an_answer_that_made_room_waits_for_memory(endless: BaseModel) -> 
             assert (await hear(generation)).finished.reason is FinishReason.LENGTH  # type: ignore[union-attr]
 
 
-async def test_whoever_finds_no_memory_alone_hears_of_it(endless: BaseModel) -> None:
+async def test_a_single_request_without_memory_fails(endless: BaseModel) -> None:
     async with running(endless) as engine:
         bounded(engine.thread.runner.cache, 0)
         for _ in range(2):
@@ -480,7 +480,7 @@ async def test_whoever_finds_no_memory_alone_hears_of_it(endless: BaseModel) -> 
 
 
 @pytest.mark.parametrize("what", ["run", "add_row"])
-async def test_what_is_kept_for_later_turns_makes_room_first(endless: BaseModel, what: str) -> None:
+async def test_prefixes_are_dropped_first_when_memory_is_short(endless: BaseModel, what: str) -> None:
     async with running(endless) as engine:
         alone = await hear(engine.submit(ask("x")))
         thread = engine.thread
@@ -498,7 +498,7 @@ async def test_what_is_kept_for_later_turns_makes_room_first(endless: BaseModel,
         assert len(thread.rows.prefixes) == 0
 
 
-def test_what_is_kept_makes_room_beside_a_row_that_runs(endless: BaseModel) -> None:
+def test_prefixes_are_dropped_for_a_second_row(endless: BaseModel) -> None:
     steps = Steps(endless)
     steps.submit("5:before", Scope("p", "c", "u", "v"), max_tokens=2)
     steps.until_over("5:before", within=5)
@@ -533,7 +533,7 @@ async def test_forget_ends_and_wipes_a_conversation_and_leaves_the_others(endles
         await engine.forget("unknown")
 
 
-async def test_a_forget_that_nobody_waits_for_any_more_is_of_no_matter_to_others(endless: BaseModel) -> None:
+async def test_an_abandoned_forget_does_not_affect_others(endless: BaseModel) -> None:
     async with running(endless) as engine:
         gate = Gate(engine)
         mine, other = (
@@ -551,7 +551,7 @@ async def test_a_forget_that_nobody_waits_for_any_more_is_of_no_matter_to_others
         assert (await hear(other)).finished.reason is FinishReason.LENGTH  # type: ignore[union-attr]
 
 
-async def test_an_error_while_a_row_ends_loses_neither_a_forget_nor_those_that_failed(endless: BaseModel) -> None:
+async def test_an_error_while_a_row_ends_loses_no_forget_and_no_failure(endless: BaseModel) -> None:
     async with running(endless, max_rows=1, max_waiting=1) as engine:
         gate, cache = Gate(engine), engine.thread.runner.cache
         mine = engine.submit(ask("a", scope=Scope("p", "c"), **LONG))
@@ -582,7 +582,7 @@ async def test_a_forget_between_the_end_of_the_thread_and_that_of_the_engine(end
             await engine.forget("c")
 
 
-async def test_nothing_lingers_in_memory_after_an_answer(endless: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
+async def test_memory_is_blank_after_an_answer(endless: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     async with running(endless) as engine:
         cache = engine.thread.runner.cache
         await asyncio.gather(*(hear(engine.submit(ask(f"{i}" * 20 * i))) for i in range(6)))

@@ -1,4 +1,4 @@
-"""Engines are found by name: the built-in ones, and those of other packages."""
+"""Engines by name: built-in ones, and those of other packages."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The scripted engine keeps the protocol."""
+"""The scripted engine follows the protocol."""
 
 from __future__ import annotations
 

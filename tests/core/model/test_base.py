@@ -1,4 +1,4 @@
-"""Loading: the demo model's conversion, what is refused and why, the fingerprint."""
+"""Loading models: the converted demo, refusals with their reasons, the fingerprint."""
 
 from __future__ import annotations
 
@@ -67,7 +67,7 @@ def refusal(folder: Path | str, **settings: str) -> str:
     return caught.value.detail
 
 
-def test_a_local_folder_is_loaded_with_what_people_and_machines_ask_of_it(folder: Path) -> None:
+def test_a_local_folder_is_loaded_with_its_description(folder: Path) -> None:
     model = load(folder)
     assert model.context == 512
     assert model.eos_ids == {2}
@@ -200,7 +200,7 @@ def test_a_gguf_file_is_named_as_such_with_what_to_give_instead(tmp_path: Path) 
     assert "notes.txt is a file" in refusal(tmp_path / "notes.txt")
 
 
-def test_a_hub_that_cannot_be_reached_is_said_so(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_unreachable_hub_is_named_in_the_error(monkeypatch: pytest.MonkeyPatch) -> None:
     import huggingface_hub
     from huggingface_hub.errors import LocalEntryNotFoundError
 
@@ -224,7 +224,7 @@ def test_a_hub_that_cannot_be_reached_is_said_so(monkeypatch: pytest.MonkeyPatch
     ],
     ids=lambda config: config.model_type,
 )
-def test_other_architectures_are_proved_exact(config: Any, tmp_path: Path) -> None:
+def test_other_architectures_pass_the_parity_check(config: Any, tmp_path: Path) -> None:
     torch.manual_seed(0)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
@@ -245,12 +245,14 @@ def test_other_architectures_are_proved_exact(config: Any, tmp_path: Path) -> No
     ],
     ids=["t5", "bert", "llama4", "qwen3_next", "jamba", "mamba"],
 )
-def test_what_cannot_be_served_exactly_is_recognised_by_its_configuration(config: Any, reason: str) -> None:
+def test_unsupported_architectures_are_recognized_by_their_configuration(config: Any, reason: str) -> None:
     with pytest.raises(ModelLoadFailed, match=reason):
         exact_context(config)
 
 
-def test_what_the_configuration_does_not_tell_is_found_by_proof(folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_parity_check_finds_what_the_configuration_does_not_tell(
+    folder: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
     """A model whose attention turns its queries otherwise with a cache than without one."""
     monkeypatch.setattr("core.engine.runtime.runner.fuse", lambda module: None)  # its own forward runs
     model = load(folder)
@@ -282,7 +284,7 @@ def test_what_the_configuration_does_not_tell_is_found_by_proof(folder: Path, mo
     ],
     ids=["bloom", "gpt_neo", "rwkv"],
 )
-def test_a_model_that_the_engine_cannot_lead_to_its_slots_is_refused(config: Any, reason: str, tmp_path: Path) -> None:
+def test_a_model_whose_attention_cannot_be_redirected_is_refused(config: Any, reason: str, tmp_path: Path) -> None:
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path)
     tiny_tokenizer().save_pretrained(tmp_path)
     assert reason in refusal(tmp_path)
@@ -301,7 +303,7 @@ def test_rotary_scaling_by_length_bounds_the_context(kind: str) -> None:
     assert exact_context(config) == 128
 
 
-def test_the_fingerprint_is_of_the_weights_and_not_of_how_they_are_cut(folder: Path, tmp_path: Path) -> None:
+def test_the_fingerprint_depends_on_the_weights_not_on_sharding(folder: Path, tmp_path: Path) -> None:
     whole = fingerprint(folder)
     shards = tmp_path / "shards"
     plain = AutoModelForCausalLM.from_pretrained(folder)

@@ -1,4 +1,4 @@
-"""Rendering: equal to the tokenizer's own for ordinary text, safe for text that spells control tokens."""
+"""Rendering: ordinary text as the tokenizer's own template, spelt control tokens as text."""
 
 from __future__ import annotations
 
@@ -82,7 +82,7 @@ def test_a_last_message_that_does_not_fit_alone_is_refused_with_the_numbers() ->
 
 @given(st.integers(1, 400), st.integers(0, 12))
 @settings(deadline=None)
-def test_what_is_rendered_fits_and_no_more_is_dropped_than_must_be(limit: int, exchanges: int) -> None:
+def test_a_rendered_prompt_fits_and_drops_the_minimum(limit: int, exchanges: int) -> None:
     turns = [turn for i in range(exchanges) for turn in ((U, f"question {i}"), (A, "answer" * (i % 3)))]
     messages = chat(*turns, (U, "last"))
     try:

@@ -148,7 +148,7 @@ def test_merged_linears_are_the_parts_side_by_side(kernel: type[Int8Kernel]) -> 
 
 @pytest.mark.parametrize("kind", ["fp32", "int8"])
 @torch.inference_mode()
-def test_an_outlier_in_one_rows_embedding_moves_no_other_rows_logits(
+def test_an_outlier_in_one_rows_embedding_changes_no_other_rows_logits(
     kind: str, base: BaseModel, int8: BaseModel
 ) -> None:
     model = base if kind == "fp32" else int8
@@ -190,7 +190,7 @@ async def test_the_engine_answers_in_int8_with_any_mix(int8: BaseModel, adapters
 
 
 @pytest.mark.drill
-def test_int8_says_200_answers_as_well_as_fp32(demo_cache: Path) -> None:
+def test_int8_gives_200_answers_the_likelihood_of_fp32(demo_cache: Path) -> None:
     """Mean NLL per answer token within 1 %."""
     losses = {kind: _mean_nll(kind, demo_cache) for kind in ("none", "int8")}
     print(f"mean NLL: {losses}, int8 / fp32 - 1 = {losses['int8'] / losses['none'] - 1:.3%}")

@@ -1,4 +1,4 @@
-"""Which adapter folders are taken, and for what reasons the others are refused."""
+"""Which adapter folders load, and why others are refused; the store and the slots of loaded ones."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def first(tensors: dict[str, torch.Tensor], side: str = "A") -> str:
     return next(name for name in sorted(tensors) if f"lora_{side}" in name)
 
 
-def test_a_good_adapter_is_taken_with_its_scale_folded_into_b(copy: AdapterRef, fits: AdapterTarget) -> None:
+def test_a_valid_adapter_is_loaded_with_its_scale_folded_into_b(copy: AdapterRef, fits: AdapterTarget) -> None:
     weights = load_adapter(copy, fits)
     raw = load_file(copy.folder / WEIGHTS)
     module = "model.layers.0.self_attn.q_proj"
@@ -285,7 +285,7 @@ def test_keys_of_patterns_mean_what_they_mean_to_peft(keys: list[str]) -> None:
     assert found == {module: pattern.get(get_pattern_key(keys, module), "") for module in MODULES}
 
 
-def test_a_key_for_each_module_is_no_expression_to_build(
+def test_a_pattern_key_per_module_compiles_no_expression(
     base: BaseModel, fits: AdapterTarget, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """As PEFT writes them for EVA, and for what it converts."""
@@ -305,7 +305,7 @@ def test_too_many_expressions_are_refused(copy: AdapterRef, fits: AdapterTarget)
         load_adapter(copy, fits)
 
 
-def test_an_initialisation_that_changes_the_base_is_taken_once_converted(
+def test_a_converted_initialization_that_changes_the_base_is_accepted(
     base: BaseModel, fits: AdapterTarget, tmp_path: Path
 ) -> None:
     """PiSSA: what training made of the changed base, peft writes as a LoRA of twice the rank on the unchanged one."""
@@ -394,7 +394,7 @@ def test_few_files_are_read_at_once_and_each_of_them_once(
     assert len(reads) == len(names)
 
 
-def test_without_memory_for_twice_the_slots_an_idle_one_or_one_more_will_do(
+def test_without_memory_to_double_slots_one_more_or_an_idle_one_is_used(
     base: BaseModel, adapters: list[AdapterRef], fits: AdapterTarget
 ) -> None:
     stacks = AdapterSlots(base.module, max_slots=4, device=base.device, dtype=base.dtype)
@@ -420,7 +420,7 @@ def test_without_memory_for_twice_the_slots_an_idle_one_or_one_more_will_do(
 
 
 @pytest.mark.parametrize("max_slots", [1, 3])
-def test_a_high_rank_costs_the_others_nothing_once_its_adapter_lies_idle(
+def test_an_idle_adapter_of_high_rank_causes_no_padding(
     base: BaseModel, adapters: list[AdapterRef], fits: AdapterTarget, tmp_path: Path, max_slots: int
 ) -> None:
     stacks, fresh = (
@@ -446,7 +446,7 @@ def test_a_high_rank_costs_the_others_nothing_once_its_adapter_lies_idle(
             assert not mine[[other for other in range(len(mine)) if other != slot]].any()
 
 
-def test_a_rank_that_is_lowered_half_way_for_lack_of_memory_is_raised_as_any_other(
+def test_a_rank_lowered_half_way_by_out_of_memory_can_be_raised(
     base: BaseModel, adapters: list[AdapterRef], fits: AdapterTarget, tmp_path: Path
 ) -> None:
     stacks, fresh = (AdapterSlots(base.module, max_slots=2, device=base.device, dtype=base.dtype) for _ in range(2))
@@ -471,9 +471,7 @@ def test_a_rank_that_is_lowered_half_way_for_lack_of_memory_is_raised_as_any_oth
             assert torch.equal(mine[slot], wanted[own])
 
 
-def test_slots_are_reused_only_when_nobody_runs_with_them(
-    base: BaseModel, adapters: list[AdapterRef], fits: AdapterTarget
-) -> None:
+def test_a_slot_is_reused_only_without_users(base: BaseModel, adapters: list[AdapterRef], fits: AdapterTarget) -> None:
     stacks = AdapterSlots(base.module, max_slots=2, device=base.device, dtype=base.dtype)
     a, b, c, _ = (load_adapter(ref, fits) for ref in adapters)
     assert stacks.acquire(a) == stacks.acquire(a) == 0

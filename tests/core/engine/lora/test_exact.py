@@ -1,4 +1,4 @@
-"""The oracle: every request in any mix equals PEFT's `set_adapter` + greedy `generate`, token for token."""
+"""Every request of any mix equals PEFT's `set_adapter` and greedy `generate`, token for token."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ async def test_any_mix_arriving_at_any_time_equals_peft_one_by_one(base: BaseMod
     assert len({tuple(ids) for ids in expected}) == len(expected)  # the adapters do change the answers
 
 
-async def test_neighbours_do_not_matter(base: BaseModel, adapters: list[AdapterRef]) -> None:
+async def test_an_answer_does_not_depend_on_other_rows(base: BaseModel, adapters: list[AdapterRef]) -> None:
     """Canaries: one request alone, and the same among floods of every other adapter."""
     async with running(base, max_rows=8, reuse_mib=0) as engine:
         for canary in (None, adapters[1]):
@@ -95,7 +95,7 @@ async def test_base_with_adapters_resident_is_the_base_bit_for_bit(base: BaseMod
         assert torch.equal(base.module(input_ids=ids).logits, before)
 
 
-async def test_a_seed_gives_the_same_text_alone_and_in_company(base: BaseModel, adapters: list[AdapterRef]) -> None:
+async def test_a_seed_gives_the_same_text_alone_and_in_a_batch(base: BaseModel, adapters: list[AdapterRef]) -> None:
     async with running(base) as engine:
         request = ask("dice", adapter=adapters[0], temperature=1.0, top_p=0.9, seed=11)
         alone = await hear(engine.submit(request))

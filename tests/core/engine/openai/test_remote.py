@@ -71,7 +71,7 @@ async def test_the_prompt_is_what_the_local_engine_would_run(fake: FakeOpenAI, b
     assert {name: fake.asked[1][name] for name in neutral} == neutral  # a server's own defaults do not count
 
 
-async def test_only_a_conversation_itself_finds_its_prefix_again(fake: FakeOpenAI, base: BaseModel) -> None:
+async def test_only_the_same_conversation_finds_its_prefix(fake: FakeOpenAI, base: BaseModel) -> None:
     async with engine_over(fake, base) as engine:
         for channel, conversation in (("c", "v"), ("c", "v"), ("c", "w"), ("d", "v"), ("c", ""), ("c", "")):
             await hear(engine.submit(ask(scope=Scope(channel=channel, conversation=conversation))))
@@ -184,7 +184,7 @@ def _idle(fake: FakeOpenAI) -> Any:
 
 
 @pytest.mark.parametrize("fault", ["drop", "502", "503", "429:1"])
-async def test_what_passes_is_asked_again_while_no_answer_has_begun(
+async def test_transient_failures_are_retried_before_an_answer_begins(
     fake: FakeOpenAI, base: BaseModel, fault: str
 ) -> None:
     async with engine_over(fake, base) as engine:
@@ -195,7 +195,7 @@ async def test_what_passes_is_asked_again_while_no_answer_has_begun(
         assert (await hear(engine.submit(ask("hello")))).text == heard.text
 
 
-async def test_asking_again_has_an_end(fake: FakeOpenAI, base: BaseModel) -> None:
+async def test_retries_are_bounded(fake: FakeOpenAI, base: BaseModel) -> None:
     async with engine_over(fake, base) as engine:
         fake.faults = ["503"] * 5
         with pytest.raises(Overloaded) as caught:
@@ -221,7 +221,7 @@ async def test_a_busy_servers_wait_is_passed_on(fake: FakeOpenAI, base: BaseMode
         assert len(fake.asked) == (3 if given == "0" else 1)
 
 
-async def test_a_server_that_went_away_is_an_error_and_one_that_came_back_answers(base: BaseModel) -> None:
+async def test_an_unreachable_server_is_an_error_and_a_returned_one_answers(base: BaseModel) -> None:
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -236,7 +236,7 @@ async def test_a_server_that_went_away_is_an_error_and_one_that_came_back_answer
         await engine.__aexit__(None, None, None)
 
 
-async def test_the_requests_own_deadline_ends_the_asking(fake: FakeOpenAI, base: BaseModel) -> None:
+async def test_the_deadline_ends_a_request_at_the_server(fake: FakeOpenAI, base: BaseModel) -> None:
     async with engine_over(fake, base) as engine:
         fake.faults = ["hang"]
         heard = await hear(engine.submit(ask("hello", deadline_s=0.2)))
@@ -296,7 +296,7 @@ async def test_the_folder_is_named_as_the_server_sees_it(
 
 
 @pytest.mark.parametrize("how", ["resolver", "loaded at its start"])
-async def test_a_server_that_has_the_adapter_is_told_nothing(
+async def test_a_server_that_has_the_adapter_is_not_asked_to_load_it(
     base: BaseModel, adapters: list[AdapterRef], tmp_path: Path, how: str
 ) -> None:
     ref = adapters[0]
@@ -352,7 +352,7 @@ async def test_a_strict_server_is_asked_without_what_it_refuses(fake: FakeOpenAI
         ({"refuses": {"prompt"}}, "prompt"),
     ],
 )
-async def test_a_server_that_cannot_serve_is_told_at_the_start(
+async def test_a_server_that_cannot_serve_is_refused_at_start(
     base: BaseModel, change: dict[str, Any], said: str
 ) -> None:
     fake = FakeOpenAI(base.tokenizer, **change)

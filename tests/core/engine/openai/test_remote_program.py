@@ -1,4 +1,4 @@
-"""The program with its model on a server: a real process, a fake vLLM; the reply is the server's, and is charged."""
+"""The program as a process, with its model on a fake vLLM: the reply is the server's and is charged."""
 
 from __future__ import annotations
 

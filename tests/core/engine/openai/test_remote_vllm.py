@@ -1,4 +1,4 @@
-"""Against the real vLLM (drill): its text is the local engine's, with adapters that it loads at run time too."""
+"""The real vLLM (drill): greedy text equals the local engine's, also with adapters loaded at run time."""
 
 from __future__ import annotations
 
@@ -81,7 +81,7 @@ async def test_greedy_text_is_the_local_engines(vllm_server: Vllm, demo_adapters
         assert len({one[0] for one, request in zip(there, requests, strict=True) if request.id == question}) > 2
 
 
-async def test_a_conversations_next_turn_reuses_its_prefix_and_no_one_elses(vllm_server: Vllm) -> None:
+async def test_the_next_turn_reuses_only_its_own_conversations_prefix(vllm_server: Vllm) -> None:
     long = ask("Please remember this: " + "the river is wide. " * 30, max_tokens=4)
     async with remote(vllm_server.url, vllm_server.folder, **PATIENT) as engine:
         first, second = await hear(engine.submit(long)), await hear(engine.submit(long))

@@ -104,7 +104,7 @@ def grown(model: BaseModel, runner: Runner) -> list[torch.Tensor]:
 
 
 @torch.inference_mode()
-def test_growth_of_rows_lengths_slots_and_ranks_changes_nothing(base: BaseModel) -> None:
+def test_reallocation_changes_no_result(base: BaseModel) -> None:
     steps = Runner(base, max_rows=12, context=400, static=True)
     fresh = Runner(base, max_rows=12, context=400)
     assert fresh.steps is None
@@ -116,7 +116,7 @@ def test_growth_of_rows_lengths_slots_and_ranks_changes_nothing(base: BaseModel)
 
 
 @torch.inference_mode()
-def test_rows_that_run_bare_have_a_step_without_adapters(base: BaseModel) -> None:
+def test_base_model_rows_run_steps_without_adapters(base: BaseModel) -> None:
     runner = Runner(base, max_rows=4, context=128, static=True)
     assert runner.steps is not None
     slot = runner.lora.acquire(adapter(base, "a", 4))
@@ -131,7 +131,7 @@ def test_rows_that_run_bare_have_a_step_without_adapters(base: BaseModel) -> Non
 
 
 @torch.inference_mode()
-def test_rows_beside_a_short_mix_never_write_into_others(base: BaseModel) -> None:
+def test_padding_rows_never_write_to_other_rows(base: BaseModel) -> None:
     """Three of four rows step in a shape of four: the fourth row's keys and values stay as they are."""
     runner = Runner(base, max_rows=4, context=128, static=True)
     for i in range(4):
@@ -146,7 +146,7 @@ def test_rows_beside_a_short_mix_never_write_into_others(base: BaseModel) -> Non
     ("error", "usable"), [(RuntimeError("operation not permitted"), False), (torch.OutOfMemoryError("full"), True)]
 )
 @torch.inference_mode()
-def test_a_capture_that_fails_leaves_the_plain_way(
+def test_after_a_failed_capture_steps_run_uncaptured(
     base: BaseModel,
     error: Exception,
     usable: bool,
@@ -173,9 +173,7 @@ def test_a_capture_that_fails_leaves_the_plain_way(
 
 
 @torch.inference_mode()
-def test_a_shape_without_memory_is_not_tried_again_when_another_has_none_either(
-    base: BaseModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_shape_without_memory_is_not_captured_again(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     tried: list[int] = []
 
     def fail(self: DecodeGraphs, shape: GraphShape) -> None:
@@ -213,7 +211,7 @@ def test_graphs_never_share_memory_with_dropped_ones(base: BaseModel, monkeypatc
 
 @pytest.mark.parametrize("nth", [0, 1, 2, 9, 13])
 @torch.inference_mode()
-def test_adapters_run_on_after_no_memory_was_found_for_wider_ones(
+def test_adapters_keep_running_after_out_of_memory_for_a_higher_rank(
     base: BaseModel, nth: int, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Memory ends at any place of a new layout: steps over the old one are gone, and all goes on, then grows."""
@@ -254,9 +252,7 @@ def test_adapters_run_on_after_no_memory_was_found_for_wider_ones(
 
 
 @torch.inference_mode()
-def test_a_layout_that_fails_half_way_is_another_one_to_graphs(
-    base: BaseModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_a_failed_reallocation_invalidates_graphs(base: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Tensors that were given up already must not be read by a step captured before."""
     runner = Runner(base, max_rows=4, context=400, static=True)
     runner.run(runner.cache.add_row(), [[5, 6, 7]], [None])
@@ -310,7 +306,7 @@ def test_buckets_hold_what_they_are_for_and_waste_little(number: int) -> None:
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="there is no GPU")
 @pytest.mark.parametrize("kind", ["Llama", "Gemma2", "Qwen3"])
 @torch.inference_mode()
-def test_replayed_graphs_give_what_plain_steps_give(kind: str, tmp_path: Path) -> None:
+def test_replayed_graphs_equal_uncaptured_steps(kind: str, tmp_path: Path) -> None:
     folder = made(kind, tmp_path / "base", FAMILIES[kind][0]).folder
     model = load_for_serving(ModelSettings(name=str(folder), device="cuda", dtype="float32"), tmp_path)
     captured = Runner(model, max_rows=12, context=400)

@@ -173,7 +173,7 @@ def test_windows_matter_and_the_context_is_not_cut_to_them(kind: str, tmp_path: 
 
 
 @pytest.mark.parametrize("kind", ["Mistral", "Gemma3"])
-def test_a_window_that_got_lost_is_found_at_load_however_long_it_is(
+def test_a_missing_window_is_found_at_load_whatever_its_length(
     kind: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     changes, _ = FAMILIES[kind]
@@ -188,7 +188,7 @@ def test_a_window_that_got_lost_is_found_at_load_however_long_it_is(
     assert text.sliding_window == WINDOW  # as it was, whatever came out
 
 
-def test_adapters_that_a_model_would_apply_otherwise_are_found_at_load(
+def test_adapters_that_a_model_applies_differently_are_found_at_load(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     base = made("Gemma", tmp_path / "base", {})

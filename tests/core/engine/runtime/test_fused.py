@@ -89,7 +89,7 @@ def adapter(model: BaseModel, name: str, rank: int, only: str = "") -> AdapterWe
 
 @pytest.mark.parametrize("kind", FAMILY)
 @torch.inference_mode()
-def test_the_fused_forward_gives_the_models_own_numbers(kind: str, tmp_path: Path) -> None:
+def test_the_fused_forward_gives_the_models_own_logits(kind: str, tmp_path: Path) -> None:
     model = made(kind, tmp_path, **FAMILY[kind])
     ids = torch.tensor([[5, 9, 100, 7, 31, 8]])
     before = model.module(input_ids=ids).logits
@@ -168,13 +168,13 @@ def test_tiles_and_masks_equal_the_product_in_float64(way: str) -> None:
 
 @pytest.mark.parametrize("kind", OTHERS)
 @torch.inference_mode()
-def test_other_models_run_the_plain_way(kind: str, tmp_path: Path) -> None:
+def test_other_models_run_their_own_forward(kind: str, tmp_path: Path) -> None:
     model = made(kind, tmp_path, **OTHERS[kind])
     assert fuse(model.module) is None
     check_parity(model)
 
 
-def test_a_module_that_the_family_does_not_know_runs_the_plain_way(base: BaseModel) -> None:
+def test_a_model_with_an_unknown_module_runs_its_own_forward(base: BaseModel) -> None:
     import copy
 
     fused = fuse(base.module)

@@ -1,4 +1,4 @@
-"""Slots of rows: memory that costs nothing until it is written, rows of unlike lengths, and few new layouts."""
+"""KV slots: lazily allocated memory, and few reallocations."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def resident() -> int:
 
 @pytest.mark.skipif(sys.platform != "linux", reason="only Linux hands out memory so")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_untouched_zeros_hold_what_was_written_and_give_it_back(dtype: torch.dtype) -> None:
+def test_lazy_zeros_use_only_written_memory_and_free_it(dtype: torch.dtype) -> None:
     assert lazy_zeros_available()
     before = resident()
     zeros = lazy_zeros((64, 8 * MIB // dtype.itemsize), dtype)
@@ -43,12 +43,12 @@ def test_untouched_zeros_hold_what_was_written_and_give_it_back(dtype: torch.dty
     assert resident() - before < 16 * MIB
 
 
-def test_more_than_the_system_may_promise_is_a_memory_error() -> None:
+def test_more_than_the_system_overcommits_is_a_memory_error() -> None:
     with pytest.raises(MemoryError):
         lazy_zeros((2**46,), torch.float32)
 
 
-def test_a_new_layout_is_made_for_rows_and_length_at_once_and_with_room_to_go_on() -> None:
+def test_a_reallocation_grows_rows_and_length_at_once_with_spare_capacity() -> None:
     cache = SlotCache(1, max_rows=8, max_length=4096)
     for _ in range(2):
         cache.used[cache.add_row(101)] = 100
@@ -63,7 +63,7 @@ def test_a_new_layout_is_made_for_rows_and_length_at_once_and_with_room_to_go_on
 
 
 @pytest.mark.skipif(not lazy_zeros_available(), reason="slots grow here")
-async def test_a_long_prompt_among_running_rows_lays_out_nothing_anew(base: BaseModel) -> None:
+async def test_a_long_prompt_beside_running_rows_reallocates_nothing(base: BaseModel) -> None:
     endless = dataclasses.replace(base, eos_ids=frozenset())
     async with running(endless) as engine:
         cache = engine.thread.runner.cache

@@ -1,4 +1,4 @@
-"""A conversation's next turn takes in its new tokens alone, says the same, and meets nobody else's keys and values."""
+"""A conversation's next turn computes only its new tokens, gives the same text, and shares nothing."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ def reused(heard: Heard) -> int:
     return heard.started.reused_tokens
 
 
-async def test_a_conversation_goes_on_from_what_is_kept_and_says_the_same(
+async def test_a_conversation_continues_from_its_prefix_with_the_same_text(
     base: BaseModel, adapters: list[AdapterRef]
 ) -> None:
     for adapter in (None, adapters[0]):
@@ -59,7 +59,7 @@ async def test_a_conversation_goes_on_from_what_is_kept_and_says_the_same(
         assert texts[64] == texts[0]
 
 
-async def test_nobody_else_meets_what_is_kept(base: BaseModel, adapters: list[AdapterRef]) -> None:
+async def test_a_prefix_is_reused_by_its_own_conversation_only(base: BaseModel, adapters: list[AdapterRef]) -> None:
     """Another adapter, channel or conversation begins from nothing; what is forgotten is gone."""
     said = ["tell me", "something", "and then"]
     async with running(base) as engine:
@@ -78,7 +78,9 @@ async def test_nobody_else_meets_what_is_kept(base: BaseModel, adapters: list[Ad
         assert reused(await say(engine, said, scope=Scope("p", "c", "u", "w"))) > 0
 
 
-async def test_answers_are_those_of_the_adapter_whatever_is_kept(base: BaseModel, adapters: list[AdapterRef]) -> None:
+async def test_answers_are_the_adapters_own_whatever_prefix_is_cached(
+    base: BaseModel, adapters: list[AdapterRef]
+) -> None:
     """One conversation whose adapter changes at every turn, among crowds, against an engine that keeps nothing."""
     refs: list[AdapterRef | None] = [None, *adapters, None, adapters[2], adapters[2], adapters[0]]
     said = [["same words", "same answer", f"turn {i // 2}"] for i in range(len(refs))]
@@ -95,7 +97,7 @@ async def test_answers_are_those_of_the_adapter_whatever_is_kept(base: BaseModel
         assert reused(alone) > 0
 
 
-async def test_a_stopped_answer_leaves_nothing_of_a_forgotten_conversation(base: BaseModel) -> None:
+async def test_a_stopped_answer_stores_no_prefix_of_a_forgotten_conversation(base: BaseModel) -> None:
     endless = dataclasses.replace(base, eos_ids=frozenset())
     async with running(endless) as engine:
         running_one = engine.submit(dataclasses.replace(ask("a", max_tokens=400), scope=SCOPE))
@@ -139,7 +141,7 @@ def test_the_last_token_of_a_prompt_is_always_run() -> None:
     assert len(store) == 0
 
 
-async def test_an_error_between_a_row_and_its_job_moves_no_other_row(
+async def test_an_error_while_a_row_is_admitted_moves_no_other_row(
     base: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     async with running(base) as engine:

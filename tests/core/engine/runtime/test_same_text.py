@@ -71,10 +71,10 @@ async def compare(base: BaseModel, folder: Path, *, std: float, most: int) -> No
     assert len({tuple(answer) for answer in answers.values()}) > REQUESTS / 2
 
 
-async def test_any_request_says_what_peft_says(base: BaseModel, tmp_path: Path) -> None:
+async def test_any_request_gets_pefts_text(base: BaseModel, tmp_path: Path) -> None:
     await compare(base, tmp_path, std=0.2, most=24)
 
 
 @pytest.mark.drill
-async def test_any_request_to_the_demo_model_says_what_peft_says(demo_cache: Path, tmp_path: Path) -> None:
+async def test_any_request_to_the_demo_model_gets_pefts_text(demo_cache: Path, tmp_path: Path) -> None:
     await compare(load_for_serving(ModelSettings(), demo_cache), tmp_path, std=0.02, most=48)

@@ -49,7 +49,7 @@ def test_a_temperature_near_zero_is_zero() -> None:
             assert sample(rows, cold, [3] * 5, seen) == sample(rows, none, [3] * 5, seen), (temperature, others)
 
 
-def test_the_least_temperature_that_is_one_draws_the_most_likely_token() -> None:
+def test_the_lowest_effective_temperature_gives_the_most_likely_token() -> None:
     rows = logits(5) * 100
     for others in ({}, {"top_p": 0.9}, {"top_k": 5}):
         assert sample(rows, [Sampling(1.1e-5, **others)] * 5, [3] * 5, [()] * 5) == rows.argmax(-1).tolist()
@@ -137,7 +137,7 @@ def one_by_one(row: Tensor, param: Sampling, position: int, seen: Sequence[int])
 
 
 @given(st.lists(PARAMS, min_size=1, max_size=6), st.integers(0, 99), st.sampled_from([4, 1024]))
-def test_rows_drawn_together_are_those_drawn_one_by_one(params: list[Sampling], seed: int, candidates: int) -> None:
+def test_rows_sampled_together_equal_rows_sampled_alone(params: list[Sampling], seed: int, candidates: int) -> None:
     """Whatever the rest of the batch, and whether or not the first candidates suffice."""
     rows, seen = logits(len(params), seed), [tuple(range(i, i + 5)) for i in range(len(params))]
     with pytest.MonkeyPatch.context() as patch:
@@ -158,13 +158,13 @@ class Waits(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_nothing_but_the_ids_is_waited_for() -> None:
+def test_sampling_synchronizes_only_for_the_ids() -> None:
     params = [Sampling(), Sampling(0.7), Sampling(0.7, 0.9, 10, 0.01, 1.1), Sampling(0.7, 0.9), Sampling(0, 1, 0, 0, 2)]
     with Waits():
         sample(logits(5), params, range(5), [(1, 2)] * 5)
 
 
-def test_a_seed_draws_the_same_alone_and_in_company_and_positions_differ() -> None:
+def test_a_seed_samples_the_same_alone_and_in_a_batch() -> None:
     rows = logits(3)
     params = [Sampling(1.0, seed=7), Sampling(), Sampling(0.7, 0.9, 10, 0.01, 1.1, seed=9)]
     together = sample(rows, params, [4, 0, 2], [(), (), (5, 6)])

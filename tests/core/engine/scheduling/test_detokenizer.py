@@ -1,4 +1,4 @@
-"""What is shown: whole characters only, never part of a stop string, nothing lost."""
+"""Emitted text: whole characters, never part of a stop string, nothing lost."""
 
 from __future__ import annotations
 

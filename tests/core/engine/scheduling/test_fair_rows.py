@@ -1,4 +1,4 @@
-"""Rows are shared: a flood makes room at once and loses nothing by it, and no adapter is waited for without end."""
+"""Rows are shared fairly: floods are preempted without loss, and no adapter waits forever."""
 
 from __future__ import annotations
 
@@ -62,13 +62,13 @@ def waits_of_the_others(model: BaseModel, *, flooded: bool) -> list[float]:
     return [(steps.begun[name] - at) * STEP_S for name, at in asked.items()]
 
 
-def test_a_flood_through_fifty_channels_leaves_the_others_their_wait(endless: BaseModel) -> None:
+def test_a_flood_through_fifty_channels_does_not_delay_other_partners(endless: BaseModel) -> None:
     alone, beside = waits_of_the_others(endless, flooded=False), waits_of_the_others(endless, flooded=True)
     assert p95(beside) <= 2 * p95(alone) + 2
 
 
 @pytest.mark.parametrize("level", ["partner", "channel", "user"])
-def test_whoever_has_no_row_gets_one_within_some_steps(endless: BaseModel, level: str) -> None:
+def test_a_party_without_a_row_gets_one_within_some_steps(endless: BaseModel, level: str) -> None:
     steps = Steps(endless, max_rows=4)
     for i in range(20):
         steps.submit(f"9:f{i}", Scope(**{level: "flood", "conversation": f"{i}"}), max_tokens=200)
@@ -80,7 +80,7 @@ def test_whoever_has_no_row_gets_one_within_some_steps(endless: BaseModel, level
 
 @pytest.mark.parametrize("conversation", ["", "v"])
 @pytest.mark.parametrize("temperature", [0.0, 1.0])
-def test_an_answer_that_made_room_goes_on_as_if_nothing_had_been(
+def test_a_preempted_answer_resumes_with_the_same_text_and_usage(
     endless: BaseModel, weights: Mapping[str, AdapterWeights], conversation: str, temperature: float
 ) -> None:
     """Its text, its usage and its first event are those of an answer that had its row to itself."""
@@ -108,7 +108,7 @@ def test_an_answer_that_made_room_goes_on_as_if_nothing_had_been(
         assert beside.over[name] == alone.over[name]
 
 
-def test_what_made_room_is_the_next_to_go_on(endless: BaseModel) -> None:
+def test_a_preempted_request_is_the_next_to_resume(endless: BaseModel) -> None:
     steps = Steps(endless, max_rows=2)
     for i in range(4):
         steps.submit(f"30:f{i}", Scope("flood"), max_tokens=100)
@@ -138,7 +138,7 @@ def who_made_room(steps: Steps) -> RequestState:
     return victim
 
 
-def test_one_that_nobody_owes_a_row_any_more_holds_up_nobody(endless: BaseModel) -> None:
+def test_a_request_that_is_no_longer_urgent_delays_no_other(endless: BaseModel) -> None:
     """Room was to be made for it; while it was prepared a row fell free, and another took it."""
     steps = Steps(endless, max_rows=3)
     flood = [Scope("flood", f"c{i}", "u", "") for i in range(6)]
@@ -164,7 +164,7 @@ def test_one_that_nobody_owes_a_row_any_more_holds_up_nobody(endless: BaseModel)
     assert "26:calm" in steps.begun
 
 
-def test_what_made_room_can_still_be_cancelled(endless: BaseModel) -> None:
+def test_a_preempted_request_can_be_cancelled(endless: BaseModel) -> None:
     steps = Steps(endless, max_rows=2)
     victim = who_made_room(steps)
     steps.thread.cancel(victim)
@@ -176,7 +176,7 @@ def test_what_made_room_can_still_be_cancelled(endless: BaseModel) -> None:
     steps.until_over("5:calm", within=40)
 
 
-def test_what_made_room_and_cannot_be_told_to_its_end_holds_up_nobody(endless: BaseModel) -> None:
+def test_a_preempted_request_with_a_text_error_delays_no_other(endless: BaseModel) -> None:
     steps = Steps(endless, max_rows=2)
     victim = who_made_room(steps)
 
@@ -190,7 +190,7 @@ def test_what_made_room_and_cannot_be_told_to_its_end_holds_up_nobody(endless: B
     assert isinstance(steps.over["5:calm"], Finished)
 
 
-def test_an_adapter_that_finds_no_room_is_not_passed_for_ever(
+def test_a_request_without_an_adapter_slot_is_not_passed_forever(
     endless: BaseModel, weights: Mapping[str, AdapterWeights]
 ) -> None:
     """A, B, A, A, A, ...: one slot, two rows that never end together, and there is always another A to go first."""
@@ -205,7 +205,7 @@ def test_an_adapter_that_finds_no_room_is_not_passed_for_ever(
     assert len(steps.over) < 20
 
 
-def test_few_slots_leave_few_rows_empty(endless: BaseModel, weights: Mapping[str, AdapterWeights]) -> None:
+def test_few_adapter_slots_leave_few_rows_empty(endless: BaseModel, weights: Mapping[str, AdapterWeights]) -> None:
     """Eight adapters in three slots take little longer than in eight: whoever waits for a slot stops no other rows."""
     took = []
     for slots in (8, 3):
@@ -241,9 +241,7 @@ def test_any_order_of_adapters_is_answered(
     assert is_blank(steps.thread.runner.cache)
 
 
-def test_busy_comes_with_the_time_that_those_who_wait_will_take(
-    endless: BaseModel, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_overloaded_carries_an_estimate_of_the_wait(endless: BaseModel, monkeypatch: pytest.MonkeyPatch) -> None:
     """Two rows, answers of 8 steps of half a second: six who wait are gone in 12 s, however long they waited before."""
     steps = Steps(endless, max_rows=2, max_waiting=4)
     monkeypatch.setattr("core.engine.runtime.loop.time.monotonic", lambda: steps.now * 0.5)

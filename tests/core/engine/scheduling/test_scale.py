@@ -1,4 +1,4 @@
-"""Many adapters, many requests: nobody hears a foreign word, memory stays bounded, a lack of memory is survived."""
+"""Many adapters and requests: no answer mixes with another, memory stays bounded, out of memory is survived."""
 
 from __future__ import annotations
 
@@ -54,7 +54,9 @@ def canaries(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> list[
     return refs
 
 
-async def test_a_thousand_canaries_say_their_own_words_alone(endless: BaseModel, canaries: list[AdapterRef]) -> None:
+async def test_a_thousand_requests_get_only_their_own_adapters_words(
+    endless: BaseModel, canaries: list[AdapterRef]
+) -> None:
     """Eight adapters through four rows and three places in memory: evicted, reloaded, conversations reused."""
     dice = random.Random(5)
 
@@ -115,7 +117,7 @@ async def test_ten_thousand_may_wait_in_bounded_memory(endless: BaseModel) -> No
         assert all(one.finished is not None for one in heard)
 
 
-async def test_a_lack_of_memory_halves_the_batch_and_nobody_loses_an_answer(endless: BaseModel) -> None:
+async def test_out_of_memory_halves_the_batch_and_loses_no_answer(endless: BaseModel) -> None:
     async with running(endless, max_rows=8) as engine:
         expected = [(await hear(engine.submit(ask(f"{i}")))).text for i in range(8)]
         forward, sizes = engine.thread.runner.run, []
@@ -141,7 +143,7 @@ async def test_a_lack_of_memory_halves_the_batch_and_nobody_loses_an_answer(endl
         assert (await hear(engine.submit(ask("3")))).text == expected[3]
 
 
-async def test_a_lack_of_memory_to_draw_by_halves_the_batch_as_well(
+async def test_out_of_memory_in_sampling_halves_the_batch_too(
     endless: BaseModel, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     sizes = []

@@ -82,7 +82,7 @@ def test_a_flood_does_not_hold_up_another_at_its_level(level: str) -> None:
     assert "calm" in [getattr(item.scope, level) for item in served]
 
 
-def test_who_returns_has_saved_up_no_credit() -> None:
+def test_absence_earns_no_credit() -> None:
     scheduler: Scheduler[Item] = Scheduler(max_waiting=1000)
     flood(scheduler, Scope(partner="late"), 1)
     serve(scheduler, 1)
@@ -93,7 +93,7 @@ def test_who_returns_has_saved_up_no_credit() -> None:
     assert 4 <= served.count("busy") <= 6
 
 
-def test_who_leaves_an_empty_house_does_not_return_as_new() -> None:
+def test_the_last_party_to_leave_keeps_its_counter() -> None:
     scheduler: Scheduler[Item] = Scheduler(max_waiting=1000)
     flood(scheduler, Scope(partner="a"), 50)
     serve(scheduler, 50)
@@ -103,7 +103,7 @@ def test_who_leaves_an_empty_house_does_not_return_as_new() -> None:
     assert 4 <= served.count("a") <= 6
 
 
-def test_when_full_the_flood_makes_room_for_a_newcomer_but_not_for_itself() -> None:
+def test_a_full_queue_displaces_the_flood_for_others_only() -> None:
     scheduler: Scheduler[Item] = Scheduler(max_waiting=3)
     own = Scope(partner="flood")
     items = [Item(own) for _ in range(3)]
@@ -118,7 +118,7 @@ def test_when_full_the_flood_makes_room_for_a_newcomer_but_not_for_itself() -> N
     assert len(scheduler) == 3
 
 
-def test_room_is_shared_inside_a_partner_too() -> None:
+def test_rows_are_shared_within_a_partner_too() -> None:
     scheduler: Scheduler[Item] = Scheduler(max_waiting=4)
     flood(scheduler, Scope("p", "c", "u"), 4)
     other = Scope("p", "d", "u")
@@ -170,7 +170,7 @@ def test_counters_of_those_who_left_are_bounded(monkeypatch: pytest.MonkeyPatch)
 
 
 @given(st.lists(SCOPES, max_size=12), SCOPES)
-def test_who_makes_room_has_two_more_and_the_last_of_its_items_goes(running: list[Scope], newcomer: Scope) -> None:
+def test_preemption_takes_the_last_row_of_a_party_with_two_more(running: list[Scope], newcomer: Scope) -> None:
     index = row_to_preempt(newcomer, running)
     levels = [lambda s: (s.partner,), lambda s: (s.partner, s.channel), lambda s: (s.partner, s.channel, s.user)]
     owed = []
@@ -189,7 +189,7 @@ def test_who_makes_room_has_two_more_and_the_last_of_its_items_goes(running: lis
 
 
 @given(st.integers(1, 16), st.integers(1, 4), st.integers(1, 4))
-def test_making_room_ends_at_shares_by_weight(rows: int, mine: int, theirs: int) -> None:
+def test_preemption_stops_at_shares_by_weight(rows: int, mine: int, theirs: int) -> None:
     """A flood that holds all rows gives them up one by one, and never gets one back that way."""
     running = [Scope("flood", weight=theirs)] * rows
     newcomer = Scope("calm", weight=mine)
@@ -201,7 +201,7 @@ def test_making_room_ends_at_shares_by_weight(rows: int, mine: int, theirs: int)
     assert abs(sum(scope.partner == "calm" for scope in running) - fair) <= 1
 
 
-def test_a_light_partner_with_one_row_hides_no_heavy_one_with_many() -> None:
+def test_a_partner_with_one_row_does_not_hide_one_with_many() -> None:
     flood, light = Scope("flood"), Scope("light", weight=0.1)
     for running in ([flood] * 7 + [light], [light] + [flood] * 7):
         index = row_to_preempt(Scope("calm"), running)
@@ -214,7 +214,7 @@ def test_a_light_partner_with_one_row_hides_no_heavy_one_with_many() -> None:
     st.lists(st.sampled_from("abcd"), max_size=12),
     st.sampled_from([0.1, 1.0, 3.0]),
 )
-def test_whoever_owes_room_by_weight_is_found(weights: dict[str, float], rows: list[str], weight: float) -> None:
+def test_preemption_compares_rows_by_weight(weights: dict[str, float], rows: list[str], weight: float) -> None:
     counts = Counter(name for name in rows if name in weights)
     running = [Scope(name, weight=weights[name]) for name in rows if name in weights]
     index = row_to_preempt(Scope("newcomer", weight=weight), running)

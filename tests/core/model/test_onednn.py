@@ -1,4 +1,4 @@
-"""A process that is given products of every length does not grow by a kernel for each."""
+"""oneDNN caches a bounded number of kernels."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_memory_does_not_grow_with_each_length() -> None:
     assert int(ran.stdout) < 40  # MiB; 140 where all are kept
 
 
-def test_the_environment_has_the_last_word(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_the_environments_values_are_kept(monkeypatch: pytest.MonkeyPatch) -> None:
     first, second = KEPT
     monkeypatch.setattr(os, "environ", {first: "500"})
     keep_few_kernels()

@@ -1,4 +1,4 @@
-"""What the engine counts, against plain arithmetic."""
+"""The engine's statistics against plain arithmetic."""
 
 from __future__ import annotations
 
@@ -54,7 +54,7 @@ async def test_tokens_of_an_earlier_turn_count_as_reused(endless: BaseModel) -> 
     assert stats.prompt_tokens - before.prompt_tokens == again.started.prompt_tokens - again.started.reused_tokens
 
 
-async def test_padding_waste_is_what_was_read_beyond_each_rows_own(endless: BaseModel) -> None:
+async def test_padding_waste_is_the_share_of_keys_read_in_vain(endless: BaseModel) -> None:
     """One prompt alone, then its tokens one by one. Passes read up to the next multiple of the step; compiled operators
     read each row as far as it goes."""
     async with running(endless) as engine:
@@ -69,7 +69,7 @@ async def test_padding_waste_is_what_was_read_beyond_each_rows_own(endless: Base
     assert stats.padding_waste == pytest.approx(1 - sum(lengths) / read)
 
 
-async def test_the_floor_is_weights_adapters_and_what_rows_hold(endless: BaseModel, adapters: list[AdapterRef]) -> None:
+async def test_the_roofline_counts_weights_adapters_and_keys(endless: BaseModel, adapters: list[AdapterRef]) -> None:
     config = endless.module.config
     head_dim = config.hidden_size // config.num_attention_heads
     position = 2 * config.num_hidden_layers * config.num_key_value_heads * head_dim * 4
@@ -99,7 +99,7 @@ def test_int8_weights_count_a_byte_each() -> None:
     assert weight_bytes(module) == 8 * 4 + 4 * 3
 
 
-def test_nothing_done_is_no_waste_and_no_speed() -> None:
+def test_empty_stats_have_no_waste_and_no_speed() -> None:
     assert (EngineStats().padding_waste, EngineStats().roofline_fraction) == (0.0, 0.0)
 
 

@@ -12,11 +12,9 @@ from urllib.parse import urlsplit
 from bots.cli.doctor.findings import Finding, Level, Setup
 from core import files
 from core.config.sections import RemoteSettings
-from core.errors import AppError
+from core.errors import AppError, ModelLoadFailed
 from core.model import demo
-
-_TOKENIZERS = ("tokenizer.json", "tokenizer.model", "vocab.json", "vocab.txt", "spiece.model", "tekken.json")
-_WEIGHTS = ("*.safetensors", "pytorch_model*.bin")
+from core.model.folder import TOKENIZER_FILES, check_folder, has_weights
 
 
 def model(setup: Setup) -> Iterator[Finding]:
@@ -40,10 +38,14 @@ def model(setup: Setup) -> Iterator[Finding]:
 
 
 def _model_folder(setup: Setup, name: str, folder: Path, *, weights: bool) -> Finding:
-    if not any((folder / file).is_file() for file in _TOKENIZERS):
+    if not any((folder / file).is_file() for file in TOKENIZER_FILES):
         return setup.finding(Level.BAD, "model", "model_no_tokenizer", name=name)
-    if weights and not any(any(folder.glob(pattern)) for pattern in _WEIGHTS):
-        return setup.finding(Level.BAD, "model", "model_no_weights", name=name)
+    try:
+        if weights and not has_weights(folder):
+            return setup.finding(Level.BAD, "model", "model_no_weights", name=name)
+        check_folder(folder, weights=weights)
+    except ModelLoadFailed as error:
+        return setup.finding(Level.BAD, "model", "model_unfit", error=error.detail)
     return setup.finding(Level.GOOD, "model", "model_there", name=name)
 
 

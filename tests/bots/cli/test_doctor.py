@@ -33,7 +33,7 @@ from core.storage.database import Database
 from core.storage.home import Home, Lock
 from tests.fakes.openai import FakeOpenAI
 from tests.support.paths import ROOT
-from tests.support.tiny import load_tiny, tiny_tokenizer
+from tests.support.tiny import load_tiny, save_tiny, tiny_tokenizer
 
 SCRIPTED = {"engine": {"kind": "scripted"}}
 
@@ -107,12 +107,12 @@ def test_a_model_folder_needs_a_configuration_a_tokenizer_and_weights(home, tmp_
         (None, "no config.json"),
         ("config.json", "no tokenizer"),
         ("tokenizer.json", "no weights"),
-        ("model.safetensors", ""),
+        ("model.safetensors", "not known to transformers"),
     ):
         if file:
             (folder / file).write_text("{}", encoding="utf-8")
-        found = findings(home, {"model": {"name": str(folder)}}).get("model")
-        assert (found is None) if not said else (found is not None and said in found.text)
+        assert said in findings(home, {"model": {"name": str(folder)}})["model"].text
+    assert "model" not in findings(home, {"model": {"name": str(save_tiny(tmp_path / "good"))}})
     found = findings(home, {"model": {"name": str(folder / "config.json")}})["model"]
     assert "is a file" in found.text
 

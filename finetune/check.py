@@ -12,12 +12,13 @@ from pathlib import Path
 
 import torch
 
+from core import files
 from core.jobs.protocol import PREVIEW, Preview, Spec
 from core.types import Role
 from finetune.data.encode import Row
-from finetune.data.prepare import Emit, prepare
 from finetune.estimate import estimate
 from finetune.modeling.base import TrainingBase
+from finetune.prepare import Emit, prepare
 
 SHOWN = 3
 
@@ -27,9 +28,7 @@ def check(folder: Path, spec: Spec, emit: Emit, stop: threading.Event) -> None:
     torch.set_num_threads(spec.threads)
     prepared = prepare(folder, spec, emit)
     chosen = [as_trained(row, prepared.base) for row in to_show(prepared.encoded)]
-    aside = folder / f"{PREVIEW}.new"
-    aside.write_text(Preview.dump(chosen), encoding="utf-8")
-    aside.replace(folder / PREVIEW)
+    files.write(folder / PREVIEW, Preview.dump(chosen).encode())
     emit(estimate(folder, spec, prepared, emit, stop))
 
 

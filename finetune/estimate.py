@@ -16,9 +16,9 @@ from pathlib import Path
 import torch
 
 from core.jobs.protocol import Estimated, Spec
-from finetune.data.prepare import Emit, Prepared
 from finetune.evaluation import retention_set
 from finetune.limits import held_bytes
+from finetune.prepare import Emit, Prepared
 from finetune.training.train import Trainer
 
 _ASKED = (

@@ -24,16 +24,15 @@ from core.errors import AdapterUnusable, JobError
 from core.i18n.messages import say
 from core.jobs.protocol import Evaluated, Spec, Warned
 from finetune import settings
-from finetune.data.prepare import Emit, Prepared, prepare
 from finetune.evaluation.evaluator import Evaluation, Evaluator
 from finetune.evaluation.retention_set import NOTHING, own_answers
 from finetune.evaluation.row_losses import RowLosses
 from finetune.modeling.base import load_module
 from finetune.modeling.loss import Scorer
 from finetune.modeling.methods import LoraDelta
-from finetune.output.publish import ASIDE, MANIFEST, OUT, done, published
+from finetune.output.publish import done, publish, published
 from finetune.output.report import versions
-from finetune.training.checkpoint import sync_folder, write_durably
+from finetune.prepare import Emit, Prepared, prepare
 from finetune.training.checkpoints import Interrupted
 
 _MOST_NAMED = 100
@@ -79,7 +78,13 @@ def judge_imported(folder: Path, spec: Spec, emit: Emit, stop: threading.Event) 
     emit(examined.judged)
     seconds = time.monotonic() - began
     losses = {"train_first": 0.0, "train_last": 0.0, **examined.losses}
-    _publish(folder, candidate, _manifest(spec, prepared, candidate, examined, losses, seconds))
+    manifest = _manifest(spec, prepared, candidate, examined, losses, seconds)
+
+    def copy(out: Path) -> None:
+        for name in (CONFIG, WEIGHTS):
+            shutil.copyfile(candidate / name, out / name)
+
+    publish(folder, copy, manifest, _card(manifest))
     emit(done(0, seconds, losses))
 
 
@@ -95,18 +100,6 @@ def _plain(name: str) -> str:
     """The model's own name, without whose it is and how it is packed: org/Name-bnb-4bit -> name."""
     plain = name.rstrip("/ ").rpartition("/")[2].lower()
     return _PACKED.sub("", plain)
-
-
-def _publish(folder: Path, candidate: Path, manifest: dict[str, Any]) -> None:
-    aside = folder / ASIDE
-    shutil.rmtree(aside, ignore_errors=True)
-    aside.mkdir()
-    for name in (CONFIG, WEIGHTS):
-        write_durably(aside / name, (candidate / name).read_bytes())
-    write_durably(aside / MANIFEST, json.dumps(manifest, ensure_ascii=False, allow_nan=False, indent=2).encode())
-    write_durably(aside / "README.md", _card(manifest).encode())
-    aside.rename(folder / OUT)
-    sync_folder(folder)
 
 
 def _manifest(

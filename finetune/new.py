@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import argparse
-import hashlib
 import shutil
 from collections.abc import Iterable, Sequence
 from pathlib import Path
 from typing import Any, get_args
 
+from core import files
 from core.config.keys import keys, refused
 from core.config.sections import PRESETS, HyperParameters
 from core.errors import JobError
@@ -39,7 +39,7 @@ def make(given: argparse.Namespace, words: Sequence[str]) -> Path:
     preset = str(chosen.get("preset", "auto"))
     hyper = {**PRESETS.get(preset, {}), **{name: value for name, value in chosen.items() if name not in FRESH}}
     try:
-        content = given.data.read_bytes()
+        data_sha256 = files.sha256(given.data)
     except OSError as error:
         raise JobError(detail=f"--data {given.data} cannot be read: {error.strerror}") from error
     try:
@@ -52,7 +52,7 @@ def make(given: argparse.Namespace, words: Sequence[str]) -> Path:
         model=str(given.model.absolute()),
         fingerprint=found,
         data="data" + "".join(given.data.suffixes[-2:]),
-        data_sha256=hashlib.sha256(content).hexdigest(),
+        data_sha256=data_sha256,
         label=name,
         instructions=given.instructions,
         device=given.device,

@@ -16,7 +16,7 @@ import torch
 from torch import Tensor
 
 from core.model.chat_format import TrainingRow
-from finetune.modeling import packed_attention
+from finetune.data import packed_layout
 
 Micro = tuple[int, ...]
 Step = tuple[Micro, ...]
@@ -121,7 +121,7 @@ def pack(rows: Sequence[TrainingRow], device: torch.device, *, prefix: int) -> B
     whose = torch.tensor(owner)
     sees = ((whose[None, :] == 0) | (whose[None, :] == whose[:, None])).tril()  # (T, T)
     mask = sees[None, None].to(device)
-    packed_attention.describe(mask, packed_attention.Layout(prefix, tuple(len(row.ids) - prefix for row in rows)))
+    packed_layout.describe(mask, packed_layout.Layout(prefix, tuple(len(row.ids) - prefix for row in rows)))
     return Batch(
         ids=torch.tensor([ids]).to(device),
         taught=torch.tensor([taught]).to(device),

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import hashlib
 import json
-import os
 from collections.abc import Sequence
 from pathlib import Path
 
+from core import files
 from core.jobs.protocol import Redacted
 from core.types import Role
 from finetune.data.personal import redact
@@ -19,8 +19,7 @@ NAME = "redacted.jsonl"
 def write_redacted(conversations: Sequence[Conversation], folder: Path) -> Redacted:
     """FOLDER/redacted.jsonl: a row for each conversation, with all turns of it. Raises OSError."""
     digest, replaced = hashlib.sha256(), 0
-    aside = folder / f"{NAME}.new"
-    with aside.open("wb") as out:
+    with files.replacing(folder / NAME) as aside, aside.open("wb") as out:
         for conversation in conversations:
             messages = []
             for turn in conversation.turns:
@@ -32,7 +31,4 @@ def write_redacted(conversations: Sequence[Conversation], folder: Path) -> Redac
             line = json.dumps({"messages": messages}, ensure_ascii=False).encode() + b"\n"
             digest.update(line)
             out.write(line)
-        out.flush()
-        os.fsync(out.fileno())
-    aside.replace(folder / NAME)
     return Redacted(NAME, digest.hexdigest(), len(conversations), replaced)

@@ -16,17 +16,17 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from core import files
 from core.errors import AppError, JobError
 from core.jobs.protocol import SHOWN, Evaluated, Judged, Shown, Spec
 from core.types import Role
 from finetune.data.encode import Row, prompt_of
-from finetune.data.prepare import Prepared
 from finetune.evaluation import sanity
 from finetune.evaluation.gate import Health, Scores, forgotten, judge
 from finetune.evaluation.retention_set import OwnAnswers, answer, end_tokens
 from finetune.evaluation.row_losses import RowLosses, supervised
 from finetune.modeling.methods import Trained
-from finetune.training.checkpoint import write_durably
+from finetune.prepare import Prepared
 
 log = logging.getLogger(__name__)
 SCORES = "scores.json"
@@ -54,7 +54,7 @@ class Evaluator:
     trained: Trained
     meter: RowLosses
     warn: Warn
-    keep: Keep = write_durably
+    keep: Keep = files.write
 
     def take(self, candidate: Carrying, tell: Tell, *, step: int = 0) -> Evaluation:
         """Raises JobError for a loss that is not finite; Interrupted."""

@@ -18,14 +18,14 @@ from typing import Any
 
 import torch
 
+from core import files
 from core.errors import AppError, JobError
 from core.jobs.protocol import Answered, Spec
 from core.model.chat_format import TrainingRow, render
 from core.types import Message, Role
-from finetune.data.prepare import Emit
 from finetune.evaluation.row_losses import Listen
 from finetune.modeling.base import TrainingBase
-from finetune.training.checkpoint import write_durably
+from finetune.prepare import Emit
 
 log = logging.getLogger(__name__)
 PROMPTS = Path(__file__).parent / "prompts.toml"
@@ -106,7 +106,7 @@ def own_answers(
     for place in places:
         if _kept(place, key) is None:
             place.parent.mkdir(parents=True, exist_ok=True)
-            write_durably(place, found.encode())
+            files.write(place, found.encode())
     given = json.loads(found)
     return OwnAnswers(
         tuple(_row(answer) for answer in given["rehearsed"]),
@@ -196,7 +196,7 @@ def _make(
             said = _answer_batch(model, [some[at] for at in batch], most, ends, listen)
             for at, ours in zip(batch, said, strict=True):
                 made[name][at] = ((*some[at], *ours), len(some[at]))
-            write_durably(begun, json.dumps({"key": key, "made": made}).encode())
+            files.write(begun, json.dumps({"key": key, "made": made}).encode())
     emit(Answered(count, count))
     begun.unlink(missing_ok=True)
     return made

@@ -14,9 +14,9 @@ from typing import Any
 
 import torch
 
+from core import files
 from core.jobs.protocol import Spec
 from finetune.modeling.base import load_tokenizer
-from finetune.training.checkpoint import sync_folder
 
 FOLDER = "base"
 END, TURN, TURN_ENDS = "<|endoftext|>", "<|im_start|>", "<|im_end|>"
@@ -44,8 +44,7 @@ def fresh_base(job_folder: Path, spec: Spec, texts: Iterable[str]) -> Path:
     tokenizer.save_pretrained(aside)
     _draw(spec, tokenizer).save_pretrained(aside)
     (aside / "fresh.json").write_text(json.dumps({**asdict(spec.fresh), "seed": spec.hyper.seed}) + "\n")
-    aside.rename(folder)
-    sync_folder(job_folder)
+    files.move(aside, folder)
     return folder
 
 

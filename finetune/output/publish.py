@@ -1,60 +1,53 @@
-"""The job's result, an adapter's folder or a model's: written aside, and renamed to `out` when it is whole.
-
-Any program that loads PEFT adapters, or models of transformers, loads it; manifest.json and README.md say where it
-came from.
-"""
+"""Writes a job's result to JOBDIR/out: a PEFT adapter or a transformers model, with manifest.json and README.md."""
 
 from __future__ import annotations
 
 import json
-import os
 import shutil
-from collections.abc import Callable
-from dataclasses import asdict
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
 from safetensors.torch import save
 from torch import Tensor
 
+from core import files
 from core.errors import JobError
 from core.jobs.protocol import Done, JobEvent, Judged, load_event
-from finetune.output.report import Manifest, model_card
-from finetune.training.checkpoint import sync_folder, write_durably
+from finetune.output.report import Manifest
 
 OUT, ASIDE, MANIFEST = "out", "out.new", "manifest.json"
 WEIGHTS = "adapter_model.safetensors"
 
 
-def publish(folder: Path, write: Callable[[Path], None], manifest: Manifest) -> None:
-    """Write JOBDIR/out. Until the rename nothing of that name exists; afterwards it is complete."""
+def publish(folder: Path, write: Callable[[Path], None], manifest: Mapping[str, Any], card: str) -> None:
+    """Write JOBDIR/out with its manifest and model card: absent, or complete and durable. Raises OSError."""
     aside = folder / ASIDE
     shutil.rmtree(aside, ignore_errors=True)
     aside.mkdir()
     write(aside)
-    write_durably(aside / "README.md", model_card(manifest).encode())
-    text = json.dumps({**asdict(manifest), "seed": manifest.seed}, ensure_ascii=False, allow_nan=False, indent=2)
-    write_durably(aside / MANIFEST, text.encode())
-    aside.rename(folder / OUT)
-    sync_folder(folder)
+    (aside / "README.md").write_text(card, "utf-8")
+    (aside / MANIFEST).write_text(json.dumps(manifest, ensure_ascii=False, allow_nan=False, indent=2), "utf-8")
+    files.move(aside, folder / OUT)
 
 
 def write_adapter(folder: Path, tensors: dict[str, Tensor], manifest: Manifest) -> None:
+    """A PEFT adapter."""
     _write_config(folder, manifest)
-    write_durably(folder / WEIGHTS, save(tensors, {"format": "pt"}))
+    (folder / WEIGHTS).write_bytes(save(tensors, {"format": "pt"}))
 
 
 def write_model(folder: Path, model: Any, state: dict[str, Tensor], tokenizer: Any) -> None:
-    """A folder that `model.name` may name."""
+    """A transformers model, for `model.name`."""
     model.save_pretrained(folder, state_dict=state)
     tokenizer.save_pretrained(folder)
-    for path in folder.iterdir():
-        with path.open("rb") as file:
-            os.fsync(file.fileno())
 
 
 def published(folder: Path) -> list[JobEvent]:
-    """The last events of an `out` that is there already: the trainer was killed after the rename. Else none."""
+    """Final events of a job whose `out` exists: the trainer was killed after the rename. Empty otherwise.
+
+    Raises JobError.
+    """
     path = folder / OUT / MANIFEST
     if not path.is_file():
         return []
@@ -95,4 +88,4 @@ def _write_config(folder: Path, manifest: Manifest) -> None:
     path = folder / "adapter_config.json"
     known = json.loads(path.read_text("utf-8"))
     known["target_modules"] = sorted(known["target_modules"])  # a set in PEFT: its order would change the file's hash
-    write_durably(path, (json.dumps(known, indent=2, sort_keys=True) + "\n").encode())
+    path.write_text(json.dumps(known, indent=2, sort_keys=True) + "\n", "utf-8")

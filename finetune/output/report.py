@@ -15,10 +15,10 @@ from typing import Any
 
 from core.config.sections import HyperParameters
 from core.jobs.protocol import Judged, Method, Spec
-from finetune.data.prepare import Prepared
 from finetune.modeling.base import choose_dtype
 from finetune.modeling.methods import Trained
-from finetune.training.checkpoint import Position
+from finetune.position import Position
+from finetune.prepare import Prepared
 
 
 @dataclass(frozen=True, slots=True)
@@ -52,9 +52,8 @@ class Manifest:
     dtype: str
     created: str
 
-    @property
-    def seed(self) -> int:
-        return self.hyper.seed
+    def as_dict(self) -> dict[str, Any]:
+        return {**asdict(self), "seed": self.hyper.seed}
 
 
 def manifest_of(

@@ -21,11 +21,12 @@ from safetensors import SafetensorError
 
 from core.errors import JobError
 from core.jobs.protocol import Spec
-from finetune.data.prepare import Prepared
 from finetune.modeling.methods import Trained
+from finetune.position import Position
+from finetune.prepare import Prepared
 from finetune.process_group import ProcessGroup
 from finetune.settings import Resolved
-from finetune.training.checkpoint import BEST, NEWEST, Position, is_disk_full, load_checkpoint, save_checkpoint
+from finetune.training.checkpoint import BEST, NEWEST, is_disk_full, load_checkpoint, save_checkpoint
 
 log = logging.getLogger(__name__)
 

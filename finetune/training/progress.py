@@ -8,8 +8,8 @@ from dataclasses import dataclass, replace
 
 from core.jobs.protocol import Planned, Progress, Spec
 from core.model.chat_format import TrainingRow
-from finetune.data.prepare import Emit, Prepared
-from finetune.training.checkpoint import Position
+from finetune.position import Position
+from finetune.prepare import Emit, Prepared
 from finetune.training.schedule import Schedule
 
 PROGRESS_S = 1.0

@@ -18,12 +18,12 @@ from typing import Any
 
 import torch
 
+from core import files
 from core.config.sections import HyperParameters
 from core.errors import JobError
 from core.i18n.messages import say
 from core.jobs.protocol import Evaluated, JobEvent, Judged, Spec, Warned
 from finetune.data.batches import collate, pack, shared_prefix
-from finetune.data.prepare import Emit, Prepared, prepare
 from finetune.evaluation.evaluator import Evaluator
 from finetune.evaluation.retention_set import NOTHING, OwnAnswers, own_answers
 from finetune.evaluation.row_losses import RowLosses
@@ -34,10 +34,11 @@ from finetune.modeling.loss import Scorer
 from finetune.modeling.memory import checkpoint_activations, checkpoints_activations, give_back
 from finetune.modeling.methods import AllWeights, LoraDelta, Trained
 from finetune.output.publish import done, publish, published, write_adapter, write_model
-from finetune.output.report import losses_of, manifest_of
+from finetune.output.report import losses_of, manifest_of, model_card
+from finetune.prepare import Emit, Prepared, prepare
 from finetune.process_group import ProcessGroup, whole
 from finetune.settings import LEAST_PREFIX, Resolved, refused, resolve
-from finetune.training.checkpoint import BEST, write_durably
+from finetune.training.checkpoint import BEST
 from finetune.training.checkpoints import Checkpoints, Interrupted, identity_of
 from finetune.training.optimizer import clip, learning_rate
 from finetune.training.progress import ProgressEstimate, StepResult
@@ -178,7 +179,9 @@ class Trainer:
             state = {name: whole(tensor).cpu() for name, tensor in self.model.state_dict().items()}
             write = partial(write_model, model=self.model, state=state, tokenizer=self.prepared.base.tokenizer)
         if self.team.leads:
-            self.keeper.with_room(lambda: publish(self.folder, write, manifest), step=self.position.step)
+            self.keeper.with_room(
+                lambda: publish(self.folder, write, manifest.as_dict(), model_card(manifest)), step=self.position.step
+            )
         self.team.wait()
         self.emit(done(self.position.step, self.position.seconds, losses))
 
@@ -335,7 +338,7 @@ class Trainer:
 
     def _keep(self, path: Path, content: bytes) -> None:
         if self.team.leads:
-            self.keeper.with_room(lambda: write_durably(path, content), step=self.position.step)
+            self.keeper.with_room(lambda: files.write(path, content), step=self.position.step)
 
     def _warn(self, key: str, **fields: object) -> None:
         self.emit(Warned(say(self.spec.language, f"data.warn_{key}", **fields)))

@@ -15,7 +15,7 @@ from peft import LoraConfig, TaskType
 from safetensors.torch import save_file
 
 from core.jobs.protocol import Spec
-from finetune.data.prepare import prepare
+from finetune.prepare import prepare
 from finetune.training.train import Trainer, Unstable
 
 STEPS = 8

@@ -14,8 +14,8 @@ from platformdirs import user_cache_path
 
 from core.jobs import importing
 from core.jobs.protocol import Judged, Spec, Warned
-from finetune.data.prepare import prepare
 from finetune.imported import judge_imported
+from finetune.prepare import prepare
 from tests.bench.environments import TRL
 from tests.finetune.conftest import Heard, faq
 from tests.support.tiny import save_tiny

@@ -10,7 +10,7 @@ import pytest
 
 from core.jobs.protocol import PREVIEW, Checked, Estimated, Fresh, Planned, Preview, Spec
 from finetune.check import as_trained, check, to_show
-from finetune.data.prepare import histogram, prepare
+from finetune.prepare import histogram, prepare
 from finetune.training.train import Trainer
 from tests.finetune.conftest import Heard, MakeJob, faq
 

@@ -16,7 +16,7 @@ import torch
 from safetensors.torch import save_file
 
 from core.jobs.protocol import Spec
-from finetune.data.prepare import prepare
+from finetune.prepare import prepare
 from finetune.process_group import SHARDED, ProcessGroup, is_shard, whole
 from finetune.training.train import Trainer
 

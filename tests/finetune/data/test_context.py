@@ -13,11 +13,11 @@ from transformers import BloomConfig, BloomForCausalLM, GPT2Config, GPT2LMHeadMo
 
 from core.jobs.protocol import Checked, Done, Fresh, Judged, Spec
 from core.model.chat_format import TrainingRow
-from finetune.data.prepare import prepare
 from finetune.evaluation import retention_set
 from finetune.evaluation.evaluator import Evaluator
 from finetune.evaluation.retention_set import OwnAnswers
 from finetune.modeling.base import find_base
+from finetune.prepare import prepare
 from finetune.training import train as loop
 from tests.finetune.conftest import Heard, MakeJob
 from tests.finetune.training.test_train import go

@@ -14,9 +14,9 @@ from hypothesis import strategies as st
 from core.errors import BadDataset
 from core.jobs.protocol import Checked, Redacted, Spec
 from finetune.data.personal import find, redact
-from finetune.data.prepare import prepare
 from finetune.data.reader import read
 from finetune.data.redact import write_redacted
+from finetune.prepare import prepare
 from tests.finetune.conftest import Heard, MakeJob
 
 PIECES = (

@@ -10,6 +10,7 @@ from transformers.integrations.sdpa_attention import sdpa_attention_forward
 
 from core.model.chat_format import TrainingRow
 from finetune.data.batches import pack
+from finetune.data.packed_layout import Layout
 from finetune.modeling import packed_attention
 from finetune.modeling.loss import Scorer
 from finetune.modeling.memory import checkpoint_activations
@@ -72,13 +73,13 @@ def test_what_it_does_not_know_goes_by_the_mask(masked, monkeypatch):
     attended(packed_attention.attend_packed, mask.clone())  # no layout was told of this one
     attended(packed_attention.attend_packed, mask, sliding_window=3)
     attended(packed_attention.attend_packed, mask, dropout=0.5)
-    monkeypatch.setattr(packed_attention, "SCORES_KEPT", 6 * packed_attention.Layout(4, (3, 5)).scores() - 1)
+    monkeypatch.setattr(packed_attention, "SCORES_KEPT", 6 * Layout(4, (3, 5)).scores() - 1)
     attended(packed_attention.attend_packed, mask)
     assert len(masked) == 4
 
 
 def test_a_layout_puts_rows_of_like_length_together_and_counts_the_pairs_that_are_looked_at():
-    layout = packed_attention.Layout(4, (3, 5, 4))
+    layout = Layout(4, (3, 5, 4))
     assert [(one.seen, one.own) for one in layout.pieces] == [(0, (4,)), (4, (3,)), (4, (5, 4))]
     assert layout.scores() == 4 * 4 + 3 * 7 + 2 * 5 * 9
 

@@ -88,15 +88,15 @@ def test_a_job_that_waits_for_room_can_be_stopped_and_goes_on(make_job, small_di
 
 def test_no_room_for_the_result_is_waited_out_too(make_job, monkeypatch):
     monkeypatch.setattr(checkpoints, "WAIT_S", 0.01)
-    write, failed = publish.write_durably, []
+    move, failed = publish.files.move, []
 
-    def full_once(path, content):
-        if not failed and path.parent.name == publish.ASIDE:
-            failed.append(path)
+    def full_once(source, target):
+        if not failed and source.name == publish.ASIDE:
+            failed.append(source)
             raise OSError(errno.ENOSPC, "No space left on device")
-        write(path, content)
+        move(source, target)
 
-    monkeypatch.setattr(publish, "write_durably", full_once)
+    monkeypatch.setattr(publish.files, "move", full_once)
     folder = make_job(epochs=1)
     heard = go(folder)
     assert failed

@@ -196,7 +196,7 @@ def test_a_checkpoint_that_was_trained_on_rows_that_test_now_is_not_gone_on_from
         parts = split(keys)
         return replace(parts, train=parts.test + parts.train[3:], test=parts.train[:3])
 
-    monkeypatch.setattr("finetune.data.prepare.split", otherwise)
+    monkeypatch.setattr("finetune.prepare.split", otherwise)
     heard = go(folder)
     assert "begins anew" in heard.of(Warned)[0].text
 

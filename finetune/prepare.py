@@ -2,13 +2,13 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
+from core import files
 from core.errors import JobError
 from core.jobs.protocol import FEWEST_TEST_ROWS, Checked, JobEvent, Spec
 from core.model.chat_format import TrainingRow
@@ -140,8 +140,7 @@ def histogram(lengths: Sequence[int]) -> tuple[int, ...]:
 
 def _check_data(path: Path, sha256: str) -> None:
     try:
-        with path.open("rb") as file:
-            found = hashlib.file_digest(file, "sha256").hexdigest()
+        found = files.sha256(path)
     except OSError as error:
         raise JobError("training.why_no_data", f"the data set {path} cannot be read: {error}") from error
     if path.stat().st_size == 0:

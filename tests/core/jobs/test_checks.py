@@ -102,7 +102,7 @@ async def test_a_question_is_not_asked_any_more_once_its_job_is_cancelled(tmp_pa
 
         it.bot.open = open_slowly  # type: ignore[method-assign]
         job_id = await it.order(agreed=False)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             await opening.wait()
         await it.say(f"/finetune cancel {job_id}")
         opened.set()
@@ -121,7 +121,7 @@ async def test_deaths_of_the_check_do_not_count_against_the_training(tmp_path: P
 async def test_a_check_that_is_cancelled_stops(tmp_path: Path) -> None:
     async with works(tmp_path) as it:
         job_id = await it.order("slow-check", agreed=False)
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(60):
             while not (it.folder(job_id) / "check" / "lock").exists():  # noqa: ASYNC110 - another process makes it
                 await asyncio.sleep(0.02)
         await it.say(f"/finetune cancel {job_id}")
@@ -144,7 +144,7 @@ async def test_trouble_with_a_job_that_is_cancelled_is_over(tmp_path: Path, monk
 
     monkeypatch.setattr(CheckWorker, "_wait", noted)
     monkeypatch.setattr(CheckWorker, "_lay_out", trouble)
-    async with works(tmp_path, settings=TrainingSettings(retry_s=0.5)) as it, asyncio.timeout(20):
+    async with works(tmp_path, settings=TrainingSettings(retry_s=0.5)) as it, asyncio.timeout(60):
         job_id = await it.order(agreed=False)
         while await waited.get() != 0.5:
             pass
@@ -286,7 +286,7 @@ async def answered(tmp_path: Path, *words: str, user: str = OWNER, public: bool 
         return it.bot.said()
 
 
-@pytest.mark.parametrize("word", ["yes", "Yes.", "ok", "是", "好的。"])
+@pytest.mark.parametrize("word", ["Yes.", "好的。"])
 async def test_a_plain_yes_starts_what_was_asked(tmp_path: Path, word: str) -> None:
     checking, question, answer, report = await answered(tmp_path, word)
     assert checking == say("en", "training.validating", name="faq.jsonl")
@@ -295,19 +295,17 @@ async def test_a_plain_yes_starts_what_was_asked(tmp_path: Path, word: str) -> N
     assert say("en", "training.verdict_passed", label="acme@1", champion="base") in report
 
 
-@pytest.mark.parametrize("word", ["no", "不要"])
-async def test_a_plain_no_ends_it(tmp_path: Path, word: str) -> None:
-    assert (await answered(tmp_path, word))[-1] == say("en", "training.cancelled_for_good", id=1, title="Acme")
+async def test_a_plain_no_ends_it(tmp_path: Path) -> None:
+    assert (await answered(tmp_path, "no"))[-1] == say("en", "training.cancelled_for_good", id=1, title="Acme")
 
 
 async def test_a_yes_of_who_may_not_is_a_message_like_any_other(tmp_path: Path) -> None:
     assert (await answered(tmp_path, "yes", user=STRANGER))[-1] == "you said yes"
 
 
-@pytest.mark.parametrize("word", ["yes", "no"])
-async def test_where_others_talk_a_plain_word_is_no_command(tmp_path: Path, word: str) -> None:
+async def test_where_others_talk_a_plain_word_is_no_command(tmp_path: Path) -> None:
     """In a group the bot lets only administrators give operators' commands, and "yes" may be meant for somebody."""
-    assert (await answered(tmp_path, word, public=True))[-1] == f"you said {word}"
+    assert (await answered(tmp_path, "yes", public=True))[-1] == "you said yes"
     assert "acme@1" in (await answered(tmp_path / "again", "/finetune start", public=True))[2]
 
 

@@ -6,6 +6,7 @@ import json
 import re
 from collections.abc import Iterator
 from dataclasses import asdict, replace
+from itertools import product
 from pathlib import Path
 
 import pytest
@@ -166,14 +167,12 @@ def test_too_many_open_jobs_are_refused(it: Town) -> None:
     assert refused.value.key == "training.too_many"
 
 
-@pytest.mark.parametrize(
-    "text", ["/finetune faq.jsonl yes", "/finetune status", "/finetune list", "/finetune cancel 1"]
-)
 @pytest.mark.parametrize("who", ["stranger", "user", "other_operator", "removed"])
-def test_who_is_no_operator_here_is_refused_and_audited(it: Town, who: str, text: str) -> None:
+def test_who_is_no_operator_here_is_refused_and_audited(it: Town, who: str) -> None:
     run(it, "/finetune faq.jsonl yes")
-    assert says(it, text, who) == say("en", "error.not_allowed")
-    assert it.audit()[-1]["allowed"] == 0
+    for n, text in enumerate(("/finetune faq.jsonl yes", "/finetune status", "/finetune list", "/finetune cancel 1")):
+        assert says(it, text, who) == say("en", "error.not_allowed")
+        assert [row["allowed"] for row in it.audit()[-n - 1 :]] == [0] * (n + 1)
     assert job_row(it)["state"] == "queued"
 
 
@@ -194,28 +193,27 @@ def test_start_and_cancel_are_audited_with_what_was_before_and_after(it: Town) -
 # --- status, list, cancel ---
 
 
-@pytest.mark.parametrize("text", ["/finetune status", "/finetune list", "/finetune cancel"])
-@pytest.mark.parametrize("language", ["en", "zh"])
-def test_a_channel_without_jobs_is_told_how_to_begin(it: Town, text: str, language: str) -> None:
-    assert says(it, text, language=language) == say(language, "training.none")
+def test_a_channel_without_jobs_is_told_how_to_begin(it: Town) -> None:
+    for text in ("/finetune status", "/finetune list", "/finetune cancel"):
+        assert says(it, text, language="zh") == say("zh", "training.none")
 
 
-@pytest.mark.parametrize("text", ["/finetune status 1", "/finetune cancel 1"])
-def test_a_job_of_another_channel_does_not_exist(it: Town, text: str) -> None:
+def test_a_job_of_another_channel_does_not_exist(it: Town) -> None:
     run(it, "/finetune faq.jsonl yes")
-    with pytest.raises(UnknownThing) as refused:
-        run(it, text, "other_operator", "delta")
-    with pytest.raises(UnknownThing) as absent:
-        run(it, text.replace("1", "99"), "other_operator", "delta")
-    assert refused.value.key == absent.value.key
+    keys = []
+    for text in ("/finetune status 1", "/finetune cancel 1", "/finetune cancel 99"):
+        with pytest.raises(UnknownThing) as refused:
+            run(it, text, "other_operator", "delta")
+        keys.append(refused.value.key)
+    assert len(set(keys)) == 1
     assert job_row(it)["state"] == "queued"
 
 
-@pytest.mark.parametrize("typed", ["0", "-1", "one", "1.0", "9" * 40, "1;", "²"])
-def test_what_is_no_number_of_a_job_is_unknown(it: Town, typed: str) -> None:
+def test_what_is_no_number_of_a_job_is_unknown(it: Town) -> None:
     run(it, "/finetune faq.jsonl yes")
-    with pytest.raises(UnknownThing):
-        run(it, f"/finetune status {typed}")
+    for typed in ("0", "-1", "one", "1.0", "9" * 40, "1;", "²"):
+        with pytest.raises(UnknownThing):
+            run(it, f"/finetune status {typed}")
 
 
 def test_status_shows_how_far_it_is(it: Town) -> None:
@@ -310,36 +308,32 @@ def test_status_of_a_failed_job_says_whose_fault_it_was(it: Town) -> None:
         ("my faq.jsonl", "file", "ours", "failed_ours"),
     ],
 )
-@pytest.mark.parametrize("language", languages())
 def test_a_failure_is_told_by_whose_fault_it_is_with_a_command_that_works(
-    it: Town, name: str, source: str, fault: str, key: str, language: str
+    it: Town, name: str, source: str, fault: str, key: str
 ) -> None:
     run(it, f'/finetune "{name}" yes')
     write_now(it.database, lambda tx: tx.run("UPDATE dataset SET source = ?", [source]))
     write_now(it.database, lambda tx: jobs.end(tx, 1, "failed", f"{fault}: a reason"))
     fields = {"title": "Acme", "id": 1, "name": name, "typed": '"my faq.jsonl"', "reason": "a reason"}
-    said = says(it, "/finetune status", language=language)
-    assert said.endswith(say(language, f"training.{key}", **fields))
-    for typed in re.findall("`(/.*?)`", said):
-        assert name in parse(typed).arguments.values()
+    for language in languages():
+        said = says(it, "/finetune status", language=language)
+        assert said.endswith(say(language, f"training.{key}", **fields))
+        for typed in re.findall("`(/.*?)`", said):
+            assert name in parse(typed).arguments.values()
 
 
 @pytest.mark.parametrize(
     ("fault", "key"), [("settings", "training.failed_adapter"), ("ours", "training.failed_ours_adapter")]
 )
-@pytest.mark.parametrize("language", languages())
-def test_an_imported_adapter_that_failed_is_sent_again_by_its_own_command(
-    it: Town, fault: str, key: str, language: str
-) -> None:
+def test_an_imported_adapter_that_failed_is_sent_again_by_its_own_command(it: Town, fault: str, key: str) -> None:
     run(it, "/finetune faq.jsonl yes")
     write_now(it.database, lambda tx: tx.run("UPDATE job SET imported = 'upload'"))
     write_now(it.database, lambda tx: jobs.end(tx, 1, "failed", f"{fault}: a reason"))
-    said = says(it, "/finetune status", language=language)
-    assert said.endswith(say(language, key, title="Acme", id=1, reason="a reason"))
+    assert says(it, "/finetune status").endswith(say("en", key, title="Acme", id=1, reason="a reason"))
 
 
-@pytest.mark.parametrize("language", languages())
-def test_a_job_that_failed_on_our_side_is_said_to_go_on_while_what_it_learned_is_kept(it: Town, language: str) -> None:
+def test_a_job_that_failed_on_our_side_can_be_resumed_while_its_data_set_is_kept(it: Town) -> None:
+    language = "zh"
     run(it, "/finetune faq.jsonl yes")
     hear(it)
     write_now(it.database, lambda tx: jobs.fail(tx, 1, "ours", "a reason", resumable=True))
@@ -356,7 +350,9 @@ def test_a_job_that_failed_on_our_side_is_said_to_go_on_while_what_it_learned_is
 
 
 @pytest.mark.parametrize(("fault", "learned"), [("yours", True), ("settings", True), ("ours", False)])
-def test_only_a_job_that_failed_on_our_side_with_something_learned_goes_on(it: Town, fault: str, learned: bool) -> None:
+def test_only_a_job_that_failed_on_our_side_with_a_checkpoint_can_be_resumed(
+    it: Town, fault: str, learned: bool
+) -> None:
     run(it, "/finetune faq.jsonl yes")
     hear(it)
     write_now(it.database, lambda tx: jobs.fail(tx, 1, fault, "a reason", resumable=learned))
@@ -365,8 +361,8 @@ def test_only_a_job_that_failed_on_our_side_with_something_learned_goes_on(it: T
         run(it, "/finetune resume 1")
 
 
-@pytest.mark.parametrize("language", languages())
-def test_the_line_of_a_failure_is_said_once(language: str) -> None:
+def test_the_line_of_a_failure_is_said_once() -> None:
+    language = "zh"
     first = say(language, "data.line", line=7, reason="x")
     rejected = say(language, "data.few_usable_rows", used=3, fewest=10, rejected=5, first=first)
     assert failure_reason(Failed("yours", rejected, line=7), language) == rejected
@@ -437,10 +433,8 @@ def test_the_report_names_what_is_to_be_known_of_the_rows():
     assert "phone numbers: 2" in told[2]
 
 
-@pytest.mark.parametrize("language", languages())
-def test_what_cannot_be_read_where_it_is_stored_is_told_at_once_in_the_question_and_in_the_report(
-    it: Town, language: str
-) -> None:
+def test_unreadable_texts_are_counted_in_the_answer_the_question_and_the_report(it: Town) -> None:
+    language = "zh"
     line = f"- {say(language, 'training.left_out', n=3)}"
     run(it, "/finetune feedback", prepared=PreparedData(SHA, "feedback", False, 3))
 
@@ -462,15 +456,13 @@ def test_what_cannot_be_read_where_it_is_stored_is_told_at_once_in_the_question_
     assert again.body.text.splitlines()[-1] == line
 
 
-@pytest.mark.parametrize("verdict", ["too_few", "no_better", "style_only", "forgets"])
-@pytest.mark.parametrize(("high", "skill", "lost"), [(0.04, 0.62, True), (0.06, 0.1, True), (0.04, 0.1, False)])
-def test_a_skill_that_is_lost_is_told_whatever_the_verdict(
-    verdict: Verdict, high: float, skill: float, lost: bool
-) -> None:
-    judged = Judged(verdict, 5, 5, "base", 3, 2, -1, -0.5, 0.4, 0.5, 0.01, high, "arithmetic", skill, asked=5)
-    told = "\n".join(messages.verdict_text("en", "acme@2", judged))
-    assert (f"arithmetic, {skill:+.2f} (up to +0.20 counts as the same)" in told) == lost
-    assert ("it still can" in told) != lost
+def test_a_skill_that_is_lost_is_told_whatever_the_verdict() -> None:
+    verdicts: tuple[Verdict, ...] = ("too_few", "no_better", "style_only", "forgets")
+    for verdict, (high, skill, lost) in product(verdicts, ((0.04, 0.62, True), (0.06, 0.1, True), (0.04, 0.1, False))):
+        judged = Judged(verdict, 5, 5, "base", 3, 2, -1, -0.5, 0.4, 0.5, 0.01, high, "arithmetic", skill, asked=5)
+        told = "\n".join(messages.verdict_text("en", "acme@2", judged))
+        assert (f"arithmetic, {skill:+.2f} (up to +0.20 counts as the same)" in told) == lost
+        assert ("it still can" in told) != lost
 
 
 @pytest.mark.parametrize(

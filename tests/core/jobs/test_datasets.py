@@ -189,11 +189,11 @@ async def test_a_file_may_change_after_it_was_brought(it: House, tmp_path: Path)
     assert await asyncio.to_thread(path_of(it.home, sha256).read_bytes) == ROW
 
 
-@pytest.mark.parametrize("typed", ["nowhere.jsonl", "~nobody-of-this-name/x", "x" * 5000, "/etc/passwd/x", "‮.jsonl"])
-async def test_a_path_to_nothing_is_named_in_the_refusal(it: House, typed: str) -> None:
-    refusal = await it.refused(f"/finetune {typed}")
-    assert refusal.key == "training.dataset_not_found"
-    assert typed[:100] in say("en", refusal.key, **refusal.fields)
+async def test_a_path_to_nothing_is_named_in_the_refusal(it: House) -> None:
+    for typed in ("nowhere.jsonl", "~nobody-of-this-name/x", "x" * 5000, "/etc/passwd/x", "‮.jsonl"):
+        refusal = await it.refused(f"/finetune {typed}")
+        assert refusal.key == "training.dataset_not_found"
+        assert typed[:100] in say("en", refusal.key, **refusal.fields)
 
 
 async def test_a_folder_an_empty_file_and_a_pipe_each_have_their_own_sentence(it: House, tmp_path: Path) -> None:

@@ -190,18 +190,16 @@ def test_people_know_what_they_brought_and_what_their_channels_read(it: Town) ->
     assert known(it, "owner", "faq.jsonl") == (SHA, "faq.jsonl")
 
 
-@pytest.mark.parametrize("typed", ["faq.jsonl", SHA, SHA[:8]])
-@pytest.mark.parametrize("who", ["other_operator", "user", "stranger", "removed"])
-def test_nobody_else_knows_of_it(it: Town, who: str, typed: str) -> None:
+def test_nobody_else_knows_of_it(it: Town) -> None:
     bring(it, SHA)
     order(it)
-    assert known(it, who, typed) is None
+    for who in ("other_operator", "user", "stranger", "removed"):
+        assert [known(it, who, typed) for typed in ("faq.jsonl", SHA, SHA[:8])] == [None] * 3
 
 
-@pytest.mark.parametrize("typed", ["", "faq", SHA[:7], "%", "a%"])
-def test_a_part_of_a_name_is_not_the_name(it: Town, typed: str) -> None:
+def test_a_part_of_a_name_is_not_the_name(it: Town) -> None:
     bring(it, SHA)
-    assert known(it, "operator", typed) is None
+    assert [known(it, "operator", typed) for typed in ("", "faq", SHA[:7], "%", "a%")] == [None] * 5
 
 
 def test_the_same_bytes_have_each_partners_own_name(it: Town) -> None:

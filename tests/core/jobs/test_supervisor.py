@@ -97,7 +97,7 @@ async def test_the_report_speaks_the_language_of_who_asked(tmp_path: Path) -> No
         assert say("zh", "training.verdict_passed", label="acme@1", champion="base") in await it.ended()
 
 
-@pytest.mark.parametrize(("word", "verdict"), [("worse", "no_better"), ("style", "style_only"), ("few", "too_few")])
+@pytest.mark.parametrize(("word", "verdict"), [("worse", "no_better"), ("few", "too_few")])
 async def test_a_version_that_does_not_pass_is_kept_and_said_to_be_so(tmp_path: Path, word: str, verdict: str) -> None:
     async with works(tmp_path) as it:
         await it.order(word)
@@ -272,7 +272,7 @@ async def test_trouble_at_a_later_start_costs_nothing_that_was_learned(
         assert await it.warned(job_id) == ["goes on from step 2"]
 
 
-@pytest.mark.parametrize("word", ["ours", "lost", "other-base", "other-data"])
+@pytest.mark.parametrize("word", ["ours", "lost"])
 async def test_a_job_that_learned_nothing_of_use_is_not_said_to_go_on(tmp_path: Path, word: str) -> None:
     async with works(tmp_path) as it:
         job_id = await it.order(word)
@@ -378,36 +378,35 @@ async def test_a_trainer_that_always_dies_without_progress_fails_the_job(tmp_pat
 
 
 async def test_a_silent_trainer_is_killed_and_begun_anew(tmp_path: Path) -> None:
-    async with works(tmp_path, settings=TrainingSettings(silence_s=1.0, retry_s=0.01)) as it:
+    async with works(tmp_path, settings=TrainingSettings(silence_s=4.0, retry_s=0.01)) as it:
         await it.order("silent")
         assert "acme@1" in await it.ended()
         assert len(await it.versions()) == 1
 
 
 async def ran(tmp_path: Path, program: str, *, silence_s: float, pause_s: float = 0.0) -> tuple[int, list[JobEvent]]:
-    """A trainer that is this program, halted for a while as soon as it has said something."""
+    """Run this program as a trainer; it is paused for a while after its first event."""
     heard: list[JobEvent] = []
     command = (sys.executable, "-c", f"import time\n{program}")
     trainer = TrainerProcess(tmp_path, tmp_path / "log", command=command, silence_s=silence_s)
 
-    async def hear(event: JobEvent) -> None:
+    async def on_event(event: JobEvent) -> None:
         heard.append(event)
         if pause_s:
             trainer.pause()
-            await asyncio.sleep(pause_s)
             asyncio.get_running_loop().call_later(pause_s, trainer.resume)
 
-    return await trainer.run(hear), heard
+    return await trainer.run(on_event), heard
 
 
 async def test_signs_of_life_keep_a_trainer_that_has_nothing_else_to_say(tmp_path: Path) -> None:
-    alive = f"for _ in range(12):\n time.sleep(0.25)\n print({dump_event(Alive())!r}, flush=True)"
-    assert await ran(tmp_path, alive, silence_s=2.0) == (0, [])
+    alive = f"for _ in range(20):\n time.sleep(0.25)\n print({dump_event(Alive())!r}, flush=True)"
+    assert await ran(tmp_path, alive, silence_s=4.0) == (0, [])
 
 
-async def test_time_in_which_a_trainer_is_halted_is_not_its_silence(tmp_path: Path) -> None:
+async def test_a_pause_is_not_counted_as_silence(tmp_path: Path) -> None:
     said = dump_event(Warned("here"))
-    assert await ran(tmp_path, f"print({said!r}, flush=True)\ntime.sleep(0.5)", silence_s=2.0, pause_s=2.5) == (
+    assert await ran(tmp_path, f"print({said!r}, flush=True)\ntime.sleep(0.5)", silence_s=4.0, pause_s=4.5) == (
         0,
         [Warned("here")],
     )
@@ -476,6 +475,7 @@ async def test_a_result_that_does_not_fit_is_never_published(tmp_path: Path, wor
         assert reason in (await it.job(job_id))["reason"]
         assert not await it.versions()
         assert not os.listdir(it.home.adapters)
+        assert it.folder(job_id).exists() == (word == "no-weights")  # resumable: the disk may be at fault
 
 
 @pytest.mark.parametrize("step", ["inspect", "place"])
@@ -598,7 +598,7 @@ async def test_a_resumed_job_survives_a_cut_while_its_data_is_laid_out(
         await it.ended()
         monkeypatch.setattr(shutil, "copyfile", half)
         await it.say(f"/finetune resume {job_id}")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await cut.wait()
     monkeypatch.setattr(shutil, "copyfile", copy)
     async with works(tmp_path, bot=bot) as it:
@@ -623,7 +623,7 @@ async def test_a_full_disk_costs_a_resumed_job_nothing(tmp_path: Path, monkeypat
         await it.ended()
         monkeypatch.setattr(shutil, "copyfile", no_room)
         await it.say(f"/finetune resume {job_id}")
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(60):
             await full.wait()
         monkeypatch.setattr(shutil, "copyfile", copy)
         await it.ended(2)
@@ -698,7 +698,7 @@ async def test_a_crash_between_move_and_commit_is_mended_at_the_next_start(
         patch.setattr(registry, "publish", crash)
         async with works(tmp_path, bot=bot, settings=TrainingSettings(retry_s=60)) as it:
             job_id = await it.order()
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 await crashed.wait()
             await it.stop()
             assert (await it.job(job_id))["state"] == "publishing"
@@ -726,7 +726,7 @@ async def test_a_crash_before_the_move_is_mended_without_training_again(
         patch.setattr(folders, "place", crash)
         async with works(tmp_path, bot=bot, settings=TrainingSettings(retry_s=60)) as it:
             job_id = await it.order()
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 await crashed.wait()
     async with works(tmp_path, bot=bot) as it:
         await it.ended()
@@ -749,7 +749,7 @@ async def test_a_placed_folder_that_was_damaged_is_not_published(
         patch.setattr(registry, "publish", crash)
         async with works(tmp_path, bot=bot, settings=TrainingSettings(retry_s=60)) as it:
             await it.order()
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(60):
                 await crashed.wait()
     (folder,) = (tmp_path / "adapters").iterdir()
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2}))

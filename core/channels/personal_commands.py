@@ -46,7 +46,7 @@ def language(tx: Tx, caller: Caller, call: Call) -> Outcome:
 
 @command("claim")
 def claim(tx: Tx, caller: Caller, call: Call) -> Outcome:
-    """Raises BadInput for a code that is wrong, used or too old: which of these is not said."""
+    """Raises BadInput for a code that is wrong, used or expired, without saying which."""
     claimed = operators.claim(tx, call.arguments["code"], caller.user)
     if claimed is None:
         raise BadInput("users.claim_bad")

@@ -33,7 +33,7 @@ def ensure_terminal(tx: Tx, account: str) -> None:
 
 @lifecycle.sweeps
 def _sweep(tx: Tx, kept: Periods) -> Callable[[Home], None]:
-    """What was typed is kept as long as conversations, and not beyond /forget."""
+    """The history of typed lines is pruned like conversations, and erased by /forget."""
     local = tx.cipher.hash_user(TERMINAL, HOME_ACCOUNT, LOCAL_USER)
     forgotten = int(tx.value("SELECT ifnull(max(at_ms), 0) FROM erasure WHERE user_hash = ?", [local]))
     oldest_ms = max(tx.now_ms - kept.conversation, forgotten + 1000)

@@ -1,6 +1,6 @@
-"""Which platforms' texts may be used for training: what their bots declare, and the owner's exceptions.
+"""Platforms whose messages may be trained on: what their bots declare, and the owner's exceptions.
 
-Consent is asked for in any case; a platform may forbid training in addition (Slack's API terms do).
+Consent is needed in any case; the terms of a platform may forbid training in addition.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ def set_exceptions(tx: Tx, platforms: Collection[str]) -> None:
 
 
 def forbidden(tx: Tx) -> tuple[str, ...]:
-    """The platforms whose texts must not be used."""
+    """The platforms whose messages must not be trained on."""
     return tuple(sorted(_get(tx, _FORBIDDEN) - _get(tx, _EXCEPTIONS)))
 
 

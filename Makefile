@@ -45,8 +45,16 @@ bench: $(STAMP)         ## benchmarks
 docs: $(STAMP)          ## write the generated tables of deploy/docs anew
 	$(BIN)/python -m tests.test_docs
 
-lock: $(STAMP)          ## write requirements.lock from constraints.txt, with the hashes of every file
-	$(BIN)/python deploy/make_lock.py
+# torch is left out: its build depends on the machine (CPU, CUDA version), and so does its hash.
+LOCK := $(VENV)/lock
+lock: $(STAMP)          ## write requirements.lock: constraints.txt with the hashes of every file
+	$(PYTHON) -m venv $(LOCK) && $(LOCK)/bin/python -m pip install -q --disable-pip-version-check 'pip-tools>=7.5,<8'
+	echo "Asking for the hashes of every file, about 2 min ..." >&2
+	$(LOCK)/bin/pip-compile -q --generate-hashes --all-extras --strip-extras --allow-unsafe --unsafe-package torch \
+	  --no-header --no-annotate --no-emit-index-url --no-emit-trusted-host --no-emit-find-links \
+	  -c constraints.txt -o $(LOCK)/compiled pyproject.toml
+	{ sed -n '/^# Install/,/^$$/p' requirements.lock; sed '/^# The following packages/,$$d' $(LOCK)/compiled; } > $(LOCK)/new
+	! grep -n '://' $(LOCK)/new && mv $(LOCK)/new requirements.lock
 
 clean:                  ## remove .venv
 	rm -rf $(VENV)

@@ -1,35 +1,115 @@
-"""The README tables and config.example.toml are made from the code; `python -m tests.test_docs` writes them anew."""
+"""The documents agree with the code: generated tables and example, links, and the functions that ARCHITECTURE.md names.
+
+`python -m tests.test_docs` (make docs) writes what is generated anew.
+"""
 
 from __future__ import annotations
 
 import re
+from importlib import import_module
 from pathlib import Path
 
+from bots.cli.main import distributary
 from bots.slack.settings import SlackSettings
 from bots.telegram.settings import TelegramSettings
 from bots.terminal.bot import TerminalSettings
 from core.commands.help import table_markdown
 from core.config.show import config_table_markdown, example_toml
+from tests.support.paths import ROOT
 
-README = Path(__file__).parents[1] / "README.md"
-EXAMPLE = Path(__file__).parents[1] / "deploy" / "config.example.toml"
 BOT_TABLES = {"telegram": TelegramSettings, "slack": SlackSettings, "terminal": TerminalSettings}
-TABLES = {"commands": table_markdown, "configuration": lambda: config_table_markdown(BOT_TABLES)}
+DOCUMENTS = [
+    *sorted(ROOT.glob("*.md")),
+    *sorted((ROOT / "deploy").rglob("*.md")),
+    *sorted(ROOT.glob(".github/**/*.md")),
+]
 
 
-def with_current_tables(text: str) -> str:
+def command_line_table() -> str:
+    rows = (f"| `distributary {name}` | {command.get_short_help_str(200)} |" for name, command in _subcommands())
+    return "\n".join(["| command | what it does |", "|---|---|", *rows]) + "\n"
+
+
+def _subcommands():
+    for name, command in distributary.commands.items():
+        inner = getattr(command, "commands", None)
+        yield from ((f"{name} {word}", one) for word, one in inner.items()) if inner else [(name, command)]
+
+
+TABLES = {
+    "commands": table_markdown,
+    "configuration": lambda: config_table_markdown(BOT_TABLES),
+    "command-line": command_line_table,
+}
+
+
+def current(file: Path) -> str:
+    """The document with its generated tables made anew."""
+    text = file.read_text(encoding="utf-8")
     for name, table in TABLES.items():
         block = f"<!-- {name} -->\n{table().strip()}\n<!-- /{name} -->"
-        pattern = rf"<!-- {name} -->(?:.*?<!-- /{name} -->)?"
-        text = re.sub(pattern, lambda _, block=block: block, text, count=1, flags=re.DOTALL)  # type: ignore[misc]
+        text = re.sub(rf"<!-- {name} -->.*?<!-- /{name} -->", lambda _, block=block: block, text, flags=re.DOTALL)
     return text
 
 
-def test_the_tables_in_readme_are_current() -> None:
-    text = README.read_text(encoding="utf-8")
-    assert with_current_tables(text) == text, "run: python -m tests.test_docs"
+def generated() -> dict[Path, str]:
+    made = {
+        ROOT / "deploy" / "docs" / f"{name}.md": current(ROOT / "deploy" / "docs" / f"{name}.md") for name in TABLES
+    }
+    return {**made, ROOT / "deploy" / "config.example.toml": example_toml(BOT_TABLES)}
+
+
+def test_what_is_generated_is_current() -> None:
+    for file, text in generated().items():
+        assert file.read_text(encoding="utf-8") == text, f"{file.name}: run make docs"
+
+
+def test_the_functions_that_architecture_names_exist() -> None:
+    text = (ROOT / "ARCHITECTURE.md").read_text(encoding="utf-8")
+    steps = re.findall(r"^\d+\. `([\w.]+)`", text, flags=re.MULTILINE)
+    for heading in ("A message", "A data set"):
+        section = text.split(f"\n## {heading}")[1].split("\n## ")[0]
+        assert 5 <= len(re.findall(r"^\d+\. `", section, flags=re.MULTILINE)) <= 12, heading
+    for step in steps:
+        assert callable(_named(step)), step
+
+
+def _named(path: str) -> object:
+    """module.function or module.Class.method."""
+    words = path.split(".")
+    for at in range(len(words) - 1, 0, -1):
+        try:
+            found: object = import_module(".".join(words[:at]))
+        except ModuleNotFoundError:
+            continue
+        for word in words[at:]:
+            found = getattr(found, word)
+        return found
+    raise AssertionError(f"{path}: no such module")
+
+
+def test_links_and_paths_in_documents_exist() -> None:
+    for document in DOCUMENTS:
+        text = document.read_text(encoding="utf-8")
+        for link in re.findall(r"\]\((?!https?:)([^)#]+)", text):
+            assert (document.parent / link).exists(), f"{document.name}: {link}"
+        if document.name != "CHANGELOG.md":
+            for path in re.findall(r"`((?:core|bots|finetune|tests|deploy)/[\w./-]*\w/?)`", text):
+                assert (ROOT / path).exists(), f"{document.name}: {path}"
+
+
+def test_the_lock_pins_what_constraints_pin() -> None:
+    pins = {name: _pins(ROOT / name) for name in ("constraints.txt", "requirements.lock")}
+    locked = pins["requirements.lock"]
+    assert {name: pins["constraints.txt"].get(name, locked[name]) for name in locked} == locked, "run: make lock"
+    assert "://" not in (ROOT / "requirements.lock").read_text(encoding="utf-8")
+
+
+def _pins(file: Path) -> dict[str, str]:
+    found = re.findall(r"^([\w.-]+)==([\w.]+)", file.read_text(encoding="utf-8"), flags=re.MULTILINE)
+    return {re.sub(r"[._]", "-", name.lower()): version for name, version in found}
 
 
 if __name__ == "__main__":
-    README.write_text(with_current_tables(README.read_text(encoding="utf-8")), encoding="utf-8")
-    EXAMPLE.write_text(example_toml(BOT_TABLES), encoding="utf-8")
+    for made, content in generated().items():
+        made.write_text(content, encoding="utf-8")

@@ -57,7 +57,7 @@ SHAPES: dict[str, dict[str, Any]] = {
 
 @dataclass
 class Result:
-    """Of one case: tokens per second of each round, and the ids of the last one."""
+    """One case: tokens per second of each round, and the ids of the last one."""
 
     rates: list[float] = field(default_factory=list)
     ids: list[list[int]] = field(default_factory=list)
@@ -69,13 +69,13 @@ class Result:
 
 
 def make(shape: str, device: torch.device) -> BaseModel:
-    """A model of random weights, made where it runs."""
+    """A model of random weights, created on the device."""
     config = LlamaConfig(**SHAPES[shape], max_position_embeddings=2048, bos_token_id=1, eos_token_id=2, pad_token_id=0)
     dtype = torch.bfloat16 if device.type == "cuda" else torch.float32
     torch.manual_seed(0)
     with device:
         module = AutoModelForCausalLM.from_config(config, dtype=dtype, attn_implementation=attention.NAME)
-    module.generation_config.eos_token_id = None  # every answer has its 64 tokens
+    module.generation_config.eos_token_id = None  # every answer has 64 tokens
     return BaseModel(
         name=shape, module=module.eval().requires_grad_(False), tokenizer=tiny_tokenizer(), folder=Path(shape),
         device=device, dtype=dtype, context=2048, eos_ids=frozenset(), fingerprint=shape, template_sha256="",
@@ -117,7 +117,7 @@ def _now(device: torch.device) -> float:
 
 
 class Bench:
-    """One model with its adapters, our engine over it, and the peers over the very same weights."""
+    """One model with its adapters, our engine over it, and the peers over the same weights."""
 
     def __init__(self, model: BaseModel, refs: list[AdapterRef], rows: int) -> None:
         self.model, self.refs = model, refs
@@ -138,7 +138,7 @@ class Bench:
         async with LocalEngine(ModelSettings(), bounds, Path(), model=self.model) as engine:
             self.answers = spy_answers(engine)
             generate: Any = self.model.module
-            for number in range(rounds + 1):  # the first one warms
+            for number in range(rounds + 1):  # the first one warms up
                 for count in (1, rows):
                     await self._ours(f"ours_base_{count}", engine, count, 0, number)
                     self._peer(f"generate_{count}", generate, count, 0, number)
@@ -232,7 +232,7 @@ class Bench:
                 f"mixed_{rows}x{adapters}_vs_peft": round(best[mixed] / best[peft], 2),
                 f"lora_tax_{rows}x{adapters}": round(1 - best[mixed] / best[f"ours_base_{rows}"], 3),
             },
-            "equal_tokens": {  # up to the first difference: after it the texts are different ones
+            "equal_tokens": {  # up to the first difference, after which texts diverge
                 "base_vs_generate": equal(self.results[f"ours_base_{rows}"], self.results[f"generate_{rows}"]),
                 "mixed_vs_peft": equal(self.results[mixed], self.results[peft]),
             },
@@ -240,7 +240,7 @@ class Bench:
 
 
 def weight_bytes(model: BaseModel) -> int:
-    """What one step of one row must read: all weights but an embedding that is not the head as well."""
+    """Bytes that a decode step must read: all weights, embeddings only if they are the head."""
     module: Any = model.module
     tied = module.get_output_embeddings().weight is module.get_input_embeddings().weight
     embedding = module.get_input_embeddings().weight
@@ -249,7 +249,7 @@ def weight_bytes(model: BaseModel) -> int:
 
 
 def equal(ours: Result, theirs: Result) -> float:
-    """The share of tokens before each row's first difference."""
+    """Share of tokens before each row's first difference."""
     shared = 0
     for mine, other in zip(ours.ids, theirs.ids, strict=True):
         shared += next((i for i, (a, b) in enumerate(zip(mine, other, strict=True)) if a != b), len(mine))

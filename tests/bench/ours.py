@@ -21,10 +21,10 @@ from tests.bench.worker import Case, Spec, serve
 
 def make(spec: Spec):
     settings = ModelSettings(name=spec.folder, device="cpu", quantization=os.environ.get("QUANTIZATION", "none"))
-    # On a thread that ends, as the engine itself does it: see LocalEngine.
+    # On a thread that ends, see LocalEngine.__aenter__.
     with ThreadPoolExecutor(1) as loader:
         model = loader.submit(load_for_serving, settings, Path(spec.folder), threads=spec.threads).result()
-    model = dataclasses.replace(model, eos_ids=frozenset())  # every answer has its 64 tokens
+    model = dataclasses.replace(model, eos_ids=frozenset())  # every answer has 64 tokens
     refs = [AdapterRef(sha256=str(i), folder=Path(folder), label=f"a{i}@1") for i, folder in enumerate(spec.adapters)]
     loop = asyncio.new_event_loop()
     bounds = EngineSettings(max_rows=32, max_context=1024, threads=spec.threads)

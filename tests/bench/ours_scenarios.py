@@ -37,7 +37,7 @@ QUESTION = "And what happens to the river after that, when the snow melts and th
 
 @dataclasses.dataclass
 class Heard:
-    """Seconds from the submit to the row and to the first text; the text, and the tokens of prompt and answer."""
+    """Seconds from submit to the row and to the first text; the text; tokens of prompt and answer."""
 
     wait_s: float = 0.0
     first_s: float = 0.0
@@ -116,7 +116,7 @@ class Scenarios:
     async def long_prompt(self) -> dict[str, Any]:
         text = self.text_of(2000)
         async with self.engine(max_rows=17, max_context=2176, reuse_mib=0) as engine:
-            passes: list[tuple[float, int]] = []  # when its tokens were drawn, and the tokens of the longest part
+            passes: list[tuple[float, int]] = []  # time of sampling, tokens of the longest part
             run, accept = engine.thread.runner.run, engine.thread._accept_logits
             size = 0
 
@@ -237,7 +237,7 @@ def _resident_mib() -> float:
 
 
 def make(spec: Spec):
-    # On a thread that ends, as the engine itself does it: see LocalEngine.
+    # On a thread that ends, see LocalEngine.__aenter__.
     with ThreadPoolExecutor(1) as loader:
         settings = ModelSettings(name=spec.folder, device="cpu")
         model = loader.submit(load_for_serving, settings, Path(spec.folder), threads=spec.threads).result()

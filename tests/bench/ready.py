@@ -51,7 +51,7 @@ def measure(rounds: int) -> dict[str, object]:
     with tempfile.TemporaryDirectory() as folder:
         first = start(Path(folder), f"{QUESTION}\n")
         empty, answered, transformers = [], [], []
-        for _ in range(rounds):  # interleaved, so that what else the machine does meets all alike
+        for _ in range(rounds):  # interleaved, so that other load affects all alike
             empty.append(start(Path(folder), ""))
             answered.append(start(Path(folder), f"{QUESTION}\n"))
             transformers.append(peer())

@@ -64,25 +64,25 @@ RATIOS = {  # name: (case, peer's case)
     "base_1_vs_generate": ("ours_base_1", "generate_1"),
     "base_32_vs_generate": ("ours_base_32", "generate_32"),
     "mixed_16x8_vs_vllm_cpu": ("ours_mixed_16x8", "vllm_mixed_16x8"),
-    "int8_mixed_16x8_vs_vllm_cpu": ("int8_mixed_16x8", "vllm_mixed_16x8"),  # what to choose: its weights are float32
+    "int8_mixed_16x8_vs_vllm_cpu": ("int8_mixed_16x8", "vllm_mixed_16x8"),  # vLLM's weights are float32
     "int8_1_vs_llamacpp": ("int8_1", "llamacpp_1"),
     "int8_8_vs_llamacpp": ("int8_8", "llamacpp_8"),
     "int8_32_vs_llamacpp": ("int8_32", "llamacpp_32"),
-    "int8_mixed_32x8_vs_llamacpp": ("int8_mixed_32x8", "llamacpp_1"),  # it serves one adapter at a time
+    "int8_mixed_32x8_vs_llamacpp": ("int8_mixed_32x8", "llamacpp_1"),  # llama.cpp serves one adapter at a time
 }
 
-SCENARIOS = ("turn_10", "long_prompt", "scale", "flood")  # of our engine alone; each gives ratios of its own
+SCENARIOS = ("turn_10", "long_prompt", "scale", "flood")  # of our engine only; each has ratios of its own
 
 
 @dataclass
 class Worker:
-    """A process that runs cases; or why there is none."""
+    """A process that runs cases, or the reason why there is none."""
 
     process: subprocess.Popen[str] | None = None
     missing: str = ""
 
     def ask(self, case: dict[str, Any] | None = None) -> dict[str, Any]:
-        """Its answer to a case; without one, that it is ready. Raises Missing."""
+        """The worker's answer to a case; None waits until it is ready. Raises Missing."""
         if self.process is None or self.process.stdin is None or self.process.stdout is None:
             raise Missing(self.missing)
         if case is not None:
@@ -135,7 +135,7 @@ def _text(tokenizer: Any, row: int) -> str:
 
 
 def start(spec: Path, wanted: set[str]) -> dict[str, Worker]:
-    """All workers, loaded."""
+    """All workers, their models loaded."""
     makers: dict[str, tuple[str, Callable[[], Path], dict[str, str]]] = {
         "ours": ("ours", lambda: Path(sys.executable), KEPT),
         "int8": ("ours", lambda: Path(sys.executable), {"QUANTIZATION": "int8", **KEPT}),
@@ -188,13 +188,13 @@ def measure(rounds: int, threads: int, wanted: set[str], requests: int, named: S
         read = bandwidth()
         workers = start(file, wanted)
         try:
-            for number in range(rounds + 1):  # the first one warms
+            for number in range(rounds + 1):  # the first one warms up
                 for name, worker, rows, adapters in CASES:
                     if worker not in workers or workers[worker].process is None:
                         continue
                     try:
                         answer = workers[worker].ask({"rows": rows, "adapters": adapters})
-                    except Missing as error:  # it has ended on the way: the others are measured all the same
+                    except Missing as error:  # it ended meanwhile; the others are still measured
                         sys.stderr.write(f"{worker} is missing: {error}\n")
                         workers[worker] = Worker(missing=str(error))
                         continue
@@ -212,7 +212,7 @@ def measure(rounds: int, threads: int, wanted: set[str], requests: int, named: S
 
 
 def scenarios(spec: Path, requests: int, named: Sequence[str]) -> dict[str, Any]:
-    """One after the other, when no peer runs any more."""
+    """Run one after the other, when no peer runs any more."""
     worker = _start(spec, "ours_scenarios", lambda: Path(sys.executable), KEPT)
     told = {}
     try:

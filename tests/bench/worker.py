@@ -12,7 +12,7 @@ from typing import Any
 
 @dataclass(frozen=True)
 class Spec:
-    """What all run alike: the model's folder and GGUF file, adapters' folders, prompts as text and as token ids."""
+    """What all engines run: the model's folder and GGUF file, adapter folders, prompts as text and as token ids."""
 
     folder: str
     gguf: str
@@ -27,7 +27,7 @@ Case = dict[str, Any]  # rows, adapters (how many different ones, row i has i mo
 
 
 def serve(make: Callable[[Spec], Callable[[Case], dict[str, Any]]]) -> None:
-    """`make` loads; its result runs a case and gives {"seconds": ..., more}. One JSON line in, one out."""
+    """`make` loads the engine; its result runs a case and gives {"seconds": ..., ...}. One JSON line in, one out."""
     spec = Spec(**json.loads(Path(sys.argv[1]).read_text(encoding="utf-8")))
     run = make(spec)
     _say({"ready": True})

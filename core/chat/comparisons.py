@@ -1,6 +1,6 @@
 """/adapter compare and choose: one question, answered blind by a candidate and by the champion, and a person's choice.
 
-The order of the answers is drawn at random, stored, and told only after the choice. Nothing is charged or becomes part
+The order of the answers is drawn at random, stored, and shown only after the choice. Nothing is charged or becomes part
 of the conversation.
 """
 
@@ -222,11 +222,11 @@ class Comparisons:
 
     async def _answers(self, requests: Sequence[Request], both: BothAnswers) -> list[str]:
         """Both at once, as far as admission allows; a stop cancels both. Raises AppError."""
-        heard = await asyncio.gather(*(self._one(request, both) for request in requests), return_exceptions=True)
-        for one in heard:
+        answers = await asyncio.gather(*(self._one(request, both) for request in requests), return_exceptions=True)
+        for one in answers:
             if isinstance(one, BaseException):
                 raise one
-        return [one for one in heard if isinstance(one, str)]
+        return [one for one in answers if isinstance(one, str)]
 
     async def _one(self, request: Request, both: BothAnswers) -> str:
         pending = PendingReply()

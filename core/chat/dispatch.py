@@ -1,4 +1,4 @@
-"""Runs a command: checks its grant and room, prepares it, runs its handler in one transaction, writes the audit log.
+"""Runs a command: checks grant and capacity, prepares it, runs its handler in one transaction, writes the audit log.
 
 Every command that needs a grant leaves a row in the audit log: refused, or allowed with the state before and after.
 Importing this module registers all handlers, and fails where a form of the command table has none.
@@ -45,7 +45,7 @@ async def dispatch(
     entry = registered(call)
     allowed, prepared = True, None  # the authoritative check of the grant is in `run`
     if entry.prepare is not None:
-        allowed = await context.database.read(lambda tx: _may(tx, caller, call) and _has_room(tx, caller, entry))
+        allowed = await context.database.read(lambda tx: _may(tx, caller, call) and _has_capacity(tx, caller, entry))
         prepared = await entry.prepare(context, caller, call) if allowed else None
 
     def work(tx: Tx) -> Outcome:
@@ -77,11 +77,11 @@ def run(tx: Tx, caller: Caller, call: Call, prepared: object = None) -> Outcome:
 
 def _handle(tx: Tx, caller: Caller, call: Call, prepared: object) -> Outcome:
     entry = registered(call)
-    _has_room(tx, caller, entry)
+    _has_capacity(tx, caller, entry)
     return entry.handler(tx, caller, call) if entry.prepare is None else entry.handler(tx, caller, call, prepared)
 
 
-def _has_room(tx: Tx, caller: Caller, entry: Registered) -> bool:
+def _has_capacity(tx: Tx, caller: Caller, entry: Registered) -> bool:
     """True, or the UserError of the command's `check`."""
     if entry.check is not None:
         entry.check(tx, caller)

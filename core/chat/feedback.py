@@ -90,11 +90,11 @@ def vote(tx: Tx, row: InboxRow) -> bool:
         " ON CONFLICT DO UPDATE SET vote = excluded.vote, reason = excluded.reason",
         [reply.id, row.user_hash, int(found[2]), tx.now_ms, reason],
     )
-    said = _turns(tx, reply)
-    if not said or reply.platform in training_permission.forbidden(tx):
+    turns = _turns(tx, reply)
+    if not turns or reply.platform in training_permission.forbidden(tx):
         return False
     if reply.consent_ms:
-        _keep(tx, reply, said, shared=False)
+        _keep(tx, reply, turns, shared=False)
         return False
     if found[2] == "1" or found[3] is None or _example(tx, reply) is not None:
         return False
@@ -110,10 +110,10 @@ def vote(tx: Tx, row: InboxRow) -> bool:
 def share(tx: Tx, reply: DeliveredReply) -> None:
     """Store a reply with consent for this one. Raises BadInput where its text is gone."""
     _set_refused(tx, reply, refused=False)
-    said = _turns(tx, reply)
-    if not said and _example(tx, reply) is None:
+    turns = _turns(tx, reply)
+    if not turns and _example(tx, reply) is None:
         raise BadInput("feedback.too_late")
-    _keep(tx, reply, said, shared=True)
+    _keep(tx, reply, turns, shared=True)
 
 
 def refuse(tx: Tx, reply: DeliveredReply) -> bool:
@@ -160,10 +160,10 @@ def correct(tx: Tx, caller: Caller, call: Call) -> Outcome:
         raise BadInput("feedback.not_allowed")
     if own:
         _set_refused(tx, reply, refused=False)
-    said = _turns(tx, reply)
-    if kept is None and not said:
+    turns = _turns(tx, reply)
+    if kept is None and not turns:
         raise BadInput("feedback.too_late")
-    _keep(tx, reply, said, shared=own)
+    _keep(tx, reply, turns, shared=own)
     tx.run(
         "UPDATE example SET correction = ?, corrected_by = ? WHERE generation_id = ?",
         [tx.cipher.seal(text), caller.user, reply.id],
@@ -262,13 +262,13 @@ def _turns(tx: Tx, reply: DeliveredReply) -> list[dict[str, str]]:
         " AND NOT refused ORDER BY id DESC LIMIT ?",
         [answer["conversation_id"], reply.user, answer["id"], reply.consent_ms, conversations.MAX_TURNS],
     )
-    said = [{"role": row["role"], "content": tx.cipher.unseal(row["text"])} for row in reversed(rows)]
-    while said and said[0]["role"] == "assistant":
-        said.pop(0)
-    return said if [one["role"] for one in said[-2:]] == ["user", "assistant"] else []
+    turns = [{"role": row["role"], "content": tx.cipher.unseal(row["text"])} for row in reversed(rows)]
+    while turns and turns[0]["role"] == "assistant":
+        turns.pop(0)
+    return turns if [one["role"] for one in turns[-2:]] == ["user", "assistant"] else []
 
 
-def _keep(tx: Tx, reply: DeliveredReply, said: list[dict[str, str]], *, shared: bool) -> None:
+def _keep(tx: Tx, reply: DeliveredReply, turns: list[dict[str, str]], *, shared: bool) -> None:
     """Store once, with the time of the first call; a repeat can only set `shared`."""
     tx.run(
         "INSERT INTO example (generation_id, channel_id, user_hash, platform, shared, said, at_ms)"
@@ -279,7 +279,7 @@ def _keep(tx: Tx, reply: DeliveredReply, said: list[dict[str, str]], *, shared: 
             reply.user,
             reply.platform,
             int(shared),
-            tx.cipher.seal(json.dumps(said)),
+            tx.cipher.seal(json.dumps(turns)),
             tx.now_ms,
         ],
     )

@@ -59,7 +59,7 @@ from core.types import (
 )
 
 log = logging.getLogger(__name__)
-QUIET = (Kind.STOP, Kind.EDIT, Kind.MEMBERSHIP)  # nothing is said to these
+QUIET = (Kind.STOP, Kind.EDIT, Kind.MEMBERSHIP)  # answered by no message
 _NOTICE_WINDOW_MS = 60_000
 
 
@@ -211,8 +211,8 @@ class MessageHandler:
     async def _ends_quietly(self, row: InboxRow, caller: Caller | None, error: Exception) -> bool:
         """Log an error; True where its row needs no refusal.
 
-        A limit is told once per window and place. A reply that the end of the process, and not a person, stopped before
-        its first word stays open: the next start answers it.
+        A limit is reported once per window and place. A reply that the end of the process, and not a person, stopped
+        before its first word stays open: the next start answers it.
         """
         if isinstance(error, LimitReached):
             if not await self._database.write(lambda tx: _close_limited(tx, row)):
@@ -252,7 +252,7 @@ def _close_quiet(tx: Tx, row: InboxRow) -> bool:
 
 
 def _keep_notice(tx: Tx, row: InboxRow, caller: Caller) -> None:
-    """Store what a bot itself says; the row's `value` is the key of its sentence."""
+    """Store a message of the bot itself; the row's `value` is the key of its sentence."""
     kept = duration(caller.language, retention_of(tx).conversation_hours * 3600)
     text = say(caller.language, row.value, title=caller.channel.title, kept=kept)
     keep_body(tx, new_delivery(tx, inbox_id=row.id), Body(text))
@@ -260,10 +260,10 @@ def _keep_notice(tx: Tx, row: InboxRow, caller: Caller) -> None:
 
 
 def _close_limited(tx: Tx, row: InboxRow) -> bool:
-    told = inbox.limited_lately(tx, row, _NOTICE_WINDOW_MS)
-    if told:
+    limited = inbox.limited_lately(tx, row, _NOTICE_WINDOW_MS)
+    if limited:
         inbox.close(tx, row.id, "refused_quietly")
-    return told
+    return limited
 
 
 def _give_up(tx: Tx, row: InboxRow) -> None:

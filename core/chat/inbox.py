@@ -60,7 +60,7 @@ class InboxRow:
     language: str
     update_key: str
     text: str
-    command: Call | BadCommand | None  # or the error that its author is told
+    command: Call | BadCommand | None  # or the error to report to its author
     attachments: tuple[Attachment, ...]
     action: str
     value: str
@@ -142,14 +142,14 @@ def recover(tx: Tx) -> None:
     tx.run("UPDATE inbox SET state = 'new', attempts = attempts + 1 WHERE state = 'running'")
 
 
-def take(tx: Tx, room: int, accounts: Collection[tuple[str, str]], active: Collection[int]) -> list[InboxRow]:
+def take(tx: Tx, limit: int, accounts: Collection[tuple[str, str]], active: Collection[int]) -> list[InboxRow]:
     """Take the rows to handle now: control rows, and the oldest open turn of each conversation.
 
-    At most `room` turns of one account run at once, so that an unavailable platform delays no other; a free place goes
+    At most `limit` turns of one account run at once, so that an unavailable platform delays no other; a free place goes
     to the channel with the fewest. `accounts` are the (platform, account) pairs with a running bot, `active` the ids of
     the rows in work.
     """
-    rows = tx.all(_DUE, [room])
+    rows = tx.all(_DUE, [limit])
     due = [row for row in rows if row["id"] not in active and (row["platform"], row["account"]) in accounts]
     for row in due:
         if row["state"] == "new":
@@ -201,7 +201,7 @@ def open_rows(tx: Tx, platform: str, account: str) -> int:
 
 
 def limited_lately(tx: Tx, row: InboxRow, window_ms: int) -> bool:
-    """Whether this person was told of a limit in this place within the window."""
+    """Whether a limit was reported to this person in this place within the window."""
     return bool(
         tx.value(
             "SELECT 1 FROM inbox WHERE user_hash = ? AND place = ? AND outcome = 'limited' AND closed_ms > ?",

@@ -160,9 +160,9 @@ class Service:
     async def _take(self) -> list[InboxRow]:
         if self._handler.draining:
             return []
-        room, accounts, active = self._settings.max_replies, frozenset(self._accounts), frozenset(self._active)
+        limit, accounts, active = self._settings.max_replies, frozenset(self._accounts), frozenset(self._active)
         try:
-            taken = await self._database.write(lambda tx: inbox.take(tx, room, accounts, active))
+            taken = await self._database.write(lambda tx: inbox.take(tx, limit, accounts, active))
         except (StorageError, Overloaded) as error:
             log.error("inbox.take_failed", extra={"error": str(error)})
             await asyncio.sleep(STORAGE_S)

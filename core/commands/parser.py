@@ -30,14 +30,14 @@ def is_command(text: str) -> bool:
 
 
 def lane_of(line: str) -> Lane:
-    """The lane of a command line; of an unknown command TURN, whose error is told in order."""
+    """The lane of a command line; TURN for an unknown command, whose error is reported in order."""
     words = split_words(line.strip()[1:])
     command = BY_NAME.get(_name(words[0])) if words else None
     return command.lane if command else Lane.TURN
 
 
 def read(line: str) -> Call | BadCommand:
-    """Parse a command line; the error is a value, for a line whose author is told later."""
+    """Parse a command line; the error is returned, to be reported later."""
     try:
         return parse(line)
     except BadCommand as error:

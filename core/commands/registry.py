@@ -7,7 +7,7 @@
     def usage_csv(tx: Tx, caller: Caller, call: Call, path: Path) -> Outcome: ...
 
 A handler runs in one transaction. `prepare` runs before it, without a transaction, for files and downloads; its result
-is the handler's last argument. `check` raises where the command has no room at the moment (a queue is full): it is
+is the handler's last argument. `check` raises where the command cannot run at the moment (a queue is full): it is
 called before `prepare` and again in the transaction. Grants are checked before all three (core.chat.dispatch).
 """
 

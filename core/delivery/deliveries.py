@@ -214,7 +214,7 @@ def _prunes(kept: Periods) -> list[Prune]:
     """Bodies go with the text of their message; handles and receipts name a place, and go with the place."""
     closed = "inbox.state IN ('done', 'dead') AND closed_ms <= ?"
     parts = "UPDATE part SET handle = '', receipt = ''"
-    told = "NOT EXISTS (SELECT 1 FROM delivery WHERE job_id = job.id AND state IN ('open', 'generated'))"
+    sent = "NOT EXISTS (SELECT 1 FROM delivery WHERE job_id = job.id AND state IN ('open', 'generated'))"
     return [
         lifecycle.batch(
             "UPDATE delivery SET body = NULL",
@@ -236,7 +236,7 @@ def _prunes(kept: Periods) -> list[Prune]:
             "part",
             "delivery_id",
             "handle <> '' AND delivery_id IN"
-            f" (SELECT delivery.id FROM delivery JOIN job ON job.id = job_id WHERE ended_ms <= ? AND {told})",
+            f" (SELECT delivery.id FROM delivery JOIN job ON job.id = job_id WHERE ended_ms <= ? AND {sent})",
             kept.dead,
         ),
     ]

@@ -5,7 +5,7 @@
   have 10 minutes, time inside the sink included; then the delivery has failed. `Unreachable` fails at once.
 - The job worker makes one attempt a turn and postpones the job for about as long, so that other jobs come first.
 - A storage that cannot write (disk full, queue full) is no failure of the platform: `wait_for_storage`, the outer
-  loop, repeats the whole step every 2 s without a bound, since an accepted message is answered once there is room.
+  loop, repeats the whole step every 2 s without a bound, since an accepted message must be answered.
 """
 
 from __future__ import annotations

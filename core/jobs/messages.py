@@ -168,7 +168,7 @@ def _health_text(language: str, judged: Judged) -> list[str]:
 def failed_text(job: Job, *, resumable: bool) -> str:
     """Whose fault the failure is, the reason, and what to do."""
     fault, _, reason = job.reason.partition(": ")
-    yours = "training.failed_sayings" if job.source in CONSENTED else "training.failed_yours"
+    yours = "training.failed_examples" if job.source in CONSENTED else "training.failed_yours"
     settings = "training.failed_adapter" if job.imported else "training.failed_settings"
     ours = "training.failed_ours_adapter" if job.imported else "training.failed_ours"
     key = "training.failed_kept" if resumable else {"yours": yours, "settings": settings}.get(fault, ours)

@@ -10,6 +10,7 @@ import logging
 import time
 
 from core.delivery.deliveries import Deliveries
+from core.delivery.live_view import show_once
 from core.errors import StorageError
 from core.jobs import event_log, jobs, messages
 from core.jobs.jobs import Job
@@ -20,7 +21,6 @@ from core.types import Handle
 log = logging.getLogger(__name__)
 SHOW_S = 1.0
 _OPEN_DEADLINE_S = 30.0
-_SHOW_DEADLINE_S = 10.0
 
 
 class ProgressMessage:
@@ -50,14 +50,13 @@ class ProgressMessage:
         while self._handle is not None:
             await self._changed.wait()
             self._changed.clear()
-            try:
-                async with asyncio.timeout(_SHOW_DEADLINE_S):
-                    events = await self._database.read(lambda tx: event_log.events(tx, self._job.id))
-                    text = messages.progress_text(self._job, events)
-                    await self._deliveries.show(self._handle, self._job.address, text)
-            except Exception as error:
-                log.warning("job.show_failed", extra={"job": self._job.id, "error": type(error).__name__})
+            await show_once(self._show_newest)
             await asyncio.sleep(SHOW_S)
+
+    async def _show_newest(self) -> None:
+        assert self._handle is not None
+        events = await self._database.read(lambda tx: event_log.events(tx, self._job.id))
+        await self._deliveries.show(self._handle, self._job.address, messages.progress_text(self._job, events))
 
     async def add(self, event: JobEvent) -> None:
         """Store an event; of progress at most one in SHOW_S, and the last step. Raises StorageError."""

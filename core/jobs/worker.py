@@ -19,6 +19,7 @@ from pathlib import Path
 
 from core.config.sections import HyperParameters
 from core.delivery.deliveries import Deliveries, keep_body, kept_body, new_delivery
+from core.delivery.retry import is_storage_unavailable
 from core.engine.protocol import EngineInfo
 from core.errors import AppError, JobError, StorageError
 from core.i18n.messages import Lazy
@@ -27,6 +28,7 @@ from core.jobs.jobs import Job
 from core.jobs.process import COMMAND, TrainerProcess, pause_under_load
 from core.jobs.progress import ProgressMessage
 from core.jobs.protocol import Failed, JobEvent, Spec
+from core.platform import Unreachable
 from core.storage.database import Database, Tx
 from core.storage.home import Home
 from core.types import Body
@@ -173,11 +175,14 @@ class JobWorker(ABC):
         await self._send_final(job)
 
     async def _retry_later(self, job: Job, error: Exception) -> None:
-        """Back off after an error of this program or a platform; after _TRIES, fail the job or drop its message."""
+        """Back off after an error of this program or a platform; after _TRIES, fail the job or drop its message.
+
+        The policy of core.delivery.retry: no bound while the storage cannot write, one try of an unreachable place.
+        """
         tries = self._retries[job.id].tries + 1 if job.id in self._retries else 1
         wait_s = min(self._settings.retry_s * 2 ** (tries - 1), _LONGEST_BACKOFF_S)
         self._retries[job.id] = _Retry(tries, time.monotonic() + wait_s)
-        if tries < _TRIES or isinstance(error, StorageError):  # storage errors are retried without end: a full disk
+        if is_storage_unavailable(error) or (tries < _TRIES and not isinstance(error, Unreachable)):
             return
         try:
             state = await self._state(job)

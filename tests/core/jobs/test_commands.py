@@ -303,7 +303,7 @@ def test_status_of_a_failed_job_says_whose_fault_it_was(it: Town) -> None:
     ("name", "source", "fault", "key"),
     [
         ("my faq.jsonl", "file", "yours", "failed_yours"),
-        ("feedback", "feedback", "yours", "failed_sayings"),
+        ("feedback", "feedback", "yours", "failed_examples"),
         ("my faq.jsonl", "file", "settings", "failed_settings"),
         ("my faq.jsonl", "file", "ours", "failed_ours"),
     ],
@@ -462,7 +462,7 @@ def test_a_skill_that_is_lost_is_told_whatever_the_verdict() -> None:
         judged = Judged(verdict, 5, 5, "base", 3, 2, -1, -0.5, 0.4, 0.5, 0.01, high, "arithmetic", skill, asked=5)
         told = "\n".join(messages.verdict_text("en", "acme@2", judged))
         assert (f"arithmetic, {skill:+.2f} (up to +0.20 counts as the same)" in told) == lost
-        assert ("it still can" in told) != lost
+        assert ("keeps the abilities" in told) != lost
 
 
 @pytest.mark.parametrize(

@@ -10,7 +10,8 @@ from dataclasses import asdict
 from typing import Any
 
 from core.channels import adapter_names, bindings, directory
-from core.config.keys import Key, refusal, refused, shown
+from core.config import keys
+from core.config.keys import Key, refusal, refused
 from core.config.schema import PRICES, channel_keys
 from core.errors import BadInput
 from core.i18n.messages import Refusal, say
@@ -108,8 +109,7 @@ def brief(value: object) -> str | int:
         return value
     if isinstance(value, float):
         return f"{value:g}"
-    text = " | ".join(value) if isinstance(value, tuple) else str(value)
-    return shown(text).strip('"') or "–"
+    return keys.brief(" | ".join(value) if isinstance(value, tuple) else str(value)) or "–"
 
 
 def limits_line(language: str, limits: Limits) -> str:

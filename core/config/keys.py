@@ -273,16 +273,21 @@ def refusal(need: Lazy, value: object, known: Iterable[str] = ()) -> Refusal:
 
 
 def refused(one: Key, value: object, refusal: Refusal, path: str = "") -> Lazy:
-    """What is wrong, as a clause: the key, its value and what is allowed."""
+    """What is wrong, as a clause: key, value and what is allowed. Without a path, the value is what a person typed."""
     name = f"{path}.{one.name}" if path else one.name
-    return Lazy("setting.refused", setting=name, value="***" if one.secret else shown(value), need=refusal.reason)
+    told = brief(value) if not path and isinstance(value, str) else shown(value)
+    return Lazy("setting.refused", setting=name, value="***" if one.secret else told, need=refusal.reason)
 
 
 def shown(value: object) -> str:
-    """A value as it may stand in a sentence: one short line."""
-    line = " ".join((value if isinstance(value, str) else toml(value)).split())
-    line = line if len(line) <= _SHOWN else f"{line[:_SHOWN]}…"
-    return f'"{line}"' if isinstance(value, str) else line
+    """A value as TOML has it, in one short line."""
+    return f'"{brief(value)}"' if isinstance(value, str) else brief(toml(value))
+
+
+def brief(text: str) -> str:
+    """One short line of a text."""
+    line = " ".join(text.split())
+    return line if len(line) <= _SHOWN else f"{line[:_SHOWN]}…"
 
 
 def nearest(name: str, known: Iterable[str]) -> str:

@@ -201,7 +201,7 @@ def test_why_an_adapter_is_refused_is_told_in_the_language_of_who_brought_it_and
     (logged,) = (line for line in log.splitlines() if "train.refused" in line)
     assert status == EXIT_FAILED
     assert events[-1] == Failed("settings", "这个适配器不能使用：不支持 use_dora=True，只支持线性层上的普通 LoRA")
-    assert "the adapter cannot be used: use_dora=True is not supported: only plain LoRA" in logged
+    assert "the adapter cannot be used: use_dora=True is not supported, only plain LoRA" in logged
 
 
 @pytest.mark.parametrize(

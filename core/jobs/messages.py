@@ -42,9 +42,9 @@ def progress_text(job: Job, events: Sequence[JobEvent]) -> str:
     progress = last(events, Progress)
     if progress is None:
         checked = last(events, Checked)
-        first = f"{head}\n{_before_it_trains(job, events)}"
+        first = f"{head}\n{_phase_text(job, events)}"
         notes = [f"- {line}" for line in data_text(job.language, checked)] if checked else []
-        notes += _held_up(events)
+        notes += _open_warnings(events)
         return "\n".join([first, "", *notes]) if notes else first
     share = progress.step / max(progress.steps, 1)
     full = round(share * _BAR_CELLS)
@@ -61,17 +61,17 @@ def progress_text(job: Job, events: Sequence[JobEvent]) -> str:
             job.language,
             "training.loss",
             loss=_losses(progress),
-            unseen=_unseen(job.language, events),
+            unseen=_validation_loss(job.language, events),
             pace=round(progress.tokens_per_s),
         ),
         *([say(job.language, "training.comparing")] if progress.step == progress.steps else []),
         say(job.language, "training.stop_hint", id=job.id),
     ]
     shown = [f"{line}  " for line in lines[1:-1]]
-    return "\n".join([f"{head} · {lines[0]}", "", *shown, *_held_up(events), "", lines[-1]])
+    return "\n".join([f"{head} · {lines[0]}", "", *shown, *_open_warnings(events), "", lines[-1]])
 
 
-def _before_it_trains(job: Job, events: Sequence[JobEvent]) -> str:
+def _phase_text(job: Job, events: Sequence[JobEvent]) -> str:
     planned, answered = last(events, Planned), last(events, Answered)
     name = {"name": job.dataset}
     if planned is not None:
@@ -114,12 +114,11 @@ def report(job: Job, events: Sequence[JobEvent], *, judged: Judged | None = None
     hint = "training.promote_hint" if passed else "training.promote_anyway_hint"
     key = "training.version_now" if now else hint
     lines += ["", say(language, key, label=job.label, title=job.title, state=now)]
-    return Body("\n".join(lines), _report_buttons(language, job.label, judged))
+    return Body("\n".join(lines), _report_buttons(language, job.label, judged, passed=passed))
 
 
-def _report_buttons(language: str, label: str, judged: Judged | None) -> tuple[Button, ...]:
+def _report_buttons(language: str, label: str, judged: Judged | None, *, passed: bool) -> tuple[Button, ...]:
     """Compare or see the worst rows, promote, discard."""
-    passed = judged is None or judged.passed
     look = worst_button if judged is not None and not passed and judged.worst else compare_button
     serve = promote_button if passed else anyway_button
     return look(language, label), serve(language, label), discard_button(language, label)
@@ -187,7 +186,7 @@ def cancelled_key(job: Job) -> str:
     return "training.cancelled" if job.keeps_checkpoint else "training.cancelled_for_good"
 
 
-def _held_up(events: Sequence[JobEvent]) -> list[str]:
+def _open_warnings(events: Sequence[JobEvent]) -> list[str]:
     """Warnings since the last progress."""
     further = max((at for at, event in enumerate(events) if isinstance(event, Progress)), default=-1)
     return [f"- {short(event.text)}" for event in events[further + 1 :] if isinstance(event, Warned)]
@@ -199,7 +198,7 @@ def _losses(now: Progress) -> str:
     return last if not now.first_loss or first == last else f"{first} → {last}"
 
 
-def _unseen(language: str, events: Sequence[JobEvent]) -> str:
+def _validation_loss(language: str, events: Sequence[JobEvent]) -> str:
     losses = [event.loss for event in events if isinstance(event, Evaluated) and event.split == "validation"]
     return say(language, "training.unseen", loss=f"{losses[-1]:.2f}") if losses else ""
 

@@ -10,6 +10,7 @@ audit.py                 the audit log
 installations.py         tokens of installed apps, encrypted
 terminal.py              the channel of the home's own terminal
 training_permission.py   whether a platform lets its messages be trained on
+settings.py              the settings of a channel: show, parse, store
 commands.py, personal_commands.py   /channel, /operator; /whoami, /language, /claim
 
 May import: config, storage, commands, usage.prices.

@@ -282,7 +282,7 @@ class OpenAIServer:
         if status in (401, 403):
             return ServerRefused(f"{self} refuses the key ({status}): set engine.api_key", status, message)
         if status == 404:
-            return NotServed(f"{self} knows no {model[:80]!r}: {message}", status, message)
+            return NotServed(f"{self} does not serve {model[:80]!r}: {message}", status, message)
         return ServerRefused(f"{self} refused ({status}): {message}", status, message)
 
 

@@ -320,7 +320,7 @@ async def test_no_adapter_is_loaded_into_another_base_model(
 ) -> None:
     async with engine_over(fake, base) as engine:
         fake.base = "acme/next"
-        assert "knows no 'acme/base'" in await heard_error(engine)
+        assert "does not serve 'acme/base'" in await heard_error(engine)
         assert "no longer serves acme/base" in await heard_error(engine, adapter=adapters[0])
     assert fake.loaded == []
 

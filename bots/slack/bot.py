@@ -17,7 +17,7 @@ from slack_sdk.web.async_client import AsyncWebClient
 from bots.slack.addresses import PLATFORM
 from bots.slack.housekeeping import SlackHousekeeping
 from bots.slack.receiver import SlackReceiver
-from bots.slack.sending.api import CALL_S, SlackProblem, trouble
+from bots.slack.sending.api import CALL_S, SlackProblem, classify
 from bots.slack.sending.rate_limits import SlackRateLimiter
 from bots.slack.settings import SlackSettings, read_settings
 from bots.slack.web import Web
@@ -35,8 +35,8 @@ class SlackBot:
     platform = PLATFORM
     training_allowed = False  # API terms, "Data usage", since 2025-05-29
 
-    def __init__(self, settings: SlackSettings, pace: Callable[[], SlackRateLimiter] = SlackRateLimiter) -> None:
-        self._settings, self._pace = settings, pace
+    def __init__(self, settings: SlackSettings, limiter: Callable[[], SlackRateLimiter] = SlackRateLimiter) -> None:
+        self._settings, self._limiter = settings, limiter
         self.web: Web | None = None
         self.workspaces: Workspaces | None = None
 
@@ -44,29 +44,29 @@ class SlackBot:
     def configure(cls, settings: Mapping[str, object]) -> Self:
         return cls(read_settings(settings))
 
-    async def run(self, door: BotService) -> None:
+    async def run(self, service: BotService) -> None:
         """Until cancelled. Raises BadConfig where Slack does not know the token."""
         settings = self._settings
         async with ClientSession() as session:
             base = settings.api.rstrip("/") + "/"
             client = AsyncWebClient(base_url=base, timeout=CALL_S, retry_handlers=[], session=session)
-            courtesy = SlackHousekeeping(door)
-            self.workspaces = workspaces = Workspaces(settings, client, door, self._pace, courtesy.refresh)
-            await _at_last(workspaces)
-            app = _app(settings, client, SlackReceiver(workspaces, courtesy, door))
-            self.web = Web(settings, app, workspaces, door)
+            housekeeping = SlackHousekeeping(service)
+            self.workspaces = workspaces = Workspaces(settings, client, service, self._limiter, housekeeping.refresh)
+            await _until_available(workspaces)
+            app = _app(settings, client, SlackReceiver(workspaces, housekeeping, service))
+            self.web = Web(settings, app, workspaces, service)
             if settings.signing_secret or settings.client_id:
                 await self.web.open()
             try:
                 async with asyncio.TaskGroup() as tasks:
-                    tasks.create_task(courtesy.run(), name="slack courtesy")
+                    tasks.create_task(housekeeping.run(), name="slack housekeeping")
                     if settings.app_token:
                         tasks.create_task(_listen(app, settings, client), name="slack socket")
             finally:
                 await self.web.close()
 
 
-def _app(settings: SlackSettings, client: AsyncWebClient, intake: SlackReceiver) -> AsyncApp:
+def _app(settings: SlackSettings, client: AsyncWebClient, receiver: SlackReceiver) -> AsyncApp:
     """Bolt, with the commit ahead of everything that could call Slack."""
 
     async def never(**_: object) -> AuthorizeResult:
@@ -78,7 +78,7 @@ def _app(settings: SlackSettings, client: AsyncWebClient, intake: SlackReceiver)
         signing_secret=settings.signing_secret or None,
         client=client,
         authorize=never,
-        before_authorize=intake.before_authorize,
+        before_authorize=receiver.before_authorize,
         ssl_check_enabled=False,
         url_verification_enabled=False,
         request_verification_enabled=bool(settings.signing_secret),
@@ -95,7 +95,7 @@ async def _listen(app: AsyncApp, settings: SlackSettings, client: AsyncWebClient
             log.info("slack.socket")
             await asyncio.Event().wait()
         except (SlackApiError, ClientError, TimeoutError, OSError) as error:
-            if trouble(error) is SlackProblem.CLOSED:
+            if classify(error) is SlackProblem.CLOSED:
                 raise bad_token() from None
             log.warning("slack.no_socket", extra={"error": type(error).__name__})
             await asyncio.sleep(_PAUSES_S[min(tries, len(_PAUSES_S) - 1)])
@@ -104,14 +104,14 @@ async def _listen(app: AsyncApp, settings: SlackSettings, client: AsyncWebClient
             await handler.client.close()  # type: ignore[no-untyped-call]
 
 
-async def _at_last(workspaces: Workspaces) -> None:
+async def _until_available(workspaces: Workspaces) -> None:
     """Through a Slack that is away; a token that it does not know is told."""
     tries = 0
     while True:
         try:
             return await workspaces.open()
         except (SlackApiError, ClientError, TimeoutError, OSError) as error:
-            if trouble(error) is SlackProblem.CLOSED:
+            if classify(error) is SlackProblem.CLOSED:
                 raise bad_token() from None
             log.warning("slack.away", extra={"method": "auth.test", "error": type(error).__name__})
             await asyncio.sleep(_PAUSES_S[min(tries, len(_PAUSES_S) - 1)])

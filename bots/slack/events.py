@@ -15,7 +15,7 @@ from typing import Any
 
 from bots.slack.addresses import PLATFORM, is_dm
 from bots.slack.pages.blocks import ACTIONS, STOP, where
-from bots.slack.pages.modals import About, attachment, filled
+from bots.slack.pages.modals import ModalContext, attachment, submission
 from bots.slack.pages.text import COMMAND
 from bots.slack.pages.text import read as read_text
 from core.commands.table import BY_NAME
@@ -42,10 +42,10 @@ class Person:
 
 
 @dataclass(frozen=True, slots=True)
-class Wanted:
+class OptionsRequest:
     """A list in a modal that was opened: what was typed into it."""
 
-    about: About
+    context: ModalContext
     typed: str
 
 
@@ -62,7 +62,7 @@ class ReadEvent:
     gone: bool = False
     person: Person = Person()
     below: str = ""
-    wanted: Wanted | None = None
+    options_request: OptionsRequest | None = None
 
 
 def read(body: Payload, language: str = "en") -> ReadEvent:
@@ -107,8 +107,8 @@ def _read(body: Payload, language: str) -> ReadEvent:
     if kind == "view_submission":
         return _submitted(body)
     if kind == "block_suggestion":
-        wanted = Wanted(About.read(body["view"]), str(body.get("value") or ""))
-        return ReadEvent(account_of(body), wanted=wanted, person=_presser(body))
+        options_request = OptionsRequest(ModalContext.read(body["view"]), str(body.get("value") or ""))
+        return ReadEvent(account_of(body), options_request=options_request, person=_presser(body))
     return ReadEvent(account_of(body))
 
 
@@ -255,10 +255,10 @@ def _press(body: Payload) -> ReadEvent:
 def _submitted(body: Payload) -> ReadEvent:
     """What a modal stands for; what is wrong with it is said in the modal itself."""
     account, person, view = account_of(body), _presser(body), body["view"]
-    found = filled(view)
+    found = submission(view)
     if found is None:
         return ReadEvent(account)
-    about, given = found
+    context, given = found
     if given.errors:
         return ReadEvent(account, answer={"response_action": "errors", "errors": dict(given.errors)})
     if not given.text:
@@ -267,7 +267,7 @@ def _submitted(body: Payload) -> ReadEvent:
     incoming = Incoming(
         lane=Lane.TURN,
         kind=Kind.MESSAGE,
-        address=Address(PLATFORM, account, about.place, about.conversation, about.reply_to),
+        address=Address(PLATFORM, account, context.place, context.conversation, context.reply_to),
         user=_known_as(person, body),
         update_key=key,
         message_key=key,

@@ -28,16 +28,16 @@ log = logging.getLogger(__name__)
 _MOST, _HOMES = 1_000, 5_000
 _WORKERS = 3
 _UNKNOWN_BLOCK = ("invalid_blocks", "invalid_arguments")
-_Errand = Callable[[], Awaitable[None]]
+_Action = Callable[[], Awaitable[None]]
 
 
 class SlackHousekeeping:
     """`run` must be running for anything to be said."""
 
-    def __init__(self, door: BotService) -> None:
-        self._door = door
-        self._modals: asyncio.Queue[_Errand] = asyncio.Queue(_MOST)
-        self._rest: asyncio.Queue[_Errand] = asyncio.Queue(_MOST)
+    def __init__(self, service: BotService) -> None:
+        self._service = service
+        self._modals: asyncio.Queue[_Action] = asyncio.Queue(_MOST)
+        self._rest: asyncio.Queue[_Action] = asyncio.Queue(_MOST)
         self._homes: OrderedDict[tuple[str, str], str] = OrderedDict()  # the DM of each home that was opened
 
     def offer(self, workspace: Workspace, body: Payload, person: Person) -> None:
@@ -77,7 +77,7 @@ class SlackHousekeeping:
 
     async def _ask(self, workspace: Workspace, body: Payload) -> None:
         at = Address(PLATFORM, workspace.account, body["channel"]["id"], "")
-        language = await self._door.places.language(at, body["user"]["id"]) or "en"
+        language = await self._service.places.language(at, body["user"]["id"]) or "en"
         shown = modals.ask_view(body["message"], at.place, language)
         await workspace.api.once("views.open", trigger_id=body["trigger_id"], view=shown)
 
@@ -85,21 +85,21 @@ class SlackHousekeeping:
         """A modal of the home, for who operates the channel now; for others the home as it is now."""
         (place, conversation), user = where(str(body["actions"][0].get("block_id", ""))), body["user"]["id"]
         at = Address(PLATFORM, workspace.account, place, conversation)
-        found = await self._door.places.overview(at, user)
+        found = await self._service.places.overview(at, user)
         if found is None or found.grant < Grant.OPERATOR:
             await self._publish(workspace, place, user)
             return
-        shown = modals.VIEWS[name](modals.About(place, conversation, found.language), found)
+        shown = modals.VIEWS[name](modals.ModalContext(place, conversation, found.language), found)
         if shown is None:
-            told = say(found.language, "slack.instructions_too_long")
-            shown = modals.notice_view(found.language, name, told)
+            answer = say(found.language, "slack.instructions_too_long")
+            shown = modals.notice_view(found.language, name, answer)
         await workspace.api.once("views.open", trigger_id=body["trigger_id"], view=shown)
 
     # --- home, prompts ---
 
     async def _publish(self, workspace: Workspace, place: str, user: str) -> None:
         """With Slack's own chart; in letters where this workspace's Slack does not draw yet."""
-        found = await self._door.places.overview(Address(PLATFORM, workspace.account, place, ""), user)
+        found = await self._service.places.overview(Address(PLATFORM, workspace.account, place, ""), user)
         try:
             await workspace.api.once("views.publish", user_id=user, view=home.view(found, place, user))
         except SlackApiError as error:
@@ -111,7 +111,7 @@ class SlackHousekeeping:
     async def _greet(self, workspace: Workspace, event: Payload) -> None:
         """The channel's own questions, as prompts of an empty conversation."""
         at = Address(PLATFORM, workspace.account, event["channel"], "")
-        found = await self._door.places.overview(at, event["user"])
+        found = await self._service.places.overview(at, event["user"])
         if found is None or not found.channel.questions:
             return
         prompts: list[dict[str, Any]] = [{"title": one, "message": one} for one in found.channel.questions[:4]]
@@ -134,28 +134,28 @@ class SlackHousekeeping:
         locale = workspace.languages.get(user, ("", ""))[0]
         if not locale and workspace.api.free("users.info"):
             try:
-                told = await workspace.api.once("users.info", user=user, include_locale=True)
-                locale = resolve(str((told.get("user") or {}).get("locale") or ""))
+                answer = await workspace.api.once("users.info", user=user, include_locale=True)
+                locale = resolve(str((answer.get("user") or {}).get("locale") or ""))
             except (SlackApiError, ClientError, TimeoutError, OSError):
                 log.debug("slack.no_locale")
         at = Address(PLATFORM, workspace.account, place, "")
-        workspace.keep_language(user, (locale, await self._door.places.language(at, user) or locale))
+        workspace.keep_language(user, (locale, await self._service.places.language(at, user) or locale))
 
 
-async def _work(queue: asyncio.Queue[_Errand]) -> None:
+async def _work(queue: asyncio.Queue[_Action]) -> None:
     while True:
-        errand = await queue.get()
+        action = await queue.get()
         try:
-            await errand()
+            await action()
         except Exception as error:  # the person can do it again; nothing was promised
-            log.warning("slack.courtesy_failed", extra={"error": type(error).__name__})
+            log.warning("slack.housekeeping_failed", extra={"error": type(error).__name__})
 
 
-def _put(queue: asyncio.Queue[_Errand], errand: _Errand) -> None:
+def _put(queue: asyncio.Queue[_Action], action: _Action) -> None:
     try:
-        queue.put_nowait(errand)
+        queue.put_nowait(action)
     except asyncio.QueueFull:
-        log.warning("slack.courtesy_left_out")
+        log.warning("slack.housekeeping_dropped")
 
 
 def _modal_of(body: Payload) -> str | None:

@@ -27,8 +27,8 @@ log = logging.getLogger(__name__)
 
 
 class SlackReceiver:
-    def __init__(self, workspaces: Workspaces, courtesy: SlackHousekeeping, door: BotService) -> None:
-        self._workspaces, self._courtesy, self._door = workspaces, courtesy, door
+    def __init__(self, workspaces: Workspaces, housekeeping: SlackHousekeeping, service: BotService) -> None:
+        self._workspaces, self._housekeeping, self._service = workspaces, housekeeping, service
 
     async def before_authorize(
         self, req: AsyncBoltRequest, resp: BoltResponse, next: Callable[[], Awaitable[BoltResponse]]
@@ -54,7 +54,7 @@ class SlackReceiver:
         except UnreadableEvent as error:
             account = str(account_of(body)) if isinstance(body, dict) else ""
             log.error("slack.unreadable", extra={"account": account, "error": str(error)})
-            await self._door.accept_dead(PLATFORM, account, update_key(body), json.dumps(body))
+            await self._service.accept_dead(PLATFORM, account, update_key(body), json.dumps(body))
             return None
         return await self._commit(body, found)
 
@@ -66,28 +66,28 @@ class SlackReceiver:
         if workspace is None:
             log.warning("slack.not_installed", extra={"account": found.account})
             return None
-        if found.wanted is not None:
+        if found.options_request is not None:
             return await self._options(found)
         if found.incoming is not None:
             locale, spoken = workspace.languages.get(found.person.user, ("", ""))
             asked = spoken_to(found.incoming, locale)
-            if found.below and not await self._door.places.heard(asked.address, found.below):
+            if found.below and not await self._service.places.heard(asked.address, found.below):
                 return None
             team = found.person.team if found.person.team[:1] == "T" else found.account
             workspace.sink.asked(asked.address, Recipient(team, found.person.user, spoken))
             if asked.kind is Kind.PRESS:
                 workspace.sink.pressed(str((body.get("channel") or {}).get("id") or ""), body.get("message") or {})
-            await self._door.accept(asked)
-        self._courtesy.offer(workspace, body, found.person)
+            await self._service.accept(asked)
+        self._housekeeping.offer(workspace, body, found.person)
         return found.answer
 
     async def _options(self, found: ReadEvent) -> dict[str, object]:
         """The versions that somebody may choose from, as they are now."""
-        assert found.wanted is not None
-        about = found.wanted.about
-        at = Address(PLATFORM, found.account, about.place, about.conversation)
-        shown = await self._door.places.overview(at, found.person.user)
-        return modals.options(shown.choices if shown else (), found.wanted.typed, about.language)
+        assert found.options_request is not None
+        context = found.options_request.context
+        at = Address(PLATFORM, found.account, context.place, context.conversation)
+        shown = await self._service.places.overview(at, found.person.user)
+        return modals.options(shown.choices if shown else (), found.options_request.typed, context.language)
 
     async def _language(self, body: Payload) -> str:
         """Of who gave a slash command: what it is answered at once is in their language."""
@@ -97,4 +97,4 @@ class SlackReceiver:
         workspace = self._workspaces.get(account)
         known = workspace.languages.get(user, ("", ""))[1] if workspace else ""
         at = Address(PLATFORM, account, str(body.get("channel_id") or ""), "")
-        return known or await self._door.places.language(at, user) or "en"
+        return known or await self._service.places.language(at, user) or "en"

@@ -47,9 +47,9 @@ _PAGE = (
 class Web:
     """One app's. With `app` it takes events; with a client id it can be installed."""
 
-    def __init__(self, settings: SlackSettings, app: AsyncApp, workspaces: Workspaces, door: BotService) -> None:
+    def __init__(self, settings: SlackSettings, app: AsyncApp, workspaces: Workspaces, service: BotService) -> None:
         self._settings, self._app = settings, app
-        self._workspaces, self._door = workspaces, door
+        self._workspaces, self._service = workspaces, service
         self._verifier = SignatureVerifier(settings.signing_secret) if settings.signing_secret else None
         self._runner: web.AppRunner | None = None
 
@@ -92,7 +92,7 @@ class Web:
             readable = False
         if not readable:
             log.error("slack.unreadable", extra={"bytes": len(body)})
-            await self._door.accept_dead(PLATFORM, "", request.headers["X-Slack-Signature"], body)
+            await self._service.accept_dead(PLATFORM, "", request.headers["X-Slack-Signature"], body)
             return web.Response()
         return await to_aiohttp_response(await self._app.async_dispatch(given))
 
@@ -118,7 +118,7 @@ class Web:
         if not _LINK.fullmatch(link):
             return _page(request, "install_failed", 400)
         try:
-            state = await self._door.installations.begin(PLATFORM, link)
+            state = await self._service.installations.begin(PLATFORM, link)
         except AppError as error:
             log.error("slack.not_stored", extra={"error": str(error)})
             return _page(request, "install_failed", 503)
@@ -141,7 +141,7 @@ class Web:
         if not state or not hmac.compare_digest(_bytes(state), _bytes(began)):
             return _page(request, "install_failed", 401)
         try:
-            link = await self._door.installations.use(PLATFORM, state)
+            link = await self._service.installations.use(PLATFORM, state)
             if link is None:
                 return _page(request, "install_failed", 401)
             if not code:
@@ -161,7 +161,7 @@ class Web:
         user = str(who.get("id") or "") if isinstance(who, dict) else ""
         if user:
             at = Address(PLATFORM, account, user, f"@{user}")
-            await self._door.accept(notice(at, user, f"welcome:{user}", "slack.welcome"))
+            await self._service.accept(notice(at, user, f"welcome:{user}", "slack.welcome"))
 
 
 def _bytes(text: str) -> bytes:

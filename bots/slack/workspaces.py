@@ -58,17 +58,23 @@ class Installed:
 
 
 class Workspaces:
-    """`told` is called after something was said to a person by themselves."""
+    """`on_dm` is called after something was said to a person by themselves."""
 
     def __init__(
         self,
         settings: SlackSettings,
         client: AsyncWebClient,
-        door: BotService,
-        pace: Callable[[], SlackRateLimiter],
-        told: Callable[[Workspace, str], None] = lambda _workspace, _user: None,
+        service: BotService,
+        limiter: Callable[[], SlackRateLimiter],
+        on_dm: Callable[[Workspace, str], None] = lambda _workspace, _user: None,
     ) -> None:
-        self._settings, self._client, self._door, self._pace, self._told = settings, client, door, pace, told
+        self._settings, self._client, self._service, self._limiter, self._on_dm = (
+            settings,
+            client,
+            service,
+            limiter,
+            on_dm,
+        )
         self._known: dict[str, Workspace] = {}
 
     def get(self, account: str) -> Workspace | None:
@@ -82,7 +88,7 @@ class Workspaces:
             of_org = answer.get("is_enterprise_install") and answer.get("enterprise_id")
             kept = {"token": self._settings.token, "bot_user": str(answer.get("user_id", ""))}
             self._register(str(of_org or answer["team_id"]), kept)
-        for account, kept in (await self._door.installations.all(PLATFORM)).items():
+        for account, kept in (await self._service.installations.all(PLATFORM)).items():
             if account not in self._known:
                 self._register(account, kept)
         log.info("slack.workspaces", extra={"count": len(self._known)})
@@ -93,7 +99,7 @@ class Workspaces:
         of_org = bool(answer.get("is_enterprise_install"))
         account = str((org if of_org else team)["id"])
         kept = {**_tokens(answer), "bot_user": str(answer.get("bot_user_id", "")), "since_s": str(int(time.time()))}
-        await self._door.installations.keep(PLATFORM, account, kept, link)
+        await self._service.installations.keep(PLATFORM, account, kept, link)
         self._register(account, kept)
         log.info("slack.installed", extra={"account": account})
         return Installed(account, str((org if of_org else team).get("name") or account))
@@ -108,7 +114,7 @@ class Workspaces:
     async def drop(self, account: str, at_s: float) -> None:
         """The app was thrown out then: its tokens are forgotten before Slack is told that we know.
 
-        An event of before the installation that there is now, late or sent again, is about one that is gone already.
+        An event of before the installation that there is now, late or sent again, is context one that is gone already.
         """
         known = self._known.get(account)
         if known is None or known.kept.get("token") == self._settings.token:
@@ -116,7 +122,7 @@ class Workspaces:
         if at_s and at_s < float(known.kept.get("since_s") or 0):
             log.info("slack.uninstalled_before", extra={"account": account})
             return
-        await self._door.installations.drop(PLATFORM, account)
+        await self._service.installations.drop(PLATFORM, account)
         del self._known[account]
         known.kept = {}
         log.info("slack.uninstalled", extra={"account": account})
@@ -128,9 +134,9 @@ class Workspaces:
             known.kept = kept
             return
         made = self._known[account] = Workspace(account, kept)
-        made.api = SlackApi(self._client, lambda: self._token(made), self._pace())
-        made.sink = SlackSink(made.api, transport=self._settings.transport, told=lambda user: self._told(made, user))
-        self._door.register(PLATFORM, account, made.sink)
+        made.api = SlackApi(self._client, lambda: self._token(made), self._limiter())
+        made.sink = SlackSink(made.api, transport=self._settings.transport, on_dm=lambda user: self._on_dm(made, user))
+        self._service.register(PLATFORM, account, made.sink)
 
     async def _token(self, of: Workspace) -> str:
         """The token of now. One that ends soon is renewed first, by one caller; it is good until it ends."""
@@ -157,7 +163,7 @@ class Workspaces:
     async def _save(self, of: Workspace) -> None:
         """The old refresh token is used up: what cannot be written now is written with the next call."""
         try:
-            await self._door.installations.keep(PLATFORM, of.account, of.kept)
+            await self._service.installations.keep(PLATFORM, of.account, of.kept)
             of.unsaved = False
         except (StorageError, Overloaded) as error:
             log.error("slack.not_stored", extra={"account": of.account, "error": str(error)})

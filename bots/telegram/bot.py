@@ -40,23 +40,23 @@ class TelegramBot:
     platform = PLATFORM
     training_allowed = True
 
-    def __init__(self, settings: TelegramSettings, pace: TelegramRateLimiter | None = None) -> None:
-        self._settings, self._pace = settings, pace
+    def __init__(self, settings: TelegramSettings, limiter: TelegramRateLimiter | None = None) -> None:
+        self._settings, self._limiter = settings, limiter
         self._known = False  # whether Telegram has known the token in this run
 
     @classmethod
     def configure(cls, settings: Mapping[str, object]) -> Self:
         return cls(read_settings(settings))
 
-    async def run(self, door: BotService) -> None:
+    async def run(self, service: BotService) -> None:
         """Until cancelled. Raises BadConfig where Telegram does not know the token."""
         settings = self._settings
         bot = make_bot(settings.token, settings.api)
         try:
-            api = TelegramApi(bot, self._pace or TelegramRateLimiter())
-            me = await self._at_last(api, GetMe())
+            api = TelegramApi(bot, self._limiter or TelegramRateLimiter())
+            me = await self._until_available(api, GetMe())
             self._known = True
-            await self._serve(door, api, me)
+            await self._serve(service, api, me)
         except (TelegramUnauthorizedError, TelegramNotFound):
             detail = "Telegram does not know the token of [bots.telegram]: ask @BotFather for it with /token"
             if self._known:  # taken back while we ran: that stops no other bot
@@ -66,37 +66,39 @@ class TelegramBot:
             with suppress(Exception):
                 await end(bot)
 
-    async def _serve(self, door: BotService, api: TelegramApi, me: User) -> None:
+    async def _serve(self, service: BotService, api: TelegramApi, me: User) -> None:
         settings, account = self._settings, (me.username or str(me.id)).lower()
         sink = TelegramSink(api, transport=settings.transport, rich=settings.rich)
-        courtesy = TelegramHousekeeping(api, door)
-        intake = TelegramReceiver(account, api, UpdateReader(api.bot, me, account, door.stops_all), courtesy, door)
-        door.register(PLATFORM, account, sink)
+        housekeeping = TelegramHousekeeping(api, service)
+        receiver = TelegramReceiver(
+            account, api, UpdateReader(api.bot, me, account, service.stops_all), housekeeping, service
+        )
+        service.register(PLATFORM, account, sink)
         if not me.can_read_all_group_messages:
             log.info("telegram.group_privacy", extra={"account": account})
         async with asyncio.TaskGroup() as tasks:
-            tasks.create_task(sink.sights.keep(), name=f"{account} sights")
-            tasks.create_task(courtesy.run(), name=f"{account} courtesy")
+            tasks.create_task(sink.drafts.keep(), name=f"{account} drafts")
+            tasks.create_task(housekeeping.run(), name=f"{account} housekeeping")
             if settings.webhook:
-                await self._listen(api, intake)
+                await self._listen(api, receiver)
             else:
-                await self._at_last(api, DeleteWebhook(drop_pending_updates=False))
+                await self._until_available(api, DeleteWebhook(drop_pending_updates=False))
                 log.info("telegram.polling", extra={"account": account})
-                await intake.poll()
+                await receiver.poll()
 
-    async def _listen(self, api: TelegramApi, intake: TelegramReceiver) -> None:
+    async def _listen(self, api: TelegramApi, receiver: TelegramReceiver) -> None:
         settings = self._settings
         server, secret = Webhooks.at(*settings.host_and_port), settings.webhook_secret
-        await server.listen(secret, intake.take)
+        await server.listen(secret, receiver.take)
         try:
             url = settings.webhook.rstrip("/") + path_of(secret)
-            await self._at_last(api, SetWebhook(url=url, secret_token=secret, allowed_updates=ALLOWED))
+            await self._until_available(api, SetWebhook(url=url, secret_token=secret, allowed_updates=ALLOWED))
             log.info("telegram.webhook", extra={"listen": settings.listen})
             await asyncio.Event().wait()
         finally:
             await server.leave(secret)
 
-    async def _at_last(self, api: TelegramApi, method: TelegramMethod[T]) -> T:
+    async def _until_available(self, api: TelegramApi, method: TelegramMethod[T]) -> T:
         """What must be done before anything else, however long Telegram is away."""
         for wait_s in chain(_PAUSES_S, repeat(_PAUSES_S[-1])):
             try:

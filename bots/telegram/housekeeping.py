@@ -40,8 +40,8 @@ _MEANING = 256  # characters that Telegram allows
 class TelegramHousekeeping:
     """One account's. `run` must be running."""
 
-    def __init__(self, api: TelegramApi, door: BotService) -> None:
-        self._api, self._door = api, door
+    def __init__(self, api: TelegramApi, service: BotService) -> None:
+        self._api, self._service = api, service
         self._queue: asyncio.Queue[ReadUpdate] = asyncio.Queue(_MOST)
         self._menus: OrderedDict[tuple[str, str], Grant] = OrderedDict()
 
@@ -66,7 +66,7 @@ class TelegramHousekeeping:
             async with asyncio.timeout(30):
                 await doing  # type: ignore[misc]
         except (TelegramAPIError, AppError, TimeoutError, OSError) as error:
-            log.info("telegram.courtesy_failed", extra={"error": type(error).__name__})
+            log.info("telegram.housekeeping_failed", extra={"error": type(error).__name__})
 
     # --- presses ---
 
@@ -117,7 +117,7 @@ class TelegramHousekeeping:
         at = incoming.address
         if not at.place.isdecimal():
             return
-        grant = await self._door.grant(at, incoming.user)
+        grant = await self._service.grant(at, incoming.user)
         key = (at.place, incoming.language)
         known = self._menus.get(key)
         if known == grant or (known is None and grant is Grant.ANYONE):

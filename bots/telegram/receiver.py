@@ -42,9 +42,20 @@ class TelegramReceiver:
     """One account's. `take` is for the webhook as well."""
 
     def __init__(
-        self, account: str, api: TelegramApi, reader: UpdateReader, courtesy: TelegramHousekeeping, door: BotService
+        self,
+        account: str,
+        api: TelegramApi,
+        reader: UpdateReader,
+        housekeeping: TelegramHousekeeping,
+        service: BotService,
     ) -> None:
-        self._account, self._api, self._reader, self._courtesy, self._door = account, api, reader, courtesy, door
+        self._account, self._api, self._reader, self._housekeeping, self._service = (
+            account,
+            api,
+            reader,
+            housekeeping,
+            service,
+        )
         self._albums: OrderedDict[str, None] = OrderedDict()  # those whose caption has been taken in
 
     async def poll(self) -> None:
@@ -72,7 +83,7 @@ class TelegramReceiver:
                 await asyncio.sleep(wait_s)
                 continue
             pauses = chain(_PAUSES_S, repeat(_PAUSES_S[-1]))
-            await self._take_at_last(raws)
+            await self._take_with_retries(raws)
             confirm = max((id for raw in raws if (id := _id(raw)) is not None), default=-1) + 1 or None
 
     async def take(self, raws: Sequence[Any]) -> None:
@@ -87,21 +98,21 @@ class TelegramReceiver:
             except UnreadableUpdate as error:
                 key = _id(raw)
                 log.error("telegram.unreadable", extra={"account": self._account, "update": key, "error": str(error)})
-                await self._door.accept_dead(
+                await self._service.accept_dead(
                     PLATFORM, self._account, f"{key}" if key is not None else _digest(raw), json.dumps(raw)
                 )
         reads = self._albums_once(reads)
         incoming = [read.incoming for read in reads if read.incoming is not None]
         if incoming:
-            await self._door.accept(*incoming)
-        self._courtesy.offer(reads)
+            await self._service.accept(*incoming)
+        self._housekeeping.offer(reads)
 
-    async def _take_at_last(self, raws: Sequence[Any]) -> None:
+    async def _take_with_retries(self, raws: Sequence[Any]) -> None:
         while True:
             try:
                 return await self.take(raws)
             except Overloaded as busy:
-                log.warning("telegram.waits", extra={"account": self._account, "again_in_s": busy.retry_after_s})
+                log.warning("telegram.overloaded", extra={"account": self._account, "again_in_s": busy.retry_after_s})
                 await asyncio.sleep(min(busy.retry_after_s, _CONFLICT_S))
             except StorageError as error:
                 log.error("telegram.not_stored", extra={"account": self._account, "error": str(error)})

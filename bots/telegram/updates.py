@@ -62,7 +62,7 @@ class ReadUpdate:
 
 
 class UpdateReader:
-    """One account's. `me` is the bot itself, as getMe gives it; `stops_all` is the door's."""
+    """One account's. `me` is the bot itself, as getMe gives it; `stops_all` is the service's."""
 
     def __init__(self, bot: Bot, me: User, account: str, stops_all: Callable[[Address, str], Awaitable[bool]]) -> None:
         self._bot, self._me, self._account, self._stops_all = bot, me, account, stops_all
@@ -314,7 +314,7 @@ def _remember(known: OrderedDict[tuple[int, int], V], key: tuple[int, int], valu
 
 
 def _said(message: Message) -> bool:
-    """Whether a person said or sent something; the rest are notes of Telegram about the chat."""
+    """Whether a person said or sent something; the rest are notes of Telegram context the chat."""
     return bool(message.text or message.caption or any(getattr(message, kind, None) for kind in _MEDIA))
 
 

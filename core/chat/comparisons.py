@@ -26,6 +26,7 @@ from core.commands.registry import command
 from core.commands.table import Call
 from core.delivery.deliveries import keep_body, new_delivery
 from core.delivery.live_view import show_once
+from core.delivery.retry import deliver
 from core.engine.protocol import Delta, Finished, FinishReason, Generation, Request
 from core.errors import AdapterUnusable, BadInput, EngineError, UnknownThing, UserError
 from core.i18n.messages import say
@@ -200,7 +201,7 @@ class Comparisons:
                 if ref is not None:
                     await asyncio.to_thread(folders.verify, ref)
             delivery_id = await database.write(lambda tx: new_delivery(tx, inbox_id=row.id))
-            handle = await replies.deliveries.open(delivery_id, caller.address)
+            handle = await deliver(lambda: replies.deliveries.open(delivery_id, caller.address))
             text = say(caller.language, "compare.answering")
             await show_once(lambda: replies.deliveries.show(handle, caller.address, text))
             answers = await self._answers([self._request(caller, pair, *one) for one in enumerate(refs)], both)

@@ -22,6 +22,7 @@ from core.chat.inbox import InboxRow
 from core.chat.stopping import stopped_since
 from core.delivery.deliveries import Deliveries, keep_body, new_delivery
 from core.delivery.live_view import LiveView
+from core.delivery.retry import deliver
 from core.engine.protocol import Delta, Engine, Finished, FinishReason, Generation, Request, Scope
 from core.errors import AdapterUnusable, AppError, EngineError, UserError
 from core.i18n.messages import say
@@ -87,7 +88,7 @@ class Replies:
             pinned = await self.database.write(lambda tx: self._pin(tx, row, caller, text, again=again))
             if pinned.adapter is not None:
                 await asyncio.to_thread(folders.verify, pinned.adapter)
-            handle = await self.deliveries.open(pinned.delivery_id, caller.address)
+            handle = await deliver(lambda: self.deliveries.open(pinned.delivery_id, caller.address))
             temperature = caller.channel.sampling.temperature
             request = self.request(
                 caller,

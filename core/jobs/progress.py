@@ -6,11 +6,13 @@ Showing is best effort: a job continues while its platform is unreachable.
 from __future__ import annotations
 
 import asyncio
+import functools
 import logging
 import time
 
 from core.delivery.deliveries import Deliveries
 from core.delivery.live_view import show_once
+from core.delivery.retry import deliver
 from core.errors import StorageError
 from core.jobs import event_log, jobs, messages
 from core.jobs.jobs import Job
@@ -38,8 +40,8 @@ class ProgressMessage:
     async def open(self, delivery_id: int) -> None:
         """Post the message, or recover its handle. Raises StorageError."""
         try:
-            async with asyncio.timeout(_OPEN_DEADLINE_S):
-                self._handle = await self._deliveries.open(delivery_id, self._job.address)
+            open_ = functools.partial(self._deliveries.open, delivery_id, self._job.address)
+            self._handle = await deliver(open_, bound_s=_OPEN_DEADLINE_S)
         except StorageError:
             raise
         except Exception as error:  # of the platform: the final message is sent in any case

@@ -165,7 +165,7 @@ async def live(home: Home, url: str, listen: str = "", *, to_the_end: bool) -> N
     """By Socket Mode, or (with `listen`) over HTTP."""
     way = {"signing_secret": SIGNING, "listen": listen} if listen else {"app_token": APP_TOKEN}
     bot = SlackBot.configure({"token": "xoxb-T1-secret", "api": f"{url}/api/", **way})
-    bot._pace = fast
+    bot._limiter = fast
     await lives.run_bot(home, bot, "T1", to_the_end=to_the_end)
 
 

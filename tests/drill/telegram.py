@@ -110,7 +110,7 @@ def prepare(home: Home) -> None:
 
 async def live(home: Home, url: str, transport: str = "draft", *, to_the_end: bool) -> None:
     bot = TelegramBot.configure({"token": TOKEN, "api": url, "transport": transport})
-    bot._pace = TelegramRateLimiter(SendLimits(FAST, FAST, FAST, FAST))
+    bot._limiter = TelegramRateLimiter(SendLimits(FAST, FAST, FAST, FAST))
     await lives.run_bot(home, bot, "acme_bot", to_the_end=to_the_end)
 
 

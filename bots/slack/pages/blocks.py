@@ -50,8 +50,8 @@ def below(body: Body, to: Address) -> list[Block]:
 
 def chosen(shown: Sequence[Block], label: str) -> list[Block]:
     """The same message, with what was chosen in the place of its buttons."""
-    told = {"type": "context", "elements": [{"type": "plain_text", "text": f"✓ {label[:_MAX_LABEL]}"}]}
-    return [*(block for block in shown if block.get("type") != "actions"), told]
+    text = {"type": "context", "elements": [{"type": "plain_text", "text": f"✓ {label[:_MAX_LABEL]}"}]}
+    return [*(block for block in shown if block.get("type") != "actions"), text]
 
 
 def stop_row(label: str, to: Address) -> list[Block]:

@@ -23,7 +23,7 @@ _RUNNING = ("queued", "running")
 
 
 def view(shown: Overview | None, place: str, user: str, *, charts: bool = True) -> dict[str, Any]:
-    """The view for `views.publish`. `place` is what the commands are about. `charts`: whether Slack draws them."""
+    """The view for `views.publish`. `place` is what the commands are context. `charts`: whether Slack draws them."""
     if shown is None:
         return {"type": "home", "blocks": [_section(spelled(say("en", "service.no_channel")))]}
     at = Address("slack", "", place, f"@{user}")
@@ -75,21 +75,21 @@ def _bars(shown: Overview) -> Block:
     most = max([1, *counts])
     bars = "".join(_BARS[round(count / most * (len(_BARS) - 1))] for count in counts)
     title = say(shown.language, "slack.home_chart", days=len(counts))
-    told = say(shown.language, "slack.home_most", sum=sum(counts), most=max([0, *counts]))
-    return _section(f"*{title}*\n`{bars}`\n{told}")
+    text = say(shown.language, "slack.home_most", sum=sum(counts), most=max([0, *counts]))
+    return _section(f"*{title}*\n`{bars}`\n{text}")
 
 
 def _version(shown: Overview, at: Address) -> list[Block]:
     language = shown.language
     key = "slack.home_version" if shown.age_s is not None else "slack.home_version_always"
-    told = say(language, key, version=shown.version, age=duration(language, shown.age_s or 0))
+    text = say(language, key, version=shown.version, age=duration(language, shown.age_s or 0))
     buttons = [Button(say(language, "slack.version_title"), modals.VERSION)] if shown.choices else []
     if shown.age_s is not None:
         buttons.append(Button(say(language, "slack.home_rollback"), "command", "/adapter rollback"))
     buttons.append(Button(say(language, "slack.home_adapter_list"), "command", "/adapter list"))
     rows = blocks.rows(buttons, at, first=0)
     _ask_first(rows, "/adapter rollback", language, "slack.home_rollback_sure")
-    return [_section(told), *rows]
+    return [_section(text), *rows]
 
 
 def _jobs(shown: Overview, at: Address) -> list[Block]:
@@ -107,7 +107,7 @@ def _jobs(shown: Overview, at: Address) -> list[Block]:
         )
         for job in shown.jobs
     ]
-    told = "\n".join(f"• {line}" for line in lines) if lines else say(language, "slack.home_no_jobs")
+    text = "\n".join(f"• {line}" for line in lines) if lines else say(language, "slack.home_no_jobs")
     buttons = [Button(say(language, "slack.dataset_title"), modals.DATASET)]
     open_ = next((job for job in shown.jobs if job.state in _RUNNING), None)
     if open_ is not None:
@@ -118,7 +118,7 @@ def _jobs(shown: Overview, at: Address) -> list[Block]:
     if open_ is not None:
         sure = "slack.home_cancel_sure" if open_.lasting else "slack.home_cancel_for_good"
         _ask_first(rows, f"/finetune cancel {open_.id}", language, sure)
-    return [_section(f"*{say(language, 'slack.home_jobs')}*\n{escaped(told)}"), *rows]
+    return [_section(f"*{say(language, 'slack.home_jobs')}*\n{escaped(text)}"), *rows]
 
 
 def _settings(shown: Overview, at: Address) -> list[Block]:
@@ -128,7 +128,7 @@ def _settings(shown: Overview, at: Address) -> list[Block]:
         f"*{modals.limit_label(language, key)}*\n{getattr(channel.limits, name) or none}"
         for name, key in modals.LIMIT_KEYS.items()
     ]
-    told = channel.instructions if len(channel.instructions) <= _SHOWN else f"{channel.instructions[:_SHOWN]}…"
+    text = channel.instructions if len(channel.instructions) <= _SHOWN else f"{channel.instructions[:_SHOWN]}…"
     buttons = [
         Button(say(language, "slack.limits_title"), modals.LIMITS),
         Button(say(language, "slack.instructions_title"), modals.INSTRUCTIONS),
@@ -136,7 +136,7 @@ def _settings(shown: Overview, at: Address) -> list[Block]:
     return [
         {"type": "section", "fields": [{"type": "mrkdwn", "text": text} for text in fields]},
         _section(f"*{say(language, 'slack.instructions_label')}*"),
-        {"type": "section", "text": {"type": "plain_text", "text": told or say(language, "operators.none")}},
+        {"type": "section", "text": {"type": "plain_text", "text": text or say(language, "operators.none")}},
         *blocks.rows(buttons, at, first=2),
     ]
 

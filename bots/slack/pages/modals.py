@@ -1,6 +1,6 @@
-"""The modals: what they ask for, and the command or question that a filled-in one stands for. Pure.
+"""The modals: what they ask for, and the command or question that a submission-in one stands for. Pure.
 
-What a modal is about travels in its `private_metadata`, with the language in which it was opened. A submission becomes
+What a modal is about travels in its `private_metadata`, with the language it was opened in. A submission becomes
 the same text that a person could have typed, and is checked where all commands are.
 """
 
@@ -30,8 +30,8 @@ _QUOTES = (('"', '"'), ("「", "」"), ("«", "»"), ("“", "”"), ("＂", "�
 
 
 @dataclass(frozen=True, slots=True)
-class About:
-    """What a modal is about. `quoted` is the message that somebody asks about."""
+class ModalContext:
+    """What a modal is context. `quoted` is the message that somebody asks context."""
 
     place: str
     conversation: str
@@ -49,12 +49,12 @@ class About:
         return replace(self, quoted=self.quoted[: -max(over // 6, 1)]).dump()
 
     @classmethod
-    def read(cls, view: Mapping[str, Any]) -> About:
+    def read(cls, view: Mapping[str, Any]) -> ModalContext:
         return cls(*json.loads(view["private_metadata"]))
 
 
 @dataclass(frozen=True, slots=True)
-class Filled:
+class Submission:
     """What a submission says: a text, or errors by block. Neither where nothing was changed."""
 
     text: str = ""
@@ -69,20 +69,20 @@ def ask_view(message: Mapping[str, Any], place: str, language: str) -> View:
     """The modal that the message shortcut opens."""
     _, text = read_text(str(message.get("text") or ""))
     ts = str(message["ts"])
-    about = About(place, str(message.get("thread_ts") or ts), language, ts, text[:_QUOTE])
+    context = ModalContext(place, str(message.get("thread_ts") or ts), language, ts, text[:_QUOTE])
     element = {"type": "plain_text_input", "action_id": "text", "multiline": True}
-    return _modal(ASK, about, [_input(about, "question", "ask_label", element, optional=True)])
+    return _modal(ASK, context, [_input(context, "question", "ask_label", element, optional=True)])
 
 
-def limits_view(about: About, shown: Overview) -> View:
+def limits_view(context: ModalContext, shown: Overview) -> View:
     """What each person may use, as it is now."""
     limits = shown.channel.limits
     return _modal(
         LIMITS,
-        about,
+        context,
         [
             _input(
-                about,
+                context,
                 name,
                 "",
                 {
@@ -94,7 +94,7 @@ def limits_view(about: About, shown: Overview) -> View:
                     "initial_value": str(getattr(limits, name)),
                 },
                 hint="" if key.low else "limits_zero",
-                text=limit_label(about.language, key),
+                text=limit_label(context.language, key),
             )
             for name, key in LIMIT_KEYS.items()
         ],
@@ -107,7 +107,7 @@ def limit_label(language: str, key: Key) -> str:
     return key.help if sentence == name else sentence
 
 
-def instructions_view(about: About, shown: Overview) -> View | None:
+def instructions_view(context: ModalContext, shown: Overview) -> View | None:
     """None where they are too long to be shown whole: nobody is to cut them by pressing a button."""
     now = shown.channel.instructions
     if len(now) > MAX_INSTRUCTIONS:
@@ -119,39 +119,39 @@ def instructions_view(about: About, shown: Overview) -> View | None:
         "max_length": MAX_INSTRUCTIONS,
         **({"initial_value": now} if now else {}),
     }
-    return _modal(INSTRUCTIONS, about, [_input(about, "text", "instructions_label", element, optional=True)])
+    return _modal(INSTRUCTIONS, context, [_input(context, "text", "instructions_label", element, optional=True)])
 
 
-def dataset_view(about: About, shown: Overview) -> View:
+def dataset_view(context: ModalContext, shown: Overview) -> View:
     element = {"type": "file_input", "action_id": "files", "filetypes": list(FILE_TYPES), "max_files": 1}
-    return _modal(DATASET, about, [_input(about, "file", "dataset_label", element, hint="dataset_hint")])
+    return _modal(DATASET, context, [_input(context, "file", "dataset_label", element, hint="dataset_hint")])
 
 
-def version_view(about: About, shown: Overview) -> View:
+def version_view(context: ModalContext, shown: Overview) -> View:
     """The versions come when the list is opened: see `options`."""
     choice = {"type": "external_select", "action_id": VERSION, "min_query_length": 0}
     reason = {"type": "plain_text_input", "action_id": "text", "max_length": 200}
     return _modal(
         VERSION,
-        about,
+        context,
         [
-            _input(about, "version", "version_label", choice),
-            _input(about, "reason", "version_reason", reason, hint="version_reason_hint", optional=True),
+            _input(context, "version", "version_label", choice),
+            _input(context, "reason", "version_reason", reason, hint="version_reason_hint", optional=True),
         ],
     )
 
 
-def notice_view(language: str, name: str, told: str) -> View:
+def notice_view(language: str, name: str, text: str) -> View:
     """Instead of a modal that cannot be shown: why, and the way out."""
     return {
         "type": "modal",
         "title": _plain(say(language, f"slack.{name}_title")),
         "close": _plain(say(language, "slack.close")),
-        "blocks": [{"type": "section", "text": {"type": "mrkdwn", "text": told}}],
+        "blocks": [{"type": "section", "text": {"type": "mrkdwn", "text": text}}],
     }
 
 
-VIEWS: Mapping[str, Callable[[About, Overview], View | None]] = {
+VIEWS: Mapping[str, Callable[[ModalContext, Overview], View | None]] = {
     LIMITS: limits_view,
     INSTRUCTIONS: instructions_view,
     DATASET: dataset_view,
@@ -173,59 +173,59 @@ def options(choices: Sequence[Choice], typed: str, language: str) -> dict[str, A
     }
 
 
-# --- what was filled in ---
+# --- what was submission in ---
 
 
-def filled(view: Mapping[str, Any]) -> tuple[About, Filled] | None:
+def submission(view: Mapping[str, Any]) -> tuple[ModalContext, Submission] | None:
     """None for a modal that is not ours. Raises what dicts raise where something is missing."""
     read = _FILLED.get(str(view.get("callback_id")))
     if read is None:
         return None
-    about = About.read(view)
-    return about, read(about, view["state"]["values"])
+    context = ModalContext.read(view)
+    return context, read(context, view["state"]["values"])
 
 
-def _asked(about: About, values: Values) -> Filled:
+def _asked(context: ModalContext, values: Values) -> Submission:
     question = str(values["question"]["text"].get("value") or "").strip()
     if not question:
-        return Filled(errors={"question": say(about.language, "slack.ask_empty")})
-    quoted = "\n".join(f"> {line}" for line in about.quoted.splitlines())
-    return Filled(f"{quoted}\n\n{question}" if quoted else question)
+        return Submission(errors={"question": say(context.language, "slack.ask_empty")})
+    quoted = "\n".join(f"> {line}" for line in context.quoted.splitlines())
+    return Submission(f"{quoted}\n\n{question}" if quoted else question)
 
 
-def _limits(about: About, values: Values) -> Filled:
+def _limits(context: ModalContext, values: Values) -> Submission:
     given = {key: str(values[key]["number"].get("value") or "").strip() for key in LIMIT_KEYS if key in values}
     wrong = {name: need for name, text in given.items() if text and (need := _wrong(LIMIT_KEYS[name], text))}
     if wrong:
-        return Filled(errors={name: need.render(about.language) for name, need in wrong.items()})
+        return Submission(errors={name: need.render(context.language) for name, need in wrong.items()})
     wanted = " ".join(f"{key}={value}" for key, value in given.items() if value)
-    return Filled(f"/channel set {wanted}" if wanted else "")
+    return Submission(f"/channel set {wanted}" if wanted else "")
 
 
-def _instructions(about: About, values: Values) -> Filled:
+def _instructions(context: ModalContext, values: Values) -> Submission:
     text = str(values["text"]["text"].get("value") or "").strip()
     opening, closing = next((pair for pair in _QUOTES if pair[1] not in text), _QUOTES[-1])
-    return Filled(f"/channel set instructions={opening}{text.replace(closing, '')}{closing}")
+    return Submission(f"/channel set instructions={opening}{text.replace(closing, '')}{closing}")
 
 
-def _dataset(about: About, values: Values) -> Filled:
+def _dataset(context: ModalContext, values: Values) -> Submission:
     files = values["file"]["files"].get("files") or []
     if not files:
-        return Filled(errors={"file": say(about.language, "slack.dataset_missing")})
-    return Filled("/finetune", (attachment(files[0]),))
+        return Submission(errors={"file": say(context.language, "slack.dataset_missing")})
+    return Submission("/finetune", (attachment(files[0]),))
 
 
-def _version(about: About, values: Values) -> Filled:
+def _version(context: ModalContext, values: Values) -> Submission:
     chosen = str((values["version"][VERSION].get("selected_option") or {}).get("value") or "")
     reason = " ".join(str(values["reason"]["text"].get("value") or "").split())
     if not chosen:
-        return Filled(errors={"version": say(about.language, "slack.version_missing")})
+        return Submission(errors={"version": say(context.language, "slack.version_missing")})
     if chosen[0] == "-" and not reason:
-        return Filled(errors={"reason": say(about.language, "slack.version_needs_reason", label=chosen[1:])})
-    return Filled(f"/adapter promote {chosen[1:]} {reason}".strip())
+        return Submission(errors={"reason": say(context.language, "slack.version_needs_reason", label=chosen[1:])})
+    return Submission(f"/adapter promote {chosen[1:]} {reason}".strip())
 
 
-_FILLED: Mapping[str, Callable[[About, Values], Filled]] = {
+_FILLED: Mapping[str, Callable[[ModalContext, Values], Submission]] = {
     ASK: _asked,
     LIMITS: _limits,
     INSTRUCTIONS: _instructions,
@@ -256,20 +256,20 @@ def _wrong(key: Key, text: str) -> Lazy | None:
 # --- parts ---
 
 
-def _modal(name: str, about: About, blocks: list[dict[str, Any]]) -> View:
+def _modal(name: str, context: ModalContext, blocks: list[dict[str, Any]]) -> View:
     return {
         "type": "modal",
         "callback_id": name,
-        "private_metadata": about.dump(),
-        "title": _plain(say(about.language, f"slack.{name}_title")),
-        "submit": _plain(say(about.language, f"slack.{name}_submit")),
-        "close": _plain(say(about.language, "slack.close")),
+        "private_metadata": context.dump(),
+        "title": _plain(say(context.language, f"slack.{name}_title")),
+        "submit": _plain(say(context.language, f"slack.{name}_submit")),
+        "close": _plain(say(context.language, "slack.close")),
         "blocks": blocks,
     }
 
 
 def _input(
-    about: About,
+    context: ModalContext,
     block_id: str,
     label: str,
     element: dict[str, Any],
@@ -281,10 +281,10 @@ def _input(
     return {
         "type": "input",
         "block_id": block_id,
-        "label": _plain(text or say(about.language, f"slack.{label}")),
+        "label": _plain(text or say(context.language, f"slack.{label}")),
         "optional": optional,
         "element": element,
-        **({"hint": _plain(say(about.language, f"slack.{hint}"))} if hint else {}),
+        **({"hint": _plain(say(context.language, f"slack.{hint}"))} if hint else {}),
     }
 
 

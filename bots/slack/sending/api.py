@@ -1,6 +1,6 @@
-"""Calls of one workspace to Slack's Web API: paced, refusals told apart, sent once. Knows no answer and no event.
+"""Web API calls of one workspace: rate limited, with errors classified.
 
-slack_sdk repeats a request whose connection broke, which can post twice; here no request is repeated by itself.
+slack_sdk's own retries are off: they repeat a request whose connection broke, which can post twice.
 """
 
 from __future__ import annotations
@@ -23,25 +23,23 @@ from core.platform import Unreachable
 
 log = logging.getLogger(__name__)
 CALL_S = 15
-PATIENCE_S = 3600.0
 MAX_FILE_BYTES = 200 * 10**6
-_PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0)
-# These refuse JSON (invalid_arguments): what reads, and what has to do with files.
+# Methods that refuse JSON with invalid_arguments.
 _BY_FORM = frozenset(("files.completeUploadExternal", "files.getUploadURLExternal", "files.info", "users.info"))
 ERRORS = (SlackApiError, ClientError, TimeoutError, OSError)
 Token = Callable[[], Awaitable[str]]
 
 
 class SlackProblem(Enum):
-    """What a refusal means for whoever writes."""
+    """What an error means for the message that was being written."""
 
-    WAIT = auto()  # 429: this one was not done
-    AWAY = auto()  # network, server: outcome unknown
-    ENDED = auto()  # the stream is not open any more
+    WAIT = auto()  # 429, not executed
+    AWAY = auto()  # network or server failure, outcome unknown
+    ENDED = auto()  # the stream has ended
     OPEN = auto()  # the stream is still open
-    GONE = auto()  # the message is not there any more
+    GONE = auto()  # the message was deleted
     CLOSED = auto()  # nobody can be reached there
-    OTHER = auto()  # refused for what it says
+    OTHER = auto()  # the content is refused
 
 
 _MEANINGS = {
@@ -68,8 +66,8 @@ _MEANINGS = {
 _BY_ERROR = {error: meaning for meaning, errors in _MEANINGS.items() for error in errors}
 
 
-def trouble(error: Exception) -> SlackProblem:
-    """What went wrong, from what Slack said."""
+def classify(error: Exception) -> SlackProblem:
+    """The problem behind an exception of slack_sdk or aiohttp."""
     if not isinstance(error, SlackApiError):
         return SlackProblem.AWAY
     response = error.response
@@ -79,37 +77,35 @@ def trouble(error: Exception) -> SlackProblem:
     return _BY_ERROR.get(str(said), SlackProblem.OTHER) if said else SlackProblem.AWAY
 
 
-def name_of(error: Exception) -> str:
-    """What Slack calls it; else what it is."""
+def error_name(error: Exception) -> str:
+    """Slack's error code, else the exception's type."""
     if isinstance(error, SlackApiError) and hasattr(error.response, "get"):
         return str(error.response.get("error"))
     return type(error).__name__
 
 
-class Unsure(AppError):
-    """Whether it was done is not known, and it may not be repeated."""
+class OutcomeUnknown(AppError):
+    """The response to a request that creates a message was lost; repeating it could create a second one."""
 
 
 class SlackApi:
-    """Writes for one workspace. `token` gives the token of this moment: it may rotate."""
+    """The calls of one workspace. `token` returns the current token, which may rotate."""
 
-    def __init__(
-        self, client: AsyncWebClient, token: Token, pace: SlackRateLimiter, patience_s: float = PATIENCE_S
-    ) -> None:
-        self._client, self._token, self.pace, self._patience_s = client, token, pace, patience_s
+    def __init__(self, client: AsyncWebClient, token: Token, limiter: SlackRateLimiter) -> None:
+        self._client, self._token, self.limiter = client, token, limiter
 
     async def once(self, method: str, **body: Any) -> dict[str, Any]:
-        """One request now, booked but not waited for. Raises what Slack says; `trouble` tells what it means."""
+        """One request now, counted by the rate limiter. Raises one of ERRORS; see `classify`."""
         channel = str(body.get("channel", ""))
-        self.pace.take(method, channel)
+        self.limiter.take(method, channel)
         try:
             async with asyncio.timeout(CALL_S):
                 token = await self._token()
                 headers = {"Authorization": f"Bearer {token}"}
                 answer = await self._client.api_call(method, headers=headers, **_encoded(method, body))
         except SlackApiError as error:
-            if trouble(error) is SlackProblem.WAIT:
-                self.pace.refused(method, channel, _retry_after_s(error))
+            if classify(error) is SlackProblem.WAIT:
+                self.limiter.refused(method, channel, _retry_after_s(error))
             raise
         if not isinstance(answer.data, dict):
             raise ClientError("no JSON in the answer")
@@ -117,64 +113,49 @@ class SlackApi:
 
     def free(self, method: str, channel: str = "") -> bool:
         """Whether the rate lets this call go out now."""
-        return self.pace.wait_s(method, channel) <= 0
+        return self.limiter.wait_s(method, channel) <= 0
 
     async def turn(self, method: str, channel: str = "") -> None:
         """Wait until the rate lets this call go out."""
-        while (wait_s := self.pace.wait_s(method, channel)) > 0:  # noqa: ASYNC110 - others take what is free meanwhile
+        while (wait_s := self.limiter.wait_s(method, channel)) > 0:  # noqa: ASYNC110 - other callers may take the token meanwhile
             await asyncio.sleep(wait_s)
 
-    async def write(self, method: str, **body: Any) -> dict[str, Any]:
-        """A request that must be done: waits for its turn, through 429 and through a Slack that is away.
+    async def write(self, method: str, *, repeatable: bool = True, **body: Any) -> dict[str, Any]:
+        """One request, after the rate limits and any Retry-After.
 
-        Only for what may be repeated. Raises what Slack says otherwise; Unreachable where nobody is.
+        Raises SlackApiError, Unreachable where nobody can be reached, and, unless `repeatable`, OutcomeUnknown for a
+        response that was lost.
         """
-        return await self._patiently(method, body, repeatable=True)
-
-    async def post(self, **body: Any) -> dict[str, Any]:
-        """chat.postMessage: goes out again only where it was not done for certain. Raises like `write`, and Unsure."""
-        return await self._patiently("chat.postMessage", body, repeatable=False)
-
-    async def _patiently(self, method: str, body: dict[str, Any], *, repeatable: bool) -> dict[str, Any]:
-        try:
-            async with asyncio.timeout(self._patience_s):
-                return await self._write(method, body, repeatable=repeatable)
-        except TimeoutError as error:
-            raise AppError(detail=f"Slack did not take {method} for too long") from error
-
-    async def _write(self, method: str, body: dict[str, Any], *, repeatable: bool) -> dict[str, Any]:
-        tries, channel = 0, str(body.get("channel", ""))
+        channel = str(body.get("channel", ""))
         while True:
             await self.turn(method, channel)
             try:
                 return await self.once(method, **body)
             except ERRORS as error:
-                meaning = trouble(error)
-                if meaning is SlackProblem.CLOSED:
+                problem = classify(error)
+                if problem is SlackProblem.CLOSED:
                     raise Unreachable(detail=type(error).__name__) from error
-                if meaning is SlackProblem.AWAY:
+                if problem is SlackProblem.AWAY:
                     log.warning("slack.away", extra={"method": method, "error": type(error).__name__})
-                    if not repeatable and not isinstance(error, ClientConnectorError):  # it had a connection
-                        raise Unsure(detail=type(error).__name__) from error
-                    await asyncio.sleep(_PAUSES_S[min(tries, len(_PAUSES_S) - 1)])
-                    tries += 1
-                elif meaning is not SlackProblem.WAIT:
+                    if not repeatable and not isinstance(error, ClientConnectorError):
+                        raise OutcomeUnknown(detail=type(error).__name__) from error
+                if problem is not SlackProblem.WAIT:
                     raise
 
     async def upload(self, path: Path) -> str:
-        """Hand a file to Slack, shared with nobody yet; its id."""
+        """Upload a file without sharing it; its id."""
         data = await asyncio.to_thread(path.read_bytes)
-        ticket = await self.write("files.getUploadURLExternal", filename=path.name, length=len(data))
+        upload = await self.write("files.getUploadURLExternal", filename=path.name, length=len(data))
         async with (
             ClientSession(timeout=ClientTimeout(total=120)) as session,
-            session.post(ticket["upload_url"], data=data) as answer,
+            session.post(upload["upload_url"], data=data) as answer,
         ):
             answer.raise_for_status()
-        await self.write("files.completeUploadExternal", files=[{"id": ticket["file_id"], "title": path.name}])
-        return str(ticket["file_id"])
+        await self.write("files.completeUploadExternal", files=[{"id": upload["file_id"], "title": path.name}])
+        return str(upload["file_id"])
 
     async def download(self, file_id: str, name: str, size_bytes: int = 0) -> AsyncIterator[bytes]:
-        """The bytes of a file that a person shared. Raises BadInput for one that is too large or not there."""
+        """Stream a file that a person shared. Raises BadInput for one that is too large or no longer there."""
         if size_bytes > MAX_FILE_BYTES:
             raise BadInput("slack.file_too_large", name=name, limit=MAX_FILE_BYTES // 10**6)
         try:

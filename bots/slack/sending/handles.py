@@ -1,12 +1,10 @@
-"""What is known of the messages that are being written: where each is, what is seen of it, who asked. Makes no call."""
+"""State of the messages that are being written: handles, live messages, recipients."""
 
 from __future__ import annotations
 
 import asyncio
 import json
-from collections import OrderedDict
 from dataclasses import asdict, dataclass, field
-from typing import Any
 
 from bots.slack.addresses import PLATFORM
 from bots.slack.pages.blocks import Block
@@ -17,7 +15,7 @@ REMEMBERED = 2_000
 
 @dataclass(frozen=True, slots=True)
 class SlackHandle:
-    """A handle, read."""
+    """A parsed handle."""
 
     channel: str
     ts: str
@@ -35,7 +33,7 @@ class SlackHandle:
 
     @property
     def elsewhere(self) -> bool:
-        """Whether Slack did not let us write where the answer belongs."""
+        """Whether the reply is in a DM because Slack refused its place."""
         return self.conversation[:1] != "@" and self.channel != self.place
 
     @property
@@ -45,17 +43,17 @@ class SlackHandle:
 
 @dataclass(frozen=True, slots=True)
 class SlackPart(Body):
-    """One message of a delivery. `shown`: its text as it is written, with the code block whole that is cut there."""
+    """One message of a delivery. `shown` is its text with cut code blocks and tables completed."""
 
     shown: str = ""
 
 
 @dataclass(slots=True)
 class LiveMessage:
-    """What is seen of a message that is being written in this run.
+    """A message that is being written in this run.
 
-    `broken`: the stream takes no more; `ended`: Slack knows that. `status` tells Slack meanwhile that an answer is on
-    its way: what takes that back must come after it.
+    `sent` is the text in the stream, `painted` the time of the last change. `broken`: nothing more can be appended;
+    `ended`: the stream has ended in Slack. `status` is the task that shows "working": the one that ends it comes after.
     """
 
     sent: str = ""
@@ -69,16 +67,8 @@ class LiveMessage:
 
 @dataclass(frozen=True, slots=True)
 class Recipient:
-    """Who is answered: Slack wants to know before it streams into a channel."""
+    """The person of a reply; Slack requires it for a stream in a channel."""
 
     team: str
     user: str
     language: str = ""
-
-
-def remember(known: OrderedDict[Any, Any], key: Any, value: Any) -> None:
-    """Keep the newest: those before are of answers long settled."""
-    known[key] = value
-    known.move_to_end(key)
-    if len(known) > REMEMBERED:
-        known.popitem(last=False)

@@ -1,4 +1,4 @@
-"""How often Slack lets an app call each method in one workspace.
+"""Rate limits of the Web API for one workspace.
 
 Tiers are per method, workspace and app; chat.postMessage is about one a second for each channel.
 """

@@ -1,8 +1,8 @@
-"""Writes answers into Slack: one stream or one edited message while they grow, then a final text. Knows no event.
+"""The sink of one workspace: a stream or an edited message while a reply is generated, then the final text.
 
-A handle is one message: channel and ts, and whether it began as a stream. A stream is started without text, so that
-its ts is committed before anything is said. An append with unknown outcome is never repeated: the stream is stopped
-and the message updated with the whole text, which may be repeated for ever. No answer has a second stream.
+A handle names one message by channel and ts, and says whether it began as a stream. A stream starts without text, so
+that its ts is committed first. An append with unknown outcome is never repeated: the stream is stopped and the message
+updated with the whole text, which is idempotent. No reply has a second stream.
 """
 
 from __future__ import annotations
@@ -10,17 +10,17 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import AsyncIterator, Callable, Mapping
 from dataclasses import replace
 from typing import Any
 
+from cachetools import LRUCache
 from slack_sdk.errors import SlackApiError
 
 from bots.slack.addresses import goes_to, is_dm, thread_of
 from bots.slack.pages import blocks, text
-from bots.slack.sending.api import ERRORS, SlackApi, SlackProblem, Unsure, name_of, trouble
-from bots.slack.sending.handles import LiveMessage, Recipient, SlackHandle, SlackPart, remember
+from bots.slack.sending.api import ERRORS, OutcomeUnknown, SlackApi, SlackProblem, classify, error_name
+from bots.slack.sending.handles import REMEMBERED, LiveMessage, Recipient, SlackHandle, SlackPart
 from bots.slack.sending.streams import Sessions
 from core.errors import AppError
 from core.i18n.messages import say
@@ -34,9 +34,9 @@ _EDIT_S = 3.0  # between two edits of one message
 
 
 class SlackSink:
-    """One workspace's. The intake tells who asks; of whom nobody is known, after a restart, the answer is posted.
+    """`asked` names the person of a reply; without one, after a restart, the reply is posted instead of streamed.
 
-    `told` is called with the person to whom something was said by themselves.
+    `on_dm` is called with the person after a reply in a DM.
     """
 
     def __init__(
@@ -45,33 +45,32 @@ class SlackSink:
         *,
         transport: str = "stream",
         clock: Callable[[], float] = time.monotonic,
-        told: Callable[[str], None] = lambda _user: None,
+        on_dm: Callable[[str], None] = lambda _user: None,
     ) -> None:
-        self._api, self._transport, self._clock, self._told = api, transport, clock, told
+        self._api, self._transport, self._clock, self._on_dm = api, transport, clock, on_dm
         self._sessions = Sessions(api)
         self.orphans = 0
-        self._askers: OrderedDict[Address, Recipient] = OrderedDict()
-        self._sights: OrderedDict[Handle, LiveMessage] = OrderedDict()
-        self._begun: OrderedDict[Address, None] = OrderedDict()
-        self._unsure: OrderedDict[Address, int] = OrderedDict()  # first messages of which nobody knows, in a row
-        self._moved: OrderedDict[Handle, Handle] = OrderedDict()  # a message that is gone -> one for it
-        self._pressed: OrderedDict[str, tuple[str, Mapping[str, Any]]] = OrderedDict()  # ts -> channel, message
+        self._askers: LRUCache[Address, Recipient] = LRUCache(REMEMBERED)
+        self._live: LRUCache[Handle, LiveMessage] = LRUCache(REMEMBERED)
+        self._begun: LRUCache[Address, bool] = LRUCache(REMEMBERED)
+        self._lost: LRUCache[Address, int] = LRUCache(REMEMBERED)  # responses to first messages lost in a row
+        self._moved: LRUCache[Handle, Handle] = LRUCache(REMEMBERED)  # a deleted message -> its replacement
+        self._pressed: LRUCache[str, tuple[str, Mapping[str, Any]]] = LRUCache(REMEMBERED)  # ts -> channel, message
 
     def asked(self, to: Address, asker: Recipient) -> None:
-        remember(self._askers, replace(to, account=""), asker)
+        self._askers[replace(to, account="")] = asker
 
     def pressed(self, channel: str, message: Mapping[str, Any]) -> None:
-        """A button below this message was pressed: what it says is needed to take its buttons away."""
+        """Keep a message whose button was pressed: `choose` needs its blocks."""
         if message.get("ts") and message.get("blocks"):
-            remember(self._pressed, str(message["ts"]), (channel, message))
+            self._pressed[str(message["ts"])] = (channel, message)
 
     # --- the contract ---
 
     def split(self, body: Body) -> tuple[Body, ...]:
-        """Cut within Slack's limits; buttons below the last text, files as messages of their own.
+        """Cut within Slack's limits; the last text has the buttons, each file is a message of its own.
 
-        Commands in our own sentences are spelled as they are typed in Slack; the model's words, which alone have
-        thumbs below them, stay as they are.
+        Commands get Slack's prefix, but for those in a model's reply (one with feedback buttons).
         """
         models = any(button.action == "feedback" for button in body.buttons)
         whole = body.text if models else text.spelled(body.text)
@@ -87,83 +86,84 @@ class SlackSink:
             status = self._sessions.begin(to, _language(asker))
         if self._may_stream(to, asker):
             where = await self._start(to, asker)
-        remember(self._begun, replace(to, account=""), None)
+        self._begun[replace(to, account="")] = True
         if where is None:
             where = await self._post(to, asker)
         handle = where.handle()
         below = self._stop_row(to, asker) if to.reply_to else []
-        remember(self._sights, handle, LiveMessage(below=below, status=status))
+        self._live[handle] = LiveMessage(below=below, status=status)
         return handle
 
     async def show(self, handle: Handle, text_so_far: str) -> None:
-        sight, where = self._sights.get(handle), SlackHandle.read(handle)
-        if sight is None:
+        live, where = self._live.get(handle), SlackHandle.read(handle)
+        if live is None:
             return
-        now, streaming = self._clock(), where.stream and not sight.broken
-        if now - sight.painted < (_PAINT_S if streaming else _EDIT_S):
+        now, streaming = self._clock(), where.stream and not live.broken
+        if now - live.painted < (_PAINT_S if streaming else _EDIT_S):
             return
-        of_model = bool(where.reply_to)  # what has no message to answer is a job's
+        of_model = bool(where.reply_to)  # a job's progress message answers no message
         shown = text.growing(text_so_far if of_model else text.spelled(text_so_far))
         if len(shown) > text.LIMIT:
             return
-        async with sight.busy:
-            sight.painted = now
+        async with live.busy:
+            live.painted = now
             if streaming:
-                await self._append(where, sight, shown)
+                await self._append(where, live, shown)
             elif shown.strip() and self._api.free("chat.update"):
-                await self._edit(where, sight, shown)
+                await self._edit(where, live, shown)
 
     async def finish(self, handle: Handle, body: Body) -> Receipt | Reopened:
-        where, sight, body = SlackHandle.read(handle), self._sights.get(handle), _written(body)
-        if sight is not None:
-            async with sight.busy:
-                done = where.stream and await self._stop_with(where, sight, body)
-                sight.broken = True
+        where, live, body = SlackHandle.read(handle), self._live.get(handle), _written(body)
+        if live is not None:
+            async with live.busy:
+                done = where.stream and await self._stop_with(where, live, body)
+                live.broken = True
         else:
             done = False
         if not done and not await self._settle(handle, body):
             return await self._reopened(handle)
-        self._over(where, sight, told=done)
+        self._end_session(where, live, stream_ended=done)
         return Receipt(json.dumps({"channel": where.channel, "ts": where.ts}))
 
     async def recover(self, handle: Handle) -> Handle:
-        """What this run began is written on; a stream of an earlier run is stopped, and edited from then on."""
+        """A message of this run as it is; a stream of an earlier run is stopped and edited from then on."""
         where = SlackHandle.read(handle)
-        remember(self._begun, where.to, None)
+        self._begun[where.to] = True
         if handle in self._moved:
             return self._moved[handle]
-        if handle in self._sights:
+        if handle in self._live:
             return handle
         if not where.stream:
-            remember(self._sights, handle, LiveMessage())
+            self._live[handle] = LiveMessage()
             return handle
         await self._stop(where)
         made = replace(where, stream=False).handle()
-        remember(self._sights, made, LiveMessage())
+        self._live[made] = LiveMessage()
         return made
 
     async def fail(self, handle: Handle, body: Body) -> Reopened | None:
-        where, sight = SlackHandle.read(handle), self._sights.get(handle)
-        if sight is not None:
-            sight.broken = True
+        where, live = SlackHandle.read(handle), self._live.get(handle)
+        if live is not None:
+            live.broken = True
         if not await self._settle(handle, _written(self.split(body)[0])):
             return await self._reopened(handle)
-        self._over(where, sight)
+        self._end_session(where, live)
         return None
 
     async def choose(self, to: Address, label: str) -> None:
-        """Of a message that was pressed in this run: Slack takes the whole message or nothing."""
+        """Only for a message pressed in this run, since Slack takes whole messages only."""
         channel, message = self._pressed.pop(to.reply_to, ("", {}))
         if not channel:
             return
-        given = {"text": str(message.get("text") or WAITING)[:3000], "blocks": blocks.chosen(message["blocks"], label)}
+        shown = blocks.chosen(message["blocks"], label)
+        given: dict[str, Any] = {"text": str(message.get("text") or WAITING)[:3000], "blocks": shown}
         try:
             await self._api.write("chat.update", channel=channel, ts=to.reply_to, link_names=False, **given)
         except (*ERRORS, AppError) as error:
-            log.info("slack.not_chosen", extra={"error": name_of(error)})
+            log.info("slack.not_chosen", extra={"error": error_name(error)})
 
     def fetch(self, attachment: Attachment) -> AsyncIterator[bytes]:
-        """The bytes of a file that a person shared. Raises BadInput."""
+        """Stream a file that a person shared. Raises BadInput."""
         return self._api.download(attachment.file_id, attachment.name, attachment.size_bytes)
 
     # --- beginning ---
@@ -180,124 +180,127 @@ class SlackSink:
         )
 
     async def _start(self, to: Address, asker: Recipient | None) -> SlackHandle | None:
-        """A stream without text; None where there is none to be had, or nobody knows whether there is."""
+        """Start a stream without text; None where Slack refuses or the outcome is unknown."""
         given = {"channel": to.place, "thread_ts": to.conversation}
         if asker is not None and not is_dm(to.place):
             given |= {"recipient_team_id": asker.team, "recipient_user_id": asker.user}
         try:
             made = await self._api.once("chat.startStream", **given)
         except ERRORS as error:
-            log.info("slack.no_stream", extra={"error": name_of(error)})
-            if trouble(error) is SlackProblem.AWAY:
-                self._doubt(to)
+            log.info("slack.no_stream", extra={"error": error_name(error)})
+            if classify(error) is SlackProblem.AWAY:
+                self._count_lost(to)
             return None
         return SlackHandle(
             str(made.get("channel", to.place)), str(made["ts"]), True, to.place, to.conversation, to.reply_to
         )
 
     async def _post(self, to: Address, asker: Recipient | None) -> SlackHandle:
-        """A first message: where it belongs; where Slack does not let us write there, to who asked by themselves."""
+        """Post a first message: in its place, or as a DM to the asker where Slack refuses to post in that place.
+
+        After a lost response it is posted once more, when Slack answers again. Raises OutcomeUnknown for the first lost
+        response, which the caller repeats, and Unreachable for the second.
+        """
         key = replace(to, account="")
-        if self._unsure.get(key, 0) > 1:
-            del self._unsure[key]
-            raise Unreachable(detail="whether a first message was posted is not known")
+        if self._lost.get(key, 0) > 1:
+            del self._lost[key]
+            raise Unreachable(detail="two responses were lost")
+        if key in self._lost:
+            await self._api.write("auth.test")
         below = self._stop_row(to, asker) if to.reply_to else []
         try:
-            made = await self._post_in(goes_to(to), thread_of(to), to, below)
-        except Unreachable:
-            if asker is None or asker.user in ("", goes_to(to)):
-                raise
-            made = await self._post_in(asker.user, None, to, below)
-        self._unsure.pop(key, None)
+            try:
+                made = await self._post_in(goes_to(to), thread_of(to), below)
+            except Unreachable:
+                if asker is None or asker.user in ("", goes_to(to)):
+                    raise
+                made = await self._post_in(asker.user, None, below)
+        except OutcomeUnknown as error:
+            if self._count_lost(to) > 1:
+                raise Unreachable(detail="two responses were lost") from error
+            raise
+        self._lost.pop(key, None)
         return SlackHandle(str(made["channel"]), str(made["ts"]), False, to.place, to.conversation, to.reply_to)
 
-    async def _post_in(
-        self, channel: str, thread: str | None, to: Address, below: list[blocks.Block]
-    ) -> dict[str, Any]:
-        """Where nobody knows whether it is there, there is one more, and no third."""
-        while True:
-            if replace(to, account="") in self._unsure:
-                await self._api.write("auth.test")  # a Slack that is away is waited for with what may be repeated
-            try:
-                return await self._api.post(
-                    channel=channel,
-                    thread_ts=thread,
-                    text=WAITING,
-                    blocks=[{"type": "markdown", "text": WAITING}, *below],
-                    unfurl_links=False,
-                    unfurl_media=False,
-                )
-            except Unsure:
-                if self._doubt(to) > 1:
-                    raise
+    async def _post_in(self, channel: str, thread: str | None, below: list[blocks.Block]) -> dict[str, Any]:
+        return await self._api.write(
+            "chat.postMessage",
+            repeatable=False,
+            channel=channel,
+            thread_ts=thread,
+            text=WAITING,
+            blocks=[{"type": "markdown", "text": WAITING}, *below],
+            unfurl_links=False,
+            unfurl_media=False,
+        )
 
     async def _reopened(self, gone: Handle) -> Reopened:
-        """Another message for one that is gone; the same one where this is repeated."""
+        """The replacement of a deleted message; the same one when this is repeated."""
         if gone in self._moved:
             return Reopened(self._moved[gone])
-        to, sight = SlackHandle.read(gone).to, self._sights.get(gone)
+        to, live = SlackHandle.read(gone).to, self._live.get(gone)
         made = (await self._post(to, self._askers.get(to))).handle()
-        remember(self._moved, gone, made)
-        remember(self._sights, made, LiveMessage(status=sight.status if sight else None))
+        self._moved[gone] = made
+        self._live[made] = LiveMessage(status=live.status if live else None)
         return Reopened(made)
 
-    def _doubt(self, to: Address) -> int:
-        """Note a first message that may stand there, its handle lost; how many in a row."""
+    def _count_lost(self, to: Address) -> int:
+        """Count a first message that may be visible without a handle; the number of them in a row."""
         log.warning("slack.orphan")
         self.orphans += 1
-        count = self._unsure.get(replace(to, account=""), 0) + 1
-        remember(self._unsure, replace(to, account=""), count)
-        return count
+        key = replace(to, account="")
+        self._lost[key] = self._lost.get(key, 0) + 1
+        return self._lost[key]
 
     def _stop_row(self, to: Address, asker: Recipient | None) -> list[blocks.Block]:
         return blocks.stop_row(say(_language(asker), "slack.stop"), to)
 
-    def _over(self, where: SlackHandle, sight: LiveMessage | None, *, told: bool = False) -> None:
-        """The session is no longer at work. `told`: the end of the stream said so, after all that was said before."""
-        status = sight.status if sight else None
-        if thread_of(where.to) and not (told and (status is None or status.done())):
+    def _end_session(self, where: SlackHandle, live: LiveMessage | None, *, stream_ended: bool = False) -> None:
+        """Show that work is done. `stream_ended`: ending the stream has shown it already, if `status` was sent."""
+        status = live.status if live else None
+        if thread_of(where.to) and not (stream_ended and (status is None or status.done())):
             self._sessions.end(where.channel, where.conversation, status)
         if where.conversation[:1] == "@":
-            self._told(where.conversation[1:])
+            self._on_dm(where.conversation[1:])
 
     # --- growing ---
 
-    async def _append(self, where: SlackHandle, sight: LiveMessage, shown: str) -> None:
-        if not shown.startswith(sight.sent):
-            sight.broken = True
+    async def _append(self, where: SlackHandle, live: LiveMessage, shown: str) -> None:
+        if not shown.startswith(live.sent):
+            live.broken = True
             return
-        new = shown[len(sight.sent) :]
+        new = shown[len(live.sent) :]
         if not new or not self._api.free("chat.appendStream"):
             return
-        sight.broken = True  # until Slack has said that it was taken
+        live.broken = True  # until Slack confirms the append
         try:
             await self._api.once("chat.appendStream", channel=where.channel, ts=where.ts, markdown_text=new)
         except ERRORS as error:
-            sight.broken = trouble(error) is not SlackProblem.WAIT
-            log.info("slack.append_failed", extra={"error": name_of(error)})
+            live.broken = classify(error) is not SlackProblem.WAIT
+            log.info("slack.append_failed", extra={"error": error_name(error)})
             return
-        sight.broken, sight.sent = False, shown
+        live.broken, live.sent = False, shown
 
-    async def _edit(self, where: SlackHandle, sight: LiveMessage, shown: str) -> None:
+    async def _edit(self, where: SlackHandle, live: LiveMessage, shown: str) -> None:
         try:
-            if where.stream and not sight.ended:
+            if where.stream and not live.ended:
                 if not self._api.free("chat.stopStream"):
                     return
                 await self._stop_once(where)
-                sight.ended = True
+                live.ended = True
             given = self._whole(where, Body(shown))
-            await self._api.once("chat.update", **given | {"blocks": [*given["blocks"], *sight.below]})
+            await self._api.once("chat.update", **given | {"blocks": [*given["blocks"], *live.below]})
         except ERRORS as error:
-            log.info("slack.edit_failed", extra={"error": name_of(error)})
+            log.info("slack.edit_failed", extra={"error": error_name(error)})
 
     # --- final ---
 
-    async def _stop_with(self, where: SlackHandle, sight: LiveMessage, body: Body) -> bool:
-        """End a whole stream with the rest of its text and its buttons; False where an update has to say it all."""
+    async def _stop_with(self, where: SlackHandle, live: LiveMessage, body: Body) -> bool:
+        """End an intact stream with the rest of its text and its buttons; False where an update must write it all."""
         final = text.harmless(body.text)
-        if sight.broken or body.files or not final.startswith(sight.sent):
+        if live.broken or body.files or not final.startswith(live.sent):
             return False
-        rest = final[len(sight.sent) :]
+        rest = final[len(live.sent) :]
         await self._api.turn("chat.stopStream")
         try:
             await self._api.once(
@@ -309,30 +312,30 @@ class SlackSink:
                 session_status="active",
             )
         except ERRORS as error:
-            log.info("slack.stop_failed", extra={"error": name_of(error)})
-            sight.ended = trouble(error) is SlackProblem.ENDED
+            log.info("slack.stop_failed", extra={"error": error_name(error)})
+            live.ended = classify(error) is SlackProblem.ENDED
             return False
         return True
 
     async def _settle(self, handle: Handle, body: Body) -> bool:
-        """Write the whole final text over whatever is there; repeatable. False where the message is gone."""
-        where, sight = SlackHandle.read(handle), self._sights.get(handle)
-        if where.stream and not (sight and sight.ended):
+        """Replace the message by the final text; idempotent. False where the message was deleted."""
+        where, live = SlackHandle.read(handle), self._live.get(handle)
+        if where.stream and not (live and live.ended):
             await self._stop(where)
         try:
             await self._update(where, body)
         except SlackApiError as error:
-            if trouble(error) is not SlackProblem.GONE:
+            if classify(error) is not SlackProblem.GONE:
                 raise
-            log.info("slack.gone", extra={"error": name_of(error)})
+            log.info("slack.gone", extra={"error": error_name(error)})
             return False
         return True
 
     async def _update(self, where: SlackHandle, body: Body) -> None:
-        """In its best form; then, where Slack does not take that, in plainer ones."""
+        """Update in the best form that Slack accepts."""
         if where.elsewhere:
-            told = say(_language(self._askers.get(where.to)), "slack.elsewhere")
-            body = replace(body, note=f"{body.note}\n{told}".lstrip())
+            notice = say(_language(self._askers.get(where.to)), "slack.elsewhere")
+            body = replace(body, note=f"{body.note}\n{notice}".lstrip())
         given = self._whole(where, body)
         if body.files:
             given |= {"file_ids": [await self._api.upload(path) for path in body.files], "text": body.files[0].name}
@@ -342,37 +345,37 @@ class SlackSink:
                 await self._put(where, given | {"blocks": form})
                 return
             except SlackApiError as error:
-                if trouble(error) is not SlackProblem.OTHER:
+                if classify(error) is not SlackProblem.OTHER:
                     raise
-                log.warning("slack.plainer", extra={"error": name_of(error)})
+                log.warning("slack.plainer", extra={"error": error_name(error)})
         await self._put(where, given | {"blocks": last})
 
     async def _put(self, where: SlackHandle, given: dict[str, Any]) -> None:
         try:
             await self._api.write("chat.update", **given)
         except SlackApiError as error:
-            if trouble(error) is not SlackProblem.OPEN:
+            if classify(error) is not SlackProblem.OPEN:
                 raise
             await self._stop(where)
             await self._api.write("chat.update", **given)
 
     async def _stop(self, where: SlackHandle) -> None:
-        """End a stream as it stands; one that has ended, or is gone, is as good."""
+        """End a stream; one that has ended or was deleted is fine."""
         try:
             await self._api.write("chat.stopStream", channel=where.channel, ts=where.ts, session_status="active")
         except SlackApiError as error:
-            if trouble(error) not in (SlackProblem.ENDED, SlackProblem.GONE):
+            if classify(error) not in (SlackProblem.ENDED, SlackProblem.GONE):
                 raise
 
     async def _stop_once(self, where: SlackHandle) -> None:
         try:
             await self._api.once("chat.stopStream", channel=where.channel, ts=where.ts)
         except SlackApiError as error:
-            if trouble(error) is not SlackProblem.ENDED:
+            if classify(error) is not SlackProblem.ENDED:
                 raise
 
     def _whole(self, where: SlackHandle, body: Body) -> dict[str, Any]:
-        """A message that says exactly this. `text` is what notifications show."""
+        """The arguments of chat.update. `text` is shown in notifications."""
         return {
             "channel": where.channel,
             "ts": where.ts,

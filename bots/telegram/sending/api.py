@@ -1,8 +1,7 @@
-"""Calls of one account to the Bot API: paced, refusals told apart, no token in an error. Knows no answer, no update."""
+"""Bot API calls of one account: rate limited, with errors classified and without the token in an error."""
 
 from __future__ import annotations
 
-import asyncio
 import json
 import logging
 from collections.abc import AsyncIterator
@@ -36,20 +35,18 @@ from core.platform import Unreachable
 log = logging.getLogger(__name__)
 T = TypeVar("T")
 CALL_S = 20  # one request
-PATIENCE_S = 3600.0  # how long a final text waits for a platform that is away
 MAX_FILE_BYTES = 20 * 10**6  # what the cloud's Bot API lets a bot download
-_PAUSES_S = (0.5, 1.0, 2.0, 4.0, 8.0, 15.0)
 
 
 class TelegramProblem(Enum):
-    """What a refusal means for whoever writes."""
+    """What an API error means for the message that was being written."""
 
-    SAME = auto()  # the message says this already: success
-    GONE = auto()  # the message to edit is not there any more
-    MARKUP = auto()  # the text itself is taken, its entities or its form are not
-    THREAD = auto()  # the topic is not there any more
-    AWAY = auto()  # network, server: outcome unknown
-    CLOSED = auto()  # blocked, thrown out, deleted: nobody can be reached there
+    SAME = auto()  # "message is not modified": success
+    GONE = auto()  # the message was deleted
+    MARKUP = auto()  # the entities or the rich form are refused; the plain text may pass
+    THREAD = auto()  # the topic was deleted or closed
+    AWAY = auto()  # network or server failure, outcome unknown
+    CLOSED = auto()  # the bot was blocked or removed, or the account deleted
     OTHER = auto()
 
 
@@ -71,8 +68,8 @@ _MEANINGS = (
 )
 
 
-def trouble(error: Exception) -> TelegramProblem:
-    """What went wrong, from what Telegram said."""
+def classify(error: Exception) -> TelegramProblem:
+    """The problem behind an exception of aiogram or aiohttp."""
     if isinstance(error, TelegramForbiddenError | TelegramUnauthorizedError):
         return TelegramProblem.CLOSED
     if isinstance(error, TelegramNetworkError | TelegramServerError | ClientDecodeError | ClientError | TimeoutError):
@@ -85,14 +82,12 @@ def trouble(error: Exception) -> TelegramProblem:
     return TelegramProblem.OTHER
 
 
-class Lost(Unreachable):
-    """Whether a new message was sent is not known: to repeat it could double it."""
-
-    key = AppError.key
+class OutcomeUnknown(AppError):
+    """The response to a request that creates a message was lost; repeating it could create a second one."""
 
 
 class Session(AiohttpSession):
-    """One that can end: what aiogram's own has closed it opens anew for a late call, and nobody would close that."""
+    """A session that stays closed. aiogram's own reopens for a late call, and that session would leak."""
 
     over = False
 
@@ -103,20 +98,20 @@ class Session(AiohttpSession):
 
 
 async def end(bot: Bot) -> None:
-    """Close what `make_bot` opened, for good."""
+    """Close the session of a bot from `make_bot` for good."""
     assert isinstance(bot.session, Session)
     bot.session.over = True
     await bot.session.close()
 
 
 def make_bot(token: str, api: str) -> Bot:
-    """aiogram's client. Entities are given explicitly, so no parse mode; nothing of a text becomes a preview."""
+    """An aiogram client without link previews and without a parse mode, since entities are passed explicitly."""
     session = Session(api=TelegramAPIServer.from_base(api), limit=200, timeout=CALL_S)
     return Bot(token, session, default=DefaultBotProperties(link_preview_is_disabled=True))
 
 
 class RawUpdates(TelegramMethod[list[Any]]):
-    """getUpdates, its answer unread: one update that cannot be read must not block those beside it."""
+    """getUpdates with unparsed results, so that one malformed update does not block the others."""
 
     __returning__ = list[Any]
     __api_method__ = "getUpdates"
@@ -128,7 +123,7 @@ class RawUpdates(TelegramMethod[list[Any]]):
 
 
 class RawMember(TelegramMethod[dict[str, Any]]):
-    """getChatMember, its answer unread: aiogram refuses a member who lacks a right that is newer than they are."""
+    """getChatMember with an unparsed result: aiogram rejects members without a right that was added later."""
 
     __returning__ = dict[str, Any]
     __api_method__ = "getChatMember"
@@ -138,15 +133,14 @@ class RawMember(TelegramMethod[dict[str, Any]]):
 
 
 class TelegramApi:
-    """Writes for one account."""
+    """The calls of one account."""
 
-    def __init__(self, bot: Bot, pace: TelegramRateLimiter, patience_s: float = PATIENCE_S) -> None:
+    def __init__(self, bot: Bot, limiter: TelegramRateLimiter) -> None:
         self.bot = bot
-        self.pace = pace
-        self._patience_s = patience_s
+        self.limiter = limiter
 
     async def updates(self, offset: int | None, timeout_s: int, allowed: list[str]) -> list[Any]:
-        """Long polling. What has come, as it came; a body that pydantic refuses is read by the standard library."""
+        """Long polling; the updates unparsed. A response that pydantic rejects is decoded by `json`."""
         method = RawUpdates(offset=offset, timeout=timeout_s, allowed_updates=allowed)
         try:
             return await self.bot(method, request_timeout=timeout_s + CALL_S)
@@ -157,66 +151,50 @@ class TelegramApi:
             raise
 
     async def call(self, method: TelegramMethod[T], timeout_s: int = CALL_S) -> T:
-        """One request, unpaced, once."""
+        """One request, outside the rate limits."""
         return await self.bot(method, request_timeout=timeout_s)
 
     async def show(self, chat: int, method: TelegramMethod[T], *, draft: bool = False) -> bool:
-        """One request now, if the pace allows; whether it was done. Its turn is booked by `pace`."""
-        if self.pace.wait_s(chat, draft=draft, show=True) > 0:
+        """One request if the rate limits allow it now; whether it was sent."""
+        if self.limiter.wait_s(chat, draft=draft, show=True) > 0:
             return False
-        self.pace.take(chat, draft=draft)
+        self.limiter.take(chat, draft=draft)
         try:
             await self.bot(method, request_timeout=CALL_S // 2)
         except TelegramRetryAfter as error:
-            self.pace.refused(chat, error.retry_after)
+            self.limiter.refused(chat, error.retry_after)
             return False
         return True
 
-    async def write(self, chat: int, method: TelegramMethod[T]) -> T:
-        """A request that must be done: waits for its turn, through 429 and through a platform that is away.
+    async def write(self, chat: int, method: TelegramMethod[T], *, repeatable: bool = True) -> T:
+        """One request, after the rate limits and any Retry-After.
 
-        Only for what may be repeated. Raises what Telegram says otherwise; Unreachable where nobody can be reached any
-        more.
+        Raises Unreachable for a closed chat. `repeatable` is False for a request that creates a message: a response
+        that was lost then raises OutcomeUnknown.
         """
-        return await self._patiently(chat, method, repeatable=True)
-
-    async def send(self, chat: int, method: TelegramMethod[T]) -> T:
-        """The same for what makes a new message: repeated only where it was not done for certain, else raises Lost."""
-        return await self._patiently(chat, method, repeatable=False)
-
-    async def _patiently(self, chat: int, method: TelegramMethod[T], *, repeatable: bool) -> T:
-        try:
-            async with asyncio.timeout(self._patience_s):
-                return await self._write(chat, method, repeatable=repeatable)
-        except TimeoutError as error:
-            raise AppError(detail="Telegram did not take a message for too long") from error
-
-    async def _write(self, chat: int, method: TelegramMethod[T], *, repeatable: bool) -> T:
-        tries = 0
         while True:
-            await self.pace.turn(chat)
+            await self.limiter.turn(chat)
             try:
                 return await self.bot(method, request_timeout=CALL_S)
             except TelegramRetryAfter as error:
-                self.pace.refused(chat, error.retry_after)
+                self.limiter.refused(chat, error.retry_after)
                 log.warning("telegram.flood", extra={"method": method.__api_method__, "wait_s": error.retry_after})
             except TelegramMigrateToChat:
                 raise
             except (TelegramAPIError, ClientDecodeError, TimeoutError) as error:
-                meaning = trouble(error)
-                if meaning is TelegramProblem.CLOSED:
+                problem = classify(error)
+                if problem is TelegramProblem.CLOSED:
                     raise Unreachable(detail=type(error).__name__) from error
-                if meaning is not TelegramProblem.AWAY:
-                    raise
-                if not (repeatable or isinstance(error.__cause__, ClientConnectorError)):  # that one never went out
-                    log.warning("telegram.lost", extra={"method": method.__api_method__, "error": type(error).__name__})
-                    raise Lost(detail=type(error).__name__) from error
-                log.warning("telegram.away", extra={"method": method.__api_method__, "error": type(error).__name__})
-                await asyncio.sleep(_PAUSES_S[min(tries, len(_PAUSES_S) - 1)])
-                tries += 1
+                if problem is TelegramProblem.AWAY:
+                    never_sent = repeatable or isinstance(error.__cause__, ClientConnectorError)
+                    event = "telegram.away" if never_sent else "telegram.outcome_unknown"
+                    log.warning(event, extra={"method": method.__api_method__, "error": type(error).__name__})
+                    if not never_sent:
+                        raise OutcomeUnknown(detail=type(error).__name__) from error
+                raise
 
     async def download(self, file_id: str, name: str, size_bytes: int = 0) -> AsyncIterator[bytes]:
-        """The bytes of a file that a person sent. Raises BadInput for one that is too large or not there."""
+        """Stream a file that a person sent. Raises BadInput for one that is too large or no longer there."""
         if size_bytes > MAX_FILE_BYTES:
             raise BadInput("telegram.file_too_large", name=name, limit=MAX_FILE_BYTES // 10**6)
         try:

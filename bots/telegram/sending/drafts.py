@@ -1,6 +1,6 @@
 """What people see of an answer while it grows: drafts, edits, "is typing". Knows nothing of what is final.
 
-`show` only notes the newest text; `keep` paints it at Telegram's pace, so what grows faster is coalesced. It renews
+`show` only notes the newest text; `keep` paints it at Telegram's limiter, so what grows faster is coalesced. It renews
 drafts before they expire. All of it is best effort: nothing here raises, and nothing is painted after `end`.
 """
 
@@ -17,7 +17,7 @@ from aiogram.exceptions import TelegramAPIError, TelegramRetryAfter
 from aiogram.methods import EditMessageText, SendChatAction, SendMessageDraft, TelegramMethod
 
 from bots.telegram.sending import text as texts
-from bots.telegram.sending.api import TelegramApi, TelegramProblem, trouble
+from bots.telegram.sending.api import TelegramApi, TelegramProblem, classify
 from bots.telegram.sending.buttons import stop_keyboard
 from core.types import Handle
 
@@ -72,106 +72,106 @@ class Drafts:
 
     def __init__(self, api: TelegramApi) -> None:
         self._api = api
-        self._sights: dict[Handle, Draft] = {}
+        self._drafts: dict[Handle, Draft] = {}
         self._seen = asyncio.Event()
 
     def get(self, handle: Handle) -> Draft | None:
-        return self._sights.get(handle)
+        return self._drafts.get(handle)
 
     def show(self, handle: Handle, text: str) -> None:
-        sight = self.look(handle)
-        sight.text, sight.touched = text, time.monotonic()
+        draft = self.look(handle)
+        draft.text, draft.touched = text, time.monotonic()
 
     async def keep(self) -> None:
-        """Until cancelled: paint what has grown, at the pace that there is."""
+        """Until cancelled: paint what has grown, at the limiter that there is."""
         async with asyncio.TaskGroup() as tasks:
             while True:
-                if not self._sights:
+                if not self._drafts:
                     self._seen.clear()
                     await self._seen.wait()
                 now = time.monotonic()
-                for handle, sight in list(self._sights.items()):
-                    if now - sight.touched > _FORGET_S:
-                        del self._sights[handle]
-                    elif not sight.lock.locked():
-                        if self._due(sight, now):
-                            tasks.create_task(self._paint(sight))
-                        elif self._types(sight, now):
-                            tasks.create_task(self._type(sight))
+                for handle, draft in list(self._drafts.items()):
+                    if now - draft.touched > _FORGET_S:
+                        del self._drafts[handle]
+                    elif not draft.lock.locked():
+                        if self._due(draft, now):
+                            tasks.create_task(self._paint(draft))
+                        elif self._types(draft, now):
+                            tasks.create_task(self._type(draft))
                 await asyncio.sleep(TICK_S)
 
     def look(self, handle: Handle, *, recovered: bool = False) -> Draft:
         """From now on this is shown; what was there already stays as it is."""
-        if handle in self._sights:
-            return self._sights[handle]
+        if handle in self._drafts:
+            return self._drafts[handle]
         now = time.monotonic()
-        made = self._sights[handle] = Draft(TelegramHandle.read(handle), now, touched=now, recovered=recovered)
+        made = self._drafts[handle] = Draft(TelegramHandle.read(handle), now, touched=now, recovered=recovered)
         self._seen.set()
         return made
 
     async def end(self, handle: Handle) -> Draft | None:
         """Nothing is painted from now on: a late edit must not stand above the final one."""
-        sight = self._sights.get(handle)
-        if sight is not None:
-            sight.ended = True
-            async with sight.lock:
-                self._sights.pop(handle, None)
-        return sight
+        draft = self._drafts.get(handle)
+        if draft is not None:
+            draft.ended = True
+            async with draft.lock:
+                self._drafts.pop(handle, None)
+        return draft
 
-    def _due(self, sight: Draft, now: float) -> bool:
-        where = sight.where
+    def _due(self, draft: Draft, now: float) -> bool:
+        where = draft.where
         if where.message:
-            new = bool(sight.text) and sight.text != sight.drawn_from
+            new = bool(draft.text) and draft.text != draft.drawn_from
         elif where.draft:
-            first = sight.drawn is None and now - sight.begun > _GRACE_S
-            new = first or sight.text != sight.drawn_from or now - sight.drawn_at > RENEW_S
+            first = draft.drawn is None and now - draft.begun > _GRACE_S
+            new = first or draft.text != draft.drawn_from or now - draft.drawn_at > RENEW_S
         else:
             return False
-        return new and self._api.pace.wait_s(where.chat, draft=bool(where.draft), show=True) <= 0
+        return new and self._api.limiter.wait_s(where.chat, draft=bool(where.draft), show=True) <= 0
 
-    async def _paint(self, sight: Draft) -> None:
-        async with sight.lock:
-            if sight.ended:
+    async def _paint(self, draft: Draft) -> None:
+        async with draft.lock:
+            if draft.ended:
                 return
-            source = sight.text
+            source = draft.text
             shown = await _rendered(source) if source else texts.RenderedText("")
             method: TelegramMethod[Any]
-            if sight.where.message:
+            if draft.where.message:
                 shown = texts.head(shown)
-                if sight.drawn is not None and shown.text == sight.drawn.text:
-                    sight.drawn_from = source
+                if draft.drawn is not None and shown.text == draft.drawn.text:
+                    draft.drawn_from = source
                     return
-                method = _edit(sight.where, shown)
+                method = _edit(draft.where, shown)
             else:
                 shown = texts.tail(shown)
-                method = _draft(sight.where, shown)
-            if await self._shown(sight.where, method):
-                sight.drawn, sight.drawn_from, sight.drawn_at = shown, source, time.monotonic()
+                method = _draft(draft.where, shown)
+            if await self._shown(draft.where, method):
+                draft.drawn, draft.drawn_from, draft.drawn_at = shown, source, time.monotonic()
 
     async def _shown(self, where: TelegramHandle, method: TelegramMethod[Any]) -> bool:
         """Best effort. What is refused for good is not tried again: as if it were shown."""
         try:
             return await self._api.show(where.chat, method, draft=bool(where.draft))
         except Exception as error:  # a platform's failure costs a picture of the answer, never the answer
-            if isinstance(error, TelegramAPIError) and trouble(error) is TelegramProblem.SAME:
+            if isinstance(error, TelegramAPIError) and classify(error) is TelegramProblem.SAME:
                 return True
             log.info("telegram.not_shown", extra={"method": method.__api_method__, "error": type(error).__name__})
             return True
 
-    def _types(self, sight: Draft, now: float) -> bool:
-        where = sight.where
-        wanted = where.streamed and now - sight.begun > _GRACE_S and not (where.draft and sight.drawn)
-        return wanted and now - sight.typed_at > TYPING_S and not self._api.pace.blocked(where.chat)
+    def _types(self, draft: Draft, now: float) -> bool:
+        where = draft.where
+        wanted = where.streamed and now - draft.begun > _GRACE_S and not (where.draft and draft.drawn)
+        return wanted and now - draft.typed_at > TYPING_S and not self._api.limiter.blocked(where.chat)
 
-    async def _type(self, sight: Draft) -> None:
-        async with sight.lock:
-            sight.typed_at = time.monotonic()
-            where = sight.where
+    async def _type(self, draft: Draft) -> None:
+        async with draft.lock:
+            draft.typed_at = time.monotonic()
+            where = draft.where
             method = SendChatAction(chat_id=where.chat, message_thread_id=where.action_topic, action="typing")
             try:
                 await self._api.call(method, timeout_s=5)
             except TelegramRetryAfter as error:
-                self._api.pace.refused(where.chat, error.retry_after)
+                self._api.limiter.refused(where.chat, error.retry_after)
             except Exception as error:
                 log.info("telegram.not_shown", extra={"method": method.__api_method__, "error": type(error).__name__})
 

@@ -1,6 +1,6 @@
 """Rate limits of one account: per chat, for the whole bot, and never before a `retry_after`.
 
-Telegram's limits: about one message a second in a chat, 20 a minute in a group, 30 a second for the bot
+Telegram's limits: context one message a second in a chat, 20 a minute in a group, 30 a second for the bot
 (https://core.telegram.org/bots/faq#my-bot-is-hitting-limits-how-do-i-avoid-this). Edits count; so do drafts, here.
 """
 

@@ -1,8 +1,8 @@
-"""Writes answers into Telegram: drafts or edits while they grow, then one final text for good. Knows no update.
+"""The sink of one account: drafts or edits while a reply is generated, then one final text.
 
-A handle is where one message is written: a chat with a message id, or with a draft id, which is no message yet. A
-draft becomes a message in `finish`: its first line is sent, its id returned to be committed (`Reopened`), then edited
-to the full text. So a kill between any two calls leaves at most a first line with "…", never a second answer.
+A handle names a chat with a message id, or with a draft id while there is no message yet. `finish` turns a draft into a
+message: it sends the first line, returns the message's handle to be committed (`Reopened`), and edits the message to
+the full text when it is called again. A kill between any two calls leaves at most a first line with "…".
 """
 
 from __future__ import annotations
@@ -10,10 +10,9 @@ from __future__ import annotations
 import logging
 import re
 import secrets
-from collections import OrderedDict
 from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from aiogram.exceptions import (
     TelegramAPIError,
@@ -37,19 +36,18 @@ from aiogram.types import (
     Message,
     ReplyParameters,
 )
+from cachetools import LRUCache
 
 from bots.telegram.addresses import receipt, spot
 from bots.telegram.sending import text as texts
-from bots.telegram.sending.api import Lost, TelegramApi, TelegramProblem, trouble
+from bots.telegram.sending.api import OutcomeUnknown, TelegramApi, TelegramProblem, classify
 from bots.telegram.sending.buttons import chosen_keyboard, keyboard
 from bots.telegram.sending.drafts import Draft, Drafts, TelegramHandle
 from core.errors import AppError
-from core.platform import Reopened
+from core.platform import Reopened, Unreachable
 from core.types import Address, Attachment, Body, Handle, Receipt
 
 log = logging.getLogger(__name__)
-K = TypeVar("K")
-V = TypeVar("V")
 WAITING = "…"
 _REMEMBERED = 2_000
 _PICTURES = (".png", ".jpg", ".jpeg")
@@ -58,29 +56,29 @@ _RICH = re.compile(r"^\s*\|?[ :]*-{3,}[-| :]*\|[-| :]*$|\$\$|\\\(|\\\[", re.MULT
 
 @dataclass(frozen=True, slots=True)
 class TelegramPart(Body):
-    """One message of a delivery, rendered. `rich` is its Markdown, where it is to be a rich message."""
+    """One rendered message of a delivery. `rich` is the Markdown of a rich message."""
 
     marks: tuple[texts.Mark, ...] = ()
     rich: str = ""
 
 
 class TelegramSink:
-    """One account's. `sights.keep` must run for anything to be shown before it is final."""
+    """`drafts.keep` must run for anything to be shown before the final text."""
 
     def __init__(self, api: TelegramApi, *, transport: str = "draft", rich: bool = False) -> None:
         self._api = api
         self._transport = transport
         self._rich = rich
-        self.sights = Drafts(api)
+        self.drafts = Drafts(api)
         self.orphans = 0
-        self._moved: OrderedDict[Handle, TelegramHandle] = OrderedDict()  # where a handle's message is now
-        self._lost: OrderedDict[tuple[int, int | None, int | None], bool] = OrderedDict()  # places, twice in a row
-        self._tried: OrderedDict[Handle, bool] = OrderedDict()  # sent directly, outcome unknown
+        self._moved: LRUCache[Handle, TelegramHandle] = LRUCache(_REMEMBERED)  # handle -> its present message
+        self._lost: LRUCache[tuple[int, int | None, int | None], int] = LRUCache(_REMEMBERED)  # lost responses in a row
+        self._tried: LRUCache[Handle, bool] = LRUCache(_REMEMBERED)  # sent directly, outcome unknown
 
     # --- the contract ---
 
     def split(self, body: Body) -> tuple[Body, ...]:
-        """Rendered and cut; buttons below the last text, files as messages of their own."""
+        """Render and cut; the last text has the buttons, each file is a message of its own."""
         whole = texts.render(body.text)
         pieces = texts.split(whole)
         if self._rich and len(pieces) == 1 and _RICH.search(body.text):
@@ -100,33 +98,33 @@ class TelegramSink:
         else:
             where = await self._post(where, texts.RenderedText(WAITING))
             handle = where.handle()
-        self.sights.look(handle)
+        self.drafts.look(handle)
         return handle
 
     async def show(self, handle: Handle, text: str) -> None:
-        self.sights.show(handle, text)
+        self.drafts.show(handle, text)
 
     async def finish(self, handle: Handle, body: Body) -> Receipt | Reopened:
         part = body if isinstance(body, TelegramPart) else self.split(body)[0]
         assert isinstance(part, TelegramPart)
-        sight = await self.sights.end(handle)
+        draft = await self.drafts.end(handle)
         where = self._moved.get(handle) or TelegramHandle.read(handle)
         if where.message:
             where = await self._write(handle, where, part)
         elif self._transport == "draft_direct":
-            where = await self._send_directly(handle, where, part, sight)
+            where = await self._send_directly(handle, where, part, draft)
         else:
             made = replace(await self._post(where, texts.first_line(part.text)), draft=0)
-            _remember(self._moved, handle, made)
+            self._moved[handle] = made
             return Reopened(made.handle())
         return receipt(where.chat, where.message)
 
     async def recover(self, handle: Handle) -> Handle:
-        """A message is written on, and so is the message that a draft of this run became; other drafts are redrawn."""
+        """The message that a draft of this run became, else the same handle; drafts are shown again."""
         where = TelegramHandle.read(handle)
         if not where.message and handle in self._moved:
             return self._moved[handle].handle()
-        self.sights.look(handle, recovered=True)
+        self.drafts.look(handle, recovered=True)
         return handle
 
     async def fail(self, handle: Handle, body: Body) -> Reopened | None:
@@ -134,7 +132,7 @@ class TelegramSink:
         return ended if isinstance(ended, Reopened) else None
 
     async def choose(self, to: Address, label: str) -> None:
-        """The message that was pressed is the one that a press is answered at."""
+        """`to` replies to the message whose button was pressed."""
         at = spot(to)
         if at.reply_to is None:
             return
@@ -146,36 +144,36 @@ class TelegramSink:
             log.info("telegram.not_chosen", extra={"error": type(error).__name__})
 
     def fetch(self, attachment: Attachment) -> AsyncIterator[bytes]:
-        """The bytes of a file that a person sent. Raises BadInput."""
+        """Stream a file that a person sent. Raises BadInput."""
         return self._api.download(attachment.file_id, attachment.name, attachment.size_bytes)
 
     # --- final texts ---
 
     async def _write(self, handle: Handle, where: TelegramHandle, part: TelegramPart) -> TelegramHandle:
-        """Edit the message to its final form; a message that is gone, or has moved with its group, is written anew."""
+        """Edit the message to its final form; one that was deleted, or whose group has moved, is replaced."""
         try:
             await self._put(where, part)
         except TelegramMigrateToChat as error:
             where = replace(where, chat=error.migrate_to_chat_id, topic=None, reply_to=None)
         except TelegramBadRequest as error:
-            if trouble(error) is not TelegramProblem.GONE:
+            if classify(error) is not TelegramProblem.GONE:
                 raise
         else:
             return where
         where = await self._post(where, texts.first_line(part.text))
-        _remember(self._moved, handle, where)
+        self._moved[handle] = where
         await self._put(where, part)
         return where
 
     async def _put(self, where: TelegramHandle, part: TelegramPart) -> None:
-        """In its best form; then, where Telegram does not take that, in plainer ones."""
+        """Edit in the best form that Telegram accepts."""
         forms = _forms(where, part)
         for last, form in zip([*[False] * (len(forms) - 1), True], forms, strict=True):
             try:
                 await self._api.write(where.chat, form)
                 return
             except (TelegramBadRequest, TelegramNotFound) as error:
-                meaning = trouble(error)
+                meaning = classify(error)
                 if meaning is TelegramProblem.SAME:
                     return
                 if meaning is TelegramProblem.GONE or last:
@@ -183,7 +181,7 @@ class TelegramSink:
                 log.warning("telegram.plainer", extra={"method": form.__api_method__, "error": type(error).__name__})
 
     async def _post(self, where: TelegramHandle, first: texts.RenderedText) -> TelegramHandle:
-        """Send a first small message; where its topic is gone, to the chat itself."""
+        """Send the first small message; to the chat itself where the topic is gone."""
         reply = ReplyParameters(message_id=where.reply_to, allow_sending_without_reply=True) if where.reply_to else None
         method = SendMessage(
             chat_id=where.chat,
@@ -197,36 +195,40 @@ class TelegramSink:
         except TelegramMigrateToChat as error:
             return await self._post(replace(where, chat=error.migrate_to_chat_id, topic=None, reply_to=None), first)
         except TelegramBadRequest as error:
-            if trouble(error) is not TelegramProblem.THREAD or where.topic is None:
+            if classify(error) is not TelegramProblem.THREAD or where.topic is None:
                 raise
             return await self._post(replace(where, topic=None, action_topic=None), first)
         return replace(where, message=sent.message_id)
 
     async def _send(self, where: TelegramHandle, method: SendMessage) -> Message:
-        """One that may have been sent already is sent once more, when Telegram answers again, and never a third time.
+        """Send a first message. After a lost response it is sent once more, when Telegram answers again.
 
-        Raises Lost. So a lost answer leaves one first message too many, as a crash at that point does.
+        Raises OutcomeUnknown for the first lost response, which the caller repeats, and Unreachable for the second. So
+        lost responses leave one message too many at most, as a crash at that point does.
         """
         place = (where.chat, where.topic, where.reply_to)
-        if self._lost.pop(place, False):
-            raise Lost(detail="lost twice: the refusal would be a third")
-        try:
-            return await self._api.send(where.chat, method)
-        except Lost:
-            self.orphans += 1
+        lost = self._lost.get(place, 0)
+        if lost > 1:
+            del self._lost[place]
+            raise Unreachable(detail="two responses were lost")
+        if lost:
             await self._api.write(where.chat, GetMe())
         try:
-            return await self._api.send(where.chat, method)
-        except Lost:
+            sent = await self._api.write(where.chat, method, repeatable=False)
+        except OutcomeUnknown as error:
             self.orphans += 1
-            _remember(self._lost, place, True)
+            self._lost[place] = lost + 1
+            if lost:
+                raise Unreachable(detail="two responses were lost") from error
             raise
+        self._lost.pop(place, None)
+        return sent
 
     async def _send_directly(
-        self, handle: Handle, where: TelegramHandle, part: TelegramPart, sight: Draft | None
+        self, handle: Handle, where: TelegramHandle, part: TelegramPart, draft: Draft | None
     ) -> TelegramHandle:
-        """One send. Where it may have been done already, it is not repeated: the answer stays unconfirmed."""
-        if handle in self._tried or (sight is not None and sight.recovered and not sight.text):
+        """Send the final text in one request, which is never repeated: with a lost response it stays unconfirmed."""
+        if handle in self._tried or (draft is not None and draft.recovered and not draft.text):
             raise AppError(detail="whether the answer was sent is not known")
         buttons, shown = keyboard(part.buttons), texts.RenderedText(part.text, part.marks)
         for entities in (shown.entities() or None, None):
@@ -238,18 +240,18 @@ class TelegramSink:
                 reply_markup=buttons,
             )
             try:
-                _remember(self._tried, handle, True)
-                sent = await self._api.send(where.chat, method)
+                self._tried[handle] = True
+                sent = await self._api.write(where.chat, method, repeatable=False)
                 return replace(where, message=sent.message_id)
             except TelegramBadRequest as error:
                 self._tried.pop(handle, None)
-                if trouble(error) is not TelegramProblem.MARKUP or entities is None:
+                if classify(error) is not TelegramProblem.MARKUP or entities is None:
                     raise
         raise AppError(detail="unreachable")
 
 
 def _forms(where: TelegramHandle, part: TelegramPart) -> list[TelegramMethod[Any]]:
-    """The final edit, best first: as a file, rich, with entities, as plain text."""
+    """The final edit, best first: file, rich message, text with entities, plain text."""
     chat, message, buttons = where.chat, where.message, keyboard(part.buttons)
     if part.files:
         path = part.files[0]
@@ -268,11 +270,3 @@ def _forms(where: TelegramHandle, part: TelegramPart) -> list[TelegramMethod[Any
         )
     forms.append(EditMessageText(chat_id=chat, message_id=message, text=part.text, reply_markup=buttons))
     return forms
-
-
-def _remember(known: OrderedDict[K, V], key: K, value: V) -> None:
-    """Keep the newest: those before are of answers long settled."""
-    known[key] = value
-    known.move_to_end(key)
-    if len(known) > _REMEMBERED:
-        known.popitem(last=False)

@@ -126,7 +126,7 @@ async def talk(
             given["token"] = there.workspaces["T1"].token
         given |= {"signing_secret": SIGNING} if http else {"app_token": APP_TOKEN}
         bot = SlackBot.configure(given | settings)
-        bot._pace = pace
+        bot._limiter = pace
         async with asyncio.TaskGroup() as tasks:
             running = tasks.create_task(bot.run(here.service))
             if http:

@@ -8,7 +8,7 @@ from typing import Any
 
 import pytest
 
-from bots.slack.pages.modals import MAX_INSTRUCTIONS, Filled, filled
+from bots.slack.pages.modals import MAX_INSTRUCTIONS, Submission, submission
 from bots.slack.pages.text import spelled
 from core.channels import directory
 from core.commands.parser import parse
@@ -227,9 +227,9 @@ def test_whatever_is_written_into_the_form_is_one_setting(text: str) -> None:
         "private_metadata": '["D1", "@U1", "en", "", ""]',
         "state": {"values": {"text": {"text": {"value": text}}}},
     }
-    found = filled(view)
+    found = submission(view)
     assert found is not None
-    assert isinstance(found[1], Filled)
+    assert isinstance(found[1], Submission)
     call = parse(found[1].text)
     assert call.arguments == {"instructions": text.strip()}
 

@@ -96,7 +96,7 @@ async def talk(
         if webhook:
             given |= {"webhook": "https://example.org/hook", "webhook_secret": SECRET, "listen": "127.0.0.1:0"}
         bot = TelegramBot.configure(given)
-        bot._pace = pace or TelegramRateLimiter(SendLimits(FAST, FAST, FAST, FAST))
+        bot._limiter = pace or TelegramRateLimiter(SendLimits(FAST, FAST, FAST, FAST))
         async with asyncio.TaskGroup() as tasks:
             running = tasks.create_task(bot.run(here.service))
             made = Talk(there, here)

@@ -7,10 +7,11 @@ import time
 from pathlib import Path
 
 import pytest
+from aiogram.exceptions import TelegramNetworkError
 from aiogram.methods import SendMessage
 
 from bots.shared.rate_limits import Rate, TokenBucket
-from bots.telegram.sending.api import Lost, TelegramApi, end, make_bot
+from bots.telegram.sending.api import OutcomeUnknown, TelegramApi, end, make_bot
 from bots.telegram.sending.rate_limits import SendLimits, TelegramRateLimiter
 from core.engine.protocol import Request
 from core.errors import AppError, EngineError
@@ -102,7 +103,7 @@ async def test_tables_and_formulas_can_be_rich_and_fall_back(tmp_path: Path) -> 
 async def test_what_telegram_takes_without_saying_so_is_not_doubled(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    monkeypatch.setattr("bots.telegram.sending.api._PAUSES_S", (0.01,))
+    monkeypatch.setattr("core.delivery.retry._FIRST_PAUSE_S", 0.01)
 
     def away() -> None:
         raise Refused(502, "Bad Gateway")
@@ -116,7 +117,7 @@ async def test_what_telegram_takes_without_saying_so_is_not_doubled(
 
 
 async def test_an_orphan_is_at_most_a_first_line(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("bots.telegram.sending.api._PAUSES_S", (0.01,))
+    monkeypatch.setattr("core.delivery.retry._FIRST_PAUSE_S", 0.01)
     async with talk(tmp_path, lambda request: "one\ntwo") as it:
         it.there.faults.append(("sendMessage", "cut"))  # sent, but its id never came back
         it.there.says(ANN, "hello")
@@ -144,14 +145,13 @@ async def test_what_never_went_out_is_repeated_and_what_may_have_been_taken_is_n
         there.chat(ANN.id)
         there.faults.append(("sendMessage", "cut"))
         bot = make_bot(TOKEN, there.url)
-        with pytest.raises(Lost):
-            await TelegramApi(bot, TelegramRateLimiter()).send(ANN.id, SendMessage(chat_id=ANN.id, text="…"))
+        send = SendMessage(chat_id=ANN.id, text="…")
+        with pytest.raises(OutcomeUnknown):
+            await TelegramApi(bot, TelegramRateLimiter()).write(ANN.id, send, repeatable=False)
         await end(bot)
         bot = make_bot(TOKEN, there.url)
-    with pytest.raises(AppError, match="for too long"):  # nobody listens there any more
-        await TelegramApi(bot, TelegramRateLimiter(), patience_s=0.1).send(
-            ANN.id, SendMessage(chat_id=ANN.id, text="…")
-        )
+    with pytest.raises(TelegramNetworkError):  # nobody listens there any more
+        await TelegramApi(bot, TelegramRateLimiter()).write(ANN.id, send, repeatable=False)
     await end(bot)
 
 
@@ -182,7 +182,7 @@ async def test_a_restart_at_any_point_ends_in_one_answer(
     tmp_path: Path, transport: str, when: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The crash table: the first program is cut without a chance to finish; the second brings the answer."""
-    monkeypatch.setattr("bots.telegram.sending.api._PAUSES_S", (0.01,))
+    monkeypatch.setattr("core.delivery.retry._FIRST_PAUSE_S", 0.01)
     async with FakeTelegram().open() as there:
 
         def hang() -> None:

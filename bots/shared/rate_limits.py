@@ -1,4 +1,4 @@
-"""A token bucket: how often a platform lets a bot call it."""
+"""Token bucket for the rate limits of a platform."""
 
 from __future__ import annotations
 

@@ -1,9 +1,9 @@
-"""Where things are in Slack, as the core's addresses. Pure.
+"""Slack's channels and threads as the core's addresses.
 
-account       the workspace's id; the organisation's where the app is installed for all of it
-place         the id of a Slack channel or DM
-conversation  the ts of the thread's first message; "@U1" for what a person asked by the slash command
-reply_to      the ts of the message that is answered; "/" for the slash command; "" for a job's and a home's
+account       the id of the workspace, or of the organisation for an org-wide installation
+place         the id of a channel or DM
+conversation  the ts of the thread's first message; "@U1" for a slash command of U1
+reply_to      the ts of the answered message; "/" for a slash command; "" for jobs and the App Home
 """
 
 from __future__ import annotations
@@ -17,12 +17,12 @@ _TS = re.compile(r"\d{1,12}\.\d{1,9}")
 
 
 def thread_of(to: Address) -> str | None:
-    """The thread that an answer belongs to."""
+    """The ts of the thread, or None."""
     return to.conversation if _TS.fullmatch(to.conversation) else None
 
 
 def goes_to(to: Address) -> str:
-    """The Slack channel that an answer is written in; what was asked by the slash command is answered in a DM."""
+    """The Slack channel of a reply: the place, or the DM of whoever used the slash command."""
     return to.conversation[1:] if to.conversation[:1] == "@" else to.place
 
 

@@ -1,4 +1,4 @@
-"""One Slack app: listens by Socket Mode or HTTP, for all its workspaces. Knows no message."""
+"""One Slack app for all its workspaces, by Socket Mode or HTTP."""
 
 from __future__ import annotations
 
@@ -14,6 +14,7 @@ from slack_bolt.authorization import AuthorizeResult
 from slack_sdk.errors import SlackApiError
 from slack_sdk.web.async_client import AsyncWebClient
 
+from bots.shared.backoff import pauses
 from bots.slack.addresses import PLATFORM
 from bots.slack.housekeeping import SlackHousekeeping
 from bots.slack.receiver import SlackReceiver
@@ -25,8 +26,7 @@ from bots.slack.workspaces import Workspaces, bad_token
 from core.platform import BotService
 
 log = logging.getLogger(__name__)
-_PAUSES_S = (1.0, 2.0, 5.0, 10.0, 30.0)
-_PING_S = 5  # a socket that was cut is noticed at the next one
+_PING_S = 5  # a broken socket is noticed at the next ping
 
 
 class SlackBot:
@@ -45,7 +45,7 @@ class SlackBot:
         return cls(read_settings(settings))
 
     async def run(self, service: BotService) -> None:
-        """Until cancelled. Raises BadConfig where Slack does not know the token."""
+        """Run until cancelled. Raises BadConfig for an invalid token."""
         settings = self._settings
         async with ClientSession() as session:
             base = settings.api.rstrip("/") + "/"
@@ -67,7 +67,7 @@ class SlackBot:
 
 
 def _app(settings: SlackSettings, client: AsyncWebClient, receiver: SlackReceiver) -> AsyncApp:
-    """Bolt, with the commit ahead of everything that could call Slack."""
+    """The Bolt app; `before_authorize` answers every request, so that no call to Slack precedes the commit."""
 
     async def never(**_: object) -> AuthorizeResult:
         raise AssertionError("before_authorize answers all")
@@ -86,9 +86,8 @@ def _app(settings: SlackSettings, client: AsyncWebClient, receiver: SlackReceive
 
 
 async def _listen(app: AsyncApp, settings: SlackSettings, client: AsyncWebClient) -> None:
-    """Socket Mode. slack_sdk opens the connection anew when Slack refreshes or cuts it."""
-    tries = 0
-    while True:
+    """Listen by Socket Mode; slack_sdk reconnects when Slack refreshes or cuts the connection."""
+    for wait_s in pauses():
         handler = AsyncSocketModeHandler(app, settings.app_token, web_client=client, ping_interval=_PING_S)
         try:
             await handler.client.connect()  # type: ignore[no-untyped-call]
@@ -98,21 +97,19 @@ async def _listen(app: AsyncApp, settings: SlackSettings, client: AsyncWebClient
             if classify(error) is SlackProblem.CLOSED:
                 raise bad_token() from None
             log.warning("slack.no_socket", extra={"error": type(error).__name__})
-            await asyncio.sleep(_PAUSES_S[min(tries, len(_PAUSES_S) - 1)])
-            tries += 1
+            await asyncio.sleep(wait_s)
         finally:
             await handler.client.close()  # type: ignore[no-untyped-call]
 
 
 async def _until_available(workspaces: Workspaces) -> None:
-    """Through a Slack that is away; a token that it does not know is told."""
-    tries = 0
-    while True:
+    """Open the workspaces, however long Slack is unavailable. Raises BadConfig for an invalid token."""
+    for wait_s in pauses():
         try:
-            return await workspaces.open()
+            await workspaces.open()
+            return
         except (SlackApiError, ClientError, TimeoutError, OSError) as error:
             if classify(error) is SlackProblem.CLOSED:
                 raise bad_token() from None
             log.warning("slack.away", extra={"method": "auth.test", "error": type(error).__name__})
-            await asyncio.sleep(_PAUSES_S[min(tries, len(_PAUSES_S) - 1)])
-            tries += 1
+            await asyncio.sleep(wait_s)

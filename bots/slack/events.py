@@ -1,7 +1,7 @@
-"""What Slack sends -> Incoming, and what is said in the acknowledgement. Pure: knows no store and no network.
+"""Slack payloads -> Incoming, and the body of the acknowledgement.
 
-Both keys are made here: the update key (event id, trigger id) and the message key (Slack channel + ts), under which a
-mention that comes as two events, or a retry under another event id, is one message.
+The update key is the event or trigger id. The message key is channel and ts, so that a mention that comes as two
+events, or a retry with another event id, is one message.
 """
 
 from __future__ import annotations
@@ -30,12 +30,12 @@ _WITH_FILE = re.compile(rf"(?:{COMMAND}\s+|[/／])?((?:finetune|adapter\s+import
 
 
 class UnreadableEvent(Exception):
-    """A payload that lacks what its kind must have."""
+    """A payload without a field that its type requires."""
 
 
 @dataclass(frozen=True, slots=True)
 class Person:
-    """Who did it, by Slack's ids; `team` is their own workspace, or their organisation where that is not ours."""
+    """The person behind a payload. `team` is their own workspace, or their organisation if it is another than ours."""
 
     user: str = ""
     team: str = ""
@@ -43,7 +43,7 @@ class Person:
 
 @dataclass(frozen=True, slots=True)
 class OptionsRequest:
-    """A list in a modal that was opened: what was typed into it."""
+    """A request for the options of a modal's list. `typed` filters them."""
 
     context: ModalContext
     typed: str
@@ -51,9 +51,9 @@ class OptionsRequest:
 
 @dataclass(frozen=True, slots=True)
 class ReadEvent:
-    """`answer` is the body of the acknowledgement. `gone`: the workspace has thrown the app out.
+    """A parsed payload. `answer` is the body of the acknowledgement; `gone`: the app was uninstalled.
 
-    `below`: the key of the message that this one is for us only if it was.
+    `below`: the key of a thread's first message; this one is for the bot only if that one was.
     """
 
     account: str = ""
@@ -66,9 +66,9 @@ class ReadEvent:
 
 
 def read(body: Payload, language: str = "en") -> ReadEvent:
-    """Raises Unreadable. What needs no answer is a Read without `incoming`: it is acknowledged and forgotten.
+    """Parse a payload. One that needs no reply has no `incoming`. Raises UnreadableEvent.
 
-    `language` is of what the acknowledgement of a slash command says.
+    `language` is that of the acknowledgement of a slash command.
     """
     try:
         return _read(body, language)
@@ -77,7 +77,7 @@ def read(body: Payload, language: str = "en") -> ReadEvent:
 
 
 def account_of(body: Payload) -> str:
-    """The installation that a payload is for: a workspace, or the organisation."""
+    """The installation of a payload: a workspace or an organisation."""
     first: Payload = next(iter(body.get("authorizations") or []), {})
     if first:
         of_org = first.get("is_enterprise_install") and first.get("enterprise_id")
@@ -89,7 +89,7 @@ def account_of(body: Payload) -> str:
 
 
 def update_key(body: Payload) -> str:
-    """The same for a repeat of the same update."""
+    """The key of an update, equal for its repeats."""
     for key in ("event_id", "trigger_id"):
         if isinstance(body.get(key), str) and body[key]:
             return str(body[key])
@@ -122,9 +122,7 @@ def _event(body: Payload, event: Payload) -> ReadEvent:
     if kind == "agent_session_stopped":
         at = Address(PLATFORM, account, event["channel"], event["thread_ts"])
         stop = _control(body, at, event["user"], Kind.STOP)
-        return ReadEvent(
-            account, replace(stop, moderates=True)
-        )  # Slack's own button, and it has stopped the stream itself
+        return ReadEvent(account, replace(stop, moderates=True))  # Slack's own button has ended the stream already
     if kind in ("message", "app_mention"):
         return _message(body, event, account)
     if kind == "member_joined_channel" and event["user"] == _bot_user(body):
@@ -133,7 +131,7 @@ def _event(body: Payload, event: Payload) -> ReadEvent:
 
 
 def _message(body: Payload, event: Payload, account: str) -> ReadEvent:
-    """One for us: in a DM, where we are named, or in a thread whose first message was for us."""
+    """A message for the bot: in a DM, with a mention, or in a thread whose first message was for the bot."""
     subtype = event.get("subtype")
     if subtype in ("message_changed", "message_deleted") and is_dm(event["channel"]):
         return ReadEvent(account, _quiet(body, event, account))
@@ -160,7 +158,7 @@ def _message(body: Payload, event: Payload, account: str) -> ReadEvent:
         lane=Lane.TURN,
         kind=Kind.MESSAGE,
         address=Address(PLATFORM, account, place, thread, ts),
-        user=_known_as(person, body),
+        user=_user_id(person, body),
         update_key=update_key(body),
         message_key=f"{place}:{ts}",
         text=text,
@@ -171,7 +169,7 @@ def _message(body: Payload, event: Payload, account: str) -> ReadEvent:
 
 
 def _quiet(body: Payload, event: Payload, account: str) -> Incoming | None:
-    """An edit or a deletion runs nothing: it is kept and closed."""
+    """An edit or deletion, which runs nothing."""
     before = event.get("previous_message") or event.get("message") or {}
     if before.get("bot_id") or not before.get("user"):
         return None
@@ -185,7 +183,7 @@ def _joined(body: Payload, event: Payload, account: str) -> Incoming:
 
 
 def notice(at: Address, user: str, key: str, sentence: str) -> Incoming:
-    """What the app itself has to say, once for this key."""
+    """A notice of the bot itself, sent once for `key`."""
     return Incoming(
         lane=Lane.TURN,
         kind=Kind.MESSAGE,
@@ -198,11 +196,11 @@ def notice(at: Address, user: str, key: str, sentence: str) -> Incoming:
     )
 
 
-# --- what people press, type after a slash, submit ---
+# --- slash command, buttons, modals ---
 
 
 def _command(body: Payload, language: str) -> ReadEvent:
-    """`/distributary`: one of the commands, or a question. It is answered in a DM; the channel stays the place."""
+    """`/distributary`: a command or a question, answered in a DM about the channel it was typed in."""
     account, user, place = account_of(body), body["user_id"], body["channel_id"]
     _, text = read_text(body.get("text") or "")
     if not text:
@@ -241,7 +239,7 @@ def _press(body: Payload) -> ReadEvent:
         lane=Lane.TURN if said else Lane.CONTROL,
         kind={STOP: Kind.STOP, "say": Kind.MESSAGE}.get(action, Kind.PRESS),
         address=Address(PLATFORM, account, place, conversation, "" if action == STOP else ts),
-        user=_known_as(person, body),
+        user=_user_id(person, body),
         update_key=update_key(body),
         message_key=f"press:{place}:{ts}:{pressed.get('action_ts') or update_key(body)}",
         text={"say": value, "command": label}.get(action, ""),
@@ -253,7 +251,7 @@ def _press(body: Payload) -> ReadEvent:
 
 
 def _submitted(body: Payload) -> ReadEvent:
-    """What a modal stands for; what is wrong with it is said in the modal itself."""
+    """A submitted modal; its errors are shown in the modal."""
     account, person, view = account_of(body), _presser(body), body["view"]
     found = submission(view)
     if found is None:
@@ -268,7 +266,7 @@ def _submitted(body: Payload) -> ReadEvent:
         lane=Lane.TURN,
         kind=Kind.MESSAGE,
         address=Address(PLATFORM, account, context.place, context.conversation, context.reply_to),
-        user=_known_as(person, body),
+        user=_user_id(person, body),
         update_key=key,
         message_key=key,
         text=given.text,
@@ -285,7 +283,7 @@ def _presser(body: Payload) -> Person:
 
 
 def _team(body: Payload, *named: object) -> str:
-    """The workspace of a person. For one of an organisation (Grid) Slack may name that: ours says nothing of them."""
+    """The workspace of a person, or their organisation (Grid) if Slack names another than ours."""
     given = [str(one) for one in named if one]
     if given and given[0][:1] == "E" and given[0] != _organisation(body):
         return given[0]
@@ -293,17 +291,17 @@ def _team(body: Payload, *named: object) -> str:
 
 
 def _organisation(body: Payload) -> str:
-    """The one that our workspace belongs to."""
+    """The organisation of the bot's workspace."""
     first: Payload = next(iter(body.get("authorizations") or []), {})
     return str(
         first.get("enterprise_id") or (body.get("enterprise") or {}).get("id") or body.get("enterprise_id") or ""
     )
 
 
-def _known_as(person: Person, body: Payload) -> str:
-    """The id under which somebody is known here. A guest's (Slack Connect) carries their own workspace's.
+def _user_id(person: Person, body: Payload) -> str:
+    """The id of a person; that of a Slack Connect guest has the prefix of their own workspace.
 
-    In an organisation ids are the same in all its workspaces.
+    In an organisation, ids are the same in all its workspaces.
     """
     first: Payload = next(iter(body.get("authorizations") or []), {})
     of_org = first.get("is_enterprise_install") or body.get("is_enterprise_install") in (True, "true")
@@ -323,6 +321,6 @@ def _control(body: Payload, at: Address, user: str, kind: Kind) -> Incoming:
     )
 
 
-def spoken_to(incoming: Incoming, language: str) -> Incoming:
-    """The same, from somebody whose Slack speaks this language."""
+def with_language(incoming: Incoming, language: str) -> Incoming:
+    """The message with the language of the person's Slack."""
     return replace(incoming, language=language) if language else incoming

@@ -1,18 +1,17 @@
-"""What Slack is told besides answers: prompts, App Homes, modals; and what it tells of people's languages. Best effort.
+"""App Homes, modals, suggested prompts and people's languages: best effort, from bounded queues.
 
-Modals come first and by workers of their own: Slack takes one within three seconds of the press. Knows no answer. What
-does not fit into a queue is left out.
+Modals have workers of their own, since Slack accepts one only within three seconds of the press.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable
 from typing import Any
 
 from aiohttp import ClientError
+from cachetools import LRUCache
 from slack_sdk.errors import SlackApiError
 
 from bots.slack.addresses import PLATFORM
@@ -25,23 +24,23 @@ from core.platform import BotService
 from core.types import Address, Grant
 
 log = logging.getLogger(__name__)
-_MOST, _HOMES = 1_000, 5_000
+_QUEUE, _HOMES = 1_000, 5_000
 _WORKERS = 3
 _UNKNOWN_BLOCK = ("invalid_blocks", "invalid_arguments")
 _Action = Callable[[], Awaitable[None]]
 
 
 class SlackHousekeeping:
-    """`run` must be running for anything to be said."""
+    """`run` must be running."""
 
     def __init__(self, service: BotService) -> None:
         self._service = service
-        self._modals: asyncio.Queue[_Action] = asyncio.Queue(_MOST)
-        self._rest: asyncio.Queue[_Action] = asyncio.Queue(_MOST)
-        self._homes: OrderedDict[tuple[str, str], str] = OrderedDict()  # the DM of each home that was opened
+        self._modals: asyncio.Queue[_Action] = asyncio.Queue(_QUEUE)
+        self._rest: asyncio.Queue[_Action] = asyncio.Queue(_QUEUE)
+        self._homes: LRUCache[tuple[str, str], str] = LRUCache(_HOMES)  # (account, user) -> DM, of opened App Homes
 
     def offer(self, workspace: Workspace, body: Payload, person: Person) -> None:
-        """Take what is acknowledged; never waits."""
+        """Queue the work of an acknowledged payload; drops it when the queue is full."""
         event = body.get("event") or {}
         if body.get("type") == "message_action" and body.get("callback_id") == modals.ASK:
             _put(self._modals, lambda: self._ask(workspace, body))
@@ -53,16 +52,13 @@ class SlackHousekeeping:
                 _put(self._rest, lambda: self._greet(workspace, event))
             elif event.get("tab") == "home":
                 self._homes[workspace.account, event["user"]] = event["channel"]
-                self._homes.move_to_end((workspace.account, event["user"]))
-                if len(self._homes) > _HOMES:
-                    self._homes.popitem(last=False)
                 self.refresh(workspace, event["user"])
         elif person.user:
             chosen = "language" in str(event.get("text") or body.get("text") or "")[:20]
             self._learn(workspace, str(event.get("channel") or body.get("channel_id") or ""), person.user, anew=chosen)
 
     def refresh(self, workspace: Workspace, user: str) -> None:
-        """Show a person's home anew, where it was opened before: what a command has changed stands there too."""
+        """Publish a person's App Home again, if they have opened it: a command may have changed it."""
         place = self._homes.get((workspace.account, user))
         if place is not None:
             _put(self._rest, lambda: self._publish(workspace, place, user))
@@ -82,7 +78,7 @@ class SlackHousekeeping:
         await workspace.api.once("views.open", trigger_id=body["trigger_id"], view=shown)
 
     async def _open(self, workspace: Workspace, body: Payload, name: str) -> None:
-        """A modal of the home, for who operates the channel now; for others the home as it is now."""
+        """Open a modal of the App Home for an operator; for others publish the App Home again."""
         (place, conversation), user = where(str(body["actions"][0].get("block_id", ""))), body["user"]["id"]
         at = Address(PLATFORM, workspace.account, place, conversation)
         found = await self._service.places.overview(at, user)
@@ -98,7 +94,7 @@ class SlackHousekeeping:
     # --- home, prompts ---
 
     async def _publish(self, workspace: Workspace, place: str, user: str) -> None:
-        """With Slack's own chart; in letters where this workspace's Slack does not draw yet."""
+        """Publish the App Home with Slack's chart block, or with a text chart where that block is refused."""
         found = await self._service.places.overview(Address(PLATFORM, workspace.account, place, ""), user)
         try:
             await workspace.api.once("views.publish", user_id=user, view=home.view(found, place, user))
@@ -109,7 +105,7 @@ class SlackHousekeeping:
             await workspace.api.once("views.publish", user_id=user, view=shown)
 
     async def _greet(self, workspace: Workspace, event: Payload) -> None:
-        """The channel's own questions, as prompts of an empty conversation."""
+        """Suggest the channel's questions as prompts."""
         at = Address(PLATFORM, workspace.account, event["channel"], "")
         found = await self._service.places.overview(at, event["user"])
         if found is None or not found.channel.questions:
@@ -125,9 +121,9 @@ class SlackHousekeeping:
     # --- languages ---
 
     def _learn(self, workspace: Workspace, place: str, user: str, *, anew: bool = False) -> None:
-        """Find out in which language somebody reads Slack; once, and again where they may have chosen another."""
+        """Look up a person's language once, and again (`anew`) when they may have changed it."""
         if anew or user not in workspace.languages:
-            workspace.keep_language(user, workspace.languages.get(user, ("", "")))
+            workspace.languages[user] = workspace.languages.get(user, ("", ""))
             _put(self._rest, lambda: self._ask_language(workspace, place, user))
 
     async def _ask_language(self, workspace: Workspace, place: str, user: str) -> None:
@@ -139,7 +135,7 @@ class SlackHousekeeping:
             except (SlackApiError, ClientError, TimeoutError, OSError):
                 log.debug("slack.no_locale")
         at = Address(PLATFORM, workspace.account, place, "")
-        workspace.keep_language(user, (locale, await self._service.places.language(at, user) or locale))
+        workspace.languages[user] = (locale, await self._service.places.language(at, user) or locale)
 
 
 async def _work(queue: asyncio.Queue[_Action]) -> None:
@@ -147,7 +143,7 @@ async def _work(queue: asyncio.Queue[_Action]) -> None:
         action = await queue.get()
         try:
             await action()
-        except Exception as error:  # the person can do it again; nothing was promised
+        except Exception as error:  # best effort: the person may repeat it
             log.warning("slack.housekeeping_failed", extra={"error": type(error).__name__})
 
 
@@ -159,7 +155,7 @@ def _put(queue: asyncio.Queue[_Action], action: _Action) -> None:
 
 
 def _modal_of(body: Payload) -> str | None:
-    """The modal that a pressed button opens."""
+    """The name of the modal that a pressed button opens, or None."""
     pressed = (body.get("actions") or [{}]) if body.get("type") == "block_actions" else [{}]
     name = str(pressed[0].get("action_id", "")).partition(":")[0]
     return name if name in modals.VIEWS else None

@@ -1,7 +1,7 @@
-"""Takes in what Slack sends: read, commit, and only then acknowledge. Knows no answer.
+"""Receives payloads: parse, commit, then acknowledge.
 
-It stands in Bolt's `before_authorize`: after the signature check, before any call to Slack. What it returns is the
-acknowledgement; a commit that fails returns 503, which Slack sends again, over HTTP and by Socket Mode alike.
+It runs as Bolt's `before_authorize`: after the signature check, before any call to Slack. A commit that fails is
+answered with 503, after which Slack sends the payload again, over HTTP and by Socket Mode alike.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from slack_bolt.request.async_request import AsyncBoltRequest
 from slack_bolt.response import BoltResponse
 
 from bots.slack.addresses import PLATFORM
-from bots.slack.events import Payload, ReadEvent, UnreadableEvent, account_of, read, spoken_to, update_key
+from bots.slack.events import Payload, ReadEvent, UnreadableEvent, account_of, read, update_key, with_language
 from bots.slack.housekeeping import SlackHousekeeping
 from bots.slack.pages import modals
 from bots.slack.sending.handles import Recipient
@@ -33,7 +33,7 @@ class SlackReceiver:
     async def before_authorize(
         self, req: AsyncBoltRequest, resp: BoltResponse, next: Callable[[], Awaitable[BoltResponse]]
     ) -> BoltResponse:
-        """Bolt's seam. Never calls `next`: everything is answered here, and tokens are had when a row runs."""
+        """Bolt's hook. It never calls `next`: tokens are looked up when the message is handled."""
         body = req.body
         if body.get("type") == "url_verification":
             return BoltResponse(status=200, body={"challenge": str(body.get("challenge", ""))})
@@ -48,7 +48,7 @@ class SlackReceiver:
         return BoltResponse(status=200, body=answer if answer is not None else "")
 
     async def take(self, body: Payload) -> dict[str, object] | str | None:
-        """Commit one payload; what the acknowledgement says. Raises Overloaded or StorageError: nothing was kept."""
+        """Commit a payload; the body of the acknowledgement. Raises Overloaded or StorageError."""
         try:
             found = read(body, await self._language(body))
         except UnreadableEvent as error:
@@ -70,7 +70,7 @@ class SlackReceiver:
             return await self._options(found)
         if found.incoming is not None:
             locale, spoken = workspace.languages.get(found.person.user, ("", ""))
-            asked = spoken_to(found.incoming, locale)
+            asked = with_language(found.incoming, locale)
             if found.below and not await self._service.places.heard(asked.address, found.below):
                 return None
             team = found.person.team if found.person.team[:1] == "T" else found.account
@@ -82,7 +82,7 @@ class SlackReceiver:
         return found.answer
 
     async def _options(self, found: ReadEvent) -> dict[str, object]:
-        """The versions that somebody may choose from, as they are now."""
+        """The current options of a modal's list of versions."""
         assert found.options_request is not None
         context = found.options_request.context
         at = Address(PLATFORM, found.account, context.place, context.conversation)
@@ -90,7 +90,7 @@ class SlackReceiver:
         return modals.options(shown.choices if shown else (), found.options_request.typed, context.language)
 
     async def _language(self, body: Payload) -> str:
-        """Of who gave a slash command: what it is answered at once is in their language."""
+        """The language of whoever used a slash command, for its acknowledgement."""
         if not (isinstance(body.get("command"), str) and isinstance(body.get("user_id"), str)):
             return "en"
         account, user = account_of(body), body["user_id"]

@@ -1,7 +1,7 @@
-"""What Slack and browsers reach over HTTP: events, and the two pages of installing. Knows no event and no answer.
+"""The HTTP server: events, and the two pages of an OAuth installation.
 
-Every request that is not Slack's is answered 401 and says nothing: headers are checked before Bolt sees them, since
-what is no ASCII, no number or no UTF-8 makes slack_sdk raise.
+Unsigned requests get an empty 401. Headers are checked before Bolt sees them, since slack_sdk raises for a timestamp
+that is no number and for text that is no UTF-8.
 """
 
 from __future__ import annotations
@@ -45,7 +45,7 @@ _PAGE = (
 
 
 class Web:
-    """One app's. With `app` it takes events; with a client id it can be installed."""
+    """The server of one app. With a signing secret it takes events, with a client id the app can be installed."""
 
     def __init__(self, settings: SlackSettings, app: AsyncApp, workspaces: Workspaces, service: BotService) -> None:
         self._settings, self._app = settings, app
@@ -59,7 +59,7 @@ class Web:
         return int(self._runner.addresses[0][1])
 
     async def open(self) -> None:
-        """Raises BadConfig where the address cannot be listened on."""
+        """Raises BadConfig when the address cannot be bound."""
         served = web.Application(client_max_size=MAX_BYTES)
         if self._verifier is not None:
             served.router.add_post(EVENTS, self._events)
@@ -97,7 +97,7 @@ class Web:
         return await to_aiohttp_response(await self._app.async_dispatch(given))
 
     async def _verified(self, request: web.Request) -> str | None:
-        """The body of a request that Slack signed within the last five minutes; else None."""
+        """The body of a request signed by Slack within the last five minutes, else None."""
         times = request.headers.getall("X-Slack-Request-Timestamp", [])
         signatures = request.headers.getall("X-Slack-Signature", [])
         if len(times) != 1 or len(signatures) != 1 or self._verifier is None:
@@ -113,7 +113,7 @@ class Web:
     # --- installing ---
 
     async def _install(self, request: web.Request) -> web.StreamResponse:
-        """To Slack's own page. `?link=NAME` brings the workspace to the channel of that link."""
+        """Redirect to Slack's authorize page. `?link=NAME` binds the workspace to the channel of that link."""
         link = request.query.get("link", "")
         if not _LINK.fullmatch(link):
             return _page(request, "install_failed", 400)
@@ -135,7 +135,7 @@ class Web:
         return answer
 
     async def _redirect(self, request: web.Request) -> web.StreamResponse:
-        """Back from Slack's page. The state counts once, and only in the browser that began."""
+        """The OAuth redirect. The state is valid once, and only in the browser that started."""
         state, code = request.query.get("state", ""), request.query.get("code", "")
         began = request.cookies.get(_COOKIE, "")
         if not state or not hmac.compare_digest(_bytes(state), _bytes(began)):
@@ -156,7 +156,7 @@ class Web:
         return _page(request, "installed", 200, name=installed.name)
 
     async def _welcome(self, account: str, answer: Mapping[str, object]) -> None:
-        """One DM to who installed it: what it does, and where things are. Not again when they install it anew."""
+        """Send the installing person one welcome DM, not again for a reinstallation."""
         who = answer.get("authed_user")
         user = str(who.get("id") or "") if isinstance(who, dict) else ""
         if user:

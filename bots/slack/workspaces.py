@@ -1,15 +1,15 @@
-"""The workspaces that one Slack app serves: who they are, how their token is had and renewed. Knows no message."""
+"""The installations of one Slack app, and the rotation of their tokens."""
 
 from __future__ import annotations
 
 import asyncio
 import logging
 import time
-from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
 
 from aiohttp import ClientError
+from cachetools import LRUCache
 from slack_sdk.errors import SlackApiError
 from slack_sdk.web.async_client import AsyncWebClient
 
@@ -23,15 +23,15 @@ from core.observability.logs import register_secret
 from core.platform import BotService
 
 log = logging.getLogger(__name__)
-_RENEW_S = 2 * 3600  # before a token ends; rotated ones live for twelve hours
+_RENEW_S = 2 * 3600  # before a token expires; rotated ones are valid for twelve hours
 _PEOPLE = 20_000
 
 
 @dataclass(slots=True)
 class Workspace:
-    """One installation. `kept` is what Slack handed out: token, refresh_token, expires_s, since_s, bot_user.
+    """One installation. `kept` has its token, refresh_token, expires_s, since_s and bot_user.
 
-    `languages` holds, of people who were here, the language of their Slack and the one that they are spoken to in.
+    `languages` maps a person to the language of their Slack and the one of the bot's replies.
     """
 
     account: str
@@ -39,26 +39,20 @@ class Workspace:
     sink: SlackSink = field(init=False)
     api: SlackApi = field(init=False)
     renewing: asyncio.Lock = field(default_factory=asyncio.Lock)
-    unsaved: bool = False  # what was renewed is not on the disk yet
-    languages: OrderedDict[str, tuple[str, str]] = field(default_factory=OrderedDict)
-
-    def keep_language(self, user: str, language: tuple[str, str]) -> None:
-        self.languages[user] = language
-        self.languages.move_to_end(user)
-        if len(self.languages) > _PEOPLE:
-            self.languages.popitem(last=False)
+    unsaved: bool = False  # renewed tokens are not stored yet
+    languages: LRUCache[str, tuple[str, str]] = field(default_factory=lambda: LRUCache(_PEOPLE))
 
 
 @dataclass(frozen=True, slots=True)
 class Installed:
-    """`name` is what people call the workspace, or the organisation."""
+    """A new installation. `name` is that of the workspace or organisation."""
 
     account: str
     name: str
 
 
 class Workspaces:
-    """`on_dm` is called after something was said to a person by themselves."""
+    """The installations by account. `on_dm` is called after a reply in a DM."""
 
     def __init__(
         self,
@@ -81,7 +75,7 @@ class Workspaces:
         return self._known.get(account)
 
     async def open(self) -> None:
-        """Those that have installed the app, and the one whose token is in the configuration."""
+        """Register the stored installations, and the workspace whose token is in the configuration."""
         if self._settings.token:
             answer = (await self._client.api_call("auth.test", headers=_bearer(self._settings.token))).data
             assert isinstance(answer, dict)
@@ -94,7 +88,7 @@ class Workspaces:
         log.info("slack.workspaces", extra={"count": len(self._known)})
 
     async def add(self, answer: Mapping[str, object], link: str) -> Installed:
-        """Keep what oauth.v2.access gave, and answer there from now on."""
+        """Store the response of oauth.v2.access and register the workspace."""
         team, org = (value if isinstance(value := answer.get(key), dict) else {} for key in ("team", "enterprise"))
         of_org = bool(answer.get("is_enterprise_install"))
         account = str((org if of_org else team)["id"])
@@ -105,16 +99,16 @@ class Workspaces:
         return Installed(account, str((org if of_org else team).get("name") or account))
 
     async def exchange(self, **given: str) -> dict[str, object]:
-        """oauth.v2.access: a code or a refresh token for tokens. Raises SlackApiError."""
+        """Call oauth.v2.access with a code or a refresh token. Raises SlackApiError."""
         secrets = {"client_id": self._settings.client_id, "client_secret": self._settings.client_secret}
         answer = (await self._client.api_call("oauth.v2.access", data={**secrets, **given})).data
         assert isinstance(answer, dict)
         return answer
 
     async def drop(self, account: str, at_s: float) -> None:
-        """The app was thrown out then: its tokens are forgotten before Slack is told that we know.
+        """Delete the tokens of an app that was uninstalled at `at_s`, before the event is acknowledged.
 
-        An event of before the installation that there is now, late or sent again, is context one that is gone already.
+        A late event from before the present installation is ignored.
         """
         known = self._known.get(account)
         if known is None or known.kept.get("token") == self._settings.token:
@@ -139,7 +133,7 @@ class Workspaces:
         self._service.register(PLATFORM, account, made.sink)
 
     async def _token(self, of: Workspace) -> str:
-        """The token of now. One that ends soon is renewed first, by one caller; it is good until it ends."""
+        """The current token. One that expires soon is renewed first, by one caller."""
         async with of.renewing:
             left_s, refresh = float(of.kept.get("expires_s") or 0) - time.time(), of.kept.get("refresh_token", "")
             if refresh and left_s < _RENEW_S:
@@ -161,7 +155,7 @@ class Workspaces:
         log.info("slack.token_renewed", extra={"account": of.account})
 
     async def _save(self, of: Workspace) -> None:
-        """The old refresh token is used up: what cannot be written now is written with the next call."""
+        """Store renewed tokens; after a failure again with the next call, since the old refresh token is invalid."""
         try:
             await self._service.installations.keep(PLATFORM, of.account, of.kept)
             of.unsaved = False

@@ -1,8 +1,8 @@
-"""Where things are in Telegram, as the core's addresses: chats, topics, what is replied to. Pure.
+"""Telegram's chats and topics as the core's addresses.
 
-place         the chat's id
-conversation  "main"; "general" for a forum's General, which has no id when written to; "t17" for topic 17
-reply_to      "" a message of our own accord; "-" an answer that quotes nothing; "17" an answer to message 17
+place         the chat id
+conversation  "main"; "general" for a forum's General topic, which is sent to without an id; "t17" for topic 17
+reply_to      "17" to reply to message 17; "-" for a reply without a quote; "" for a message that is no reply
 """
 
 from __future__ import annotations
@@ -16,12 +16,12 @@ from core.types import Address, Receipt
 
 PLATFORM = "telegram"
 MAIN, GENERAL = "main", "general"
-_GENERAL_ID = 1  # the id of General, for chat actions alone
+_GENERAL_ID = 1  # the id of General in chat actions
 
 
 @dataclass(frozen=True, slots=True)
 class Spot:
-    """Where a message goes. `topic` is the parameter of sending, `action_topic` that of "is typing"."""
+    """The destination of a message. `topic` is for sending, `action_topic` for chat actions."""
 
     chat: int
     topic: int | None = None
@@ -47,10 +47,10 @@ def conversation(chat: Chat, topic: int | None) -> str:
 
 
 def receipt(chat: int, message: int) -> Receipt:
-    """Of one message of ours that is in its final form."""
+    """The receipt of a final message."""
     return Receipt(json.dumps({"chat": chat, "message": message}))
 
 
 def topic_of(message: Message) -> int | None:
-    """The topic that a message is in. A reply in an ordinary group has a thread id too, which is none."""
+    """The topic of a message, or None. Replies in ordinary groups have a thread id that is no topic."""
     return message.message_thread_id if message.is_topic_message else None

@@ -1,4 +1,4 @@
-"""The Telegram bot of one token: finds out who it is, then listens and writes. Knows no message and no answer."""
+"""The Telegram bot of one token: getMe, then long polling or a webhook."""
 
 from __future__ import annotations
 
@@ -6,7 +6,6 @@ import asyncio
 import logging
 from collections.abc import Mapping
 from contextlib import suppress
-from itertools import chain, repeat
 from typing import Self
 
 from aiogram.exceptions import (
@@ -18,6 +17,7 @@ from aiogram.exceptions import (
 from aiogram.methods import DeleteWebhook, GetMe, SetWebhook, TelegramMethod
 from aiogram.types import User
 
+from bots.shared.backoff import pauses
 from bots.telegram.addresses import PLATFORM
 from bots.telegram.housekeeping import TelegramHousekeeping
 from bots.telegram.receiver import TelegramReceiver
@@ -31,35 +31,34 @@ from core.errors import AppError, BadConfig
 from core.platform import BotService
 
 log = logging.getLogger(__name__)
-_PAUSES_S = (1.0, 2.0, 5.0, 10.0, 30.0)
 
 
 class TelegramBot:
-    """One account: a table [bots.NAME] with a token. Several tables are several accounts in one process."""
+    """One account: a table [bots.NAME] with a token."""
 
     platform = PLATFORM
     training_allowed = True
 
     def __init__(self, settings: TelegramSettings, limiter: TelegramRateLimiter | None = None) -> None:
         self._settings, self._limiter = settings, limiter
-        self._known = False  # whether Telegram has known the token in this run
+        self._token_valid = False  # whether getMe has succeeded
 
     @classmethod
     def configure(cls, settings: Mapping[str, object]) -> Self:
         return cls(read_settings(settings))
 
     async def run(self, service: BotService) -> None:
-        """Until cancelled. Raises BadConfig where Telegram does not know the token."""
+        """Run until cancelled. Raises BadConfig for an invalid token."""
         settings = self._settings
         bot = make_bot(settings.token, settings.api)
         try:
             api = TelegramApi(bot, self._limiter or TelegramRateLimiter())
             me = await self._until_available(api, GetMe())
-            self._known = True
+            self._token_valid = True
             await self._serve(service, api, me)
         except (TelegramUnauthorizedError, TelegramNotFound):
             detail = "Telegram does not know the token of [bots.telegram]: ask @BotFather for it with /token"
-            if self._known:  # taken back while we ran: that stops no other bot
+            if self._token_valid:  # revoked while running; the other bots go on
                 raise AppError(detail=detail) from None
             raise BadConfig(detail=detail, file="[bots.telegram]", problems=detail) from None
         finally:
@@ -99,8 +98,8 @@ class TelegramBot:
             await server.leave(secret)
 
     async def _until_available(self, api: TelegramApi, method: TelegramMethod[T]) -> T:
-        """What must be done before anything else, however long Telegram is away."""
-        for wait_s in chain(_PAUSES_S, repeat(_PAUSES_S[-1])):
+        """Call a method until it succeeds, however long Telegram is unavailable."""
+        for wait_s in pauses():
             try:
                 return await api.call(method)
             except (TelegramUnauthorizedError, TelegramNotFound):

@@ -1,14 +1,13 @@
-"""What is owed to a chat besides answers, after the commit: presses confirmed, menus by role. Best effort, bounded.
+"""Callback answers and command menus: sent after the commit, best effort, from a bounded queue.
 
-Losing one of these costs a spinner or an old menu, never an answer.
+A lost one leaves a spinner or an old menu, never a missing reply.
 """
 
 from __future__ import annotations
 
 import asyncio
 import logging
-from collections import OrderedDict
-from collections.abc import Iterable, Sequence
+from collections.abc import Awaitable, Iterable, Sequence
 
 from aiogram.exceptions import TelegramAPIError
 from aiogram.methods import AnswerCallbackQuery, DeleteMyCommands, EditMessageReplyMarkup, SetMyCommands
@@ -20,6 +19,7 @@ from aiogram.types import (
     CallbackQuery,
     Message,
 )
+from cachetools import LRUCache
 
 from bots.telegram.sending.api import TelegramApi
 from bots.telegram.sending.buttons import DONE, pressed, reasons_keyboard
@@ -32,51 +32,51 @@ from core.types import Grant, Incoming, Kind
 
 log = logging.getLogger(__name__)
 IN_GROUPS = frozenset({"help", "new", "stop", "usage", "privacy"})
-_MOST = 1_000
+_QUEUE = 1_000
 _KNOWN = 5_000
-_MEANING = 256  # characters that Telegram allows
+_DESCRIPTION = 256  # characters, Telegram's limit
 
 
 class TelegramHousekeeping:
-    """One account's. `run` must be running."""
+    """The housekeeping of one account. `run` must be running."""
 
     def __init__(self, api: TelegramApi, service: BotService) -> None:
         self._api, self._service = api, service
-        self._queue: asyncio.Queue[ReadUpdate] = asyncio.Queue(_MOST)
-        self._menus: OrderedDict[tuple[str, str], Grant] = OrderedDict()
+        self._queue: asyncio.Queue[ReadUpdate] = asyncio.Queue(_QUEUE)
+        self._menus: LRUCache[tuple[str, str], Grant] = LRUCache(_KNOWN)
 
     def offer(self, reads: Iterable[ReadUpdate]) -> None:
-        """Never waits: what is too much is left out."""
+        """Queue updates that are committed; drops them when the queue is full."""
         for read in reads:
             if not self._queue.full() and (read.press is not None or read.incoming is not None):
                 self._queue.put_nowait(read)
 
     async def run(self) -> None:
-        """Until cancelled."""
-        await self._best(self._general_menus())
+        """Work until cancelled."""
+        await self._best_effort(self._general_menus())
         while True:
             read = await self._queue.get()
             if read.press is not None:
-                await self._best(self._confirm(read.press, taken=read.incoming is not None))
+                await self._best_effort(self._confirm(read.press, taken=read.incoming is not None))
             elif read.incoming is not None and read.incoming.kind is Kind.MESSAGE:
-                await self._best(self._own_menu(read.incoming))
+                await self._best_effort(self._own_menu(read.incoming))
 
-    async def _best(self, doing: object) -> None:
+    async def _best_effort(self, call: Awaitable[None]) -> None:
         try:
             async with asyncio.timeout(30):
-                await doing  # type: ignore[misc]
+                await call
         except (TelegramAPIError, AppError, TimeoutError, OSError) as error:
             log.info("telegram.housekeeping_failed", extra={"error": type(error).__name__})
 
     # --- presses ---
 
     async def _confirm(self, press: CallbackQuery, *, taken: bool) -> None:
-        """Every press is answered, or its button keeps spinning. A thumb down asks what was wrong."""
+        """Answer a callback query, else its button keeps spinning; a thumb down then offers the reasons."""
         language = resolve(press.from_user.language_code or "") or "en"
         action, value = pressed(press.data or "") or ("", "")
         text = None
         if press.data == DONE:
-            pass  # it only says what was chosen
+            pass  # a label, no action
         elif not taken:
             text = say(language, "telegram.press_refused")
         elif action == "feedback":
@@ -113,7 +113,7 @@ class TelegramHousekeeping:
             )
 
     async def _own_menu(self, incoming: Incoming) -> None:
-        """Operators see their commands too, in their own chat."""
+        """Show operators their commands in their private chat."""
         at = incoming.address
         if not at.place.isdecimal():
             return
@@ -130,12 +130,11 @@ class TelegramHousekeeping:
             names = [one.name for one in COMMANDS if one.who <= grant]
             await self._api.call(SetMyCommands(commands=_menu(names, language), scope=scope))
         self._menus[key] = grant
-        if len(self._menus) > _KNOWN:
-            self._menus.popitem(last=False)
 
 
 def _menu(names: Sequence[str], language: str) -> list[BotCommand]:
     known = {one.name: one for one in COMMANDS}
     return [
-        BotCommand(command=name, description=known[name].help(language or "en")[:_MEANING] or name) for name in names
+        BotCommand(command=name, description=known[name].help(language or "en")[:_DESCRIPTION] or name)
+        for name in names
     ]

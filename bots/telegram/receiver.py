@@ -1,8 +1,7 @@
-"""Takes in what Telegram sends to one account: read, commit, and only then tell Telegram. Knows no answer.
+"""Receives the updates of one account: parse, commit, then confirm.
 
-aiogram's own polling moves the offset before the work is safe; here the offset moves when the inbox holds all of it.
-The offset confirms, and does nothing else: once a confirmation has been answered, the next request carries none, so
-that an id which begins anew after a quiet week is not taken for an old one.
+aiogram's own polling moves the offset before an update is handled; here it moves after the commit. A confirmed offset
+is not sent again, since update ids may restart at a lower number after a quiet week.
 """
 
 from __future__ import annotations
@@ -11,9 +10,7 @@ import asyncio
 import hashlib
 import json
 import logging
-from collections import OrderedDict
 from collections.abc import Sequence
-from itertools import chain, repeat
 from typing import Any
 
 from aiogram.exceptions import (
@@ -22,7 +19,9 @@ from aiogram.exceptions import (
     TelegramRetryAfter,
     TelegramUnauthorizedError,
 )
+from cachetools import LRUCache
 
+from bots.shared.backoff import pauses
 from bots.telegram.addresses import PLATFORM
 from bots.telegram.housekeeping import TelegramHousekeeping
 from bots.telegram.sending.api import TelegramApi
@@ -32,14 +31,13 @@ from core.platform import BotService
 
 log = logging.getLogger(__name__)
 POLL_S = 50
-_PAUSES_S = (1.0, 2.0, 5.0, 10.0, 15.0)
 _CONFLICT_S = 15.0
 _STORAGE_S = 2.0
 _ALBUMS = 200
 
 
 class TelegramReceiver:
-    """One account's. `take` is for the webhook as well."""
+    """The receiver of one account; the webhook uses `take`."""
 
     def __init__(
         self,
@@ -56,12 +54,12 @@ class TelegramReceiver:
             housekeeping,
             service,
         )
-        self._albums: OrderedDict[str, None] = OrderedDict()  # those whose caption has been taken in
+        self._albums: LRUCache[str, bool] = LRUCache(_ALBUMS)  # albums whose caption was accepted
 
     async def poll(self) -> None:
-        """Until cancelled. Raises TelegramUnauthorizedError where the token is not valid any more."""
+        """Poll until cancelled. Raises TelegramUnauthorizedError when the token was revoked."""
         confirm: int | None = None
-        pauses = chain(_PAUSES_S, repeat(_PAUSES_S[-1]))
+        waits = pauses()
         while True:
             try:
                 raws = await self._api.updates(confirm, POLL_S, ALLOWED)
@@ -77,19 +75,19 @@ class TelegramReceiver:
             except TelegramRetryAfter as error:
                 await asyncio.sleep(error.retry_after)
                 continue
-            except Exception as error:  # network, proxy, half an answer: what was not confirmed comes again
-                wait_s = next(pauses)
+            except Exception as error:  # network, proxy, truncated response: unconfirmed updates come again
+                wait_s = next(waits)
                 log.warning("telegram.no_updates", extra={"error": type(error).__name__, "again_in_s": wait_s})
                 await asyncio.sleep(wait_s)
                 continue
-            pauses = chain(_PAUSES_S, repeat(_PAUSES_S[-1]))
+            waits = pauses()
             await self._take_with_retries(raws)
             confirm = max((id for raw in raws if (id := _id(raw)) is not None), default=-1) + 1 or None
 
     async def take(self, raws: Sequence[Any]) -> None:
-        """Commit these updates; when this returns, Telegram may be told.
+        """Commit updates; afterwards they may be confirmed.
 
-        Raises Overloaded or StorageError: then nothing was kept, and Telegram has to send them again.
+        Raises Overloaded or StorageError: nothing was committed, and Telegram must send them again.
         """
         reads: list[ReadUpdate] = []
         for raw in raws:
@@ -119,12 +117,10 @@ class TelegramReceiver:
                 await asyncio.sleep(_STORAGE_S)
 
     def _albums_once(self, reads: list[ReadUpdate]) -> list[ReadUpdate]:
-        """Of an album, the picture with the caption speaks for all; without any, one of them (by its message key)."""
+        """One update for each album: the picture with the caption, else the one that is committed first."""
         for read in reads:
             if read.album and read.incoming is not None and ":album:" not in read.incoming.message_key:
-                self._albums[read.album] = None
-        while len(self._albums) > _ALBUMS:
-            self._albums.popitem(last=False)
+                self._albums[read.album] = True
         return [
             read
             for read in reads
@@ -138,5 +134,5 @@ def _id(raw: object) -> int | None:
 
 
 def _digest(raw: object) -> str:
-    """The key of an update that has none: the same for a repeat."""
+    """The update key of an update without an id."""
     return f"sha256:{hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()[:32]}"

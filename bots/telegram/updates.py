@@ -1,17 +1,15 @@
-"""An update of Telegram -> what the core takes in, by aiogram's dispatcher. Writes nothing, commits nothing.
+"""Telegram updates -> Incoming, by aiogram's dispatcher.
 
-What is not for this bot comes out as nothing: group talk that does not address it, other bots, service messages.
+Updates that are not for this bot give no Incoming: group messages that do not address it, other bots, service messages.
 """
 
 from __future__ import annotations
 
 import logging
 import re
-import time
-from collections import OrderedDict
 from collections.abc import Awaitable, Callable, Mapping
 from dataclasses import dataclass, replace
-from typing import Any, TypeVar
+from typing import Any
 
 from aiogram import Bot, Dispatcher, F, Router
 from aiogram.enums import ChatMemberStatus, ChatType
@@ -26,6 +24,7 @@ from aiogram.types import (
     Update,
     User,
 )
+from cachetools import LRUCache, TTLCache
 from pydantic import ValidationError
 
 from bots.telegram.addresses import PLATFORM, conversation, receipt, topic_of
@@ -37,7 +36,6 @@ from core.errors import AppError, BadCommand
 from core.types import Address, Attachment, Grant, Incoming, Kind, Lane
 
 log = logging.getLogger(__name__)
-V = TypeVar("V")
 ALLOWED = ["message", "edited_message", "callback_query", "my_chat_member", "stopped_message_generation"]
 _GROUPS = (ChatType.GROUP, ChatType.SUPERGROUP)
 _IN, _OUT = (ChatMemberStatus.MEMBER, ChatMemberStatus.ADMINISTRATOR), (ChatMemberStatus.LEFT, ChatMemberStatus.KICKED)
@@ -49,12 +47,12 @@ _COMMAND = re.compile(r"/([A-Za-z0-9_]{1,32})(?:@([A-Za-z0-9_]+))?(?=\s|$)")
 
 
 class UnreadableUpdate(Exception):
-    """An update that cannot be read: it is kept as it came, and acknowledged."""
+    """An update that cannot be parsed."""
 
 
 @dataclass(frozen=True, slots=True)
 class ReadUpdate:
-    """One update: what the core is told (None where nothing is), and the press that waits for an answer."""
+    """A parsed update. `press` is the callback query to be answered, `album` the media group."""
 
     incoming: Incoming | None
     press: CallbackQuery | None = None
@@ -62,12 +60,12 @@ class ReadUpdate:
 
 
 class UpdateReader:
-    """One account's. `me` is the bot itself, as getMe gives it; `stops_all` is the service's."""
+    """The reader of one account. `me` is the bot's own user, `stops_all` that of BotService."""
 
     def __init__(self, bot: Bot, me: User, account: str, stops_all: Callable[[Address, str], Awaitable[bool]]) -> None:
         self._bot, self._me, self._account, self._stops_all = bot, me, account, stops_all
-        self._admins: OrderedDict[tuple[int, int], tuple[float, bool]] = OrderedDict()
-        self._pressers: OrderedDict[tuple[int, int], int] = OrderedDict()  # who last asked by a button of a message
+        self._admins: TTLCache[tuple[int, int], bool] = TTLCache(1_000, _ADMIN_KNOWN_S)
+        self._pressers: LRUCache[tuple[int, int], int] = LRUCache(1_000)  # message -> who last pressed its buttons
         router = Router(name=account)
         router.message.register(self._service, F.migrate_to_chat_id)
         router.message.register(self._private, F.chat.type == ChatType.PRIVATE)
@@ -80,7 +78,7 @@ class UpdateReader:
         self._dispatcher.include_router(router)
 
     async def read(self, raw: Mapping[str, Any]) -> ReadUpdate:
-        """Raises Unreadable, and nothing else."""
+        """Raises UnreadableUpdate only."""
         try:
             update = Update.model_validate(raw, context={"bot": self._bot})
             incoming = await self._dispatcher.feed_update(self._bot, update, key=str(update.update_id))
@@ -96,7 +94,7 @@ class UpdateReader:
     # --- handlers ---
 
     async def _service(self, message: Message, key: str) -> Incoming:
-        """A group has become a supergroup: its id is another one from now on."""
+        """A group became a supergroup, with another id."""
         return self._quiet(message, key, Kind.MEMBERSHIP, "moved", str(message.migrate_to_chat_id))
 
     async def _private(self, message: Message, key: str) -> Incoming | None:
@@ -105,7 +103,7 @@ class UpdateReader:
         return self._incoming(message, key, _text(message))
 
     async def _group(self, message: Message, key: str) -> Incoming | None:
-        """What addresses the bot: its name, a reply to it, a command of its own."""
+        """A message that mentions the bot, replies to it or is one of its commands."""
         if not _said(message) or message.is_automatic_forward or _is_bot(message):
             return None
         text = _text(message)
@@ -128,7 +126,7 @@ class UpdateReader:
         return replace(self._incoming(message, key, text), moderates=moderates)
 
     async def _edited(self, message: Message, key: str) -> Incoming | None:
-        """An edit never runs anything: not a command, not a second answer."""
+        """An edit runs no command and gets no second reply."""
         if message.chat.type != ChatType.PRIVATE or _is_bot(message):
             return None
         return self._quiet(message, key, Kind.EDIT)
@@ -151,7 +149,7 @@ class UpdateReader:
             if asker is not None and not moderates and not await self._operates(message, topic, press.from_user.id):
                 return None
         if group and action in ("say", "command"):
-            _remember(self._pressers, (message.chat.id, message.message_id), press.from_user.id)
+            self._pressers[message.chat.id, message.message_id] = press.from_user.id
         return Incoming(
             lane=Lane.TURN if action == "say" else Lane.CONTROL,
             kind={"stop": Kind.STOP, "say": Kind.MESSAGE}.get(action, Kind.PRESS),
@@ -186,7 +184,7 @@ class UpdateReader:
         )
 
     async def _stopped(self, stopped: MessageGenerationStopped, key: str) -> Incoming:
-        """The native stop button below a draft."""
+        """Telegram's own stop button below a draft."""
         chat = stopped.chat
         return Incoming(
             lane=Lane.CONTROL,
@@ -208,7 +206,7 @@ class UpdateReader:
         return Address(PLATFORM, self._account, str(chat.id), conversation(chat, topic), reply_to)
 
     def _incoming(self, message: Message, key: str, text: str, *, notice: str = "") -> Incoming:
-        """A message that is for the bot. A command that someone else wrote is none."""
+        """A message for the bot. Forwarded commands, and those of anonymous senders, get a notice instead."""
         command = is_command(text)
         if command and _second_hand(message):
             text, notice = "", "telegram.second_hand"
@@ -245,7 +243,7 @@ class UpdateReader:
         )
 
     def _unnamed(self, message: Message, text: str) -> tuple[bool, str]:
-        """Whether the bot is named, and the text without its name."""
+        """Whether the bot is mentioned, and the text without the mention."""
         raw = message.text or message.caption or ""
         for entity in message.entities or message.caption_entities or []:
             part = entity.extract_from(raw)
@@ -264,7 +262,7 @@ class UpdateReader:
         return receipt(message.chat.id, replied.message_id) if replied is not None and self._answers_me(message) else ""
 
     def _quoted(self, message: Message) -> str:
-        """What the message refers to, as a quote before it: a chosen passage, or another's message."""
+        """The quoted passage, or the replied message of another person, as a Markdown quote."""
         quote = message.quote.text if message.quote is not None else ""
         if not quote and message.reply_to_message is not None and not self._answers_me(message):
             quote = _text(message.reply_to_message)
@@ -274,13 +272,13 @@ class UpdateReader:
         return "\n".join(f"> {line}" for line in cut.splitlines()) + "\n\n"
 
     async def _is_admin(self, message: Message) -> bool:
-        """Whether who wrote this is a known person who administers the group."""
+        """Whether the author is an identified administrator of the group."""
         if message.sender_chat is not None or message.from_user is None or _second_hand(message):
             return False
         return await self._admin(message, message.from_user.id)
 
     def _asker(self, message: Message | InaccessibleMessage) -> int | None:
-        """Who asked for this answer, by what it replies to; None where that cannot be seen: then the core knows."""
+        """Whose question a reply answers; None where Telegram does not show it, and the core decides."""
         asked = None if isinstance(message, InaccessibleMessage) else message.reply_to_message
         if asked is None or asked.from_user is None:
             return None
@@ -292,29 +290,22 @@ class UpdateReader:
         try:
             return await self._stops_all(self._address(message, topic, ""), str(user))
         except AppError:
-            return False  # not verified: the press is refused, and may be repeated
+            return False  # not verified: the press is refused
 
     async def _admin(self, message: Message | InaccessibleMessage, user: int) -> bool:
         known = self._admins.get((message.chat.id, user))
-        if known is not None and time.monotonic() - known[0] < _ADMIN_KNOWN_S:
-            return known[1]
+        if known is not None:
+            return known
         try:
             member = await self._bot(RawMember(chat_id=message.chat.id, user_id=user), request_timeout=5)
         except (TelegramAPIError, ClientDecodeError, TimeoutError):
-            return False  # not verified: the person is told to write in private
-        admin = member.get("status") in _ADMINS
-        _remember(self._admins, (message.chat.id, user), (time.monotonic(), admin))
+            return False  # not verified: the person is asked to write in private
+        admin = self._admins[message.chat.id, user] = member.get("status") in _ADMINS
         return admin
 
 
-def _remember(known: OrderedDict[tuple[int, int], V], key: tuple[int, int], value: V) -> None:
-    known[key] = value
-    if len(known) > 1_000:
-        known.popitem(last=False)
-
-
 def _said(message: Message) -> bool:
-    """Whether a person said or sent something; the rest are notes of Telegram context the chat."""
+    """Whether the message has content; service messages have none."""
     return bool(message.text or message.caption or any(getattr(message, kind, None) for kind in _MEDIA))
 
 
@@ -323,12 +314,12 @@ def _text(message: Message) -> str:
 
 
 def _is_bot(message: Message) -> bool:
-    """Another bot. Who writes as a group or channel comes in Telegram's own bot's name, and is none."""
+    """Whether another bot wrote it. Messages of a group or channel carry the user of a Telegram bot."""
     return message.from_user is not None and message.from_user.is_bot and message.sender_chat is None
 
 
 def _second_hand(message: Message) -> bool:
-    """Not written here by a person that can be known."""
+    """Forwarded, or without an identified author."""
     return (
         message.forward_origin is not None
         or message.via_bot is not None
@@ -362,7 +353,7 @@ def _files(message: Message | None) -> tuple[Attachment, ...]:
 
 
 def _label(message: Message | InaccessibleMessage, data: str) -> str:
-    """What stands on the button with this data."""
+    """The label of the button with this data."""
     markup = None if isinstance(message, InaccessibleMessage) else message.reply_markup
     if not isinstance(markup, InlineKeyboardMarkup):
         return ""

@@ -1,7 +1,7 @@
-"""Telegram's webhook: one small aiohttp server for all accounts that listen on the same address. Knows no update.
+"""The webhook: one aiohttp server for all accounts that listen on the same address.
 
-Each account has a path and a secret of its own. Whatever is wrong with a request, the answer is 401 and says nothing;
-200 is said when the update is committed, and 503 when it cannot be, so that Telegram sends it again.
+Each account has its own path and secret. The status is 200 once the update is committed, 503 when it cannot be (so that
+Telegram sends it again), and an empty 401 for every other request.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ _servers: dict[tuple[str, int], Webhooks] = {}
 
 
 def path_of(secret: str) -> str:
-    """The path of an account: nobody who does not know the secret finds it."""
+    """The path of an account, which cannot be guessed without the secret."""
     return "/telegram/" + hashlib.sha256(b"path of " + secret.encode()).hexdigest()[:32]
 
 
 class Webhooks:
-    """What listens on one address. Open while an account uses it."""
+    """The server of one address, open while an account uses it."""
 
     def __init__(self, host: str, port: int) -> None:
         self._at = host, port
@@ -43,7 +43,7 @@ class Webhooks:
         return _servers.setdefault((host, port), cls(host, port))
 
     async def listen(self, secret: str, take: Take) -> None:
-        """Raises BadConfig where the address cannot be listened on, or the secret is another account's."""
+        """Raises BadConfig when the address cannot be bound or another account has the same secret."""
         path = path_of(secret)
         if path in self._takes:
             raise BadConfig(detail="two Telegram bots have the same webhook_secret: give each its own")

@@ -1,6 +1,6 @@
-"""What stands below an answer in Slack: buttons, thumbs, the note; and what a press says. Pure.
+"""The blocks of a message: Markdown, note, buttons and feedback.
 
-A block's id says where its conversation is, so that a press finds it wherever the message stands.
+A block id carries place and conversation, so that a press finds them from any message.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ ACTIONS = ("command", "feedback", "say", STOP)
 
 
 def message(body: Body, to: Address) -> list[Block]:
-    """The blocks of a whole message: its Markdown, and what hangs below."""
+    """All blocks of a message."""
     text = [{"type": "markdown", "text": harmless(body.text)}] if body.text.strip() else []
     return [*text, *below(body, to)]
 
 
 def forms(body: Body, to: Address) -> list[list[Block]]:
-    """The same message, best first: in Markdown; in plain text; in plain text with nothing below."""
+    """The message in several forms, best first: Markdown; plain text; plain text without buttons and note."""
     said, whole = harmless(body.text), message(body, to)
     if not said.strip():
         return [whole]
@@ -37,7 +37,7 @@ def forms(body: Body, to: Address) -> list[list[Block]]:
 
 
 def below(body: Body, to: Address) -> list[Block]:
-    """The note, the buttons and the thumbs."""
+    """The note, the feedback buttons and the other buttons."""
     blocks: list[Block] = []
     if body.note:
         blocks.append({"type": "context", "elements": [{"type": "plain_text", "text": body.note[:2000]}]})
@@ -49,7 +49,7 @@ def below(body: Body, to: Address) -> list[Block]:
 
 
 def chosen(shown: Sequence[Block], label: str) -> list[Block]:
-    """The same message, with what was chosen in the place of its buttons."""
+    """The message with the chosen label instead of its buttons."""
     text = {"type": "context", "elements": [{"type": "plain_text", "text": f"✓ {label[:_MAX_LABEL]}"}]}
     return [*(block for block in shown if block.get("type") != "actions"), text]
 
@@ -59,15 +59,15 @@ def stop_row(label: str, to: Address) -> list[Block]:
 
 
 def where(block_id: str) -> tuple[str, str]:
-    """(place, conversation) of a press, or ("", "") where the block is not ours."""
+    """(place, conversation) from a block id, or ("", "") for a foreign one."""
     parts = block_id.split("|")
     return (parts[2], parts[3]) if len(parts) == 4 and parts[0] == "at" else ("", "")
 
 
 def rows(buttons: Sequence[Button], to: Address, *, first: int = 0) -> list[Block]:
-    """Buttons, five in a row; one whose value is too long for Slack is left out.
+    """Rows of five buttons; a button whose value is too long for Slack is left out.
 
-    `first` keeps the ids of several calls for one message or view apart.
+    `first` makes block ids unique when a message or view has several calls.
     """
     fit = [button for button in buttons if len(button.value) <= _MAX_VALUE]
     for _ in range(len(buttons) - len(fit)):
@@ -92,7 +92,7 @@ def rows(buttons: Sequence[Button], to: Address, *, first: int = 0) -> list[Bloc
 
 
 def _feedback(thumbs: Sequence[Button]) -> Block:
-    """Slack asks for no reason: the colon after a thumb down says that no press follows (core.chat.feedback)."""
+    """Feedback buttons. The final colon of a thumb down means that no reason follows (core.chat.feedback)."""
     ends = [thumbs[0], replace(thumbs[1], value=f"{thumbs[1].value}:")]
     good, bad = ({"text": {"type": "plain_text", "text": one.text}, "value": one.value} for one in ends)
     element = {

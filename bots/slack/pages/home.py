@@ -1,7 +1,7 @@
-"""The App Home of a person: their channel as it is now, and what they may do there. Pure.
+"""The App Home of a person.
 
-A button runs the command that it names, and its answer comes as a DM; some open a modal that stands for a command.
-Whoever does not operate the channel sees what they have left, and their own buttons.
+A button runs a command, which is answered in a DM, or opens a modal. Operators see the channel's usage, version, jobs
+and settings; others see the questions they have left.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ _RUNNING = ("queued", "running")
 
 
 def view(shown: Overview | None, place: str, user: str, *, charts: bool = True) -> dict[str, Any]:
-    """The view for `views.publish`. `place` is what the commands are context. `charts`: whether Slack draws them."""
+    """The view for `views.publish`. `place` is that of the commands; `charts`: use Slack's chart block."""
     if shown is None:
         return {"type": "home", "blocks": [_section(spelled(say("en", "service.no_channel")))]}
     at = Address("slack", "", place, f"@{user}")
@@ -54,7 +54,7 @@ def _operated(shown: Overview, at: Address, *, charts: bool) -> list[Block]:
 
 
 def _chart(shown: Overview) -> Block:
-    """Drawn by Slack itself."""
+    """The chart as a block."""
     days = [day[5:] for day, _ in shown.days]
     replies = say(shown.language, "slack.home_replies")
     data = [{"label": day, "value": count} for day, (_, count) in zip(days, shown.days, strict=True)]
@@ -70,7 +70,7 @@ def _chart(shown: Overview) -> Block:
 
 
 def _bars(shown: Overview) -> Block:
-    """The same in letters, where Slack does not know the block."""
+    """The chart as text, for workspaces without that block."""
     counts = [count for _, count in shown.days]
     most = max([1, *counts])
     bars = "".join(_BARS[round(count / most * (len(_BARS) - 1))] for count in counts)
@@ -93,7 +93,7 @@ def _version(shown: Overview, at: Address) -> list[Block]:
 
 
 def _jobs(shown: Overview, at: Address) -> list[Block]:
-    """The newest jobs; the open one can be ended."""
+    """The newest jobs; an open one has a button to cancel it."""
     language = shown.language
     lines = [
         say(
@@ -147,7 +147,7 @@ def _row(shown: Overview, at: Address, commands: tuple[str, ...], first: int) ->
 
 
 def _ask_first(rows: list[Block], command: str, language: str, sure: str) -> None:
-    """Slack asks before it sends this press."""
+    """Add a confirmation dialog to the button of `command`."""
     for element in (one for row in rows for one in row["elements"] if one.get("value") == command):
         element["confirm"] = {
             "title": {"type": "plain_text", "text": element["text"]["text"]},

@@ -1,4 +1,4 @@
-"""The app manifest, made from the command table and the events that are read. Pure."""
+"""The app manifest, made from the command table."""
 
 from __future__ import annotations
 
@@ -44,7 +44,7 @@ SCOPES = (
 
 
 def manifest(url: str = "") -> dict[str, Any]:
-    """For Socket Mode; with the public `url` of this program for HTTP and installing by others."""
+    """The manifest for Socket Mode, or with a public `url` for HTTP and OAuth installation."""
     events = f"{url.rstrip('/')}/slack/events" if url else ""
     at = {"request_url": events} if events else {}
     names = ", ".join(command.name for command in COMMANDS if command.who == Grant.ANYONE)

@@ -31,7 +31,7 @@ _QUOTES = (('"', '"'), ("「", "」"), ("«", "»"), ("“", "”"), ("＂", "�
 
 @dataclass(frozen=True, slots=True)
 class ModalContext:
-    """What a modal is context. `quoted` is the message that somebody asks context."""
+    """The context of a modal. `quoted` is the message that a question refers to."""
 
     place: str
     conversation: str
@@ -40,7 +40,7 @@ class ModalContext:
     quoted: str = ""
 
     def dump(self) -> str:
-        """What is quoted is cut to what Slack keeps: a character may take up to six in JSON."""
+        """As JSON within Slack's limit; `quoted` is cut, since a character may take up to six in JSON."""
         given = [self.place, self.conversation, self.language, self.reply_to, self.quoted]
         dumped = json.dumps(given, ensure_ascii=False)
         over = len(dumped) - _MAX_METADATA
@@ -55,18 +55,18 @@ class ModalContext:
 
 @dataclass(frozen=True, slots=True)
 class Submission:
-    """What a submission says: a text, or errors by block. Neither where nothing was changed."""
+    """A submitted modal: a text, or errors by block, or neither when nothing was changed."""
 
     text: str = ""
     attachments: tuple[Attachment, ...] = ()
     errors: Mapping[str, str] = field(default_factory=dict)
 
 
-# --- what they ask for ---
+# --- views ---
 
 
 def ask_view(message: Mapping[str, Any], place: str, language: str) -> View:
-    """The modal that the message shortcut opens."""
+    """The modal of the message shortcut."""
     _, text = read_text(str(message.get("text") or ""))
     ts = str(message["ts"])
     context = ModalContext(place, str(message.get("thread_ts") or ts), language, ts, text[:_QUOTE])
@@ -75,7 +75,7 @@ def ask_view(message: Mapping[str, Any], place: str, language: str) -> View:
 
 
 def limits_view(context: ModalContext, shown: Overview) -> View:
-    """What each person may use, as it is now."""
+    """The limits of each person, with their present values."""
     limits = shown.channel.limits
     return _modal(
         LIMITS,
@@ -108,7 +108,7 @@ def limit_label(language: str, key: Key) -> str:
 
 
 def instructions_view(context: ModalContext, shown: Overview) -> View | None:
-    """None where they are too long to be shown whole: nobody is to cut them by pressing a button."""
+    """None where the instructions exceed Slack's input, which would cut them."""
     now = shown.channel.instructions
     if len(now) > MAX_INSTRUCTIONS:
         return None
@@ -128,7 +128,7 @@ def dataset_view(context: ModalContext, shown: Overview) -> View:
 
 
 def version_view(context: ModalContext, shown: Overview) -> View:
-    """The versions come when the list is opened: see `options`."""
+    """The versions are loaded when the list is opened (`options`)."""
     choice = {"type": "external_select", "action_id": VERSION, "min_query_length": 0}
     reason = {"type": "plain_text_input", "action_id": "text", "max_length": 200}
     return _modal(
@@ -142,7 +142,7 @@ def version_view(context: ModalContext, shown: Overview) -> View:
 
 
 def notice_view(language: str, name: str, text: str) -> View:
-    """Instead of a modal that cannot be shown: why, and the way out."""
+    """A modal with a notice instead of its inputs."""
     return {
         "type": "modal",
         "title": _plain(say(language, f"slack.{name}_title")),
@@ -160,7 +160,7 @@ VIEWS: Mapping[str, Callable[[ModalContext, Overview], View | None]] = {
 
 
 def options(choices: Sequence[Choice], typed: str, language: str) -> dict[str, Any]:
-    """The answer to a list that is opened: what fits what was typed. The sign says whether it has passed its test."""
+    """The options that match `typed`. The sign of a value says whether the version passed its evaluation."""
     fit = [one for one in choices if typed.lower() in one.label.lower()][:100]
     return {
         "options": [
@@ -173,11 +173,11 @@ def options(choices: Sequence[Choice], typed: str, language: str) -> dict[str, A
     }
 
 
-# --- what was submission in ---
+# --- submissions ---
 
 
 def submission(view: Mapping[str, Any]) -> tuple[ModalContext, Submission] | None:
-    """None for a modal that is not ours. Raises what dicts raise where something is missing."""
+    """Read a submission; None for a foreign modal. Raises KeyError or TypeError for missing fields."""
     read = _FILLED.get(str(view.get("callback_id")))
     if read is None:
         return None
@@ -235,7 +235,7 @@ _FILLED: Mapping[str, Callable[[ModalContext, Values], Submission]] = {
 
 
 def attachment(given: Mapping[str, Any]) -> Attachment:
-    """A file as Slack tells of it."""
+    """An Attachment from Slack's file object."""
     return Attachment(
         str(given["id"]),
         str(given.get("name") or "file"),
@@ -245,7 +245,7 @@ def attachment(given: Mapping[str, Any]) -> Attachment:
 
 
 def _wrong(key: Key, text: str) -> Lazy | None:
-    """What the value must be, if it is not."""
+    """Why the value is refused, or None."""
     try:
         key.parse(text)
     except Refusal as refusal:

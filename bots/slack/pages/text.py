@@ -1,6 +1,6 @@
-"""Markdown on its way to Slack, and Slack's marked-up text on its way to the model. Pure.
+"""Markdown for Slack, and Slack's markup as plain text.
 
-Slack takes standard Markdown; what could ping somebody is made harmless by an invisible word joiner.
+Slack takes standard Markdown; an invisible word joiner disarms mentions that would notify people.
 """
 
 from __future__ import annotations
@@ -15,16 +15,16 @@ from markdown_it import MarkdownIt
 from bots.shared.render import split_text
 from core.commands.table import COMMANDS
 
-LIMIT = 11_000  # characters of Markdown blocks in one message: Slack refuses above some 13,200 for all blocks
-_HEAD = 900  # characters of a table's head that is repeated; a longer one is not
+LIMIT = 11_000  # characters of Markdown in one message: Slack refuses blocks above some 13,200
+_HEAD = 900  # characters; a longer table head is not repeated
 _JOINER = "\u2060"
-_ALARM = re.compile(  # not what is HTML, an address or a path
+_ALARM = re.compile(  # not HTML, e-mail addresses or paths
     r"<(?=(?i:!(?!doctype)[a-z])|@[UW][A-Z0-9]|#[CDG][A-Z0-9])"
     r"|(?i:(?<![a-z0-9])(?<![a-z0-9]/)@(?=(?:channel|here|everyone)(?![a-z0-9])))"
 )
 _OPEN_END = re.compile(r"(?:<(?:![a-zA-Z]{0,7}|@[UW]?|#[CDG]?)?|@[a-zA-Z]{0,8})\Z")
 _FENCE = re.compile(r" {0,3}(`{3,20}|~{3,20})[ \t]*([^\s`]{0,40})[^`]*")
-_NAME = "\0"  # where the bot was named
+_NAME = "\0"  # placeholder of the bot's mention
 _NAME_END = re.compile(f"{_NAME}[ ,:]*")
 _LINE_END = re.compile(r"\r\n?|\n")  # as the parser counts lines
 _SCHEME = re.compile(r"\A(?:https?://|tel:)")
@@ -34,12 +34,12 @@ _COMMANDS = re.compile(rf"(?<![\w/.:@-])/({'|'.join(command.name for command in 
 
 
 def harmless(markdown: str) -> str:
-    """The text without anything that Slack reads as a ping of people, groups or channels."""
+    """The text with every mention of people, groups or channels disarmed."""
     return _ALARM.sub(lambda found: found[0] + _JOINER, markdown)
 
 
 def split(markdown: str) -> list[str]:
-    """The pieces that one message holds each; joined, they are the text. A table is cut between its rows."""
+    """Pieces of one message each; joined, they are the text. A table is cut between rows."""
     pieces, start, tables = [], 0, _tables(markdown) if len(harmless(markdown)) > LIMIT else []
     while len(harmless(markdown[start:])) > LIMIT:
         end = start + len(split_text(markdown[start:], LIMIT, lambda part: len(harmless(part)))[0])
@@ -52,10 +52,7 @@ def split(markdown: str) -> list[str]:
 
 
 def whole(pieces: Sequence[str]) -> list[str]:
-    """The pieces of a text as they are written: a code block that is cut ends there, and begins again in the next.
-
-    What is left of a table begins with its head.
-    """
+    """The pieces with cut code blocks closed and reopened, and with the head repeated for the rest of a cut table."""
     markdown = "".join(pieces)
     tables = _tables(markdown) if len(pieces) > 1 else []
     shown, start = [], 0
@@ -68,14 +65,14 @@ def whole(pieces: Sequence[str]) -> list[str]:
 
 @dataclass(frozen=True, slots=True)
 class _Table:
-    """Offsets in a text: of the head, of the first row, and behind the last one."""
+    """Offsets of a table in a text: its head, its first row, its end."""
 
     start: int
     body: int
     end: int
 
     def cut(self, markdown: str, at: int) -> int:
-        """Where to cut instead: before the row that stands there, and before the head where no row would go with it."""
+        """Where to cut instead of `at`: before that row, or before the head if no row would remain with it."""
         row = max((found.end() for found in _LINE_END.finditer(markdown, self.start, at)), default=0)
         return row if row > self.body else self.start
 
@@ -84,7 +81,7 @@ class _Table:
 
 
 def _tables(markdown: str) -> list[_Table]:
-    """Those that stand by themselves, in no list and no quote."""
+    """The tables outside lists and quotes."""
     lines = [0, *(found.end() for found in _LINE_END.finditer(markdown)), len(markdown)]
     found = [token.map for token in _parser().parse(markdown) if token.type == "table_open" and token.level == 0]
     return [_Table(lines[at[0]], lines[at[0] + 2], lines[at[1]]) for at in found if at]
@@ -120,23 +117,23 @@ def _closes(fence: str, line: str) -> bool:
 
 
 def spelled(text: str) -> str:
-    """Our own sentences, with commands as they are typed here: Slack keeps what begins with a slash for itself."""
+    """The text with Slack's prefix before commands, since Slack handles leading slashes itself."""
     return _COMMANDS.sub(rf"{COMMAND} \1", text)
 
 
 def escaped(text: str) -> str:
-    """For Slack's own markup, in views."""
+    """Escape text for mrkdwn."""
     return text.replace("&", "&amp;").replace("<", "&lt;").replace(">", "&gt;")
 
 
 def growing(markdown: str) -> str:
-    """What of a text that still grows can be shown: `harmless` of it begins `harmless` of all that may follow."""
+    """The part of an unfinished text that can be shown: a prefix of `harmless` of any continuation."""
     text = markdown.lstrip()
     return harmless(_OPEN_END.sub("", text.rstrip()))
 
 
 def read(text: str, bot_user: str = "") -> tuple[bool, str]:
-    """What a person wrote, as they meant it; whether the bot is named in it, whose name is left out."""
+    """(whether the bot is mentioned, the plain text without that mention) of a text in Slack's markup."""
     named = False
 
     def plain(found: re.Match[str]) -> str:

@@ -1,4 +1,4 @@
-"""Buttons below a message, and what a press on one says: 64 bytes there and back. Pure."""
+"""Inline keyboards and their callback data of at most 64 bytes."""
 
 from __future__ import annotations
 
@@ -19,9 +19,9 @@ _ROW_UNITS = 30
 
 
 def keyboard(buttons: Iterable[Button]) -> InlineKeyboardMarkup | None:
-    """Short ones share a row. A sentence too long for Telegram's 64 bytes is read off the button when it is pressed.
+    """Short buttons share a row. A "say" button whose value exceeds 64 bytes is resolved by its label when pressed.
 
-    Any other value that is too long is left out: its text is in the message.
+    Any other button whose value is too long is left out.
     """
     rows: list[list[InlineKeyboardButton]] = []
     width = 0

@@ -32,7 +32,7 @@ _FORGET_S = 900.0
 
 @dataclass(frozen=True, slots=True)
 class TelegramHandle:
-    """A handle, read. Without a message it is a draft, or (draft 0) nothing that anyone sees."""
+    """A parsed handle. Without a message it is a draft, or with draft 0 nothing visible."""
 
     chat: int
     message: int = 0
@@ -52,7 +52,7 @@ class TelegramHandle:
 
 @dataclass(slots=True)
 class Draft:
-    """What people see of an answer that grows."""
+    """A reply as it is shown while it is generated."""
 
     where: TelegramHandle
     begun: float
@@ -68,7 +68,7 @@ class Draft:
 
 
 class Drafts:
-    """All that one account is writing at the moment."""
+    """The replies that one account is writing."""
 
     def __init__(self, api: TelegramApi) -> None:
         self._api = api
@@ -83,7 +83,7 @@ class Drafts:
         draft.text, draft.touched = text, time.monotonic()
 
     async def keep(self) -> None:
-        """Until cancelled: paint what has grown, at the limiter that there is."""
+        """Until cancelled, show replies that have grown, within the rate limits."""
         async with asyncio.TaskGroup() as tasks:
             while True:
                 if not self._drafts:
@@ -101,7 +101,7 @@ class Drafts:
                 await asyncio.sleep(TICK_S)
 
     def look(self, handle: Handle, *, recovered: bool = False) -> Draft:
-        """From now on this is shown; what was there already stays as it is."""
+        """The draft of a handle, new or known."""
         if handle in self._drafts:
             return self._drafts[handle]
         now = time.monotonic()
@@ -110,7 +110,7 @@ class Drafts:
         return made
 
     async def end(self, handle: Handle) -> Draft | None:
-        """Nothing is painted from now on: a late edit must not stand above the final one."""
+        """Stop showing: a late edit must not follow the final one."""
         draft = self._drafts.get(handle)
         if draft is not None:
             draft.ended = True
@@ -149,10 +149,10 @@ class Drafts:
                 draft.drawn, draft.drawn_from, draft.drawn_at = shown, source, time.monotonic()
 
     async def _shown(self, where: TelegramHandle, method: TelegramMethod[Any]) -> bool:
-        """Best effort. What is refused for good is not tried again: as if it were shown."""
+        """Whether the text counts as shown. Best effort: a refused text counts, so that it is not sent again."""
         try:
             return await self._api.show(where.chat, method, draft=bool(where.draft))
-        except Exception as error:  # a platform's failure costs a picture of the answer, never the answer
+        except Exception as error:  # a failure here costs an intermediate text, never the reply
             if isinstance(error, TelegramAPIError) and classify(error) is TelegramProblem.SAME:
                 return True
             log.info("telegram.not_shown", extra={"method": method.__api_method__, "error": type(error).__name__})
@@ -181,7 +181,7 @@ async def _rendered(source: str) -> texts.RenderedText:
 
 
 def _edit(where: TelegramHandle, shown: texts.RenderedText) -> TelegramMethod[Any]:
-    """While it grows; who asked in a group can stop it by a button."""
+    """An intermediate text, with a stop button below a reply."""
     return EditMessageText(
         chat_id=where.chat,
         message_id=where.message,

@@ -1,7 +1,4 @@
-"""The Markdown that models write, parsed: CommonMark with tables, formulas, and stars beside Chinese. Pure.
-
-Knows nothing of what Telegram can show.
-"""
+"""Parser of models' Markdown: CommonMark with tables, formulas, and emphasis beside Chinese without spaces."""
 
 from __future__ import annotations
 
@@ -14,9 +11,9 @@ from markdown_it.common.utils import isMdAsciiPunct, isPunctChar, isWhiteSpace
 from markdown_it.rules_block import StateBlock
 from markdown_it.rules_inline import StateInline, emphasis
 
-_LONGEST, _MOST_LINES = 4096, 100  # characters of a formula within a line; lines of one that stands by itself
+_LONGEST, _MOST_LINES = 4096, 100  # characters of an inline formula; lines of a block formula
 _FORMULAS = {"\\(": "\\)", "\\[": "\\]", "$$": "$$"}
-# Between single dollars only one word, or what has a formula's signs: prices are none.
+# Between single dollars: one word, or text with \ ^ or _. Prices do not match.
 _IN_DOLLARS = re.compile(r"(?<![\w$])\$(?=[^\s$])(?:[^\s$`]+|(?=[^$\n`]*[\\^_])[^$\n`]*[^\s$`])\$(?![\w$])")
 
 
@@ -30,7 +27,7 @@ def parser() -> MarkdownIt:
 
 
 def _block_formula(state: StateBlock, first: int, end: int, silent: bool) -> bool:
-    """A formula of several lines, which begins a line: none of them is a list, a heading or a quote."""
+    """A block formula: its lines are no lists, headings or quotes."""
     start = state.bMarks[first] + state.tShift[first]
     close = _FORMULAS.get(state.src[start : start + 2])
     if close in (None, "\\)") or state.is_code_block(first) or close in state.src[start + 2 : state.eMarks[first]]:
@@ -49,7 +46,7 @@ def _block_formula(state: StateBlock, first: int, end: int, silent: bool) -> boo
 
 
 def _formula(state: StateInline, silent: bool) -> bool:
-    """A formula stands as it is written: its backslashes, stars and underscores are no Markdown."""
+    """An inline formula, kept as it is: its backslashes, stars and underscores are no Markdown."""
     source, start = state.src, state.pos
     close = _FORMULAS.get(source[start : start + 2])
     if close is not None:
@@ -67,9 +64,9 @@ def _formula(state: StateInline, silent: bool) -> bool:
 
 
 def _emphasis(state: StateInline, silent: bool) -> bool:
-    """CommonMark's, but stars need no spaces where Chinese, Japanese or Korean stands, which has none.
+    """CommonMark emphasis whose stars need no spaces beside Chinese, Japanese or Korean.
 
-    There a punctuation mark beside stars counts as a letter, and a character beyond them as a space would.
+    Beside CJK, an inner punctuation mark counts as a letter and an outer character as a space.
     Source: https://github.com/tats-u/markdown-cjk-friendly
     """
     start, before = state.pos, len(state.delimiters)
@@ -84,7 +81,7 @@ def _emphasis(state: StateInline, silent: bool) -> bool:
 
 
 def _flanks(inner: str, outer: str) -> bool:
-    """Whether stars between these can begin what `inner` begins, or end what it ends."""
+    """Whether stars between `outer` and `inner` can open or close emphasis."""
     if isWhiteSpace(ord(inner)):
         return False
     return not _is_mark(inner) or isWhiteSpace(ord(outer)) or _is_mark(outer) or _is_cjk(outer)
@@ -95,5 +92,5 @@ def _is_mark(character: str) -> bool:
 
 
 def _is_cjk(character: str) -> bool:
-    """A wide or half-wide letter or punctuation mark; pictures are wide too, and are none."""
+    """A wide or halfwidth letter or mark, but no emoji (wide as well)."""
     return unicodedata.east_asian_width(character) in "WFH" and unicodedata.category(character) != "So"

@@ -1,7 +1,7 @@
 """Rate limits of one account: per chat, for the whole bot, and never before a `retry_after`.
 
-Telegram's limits: context one message a second in a chat, 20 a minute in a group, 30 a second for the bot
-(https://core.telegram.org/bots/faq#my-bot-is-hitting-limits-how-do-i-avoid-this). Edits count; so do drafts, here.
+Telegram's limits: about one message a second in a chat, 20 a minute in a group, 30 a second for the bot
+(https://core.telegram.org/bots/faq#my-bot-is-hitting-limits-how-do-i-avoid-this). Edits and drafts count.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ class SendLimits:
 
 
 class TelegramRateLimiter:
-    """`wait_s` is the time to wait, `take` counts a call, `turn` does both. Drafts leave tokens for final messages."""
+    """`take` counts a call; `turn` waits and counts it. Drafts leave tokens for final messages."""
 
     def __init__(self, limits: SendLimits | None = None, clock: Callable[[], float] = time.monotonic) -> None:
         self._limits = limits or SendLimits()
@@ -41,7 +41,7 @@ class TelegramRateLimiter:
         self._blocked_all = 0.0
 
     def wait_s(self, chat: int, *, draft: bool = False, show: bool = False) -> float:
-        """Seconds until this chat may be written to. With `show` one that leaves a place for what is final."""
+        """Seconds until this chat may be written to. `show`: leave a token for final messages."""
         now = self._clock()
         return max(
             self._blocked.get(chat, 0.0) - now,
@@ -57,7 +57,7 @@ class TelegramRateLimiter:
         self._bot.take(now)
 
     async def turn(self, chat: int) -> None:
-        """Wait until a message may be written there, and book it."""
+        """Wait until the chat may be written to, and count the call."""
         wait_s = self.wait_s(chat)
         while wait_s > 0:
             await asyncio.sleep(wait_s)
@@ -65,7 +65,7 @@ class TelegramRateLimiter:
         self.take(chat)
 
     def refused(self, chat: int, retry_after_s: float) -> None:
-        """Telegram said 429: nothing goes to this chat before that time. Where two chats are refused, it is the bot."""
+        """Respect a 429 of this chat; when two chats are blocked, the whole bot waits."""
         now = self._clock()
         until = now + retry_after_s
         others = [end for other, end in self._blocked.items() if other != chat and end > now]

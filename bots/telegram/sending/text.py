@@ -1,7 +1,6 @@
-"""Markdown -> a message's text and its entities, and messages of at most 4,096 units. Pure; knows nothing of sending.
+"""Markdown -> text with entities, in messages of at most 4,096 UTF-16 units.
 
-Telegram counts in UTF-16 units. Text is rendered as a whole and cut after that, so a cut never tears markup: an
-entity that must be cut, because it is longer than a message, becomes two.
+Text is rendered first and cut afterwards, so that no markup is torn; an entity longer than a message becomes two.
 """
 
 from __future__ import annotations
@@ -18,7 +17,7 @@ from bots.telegram.sending.markdown import parser
 
 LIMIT = 4096  # UTF-16 units of one message
 MAX_ENTITIES = 100  # Telegram ignores those beyond
-_MAX_MARKUP = 60_000  # characters; longer texts are shown as they are
+_MAX_MARKUP = 60_000  # characters; longer texts are not rendered
 _NOTHING = "–"
 _WHOLE = ("pre", "code", "text_link")
 _INLINE = {"strong": "bold", "em": "italic", "s": "strikethrough"}
@@ -27,7 +26,7 @@ _LINKS = ("http://", "https://", "tg://", "mailto:", "tel:")
 
 @dataclass(frozen=True, slots=True)
 class Mark:
-    """One entity, in characters of the text."""
+    """One entity; offsets in characters."""
 
     kind: str
     start: int
@@ -42,7 +41,7 @@ class RenderedText:
     marks: tuple[Mark, ...] = ()
 
     def entities(self) -> list[MessageEntity]:
-        """As Telegram takes them: offsets and lengths in UTF-16 units."""
+        """Telegram's entities: offsets and lengths in UTF-16 units."""
         made = []
         for mark in self.marks[:MAX_ENTITIES]:
             start = units(self.text[: mark.start])
@@ -53,12 +52,12 @@ class RenderedText:
 
 
 def units(text: str) -> int:
-    """How long Telegram says this is."""
+    """Length in UTF-16 units."""
     return len(text) + sum(character > "\uffff" for character in text)
 
 
 def render(markdown: str) -> RenderedText:
-    """What to show. Never fails: what cannot be understood as Markdown is shown as it stands."""
+    """Render Markdown. Never fails: what the parser cannot handle is shown unrendered."""
     source = _printable(markdown)
     if len(source) > _MAX_MARKUP:
         return RenderedText(source)
@@ -66,13 +65,13 @@ def render(markdown: str) -> RenderedText:
         page = _Page()
         page.blocks(SyntaxTreeNode(parser().parse(source)).children)
         made = page.done()
-    except Exception:  # a text that breaks the parser costs its markup, not the answer
+    except Exception:  # the reply is shown without markup
         made = RenderedText("")
     return made if made.text.strip() else RenderedText(source.strip() or _NOTHING)
 
 
 def split(whole: RenderedText, limit: int = LIMIT) -> tuple[RenderedText, ...]:
-    """Messages of at most `limit` units; joined, their texts are the text. None is blank."""
+    """Messages of at most `limit` units, none blank; their joined texts are the text."""
     parts, rest, text = [], whole.marks, whole.text
     while units(text) > limit:
         cut = _cut(text, rest, limit)
@@ -85,7 +84,7 @@ def split(whole: RenderedText, limit: int = LIMIT) -> tuple[RenderedText, ...]:
 
 
 def head(whole: RenderedText, limit: int = LIMIT) -> RenderedText:
-    """The beginning, where the whole does not fit."""
+    """The text, or its beginning with an ellipsis."""
     if units(whole.text) <= limit:
         return whole
     first = split(whole, limit - 2)[0]
@@ -93,7 +92,7 @@ def head(whole: RenderedText, limit: int = LIMIT) -> RenderedText:
 
 
 def tail(whole: RenderedText, limit: int = LIMIT) -> RenderedText:
-    """The end, where the whole does not fit."""
+    """The text, or its end with an ellipsis."""
     if units(whole.text) <= limit:
         return whole
     start = len(whole.text) - (limit // 2 - 2)
@@ -104,7 +103,7 @@ def tail(whole: RenderedText, limit: int = LIMIT) -> RenderedText:
 
 
 def first_line(markdown: str, limit: int = 200) -> RenderedText:
-    """The first line with a sign that more is to come: what stands in a message until its final form does."""
+    """The first line with an ellipsis: a message's text before its final edit."""
     whole = render(markdown) if markdown.strip() else RenderedText("")
     line = whole.text.strip().split("\n", 1)[0]
     line = split_text(line, limit, units)[0].rstrip() if line else ""
@@ -115,7 +114,7 @@ def first_line(markdown: str, limit: int = 200) -> RenderedText:
 
 
 def _cut(text: str, marks: Sequence[Mark], limit: int) -> int:
-    """Where to cut: between paragraphs, sentences or words, and before what should stay whole if that wastes little."""
+    """Where to cut: as `split_text`, or before code or a link that would be torn, if little space is wasted."""
     cut = len(split_text(text, limit, units)[0])
     torn = [mark for mark in marks if mark.start < cut < mark.end and mark.kind in _WHOLE]
     for mark in torn:
@@ -125,7 +124,7 @@ def _cut(text: str, marks: Sequence[Mark], limit: int) -> int:
 
 
 def _within(marks: Sequence[Mark], start: int, end: int) -> tuple[Mark, ...]:
-    """The marks of text[start:end], counted from its beginning."""
+    """The marks of text[start:end], with offsets from `start`."""
     return tuple(
         replace(mark, start=max(mark.start, start) - start, end=min(mark.end, end) - start)
         for mark in marks
@@ -134,13 +133,13 @@ def _within(marks: Sequence[Mark], start: int, end: int) -> tuple[Mark, ...]:
 
 
 def _without_blanks(parts: list[RenderedText]) -> tuple[RenderedText, ...]:
-    """Telegram takes no message of spaces alone; what is blank is left out, unless it is all there is."""
+    """Leave out blank messages, which Telegram refuses; at least one message remains."""
     kept = [part for part in parts if part.text.strip()]
     return tuple(kept) or (RenderedText(_NOTHING),)
 
 
 def _printable(text: str) -> str:
-    """Without control characters, halves of characters and those that turn the direction of other text."""
+    """The text without control characters, lone surrogates and direction overrides."""
     return "".join(
         c
         for c in text.replace("\r\n", "\n").replace("\r", "\n")
@@ -152,7 +151,7 @@ def _printable(text: str) -> str:
 
 
 class _Page:
-    """Text and marks, grown block by block."""
+    """Text and marks of the blocks rendered so far."""
 
     def __init__(self) -> None:
         self._pieces: list[str] = []
@@ -220,7 +219,7 @@ class _Page:
         self._quoted = True
         self.blocks(node.children, "\n\n", indent)
         self._quoted = outer
-        if not outer:  # quotes cannot be nested
+        if not outer:  # Telegram has no nested quotes
             self.mark("blockquote", start)
 
     # --- inside of a line ---
@@ -259,7 +258,7 @@ class _Page:
 
 
 def _table(node: SyntaxTreeNode) -> str:
-    """Columns by spaces, a line below the head; for letters of one width."""
+    """A table for a monospaced font: padded columns, a rule below the head."""
     rows = [[_plain(cell) for cell in row.children] for part in node.children for row in part.children]
     widths = [max(_width(row[i]) for row in rows if i < len(row)) for i in range(max(map(len, rows)))]
     lines = [
@@ -292,7 +291,7 @@ def _padded(text: str, width: int) -> str:
 
 
 def _legal(marks: Sequence[Mark]) -> list[Mark]:
-    """Telegram's rule: code holds no other mark and stands in none but a quote. Others give way around it."""
+    """Split marks around code: Telegram allows code inside quotes only, and no other mark inside code."""
     codes = [mark for mark in marks if mark.kind in ("pre", "code")]
     legal: list[Mark] = []
     for mark in marks:
@@ -313,7 +312,7 @@ def _around(mark: Mark, code: Mark) -> list[Mark]:
 
 
 def _trimmed(text: str, mark: Mark) -> Mark:
-    """Without the spaces at its ends, which Telegram would cut off too."""
+    """The mark without spaces at its ends, as Telegram trims it."""
     inside = text[mark.start : mark.end]
     return replace(
         mark,

@@ -157,7 +157,7 @@ async def test_tokens_are_in_no_log_no_error_and_no_answer(
     tmp_path: Path, written: io.StringIO, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("core.delivery.retry._FIRST_PAUSE_S", 0.01)
-    monkeypatch.setattr("bots.telegram.receiver._PAUSES_S", (0.01,))
+    monkeypatch.setattr("bots.shared.backoff.PAUSES_S", (0.01,))
     async with talk(tmp_path) as it:
 
         def fail() -> None:

@@ -17,8 +17,9 @@ from aiohttp import ClientConnectorError, ClientError, ClientSession, ClientTime
 from slack_sdk.errors import SlackApiError
 from slack_sdk.web.async_client import AsyncWebClient
 
+from bots.shared.errors import OutcomeUnknown
 from bots.slack.sending.rate_limits import SlackRateLimiter
-from core.errors import AppError, BadInput
+from core.errors import BadInput
 from core.platform import Unreachable
 
 log = logging.getLogger(__name__)
@@ -82,10 +83,6 @@ def error_name(error: Exception) -> str:
     if isinstance(error, SlackApiError) and hasattr(error.response, "get"):
         return str(error.response.get("error"))
     return type(error).__name__
-
-
-class OutcomeUnknown(AppError):
-    """The response to a request that creates a message was lost; repeating it could create a second one."""
 
 
 class SlackApi:

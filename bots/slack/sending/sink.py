@@ -17,9 +17,10 @@ from typing import Any
 from cachetools import LRUCache
 from slack_sdk.errors import SlackApiError
 
+from bots.shared.errors import OutcomeUnknown
 from bots.slack.addresses import goes_to, is_dm, thread_of
 from bots.slack.pages import blocks, text
-from bots.slack.sending.api import ERRORS, OutcomeUnknown, SlackApi, SlackProblem, classify, error_name
+from bots.slack.sending.api import ERRORS, SlackApi, SlackProblem, classify, error_name
 from bots.slack.sending.handles import REMEMBERED, LiveMessage, Recipient, SlackHandle, SlackPart
 from bots.slack.sending.streams import Sessions
 from core.errors import AppError

@@ -28,8 +28,9 @@ from aiogram.exceptions import (
 from aiogram.methods import GetFile, TelegramMethod
 from aiohttp import ClientConnectionError, ClientConnectorError, ClientError, ClientSession
 
+from bots.shared.errors import OutcomeUnknown
 from bots.telegram.sending.rate_limits import TelegramRateLimiter
-from core.errors import AppError, BadInput
+from core.errors import BadInput
 from core.platform import Unreachable
 
 log = logging.getLogger(__name__)
@@ -80,10 +81,6 @@ def classify(error: Exception) -> TelegramProblem:
             (meaning for meaning, words in _MEANINGS if any(word in said for word in words)), TelegramProblem.OTHER
         )
     return TelegramProblem.OTHER
-
-
-class OutcomeUnknown(AppError):
-    """The response to a request that creates a message was lost; repeating it could create a second one."""
 
 
 class Session(AiohttpSession):

@@ -47,7 +47,7 @@ def stop_keyboard(text: str) -> InlineKeyboardMarkup:
 
 
 def reasons_keyboard(language: str, vote: str) -> InlineKeyboardMarkup:
-    """Below an answer with a thumb down: what was wrong. `vote` is the value of the press."""
+    """The reasons for a thumb down. `vote` is the value of its button."""
     return InlineKeyboardMarkup(
         inline_keyboard=[
             [InlineKeyboardButton(text=say(language, f"feedback.reason_{one}"), callback_data=f"f:{vote}:{one}")]
@@ -57,12 +57,12 @@ def reasons_keyboard(language: str, vote: str) -> InlineKeyboardMarkup:
 
 
 def chosen_keyboard(label: str) -> InlineKeyboardMarkup:
-    """What was chosen, in the place of the buttons that offered it."""
+    """The chosen label instead of the buttons."""
     return InlineKeyboardMarkup(inline_keyboard=[[InlineKeyboardButton(text=f"✓ {label}", callback_data=DONE)]])
 
 
 def pressed(data: str) -> tuple[str, str] | None:
-    """(action, value) of a press; None for a button that is not ours."""
+    """(action, value) of a press; None for an unknown button."""
     if data == STOP:
         return "stop", ""
     return next(((action, data[2:]) for action, prefix in _PREFIXES.items() if data.startswith(prefix)), None)

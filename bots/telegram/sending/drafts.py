@@ -1,7 +1,6 @@
-"""What people see of an answer while it grows: drafts, edits, "is typing". Knows nothing of what is final.
+"""Replies while they are generated: drafts, edits, chat actions. Best effort, and nothing after `end`.
 
-`show` only notes the newest text; `keep` paints it at Telegram's limiter, so what grows faster is coalesced. It renews
-drafts before they expire. All of it is best effort: nothing here raises, and nothing is painted after `end`.
+`show` keeps the newest text; `keep` sends it within the rate limits and renews drafts before they expire.
 """
 
 from __future__ import annotations

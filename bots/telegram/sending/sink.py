@@ -38,9 +38,10 @@ from aiogram.types import (
 )
 from cachetools import LRUCache
 
+from bots.shared.errors import OutcomeUnknown
 from bots.telegram.addresses import receipt, spot
 from bots.telegram.sending import text as texts
-from bots.telegram.sending.api import OutcomeUnknown, TelegramApi, TelegramProblem, classify
+from bots.telegram.sending.api import TelegramApi, TelegramProblem, classify
 from bots.telegram.sending.buttons import chosen_keyboard, keyboard
 from bots.telegram.sending.drafts import Draft, Drafts, TelegramHandle
 from core.errors import AppError

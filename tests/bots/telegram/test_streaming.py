@@ -10,8 +10,9 @@ import pytest
 from aiogram.exceptions import TelegramNetworkError
 from aiogram.methods import SendMessage
 
+from bots.shared.errors import OutcomeUnknown
 from bots.shared.rate_limits import Rate, TokenBucket
-from bots.telegram.sending.api import OutcomeUnknown, TelegramApi, end, make_bot
+from bots.telegram.sending.api import TelegramApi, end, make_bot
 from bots.telegram.sending.rate_limits import SendLimits, TelegramRateLimiter
 from core.engine.protocol import Request
 from core.errors import AppError, EngineError

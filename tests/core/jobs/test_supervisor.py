@@ -805,6 +805,7 @@ async def test_a_message_that_is_never_taken_is_given_up_and_holds_up_no_other(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("core.jobs.worker._TRIES", 3)
+    monkeypatch.setattr("core.delivery.retry._FIRST_PAUSE_S", 100)  # one attempt to open the progress message
     bot = DeafBot(4)  # once at the beginning, then each try of the end
     async with works(tmp_path, bot=bot, running=False) as it:
         await it.order()

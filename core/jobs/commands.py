@@ -225,7 +225,7 @@ def cancel(tx: Tx, caller: Caller, call: Call) -> Outcome:
 
 
 @command("finetune", "resume", prepare=read_base)
-def resume(tx: Tx, caller: Caller, call: Call, begun_on: str) -> Outcome:
+def resume(tx: Tx, caller: Caller, call: Call, trained_on: str) -> Outcome:
     """Continue an ended job from its checkpoint; on another base model it starts again from nothing.
 
     Raises UnknownThing, BadInput.
@@ -238,7 +238,7 @@ def resume(tx: Tx, caller: Caller, call: Call, begun_on: str) -> Outcome:
     check_room(tx, caller)
     jobs.resume(tx, job.id)
     audit.record(tx, caller, "finetune resume", job.label, {"job": job.id, "state": job.state}, "queued")
-    if begun_on and registry.loaded_base(tx) not in (None, begun_on):
+    if trained_on and registry.loaded_base(tx) not in (None, trained_on):
         text = f"{_queued(tx, caller, job)} {say(caller.language, 'training.begins_anew')}"
         return Outcome(Body(text), (WakeTraining(),))
     before = jobs.jobs_ahead(tx, job.id)

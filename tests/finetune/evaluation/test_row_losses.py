@@ -10,11 +10,10 @@ import pytest
 
 from core.adapters import folders
 from core.commands.parser import parse
-from core.commands.table import Call
 from core.config.sections import HyperParameters
 from core.engine.protocol import EngineInfo
 from core.jobs import datasets
-from core.jobs.commands import begin
+from core.jobs.commands import PreparedData, begin
 from core.jobs.process import COMMAND
 from core.jobs.worker import TrainingSettings
 from core.model.weights import fingerprint
@@ -29,13 +28,10 @@ async def order(it: Works) -> None:
     data = faq(60) + b"not a row\n"
     sha256 = hashlib.sha256(data).hexdigest()
     await asyncio.to_thread((it.home.datasets / sha256).write_bytes, data)
-    call = Call(
-        parse("/finetune").command, parse("/finetune").form, {"dataset": sha256, "name": "faq.jsonl", "go": "yes"}
-    )
 
     def work(tx: Tx) -> None:
         datasets.keep_dataset(tx, sha256, "faq.jsonl", source="file", size_bytes=len(data), brought_by="someone")
-        begin(tx, it.caller(tx), call)
+        begin(tx, it.caller(tx), parse("/finetune"), PreparedData(sha256, "faq.jsonl", agreed=True))
 
     await it.database.write(work)
     it.training.wake()

@@ -32,12 +32,12 @@ async def test_a_question_is_answered_once_with_buttons(
 
 
 @both_languages
-@pytest.mark.parametrize("command", ["help", "new", "stop", "usage", "language", "privacy", "forget", "whoami"])
-async def test_every_command_for_everyone_answers(tmp_path: Path, command: str, person: Person, language: str) -> None:
+async def test_every_command_for_everyone_answers(tmp_path: Path, person: Person, language: str) -> None:
     async with talk(tmp_path) as it:
-        sent = await it.ask(person, f"/{command}")
-        assert sent.text.strip()
-        assert ("。" in sent.text or "，" in sent.text) == (language == "zh")
+        for command in ("help", "new", "stop", "usage", "language", "privacy", "forget", "whoami"):
+            sent = await it.ask(person, f"/{command}")
+            assert sent.text.strip()
+            assert ("。" in sent.text or "，" in sent.text) == (language == "zh"), command
         assert await it.here.count("ledger") == 0
 
 

@@ -44,7 +44,8 @@ ALLOWED: dict[str, str] = {
     "finetune": "core.types core.errors core.i18n core.files core.config core.jobs core.model core.engine",
     "bots.shared": "core.types core.errors core.i18n core.config core.commands core.platform",
     "bots.telegram": "core.types core.errors core.i18n core.config core.commands core.platform bots.shared",
-    "bots.slack": "core.types core.errors core.i18n core.config core.commands core.platform bots.shared",
+    "bots.slack": "core.types core.errors core.i18n core.config core.commands core.observability core.platform"
+    " bots.shared",
     "bots.terminal": "core.types core.errors core.i18n core.config core.commands core.platform bots.shared",
 }
 # The rest of bots/ builds the program: it may import all of core, and itself.

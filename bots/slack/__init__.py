@@ -7,5 +7,6 @@
 - addresses.py: channels and threads as the core's addresses
 - sending/: the sink; pages/: blocks, views, the manifest
 
-May import core.platform, core.types, core.errors, core.i18n, core.config, core.commands and bots.shared.
+May import core.platform, core.types, core.errors, core.i18n, core.config, core.commands, core.observability (masking
+tokens in logs) and bots.shared.
 """

@@ -11,12 +11,28 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
+from functools import cache
 from pathlib import Path
 
 import pytest
 
 from core.model.demo import demo_folder
 from core.observability import logs
+
+_STARTS_PROCESSES = ("subprocess", "sys.executable", "import Program", "demo_cache", "fake_trainer", "works(")
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Mark the tests of modules that start processes or use the demo model as slow."""
+    for item in items:
+        if _starts_processes(item.path):
+            item.add_marker("slow")
+
+
+@cache
+def _starts_processes(path: Path) -> bool:
+    text = path.read_text(encoding="utf-8")
+    return any(word in text for word in _STARTS_PROCESSES)
 
 
 @pytest.fixture

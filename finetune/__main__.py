@@ -1,8 +1,7 @@
-"""`python -m finetune new|check|train|gate JOBDIR`: a job folder in, events on standard output, JOBDIR/out at the end.
+"""`python -m finetune new|check|train|gate JOBDIR`: the command line, events, signals and exit status of a job.
 
-Standard output carries events and nothing else, whatever a library prints. SIGTERM, SIGINT and the end of a pipe at
-standard input mean: write a checkpoint and go. The same command runs under `torchrun` and `accelerate launch`.
-Knows how a trainer lives and dies, and nothing of how it trains.
+Standard output carries events only. SIGTERM, SIGINT and end of file on a piped standard input stop the job after a
+checkpoint. The same command runs under `torchrun` and `accelerate launch`.
 """
 
 from __future__ import annotations
@@ -37,20 +36,20 @@ from core.jobs.protocol import (
 )
 from core.model.onednn import keep_few_kernels
 from finetune import new
-from finetune.limits import keep_no_core
+from finetune.limits import disable_core_dumps
 
 log = logging.getLogger("finetune")
-ALIVE_S = 20.0  # silence after which it tells that it is at work
-LOCK_S = 10.0  # a trainer whose starter was killed has noticed that by then, and is gone
+ALIVE_S = 20.0  # silence after which an Alive event is emitted
+LOCK_S = 10.0  # time for a trainer whose parent was killed to notice and exit
 M_TRIM_THRESHOLD, M_TOP_PAD, M_MMAP_THRESHOLD = -1, -2, -3  # malloc.h
 PR_SET_PDEATHSIG = 1  # sys/prctl.h
 UNEXPECTED, MOST_TOLD = "training.why_unexpected", 300
-# After these what was learned is of no use: it is lost, for another base model, or nothing that is measured.
+# Failures after which the checkpoint cannot be used: damaged, for another base model, or not finite.
 _OF_NO_USE = ("training.why_damaged", "training.why_base_changed", "training.why_not_finite")
 
 
 def main(arguments: list[str] | None = None) -> int:
-    """The exit status of core.jobs.protocol."""
+    """Return an exit status of core.jobs.protocol."""
     parser = argparse.ArgumentParser(prog="python -m finetune", description=__doc__)
     actions = parser.add_subparsers(dest="action", required=True)
     for action in ("check", "train", "gate"):
@@ -80,7 +79,7 @@ def _make(given: argparse.Namespace, words: list[str]) -> int:
 
 
 class Events:
-    """Writes events as lines. A reader that is gone is the same as being told to stop."""
+    """Writes events as lines of JSON; a closed pipe sets `stop`."""
 
     def __init__(self, out: IO[str]) -> None:
         self.out, self.stop = out, Stop(self)
@@ -96,7 +95,7 @@ class Events:
 
 
 class Stop(threading.Event):
-    """Whether to stop. It is asked before each piece of work, so that to ask is a sign of life, which is passed on."""
+    """Stop flag. It is polled before each piece of work, so polling also emits the Alive heartbeat of rank 0."""
 
     def __init__(self, events: Events) -> None:
         super().__init__()
@@ -109,19 +108,19 @@ class Stop(threading.Event):
 
 
 def run(action: str, folder: Path, emit: Events, stop: threading.Event) -> int:
-    """Do it, and turn every way in which it can end into an event and an exit status."""
+    """Run the action; every outcome becomes an event and an exit status."""
     language = "en"
-    from finetune.training.checkpoints import Interrupted  # torch takes seconds to load: signals are watched before
+    from finetune.training.checkpoints import Interrupted  # imported late: signals are handled before torch loads
     from finetune.training.train import train
 
-    keep_no_core()
+    disable_core_dumps()
     try:
-        if stop.is_set():  # whoever started us is gone: what follows is for whoever comes next
+        if stop.is_set():  # the parent has exited already
             return EXIT_INTERRUPTED
         with _locked(folder, stop):
             spec = Spec.read(folder)
             language = spec.language
-            settle_in(spec)
+            configure_process(spec)
             if action == "check":
                 from finetune.check import check
 
@@ -155,7 +154,7 @@ def _fault_of(error: AppError) -> Fault:
 
 
 def _told(error: AppError, language: str) -> str:
-    """Why, for people: its own sentence; else what the log says, within one that says that it is no more than that."""
+    """The reason for users: the error's own message, or its log detail in a generic message."""
     reason = error.fields.get("reason")
     if isinstance(reason, Lazy):
         return reason.render(language)
@@ -166,10 +165,7 @@ def _told(error: AppError, language: str) -> str:
 
 @contextmanager
 def _locked(folder: Path, stop: threading.Event) -> Iterator[None]:
-    """Hold JOBDIR/lock; of several processes the first does.
-
-    The kernel lets go of it when the process ends, however it ends. Raises JobError.
-    """
+    """Hold an flock on JOBDIR/lock (rank 0 only); the kernel releases it when the process ends. Raises JobError."""
     if os.environ.get("RANK", "0") != "0":
         yield
         return
@@ -198,7 +194,7 @@ def _lock(handle: int) -> bool:
 
 
 def _own_stdout() -> IO[str]:
-    """Standard output for events alone: what others write there goes to standard error from now on."""
+    """Reserve standard output for events; other writes to it go to standard error."""
     sys.stdout.flush()
     events = os.fdopen(os.dup(1), "w", encoding="utf-8", newline="\n")
     os.dup2(2, 1)
@@ -213,7 +209,7 @@ def _watch(stop: threading.Event) -> None:
     signal.signal(signal.SIGINT, told)
     mode = os.fstat(0).st_mode
     if not (stat.S_ISFIFO(mode) or stat.S_ISSOCK(mode)):
-        return  # nobody holds the other end: at a terminal, under torchrun, in a batch queue
+        return  # not a pipe: a terminal, torchrun, a batch queue
 
     def read_to_end() -> None:
         with suppress(OSError, ValueError):
@@ -225,44 +221,44 @@ def _watch(stop: threading.Event) -> None:
 
 
 def set_up_libraries() -> None:
-    """To be called before torch is loaded, which reads this then.
+    """Environment that torch reads when it loads.
 
-    Threads that wait for each other spin by default: beside another busy program that is 20 times slower.
+    OpenMP threads spin while they wait by default, which is 20 times slower beside another busy program.
     """
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     keep_few_kernels()
 
 
-def settle_in(spec: Spec) -> None:
-    """Stand back for chat, and set this process up for what it will do all the time."""
+def configure_process(spec: Spec) -> None:
+    """Niceness, malloc and matmul backend of this process."""
     if spec.nice > 0:
         with suppress(OSError):
             os.nice(spec.nice)
-    _wake_when_left_alone()
+    _resume_when_orphaned()
     _keep_freed_memory()
     _multiply_by_onednn()
 
 
-def _wake_when_left_alone() -> None:
-    """Who halted us while people are answered may die meanwhile: then go on, and notice the end of input."""
+def _resume_when_orphaned() -> None:
+    """Get SIGCONT when the parent dies: it may have paused this process with SIGSTOP."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).prctl(PR_SET_PDEATHSIG, signal.SIGCONT)
 
 
 def _keep_freed_memory() -> None:
-    """Let glibc keep what a step frees for the next one: giving it back and zeroing it anew costs 15% of a step."""
+    """Let glibc keep the memory that a step frees: returning and zeroing it costs 15% of a step."""
     with suppress(OSError, AttributeError):
         mallopt = ctypes.CDLL(None).mallopt
-        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the most it takes
+        mallopt(M_MMAP_THRESHOLD, 32 * 2**20)  # the maximum
         mallopt(M_TRIM_THRESHOLD, 2**31 - 1)
         mallopt(M_TOP_PAD, 64 * 2**20)
 
 
 def _multiply_by_onednn() -> None:
-    """On AMD processors let oneDNN take float32 products instead of MKL, which is half as fast there.
+    """On AMD processors use oneDNN for float32 products: MKL is half as fast there.
 
-    torch has one switch for it, which also allows rounding to bfloat16 where the processor gains by that (AMX, which
-    AMD has not); so it stays on only if what comes out is float32. The same processor always decides alike.
+    torch's only switch for it also permits bfloat16, where the processor has AMX; so it stays on only if a test product
+    has float32 precision. The choice is deterministic per processor.
     """
     import torch
 
@@ -273,7 +269,7 @@ def _multiply_by_onednn() -> None:
     torch.set_float32_matmul_precision("medium")
     if not torch.allclose((a @ b).double(), exact, rtol=1e-5, atol=5e-3):  # bfloat16 would be off by 0.1
         torch.set_float32_matmul_precision("highest")
-    log.info("train.products matmul_precision=%s", torch.get_float32_matmul_precision())
+    log.info("train.matmul matmul_precision=%s", torch.get_float32_matmul_precision())
 
 
 if __name__ == "__main__":

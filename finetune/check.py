@@ -1,6 +1,6 @@
-"""What `python -m finetune check` does: read the data, show some rows as they are trained, measure what a job takes.
+"""`python -m finetune check`: validates the data, writes a preview of rows as trained, and measures time and memory.
 
-Nothing that it does to the model is kept.
+The weights that it trains for the measurement are discarded.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ def check(folder: Path, spec: Spec, emit: Emit, stop: threading.Event) -> None:
 
 
 def to_show(rows: Sequence[Row]) -> list[Row]:
-    """The first row, and the longest and the middle one of the others; in the order of the file."""
+    """The first row, and the longest and the median of the others, in file order."""
     others = sorted(rows[1:], key=lambda row: len(row.row.ids))
     picked = [rows[0], *([others[-1], others[len(others) // 2 - 1]] if len(others) > 1 else others)]
     return sorted(picked[:SHOWN], key=lambda row: row.line)
 
 
 def as_trained(row: Row, base: TrainingBase) -> Preview:
-    """The very tokens that go into a step, decoded; whether they are taught goes by the mask, not by the text."""
+    """The tokens of a training step, decoded and marked by the loss mask."""
     runs = groupby(zip(row.row.ids, row.row.supervised, strict=True), key=lambda pair: pair[1])
     parts = tuple((taught, base.tokenizer.decode([one for one, _ in run])) for taught, run in runs)
     turns = row.served.turns
     first = next((at for at, turn in enumerate(turns) if turn.taught), None)
-    if first is None:  # plain text, all of which is taught
+    if first is None:  # plain text: every token is in the loss
         return Preview(row.line, parts, "", "".join(text for _, text in parts))
     asked = next((turn.message.text for turn in reversed(turns[:first]) if turn.message.role is Role.USER), "")
     return Preview(row.line, parts, asked, turns[first].message.text)

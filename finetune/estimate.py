@@ -1,7 +1,7 @@
-"""What a job would take, told before it begins: steps and tokens are counted, seconds and memory are measured.
+"""Estimates a job: steps and tokens are counted; seconds and memory are measured on a few real steps.
 
-Some real steps are taken on a model that is thrown away, the largest first: it decides how much memory there
-must be. Evaluations, and the base's own answers where no earlier job has left them, count for what they cost.
+The largest step runs first, since it decides the peak memory. Validation, and the base model's own answers where no
+earlier job cached them, are included.
 """
 
 from __future__ import annotations
@@ -21,17 +21,15 @@ from finetune.limits import held_bytes
 from finetune.prepare import Emit, Prepared
 from finetune.training.train import Trainer
 
-_ASKED = (
-    retention_set.AT_ONCE // 2
-)  # prompts that are answered to see how fast that goes: the others of a batch have ended
-_SAID = 4  # tokens of each answer
+_PROMPTS = retention_set.AT_ONCE // 2  # batch size of the measurement: half of a batch has ended on average
+_TOKENS = 4  # per answer
 
 
 def estimate(folder: Path, spec: Spec, prepared: Prepared, emit: Emit, stop: threading.Event) -> Estimated:
     """Raises Interrupted, JobError."""
     hyper, train = spec.hyper, prepared.part(prepared.split.train)
     prompts = retention_set.asked(prepared.base, spec.instructions)
-    remembers = spec.method != "scratch"  # what was never learned is not rehearsed
+    remembers = spec.method != "scratch"  # a new model has nothing to retain
     rehearsed = retention_set.how_many(len(prompts.rehearsed), len(train), hyper.rehearsal) if remembers else 0
     length = sum(map(len, prompts.rehearsed)) / max(1, len(prompts.rehearsed)) + retention_set.REHEARSED_TOKENS
     own = sum(len(row.ids) for row in train)
@@ -44,11 +42,11 @@ def estimate(folder: Path, spec: Spec, prepared: Prepared, emit: Emit, stop: thr
     )
     if not spec.warm_up:
         return counted
-    plain = replace(spec, ability=False, hyper=replace(hyper, rehearsal=0.0))  # no answers of the base are made
-    with tempfile.TemporaryDirectory(prefix="estimate-", dir=folder) as aside:  # the job's own checkpoint stays
+    plain = replace(spec, ability=False, hyper=replace(hyper, rehearsal=0.0))  # without a retention set
+    with tempfile.TemporaryDirectory(prefix="estimate-", dir=folder) as aside:  # leaves the job's checkpoint alone
         trainer = Trainer(Path(aside), plain, prepared, emit, stop)
         tokens, seconds = trainer.warm_up()
-    work = trainer.pace.tokens_left(trainer.position) + rehearsed * length * hyper.epochs
+    work = trainer.progress.tokens_left(trainer.position) + rehearsed * length * hyper.epochs
     total = work * seconds / max(1, tokens)
     if remembers and (spec.ability or rehearsed) and not retention_set.is_kept(spec, prepared.base):
         total += _seconds_of_answers(trainer, prompts)
@@ -56,13 +54,16 @@ def estimate(folder: Path, spec: Spec, prepared: Prepared, emit: Emit, stop: thr
 
 
 def _seconds_of_answers(trainer: Trainer, prompts: retention_set.Asked) -> float:
-    """What the base's own answers to these prompts will take."""
+    """Seconds for the base model's own answers to these prompts."""
     took = []
-    for most in (1, 1 + _SAID):
+    for most in (1, 1 + _TOKENS):
         began = time.monotonic()
-        retention_set.answer(trainer.model, prompts.measured[:_ASKED], most=most, ends=(), listen=lambda: None)
+        retention_set.answer(trainer.model, prompts.measured[:_PROMPTS], most=most, ends=(), check_stop=lambda: None)
         took.append(time.monotonic() - began)
-    reading, saying = 2 * took[0], max(0.0, took[1] - took[0]) / _SAID  # seconds of a batch, and of a token of it
+    reading, saying = (
+        2 * took[0],
+        max(0.0, took[1] - took[0]) / _TOKENS,
+    )  # seconds of prefill, and of one decoded token, of a batch
     rehearsed, measured = (
         math.ceil(len(some) / retention_set.AT_ONCE) for some in (prompts.rehearsed, prompts.measured)
     )
@@ -71,7 +72,7 @@ def _seconds_of_answers(trainer: Trainer, prompts: retention_set.Asked) -> float
 
 
 def _memory_mib(device: torch.device) -> int:
-    """The most that this process has held, on the device that it trains on."""
+    """Peak memory of this process on the training device."""
     if device.type == "cuda":
         return math.ceil(torch.cuda.max_memory_allocated(device) / 2**20)
     return math.ceil(held_bytes("VmHWM") / 2**20)

@@ -1,7 +1,6 @@
-"""An adapter that others trained (TRL, Axolotl, Unsloth: any PEFT folder) through the same checks and the same gate.
+"""Evaluates an adapter trained elsewhere (TRL, Axolotl, Unsloth: any PEFT folder) with the same gate as one of our own.
 
-It is read by what reads adapters for serving, examined on the test rows like one of our own, and laid into JOBDIR/out
-byte for byte as it came, with a manifest that says what is known of it. Knows no training.
+The adapter is loaded by the serving engine's reader and published byte for byte in JOBDIR/out, with a manifest.
 """
 
 from __future__ import annotations
@@ -40,18 +39,18 @@ _PACKED = re.compile(r"(-unsloth|-bnb|-[48]bit|-gptq|-awq|-bf16|-fp16|-int[48])+
 
 
 def judge_imported(folder: Path, spec: Spec, emit: Emit, stop: threading.Event) -> None:
-    """Examine JOBDIR/candidate and publish it. Raises Interrupted, JobError, BadDataset."""
+    """Evaluate JOBDIR/candidate and publish it. Raises Interrupted, JobError, BadDataset."""
     if said := published(folder):
         for event in said:
             emit(event)
         return
     if not spec.candidate:
-        raise JobError(detail=f"{folder}/spec.json names no candidate: nothing is there to examine")
+        raise JobError(detail=f"{folder}/spec.json names no candidate")
     began = time.monotonic()
     torch.set_num_threads(spec.threads)
     prepared = prepare(folder, spec, emit)
 
-    def listen() -> None:
+    def check_stop() -> None:
         if stop.is_set():
             raise Interrupted
 
@@ -63,10 +62,16 @@ def judge_imported(folder: Path, spec: Spec, emit: Emit, stop: threading.Event) 
 
     model = load_module(prepared.base, spec)
     cache = Path(spec.cache) if spec.cache else None
-    own = own_answers(folder, cache, prepared.base, spec.instructions, model, listen, emit) if spec.ability else NOTHING
-    trained = LoraDelta(model, rank=1, alpha=1, dropout=0.0, rslora=False)  # places for the candidate's matrices
+    own = (
+        own_answers(folder, cache, prepared.base, spec.instructions, model, check_stop, emit)
+        if spec.ability
+        else NOTHING
+    )
+    trained = LoraDelta(model, rank=1, alpha=1, dropout=0.0, rslora=False)  # layers to load the candidate into
     micro = settings.resolve(spec, rows=len(prepared.encoded), device=spec.device).micro_tokens
-    meter = RowLosses(Scorer(model), torch.device(spec.device), prefix=0, micro_tokens=micro, listen=listen)
+    row_losses = RowLosses(
+        Scorer(model), torch.device(spec.device), prefix=0, micro_tokens=micro, check_stop=check_stop
+    )
     candidate = folder / spec.candidate
     try:
         carrying = trained.version(candidate, prepared.base.fingerprint)
@@ -74,11 +79,11 @@ def judge_imported(folder: Path, spec: Spec, emit: Emit, stop: threading.Event) 
         raise settings.refused("unfit_adapter", reason=error.fields.get("reason", error.detail)) from error
     if named := _other_base(candidate, prepared.base.name):
         warn("other_base", named=named, base=prepared.base.name)
-    examined = Evaluator(folder, spec, prepared, own, trained, meter, warn).take(lambda: carrying, tell)
-    emit(examined.judged)
+    evaluation = Evaluator(folder, spec, prepared, own, trained, row_losses, warn).evaluate(lambda: carrying, tell)
+    emit(evaluation.judged)
     seconds = time.monotonic() - began
-    losses = {"train_first": 0.0, "train_last": 0.0, **examined.losses}
-    manifest = _manifest(spec, prepared, candidate, examined, losses, seconds)
+    losses = {"train_first": 0.0, "train_last": 0.0, **evaluation.losses}
+    manifest = _manifest(spec, prepared, candidate, evaluation, losses, seconds)
 
     def copy(out: Path) -> None:
         for name in (CONFIG, WEIGHTS):
@@ -89,7 +94,7 @@ def judge_imported(folder: Path, spec: Spec, emit: Emit, stop: threading.Event) 
 
 
 def _other_base(candidate: Path, base: str) -> str:
-    """What it names as its base model, where that is another; "" where it names none, or this one however packed."""
+    """The base model named in the adapter's configuration if it is another model (quantised or not), else ""."""
     named = json.loads((candidate / CONFIG).read_text("utf-8")).get("base_model_name_or_path")
     if not isinstance(named, str) or not named.strip("/ ") or _plain(named) == _plain(base):
         return ""
@@ -97,13 +102,13 @@ def _other_base(candidate: Path, base: str) -> str:
 
 
 def _plain(name: str) -> str:
-    """The model's own name, without whose it is and how it is packed: org/Name-bnb-4bit -> name."""
+    """The name without owner and quantisation: org/Name-bnb-4bit -> name."""
     plain = name.rstrip("/ ").rpartition("/")[2].lower()
     return _PACKED.sub("", plain)
 
 
 def _manifest(
-    spec: Spec, prepared: Prepared, candidate: Path, examined: Evaluation, losses: dict[str, float], seconds: float
+    spec: Spec, prepared: Prepared, candidate: Path, evaluation: Evaluation, losses: dict[str, float], seconds: float
 ) -> dict[str, Any]:
     config = json.loads((candidate / CONFIG).read_text("utf-8"))
     parts, base = prepared.split, prepared.base
@@ -123,7 +128,7 @@ def _manifest(
         "steps": 0,
         "seconds": round(seconds, 1),
         "losses": losses,
-        "judged": asdict(examined.judged),
+        "judged": asdict(evaluation.judged),
         "versions": versions(),
         "created": datetime.now(UTC).isoformat(timespec="seconds"),
     }

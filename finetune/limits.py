@@ -1,7 +1,4 @@
-"""Bounds on what a file from outside may cost: processor time and memory. Knows nothing of what is read.
-
-They hold for the trainer's own process, so nothing that people send can slow or starve the program that serves chats.
-"""
+"""Limits on processor time and memory while an untrusted file is read, in the trainer's own process."""
 
 from __future__ import annotations
 
@@ -12,12 +9,12 @@ from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from types import FrameType
 
-SECONDS = 480.0  # of the processor: less than the silence after which a trainer is taken for dead
-MEMORY_BYTES = 4 * 2**30  # beside what the process holds already
+SECONDS = 480.0  # processor time; less than the heartbeat timeout of a trainer
+MEMORY_BYTES = 4 * 2**30  # beyond what the process holds already
 
 
 class TooCostly(Exception):
-    """Reading took more time or memory than any file of the allowed size needs; `what` is "time" or "memory"."""
+    """Reading exceeded a limit; `what` is "time" or "memory"."""
 
     def __init__(self, what: str) -> None:
         super().__init__(what)
@@ -26,7 +23,7 @@ class TooCostly(Exception):
 
 @contextmanager
 def bounded(seconds: float = SECONDS, memory_bytes: int = MEMORY_BYTES) -> Iterator[None]:
-    """Raise TooCostly in what takes more; then the bounds are off again. Time is bound in the main thread."""
+    """Raise TooCostly if the block exceeds a limit. The time limit holds in the main thread only (signals)."""
     with _bounded_memory(memory_bytes):
         if threading.current_thread() is threading.main_thread():
             with _bounded_time(seconds):
@@ -53,7 +50,7 @@ def _bounded_time(seconds: float) -> Iterator[None]:
 def _bounded_memory(memory_bytes: int) -> Iterator[None]:
     soft, hard = resource.getrlimit(resource.RLIMIT_DATA)
     try:
-        with suppress(ValueError, OSError):  # a system without this bound, or with a lower one
+        with suppress(ValueError, OSError):  # unsupported, or a lower limit is set
             resource.setrlimit(resource.RLIMIT_DATA, (held_bytes("VmData") + memory_bytes, hard))
         yield
     except MemoryError as error:
@@ -62,16 +59,16 @@ def _bounded_memory(memory_bytes: int) -> Iterator[None]:
         resource.setrlimit(resource.RLIMIT_DATA, (soft, hard))
 
 
-def keep_no_core() -> None:
-    """A crash writes no memory image: people's text would be in it."""
+def disable_core_dumps() -> None:
+    """Disable core dumps: they would contain users' texts."""
     with suppress(ValueError, OSError):
         resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
 
 
 def held_bytes(name: str) -> int:
-    """A figure of this process's memory: VmData is what RLIMIT_DATA counts, VmHWM the most that was ever resident.
+    """A field of /proc/self/status in bytes: VmData counts towards RLIMIT_DATA, VmHWM is the peak resident size.
 
-    (getrusage would give the parent's peak, if that was higher.) Raises OSError where the system does not tell.
+    getrusage may return the parent's peak. Raises OSError where the field is missing.
     """
     with open("/proc/self/status", encoding="ascii", errors="replace") as status:
         for line in status:

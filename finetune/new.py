@@ -1,4 +1,4 @@
-"""`python -m finetune new JOBDIR`: a job folder for the owner of a model, from files. Knows no chat and no training."""
+"""`python -m finetune new JOBDIR`: makes a job folder from a model and a data file."""
 
 from __future__ import annotations
 
@@ -84,9 +84,7 @@ def _settings(words: Iterable[str], *, scratch: bool) -> dict[str, Any]:
         if not sign or (name not in KNOWN and name not in FRESH):
             raise JobError(detail=f"{word!r} is not KEY=VALUE; the keys are {', '.join([*KNOWN, *FRESH])}")
         if name in FRESH and not scratch:
-            raise JobError(
-                detail=f"{word} is of a model that begins from nothing: leave it out, or add --method scratch"
-            )
+            raise JobError(detail=f"{word} is for a new model: leave it out, or add --method scratch")
         one = FRESH[name] if name in FRESH else KNOWN[name]
         try:
             found[name] = one.parse(text)

@@ -1,4 +1,4 @@
-"""Spec and data file -> rows to train, validate and test on, within bounds. Knows no model's weights."""
+"""Spec and data file -> base model, encoded rows and their split, within the limits on time and memory."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ from finetune.modeling.fresh import fresh_base
 
 log = logging.getLogger(__name__)
 Emit = Callable[[JobEvent], None]
-BINS = 12  # of the histogram of lengths
+BINS = 12  # of the length histogram
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,15 +43,15 @@ class Prepared:
 
     @property
     def plain(self) -> bool:
-        """Whether the rows are pieces of a text, without questions."""
+        """Whether the data set is plain text."""
         return self.encoded[0].served is NOTHING
 
     def tested(self, numbers: Sequence[int]) -> list[TrainingRow]:
-        """The rows as the gate looks at them: answers, or the second half of each piece of a text."""
+        """The rows as evaluated: answers, or the second half of each piece of plain text."""
         return [second_half(row) for row in self.part(numbers)] if self.plain else self.part(numbers)
 
     def swapped(self, numbers: Sequence[int]) -> list[TrainingRow]:
-        """The same answers, each under the questions of a row half the list away, or of the next that leave it room."""
+        """The same answers under the questions of another row, half the list away or the next that fits."""
         half = len(numbers) // 2
         others = [*numbers[half:], *numbers[:half]]
         if self.plain:
@@ -60,13 +60,13 @@ class Prepared:
         return [self._swapped(number, [*others[at:], *others[:at]]) for at, number in enumerate(numbers)]
 
     def _swapped(self, number: int, others: Sequence[int]) -> TrainingRow:
-        """Under the first questions with which the model takes it; its own are among them."""
+        """The row under the first questions with which it fits the context; its own are the last resort."""
         tried = (under_questions_of(self.encoded[number], self.encoded[other], self.base.tokenizer) for other in others)
         return next(row for row in tried if len(row.ids) <= self.base.context)
 
 
 def prepare(folder: Path, spec: Spec, emit: Emit) -> Prepared:
-    """Check settings, base model and data; tell what became of the rows. Raises BadDataset, JobError."""
+    """Check settings, base model and data; emit Checked. Raises BadDataset, JobError."""
     settings.check(spec)
     check_device(spec)
     path = folder / spec.data
@@ -104,10 +104,7 @@ def prepare(folder: Path, spec: Spec, emit: Emit) -> Prepared:
 
 
 def _read_rows(path: Path, folder: Path, spec: Spec, emit: Emit) -> tuple[TrainingBase, list[Row], Report]:
-    """The rows of the file, or (spec.redact) of the same without personal data.
-
-    For a model that begins from nothing, the text decides about its tokenizer first.
-    """
+    """Rows of the file or its redacted copy (spec.redact); a new model's tokenizer is trained on the texts first."""
     scratch = spec.method == "scratch"
     if scratch and is_plain(path):
         text, report = read_text(path), Report()
@@ -127,12 +124,12 @@ def _read_rows(path: Path, folder: Path, spec: Spec, emit: Emit) -> tuple[Traini
 
 
 def _longest(spec: Spec, base: TrainingBase) -> int:
-    """How many tokens a row may have: what is set, and no more than the model takes."""
+    """Most tokens per row: the setting, or the context of the model."""
     return min(spec.hyper.max_tokens, base.context)
 
 
 def histogram(lengths: Sequence[int]) -> tuple[int, ...]:
-    """How many of these sorted lengths fall into each of BINS steps from the shortest to the longest."""
+    """Counts of sorted lengths in BINS equal bins from the shortest to the longest."""
     low, width = lengths[0], (lengths[-1] - lengths[0] + 1) / BINS
     counts = Counter(int((length - low) / width) for length in lengths)
     return tuple(counts[step] for step in range(BINS))

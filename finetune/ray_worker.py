@@ -1,4 +1,4 @@
-"""The entry for Ray's TorchTrainer; ray itself is the caller's. Knows a worker's life, and nothing of training.
+"""Entry point for Ray's TorchTrainer. Ray is installed by the caller.
 
     from ray.train import RunConfig, ScalingConfig
     from ray.train.torch import TorchTrainer
@@ -6,7 +6,7 @@
 
     TorchTrainer(train_func, train_loop_config={"job": JOBDIR}, scaling_config=ScalingConfig(num_workers=4)).fit()
 
-JOBDIR is a folder that all workers see. A lost worker costs the steps since the last checkpoint: fit again.
+JOBDIR is on a file system that all workers share. After a lost worker, `fit` again resumes from the last checkpoint.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ from finetune.training.train import train
 
 
 def train_func(config: Mapping[str, Any]) -> None:
-    """Do the job of config["job"], or the rest of it. Raises JobError, BadDataset: Ray counts them as failures."""
+    """Train config["job"], or resume it. Raises JobError, BadDataset."""
     from ray.train import report
 
     folder = Path(config["job"])
     numbers: dict[str, float] = {}
 
-    def hear(event: JobEvent) -> None:
+    def record(event: JobEvent) -> None:
         if isinstance(event, Done):
             numbers.update(steps=event.steps, seconds=event.seconds, train_loss=event.train_loss_last)
             numbers.update(test_loss=event.test_loss or 0.0, test_loss_base=event.test_loss_base or 0.0)
@@ -35,5 +35,5 @@ def train_func(config: Mapping[str, Any]) -> None:
             with (folder / "events.jsonl").open("a", encoding="utf-8") as file:
                 file.write(dump_event(event) + "\n")
 
-    train(folder, Spec.read(folder), hear, threading.Event())
-    report(numbers)  # every worker once, since Ray waits for all of them
+    train(folder, Spec.read(folder), record, threading.Event())
+    report(numbers)  # Ray waits for a report of every worker

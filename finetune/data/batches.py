@@ -1,8 +1,7 @@
-"""Which rows are trained in which step: a pure function of lengths, data, seed and epoch. Knows no text and no model.
+"""Batching: which rows are trained in which step, and tensors of a micro-batch.
 
-Rows of like length go together, so that hardly any padding is computed; which of them, and in which order the steps
-come, is drawn anew in each epoch. A step is the rows of one optimiser step; it is worked off in micro-batches, whose
-size bounds memory and the time until a stop is noticed.
+Rows of similar length share a micro-batch, so little padding is computed; their choice and the order of steps are
+shuffled in each epoch. A step is one optimiser step; the size of its micro-batches bounds memory and stop latency.
 """
 
 from __future__ import annotations
@@ -21,27 +20,27 @@ from finetune.data import packed_layout
 Micro = tuple[int, ...]
 Step = tuple[Micro, ...]
 
-POOL_STEPS = 50  # rows are sorted by length within pools of so many steps: like lengths together, yet drawn by chance
+POOL_STEPS = 50  # rows are sorted by length within shuffled pools of this many steps
 
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Rows padded on the right, or packed into one row. Padding is never recognised by its id."""
+    """Rows right-padded, or packed into one sequence. Padding is masked, not recognised by its id."""
 
     ids: Tensor  # (B, T) int64
-    taught: Tensor  # (B, T) bool: the model is to say this token
-    attention: Tensor | None  # (B, T) int64, or (1, 1, T, T) bool of a packed row; None where nothing is padded
-    positions: Tensor | None  # (1, T) int64 of a packed row
-    tokens: int  # of the rows, without padding
-    supervised: int  # how many losses are summed
+    taught: Tensor  # (B, T) bool: the token is in the loss
+    attention: Tensor | None  # (B, T) int64; (1, 1, T, T) bool if packed; None without padding
+    positions: Tensor | None  # (1, T) int64 if packed
+    tokens: int  # without padding
+    supervised: int  # tokens in the loss
 
 
 def plan_epoch(
     lengths: Sequence[int], *, rows_per_step: int, micro_tokens: int, data_sha256: str, seed: int, epoch: int
 ) -> list[Step]:
-    """The steps of one epoch as row numbers; every row exactly once. Raises ValueError for sizes below 1.
+    """The steps of one epoch as row numbers, each row once. Raises ValueError for sizes below 1.
 
-    A micro-batch holds at most micro_tokens tokens with its padding, but always at least one row.
+    A micro-batch holds at most micro_tokens tokens including padding, or one row.
     """
     if rows_per_step < 1 or micro_tokens < 1:
         raise ValueError(f"rows_per_step={rows_per_step}, micro_tokens={micro_tokens}: both must be at least 1")
@@ -58,7 +57,7 @@ def plan_epoch(
 
 
 def split_step(rows: Sequence[int], lengths: Sequence[int], *, micro_tokens: int) -> Step:
-    """Cut rows into micro-batches in order of length; none exceeds micro_tokens with padding unless it is one row."""
+    """Split rows, sorted by length, into micro-batches of at most micro_tokens tokens including padding, or one row."""
     micros: list[list[int]] = []
     for row in sorted(rows, key=lambda row: lengths[row]):
         if micros and (len(micros[-1]) + 1) * lengths[row] <= micro_tokens:
@@ -69,7 +68,7 @@ def split_step(rows: Sequence[int], lengths: Sequence[int], *, micro_tokens: int
 
 
 def collate(rows: Sequence[TrainingRow], device: torch.device) -> Batch:
-    """Pad rows on the right into one batch. The padding's id is 0 and never looked at."""
+    """Right-pad rows into one batch."""
     width = max(len(row.ids) for row in rows)
     ids = torch.zeros(len(rows), width, dtype=torch.int64)
     taught = torch.zeros(len(rows), width, dtype=torch.bool)
@@ -78,7 +77,7 @@ def collate(rows: Sequence[TrainingRow], device: torch.device) -> Batch:
         ids[i, : len(row.ids)] = torch.tensor(row.ids)
         taught[i, : len(row.ids)] = torch.tensor(row.supervised)
         attention[i, : len(row.ids)] = 1
-    taught[:, 0] = False  # nothing comes before the first token, so nothing could have predicted it
+    taught[:, 0] = False  # nothing predicts the first token
     padded = not bool(attention.all())
     return Batch(
         ids=ids.to(device),
@@ -91,9 +90,9 @@ def collate(rows: Sequence[TrainingRow], device: torch.device) -> Batch:
 
 
 def shared_prefix(rows: Sequence[TrainingRow]) -> int:
-    """How many tokens all rows begin with: the instructions they stand under. What is taught comes later in each.
+    """Length of the common prefix of all rows (their instructions), before any token in the loss.
 
-    At least one token that is not taught stays with every row, since `pack` cannot predict a row's first own token.
+    Each row keeps at least one token outside the loss, since `pack` does not predict a row's first own token.
     """
     first = rows[0]
     limit = min((row.supervised.index(True) if True in row.supervised else len(row.ids)) - 1 for row in rows)
@@ -104,10 +103,10 @@ def shared_prefix(rows: Sequence[TrainingRow]) -> int:
 
 
 def pack(rows: Sequence[TrainingRow], device: torch.device, *, prefix: int) -> Batch:
-    """Rows as one: the prefix that they share once, then what each has of its own, which sees the prefix and itself.
+    """One sequence: the shared prefix once, then each row's own tokens, which attend to the prefix and themselves.
 
-    The loss is that of `collate` (dropout falls on the prefix once instead of once per row), without padding and
-    without computing the channel's instructions again for each row.
+    The loss equals that of `collate` (but dropout falls on the prefix once, not once per row), without padding and
+    without computing the instructions once per row.
     """
     ids, taught = list(rows[0].ids[:prefix]), [False] * prefix
     positions, owner = list(range(prefix)), [0] * prefix

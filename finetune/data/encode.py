@@ -1,4 +1,4 @@
-"""Conversations -> token ids and what of them is taught, exactly as they are served. Knows no files and no model."""
+"""Conversations -> token ids and loss mask, rendered as they are served."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from finetune.data.records import BadRecord, Conversation, Turn, under_instructi
 
 @dataclass(frozen=True, slots=True)
 class Row:
-    """One row of training; `key` is its conversation's, `served` what of it was rendered."""
+    """One training row; `key` is its conversation's, `served` the rendered part of it."""
 
     row: TrainingRow
     key: str
@@ -32,9 +32,9 @@ def encode(
     max_tokens: int,
     report: Report,
 ) -> list[Row]:
-    """The rows that fit max_tokens; the oldest exchanges of longer ones are left out. Writes into `report`.
+    """Rows of at most max_tokens tokens; longer conversations lose their oldest exchanges. Updates `report`.
 
-    Raises BadDataset if too few are left.
+    Raises BadDataset if too few rows are left.
     """
     rows = []
     for conversation in conversations:
@@ -53,12 +53,12 @@ def encode(
 
 
 def prompt_of(row: Row) -> tuple[int, ...]:
-    """What stands before the row's first answer that is taught."""
+    """Token ids before the first answer in the loss."""
     return row.row.ids[: row.row.supervised.index(True)]
 
 
 def under_questions_of(row: Row, other: Row, tokenizer: ChatTokenizer) -> TrainingRow:
-    """The row's answers under another row's questions: as many tokens are taught, and they are the same."""
+    """The row's answers under another row's questions; the tokens in the loss are the same."""
     asked = [turn for turn in other.served.turns if turn.message.role is Role.USER]
     turns, questions = [], 0
     for turn in row.served.turns:
@@ -72,7 +72,7 @@ def under_questions_of(row: Row, other: Row, tokenizer: ChatTokenizer) -> Traini
 def encode_one(
     conversation: Conversation, tokenizer: ChatTokenizer, *, max_tokens: int
 ) -> tuple[TrainingRow, Conversation]:
-    """(row, what of the conversation is in it). Raises BadRecord if even the last exchange is too long."""
+    """(row, rendered conversation). Raises BadRecord if even the last exchange is too long."""
     length = 0
     for shorter in _shorter_and_shorter(conversation):
         row = _taught_only(render(shorter, tokenizer), shorter)
@@ -92,7 +92,7 @@ def render(conversation: Conversation, tokenizer: ChatTokenizer) -> TrainingRow:
 
 
 def _shorter_and_shorter(conversation: Conversation) -> Iterator[Conversation]:
-    """The conversation, then without its first exchange, and so on down to the last; a system turn stays."""
+    """The conversation, then without its first exchange, and so on; the system turn stays."""
     head = 1 if conversation.turns[0].message.role is Role.SYSTEM else 0
     starts = [i for i, turn in enumerate(conversation.turns) if turn.message.role is Role.USER]
     for start in starts:
@@ -101,12 +101,12 @@ def _shorter_and_shorter(conversation: Conversation) -> Iterator[Conversation]:
 
 
 def _taught_only(row: TrainingRow, conversation: Conversation) -> TrainingRow:
-    """Take the answers of weight 0 out of what is taught. Answers are runs of supervised tokens, in their order."""
+    """Mask answers of weight 0. Answers are runs of supervised tokens, in order."""
     taught = [turn.taught for turn in conversation.turns if turn.message.role is Role.ASSISTANT]
     runs = sum(1 for supervised, _ in groupby(row.supervised) if supervised)
     if all(taught):
         return row
-    if runs != len(taught):  # the template let only the last answer be supervised
+    if runs != len(taught):  # the template supervises only the last answers
         taught = taught[-runs:]
     supervised: list[bool] = []
     answer = -1

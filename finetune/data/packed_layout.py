@@ -12,7 +12,7 @@ ALIKE = 0.8  # rows at least this fraction as long as the longest share a batche
 
 
 class PackedRows:
-    """Rows of like length, one after another, that see `seen` tokens of the prefix and themselves."""
+    """Consecutive rows of similar length, each attending to `seen` prefix tokens and itself."""
 
     def __init__(self, seen: int, start: int, own: Sequence[int]) -> None:
         self.seen, self.own, self.longest = seen, tuple(own), max(own)
@@ -22,7 +22,7 @@ class PackedRows:
         self.later = torch.cat((later.new_zeros(self.longest, seen), later), dim=1)  # (L, seen + L)
 
     def lay(self, given: Tensor) -> Tensor:
-        """(heads, T, D) -> (R, heads, L, D) of the rows' own tokens, zero behind shorter ones."""
+        """(heads, T, D) -> (R, heads, L, D) of the rows' own tokens, zero-padded."""
         laid = given.new_zeros(len(self.own), len(given), self.longest, given.shape[-1])
         self._put(laid, given)
         return laid
@@ -39,33 +39,33 @@ class PackedRows:
             laid[row, :, : self.own[row]] = given[:, place]
 
     def take(self, laid: Tensor, to: Tensor) -> None:
-        """The way back of `lay`: (R, heads, L, D) into (heads, T, D)."""
+        """Inverse of `lay`: (R, heads, L, D) into (heads, T, D)."""
         for row, place in enumerate(self.places):
             to[:, place] = laid[row, :, : self.own[row]]
 
     def take_seen(self, laid: Tensor, to: Tensor) -> None:
-        """The way back of `lay_seen`, for gradients: what all rows give to the prefix is added up."""
+        """Adjoint of `lay_seen`, for gradients: prefix gradients are summed over rows."""
         to[:, : self.seen] += laid[:, :, : self.seen].sum(0)
         self.take(laid[:, :, self.seen :], to)
 
 
 class Layout:
-    """How rows lie in a packed one: the prefix, then each row's own tokens."""
+    """Packed sequence: the prefix, then each row's own tokens."""
 
     def __init__(self, prefix: int, own: Sequence[int]) -> None:
-        self.pieces = [PackedRows(0, 0, [prefix])]  # first: in `take_seen` the others add to what it has put there
+        self.pieces = [PackedRows(0, 0, [prefix])]  # first: `take_seen` of the others adds to it
         start = prefix
         for some in _alike(own):
             self.pieces.append(PackedRows(prefix, start, some))
             start += sum(some)
 
     def scores(self) -> int:
-        """How many pairs of tokens one head looks at."""
+        """Attention scores per head."""
         return sum(len(one.own) * one.longest * (one.seen + one.longest) for one in self.pieces)
 
 
 def _alike(own: Sequence[int]) -> Iterator[list[int]]:
-    """Neighbours of like length."""
+    """Groups of consecutive rows of similar length."""
     some: list[int] = []
     for count in own:
         if some and min(*some, count) < ALIKE * max(*some, count):

@@ -1,7 +1,6 @@
-"""Personal data in a text: mail addresses, phones, cards, IBANs, access tokens. Pure; knows no files and no model.
+"""Personal data in a text: mail addresses, phone numbers, cards, IBANs, access tokens, by pattern and checksum.
 
-Patterns with their checksums where there are any (Luhn for cards, ISO 7064 mod 97 for IBANs). They find what has a
-form; a name or a street has none, so "nothing found" is no promise that nothing is there.
+Luhn for cards, ISO 7064 mod 97 for IBANs. Names and street addresses have no pattern and are not found.
 """
 
 from __future__ import annotations
@@ -9,7 +8,7 @@ from __future__ import annotations
 import re
 from collections import Counter
 
-# A character of a word where words are set apart: Thai, Chinese, Japanese and Korean stand close to what is found.
+# A word character of scripts with spaces between words; Thai, Lao, Chinese, Japanese and Korean have none.
 _W = r"[^\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
 _TOKEN = re.compile(
     rf"(?<!{_W})(?:sk-[A-Za-z0-9_-]{{20,200}}|xox[abeprs]-[A-Za-z0-9_-]{{10,200}}|xapp-[A-Za-z0-9_-]{{10,200}}"
@@ -31,18 +30,18 @@ KINDS = tuple(kind for kind, _ in _PATTERNS)
 
 
 def find(text: str) -> Counter[str]:
-    """How often each kind of KINDS is in the text; what one kind has taken is of no other."""
+    """Occurrences by kind (KINDS); a piece of text counts for one kind only."""
     return _taken(text)[1]
 
 
 def redact(text: str) -> tuple[str, int]:
-    """(the text with a word like [phone] in the place of each piece that `find` counts, how many there were)."""
+    """(text with each piece that `find` counts replaced by [kind], number of replacements)."""
     left, found = _taken(text)
     return left, found.total()
 
 
 def _taken(text: str) -> tuple[str, Counter[str]]:
-    """What one takes may show another that stood close to it: so each has its turn as often as there are kinds."""
+    """Repeats all patterns, since a replacement may expose an adjacent match."""
     found: Counter[str] = Counter()
     for _ in _PATTERNS:
         before = found.total()
@@ -55,28 +54,28 @@ def _taken(text: str) -> tuple[str, Counter[str]]:
 
 
 def _without(kind: str, pattern: re.Pattern[str], text: str) -> tuple[str, int]:
-    """Behind each piece the text begins anew: what follows without a gap is found too."""
+    """Searches the rest after a match as a new text, so adjacent matches are found."""
     kept, count, at = [], 0, 0
     while match := pattern.search(text, at):
         at = match.end()
-        if _is_true(kind, match[0]):
+        if _is_valid(kind, match[0]):
             kept.append(f"{text[: match.start()]}[{kind}]")
             text, count, at = text[at:], count + 1, 0
     return "".join([*kept, text]), count
 
 
-def _is_true(kind: str, text: str) -> bool:
+def _is_valid(kind: str, text: str) -> bool:
     return _is_card(text) if kind == "card" else _is_iban(text) if kind == "iban" else True
 
 
 def _is_card(text: str) -> bool:
-    """Luhn's sum: every second digit from the right doubled, digits of the doubles added."""
+    """Luhn checksum."""
     digits = [int(char) for char in reversed(text) if char.isdigit()]
     doubled = [sum(divmod(2 * digit, 10)) for digit in digits[1::2]]
     return len(set(digits)) > 1 and (sum(digits[::2]) + sum(doubled)) % 10 == 0
 
 
 def _is_iban(text: str) -> bool:
-    """ISO 13616: the first four characters to the end, letters as 10 to 35, and the number is 1 modulo 97."""
+    """ISO 13616 checksum."""
     packed = text.replace(" ", "")
     return int("".join(str(int(char, 36)) for char in packed[4:] + packed[:4])) % 97 == 1

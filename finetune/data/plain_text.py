@@ -1,6 +1,6 @@
-"""Plain text -> rows of tokens, all of which are taught: what a model that begins from nothing learns a language from.
+"""Plain text -> rows of tokens, all in the loss: pre-training data for a new model.
 
-A text is cut at its paragraphs into rows as long as they may be; only its end is taught as an end. Knows no model.
+The text is cut at paragraphs into rows as long as allowed; only the last row ends with the end token.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from finetune.data.reader import GZIP, Report, bad, check_enough
 from finetune.data.records import Conversation
 
 SUFFIXES = (".txt", ".md", ".text", ".txt.gz", ".md.gz")
-MAX_BYTES = 64 * 10**6  # unpacked; what of it becomes numbers is 40 times as large in memory
+MAX_BYTES = 64 * 10**6  # unpacked; token ids take 40 times as much memory
 _PARAGRAPH = re.compile(r"\n[ \t]*\n\s*")
 NOTHING = Conversation((), "")
 
@@ -29,7 +29,7 @@ def is_plain(path: Path) -> bool:
 
 
 def read_text(path: Path) -> str:
-    """Raises BadDataset for a file that is too large, or no UTF-8."""
+    """Raises BadDataset for a file that is too large or not UTF-8."""
     with path.open("rb") as file:
         packed = file.read(2) == GZIP
     try:
@@ -46,11 +46,11 @@ def read_text(path: Path) -> str:
 
 
 def encode_text(text: str, tokenizer: Any, *, max_tokens: int, report: Report) -> list[Row]:
-    """Rows of at most max_tokens tokens, each once. Writes into `report`; raises BadDataset if they are too few."""
+    """Distinct rows of at most max_tokens tokens. Updates `report`; raises BadDataset if there are too few."""
     rows: dict[str, Row] = {}
     for line, ids in _cut(text, tokenizer, max_tokens):
         if len(ids) < 2:
-            continue  # what is left of a long paragraph: nothing comes before it that could predict it
+            continue  # a remainder of one token, which nothing predicts
         report.rows += 1
         key = hashlib.sha256(repr(ids).encode()).hexdigest()
         if key in rows:
@@ -63,13 +63,13 @@ def encode_text(text: str, tokenizer: Any, *, max_tokens: int, report: Report) -
 
 
 def second_half(row: TrainingRow) -> TrainingRow:
-    """The same, where only the second half counts: what it says after what came before."""
+    """The row with only its second half in the loss."""
     half = len(row.ids) // 2
     return TrainingRow(row.ids, (False,) * half + (True,) * (len(row.ids) - half))
 
 
 def behind(row: TrainingRow, other: TrainingRow) -> TrainingRow:
-    """The row's second half behind another's first."""
+    """The second half of the row after the first half of another."""
     before, own = other.ids[: len(other.ids) // 2], row.ids[len(row.ids) // 2 :]
     return TrainingRow(before + own, (False,) * len(before) + (True,) * len(own))
 
@@ -95,7 +95,7 @@ def _cut(text: str, tokenizer: Any, limit: int) -> Iterator[tuple[int, list[int]
 
 
 def _paragraphs(text: str, tokenizer: Any) -> Iterator[tuple[str, Sequence[int]]]:
-    """Each with the blank lines behind it. What looks like a control token is text."""
+    """Paragraphs with their trailing blank lines. Control tokens in the text are encoded as text."""
     at = 0
     for found in _PARAGRAPH.finditer(text):
         yield (piece := text[at : found.end()]), _encode(piece, tokenizer)

@@ -1,7 +1,6 @@
-"""A data set's file -> conversations, with a report by line. Knows no tokens and no model.
+"""A data file (JSONL or CSV, plain or gzip, UTF-8) -> conversations and a report by line.
 
-JSONL or CSV, plain or gzip, in UTF-8. A line that cannot be used is rejected with its reason and the others go on;
-a file that cannot be read to its end, or that is larger than memory should hold, is refused as a whole.
+An unusable line is rejected with its reason; an unreadable or too large file is refused as a whole.
 """
 
 from __future__ import annotations
@@ -26,29 +25,29 @@ MAX_LINE_BYTES = 64 * 1024
 MAX_LINES = 200_000
 MAX_DEPTH = 8
 MIN_ROWS = 10
-NAMED = 20  # so many rejected or mended lines are named; the rest is counted
+NAMED = 20  # rejected or mended lines listed; the rest is counted
 BOM, GZIP = b"\xef\xbb\xbf", b"\x1f\x8b"
-PDF, ZIP = b"%PDF-", b"PK\x03\x04"  # how files begin that people take for data sets
+PDF, ZIP = b"%PDF-", b"PK\x03\x04"  # file types often sent by mistake
 Stream = io.BufferedIOBase | IO[bytes]
 TWO_BYTE_BOMS = (b"\xff\xfe", b"\xfe\xff")
 
 
 @dataclass(slots=True)
 class Report:
-    """What became of a file's rows: rows = used + duplicates + rejected. The first of them are named, by line."""
+    """Counts of a file's rows: rows = used + duplicates + rejected; the first ones are listed by line."""
 
     rows: int = 0
     used: int = 0
     duplicates: int = 0
     rejected: int = 0
     mended: int = 0
-    near: int = 0  # used, and the same as an earlier one but for case, punctuation and spaces
-    first_near: int = 0  # its line
+    near: int = 0  # used, but equal to an earlier row up to case, punctuation and spaces
+    first_near: int = 0  # line of the first
     rejections: list[Lazy] = field(default_factory=list)
     mendings: list[Lazy] = field(default_factory=list)
     doubled: list[int] = field(default_factory=list)  # lines
     first: int = 0  # the line of the first rejection
-    personal: dict[str, tuple[int, int]] = field(default_factory=dict)  # kind: (how many, the first one's line)
+    personal: dict[str, tuple[int, int]] = field(default_factory=dict)  # kind -> (count, line of the first)
 
     def reject(self, line: int, reason: Lazy) -> None:
         self.rejected += 1
@@ -74,7 +73,7 @@ class Report:
         return [Lazy(f"data.personal_{kind}", n=n, line=line) for kind, (n, line) in self.personal.items()]
 
     def noted(self) -> list[Lazy]:
-        """What was mended, after what is to be known of all rows together."""
+        """Near duplicates, then mended lines."""
         near = [Lazy("data.near", n=self.near, line=self.first_near)] if self.near else []
         return [*near, *self.mendings]
 
@@ -85,18 +84,16 @@ class Report:
 
 
 def bad(line: int, key: str, **fields: object) -> BadDataset:
-    """The file as a whole cannot be used, for what stands in that line, or 0; `fields["reason"]` is a sentence of
-    [data].
-    """
+    """The error that refuses the file for `line` (0: no line); `key` is a message of [data]."""
     reason = Lazy(f"data.{key}", **fields)
     where = f"line {line}: " if line else ""
     return BadDataset(detail=f"{where}{reason.render('en')}", line=line, reason=reason)
 
 
 def read(path: Path, columns: Mapping[str, str] | None = None) -> tuple[list[Conversation], Report]:
-    """All usable conversations, each once, in the order of the file. `columns` names question, answer and system.
+    """Distinct usable conversations in file order. `columns` maps question, answer and system to names in the file.
 
-    Raises BadDataset (line, reason) if the file as a whole cannot be used.
+    Raises BadDataset if the file cannot be used.
     """
     report = Report()
     found: dict[str, Conversation] = {}
@@ -127,7 +124,7 @@ def read(path: Path, columns: Mapping[str, str] | None = None) -> tuple[list[Con
 
 
 def check_enough(report: Report) -> None:
-    """Raises BadDataset if too little is usable; it names the first rejected line."""
+    """Raises BadDataset, naming the first rejected line, if too few rows are usable."""
     if report.used < MIN_ROWS and not report.rejections:
         raise bad(report.first, "few_rows", used=report.used, fewest=MIN_ROWS)
     first = report.rejections[0] if report.rejections else None
@@ -139,7 +136,7 @@ def check_enough(report: Report) -> None:
 
 
 def _records(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[int, Any]]:
-    """(line, record); the record is a BadRecord where the line does not even parse."""
+    """(line, record); BadRecord in place of a line that does not parse."""
     with path.open("rb") as file:
         packed = file.read(2) == GZIP
         file.seek(0)
@@ -157,10 +154,7 @@ def _records(path: Path, columns: Mapping[str, str]) -> Iterator[tuple[int, Any]
 
 
 class _Lines:
-    """Counted lines of bytes, none longer than MAX_LINE_BYTES, at most MAX_BYTES of them in all.
-
-    A longer line comes out as None, its rest skipped.
-    """
+    """Numbered lines of at most MAX_LINE_BYTES, MAX_BYTES in total. A longer line is skipped and read as None."""
 
     def __init__(self, stream: Stream) -> None:
         self.stream = stream
@@ -169,7 +163,7 @@ class _Lines:
         self._again: bytes | None = None
 
     def first(self) -> bytes:
-        """The first line that holds anything, without a byte order mark; it will be read again."""
+        """The first non-blank line without byte order mark; iteration yields it again."""
         line: bytes | None = b"\n"
         while line and not line.strip():
             line = self._next()
@@ -190,7 +184,7 @@ class _Lines:
             yield following
 
     def _next(self) -> bytes | None:
-        """The next line, b"" at the end, None for one that is too long."""
+        """The next line, b"" at the end, None if too long."""
         line = self._read()
         if not line:
             return b""
@@ -226,7 +220,7 @@ def _json_records(lines: _Lines) -> Iterator[tuple[int, Any]]:
 
 
 def parse_json(line: bytes) -> Any:
-    """One JSON value of bounded depth and size. Raises BadRecord for all else: NaN, nesting, digits without end."""
+    """One JSON value of bounded depth. Raises BadRecord, also for NaN and over-long integers."""
     try:
         value = json.loads(line.decode("utf-8"), parse_constant=_refuse_constant)
     except BadRecord:

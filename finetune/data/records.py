@@ -1,6 +1,6 @@
-"""One record of a data set, as JSON or CSV gave it -> one conversation. Pure; knows no files, templates or tokens.
+"""One record from JSON or CSV -> one conversation.
 
-Five shapes are read, told apart by their keys:
+Five formats, recognised by their keys:
 
     {"messages": [{"role": "user", "content": "..."}, ...]}             OpenAI; each with an optional "weight" of 0 or 1
     {"conversations": [{"from": "human", "value": "..."}, ...]}         ShareGPT
@@ -8,8 +8,8 @@ Five shapes are read, told apart by their keys:
     {"instruction": "...", "input": "...", "output": "..."}             Alpaca
     {"question": "...", "answer": "..."}, or q and a                    also in CSV, like the two before
 
-A "system" beside them is the system turn. Where none of these keys is there, a question and an answer are recognised by
-other names that people give them; or the operator has named them.
+A "system" key is the system turn. Otherwise common names of question and answer columns in several languages are
+recognised, or the operator names the columns.
 """
 
 from __future__ import annotations
@@ -25,13 +25,13 @@ from core.i18n.messages import Lazy, Refusal
 from core.types import Message, Role
 
 MAX_TURNS = 400
-ALIKE = 32  # so many hexadecimal digits of their keys do near doubles share
+ALIKE = 32  # hexadecimal digits of the key that near duplicates share
 ROLES = {
     **dict.fromkeys(("system", "developer"), Role.SYSTEM),
     **dict.fromkeys(("user", "human"), Role.USER),
     **dict.fromkeys(("assistant", "gpt", "bot", "chatgpt", "model"), Role.ASSISTANT),
 }
-SHAPES: tuple[tuple[str, ...], ...] = (  # a record is of the first shape whose keys it has
+SHAPES: tuple[tuple[str, ...], ...] = (  # the first whose keys a record has
     ("messages",),
     ("conversations",),
     ("prompt", "completion"),
@@ -53,7 +53,7 @@ ANSWER = frozenset(
 
 
 class BadRecord(Refusal):
-    """The record cannot be used; `reason`, a sentence of the section [data], says why, without repeating its text."""
+    """The record cannot be used; `reason` is a message of [data] and never quotes the text."""
 
     def __init__(self, key: str, **fields: object) -> None:
         super().__init__(f"data.{key}", **fields)
@@ -61,14 +61,14 @@ class BadRecord(Refusal):
 
 class Turn(NamedTuple):
     message: Message
-    taught: bool  # the model learns to say it
+    taught: bool  # in the loss
 
 
 @dataclass(frozen=True, slots=True)
 class Conversation:
-    """Leading system turn (or none), then user and assistant in turn; the last is the assistant's.
+    """An optional system turn, then user and assistant alternating; the last is the assistant's.
 
-    `line` is where it begins in the file; `key` names it by what it says, before any instructions are added.
+    `line` is its first line in the file; `key` hashes its text without the channel's instructions.
     """
 
     turns: tuple[Turn, ...]
@@ -82,7 +82,7 @@ class Conversation:
 
 @dataclass(slots=True)
 class Mending:
-    """Collects what was changed so that a record could be used."""
+    """Collects the repairs of a record."""
 
     said: list[Lazy]
 
@@ -93,7 +93,7 @@ class Mending:
 
 
 def read_record(record: Any, columns: Mapping[str, str] | None = None) -> tuple[Conversation, tuple[Lazy, ...]]:
-    """(conversation, what had to be mended). `columns` names question, answer and system. Raises BadRecord."""
+    """(conversation, repairs). `columns` maps question, answer and system to names in the file. Raises BadRecord."""
     if not isinstance(record, Mapping):
         raise BadRecord("no_object", kind=_kind(record))
     mending = Mending([])
@@ -103,8 +103,8 @@ def read_record(record: Any, columns: Mapping[str, str] | None = None) -> tuple[
 
 
 def conversation_key(conversation: Conversation) -> str:
-    """By it rows are known as the same, and are split: half a sha256 of what is said without case, punctuation and
-    spaces, so that near doubles fall into one part; and half of it as it is said.
+    """Identity for duplicates and the split: half a SHA-256 of the text without case, punctuation and spaces (equal for
+    near duplicates, so they share a part), then half a SHA-256 of the exact text.
     """
     said = [(turn.message.role.value, turn.message.text) for turn in conversation.turns]
     return _hash([(role, bare(text)) for role, text in said])[:ALIKE] + _hash(said)[ALIKE:]
@@ -141,7 +141,7 @@ def under_instructions(conversation: Conversation, instructions: str) -> Convers
 
 
 def pair_of(names: Iterable[str]) -> tuple[str, str] | None:
-    """Which of these names are those of a question and its answer, where there is no doubt."""
+    """The (question, answer) column names, if unambiguous."""
     known = list(names)
     asked = [name for name in known if _plain(name) in QUESTION]
     said = [name for name in known if _plain(name) in ANSWER]
@@ -149,7 +149,7 @@ def pair_of(names: Iterable[str]) -> tuple[str, str] | None:
 
 
 def find_name(names: Iterable[str], wanted: str) -> str | None:
-    """The name that was meant: the very same, or the same but for case and spaces."""
+    """The equal name, or one equal up to case and spaces."""
     known = list(names)
     return wanted if wanted in known else next((name for name in known if _plain(name) == _plain(wanted)), None)
 
@@ -159,7 +159,7 @@ def _plain(name: str) -> str:
 
 
 def _named(record: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """The record under our own names. Raises BadRecord naming a key that is not there."""
+    """The record under standard keys. Raises BadRecord naming a missing key."""
     found: dict[str, Any] = {}
     for ours, theirs in columns.items():
         name = find_name((key for key in record if isinstance(key, str)), theirs)
@@ -234,7 +234,7 @@ def _message(given: Any, number: int, mending: Mending) -> Turn:
 
 
 def _joined(content: Any, number: int) -> Any:
-    """A content may be a list of parts; those of text are joined, others cannot be trained on."""
+    """Joins a list of text parts; other parts raise BadRecord."""
     if not isinstance(content, list):
         return content
     if not all(isinstance(part, Mapping) and part.get("type") == "text" for part in content):
@@ -246,7 +246,7 @@ def _joined(content: Any, number: int) -> Any:
 
 
 def _text(given: Any, where: str, mending: Mending) -> str:
-    """Text that every later step can hold: no NUL, no half of a surrogate pair."""
+    """Text without NUL and lone surrogates."""
     if not isinstance(given, str):
         raise BadRecord("no_text", where=where, kind=_kind(given))
     text = given
@@ -265,7 +265,7 @@ def _kind(value: Any) -> Lazy:
 
 
 def _in_turn(turns: list[Turn], mending: Mending) -> list[Turn]:
-    """Check that user and assistant speak in turn; join what one of them says in pieces; end with an answer."""
+    """Merge consecutive turns of one role, drop a trailing question, and check that roles alternate."""
     merged: list[Turn] = []
     for turn in turns:
         role, text = turn.message.role, turn.message.text

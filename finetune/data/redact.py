@@ -1,4 +1,4 @@
-"""Conversations -> a file of the same without personal data: another data set. Knows no tokens and no model."""
+"""Writes a copy of a data set without personal data."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ NAME = "redacted.jsonl"
 
 
 def write_redacted(conversations: Sequence[Conversation], folder: Path) -> Redacted:
-    """FOLDER/redacted.jsonl: a row for each conversation, with all turns of it. Raises OSError."""
+    """FOLDER/redacted.jsonl, one row per conversation. Raises OSError."""
     digest, replaced = hashlib.sha256(), 0
     with files.replacing(folder / NAME) as aside, aside.open("wb") as out:
         for conversation in conversations:

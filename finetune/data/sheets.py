@@ -1,7 +1,7 @@
-"""A table as text (CSV of any dialect) -> records. Pure; knows no bytes and no files.
+"""CSV text of any dialect -> records.
 
-Comma, semicolon, tab or bar between the cells: the one under which the columns of a question and its answer are found
-in the header. Cells in double quotes may hold separators and line breaks; "sep=;", which Excel writes first, is read.
+The separator (comma, semicolon, tab or bar) is the one under which the header has a question and an answer column.
+Quoted cells may hold separators and line breaks; Excel's first line "sep=;" is honoured.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ _SAYS_SEPARATOR = re.compile(r'sep=([^\w\s"\0]|\t)\s*', re.IGNORECASE)
 
 
 class BadSheet(Exception):
-    """The table as a whole cannot be used; `key` is of a sentence of the section [data]."""
+    """The table cannot be used; `key` is a message of [data]."""
 
     def __init__(self, line: int, key: str, **fields: object) -> None:
         super().__init__(key)
@@ -30,9 +30,9 @@ class BadSheet(Exception):
 def rows(
     lines: Iterator[str], number: Callable[[], int], columns: Mapping[str, str], *, limit: int
 ) -> Iterator[tuple[int, Any]]:
-    """(line where it begins, record); a BadRecord in the place of a row that does not fit its header.
+    """(first line, record); BadRecord in place of a row that does not fit the header.
 
-    `number` is the line that was read last; `limit` the characters of a cell. Raises BadSheet.
+    `number` returns the number of the line read last; `limit` bounds the characters of a cell. Raises BadSheet.
     """
     csv.field_size_limit(limit)
     head = next(lines)
@@ -58,7 +58,7 @@ def rows(
 
 
 def _separator(head: str, columns: Mapping[str, str]) -> str:
-    """The one under which the header makes sense; else the one that cuts it most."""
+    """The first separator whose header has the needed columns, else the one with most columns."""
     cut = {separator: _cut(head, separator) for separator in SEPARATORS}
     fitting = (separator for separator in SEPARATORS if _fits(cut[separator], columns))
     return next(fitting, max(SEPARATORS, key=lambda separator: len(cut[separator])))

@@ -1,9 +1,8 @@
-"""Which rows train, which validate and which test: by the hash of what is said, for good. Pure.
+"""Splits rows into train, validation and test by the hash of their text.
 
-A row's place depends on its own hash and on how many rows there are, never on their order. The test's rows are those
-of the smallest hashes and its share only shrinks as a set grows, so that over the versions of a set a row moves at most
-from test to train. Near doubles have hashes that begin alike, and so the same place. (In a set of ten rows three are
-left to train on whatever their hashes say; no verdict.)
+A row's part depends on its hash and the number of rows, never on their order. The test set holds the smallest hashes
+and its share only shrinks as a data set grows, so between versions of a data set a row moves at most from test to
+train. Near duplicates share a hash prefix and so a part. With fewer than some 20 rows the minimum sizes decide.
 """
 
 from __future__ import annotations
@@ -15,7 +14,7 @@ from itertools import count
 SMALL, LARGE = 200, 600  # rows
 SHARE_SMALL, SHARE_LARGE = 0.30, 0.10  # of the test
 VALIDATION = 0.05
-FEWEST = 3  # rows in test and in validation, however few there are
+FEWEST = 3  # rows in test and in validation at least
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,7 +33,7 @@ def share_of_test(rows: int) -> float:
 
 
 def rows_missing(rows: int, tested: int, fewest: int) -> int:
-    """About how many more rows bring the test to `fewest` of them; 0 where it has as many."""
+    """About how many more rows the data set needs for `fewest` test rows."""
     if tested >= fewest:
         return 0
     enough = next(n for n in count(rows + 1) if n * share_of_test(n) >= fewest)
@@ -42,7 +41,7 @@ def rows_missing(rows: int, tested: int, fewest: int) -> int:
 
 
 def split(keys: Sequence[str]) -> Split:
-    """`keys` are hashes in hexadecimal, all different. Raises ValueError for fewer rows than three parts need."""
+    """`keys` are distinct hexadecimal hashes. Raises ValueError for too few rows."""
     if len(keys) < 3 * FEWEST:
         raise ValueError(f"{len(keys)} rows cannot be split: at least {3 * FEWEST} are needed")
     place = [int(key[:16], 16) / 16**16 for key in keys]  # [0, 1)

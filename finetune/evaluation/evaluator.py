@@ -1,8 +1,7 @@
-"""The candidate's examination: what it, the champion and the base make of rows that neither training nor stopping saw.
+"""Evaluates the candidate, the champion and the base model on the test rows.
 
-Measures, and leaves what it measured row by row in JOBDIR/scores.json (line numbers and losses, never a text), so that
-the arithmetic of finetune.evaluation.gate can be redone without a model. Knows nothing of training: a candidate is
-whatever delta the model carries, or an adapter folder that somebody else trained.
+The candidate is whatever delta the model carries, or an adapter folder. Losses by row and line number, never texts, are
+kept in JOBDIR/scores.json, so that finetune.evaluation.gate can be recomputed without a model.
 """
 
 from __future__ import annotations
@@ -31,15 +30,15 @@ from finetune.prepare import Prepared
 log = logging.getLogger(__name__)
 SCORES = "scores.json"
 MOST_SHOWN, MOST_CHARACTERS = 20, 300
-Carrying = Callable[[], AbstractContextManager[object]]  # within it the model answers as the candidate does
-Tell = Callable[[Evaluated], None]
-Warn = Callable[..., None]  # (key of a sentence, its fields)
-Keep = Callable[[Path, bytes], None]  # writes a file durably, if it is this process that writes
+Carrying = Callable[[], AbstractContextManager[object]]  # a context in which the model is the candidate
+EmitEvaluated = Callable[[Evaluated], None]
+Warn = Callable[..., None]  # (message key, fields)
+Write = Callable[[Path, bytes], None]  # writes a file durably, on rank 0
 
 
 @dataclass(frozen=True, slots=True)
 class Evaluation:
-    """`losses` are named as in the manifest: test_base, test_candidate, ability."""
+    """`losses` has the keys of the manifest: test_base, test_candidate, ability."""
 
     judged: Judged
     losses: dict[str, float]
@@ -50,13 +49,13 @@ class Evaluator:
     folder: Path
     spec: Spec
     prepared: Prepared
-    own: OwnAnswers
+    retention: OwnAnswers
     trained: Trained
-    meter: RowLosses
+    row_losses: RowLosses
     warn: Warn
-    keep: Keep = files.write
+    write: Write = files.write
 
-    def take(self, candidate: Carrying, tell: Tell, *, step: int = 0) -> Evaluation:
+    def evaluate(self, candidate: Carrying, emit: EmitEvaluated, *, step: int = 0) -> Evaluation:
         """Raises JobError for a loss that is not finite; Interrupted."""
         numbers = self.prepared.split.test
         tokens = supervised(self.prepared.tested(numbers))
@@ -69,32 +68,32 @@ class Evaluator:
         for who in ("candidate", "base"):
             _check_finite(who, losses[f"test_{who}"])
             loss = losses[f"test_{who}"]
-            tell(Evaluated(step, "test", loss, len(numbers), "base" if who == "base" else "candidate"))
+            emit(Evaluated(step, "test", loss, len(numbers), "base" if who == "base" else "candidate"))
         health, kept = self._health(candidate) if self.spec.ability else (Health(), {})
         if health.ability is not None:
             losses["ability"] = health.ability
         lines = [self.prepared.encoded[number].line for number in numbers]
         scores = {"candidate": asdict(mine), "champion": asdict(champion), "base": asdict(base)}
         everything = {"lines": lines, "tokens": tokens, **scores, "health": asdict(health), "ability": kept}
-        self.keep(self.folder / SCORES, json.dumps(everything).encode())
+        self.write(self.folder / SCORES, json.dumps(everything).encode())
         judged = judge(
             mine, champion, tokens, champion_label=label, seed=self.spec.hyper.seed, health=health, lines=lines
         )
-        if not self.prepared.plain:  # the pieces of a text ask nothing
-            self.keep(self.folder / SHOWN, self._shown(judged).dump().encode())
+        if not self.prepared.plain:  # plain text has no questions
+            self.write(self.folder / SHOWN, self._shown(judged).dump().encode())
         return Evaluation(judged, losses)
 
     def _shown(self, judged: Judged) -> Shown:
-        """The texts of the rows that lost most, and questions that a person may compare answers on."""
+        """Texts of the worst rows, and questions for comparing answers by hand."""
         rows = [self.prepared.encoded[number] for number in self.prepared.split.test]
-        text_of = {row.line: _asked_and_said(row) for row in rows}
-        unseen = sorted(rows, key=lambda row: row.key)[:MOST_SHOWN]  # by hash: neither the first nor the easiest
+        text_of = {row.line: _question_and_answer(row) for row in rows}
+        unseen = sorted(rows, key=lambda row: row.key)[:MOST_SHOWN]  # by hash: an arbitrary sample
         return Shown(
             tuple((*one, *text_of[one[0]]) for one in judged.worst), tuple(text_of[row.line] for row in unseen)
         )
 
     def _champion(self, base: Scores) -> tuple[Scores, str]:
-        """What answers now; the base where nothing does, or where that cannot be read any more."""
+        """Scores and label of the champion; of the base model where there is none, or it cannot be loaded."""
         if self.spec.champion:
             try:
                 with self.trained.version(self.folder / self.spec.champion, self.prepared.base.fingerprint):
@@ -106,26 +105,28 @@ class Evaluator:
 
     def _scores(self, numbers: Sequence[int]) -> Scores:
         own, other = self.prepared.tested(numbers), self.prepared.swapped(numbers)
-        return Scores(self.meter.row_losses(own), self.meter.row_losses(other))
+        return Scores(self.row_losses.of(own), self.row_losses.of(other))
 
     def _health(self, candidate: Carrying) -> tuple[Health, dict[str, Any]]:
-        """What the base could do and how its answers end, against the candidate's; and the losses that it rests on."""
-        measured = self.own.measured
+        """Retention and soundness of the candidate against the base model, and the losses behind them."""
+        measured = self.retention.measured
         rows = [self.prepared.encoded[number] for number in self.prepared.split.test]
         most = sanity.longest([sum(row.row.supervised) for row in rows[: sanity.ASKED]])
-        room = self.prepared.base.context - most  # a question that leaves less is not asked: its answer would be cut
+        room = self.prepared.base.context - most  # longer questions would leave too little context for the answer
         prompts = [ids for row in rows if len(ids := prompt_of(row)) <= room][: sanity.ASKED]
         with candidate():
-            after, unsound = self.meter.row_losses(measured), self._unsound(prompts, most)
+            after, unsound = self.row_losses.of(measured), self._unsound(prompts, most)
         with self.trained.untrained():
-            before, unsound_base = self.meter.row_losses(measured), self._unsound(prompts, most)
+            before, unsound_base = self.row_losses.of(measured), self._unsound(prompts, most)
         sound = Health(unsound=unsound, unsound_base=unsound_base, asked=len(prompts))
-        if not measured:  # a model that takes less than a prompt and its answer
+        if not measured:  # the context is too short for the prompts
             return sound, {}
         tokens = supervised(measured)
         _check_finite("ability", sum(after))
-        ability, high, skill, change = forgotten(after, before, tokens, self.own.skills, seed=self.spec.hyper.seed)
-        kept = {"candidate": after, "base": before, "tokens": tokens, "skills": self.own.skills}
+        ability, high, skill, change = forgotten(
+            after, before, tokens, self.retention.skills, seed=self.spec.hyper.seed
+        )
+        kept = {"candidate": after, "base": before, "tokens": tokens, "skills": self.retention.skills}
         return replace(sound, ability=ability, ability_high=high, skill=skill, skill_change=change), kept
 
     def _unsound(self, prompts: Sequence[Sequence[int]], most: int) -> int:
@@ -134,12 +135,12 @@ class Evaluator:
         instructions = (
             tokenizer.encode(self.spec.instructions, add_special_tokens=False) if self.spec.instructions else []
         )
-        said = answer(self.trained.model, prompts, most=most, ends=ends, listen=self.meter.listen)
+        said = answer(self.trained.model, prompts, most=most, ends=ends, check_stop=self.row_losses.check_stop)
         return sum(sanity.unsound(one, instructions, ends) for one in said)
 
 
-def _asked_and_said(row: Row) -> tuple[str, str]:
-    """The first question and its answer, short enough for a chat."""
+def _question_and_answer(row: Row) -> tuple[str, str]:
+    """The first question and its answer, shortened for a chat message."""
     turns = row.served.turns
     first = next(at for at, turn in enumerate(turns) if turn.message.role is Role.USER)
     asked, said = (turns[at].message.text if at < len(turns) else "" for at in (first, first + 1))

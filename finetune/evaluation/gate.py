@@ -1,8 +1,8 @@
-"""Is the candidate better than what answers now, and about these questions? Numbers in, a verdict out. Knows no model.
+"""The gate: is the candidate better than the champion, and is the gain about the questions? Statistics only, no model.
 
-Every row is its own pair: the same answer, scored by both. Intervals are by bootstrap over rows, because rows differ
-far more than models do (Miller 2024, arXiv 2411.00640). *Lift* is the loss of an answer under another row's question
-minus its loss under its own: a model that has learned only a tone gains loss but no lift.
+Rows are paired: candidate and champion score the same answers. Intervals come from a bootstrap over rows, because rows
+differ more than models do (Miller 2024, arXiv 2411.00640). *Lift* is the loss of an answer under another row's question
+minus its loss under its own: a model that learned only the style gains loss but no lift.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from numpy.typing import NDArray
 from core.jobs.protocol import FEWEST_TEST_ROWS, Judged, Verdict, Worse, forgets
 
 WORST_ROWS = 10
-LEAST_LIFT = 0.05  # nats per token; less is nothing, also where it is sure: a shuffled set gave 0.002 to 0.025
-_MORE_UNSOUND = 1  # of the asked: chance
+LEAST_LIFT = 0.05  # nats per token; shuffled data sets gave 0.002 to 0.025
+_MORE_UNSOUND = 1  # allowed by chance
 _SAMPLES = 10_000
-_AT_ONCE = 2**22  # indices drawn at a time
+_AT_ONCE = 2**22  # indices drawn at a time, bounding memory
 Sums = NDArray[np.float64]
 
 
 @dataclass(frozen=True, slots=True)
 class Scores:
-    """Of one model on the test rows: the summed loss of each row's answer under its own and under another question."""
+    """Summed loss of each test row's answer under its own question and under another row's."""
 
     own: Sequence[float]
     other: Sequence[float]
@@ -33,7 +33,9 @@ class Scores:
 
 @dataclass(frozen=True, slots=True)
 class Health:
-    """What a fine-tune must leave as it was; see core.jobs.protocol.Judged."""
+    """Retention and soundness. `ability`: rise in loss (nats per token) on the base model's own greedy answers.
+
+    The other fields are those of core.jobs.protocol.Judged."""
 
     ability: float | None = None
     ability_high: float = 0.0
@@ -60,10 +62,7 @@ def judge(
     health: Health | None = None,
     lines: Sequence[int] = (),
 ) -> Judged:
-    """`tokens` is how many tokens of each row are scored. Losses and lifts are means per token, in nats.
-
-    `lines` says where each row stands in the data set: the worst are named by it.
-    """
+    """Losses and lifts are nats per token. `tokens`: tokens in the loss per row; `lines`: line of each row."""
     health = health or Health()
     n = np.asarray(tokens, dtype=np.float64)
     own, own_before = np.asarray(candidate.own), np.asarray(champion.own)
@@ -90,8 +89,10 @@ def judge(
 def forgotten(
     candidate: Sequence[float], base: Sequence[float], tokens: Sequence[int], skills: Sequence[str], *, seed: int
 ) -> tuple[float, float, str, float]:
-    """Of the base's own answers: (how much worse the candidate knows them, at most so much with 97.5% certainty, the
-    skill that lost most, how much), in nats per token. An answer is a unit: its tokens are not independent."""
+    """Rise in loss on the base model's own answers, nats per token: (mean, 97.5% upper bound, worst skill, its rise).
+
+    The bootstrap resamples answers, since the tokens of one answer are not independent.
+    """
     n, change = np.asarray(tokens, dtype=np.float64), np.asarray(candidate) - np.asarray(base)
     _, high = _interval(change, n, seed)
     names = np.asarray(skills)
@@ -103,7 +104,7 @@ def forgotten(
 
 
 def _worst(own: Sums, before: Sums, lines: Sequence[int]) -> tuple[Worse, ...]:
-    """The rows that lost most against the champion, per token; none that gained."""
+    """The rows with the largest rise in loss per token against the champion."""
     order = np.argsort(before - own, kind="stable")[:WORST_ROWS]
     return tuple((lines[at], round(before[at], 4), round(own[at], 4)) for at in order if lines and own[at] > before[at])
 
@@ -117,7 +118,7 @@ def _verdict(rows: int, high: float, lift_low: float, gained_high: float, health
 
 
 def _interval(sums: Sums, tokens: Sums, seed: int) -> tuple[float, float]:
-    """The middle 95% of the mean per token over rows drawn anew."""
+    """95% bootstrap interval of the mean per token."""
     chance = np.random.default_rng(seed)
     n = len(sums)
     drawn = []

@@ -1,7 +1,4 @@
-"""Whether answers look like answers: they come to an end, do not go round in circles, and do not recite the prompt.
-
-Token ids in, a count out. Knows no model.
-"""
+"""Soundness of an answer: it ends, does not loop, and does not recite the instructions. Works on token ids."""
 
 from __future__ import annotations
 
@@ -9,23 +6,23 @@ from collections.abc import Collection, Sequence
 
 ASKED = 16  # questions of the test rows
 LEAST_TOKENS, MOST_TOKENS = 64, 256
-_RUN = 4  # times that something may stand there one after another
+_RUN = 4  # repetitions that make a loop
 _LONGEST_LOOP = 24
-_LEAK = 12  # tokens of the prompt's instructions in one piece
+_LEAK = 12  # consecutive tokens of the instructions
 
 
 def longest(answers: Sequence[int]) -> int:
-    """How many tokens an answer may take, by how long those of the data are."""
+    """Token limit of an answer, from the lengths of the answers in the data."""
     return min(MOST_TOKENS, max(LEAST_TOKENS, 2 * max(answers, default=0)))
 
 
 def unsound(answer: Sequence[int], instructions: Sequence[int], ends: Collection[int]) -> bool:
-    """Whether one answer is cut, loops, or recites the channel's instructions."""
+    """Whether an answer is cut, loops, or recites the instructions."""
     return not answer or answer[-1] not in ends or loops(answer) or leaks(answer, instructions)
 
 
 def loops(answer: Sequence[int]) -> bool:
-    """Whether a piece of up to _LONGEST_LOOP tokens stands there _RUN times and more in a row."""
+    """Whether up to _LONGEST_LOOP tokens repeat _RUN times in a row."""
     for size in range(1, _LONGEST_LOOP + 1):
         run = 0
         for at in range(size, len(answer)):

@@ -1,4 +1,4 @@
-"""The base model as the trainer loads it: whole precision, frozen, checked to be the one that is served."""
+"""Loads the base model for training: full precision, frozen, with its fingerprint verified."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 @dataclass(frozen=True, slots=True)
 class TrainingBase:
-    """`name` is for people: it never holds a path of this machine."""
+    """`name` is shown to users: never a path."""
 
     name: str
     fingerprint: str
     template_sha256: str
     folder: Path
     tokenizer: Any
-    context: int  # tokens that it takes; sys.maxsize where its configuration names no end
+    context: int  # tokens; sys.maxsize if the configuration has no limit
 
 
 def check_device(spec: Spec) -> None:
-    """Raises JobError for a GPU that is not there."""
+    """Raises JobError for a missing GPU."""
     device, there = torch.device(spec.device), torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= there:
         raise refused("no_device", device=spec.device, n=there)
 
 
 def find_base(spec: Spec, job_folder: Path, fresh: Path | None = None) -> TrainingBase:
-    """Check the base model, load its tokenizer and read its context.
+    """Verify the base model's fingerprint; load its tokenizer and context. Raises JobError.
 
-    Raises JobError if it is not the model of spec.fingerprint. `fresh` is the folder of one that has just been drawn.
+    `fresh`: folder of a new model, used instead of spec.model.
     """
-    folder = fresh or job_folder / spec.model  # an absolute path stays as it is
+    folder = fresh or job_folder / spec.model  # spec.model may be absolute
     try:
         found = fingerprint(folder)
     except (OSError, ValueError) as error:
@@ -71,7 +71,7 @@ def _context(folder: Path) -> int:
 
 def load_tokenizer(folder: Path) -> Any:
     """Raises JobError, also for one without a chat template."""
-    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # all is here; read when huggingface_hub is first imported
+    os.environ.setdefault("HF_HUB_OFFLINE", "1")  # read when huggingface_hub is first imported
     from transformers import AutoTokenizer
 
     try:
@@ -84,7 +84,7 @@ def load_tokenizer(folder: Path) -> Any:
 
 
 def choose_dtype(spec: Spec) -> torch.dtype:
-    """What the base model is held in. "auto" is bfloat16 on a GPU and float32 on a CPU. Raises JobError."""
+    """Precision of the base weights; "auto" is bfloat16 on a GPU, float32 on a CPU. Raises JobError."""
     if spec.dtype == "auto":
         return torch.float32 if torch.device(spec.device).type == "cpu" else torch.bfloat16
     if spec.dtype not in DTYPES:
@@ -93,12 +93,12 @@ def choose_dtype(spec: Spec) -> torch.dtype:
 
 
 def load_module(base: TrainingBase, spec: Spec, device: torch.device | None = None) -> Any:
-    """The model itself, frozen, on the spec's device or this one. Raises JobError."""
+    """The frozen model on `device`, by default the spec's. Raises JobError."""
     from transformers import AutoModelForCausalLM
     from transformers.utils import logging as transformers_logging
 
     transformers_logging.disable_progress_bar()
-    dtype = torch.float32 if spec.method != "lora" else choose_dtype(spec)  # trained weights are float32 themselves
+    dtype = torch.float32 if spec.method != "lora" else choose_dtype(spec)  # master weights are float32
     bits: dict[str, Any] = {"quantization_config": _four_bits(spec)} if spec.hyper.quantization == "4bit" else {}
     try:
         module = AutoModelForCausalLM.from_pretrained(
@@ -109,7 +109,7 @@ def load_module(base: TrainingBase, spec: Spec, device: torch.device | None = No
             local_files_only=True,
             **bits,
         )
-        if spec.method == "lora":  # what is trained whole is published under the names and shapes of its file
+        if spec.method == "lora":  # a fully trained model keeps the names and shapes of its file
             make_plain(module)
         return module.requires_grad_(False).to(device or torch.device(spec.device))
     except (OSError, ValueError, KeyError, RuntimeError) as error:
@@ -117,7 +117,7 @@ def load_module(base: TrainingBase, spec: Spec, device: torch.device | None = No
 
 
 def load_again(base: TrainingBase, spec: Spec, device: torch.device) -> Any:
-    """The same once more. Raises JobError also where its files are others by now."""
+    """Load the base model again. Raises JobError if its files changed."""
     if fingerprint(base.folder) != base.fingerprint:
         detail = f"the base model in {base.folder} was changed while it was trained from"
         raise JobError("training.why_base_changed", detail)
@@ -125,10 +125,7 @@ def load_again(base: TrainingBase, spec: Spec, device: torch.device) -> Any:
 
 
 def _four_bits(spec: Spec) -> Any:
-    """NF4 with doubly quantised constants, multiplied in bfloat16 (Dettmers 2023, arXiv 2305.14314).
-
-    Raises JobError where that cannot be.
-    """
+    """QLoRA (Dettmers et al. 2023, arXiv 2305.14314): NF4, double quantisation, bfloat16. Raises JobError."""
     if spec.method != "lora":
         raise refused("four_bits_lora")
     if torch.device(spec.device).type != "cuda":

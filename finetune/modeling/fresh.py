@@ -1,7 +1,4 @@
-"""A model that begins from nothing: a configuration of a given size, weights just drawn. Knows no training.
-
-It is written as a folder, like any model, and trained from there; the seed decides every weight of it.
-"""
+"""A new model: a Llama configuration of a given size with weights drawn from the seed, written as a model folder."""
 
 from __future__ import annotations
 
@@ -27,10 +24,7 @@ CHAT_TEMPLATE = (
 
 
 def fresh_base(job_folder: Path, spec: Spec, texts: Iterable[str]) -> Path:
-    """JOBDIR/base, made if it is not there. `texts` are learned from where it gets a tokenizer of its own.
-
-    Raises JobError.
-    """
+    """JOBDIR/base, created if missing; its own tokenizer (fresh.vocabulary) is trained on `texts`. Raises JobError."""
     folder = job_folder / FOLDER
     if folder.is_dir():
         return folder
@@ -49,7 +43,7 @@ def fresh_base(job_folder: Path, spec: Spec, texts: Iterable[str]) -> Path:
 
 
 def new_tokenizer(texts: Iterable[str], size: int) -> Any:
-    """Byte-level BPE of at most `size` tokens, learned from these texts, which speaks ChatML."""
+    """Byte-level BPE of at most `size` tokens with a ChatML template."""
     from tokenizers import ByteLevelBPETokenizer
     from transformers import PreTrainedTokenizerFast
 
@@ -65,7 +59,7 @@ def new_tokenizer(texts: Iterable[str], size: int) -> Any:
 
 
 def _draw(spec: Spec, tokenizer: Any) -> Any:
-    """Llama's architecture: what every engine serves. The feed-forward block is 8/3 as wide, as Llama has it."""
+    """Llama's architecture, which every engine serves, with its feed-forward width of 8/3."""
     from transformers import LlamaConfig, LlamaForCausalLM
 
     fresh = spec.fresh

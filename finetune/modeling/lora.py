@@ -1,7 +1,7 @@
-"""LoRA on the linear layers of a causal language model, made for training on two cores. Knows nothing of data or files.
+"""Adds LoRA to the linear layers of a causal language model, and reads and writes it in PEFT's format.
 
-What `state` returns is what PEFT loads, and its numbers are PEFT's; tests hold both to that. PEFT's own layers are not
-used to train: one autograd node for all layers that read the same input needs fewer passes over memory.
+Numbers equal PEFT's (tested). PEFT's layers are not used: one autograd node for all layers with the same input needs
+fewer passes over memory.
 """
 
 from __future__ import annotations
@@ -23,9 +23,9 @@ PEFT_PREFIX = "base_model.model."
 
 
 def target_names(model: Any) -> list[str]:
-    """The last names of all linear layers but the output layer, sorted: what `target_modules` will say.
+    """Sorted last names of all linear layers but the output layer, for PEFT's `target_modules`.
 
-    Raises JobError for a model without linear layers, or one that uses a name both for a linear layer and otherwise.
+    Raises JobError without linear layers, or if a name also belongs to another kind of module.
     """
     head = model.get_output_embeddings()
     linear = {name.rpartition(".")[2] for name, m in model.named_modules() if is_linear(m) and m is not head}
@@ -38,12 +38,12 @@ def target_names(model: Any) -> list[str]:
 
 
 def is_linear(module: nn.Module) -> bool:
-    """Also one of 4 bits per weight, whose class is bitsandbytes' own (QLoRA: Dettmers 2023, arXiv 2305.14314)."""
+    """nn.Linear or bitsandbytes' Linear4bit (QLoRA)."""
     return type(module) is nn.Linear or type(module).__name__ == "Linear4bit"
 
 
 def add_lora(model: Any, *, rank: int, alpha: int, dropout: float, rslora: bool = False) -> list[str]:
-    """Freeze the model and put LoRA on its linear layers, drawn from torch's generator. Returns `target_names`."""
+    """Freeze the model and add LoRA, drawn from torch's generator, to its linear layers. Returns `target_names`."""
     names = target_names(model)
     model.requires_grad_(False)
     places = [name for name, module in model.named_modules() if name.rpartition(".")[2] in names]
@@ -63,18 +63,18 @@ def add_lora(model: Any, *, rank: int, alpha: int, dropout: float, rslora: bool 
 
 @torch.no_grad()
 def _siblings(model: Any, places: Sequence[str]) -> list[list[str]]:
-    """Which of these layers read the very same tensor, by looking on while the model reads four tokens."""
+    """Groups of layers with the same input tensor, found by hooks in a forward pass of four tokens."""
     read: dict[tuple[str, int], list[str]] = {}
-    inputs: list[Tensor] = []  # kept, so that none of them gets the address of another
+    inputs: list[Tensor] = []  # kept alive, so that no id is reused
 
-    def look_on(place: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
+    def record(place: str) -> Callable[[nn.Module, tuple[Any, ...]], None]:
         def hook(module: nn.Module, given: tuple[Any, ...]) -> None:
             inputs.append(given[0])
             read.setdefault((place.rpartition(".")[0], id(given[0])), []).append(place)
 
         return hook
 
-    hooks = [model.get_submodule(place).register_forward_pre_hook(look_on(place)) for place in places]
+    hooks = [model.get_submodule(place).register_forward_pre_hook(record(place)) for place in places]
     was_training = model.training
     try:
         ids = torch.arange(4, device=model.device)[None] % model.config.get_text_config().vocab_size
@@ -99,12 +99,12 @@ def lora_layers(model: nn.Module) -> Iterator[tuple[str, LoraLinear]]:
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
-    """The delta's parameters, always in the same order."""
+    """LoRA parameters in a fixed order."""
     return [parameter for _, layer in lora_layers(model) for parameter in (layer.lora_A, layer.lora_B)]
 
 
 def state(model: nn.Module) -> dict[str, Tensor]:
-    """A copy of the delta under the names of PEFT's adapter_model.safetensors, on the CPU."""
+    """A CPU copy of the LoRA weights under PEFT's names."""
     return {
         f"{PEFT_PREFIX}{name}.lora_{letter}.weight": whole(getattr(layer, f"lora_{letter}").detach()).cpu().clone()
         for name, layer in lora_layers(model)
@@ -114,7 +114,7 @@ def state(model: nn.Module) -> dict[str, Tensor]:
 
 @torch.no_grad()
 def load_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
-    """Put back what `state` gave. Raises KeyError or RuntimeError if it is another model's."""
+    """Load tensors of `state`. Raises KeyError or RuntimeError for another model's."""
     for name, layer in lora_layers(model):
         for letter in "AB":
             parameter = getattr(layer, f"lora_{letter}")
@@ -122,7 +122,7 @@ def load_state(model: nn.Module, tensors: dict[str, Tensor]) -> None:
 
 
 class without_lora:
-    """Within this block the model is the bare base model."""
+    """Context in which the model is the bare base model."""
 
     def __init__(self, model: nn.Module) -> None:
         self.layers = [layer for _, layer in lora_layers(model)]
@@ -138,9 +138,9 @@ class without_lora:
 
 
 class with_adapter:
-    """Within this block the model answers from the adapter of a folder, of any rank. Raises AdapterUnusable.
+    """Context in which the model carries the adapter of a folder, of any rank. Raises AdapterUnusable.
 
-    The folder is read by what reads it for serving: what is examined is what will answer, and nothing else passes.
+    The serving engine's reader loads it, so the evaluated weights are the served ones.
     """
 
     def __init__(self, model: nn.Module, folder: Path, fingerprint: str) -> None:
@@ -156,7 +156,7 @@ class with_adapter:
             if name not in self.pairs:
                 layer.scale = 0.0
                 continue
-            device, (a, b) = layer.base.weight.device, self.pairs[name]  # the scale is in B
+            device, (a, b) = layer.base.weight.device, self.pairs[name]  # B includes the scale
             layer.lora_A, layer.lora_B = (nn.Parameter(part.to(device), requires_grad=False) for part in (a, b))
             layer.scale = 1.0
 

@@ -1,7 +1,7 @@
-"""The loss of a batch: summed over the tokens that the assistant says, and over nothing else. Knows no optimiser.
+"""Cross-entropy summed over the supervised tokens of a batch, computed in chunks.
 
 The output layer is 21% of a small model's arithmetic and most of its memory. Only supervised positions go through it,
-a chunk at a time, and their gradient is taken at once, so that no more than one chunk of logits ever exists.
+and each chunk's gradient is taken at once, so at most one chunk of logits exists.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ CHUNK = 128  # supervised positions at a time: 25 MB of float32 logits at a voca
 
 
 class Scorer(nn.Module):
-    """A causal language model that answers a batch with its summed loss instead of logits."""
+    """A causal language model that returns the summed loss of a batch instead of logits."""
 
     def __init__(self, model: Any, *, in_bfloat16: bool = False) -> None:
-        """Raises JobError for a model whose logits are more than one linear layer over its last hidden state."""
+        """Raises JobError unless the logits are one linear layer over the last hidden state."""
         super().__init__()
         self.model = model
         self.in_bfloat16 = in_bfloat16
@@ -35,9 +35,8 @@ class Scorer(nn.Module):
 
     def forward(self, batch: Batch) -> Tensor:
         """Sum of -log p over the supervised tokens, in float32. The mean is this divided by `batch.supervised`."""
-        hidden = self._hidden(batch.ids, batch.attention, batch.positions)[
-            :, :-1
-        ]  # (B, T-1, D); position t speaks of token t + 1
+        # (B, T-1, D); position t predicts token t + 1
+        hidden = self._hidden(batch.ids, batch.attention, batch.positions)[:, :-1]
         chosen = batch.taught[:, 1:]
         head = self.model.get_output_embeddings()
         with self._autocast():
@@ -48,7 +47,7 @@ class Scorer(nn.Module):
 
     @torch.no_grad()
     def token_losses(self, batch: Batch) -> Tensor:
-        """-log p of each supervised token (N,), in float32: row after row, in the order of the batch's rows."""
+        """-log p of each supervised token (N,), in float32, row by row."""
         hidden = self._hidden(batch.ids, batch.attention, batch.positions)[:, :-1]
         chosen = batch.taught[:, 1:]
         hidden, targets = hidden[chosen], batch.ids[:, 1:][chosen]
@@ -70,12 +69,12 @@ class Scorer(nn.Module):
         return hidden
 
     def _autocast(self) -> torch.autocast:
-        """Products in bfloat16 where the weights themselves are trained and held in float32; else nothing."""
+        """bfloat16 products for master weights in float32 (`in_bfloat16`)."""
         return torch.autocast(self.model.device.type, torch.bfloat16, enabled=self.in_bfloat16)
 
     @torch.no_grad()
     def _check_head(self) -> None:
-        """Some models scale or cap their logits after the head; scoring those this way would train another model."""
+        """Refuse models that scale or cap their logits after the output layer."""
         ids = torch.arange(4, device=self.model.device)[None] % self.model.config.get_text_config().vocab_size
         was_training = self.model.training
         self.model.eval()
@@ -116,7 +115,7 @@ class _HeadLoss(torch.autograd.Function):
 
 
 def _chunks(count: int) -> list[slice]:
-    """Of equal size: one of a few positions costs nearly as much as a whole one, since all weights are read for it."""
+    """Chunks of equal size, since each reads all weights, however few positions it has."""
     size = math.ceil(count / max(1, math.ceil(count / CHUNK)))
     return [slice(start, start + size) for start in range(0, count, size)] if count else []
 

@@ -1,8 +1,8 @@
-"""One linear layer, or some that read the same input, with a trainable delta of low rank. Knows no model and no file.
+"""LoRA on a linear layer, or on several that share an input.
 
-Siblings (queries, keys and values; gate and up) are worked off as one: one product with their weights laid one under
-another, one A of all of them, one mask of dropout for the input that they share. The arithmetic is PEFT's for each of
-them (`y = W x + (alpha / rank) B A dropout(x)`); PEFT draws a mask per layer, which says no more than one per input.
+Siblings (q, k, v; gate, up) are computed together: one product with their stacked weights, one with their stacked A,
+one dropout mask for the shared input. Each computes PEFT's `y = W x + (alpha / rank) B A dropout(x)`; PEFT draws a mask
+per layer instead.
 """
 
 from __future__ import annotations
@@ -16,18 +16,18 @@ from torch import Tensor, nn
 
 from finetune.modeling import matmul
 
-RESOLUTION = 2**16  # dropout's probability is a multiple of one part in this
+RESOLUTION = 2**16  # dropout probabilities are multiples of 1 / RESOLUTION
 
 
 class LoraLinear(nn.Module):
-    """A frozen linear layer with a trainable delta of low rank. x (..., D_in) -> (..., D_out)."""
+    """A frozen linear layer with LoRA. x (..., D_in) -> (..., D_out)."""
 
     def __init__(self, base: nn.Linear, *, rank: int, alpha: int, dropout: float, rslora: bool = False) -> None:
         super().__init__()
         self.base = base
         self.scale = alpha / (math.sqrt(rank) if rslora else rank)
         self.dropout = dropout
-        device = base.weight.device  # float32 whatever the base model is held in: its updates are small
+        device = base.weight.device  # always float32: updates are small
         self.lora_A = nn.Parameter(torch.empty(rank, base.in_features, device=device, dtype=torch.float32))
         self.lora_B = nn.Parameter(torch.zeros(base.out_features, rank, device=device, dtype=torch.float32))
         nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
@@ -38,10 +38,10 @@ class LoraLinear(nn.Module):
 
 
 class Siblings:
-    """Layers of one module that read the very same tensor. The first that is called computes for all of them."""
+    """Layers of one module with the same input. The first one called computes the outputs of all."""
 
     def __init__(self, layers: Sequence[LoraLinear]) -> None:
-        """Lays their weights one under another, in memory that they share from now on."""
+        """Stacks the weights; the layers share that memory from now on."""
         self.layers = tuple(layers)
         self.weight: Tensor | None = None  # (sum of D_out, D_in)
         self.bias: Tensor | None = None
@@ -70,13 +70,13 @@ class Siblings:
         keep, factor = None, 1.0
         if first.training and first.dropout > 0:
             keep, factor = draw_keep(x.shape, first.dropout, x)
-        if self._lie_together():
+        if self._is_stacked():
             assert self.weight is not None
             return _products(x, self.weight, self.bias, keep, factor, self.layers)
         return [_one(layer, x, keep, factor) for layer in self.layers]
 
-    def _lie_together(self) -> bool:
-        """Not any more where the model was moved, or where each process keeps a part of it."""
+    def _is_stacked(self) -> bool:
+        """False once the model was moved or sharded."""
         return self.weight is not None and all(
             base.weight.data_ptr() == part.data_ptr() for base, part in self._parts()
         )
@@ -90,7 +90,7 @@ class Siblings:
 def _one(layer: LoraLinear, x: Tensor, keep: Tensor | None, factor: float) -> Tensor:
     if type(layer.base) is nn.Linear:
         return _products(x, layer.base.weight, layer.base.bias, keep, factor, (layer,))[0]
-    # Its weight is no matrix: it multiplies and differentiates by itself.
+    # A quantised layer multiplies and differentiates by itself.
     dropped = x if keep is None else x * keep
     low = nn.functional.linear(dropped, layer.lora_A.to(x.dtype)) * (layer.scale * factor)
     y: Tensor = layer.base(x) + nn.functional.linear(low, layer.lora_B.to(x.dtype))
@@ -108,7 +108,7 @@ def _products(
 
 
 class _LoraProducts(torch.autograd.Function):
-    """y_i = W_i x + b_i + factor_i B_i A_i (keep x), with W and b frozen. What is kept for backward: keep x and A x."""
+    """y_i = W_i x + b_i + factor_i B_i A_i (keep x), with W and b frozen. Saves keep x and A x for backward."""
 
     @staticmethod
     def forward(
@@ -124,14 +124,14 @@ class _LoraProducts(torch.autograd.Function):
         keep = None if keep is None else keep.reshape(rows.shape)
         dropped = rows if keep is None else rows * keep
         ranks, widths = [len(a) for a in pairs[::2]], [len(b) for b in pairs[1::2]]
-        lows = torch.split(dropped @ _under(pairs[::2], x.dtype).T, ranks, dim=1)  # (N, R_i)
+        lows = torch.split(dropped @ _stack(pairs[::2], x.dtype).T, ranks, dim=1)  # (N, R_i)
         ys = torch.split(matmul.forward(rows, weight, bias), widths, dim=1)  # (N, D_out_i)
         for y, low, b, factor in zip(ys, lows, pairs[1::2], factors, strict=True):
             low *= factor
             y.addmm_(low, b.to(x.dtype).T)
         ctx.save_for_backward(dropped, weight, keep, *lows, *pairs)
         ctx.factors, ctx.shape = factors, x.shape
-        if len(ys) == 1:  # no view for autograd: a model may add to it in place, as Falcon does
+        if len(ys) == 1:  # not a view: a model may add to it in place (Falcon)
             return (torch.ops.aten._unsafe_view(ys[0], [*x.shape[:-1], ys[0].shape[1]]),)
         return tuple(y.view(*x.shape[:-1], -1) for y in ys)
 
@@ -150,23 +150,22 @@ class _LoraProducts(torch.autograd.Function):
         of_x = None
         if ctx.needs_input_grad[0]:
             of_x = matmul.backward(flat[0] if len(flat) == 1 else torch.cat(flat, dim=1), weight)
-            a = _under(pairs[::2], of_x.dtype)
+            a = _stack(pairs[::2], of_x.dtype)
             of_x = of_x.addmm_(of_low, a) if keep is None else of_x.addcmul_(of_low @ a, keep)
             of_x = of_x.view(ctx.shape)
         both = [part for a, b, like in zip(of_a, of_pairs, pairs[::2], strict=True) for part in (a.to(like.dtype), b)]
         return of_x, None, None, None, None, *both
 
 
-def _under(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
-    """One under another."""
+def _stack(parts: Sequence[Tensor], dtype: torch.dtype) -> Tensor:
+    """Stacked along dimension 0."""
     return parts[0].to(dtype) if len(parts) == 1 else torch.cat([part.to(dtype) for part in parts])
 
 
 def draw_keep(shape: torch.Size, dropout: float, like: Tensor) -> tuple[Tensor, float]:
-    """(1 where dropout keeps and 0 elsewhere, the factor that keeps the mean), from torch's global generator.
+    """(dropout mask of 0 and 1 in the type of `like`, scale), from torch's global generator.
 
-    16 random bits per element: on a CPU `bernoulli_` costs six times as much. In the type of `like`: a product with
-    booleans takes six times as long as one with numbers.
+    16 random bits per element: on a CPU `bernoulli_`, like a product with booleans, takes six times as long.
     """
     n = math.prod(shape)
     bits = torch.empty(-(-n // 4), dtype=torch.int64, device=like.device).random_(-(2**63), None)

@@ -1,8 +1,7 @@
-"""Products with frozen float32 matrices on a CPU, by the library that suits its maker. Knows no model and no data.
+"""Products with frozen float32 matrices on a CPU, by MKL or, on AMD processors, oneDNN.
 
-torch's own product is MKL's, which does not do its best on AMD's processors: on two Zen 4 cores oneDNN takes 0.5 to 0.9
-of its time over the layers and the output layer of SmolLM2-135M. Which is taken follows from the processor alone and is
-not measured, so that a job that goes on later ends with the same bits. On an Intel MKL is as quick or quicker.
+On two Zen 4 cores oneDNN takes 0.5 to 0.9 of MKL's time over the layers of SmolLM2-135M; on Intel MKL is as fast. The
+choice depends on the processor alone, so that a resumed job gives the same bits.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""How much memory a step's activations take, and what to do where that is too much. Knows no data."""
+"""Memory of activations, and activation checkpointing where it is short."""
 
 from __future__ import annotations
 
@@ -11,11 +11,11 @@ from typing import Any
 import torch
 
 log = logging.getLogger(__name__)
-MOST = 0.6  # of what is free once the model is there
+MOST = 0.6  # of the memory free after loading the model
 
 
 def checkpoints_activations(choice: str, model: Any, device: torch.device, tokens: int) -> bool:
-    """Whether activations of so many tokens are computed twice instead of kept."""
+    """Whether to checkpoint the activations of a micro-batch of so many tokens."""
     if choice != "auto":
         return choice == "on"
     free, needed = free_bytes(device), tokens * bytes_per_token(model)
@@ -24,25 +24,25 @@ def checkpoints_activations(choice: str, model: Any, device: torch.device, token
 
 
 def checkpoint_activations(model: Any) -> None:
-    """Keep one vector per token and block, and compute the rest again on the way back: a third more time.
+    """Keep one vector per token and block and recompute the rest in backward (Chen et al. 2016, arXiv 1604.06174).
 
-    Dropout draws the same again, so the gradient is the same. Source: Chen et al. 2016, arXiv 1604.06174.
+    A step takes a third longer; the random state is restored, so the gradient is the same.
     """
     how = {"use_reentrant": False}
-    if hasattr(model, "activation_checkpointing_enable"):  # its name from transformers 5.2x on
+    if hasattr(model, "activation_checkpointing_enable"):  # transformers from 5.2x on
         model.activation_checkpointing_enable(activation_checkpointing_kwargs=how)
     else:
         model.gradient_checkpointing_enable(gradient_checkpointing_kwargs=how)
 
 
-def give_back() -> None:
-    """Return to the system what glibc keeps of memory that is free; elsewhere nothing."""
+def trim_heap() -> None:
+    """Return glibc's free memory to the system; no-op elsewhere."""
     with suppress(OSError, AttributeError):
         ctypes.CDLL(None).malloc_trim(0)
 
 
 def bytes_per_token(model: Any) -> int:
-    """Of what autograd keeps: about ten vectors as wide as the model in a block, and four as wide as its middle."""
+    """Estimate of what autograd keeps: per block ten vectors of hidden size and four of intermediate size."""
     text = model.config.get_text_config()
     wide = 4 * getattr(text, "intermediate_size", 4 * text.hidden_size)
     element = next(model.parameters()).element_size()
@@ -50,7 +50,7 @@ def bytes_per_token(model: Any) -> int:
 
 
 def free_bytes(device: torch.device) -> int | None:
-    """What may still be taken, or None where that is not known."""
+    """Available memory, or None if unknown."""
     if device.type == "cuda":
         return int(torch.cuda.mem_get_info(device)[0])
     try:

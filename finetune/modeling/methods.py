@@ -1,7 +1,4 @@
-"""What of a model is trained, and how the rest of the loop sees it. Knows no data and no optimiser.
-
-Two ways: a low-rank delta, or all weights; a model from a fresh configuration is the second on weights just drawn.
-"""
+"""What is trained: LoRA, or all weights (further training and new models), behind one interface."""
 
 from __future__ import annotations
 
@@ -18,7 +15,7 @@ from finetune.modeling import lora
 from finetune.modeling.lowrank import draw_keep
 from finetune.process_group import parted_like, whole
 
-# The last linear layer of an attention or a feed-forward block, as the common architectures call it.
+# The last linear layer of an attention or a feed-forward block, in common architectures.
 LAST_LAYERS = frozenset("o_proj out_proj down_proj dense dense_4h_to_h c_proj fc2 wo w2".split())
 
 
@@ -26,29 +23,29 @@ class Trained(Protocol):
     """The trainable part of a model, always in the same order."""
 
     model: Any
-    layers: tuple[str, ...]  # which, for people
+    layers: tuple[str, ...]  # for the manifest
 
     @property
     def parameters(self) -> list[nn.Parameter]: ...
 
     def tensors(self) -> dict[str, Tensor]:
-        """What a checkpoint holds of it, on the CPU. Every process of a team takes part."""
+        """CPU copies for a checkpoint. Collective."""
 
     def load(self, tensors: dict[str, Tensor]) -> None:
-        """Put back what `tensors` gave; other names in it are no matter. Raises KeyError or RuntimeError."""
+        """Load what `tensors` returned; other names are ignored. Raises KeyError or RuntimeError."""
 
     def untrained(self) -> AbstractContextManager[None]:
-        """Within this block the model is what training began from."""
+        """Context in which the model is the one training started from."""
 
     def version(self, folder: Path, fingerprint: str) -> AbstractContextManager[None]:
-        """Within this block the model answers from that adapter of this very base. Raises AdapterUnusable."""
+        """Context in which the model carries the adapter of that folder. Raises AdapterUnusable."""
 
 
 class LoraDelta:
-    """A low-rank delta on every linear layer but the output layer; the model itself stays as it is."""
+    """LoRA on every linear layer but the output layer."""
 
     def __init__(self, model: Any, *, rank: int, alpha: int, dropout: float, rslora: bool) -> None:
-        """Drawn from torch's generator. Raises JobError where it does not fit the model."""
+        """Raises JobError for an unsuitable model."""
         self.model = model
         self.layers = tuple(lora.add_lora(model, rank=rank, alpha=alpha, dropout=dropout, rslora=rslora))
 
@@ -70,13 +67,10 @@ class LoraDelta:
 
 
 class AllWeights:
-    """Every weight of the model. Dropout falls on what attention and feed-forward blocks add to the stream,
-
-    which is where transformers have had it from the first (Vaswani et al. 2017, arXiv 1706.03762, 5.4).
-    """
+    """All weights. Residual dropout after attention and feed-forward blocks (Vaswani et al. 2017, 5.4)."""
 
     def __init__(self, model: Any, *, dropout: float, original: Callable[[], Any]) -> None:
-        """`original` loads the model once more, as training began from it. Raises JobError."""
+        """`original` loads the initial model again. Raises JobError."""
         self.model, self.original = model, original
         self.layers: tuple[str, ...] = ("all weights",)
         model.requires_grad_(True)

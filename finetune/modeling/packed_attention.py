@@ -1,8 +1,7 @@
-"""Attention of rows packed into one: each row over the shared prefix and itself. Knows no data and no families.
+"""Attention over packed rows: each row attends to the shared prefix and itself.
 
-A dense mask makes torch compute every pair of tokens and throw most of them away. Here a row's scores are its own:
-rows of like length, and heads that share a key, go in one product, and the probabilities are kept for the backward
-pass.
+A dense mask makes torch compute every pair of tokens. Here rows of similar length, and heads that share a key, go in
+one product, and the probabilities are saved for backward. CPU, float32.
 """
 
 from __future__ import annotations
@@ -18,14 +17,11 @@ from transformers.masking_utils import sdpa_mask
 from finetune.data.packed_layout import Layout, PackedRows, layout_of
 
 NAME = "distributary-packed"
-SCORES_KEPT = 2**22  # numbers a layer keeps at most (16 MiB); longer rows go by the mask, whose kernel keeps none
+SCORES_KEPT = 2**22  # scores saved per layer at most (16 MiB); beyond that torch's kernel and the dense mask
 
 
 def use(model: Any) -> None:
-    """Let a model attend so where it is given such a mask; all else stays torch's. Models not led to torch's own
-
-    kernel (capped scores, sinks) stay as they are.
-    """
+    """Use packed attention for masks with a layout. Models without SDPA (capped scores, sinks) are left alone."""
     if model.config.get_text_config()._attn_implementation == "sdpa":
         model.set_attn_implementation(NAME)
 
@@ -90,12 +86,12 @@ class _Packed(torch.autograd.Function):
 
 
 def _by_key(laid: Tensor, kv: int) -> Tensor:
-    """Heads that share a key as further tokens: (R, H, L, D) -> (R * kv, group * L, D)."""
+    """Heads that share a key, as further tokens: (R, H, L, D) -> (R * kv, group * L, D)."""
     return laid.view(len(laid) * kv, -1, laid.shape[-1])
 
 
 def _by_head(given: Tensor, heads: int, piece: PackedRows) -> Tensor:
-    """The way back: (R * kv, group * L, D) -> (R, H, L, D)."""
+    """Inverse of `_by_key`: (R * kv, group * L, D) -> (R, H, L, D)."""
     return given.view(len(piece.own), heads, piece.longest, -1)
 
 

@@ -1,7 +1,6 @@
-"""Root mean square normalisation with a backward pass of its own. Knows no model, no data and no file.
+"""RMSNorm (Zhang and Sennrich 2019) with an explicit backward pass: y = x / sqrt(mean(x^2) + eps) * w.
 
-y = x / sqrt(mean(x^2) + eps) * w (Zhang and Sennrich 2019). torch's graph of it is some twenty small operators there
-and back; written out they are nine, and only x and one number per row are kept.
+torch's graph of it takes some twenty operators; here it is nine, and only x and one number per row are saved.
 """
 
 from __future__ import annotations
@@ -11,11 +10,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-CLASSES = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"})  # all of them compute this
+CLASSES = frozenset({"LlamaRMSNorm", "MistralRMSNorm", "Qwen2RMSNorm", "Qwen3RMSNorm"})  # all compute the same
 
 
 class RmsNorm(nn.Module):
-    """With the weight of the module that it takes the place of, under the same name. x (..., D) -> (..., D)."""
+    """Shares the weight of the module it replaces, under the same name. x (..., D) -> (..., D)."""
 
     def __init__(self, weight: nn.Parameter, eps: float) -> None:
         super().__init__()
@@ -50,8 +49,8 @@ class _RmsNormFunction(torch.autograd.Function):
         return of_x, of_weight, None
 
 
-def write_out(module: nn.Module) -> None:
-    """Let the module's norms of known classes with float32 weights on a CPU compute so."""
+def replace_rms_norms(module: nn.Module) -> None:
+    """Replace the module's RMSNorms of known classes with float32 weights on a CPU."""
     for parent in list(module.modules()):
         for name, child in list(parent.named_children()):
             if type(child).__name__ not in CLASSES:

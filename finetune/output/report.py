@@ -1,7 +1,4 @@
-"""What is said about a finished adapter version: its manifest for machines, its model card for people.
-
-Holds numbers, hashes and settings, never a text of the data set. Knows no model and no files.
-"""
+"""Manifest and model card of a trained version: numbers, hashes and settings, never a text of the data set."""
 
 from __future__ import annotations
 
@@ -23,7 +20,7 @@ from finetune.prepare import Prepared
 
 @dataclass(frozen=True, slots=True)
 class Manifest:
-    """Everything needed to say where an adapter came from, and to make it again."""
+    """Provenance of a version, sufficient to reproduce it."""
 
     label: str
     job: str
@@ -34,19 +31,19 @@ class Manifest:
     data_sha256: str
     rows: dict[str, int]  # train, validation, test, rejected, duplicates
     method: Method
-    parameters: int  # how many are trained
+    parameters: int  # trained ones
     processes: int
     hyper: HyperParameters
     dropout: float
     steps: int
-    epochs_done: float  # in these steps, of hyper.epochs; to a tenth
-    clipped: float  # the fraction of gradient values that clipping by value touched
-    kept_step: int  # whose weights these are: the best on the validation rows
+    epochs_done: float  # of hyper.epochs, rounded to a tenth
+    clipped: float  # fraction of gradient values clipped by value
+    kept_step: int  # the published step: lowest validation loss
     tokens: int
     seconds: float
     losses: dict[str, float]  # train_first, train_last, validation after each epoch, test of base and candidate
-    judged: dict[str, Any]  # the gate's verdict and its numbers
-    layers: tuple[str, ...]  # which are trained
+    judged: dict[str, Any]  # verdict and numbers of the gate
+    layers: tuple[str, ...]  # trained ones
     versions: dict[str, str]
     threads: int
     dtype: str
@@ -105,21 +102,21 @@ def manifest_of(
     )
 
 
-def losses_of(position: Position, evaluated: Mapping[str, float]) -> dict[str, float]:
-    """Of training in the beginning and at the end, of the validation rows over time, and what the gate measured."""
+def losses_of(position: Position, gate_losses: Mapping[str, float]) -> dict[str, float]:
+    """Losses for the manifest: first and last training losses, validation by step, and those of the gate."""
     first, last = position.ends()
     ends = {"train_first": first, "train_last": last}
     validated = {f"validation_{step}": loss for step, loss in sorted(position.validated.items())}
-    return {**ends, **validated, **evaluated}
+    return {**ends, **validated, **gate_losses}
 
 
 def versions() -> dict[str, str]:
-    names = ("torch", "transformers", "peft", "accelerate", "safetensors")
+    names = ("torch", "transformers", "peft", "safetensors")
     return {"python": platform.python_version(), **{name: version(name) for name in names}}
 
 
 def summary(manifest: Manifest) -> str:
-    """One paragraph for people."""
+    """One paragraph for the model card."""
     loss, count = manifest.losses, f"{manifest.parameters:,} parameters"
     what = {
         "lora": f"a LoRA adapter of rank {manifest.hyper.rank} ({count}) for {manifest.base_model}",
@@ -136,7 +133,7 @@ def summary(manifest: Manifest) -> str:
 
 
 def model_card(manifest: Manifest) -> str:
-    """README.md of the adapter folder, in the form that model hubs read."""
+    """README.md with the metadata that model hubs read."""
     rows: list[tuple[str, Any]] = [
         ("Base model", f"{manifest.base_model} (fingerprint `{manifest.base_fingerprint}`)"),
         ("Template, instructions", f"sha256 `{manifest.template_sha256}`, `{manifest.instructions_sha256}`"),

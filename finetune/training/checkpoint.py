@@ -1,8 +1,6 @@
-"""Where a killed job goes on: weights, optimiser and step in one file, written aside and renamed. Knows no data.
+"""One checkpoint file: weights, optimiser state and position, replaced atomically.
 
-One file, because only a file can be replaced in one step: there is always the old checkpoint or the new one. BEST is
-the checkpoint as it was when the validation rows were understood best: what is published in the end, and where a job
-that has lost its way goes back to.
+BEST is the checkpoint with the lowest validation loss: it is published, and training returns to it after diverging.
 """
 
 from __future__ import annotations
@@ -36,10 +34,7 @@ def save_checkpoint(
     *,
     write: bool = True,
 ) -> None:
-    """Replace the checkpoint of that name; it is on the disk when this returns.
-
-    Every process of a team takes part, and one of them writes.
-    """
+    """Replace the checkpoint of that name durably. Collective; the process with `write` writes. Raises OSError."""
     tensors = trained.tensors()
     for i, parameter in enumerate(trained.parameters):
         for moment in MOMENTS if parameter in optimizer.state else ():
@@ -54,7 +49,7 @@ def save_checkpoint(
 def load_checkpoint(
     folder: Path, name: str, identity: str, trained: Trained, optimizer: torch.optim.Optimizer
 ) -> Position | None:
-    """Put the checkpoint into model and optimiser; None, and nothing touched, if there is none of this identity."""
+    """Load model and optimiser; None, with nothing changed, without a valid checkpoint of this identity."""
     path = folder / name
     try:
         with safe_open(path, framework="pt") as file:
@@ -83,6 +78,6 @@ def _load_optimizer(optimizer: torch.optim.Optimizer, trained: Trained, tensors:
 
 
 def is_disk_full(error: Exception) -> bool:
-    """safetensors tells it in words alone."""
+    """safetensors reports the error number only in its message."""
     full = (errno.ENOSPC, errno.EDQUOT)
     return getattr(error, "errno", None) in full or any(f"(os error {number})" in str(error) for number in full)

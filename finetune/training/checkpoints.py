@@ -1,7 +1,4 @@
-"""When a job's checkpoints are written, and what of them may be gone on from. Knows no data and no model.
-
-Where the disk is full it waits: others may make room, and a job is not lost for it.
-"""
+"""When checkpoints are written and which one resumes a job. On a full disk a job waits for space."""
 
 from __future__ import annotations
 
@@ -32,16 +29,16 @@ log = logging.getLogger(__name__)
 
 CHECKPOINT = "checkpoint"
 CHECKPOINT_S = 20.0
-CHECKPOINT_SHARE = 0.05  # of the time: where writing one takes long, they become rarer
-WAIT_S, TELL_WAIT_S, LONGEST_WAIT_S = 2.0, 120.0, 6 * 3600.0  # where the disk is full
+CHECKPOINT_SHARE = 0.05  # of the time at most; slow writes make checkpoints rarer
+WAIT_S, TELL_WAIT_S, LONGEST_WAIT_S = 2.0, 120.0, 6 * 3600.0  # while the disk is full
 
 
 class Interrupted(Exception):
-    """The job is to stop; its checkpoint is written."""
+    """The job was stopped, after a checkpoint."""
 
 
 class Checkpoints:
-    """The checkpoints of one job, in a folder of their own. `warn` takes the key of a warning and its fields."""
+    """Checkpoints of one job. `warn` takes the message key of a warning and its fields."""
 
     def __init__(
         self,
@@ -50,16 +47,16 @@ class Checkpoints:
         trained: Trained,
         optimizer: torch.optim.Optimizer,
         *,
-        team: ProcessGroup,
+        group: ProcessGroup,
         stop: threading.Event,
         warn: Callable[..., None],
     ) -> None:
         self._folder, self._identity, self._trained, self._optimizer = folder / CHECKPOINT, identity, trained, optimizer
-        self._team, self._stop, self._warn = team, stop, warn
+        self._team, self._stop, self._warn = group, stop, warn
         self._next = -math.inf  # of time.monotonic
 
     def begin(self) -> Position:
-        """Where the job stands: at its newest checkpoint, or at the start, which is written. Raises as `write`."""
+        """Position of the newest checkpoint, or a new one at step 0, which is written. Raises as `write`."""
         position = self.load(NEWEST)
         if position is not None:
             return position
@@ -74,15 +71,15 @@ class Checkpoints:
         return position
 
     def load(self, name: str) -> Position | None:
-        """Put it into model and optimiser; None, and nothing touched, where there is none of this job."""
+        """Load model and optimiser; None, with nothing changed, without a valid checkpoint of this job."""
         return load_checkpoint(self._folder, name, self._identity, self._trained, self._optimizer)
 
     def is_due(self, at: float) -> bool:
-        """Whether the newest one is so old, at this time, that all of the team write another."""
+        """Whether the next checkpoint is due, as rank 0 decides. Collective."""
         return self._team.led(at >= self._next)
 
     def save(self, position: Position) -> None:
-        """The newest one. Raises as `write`."""
+        """Write the newest checkpoint. Raises as `write`."""
         began = time.monotonic()
         self.write(NEWEST, position)
         self._next = began + max(CHECKPOINT_S, (time.monotonic() - began) / CHECKPOINT_SHARE)
@@ -90,14 +87,14 @@ class Checkpoints:
     def write(self, name: str, position: Position) -> None:
         """Raises Interrupted, JobError."""
         writes = self._team.leads
-        self.with_room(
+        self.with_space(
             lambda: save_checkpoint(self._folder, name, position, self._trained, self._optimizer, write=writes),
             step=position.step,
         )
         self._team.wait()
 
-    def with_room(self, write: Callable[[], None], *, step: int) -> None:
-        """Write, as soon as the disk has room for it. Raises Interrupted, JobError."""
+    def with_space(self, write: Callable[[], None], *, step: int) -> None:
+        """Write, waiting for disk space. Raises Interrupted, JobError."""
         until, told = time.monotonic() + LONGEST_WAIT_S, -math.inf
         while True:
             try:
@@ -112,11 +109,11 @@ class Checkpoints:
                 self._warn("disk_full", step=step)
                 log.warning("train.disk_full step=%d", step)
             if self._stop.wait(WAIT_S):
-                raise Interrupted  # the others do something else, or nothing: they are not asked
+                raise Interrupted  # not collective: the other processes do not write
 
 
 def identity_of(spec: Spec, prepared: Prepared, own_sha256: str, settings: Resolved) -> str:
-    """Of all that decides a job's result. Threads, niceness and paths do not."""
+    """Hash of everything that determines the result (not threads, niceness, paths)."""
     base = prepared.base
     given = asdict(spec)
     names = ("job", "label", "instructions", "data_sha256", "dtype", "method", "fresh", "hyper")

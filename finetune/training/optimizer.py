@@ -1,4 +1,4 @@
-"""One step's arithmetic: learning rate, clipping by value and then by norm. Pure but for the gradients it changes."""
+"""Learning rate schedule, and gradient clipping by value, then by norm."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from finetune.process_group import ProcessGroup, is_shard, local
 
 
 def learning_rate(step: int, steps: int, hyper: HyperParameters) -> float:
-    """Of optimiser step `step` (from 0): linear warm-up, then constant, or half a cosine down to nearly nothing."""
+    """At optimiser step `step` (from 0): linear warm-up, then constant or cosine decay."""
     warmup = max(1, round(hyper.warmup * steps))
     if step < warmup:
         return hyper.learning_rate * (step + 1) / warmup
@@ -26,24 +26,24 @@ def learning_rate(step: int, steps: int, hyper: HyperParameters) -> float:
 
 @dataclass(slots=True)
 class Clipped:
-    """Of one step's gradient: its norm before clipping by it, and the fraction of its values clipped by value."""
+    """Norm of a step's gradient before clipping by norm; fraction of values clipped by value."""
 
     norm: float
     fraction: float
 
 
-def clip(parameters: Sequence[nn.Parameter], hyper: HyperParameters, team: ProcessGroup) -> Clipped | None:
-    """Clip the gradients of all processes by value and by norm; None, and nothing touched, if one is not finite."""
+def clip(parameters: Sequence[nn.Parameter], hyper: HyperParameters, group: ProcessGroup) -> Clipped | None:
+    """Clip gradients by value, then by norm; None, with nothing changed, if one is not finite. Collective."""
     gradients = [parameter.grad for parameter in parameters if parameter.grad is not None]
     shards = [local(one) for one in gradients if is_shard(one)]
     wholes = [one for one in gradients if not is_shard(one)]
-    # Looked for first: clamping would make an ordinary 1.0 of an infinite gradient.
-    if team.any(not all_finite(shards + wholes)):
+    # Before clamping, which would hide infinite gradients.
+    if group.any(not all_finite(shards + wholes)):
         return None
     touched = [clip_by_value(part, hyper.clip_value) for part in (shards, wholes)]
     sums = [squares(part) for part in (shards, wholes)]
-    once = 1 if team.leads else 0  # what every process has whole is counted by one
-    clipped, square = team.add([touched[0] + once * touched[1], sums[0] + once * sums[1]])
+    once = 1 if group.leads else 0  # replicated gradients count once
+    clipped, square = group.add([touched[0] + once * touched[1], sums[0] + once * sums[1]])
     clip_by_norm(shards + wholes, math.sqrt(square), hyper.clip_norm)
     return Clipped(math.sqrt(square), clipped / max(1, sum(one.numel() for one in gradients)))
 
@@ -53,7 +53,7 @@ def all_finite(gradients: list[Tensor]) -> bool:
 
 
 def clip_by_value(gradients: list[Tensor], clip_value: float) -> int:
-    """Clamp every element to [-clip_value, clip_value] in place; return how many this changed. 0 is off."""
+    """Clamp to [-clip_value, clip_value] in place; return the number of changed values. 0 disables."""
     if not clip_value or not gradients:
         return 0
     touched = sum(torch.count_nonzero(grad.abs() > clip_value) for grad in gradients)
@@ -68,10 +68,8 @@ def squares(gradients: list[Tensor]) -> float:
 
 
 def clip_by_norm(gradients: list[Tensor], norm: float, clip_norm: float) -> None:
-    """Scale in place so that a joint L2 norm of `norm` becomes at most clip_norm. 0 is off.
-
-    It must come after clipping by value: behind it every element is at most clip_norm already, and a clip by value
-    of the same size would do nothing. Source: Pascanu et al. 2013, arXiv:1211.5063, algorithm 1.
+    """Scale gradients of joint L2 norm `norm` in place to at most clip_norm (Pascanu et al. 2013, arXiv 1211.5063,
+    algorithm 1). 0 disables. After clipping by value, which would otherwise have no effect.
     """
     if clip_norm and norm > clip_norm:
         torch._foreach_mul_(gradients, clip_norm / norm)

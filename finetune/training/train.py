@@ -1,7 +1,7 @@
-"""The training loop, top to bottom. Knows nothing of chats, adapters' names or the store.
+"""The training loop.
 
-Every random number follows from (seed, step) or (data, seed, epoch), and a checkpoint holds all else; so a job that
-was cut at any point and goes on ends with the very same bits, on a CPU with the same number of threads.
+Random numbers depend only on (seed, step) or (data, seed, epoch), and checkpoints hold the rest: an interrupted job
+resumes to the same bits, on a CPU with the same number of threads.
 """
 
 from __future__ import annotations
@@ -27,11 +27,11 @@ from finetune.data.batches import collate, pack, shared_prefix
 from finetune.evaluation.evaluator import Evaluator
 from finetune.evaluation.retention_set import NOTHING, OwnAnswers, own_answers
 from finetune.evaluation.row_losses import RowLosses
-from finetune.modeling import packed_attention as packed_rows
+from finetune.modeling import packed_attention as packed_attention
 from finetune.modeling import rms_norm
 from finetune.modeling.base import load_again, load_module
 from finetune.modeling.loss import Scorer
-from finetune.modeling.memory import checkpoint_activations, checkpoints_activations, give_back
+from finetune.modeling.memory import checkpoint_activations, checkpoints_activations, trim_heap
 from finetune.modeling.methods import AllWeights, LoraDelta, Trained
 from finetune.output.publish import done, publish, published, write_adapter, write_model
 from finetune.output.report import losses_of, manifest_of, model_card
@@ -47,12 +47,12 @@ from finetune.training.schedule import Schedule
 log = logging.getLogger(__name__)
 
 WARM_UP_STEPS, WARM_UP_S = 4, 10.0
-LOST_STEPS, LOST_NATS = 5, 2.0  # so many steps in a row of so much more loss than in the beginning: it has lost its way
-LOST_VALIDATION = 0.5  # nats more than untrained, on the validation rows
+LOST_STEPS, LOST_NATS = 5, 2.0  # diverged: mean loss of the last steps this far above the initial loss
+LOST_VALIDATION = 0.5  # diverged: validation loss this far above the untrained one, in nats
 
 
 class Unstable(Exception):
-    """Training has lost its way: a loss or a gradient is not finite, or the loss is far above where it began."""
+    """Training diverged: a loss or gradient is not finite, or the loss is far above the initial one."""
 
     def __init__(self, key: str, **fields: object) -> None:
         super().__init__(key)
@@ -60,21 +60,21 @@ class Unstable(Exception):
 
 
 def train(folder: Path, spec: Spec, emit: Emit, stop: threading.Event) -> None:
-    """Do the job, or the rest of it. Raises Interrupted, JobError, BadDataset."""
-    team = ProcessGroup(spec.device)
-    tell = emit if team.leads else _silent
+    """Train or resume a job. Raises Interrupted, JobError, BadDataset."""
+    group = ProcessGroup(spec.device)
+    tell = emit if group.leads else _silent
     if said := published(folder):
         for event in said:
             tell(event)
         return
     torch.set_num_threads(spec.threads)
-    with team.first():
+    with group.first():
         prepared = prepare(folder, spec, tell)
-    Trainer(folder, spec, prepared, tell, stop, team).run()
+    Trainer(folder, spec, prepared, tell, stop, group).run()
 
 
 class Trainer:
-    """One job: the model with its delta, the optimiser, and how far they have come."""
+    """One job: model, trained parameters, optimiser, position."""
 
     def __init__(
         self,
@@ -83,56 +83,56 @@ class Trainer:
         prepared: Prepared,
         emit: Emit,
         stop: threading.Event,
-        team: ProcessGroup | None = None,
+        group: ProcessGroup | None = None,
     ) -> None:
         self.folder, self.spec, self.prepared, self.emit, self.stop = folder, spec, prepared, emit, stop
-        self.team = team or ProcessGroup(spec.device)
-        self.device = self.team.device
+        self.group = group or ProcessGroup(spec.device)
+        self.device = self.group.device
         self._check_stop()
         model = load_module(prepared.base, spec, self.device)
-        with self.team.first():
+        with self.group.first():
             self.own = self._own_answers(model)
-        give_back()
-        rms_norm.write_out(model)
+        trim_heap()
+        rms_norm.replace_rms_norms(model)
         rows = prepared.part(prepared.split.train)
         self.train_rows = [*rows, *self.own.to_rehearse(len(rows), spec.hyper.rehearsal)]
         self.settings: Resolved = resolve(spec, rows=len(rows), device=self.device.type)
         torch.manual_seed(spec.hyper.seed)
         self.trained = self._trained(model)
         self.model: Any = model
-        self.team.shard(model)
-        self.spares_memory = checkpoints_activations(
+        self.group.shard(model)
+        self.checkpointing = checkpoints_activations(
             spec.hyper.checkpointing, model, self.device, self.settings.micro_tokens
         )
-        if self.spares_memory:
+        if self.checkpointing:
             checkpoint_activations(model)
         self.scorer = Scorer(model, in_bfloat16=self.settings.in_bfloat16)
         self.parameters = self.trained.parameters
-        self.meter = RowLosses(
+        self.row_losses = RowLosses(
             self.scorer,
             self.device,
             prefix=self._shared_prefix(),
             micro_tokens=self.settings.micro_tokens,
-            listen=self._check_stop,
+            check_stop=self._check_stop,
         )
         self.optimizer = torch.optim.AdamW(
             self.parameters, lr=spec.hyper.learning_rate, weight_decay=spec.hyper.weight_decay
         )
-        lengths = [len(row.ids) - self.meter.prefix for row in self.train_rows]
-        self.course = Schedule(lengths, spec, micro_tokens=self.settings.micro_tokens, team=self.team)
-        self.evaluated: dict[str, float] = {}  # what was measured, by name
-        self.pace = ProgressEstimate(spec, prepared, self.train_rows, self.course, emit)
-        self.keeper = Checkpoints(
+        lengths = [len(row.ids) - self.row_losses.prefix for row in self.train_rows]
+        self.schedule = Schedule(lengths, spec, micro_tokens=self.settings.micro_tokens, group=self.group)
+        self.gate_losses: dict[str, float] = {}  # by name
+        self.progress = ProgressEstimate(spec, prepared, self.train_rows, self.schedule, emit)
+        self.checkpoints = Checkpoints(
             folder,
             identity_of(spec, prepared, self.own.sha256, self.settings),
             self.trained,
             self.optimizer,
-            team=self.team,
+            group=self.group,
             stop=stop,
             warn=self._warn,
         )
-        self.position = self.keeper.begin()
-        log.info("train.begin step=%d of %d, %d rows", self.position.step, self.course.steps, len(self.train_rows))
+        self.position = self.checkpoints.begin()
+        log.info("train.begin step=%d of %d, %d rows", self.position.step, self.schedule.steps, len(self.train_rows))
 
     def _trained(self, model: Any) -> Trained:
         spec, hyper = self.spec, self.spec.hyper
@@ -144,33 +144,33 @@ class Trainer:
     def _own_answers(self, model: Any) -> OwnAnswers:
         spec = self.spec
         if spec.method == "scratch" or not (spec.ability or spec.hyper.rehearsal):
-            return NOTHING  # what was never learned cannot be forgotten
+            return NOTHING  # a new model has nothing to retain
         cache = Path(spec.cache) if spec.cache else None
         return own_answers(
-            self.folder, cache, self.prepared.base, spec.instructions, model, self._check_own_stop, self.emit
+            self.folder, cache, self.prepared.base, spec.instructions, model, self._check_local_stop, self.emit
         )
 
     def run(self) -> None:
-        self.pace.tell_plan()
+        self.progress.emit_plan()
         try:
             self._train()
         except Interrupted:
-            with suppress(Interrupted):  # where the disk is full: the checkpoint from before stays
+            with suppress(Interrupted):  # disk full: the previous checkpoint stays
                 self._save()
             raise
-        judged = self._judge()
+        judged = self._evaluate()
         self.emit(judged)
-        losses = losses_of(self.position, self.evaluated)
+        losses = losses_of(self.position, self.gate_losses)
         manifest = manifest_of(
             self.spec,
             self.prepared,
             self.position,
             self.trained,
             dropout=self.settings.dropout,
-            epochs_done=self.position.step / self.course.steps_per_epoch,
+            epochs_done=self.position.step / self.schedule.steps_per_epoch,
             losses=losses,
             judged=judged,
-            processes=self.team.size,
+            processes=self.group.size,
         )
         if self.spec.method == "lora":
             tensors = self.trained.tensors()
@@ -178,63 +178,65 @@ class Trainer:
         else:
             state = {name: whole(tensor).cpu() for name, tensor in self.model.state_dict().items()}
             write = partial(write_model, model=self.model, state=state, tokenizer=self.prepared.base.tokenizer)
-        if self.team.leads:
-            self.keeper.with_room(
+        if self.group.leads:
+            self.checkpoints.with_space(
                 lambda: publish(self.folder, write, manifest.as_dict(), model_card(manifest)), step=self.position.step
             )
-        self.team.wait()
+        self.group.wait()
         self.emit(done(self.position.step, self.position.seconds, losses))
 
     def _train(self) -> None:
-        """Until all steps are done, or nothing is gained any more; then back to the best of them."""
+        """Train until the last step or until patience ends; then load the best checkpoint."""
         while True:
             try:
-                if self.position.step not in self.position.validated and self.course.looks_after(self.position.step):
+                if self.position.step not in self.position.validated and self.schedule.validates_after(
+                    self.position.step
+                ):
                     self._validate()
                 if self._is_over():
                     break
                 self._advance()
             except Unstable as error:
-                self._go_back(error)
-        if self.position.step < self.course.steps:
-            self._warn("stopped_early", step=self.position.step, steps=self.course.steps, best=self.position.best)
-            self.pace.tell_end(self.position)
-        if self.position.best < self.position.step and self.keeper.load(BEST) is None:
+                self._return_to_best(error)
+        if self.position.step < self.schedule.steps:
+            self._warn("stopped_early", step=self.position.step, steps=self.schedule.steps, best=self.position.best)
+            self.progress.emit_end(self.position)
+        if self.position.best < self.position.step and self.checkpoints.load(BEST) is None:
             detail = f"the checkpoint of step {self.position.best} cannot be read any more"
             raise JobError("training.why_damaged", detail)
 
     def _advance(self) -> None:
         began = time.monotonic()
         taken = self._step()
-        self.pace.count(self.position, taken, time.monotonic() - began)
-        if self._is_lost(LOST_STEPS):
+        self.progress.count(self.position, taken, time.monotonic() - began)
+        if self._has_diverged(LOST_STEPS):
             raise Unstable("diverged", at=self.position.step, loss=taken.loss, before=self._untrained_loss())
-        self.pace.tell(self.position, taken)
-        if self.keeper.is_due(began):
+        self.progress.emit_step(self.position, taken)
+        if self.checkpoints.is_due(began):
             self._save()
 
     def _step(self) -> StepResult:
         try:
             return self.take_step()
         except torch.OutOfMemoryError as error:
-            self._spare_memory(error)
-        return self._step()  # nothing was changed
+            self._checkpoint_activations(error)
+        return self._step()  # the failed step changed nothing
 
-    def _spare_memory(self, error: Exception) -> None:
-        """Compute activations twice from now on. Raises JobError where that is done already, or others wait for us."""
+    def _checkpoint_activations(self, error: Exception) -> None:
+        """Switch to activation checkpointing. Raises JobError if on, set to off, or with several processes."""
         self.optimizer.zero_grad(set_to_none=True)
-        if self.spares_memory or self.team.size > 1 or self.spec.hyper.checkpointing == "off":
+        if self.checkpointing or self.group.size > 1 or self.spec.hyper.checkpointing == "off":
             raise refused("out_of_memory", device=self.device) from error
         log.warning("train.out_of_memory step=%d: activations are computed twice", self.position.step)
         checkpoint_activations(self.model)
-        self.spares_memory = True
+        self.checkpointing = True
 
     def _is_over(self) -> bool:
         patience = self.spec.hyper.patience
-        return self.position.step >= self.course.steps or 0 < patience <= self.position.without_gain
+        return self.position.step >= self.schedule.steps or 0 < patience <= self.position.without_gain
 
-    def _is_lost(self, steps: int) -> bool:
-        """Whether the last steps' mean loss is far above what it was untrained."""
+    def _has_diverged(self, steps: int) -> bool:
+        """Whether the mean loss of the last steps is far above the untrained loss."""
         last = self.position.losses[-steps:]
         return len(last) == steps and not sum(last) / steps <= self._untrained_loss() + LOST_NATS
 
@@ -242,16 +244,13 @@ class Trainer:
         return max(self.position.validated[0], *self.position.losses[:1])
 
     def warm_up(self) -> tuple[int, float]:
-        """(tokens, seconds) of some steps at a learning rate of 0, after the one that takes most memory of all.
-
-        Raises Interrupted.
-        """
-        steps = [self.course.step(at) for at in range(self.course.steps_per_epoch)]
+        """(tokens, seconds) of some steps at learning rate 0, after the one with most memory. Raises Interrupted."""
+        steps = [self.schedule.step(at) for at in range(self.schedule.steps_per_epoch)]
         lengths = [[sum(len(self.train_rows[row].ids) for row in micro) for micro in step] for step in steps]
         order = sorted(range(len(steps)), key=lambda at: -sum(lengths[at]))
         self.position.rate_factor = 0.0
         self.position.step = max(range(len(steps)), key=lambda at: max(lengths[at]))
-        self._step()  # what is slow once: memory is asked for, kernels are chosen
+        self._step()  # first step: allocations, kernel selection
         tokens, seconds = 0, 0.0
         for at in order[len(order) // 2 :][:WARM_UP_STEPS]:
             self.position.step, began = at, time.monotonic()
@@ -263,42 +262,42 @@ class Trainer:
         return tokens, seconds
 
     def take_step(self) -> StepResult:
-        """Forward, backward, clip, update. Raises Interrupted or Unstable before anything is changed."""
+        """Forward, backward, clip, update. Raises Interrupted or Unstable with nothing changed."""
         step, hyper = self.position.step, self.spec.hyper
-        torch.manual_seed(step_seed(hyper.seed, step, self.team.rank))
-        rate = learning_rate(step, self.course.steps, hyper) * self.position.rate_factor
+        torch.manual_seed(step_seed(hyper.seed, step, self.group.rank))
+        rate = learning_rate(step, self.schedule.steps, hyper) * self.position.rate_factor
         for group in self.optimizer.param_groups:
             group["lr"] = rate
 
-        micros = self.course.step(step)
+        micros = self.schedule.step(step)
         supervised = sum(sum(self.train_rows[row].supervised[1:]) for micro in micros for row in micro)
         loss = tokens = 0.0
         self.scorer.train()
         self.optimizer.zero_grad(set_to_none=True)
-        for micro, counts in self.course.share(micros):
+        for micro, counts in self.schedule.share(micros):
             self._check_stop()
-            batch = self.meter.batch([self.train_rows[row] for row in micro])
-            # Sum over tokens / tokens of the whole step: however a step is cut, every token weighs the same.
+            batch = self.row_losses.batch([self.train_rows[row] for row in micro])
+            # Loss sum / supervised tokens of the whole step, so micro-batches and processes do not change the weights.
             part = self.scorer(batch) * (counts / supervised)
             part.backward()
             loss += float(part.detach())
             tokens += batch.tokens * counts
         self._check_stop()
-        self.team.add_gradients(self.parameters)
-        loss, tokens = self.team.add([loss, tokens])
-        clipped = clip(self.parameters, hyper, self.team) if math.isfinite(loss) else None
+        self.group.add_gradients(self.parameters)
+        loss, tokens = self.group.add([loss, tokens])
+        clipped = clip(self.parameters, hyper, self.group) if math.isfinite(loss) else None
         if clipped is None:
             raise Unstable("non_finite", at=step + 1)
         self.optimizer.step()
         return StepResult(loss, clipped.norm, clipped.fraction, round(tokens))
 
-    def _go_back(self, error: Unstable) -> None:
-        """To where the validation rows were understood best, or to the start; once, with half the learning rate.
+    def _return_to_best(self, error: Unstable) -> None:
+        """Return once to the best checkpoint with half the learning rate. Raises JobError the second time.
 
-        Not to the newest checkpoint: when that was written is a matter of time, and it may be on the wrong way already.
+        The newest checkpoint depends on timing and may have diverged already.
         """
         failed_factor, rate = self.position.rate_factor, self.spec.hyper.learning_rate
-        position = self.keeper.load(BEST)
+        position = self.checkpoints.load(BEST)
         if position is None or failed_factor < 1:
             fields = {**error.fields, "rate": f"{min(rate / 4, HyperParameters().learning_rate):g}"}
             raise refused(f"lost_{error.key}", **fields)
@@ -308,11 +307,11 @@ class Trainer:
         self._warn(error.key, **error.fields, step=position.step, rate=f"{rate / 2:g}")
 
     def _validate(self) -> None:
-        """Measure, keep what is the best so far, and write a checkpoint, so that it is not measured again."""
+        """Validation loss; writes BEST if it improved, and a checkpoint."""
         position, rows = self.position, self.prepared.part(self.prepared.split.validation)
         best_before = position.validated.get(position.best, math.inf)
-        loss = self.meter.mean_loss(rows)
-        give_back()  # steps of other lengths leave holes behind, some MiB more with each
+        loss = self.row_losses.mean(rows)
+        trim_heap()  # steps of varying lengths fragment the heap
         if not math.isfinite(loss):
             if not position.step:
                 raise JobError("training.why_not_finite", "the loss is not finite before the first step")
@@ -322,35 +321,35 @@ class Trainer:
             raise Unstable("diverged", at=position.step, loss=loss, before=untrained)
         position.validated[position.step] = loss
         if position.best == position.step:
-            self.keeper.write(BEST, position)
+            self.checkpoints.write(BEST, position)
         self._save()
         if position.step:
             self.emit(Evaluated(step=position.step, split="validation", loss=loss, rows=len(rows)))
 
-    def _judge(self) -> Judged:
-        """Compare with what answers now, on the rows that neither training nor watching it saw."""
-        exam = Evaluator(
-            self.folder, self.spec, self.prepared, self.own, self.trained, self.meter, self._warn, self._keep
+    def _evaluate(self) -> Judged:
+        """Evaluate against the champion on the test rows."""
+        evaluator = Evaluator(
+            self.folder, self.spec, self.prepared, self.own, self.trained, self.row_losses, self._warn, self._write
         )
-        examined = exam.take(nullcontext, self.emit, step=self.position.step)
-        self.evaluated |= examined.losses
-        return examined.judged
+        evaluation = evaluator.evaluate(nullcontext, self.emit, step=self.position.step)
+        self.gate_losses |= evaluation.losses
+        return evaluation.judged
 
-    def _keep(self, path: Path, content: bytes) -> None:
-        if self.team.leads:
-            self.keeper.with_room(lambda: files.write(path, content), step=self.position.step)
+    def _write(self, path: Path, content: bytes) -> None:
+        if self.group.leads:
+            self.checkpoints.with_space(lambda: files.write(path, content), step=self.position.step)
 
     def _warn(self, key: str, **fields: object) -> None:
         self.emit(Warned(say(self.spec.language, f"data.warn_{key}", **fields)))
 
     @torch.no_grad()
     def _shared_prefix(self) -> int:
-        """How many tokens all rows share, or 0 where packing is of no use, or not exact for this model."""
+        """Length of the prefix for packing; 0 where packing does not pay or is not exact for this model."""
         prefix = shared_prefix([*self.prepared.rows, *self.own.rehearsed, *self.own.measured])
         text = self.model.config.get_text_config()
         if not self.settings.share_prefix or prefix < LEAST_PREFIX or getattr(text, "sliding_window", None):
             return 0
-        packed_rows.use(self.model)
+        packed_attention.use(self.model)
         self.scorer.eval()
         two = self.train_rows[:2]
         packed, padded = self.scorer(pack(two, self.device, prefix=prefix)), self.scorer(collate(two, self.device))
@@ -360,26 +359,26 @@ class Trainer:
         return prefix
 
     def _save(self) -> None:
-        """Only what may be gone on from: a job that is losing its way keeps the checkpoint from before."""
-        if self.position.validated and not self._is_lost(1):
-            self.keeper.save(self.position)
+        """Write a checkpoint, unless the last step diverged."""
+        if self.position.validated and not self._has_diverged(1):
+            self.checkpoints.save(self.position)
 
-    def _check_own_stop(self) -> None:
-        """Where the others do something else, or nothing."""
+    def _check_local_stop(self) -> None:
+        """Not collective."""
         if self.stop.is_set():
             raise Interrupted
 
     def _check_stop(self) -> None:
-        """All of them together."""
-        if self.team.any(self.stop.is_set()):
+        """Collective."""
+        if self.group.any(self.stop.is_set()):
             raise Interrupted
 
 
 def step_seed(seed: int, step: int, rank: int = 0) -> int:
-    """The seed of all that one process draws within one optimiser step."""
+    """Seed of one process for one optimiser step."""
     text = f"{seed}:{step}:{rank}" if rank else f"{seed}:{step}"
     return int.from_bytes(hashlib.sha256(text.encode()).digest()[:8], "big") >> 1
 
 
 def _silent(event: JobEvent) -> None:
-    """Of every process but the first."""
+    """Emit of all ranks but 0."""

@@ -12,14 +12,14 @@ from pathlib import Path
 
 def main() -> None:
     from core.jobs.protocol import Spec
-    from finetune.__main__ import set_up_libraries, settle_in
+    from finetune.__main__ import configure_process, set_up_libraries
 
     set_up_libraries()
     from finetune.training.train import Trainer, prepare
 
     folder = Path(sys.argv[1])
     spec = Spec.read(folder)
-    settle_in(spec)
+    configure_process(spec)
     import torch
 
     torch.set_num_threads(spec.threads)
@@ -29,7 +29,7 @@ def main() -> None:
     (folder / "trained-lines.json").write_text(json.dumps(lines))
     trainer.take_step()  # warms; the step counts again below
     began = time.perf_counter()
-    for step in range(trainer.course.steps_per_epoch):
+    for step in range(trainer.schedule.steps_per_epoch):
         trainer.position.step = step
         trainer.take_step()
     seconds = time.perf_counter() - began

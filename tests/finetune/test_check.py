@@ -57,7 +57,7 @@ def test_it_counts_what_the_job_will_do(make_job: MakeJob, rehearsal: float) -> 
     estimated = checked(folder, spec).of(Estimated)[0]
     assert (estimated.seconds, estimated.memory_mib) == (0, 0)
     heard = Heard()
-    Trainer(folder, spec, prepare(folder, spec, Heard()), heard, threading.Event()).pace.tell_plan()
+    Trainer(folder, spec, prepare(folder, spec, Heard()), heard, threading.Event()).progress.emit_plan()
     (planned,) = heard.of(Planned)
     assert (estimated.rows, estimated.rehearsed, estimated.steps) == (planned.rows, planned.rehearsed, planned.steps)
     if rehearsal:  # how long the base's answers are is known when they are there
@@ -72,7 +72,7 @@ def test_a_model_from_nothing_rehearses_nothing(make_job: MakeJob) -> None:
     spec = replace(Spec.read(folder), method="scratch", fresh=fresh, warm_up=False)
     estimated = checked(folder, spec).of(Estimated)[0]
     heard = Heard()
-    Trainer(folder, spec, prepare(folder, spec, Heard()), heard, threading.Event()).pace.tell_plan()
+    Trainer(folder, spec, prepare(folder, spec, Heard()), heard, threading.Event()).progress.emit_plan()
     (planned,) = heard.of(Planned)
     assert (estimated.steps, estimated.tokens, estimated.rehearsed) == (planned.steps, planned.tokens, 0)
 

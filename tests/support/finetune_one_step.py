@@ -28,10 +28,10 @@ def gradients(folder: Path) -> dict[str, torch.Tensor]:
         os.environ.pop(SHARDED, None)
     torch.set_num_threads(1)
     spec = Spec.read(folder)
-    team = ProcessGroup(spec.device)
-    with team.first():
+    group = ProcessGroup(spec.device)
+    with group.first():
         prepared = prepare(folder, spec, lambda event: None)
-    trainer = Trainer(folder, spec, prepared, lambda event: None, threading.Event(), team)
+    trainer = Trainer(folder, spec, prepared, lambda event: None, threading.Event(), group)
     taken = trainer.take_step()
     found = {name: whole(p.grad).clone() for name, p in trainer.model.named_parameters() if p.grad is not None}
     shards = sum(is_shard(parameter) for parameter in trainer.parameters)

@@ -75,10 +75,10 @@ def test_answers_are_what_transformers_would_have_said_wherever_each_of_them_end
     base = find_base(spec, folder)
     model = load_module(base, spec)
     prompts = [base.tokenizer.encode(text) for text in ("a", "a longer prompt than the first", "你好", "x" * 40)]
-    endless = answer(model, prompts, most=20, ends=(), listen=nothing)
+    endless = answer(model, prompts, most=20, ends=(), check_stop=nothing)
     assert [len(said) for said in endless] == [20] * 4
     ends = [endless[0][3], endless[2][11]]
-    ours = answer(model, prompts, most=20, ends=ends, listen=nothing)
+    ours = answer(model, prompts, most=20, ends=ends, check_stop=nothing)
     assert len({len(said) for said in ours}) > 1
     for prompt, said in zip(prompts, ours, strict=True):
         ids = torch.tensor([prompt])
@@ -99,7 +99,7 @@ def test_what_the_base_said_is_taught_as_it_was_said_and_kept(make_job: MakeJob,
     for row in (*own.rehearsed, *own.measured):
         start = row.supervised.index(True)
         assert all(row.supervised[start:])
-        said = answer(model, [row.ids[:start]], most=len(row.ids) - start, ends=[2], listen=nothing)
+        said = answer(model, [row.ids[:start]], most=len(row.ids) - start, ends=[2], check_stop=nothing)
         assert said[0] == row.ids[start:]
 
     def forbidden() -> None:
@@ -143,9 +143,9 @@ def test_ability_is_plain_arithmetic(make_job: MakeJob, few: Path) -> None:
     folder = with_ability(make_job, rehearsal=0)
     spec = Spec.read(folder)
     trainer = Trainer(folder, spec, prepare_job(folder, spec, Heard()), Heard(), threading.Event())
-    before = trainer.meter.mean_loss(trainer.own.measured)
+    before = trainer.row_losses.mean(trainer.own.measured)
     trainer._train()
-    after = trainer.meter.mean_loss(trainer.own.measured)
+    after = trainer.row_losses.mean(trainer.own.measured)
     assert trainer._judge().ability == pytest.approx(after - before, rel=1e-4)
 
 

@@ -52,7 +52,7 @@ def test_a_model_is_the_same_but_for_how_it_computes(tiny_folder):
     model = AutoModelForCausalLM.from_pretrained(tiny_folder).eval()
     ids = torch.arange(3, 20)[None]
     names, before = list(model.state_dict()), model(input_ids=ids).logits
-    rms_norm.write_out(model)
+    rms_norm.replace_rms_norms(model)
     assert sum(isinstance(child, RmsNorm) for child in model.modules()) == 2 * len(model.model.layers) + 1
     assert list(model.state_dict()) == names
     assert torch.allclose(model(input_ids=ids).logits, before, atol=1e-5)
@@ -60,5 +60,5 @@ def test_a_model_is_the_same_but_for_how_it_computes(tiny_folder):
 
 def test_other_weights_stay_as_they_are(tiny_folder):
     model = AutoModelForCausalLM.from_pretrained(tiny_folder, dtype=torch.bfloat16)
-    rms_norm.write_out(model)
+    rms_norm.replace_rms_norms(model)
     assert not any(isinstance(child, RmsNorm) for child in model.modules())

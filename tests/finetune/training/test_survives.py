@@ -207,6 +207,6 @@ def test_an_answer_learned_here_comes_to_its_end(make_job, taught_folder):
     (trainer,) = kept
     rows = [trainer.prepared.encoded[number] for number in trainer.prepared.split.test]
     prompts = [row.row.ids[: row.row.supervised.index(True)] for row in rows]
-    said = answer(trainer.model.eval(), prompts, most=40, ends=[2], listen=lambda: None)
+    said = answer(trainer.model.eval(), prompts, most=40, ends=[2], check_stop=lambda: None)
     assert [one[-1] for one in said] == [2] * len(said)
     assert all(one.count(2) == 1 for one in said)

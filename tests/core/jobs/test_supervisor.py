@@ -27,6 +27,7 @@ from core.jobs.process import COMMAND, TrainerProcess, environment
 from core.jobs.protocol import Alive, JobEvent, Progress, Spec, Warned, dump_event
 from core.jobs.supervisor import TrainingWorker
 from core.jobs.worker import TrainingSettings
+from core.platform import Unreachable
 from core.privacy.retention import sweep
 from core.storage.database import Tx
 from core.storage.home import Home
@@ -818,6 +819,27 @@ async def test_a_message_that_is_never_taken_is_given_up_and_holds_up_no_other(
             lambda tx: tx.all("SELECT job.state, delivery.state AS told FROM job JOIN delivery ON job_id = job.id")
         )
         assert rows == [{"state": "published", "told": "failed"}, {"state": "published", "told": "done"}]
+
+
+class GoneBot(DeafBot):
+    """Its first place does not exist any more."""
+
+    async def open(self, to: Address) -> Handle:
+        try:
+            return await super().open(to)
+        except ConnectionError as error:
+            raise Unreachable(detail="the place is gone") from error
+
+
+async def test_the_message_to_a_place_that_is_gone_is_given_up_at_once(tmp_path: Path) -> None:
+    async with works(tmp_path, bot=GoneBot(99), running=False) as it:
+        job_id = await it.order()
+        await it.order("worse", place="q")
+        await it.run()
+        await it.ended()
+        assert await it.database.read(lambda tx: jobs.is_delivered(tx, job_id))
+        assert (await it.job(job_id))["state"] == "published"
+        assert it.bot.open_faults == 99 - 2  # for the progress, and for the report
 
 
 async def test_a_job_that_makes_trouble_does_not_hold_up_the_next(

@@ -19,7 +19,7 @@ import pytest
 from core.model.demo import demo_folder
 from core.observability import logs
 
-_STARTS_PROCESSES = ("subprocess", "sys.executable", "import Program", "demo_cache", "fake_trainer", "works(")
+_STARTS_PROCESSES = ("subprocess", "sys.executable", "import Program", "demo_cache", "fake_trainer", "running_jobs(")
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -28,7 +28,7 @@ from tests.fakes.slack import Held
 from tests.fakes.telegram import Person, Sent
 from tests.fakes.telegram.people import document, photo
 from tests.support.fake_trainer import COMMAND
-from tests.support.world import World
+from tests.support.running_service import RunningService
 
 Answers = Callable[[Request], str | AppError]
 WAYS = ("telegram-polling", "telegram-webhook", "slack-socket", "slack-http")
@@ -49,7 +49,7 @@ class Said:
 class Place(Protocol):
     """A private conversation with the bot, on one platform, for each person by number; 0 operates the channel."""
 
-    here: World
+    here: RunningService
 
     async def meet(self, who: int, language: str) -> None: ...
     async def tell(self, who: int, text: str) -> Said: ...
@@ -66,7 +66,7 @@ class InTelegram:
     people: dict[int, Person] = field(default_factory=dict)
 
     @property
-    def here(self) -> World:
+    def here(self) -> RunningService:
         return self.it.here
 
     async def meet(self, who: int, language: str) -> None:
@@ -114,7 +114,7 @@ class InSlack:
     threads: dict[int, str] = field(default_factory=dict)
 
     @property
-    def here(self) -> World:
+    def here(self) -> RunningService:
         return self.it.here
 
     async def meet(self, who: int, language: str) -> None:

@@ -19,6 +19,7 @@ from core.model.base import BaseModel
 from core.types import AdapterRef
 from tests.fakes.openai import FakeOpenAI
 from tests.support.engine_dialogue import ask
+from tests.support.waiting import DEADLINE_S
 
 LONG = "Tell me a long story about a river and its branches."  # an answer to it does not end by itself
 
@@ -74,7 +75,7 @@ def remote(url: str, folder: Path, **settings: Any) -> RemoteEngine:
     return RemoteEngine(ModelSettings(str(folder), device="cpu"), RemoteSettings(url=url, **settings), folder)
 
 
-async def eventually(condition: Callable[[], Awaitable[bool]], limit_s: float = 30.0) -> None:
+async def eventually(condition: Callable[[], Awaitable[bool]], limit_s: float = DEADLINE_S) -> None:
     async with asyncio.timeout(limit_s):
         while not await condition():  # noqa: ASYNC110 - the engine tells nobody
             await asyncio.sleep(0.005)

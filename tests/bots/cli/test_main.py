@@ -25,7 +25,7 @@ from core.storage.home import Home
 from tests.bots.terminal.test_terminal import Program, read_line
 from tests.support.database import write_now
 from tests.support.fake_trainer import COMMAND
-from tests.support.works import WAIT_S, works
+from tests.support.running_jobs import WAIT_S, running_jobs
 
 ROW = b'{"word": "", "q": "a question", "a": "an answer"}\n'
 
@@ -99,7 +99,7 @@ def test_what_cannot_be_done_is_said_and_the_status_is_2(program: Program, words
 
 async def test_a_job_from_the_command_line_is_asked_about_started_and_promoted_there(tmp_path: Path) -> None:
     (tmp_path / "faq.jsonl").write_bytes(ROW)
-    async with works(tmp_path / "home", command=COMMAND) as it:
+    async with running_jobs(tmp_path / "home", command=COMMAND) as it:
         await it.database.write(lambda tx: seed(tx, read_config({}, {})))
         it.deliveries.register(DESK.platform, DESK.account, control.NullSink())
         desk = control.CommandRunner(it.database, it.home, training=it.training)

@@ -20,7 +20,8 @@ from core.errors import AppError
 from core.storage.database import Tx
 from tests.fakes.slack import FakeSlack, Held
 from tests.fakes.slack.held import APP_TOKEN, SIGNING
-from tests.support.world import World, world
+from tests.support.running_service import RunningService, running_service
+from tests.support.waiting import DEADLINE_S
 
 FAST = Rate(1000.0, 1000.0)
 METHODS = ("auth.test", "chat.startStream", "chat.stopStream", "chat.appendStream", "chat.update", "chat.postMessage")
@@ -35,7 +36,7 @@ class Talk:
     """`there` is the fake Slack, `here` the core."""
 
     there: FakeSlack
-    here: World
+    here: RunningService
     bot: SlackBot
     teams: tuple[str, ...] = ("T1",)
 
@@ -67,13 +68,13 @@ class Talk:
 
     async def until_true(self, asked: Callable[[Tx], bool]) -> None:
         """Until the core's rows say so."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(DEADLINE_S):
             while not await self.here.database.read(asked):  # noqa: ASYNC110 - nobody is told of it
                 await asyncio.sleep(0.01)
 
     async def until_known(self, user: str, team: str = "T1") -> None:
         """Until the bot has found out how to speak to somebody."""
-        async with asyncio.timeout(20):
+        async with asyncio.timeout(DEADLINE_S):
             while not self.bot_languages(team).get(user, ("", ""))[1]:  # noqa: ASYNC110 - nobody is told of it
                 await asyncio.sleep(0.01)
 
@@ -87,7 +88,7 @@ class Talk:
         found = self.bot.workspaces.get(team)
         return dict(found.languages) if found else {}
 
-    async def settled(self, seconds: float = 20.0) -> None:
+    async def settled(self, seconds: float = DEADLINE_S) -> None:
         async with asyncio.timeout(seconds):
             for team in self.teams:
                 await self.here.service.settled("slack", team)
@@ -119,7 +120,7 @@ async def talk(
         if there is None:
             there = await stack.enter_async_context(FakeSlack().open())
             there.workspace("T1")
-        here = await stack.enter_async_context(world(folder, answers, delay_s=delay_s, trainer=trainer))
+        here = await stack.enter_async_context(running_service(folder, answers, delay_s=delay_s, trainer=trainer))
         await here.database.write(bind)
         given: dict[str, Any] = {"api": f"{there.url}/api/", "listen": "127.0.0.1:0"}
         if "client_id" not in settings and "token" not in settings:

@@ -22,7 +22,8 @@ from core.errors import AppError
 from core.storage.database import Tx
 from tests.fakes.telegram import FakeTelegram, Person, Sent
 from tests.fakes.telegram.server import TOKEN
-from tests.support.world import World, world
+from tests.support.running_service import RunningService, running_service
+from tests.support.waiting import DEADLINE_S
 
 ANN = Person(11, "Ann")
 LI = Person(12, "Li", "zh-hans")
@@ -36,7 +37,7 @@ class Talk:
     """`there` is the fake Telegram, `here` the core."""
 
     there: FakeTelegram
-    here: World
+    here: RunningService
     url: str = ""
 
     async def ask(self, person: Person, text: str = "", **more: Any) -> Sent:
@@ -59,7 +60,7 @@ class Talk:
         await self.there.until(lambda: len(self.there.answered) > done)
         await self.settled()
 
-    async def settled(self, seconds: float = 20.0) -> None:
+    async def settled(self, seconds: float = DEADLINE_S) -> None:
         """All that Telegram had is taken in, and all that was taken in is ended."""
         await self.there.until(lambda: not self.there.account.pending)
         async with asyncio.timeout(seconds):
@@ -90,7 +91,7 @@ async def talk(
     async with contextlib.AsyncExitStack() as stack:
         if there is None:
             there = await stack.enter_async_context(FakeTelegram().open())
-        here = await stack.enter_async_context(world(folder, answers, delay_s=delay_s, trainer=trainer))
+        here = await stack.enter_async_context(running_service(folder, answers, delay_s=delay_s, trainer=trainer))
         await here.database.write(bind)
         given = {"token": TOKEN, "api": there.url, **settings}
         if webhook:

@@ -20,6 +20,7 @@ from tests.bots.telegram.talk import ANN, LI, SECRET, talk
 from tests.fakes.telegram import FakeTelegram, Person
 from tests.fakes.telegram.people import message
 from tests.fakes.telegram.server import TOKEN
+from tests.support.waiting import DEADLINE_S
 
 
 async def test_the_offset_moves_only_after_the_commit(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
@@ -136,7 +137,7 @@ async def test_many_accounts_in_one_process(tmp_path: Path, webhook: bool) -> No
                 there.update(token=other.token, message=message(there.chat(LI.id), LI, 1, "hello"))
             assert (await it.ask(ANN, "hi")).text == "you said hi"
             await there.until(lambda: there.held(LI.id))
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(DEADLINE_S):
                 await it.here.service.settled("telegram", "delta_bot")
             assert "No channel" in there.held(LI.id)[0].text or there.held(LI.id)[0].text  # bound to none: refused
             assert await it.here.count("ledger") == 1

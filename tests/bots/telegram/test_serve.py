@@ -12,6 +12,7 @@ from tests.bots.telegram.talk import ANN, LI
 from tests.fakes.telegram import FakeTelegram
 from tests.fakes.telegram.people import message
 from tests.fakes.telegram.server import TOKEN
+from tests.support.waiting import DEADLINE_S
 
 OTHER = "7777:BBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBB"
 CONFIG = """
@@ -57,7 +58,7 @@ async def test_two_bots_are_served_and_end_by_sigterm(tmp_path: Path) -> None:
         await there.until(lambda: there.held(ANN.id) and "Acme Building" in there.held(ANN.id)[0].text)
         await there.until(lambda: there.held(LI.id) and "Delta Tax" in there.held(LI.id)[0].text)
         program.send_signal(signal.SIGTERM)
-        async with asyncio.timeout(25):
+        async with asyncio.timeout(DEADLINE_S):
             _, said = await program.communicate()
         assert program.returncode == 0, said.decode()
         assert TOKEN not in said.decode()
@@ -68,7 +69,7 @@ async def test_a_wrong_token_is_told_with_the_way_out(tmp_path: Path) -> None:
         config = tmp_path / "config.toml"
         config.write_text(CONFIG.format(api=there.url))
         program = await _serve(config, ACME_TOKEN=TOKEN, DELTA_TOKEN=OTHER)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(DEADLINE_S):
             _, said = await program.communicate()
         assert program.returncode not in (0, None)
         assert "@BotFather" in said.decode()

@@ -15,7 +15,7 @@ from core.i18n.messages import languages, say
 from core.jobs import datasets, jobs
 from core.storage.database import Tx
 from tests.support.database import read_now, write_now
-from tests.support.people import Town, town
+from tests.support.roles import Roles, open_roles
 
 MANIFEST = {
     "base_model": "Small", "rows": {"train": 80, "validation": 10, "test": 10}, "dropout": 0.1, "seconds": 61,
@@ -25,13 +25,13 @@ MANIFEST = {
 
 
 @pytest.fixture
-def it(tmp_path: Path) -> Iterator[Town]:
-    with town(tmp_path) as made:
+def it(tmp_path: Path) -> Iterator[Roles]:
+    with open_roles(tmp_path) as made:
         write_now(made.database, lambda tx: _publish(tx, made))
         yield made
 
 
-def _publish(tx: Tx, it: Town) -> None:
+def _publish(tx: Tx, it: Roles) -> None:
     datasets.keep_dataset(tx, "d" * 64, "faq.jsonl", source="file", size_bytes=1, brought_by="x")
     registry.keep_base(tx, "loaded")
     for n, base in enumerate(("loaded", "loaded", "another"), start=1):
@@ -41,16 +41,16 @@ def _publish(tx: Tx, it: Town) -> None:
         jobs.end(tx, job.id, "published", result=candidate.sha256)
 
 
-def judge(it: Town, number: int, verdict: str, against: str) -> None:
+def judge(it: Roles, number: int, verdict: str, against: str) -> None:
     manifest = json.dumps({**MANIFEST, "judged": {"verdict": verdict, "champion": against}})
     write_now(it.database, lambda tx: tx.run("UPDATE adapter SET manifest = ? WHERE version = ?", [manifest, number]))
 
 
-def champion(it: Town) -> str:
+def champion(it: Roles) -> str:
     return read_now(it.database, lambda tx: adapter_names.champion(tx, "acme")[1])
 
 
-def test_promote_moves_the_champion_names_the_channels_and_is_audited(it: Town) -> None:
+def test_promote_moves_the_champion_names_the_channels_and_is_audited(it: Roles) -> None:
     said = it.says("operator", "/adapter promote @1 better tone")
     assert champion(it) == "acme@1"
     assert "**acme@1** answers in **Acme** (fake:bot/acme)" in said
@@ -60,7 +60,7 @@ def test_promote_moves_the_champion_names_the_channels_and_is_audited(it: Town) 
     assert json.loads(str(row["after"])) == {"version": "acme@1", "reason": "better tone"}
 
 
-def test_rollback_goes_down_to_base_and_then_says_so(it: Town) -> None:
+def test_rollback_goes_down_to_base_and_then_says_so(it: Roles) -> None:
     it.says("operator", "/adapter promote 1")
     it.says("operator", "/adapter promote 2")
     assert "**acme@1** answers" in it.says("operator", "/adapter rollback")
@@ -69,7 +69,7 @@ def test_rollback_goes_down_to_base_and_then_says_so(it: Town) -> None:
     assert it.says("operator", "/adapter rollback") == say("en", "adapter.nothing_to_undo", label="base")
 
 
-def test_rollback_skips_a_version_for_another_base_model(it: Town) -> None:
+def test_rollback_skips_a_version_for_another_base_model(it: Roles) -> None:
     def put(tx: Tx) -> None:
         for n in (3, 1):  # acme@3 answered while another model was loaded
             registry.promote(tx, "acme", f"{n:064x}", "me", "")
@@ -80,7 +80,7 @@ def test_rollback_skips_a_version_for_another_base_model(it: Town) -> None:
 
 
 @pytest.mark.parametrize(("typed", "back"), [("1", "base"), ("base", "")])
-def test_promote_names_what_a_rollback_will_bring_back(it: Town, typed: str, back: str) -> None:
+def test_promote_names_what_a_rollback_will_bring_back(it: Roles, typed: str, back: str) -> None:
     write_now(it.database, lambda tx: registry.promote(tx, "acme", f"{3:064x}", "me", ""))  # of another base model
     said = it.says("operator", f"/adapter promote {typed}")
     assert "acme@3" not in said
@@ -91,7 +91,7 @@ def test_promote_names_what_a_rollback_will_bring_back(it: Town, typed: str, bac
     assert (f"**{back}** answers" in told) if back else told == say("en", "adapter.nothing_to_undo", label="base")
 
 
-def test_base_is_a_version_like_any_other(it: Town) -> None:
+def test_base_is_a_version_like_any_other(it: Roles) -> None:
     it.says("operator", "/adapter promote 1")
     it.says("operator", "/adapter promote base")
     assert champion(it) == "base"
@@ -99,33 +99,33 @@ def test_base_is_a_version_like_any_other(it: Town) -> None:
     assert champion(it) == "acme@1"
 
 
-def test_what_answers_already_is_not_promoted_again(it: Town) -> None:
+def test_what_answers_already_is_not_promoted_again(it: Roles) -> None:
     it.says("operator", "/adapter promote 1")
     assert it.says("operator", "/adapter promote 1") == say("en", "adapter.already", label="acme@1")
     assert read_now(it.database, lambda tx: tx.value("SELECT count(*) FROM promotion")) == 1
 
 
-def test_a_version_that_is_not_here_is_named_with_those_that_are(it: Town) -> None:
+def test_a_version_that_is_not_here_is_named_with_those_that_are(it: Roles) -> None:
     for typed in ("9", "acme@9", "delta@1", "acme", "acme@", "acme@x", "1e0"):
         with pytest.raises(UnknownThing) as refused:
             it.says("operator", f"/adapter promote {typed}")
         assert refused.value.fields["known"] == "acme@3, acme@2, acme@1, base", typed
 
 
-def test_versions_of_another_channel_are_as_unknown_as_none(it: Town) -> None:
+def test_versions_of_another_channel_are_as_unknown_as_none(it: Roles) -> None:
     with pytest.raises(UnknownThing) as refused:
         it.says("other_operator", "/adapter show acme@1", place="delta")
     assert "acme" not in str(refused.value.fields["known"])
 
 
-def test_a_version_for_another_base_model_is_not_put_into_service(it: Town) -> None:
+def test_a_version_for_another_base_model_is_not_put_into_service(it: Roles) -> None:
     with pytest.raises(BadInput) as refused:
         it.says("operator", "/adapter promote 3")
     assert refused.value.key == "adapter.is_of_another_base"
     assert champion(it) == "base"
 
 
-def test_a_withdrawn_version_is_not_put_into_service(it: Town) -> None:
+def test_a_withdrawn_version_is_not_put_into_service(it: Roles) -> None:
     write_now(it.database, lambda tx: registry.unpublish(tx, f"{1:064x}", "erased"))
     with pytest.raises(BadInput) as refused:
         it.says("operator", "/adapter promote 1")
@@ -134,7 +134,7 @@ def test_a_withdrawn_version_is_not_put_into_service(it: Town) -> None:
 
 
 @pytest.mark.parametrize("command", ["/adapter promote 1", "/adapter rollback"])
-def test_a_name_that_two_channels_follow_is_moved_by_who_operates_both(it: Town, command: str) -> None:
+def test_a_name_that_two_channels_follow_is_moved_by_who_operates_both(it: Roles, command: str) -> None:
     it.says("owner", "/adapter promote 2")
     write_now(it.database, lambda tx: tx.run("UPDATE channel SET adapter = 'acme' WHERE name = 'delta'"))
     assert it.says("operator", command) == say("en", "error.not_allowed")
@@ -143,14 +143,14 @@ def test_a_name_that_two_channels_follow_is_moved_by_who_operates_both(it: Town,
     assert "**Acme** (fake:bot/acme), **Delta** (fake:bot/delta)" in said
 
 
-def test_an_archived_follower_needs_nobodys_leave(it: Town) -> None:
+def test_an_archived_follower_needs_nobodys_leave(it: Roles) -> None:
     write_now(it.database, lambda tx: tx.run("UPDATE channel SET adapter = 'acme' WHERE name = 'delta'"))
     it.says("owner", "/channel archive delta")
     assert "answers in **Acme**" in it.says("operator", "/adapter promote 1")
 
 
 @pytest.mark.parametrize("language", languages())
-def test_list_and_show_say_what_a_version_is(it: Town, language: str) -> None:
+def test_list_and_show_say_what_a_version_is(it: Roles, language: str) -> None:
     it.says("operator", "/adapter promote 2")
     listed = it.says("operator", "/adapter list", language=language)
     assert listed.index("acme@3") < listed.index("acme@2") < listed.index("acme@1") < listed.index("`base`")
@@ -163,7 +163,7 @@ def test_list_and_show_say_what_a_version_is(it: Town, language: str) -> None:
     assert it.run("operator", "/adapter show 1", language=language).body.buttons[0].value == "/adapter promote acme@1"
 
 
-def test_show_says_how_many_epochs_were_done(it: Town) -> None:
+def test_show_says_how_many_epochs_were_done(it: Roles) -> None:
     for version, (language, done, told) in enumerate(
         (
             ("en", 5.9, " 5.9 of 8 rounds,"),
@@ -179,7 +179,7 @@ def test_show_says_how_many_epochs_were_done(it: Town) -> None:
         assert told in it.says("operator", f"/adapter show {version}", language=language)
 
 
-def test_an_imported_manifest_may_say_little(it: Town) -> None:
+def test_an_imported_manifest_may_say_little(it: Roles) -> None:
     write_now(
         it.database,
         lambda tx: registry.publish(tx, folders.Candidate("9" * 64, Path(), "loaded", "", "{}"), "acme", 4),
@@ -188,7 +188,7 @@ def test_an_imported_manifest_may_say_little(it: Town) -> None:
     assert "acme@4" in it.says("operator", "/adapter list")
 
 
-def test_what_did_not_pass_goes_into_service_only_with_a_reason_that_is_kept(it: Town) -> None:
+def test_what_did_not_pass_goes_into_service_only_with_a_reason_that_is_kept(it: Roles) -> None:
     for verdict in ("no_better", "style_only", "forgets", "unsound", "too_few"):
         judge(it, 2, verdict, "base")
         for blank in ("", '" "', '"\u3000"'):
@@ -202,7 +202,7 @@ def test_what_did_not_pass_goes_into_service_only_with_a_reason_that_is_kept(it:
     assert json.loads(str(it.audit()[-1]["after"]))["reason"] == "the tone is what we want"
 
 
-def test_promote_says_where_what_answered_is_not_what_it_was_measured_against(it: Town) -> None:
+def test_promote_says_where_what_answered_is_not_what_it_was_measured_against(it: Roles) -> None:
     judge(it, 1, "passed", "base")
     judge(it, 2, "passed", "base")
     told = say("en", "adapter.measured_otherwise", champion="base", before="acme@1")

@@ -19,16 +19,16 @@ from core.i18n.messages import languages, say
 from core.storage.database import Tx
 from core.types import Body, Caller, ForgetMemory, Outcome
 from tests.support.database import read_now, write_now
-from tests.support.people import Town, town
+from tests.support.roles import Roles, open_roles
 
 
 @pytest.fixture
-def it(tmp_path: Path) -> Iterator[Town]:
-    with town(tmp_path) as made:
+def it(tmp_path: Path) -> Iterator[Roles]:
+    with open_roles(tmp_path) as made:
         yield made
 
 
-def refusal(it: Town, text: str, who: str = "owner", language: str = "en") -> str:
+def refusal(it: Roles, text: str, who: str = "owner", language: str = "en") -> str:
     """What the service would say; nothing is changed."""
     before = it.rows(), it.audit()
     with pytest.raises(UserError) as raised:
@@ -37,13 +37,13 @@ def refusal(it: Town, text: str, who: str = "owner", language: str = "en") -> st
     return say(language, raised.value.key, **raised.value.fields)
 
 
-def last(it: Town) -> tuple[object, object, object, object]:
+def last(it: Roles) -> tuple[object, object, object, object]:
     row = it.audit()[-1]
     before, after = (json.loads(str(row[name])) if row[name] else None for name in ("before", "after"))
     return row["action"], row["target"], before, after
 
 
-def test_a_channel_is_made_bound_set_shown_and_archived(it: Town) -> None:
+def test_a_channel_is_made_bound_set_shown_and_archived(it: Roles) -> None:
     said = it.says("owner", "/channel create brook The Brook")
     assert "/channel set brook bind=" in said
     assert last(it)[:3] == ("channel create", "brook", None)
@@ -67,7 +67,7 @@ def test_a_channel_is_made_bound_set_shown_and_archived(it: Town) -> None:
     assert "archived" in refusal(it, "/channel set brook title=x")
 
 
-def test_new_instructions_warn_where_a_version_answers_that_was_trained_under_others(it: Town) -> None:
+def test_new_instructions_warn_where_a_version_answers_that_was_trained_under_others(it: Roles) -> None:
     def work(tx: Tx) -> None:
         manifest = json.dumps({"instructions_sha256": hashlib.sha256(b"Be brief.").hexdigest()})
         registry.publish(tx, folders.Candidate("v", Path(), "base", "", manifest), "acme", 1)
@@ -80,7 +80,7 @@ def test_new_instructions_warn_where_a_version_answers_that_was_trained_under_ot
     assert warning not in it.says("owner", '/channel set acme instructions="Be brief."')
 
 
-def test_a_price_is_a_new_row_and_the_old_ones_stay(it: Town) -> None:
+def test_a_price_is_a_new_row_and_the_old_ones_stay(it: Roles) -> None:
     it.run("owner", "/channel set acme price_in=150 price_out=600 share=30%")
     it.run("owner", "/channel set acme share=33.25")
     it.run("owner", "/channel set acme share=0.5%")
@@ -94,7 +94,7 @@ def test_a_price_is_a_new_row_and_the_old_ones_stay(it: Town) -> None:
     assert last(it)[2:] == ({"share": 33.25}, {"share": 0.5})
 
 
-def test_what_is_so_already_is_no_change(it: Town) -> None:
+def test_what_is_so_already_is_no_change(it: Roles) -> None:
     before = it.rows()
     assert it.says("operator", "/channel set acme title=Acme per_minute=6") == say(
         "en", "operators.set_nothing", name="acme"
@@ -135,7 +135,7 @@ def test_what_is_so_already_is_no_change(it: Town) -> None:
         "bind='fake:a b'",
     ],
 )
-def test_a_wrong_value_changes_nothing_and_is_told_with_what_it_must_be(it: Town, setting: str, language: str) -> None:
+def test_a_wrong_value_changes_nothing_and_is_told_with_what_it_must_be(it: Roles, setting: str, language: str) -> None:
     said = refusal(it, f"/channel set acme title=New {setting}", language=language)
     assert setting.partition("=")[0] in said
     assert "…" not in said or len(setting) > 80
@@ -143,23 +143,23 @@ def test_a_wrong_value_changes_nothing_and_is_told_with_what_it_must_be(it: Town
 
 
 @pytest.mark.parametrize("name", ["base", "all", "Acme", "a/", "-x", "x" * 64, "好"])
-def test_a_channels_name_is_a_plain_word(it: Town, name: str) -> None:
+def test_a_channels_name_is_a_plain_word(it: Roles, name: str) -> None:
     assert name[:20] in refusal(it, f"/channel create {name}")
 
 
-def test_a_name_is_taken_once(it: Town) -> None:
+def test_a_name_is_taken_once(it: Roles) -> None:
     assert "acme" in refusal(it, "/channel create acme")
     it.run("owner", "/channel archive acme", place="delta")
     assert "acme" in refusal_at(it, "/channel create acme", "delta")
 
 
-def refusal_at(it: Town, text: str, place: str) -> str:
+def refusal_at(it: Roles, text: str, place: str) -> str:
     with pytest.raises(UserError) as raised:
         it.run("owner", text, place=place)
     return say("en", raised.value.key, **raised.value.fields)
 
 
-def test_an_owner_who_mistypes_is_told_what_there_is(it: Town) -> None:
+def test_an_owner_who_mistypes_is_told_what_there_is(it: Roles) -> None:
     with pytest.raises(UnknownThing):
         it.run("owner", "/channel show acne")
     assert "acme, delta, terminal" in refusal(it, "/channel show acne")
@@ -167,12 +167,12 @@ def test_an_owner_who_mistypes_is_told_what_there_is(it: Town) -> None:
     assert "Kim" in refusal(it, "/operator invite Kim")
 
 
-def test_the_terminal_stays(it: Town) -> None:
+def test_the_terminal_stays(it: Roles) -> None:
     with pytest.raises(BadInput):
         it.run("owner", "/channel archive terminal")
 
 
-def test_the_language_of_a_channel(it: Town) -> None:
+def test_the_language_of_a_channel(it: Roles) -> None:
     it.run("operator", "/channel set acme language=zh-Hans")
     assert read_now(it.database, lambda tx: it.caller(tx, "user").channel.language) == "zh"
     assert "中文" in it.says("operator", "/channel show")
@@ -180,7 +180,7 @@ def test_the_language_of_a_channel(it: Town) -> None:
     assert read_now(it.database, lambda tx: it.caller(tx, "user").channel.language) == ""
 
 
-def test_a_channel_may_follow_an_adapter_name_of_its_own_partner_alone(it: Town) -> None:
+def test_a_channel_may_follow_an_adapter_name_of_its_own_partner_alone(it: Roles) -> None:
     it.run("owner", "/channel set delta adapter=acme")
     assert read_now(it.database, lambda tx: it.caller(tx, "user", "delta").channel.adapter) == "acme"
 
@@ -192,14 +192,14 @@ def test_a_channel_may_follow_an_adapter_name_of_its_own_partner_alone(it: Town)
     assert "rival" in refusal(it, "/channel set delta adapter=rival")
 
 
-def test_a_place_that_moves_is_audited_with_whose_it_was(it: Town) -> None:
+def test_a_place_that_moves_is_audited_with_whose_it_was(it: Roles) -> None:
     it.run("owner", "/channel set delta bind=fake:bot/acme")
     assert last(it) == ("channel set", "delta", {"bind fake:bot/acme": "acme"}, {"bind fake:bot/acme": "delta"})
     it.run("owner", "/channel set delta bind=fake:bot", place="delta")
     assert "fake:bot, fake:bot/acme, fake:bot/delta" in it.says("owner", "/channel show delta")
 
 
-def test_a_code_is_shown_once_and_in_no_row(it: Town) -> None:
+def test_a_code_is_shown_once_and_in_no_row(it: Roles) -> None:
     said = it.says("operator", "/operator invite")
     code = next(line for line in said.splitlines() if "/claim" in line).strip("`").removeprefix("/claim ")
     assert len(code.replace("-", "")) >= 8
@@ -208,7 +208,7 @@ def test_a_code_is_shown_once_and_in_no_row(it: Town) -> None:
     assert last(it) == ("operator invite", "acme", None, {"label": ""})
 
 
-def test_a_removed_operator_is_one_no_more_and_the_open_invitations_end(it: Town) -> None:
+def test_a_removed_operator_is_one_no_more_and_the_open_invitations_end(it: Roles) -> None:
     said = it.says("operator", "/operator invite acme Kim")
     code = next(line for line in said.splitlines() if "/claim" in line).strip("`")
     it.run("owner", f"/operator remove #{it.operator_id('operator')}")
@@ -218,12 +218,12 @@ def test_a_removed_operator_is_one_no_more_and_the_open_invitations_end(it: Town
         it.run("stranger", code)
 
 
-def test_the_last_owner_stays(it: Town) -> None:
+def test_the_last_owner_stays(it: Roles) -> None:
     it.run("owner", "/operator remove 1")
     assert "Invite another" in refusal(it, f"/operator remove {it.operator_id('owner')}")
 
 
-def test_a_handler_that_refuses_late_undoes_what_it_did(it: Town, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_handler_that_refuses_late_undoes_what_it_did(it: Roles, monkeypatch: pytest.MonkeyPatch) -> None:
     def late(tx: Tx, caller: Caller, call: object) -> Outcome:
         tx.insert("setting", key="half", value="done")
         audit.record(tx, caller, "adapter promote", "acme@4")

@@ -15,16 +15,16 @@ from core.errors import BadInput
 from core.i18n.messages import language_name, say
 from core.types import Outcome
 from tests.support.database import read_now
-from tests.support.people import Town, town
+from tests.support.roles import Roles, open_roles
 
 
 @pytest.fixture
-def it(tmp_path: Path) -> Iterator[Town]:
-    with town(tmp_path) as made:
+def it(tmp_path: Path) -> Iterator[Roles]:
+    with open_roles(tmp_path) as made:
         yield made
 
 
-def test_whoami_names_channel_and_rights(it: Town) -> None:
+def test_whoami_names_channel_and_rights(it: Roles) -> None:
     for role, rights in (("user", "/help"), ("operator", "of this channel"), ("owner", "of all channels")):
         said = it.says(role, "/whoami")
         assert "**Acme** (`acme`)" in said
@@ -33,7 +33,7 @@ def test_whoami_names_channel_and_rights(it: Town) -> None:
         assert role not in said.replace("operator of", "")
 
 
-def test_a_language_is_chosen_by_code_or_name_and_given_back(it: Town) -> None:
+def test_a_language_is_chosen_by_code_or_name_and_given_back(it: Roles) -> None:
     for typed, chosen in (("zh", "zh"), ("English", "en"), ("中文", "zh"), ("auto", "")):
         said = it.says("user", f"/language {typed}")
         assert read_now(it.database, lambda tx: people.language_of(tx, it.hash("user"))) == chosen
@@ -53,7 +53,7 @@ def code_of(said: str) -> str:
     return next(line for line in said.splitlines() if "/claim" in line).strip("`").removeprefix("/claim ")
 
 
-def test_an_invitation_makes_one_operator_and_is_used_up(it: Town) -> None:
+def test_an_invitation_makes_one_operator_and_is_used_up(it: Roles) -> None:
     code = code_of(it.says("owner", "/operator invite acme Kim"))
     said = it.says("stranger", f"/claim {code.lower().replace('-', ' ').split()[0]}-{code[5:]}")
     assert said == say("en", "users.claim_channel", title="Acme")
@@ -65,7 +65,7 @@ def test_an_invitation_makes_one_operator_and_is_used_up(it: Town) -> None:
     assert it.says("stranger", "/channel show delta") == say("en", "error.not_allowed")
 
 
-def test_a_wrong_code_gives_nothing(it: Town) -> None:
+def test_a_wrong_code_gives_nothing(it: Roles) -> None:
     code = code_of(it.says("owner", "/operator invite all"))
     wrong = code[:-1] + ("2" if code[-1] != "2" else "3")
     before = it.rows()
@@ -75,7 +75,7 @@ def test_a_wrong_code_gives_nothing(it: Town) -> None:
     assert code not in str(it.rows()) + str(it.audit())
 
 
-async def test_two_who_claim_one_code_at_once_one_wins(it: Town) -> None:
+async def test_two_who_claim_one_code_at_once_one_wins(it: Roles) -> None:
     code = code_of(it.says("owner", "/operator invite all Kim"))
     call = parse(f"/claim {code}")
 

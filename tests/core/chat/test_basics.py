@@ -11,16 +11,16 @@ from core.errors import BadCommand, BadInput
 from core.i18n.messages import say
 from core.types import AnswerAgain, Body, ForgetMemory, Outcome, StopReply
 from tests.support.database import read_now, write_now
-from tests.support.people import Town, town
+from tests.support.roles import Roles, open_roles
 
 
 @pytest.fixture
-def it(tmp_path: Path) -> Iterator[Town]:
-    with town(tmp_path) as made:
+def it(tmp_path: Path) -> Iterator[Roles]:
+    with open_roles(tmp_path) as made:
         yield made
 
 
-def test_new_begins_the_conversation_anew_and_no_other(it: Town) -> None:
+def test_new_begins_the_conversation_anew_and_no_other(it: Roles) -> None:
     outcome = it.run("user", "/new")
     assert outcome.body.text == say("en", "users.new")
     conversation = read_now(it.database, lambda tx: tx.value("SELECT id FROM conversation WHERE place = 'acme'"))
@@ -28,7 +28,7 @@ def test_new_begins_the_conversation_anew_and_no_other(it: Town) -> None:
     assert {turn["conversation_id"] for turn in it.rows()["turn"]} == {2} != {conversation}
 
 
-def test_retry_asks_for_another_answer_where_there_was_a_question(it: Town) -> None:
+def test_retry_asks_for_another_answer_where_there_was_a_question(it: Roles) -> None:
     assert it.run("user", "/retry").after == (AnswerAgain(),)
     it.run("user", "/new")
     with pytest.raises(BadInput) as raised:
@@ -36,7 +36,7 @@ def test_retry_asks_for_another_answer_where_there_was_a_question(it: Town) -> N
     assert raised.value.key == "service.nothing_to_retry"
 
 
-def test_stop_says_whether_there_was_anything_to_stop(it: Town) -> None:
+def test_stop_says_whether_there_was_anything_to_stop(it: Roles) -> None:
     outcome = it.run("user", "/stop")
     assert outcome == Outcome(outcome.body, (StopReply(it.hash("user")),))
     assert outcome.body.text == say("en", "users.nothing_to_stop")
@@ -47,7 +47,7 @@ def test_stop_says_whether_there_was_anything_to_stop(it: Town) -> None:
     assert it.run("operator", "/stop") == Outcome(Body(say("en", "users.stop")), (StopReply(""),))
 
 
-def test_help_of_an_unknown_command_names_the_nearest(it: Town) -> None:
+def test_help_of_an_unknown_command_names_the_nearest(it: Roles) -> None:
     with pytest.raises(BadCommand) as raised:
         it.run("user", "/help fintune")
     assert raised.value.fields["nearest"] == "/finetune"

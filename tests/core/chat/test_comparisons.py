@@ -20,7 +20,8 @@ from core.jobs import datasets, jobs
 from core.jobs.protocol import Shown
 from core.storage.database import Tx
 from core.types import AdapterRef, Address, Caller, Handle, Kind
-from tests.support.world import OWNER, World, world
+from tests.support.running_service import OWNER, RunningService, running_service
+from tests.support.waiting import DEADLINE_S
 
 SHA = "ab" * 32
 
@@ -31,7 +32,7 @@ def by_version(request: Request) -> str | AppError:
     return f"{who} says {request.messages[-1].text}"
 
 
-async def publish(w: World, *, unseen: tuple[tuple[str, str], ...] = (), worst=(), judged=None) -> None:
+async def publish(w: RunningService, *, unseen: tuple[tuple[str, str], ...] = (), worst=(), judged=None) -> None:
     """acme@1, made by a job."""
 
     def work(tx: Tx) -> None:
@@ -55,19 +56,19 @@ def folders_are_there(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(folders, "verify", lambda ref: None)
 
 
-async def press(w: World, number: int) -> str:
+async def press(w: RunningService, number: int) -> str:
     """The button of the newest message."""
     body = list(w.bot.final.values())[-1]
     return await w.ask("", user=OWNER, kind=Kind.PRESS, command=body.buttons[number].value)
 
 
-async def chosen(w: World) -> list[tuple[str | None, int]]:
+async def chosen(w: RunningService) -> list[tuple[str | None, int]]:
     rows = await w.database.read(lambda tx: tx.all("SELECT chosen, candidate_first FROM comparison ORDER BY id"))
     return [(row["chosen"], row["candidate_first"]) for row in rows]
 
 
 async def test_base_is_compared_with_what_is_in_service(tmp_path: Path) -> None:
-    async with world(tmp_path, by_version) as w:
+    async with running_service(tmp_path, by_version) as w:
         await publish(w)
         await w.database.write(lambda tx: registry.promote(tx, "acme", SHA, "owner", ""))
         said = await w.ask("/adapter compare base who are you?", user=OWNER)
@@ -81,7 +82,7 @@ async def test_base_is_compared_with_what_is_in_service(tmp_path: Path) -> None:
 
 
 async def test_both_answer_blind_and_the_choice_is_told_and_counted_once(tmp_path: Path) -> None:
-    async with world(tmp_path, by_version) as w:
+    async with running_service(tmp_path, by_version) as w:
         await publish(w)
         text = await w.ask("/adapter compare acme@1 How long does it take?", user=OWNER)
         body = list(w.bot.final.values())[-1]
@@ -108,7 +109,7 @@ async def test_the_order_is_drawn_anew_each_time_and_ties_and_losses_count(
     drawn = [random.Random(0).getrandbits(12) >> bit & 1 for bit in range(12)]  # both orders are among them
     draws = iter(drawn)
     monkeypatch.setattr("core.chat.comparisons.secrets.randbelow", lambda below: next(draws))
-    async with world(tmp_path, by_version) as w:
+    async with running_service(tmp_path, by_version) as w:
         await publish(w)
         for number in range(1, 13):
             await w.ask(f"/adapter compare acme@1 question {number}", user=OWNER)
@@ -122,7 +123,7 @@ async def test_the_order_is_drawn_anew_each_time_and_ties_and_losses_count(
 
 
 async def test_without_a_question_it_takes_unseen_ones_one_after_another(tmp_path: Path) -> None:
-    async with world(tmp_path, by_version) as w:
+    async with running_service(tmp_path, by_version) as w:
         await publish(w, unseen=(("First unseen?", "Yes."), ("Second unseen?", "No.")))
         assert "First unseen?" in await w.ask("/adapter compare acme@1", user=OWNER)
         assert "Second unseen?" in await w.ask("/adapter compare acme@1", user=OWNER)
@@ -134,14 +135,14 @@ async def test_without_a_question_it_takes_unseen_ones_one_after_another(tmp_pat
 
 
 async def test_a_question_that_was_kept_cut_is_asked_last(tmp_path: Path) -> None:
-    async with world(tmp_path, by_version) as w:
+    async with running_service(tmp_path, by_version) as w:
         await publish(w, unseen=(("Long and cut…", "Yes."), ("Whole?", "No.")))
         assert "Whole?" in await w.ask("/adapter compare acme@1", user=OWNER)
         assert "Long and cut…" in await w.ask("/adapter compare acme@1", user=OWNER)
 
 
 async def test_the_same_answer_from_both_is_a_tie_without_a_question(tmp_path: Path) -> None:
-    async with world(tmp_path, lambda request: "One word.") as w:
+    async with running_service(tmp_path, lambda request: "One word.") as w:
         await publish(w)
         text = await w.ask("/adapter compare acme@1 What?", user=OWNER)
         assert text.count("One word.") == 1
@@ -160,13 +161,13 @@ async def test_the_same_answer_from_both_is_a_tie_without_a_question(tmp_path: P
     ],
 )
 async def test_what_cannot_be_compared_says_what_to_do(tmp_path: Path, text: str, answer: str) -> None:
-    async with world(tmp_path, by_version) as w:
+    async with running_service(tmp_path, by_version) as w:
         await publish(w)
         assert answer in await w.ask(text, user=OWNER)
 
 
 async def test_strangers_neither_compare_nor_choose(tmp_path: Path) -> None:
-    async with world(tmp_path, by_version) as w:
+    async with running_service(tmp_path, by_version) as w:
         await publish(w)
         await w.ask("/adapter compare acme@1 What?", user=OWNER)
         await w.ask("/adapter compare acme@1 What?")
@@ -175,10 +176,10 @@ async def test_strangers_neither_compare_nor_choose(tmp_path: Path) -> None:
 
 
 async def test_a_restart_in_the_middle_answers_the_same_comparison(tmp_path: Path) -> None:
-    async with world(tmp_path, by_version, running=False) as w:
+    async with running_service(tmp_path, by_version, running=False) as w:
         await publish(w)
         await w.send("/adapter compare acme@1 What?", user=OWNER, key="one")
-    async with world(tmp_path, by_version) as w:
+    async with running_service(tmp_path, by_version) as w:
         await w.settled()
         assert "acme@1 says What?" in w.bot.said()[-1]
         assert await w.count("comparison") == 1
@@ -192,25 +193,25 @@ async def test_both_answers_take_places_like_any_other_request(tmp_path: Path) -
         at_the_engine.append(stats.running + stats.waiting)
         return by_version(request)
 
-    async with world(tmp_path, counted, delay_s=0.01, max_replies=1) as w:
+    async with running_service(tmp_path, counted, delay_s=0.01, max_replies=1) as w:
         await publish(w)
         assert "base says What?" in await w.ask("/adapter compare acme@1 What?", user=OWNER)
         assert at_the_engine == [1, 1]
 
 
 async def test_a_stop_that_comes_before_the_answers_are_begun_is_heard(tmp_path: Path) -> None:
-    async with world(tmp_path, by_version, running=False) as w:
+    async with running_service(tmp_path, by_version, running=False) as w:
         await publish(w)
         await w.send("/adapter compare acme@1 What?", user=OWNER)
         await w.send("", user=OWNER, kind=Kind.STOP)
-    async with world(tmp_path, by_version) as w:
+    async with running_service(tmp_path, by_version) as w:
         await w.settled()
         assert w.bot.said() == [say("en", "service.stopped")]
         assert w.engine.requests == []
 
 
 async def test_a_stop_ends_both_also_where_one_waits_for_its_place(tmp_path: Path) -> None:
-    async with world(tmp_path, lambda _: "word " * 400, delay_s=0.005, max_replies=1) as w:
+    async with running_service(tmp_path, lambda _: "word " * 400, delay_s=0.005, max_replies=1) as w:
         await publish(w)
         await w.send("/adapter compare acme@1 What?", user=OWNER)
         while not w.engine.requests:  # noqa: ASYNC110 - until the first is written
@@ -222,7 +223,7 @@ async def test_a_stop_ends_both_also_where_one_waits_for_its_place(tmp_path: Pat
 
 
 async def test_a_platform_that_shows_nothing_meanwhile_costs_no_answer(tmp_path: Path) -> None:
-    async with world(tmp_path, by_version) as w:
+    async with running_service(tmp_path, by_version) as w:
         await publish(w)
 
         async def away(handle: Handle, text: str) -> None:
@@ -242,7 +243,7 @@ async def test_a_version_that_is_damaged_is_not_said_to_be_the_channels(
     def answers(request: Request) -> str | AppError:
         return AdapterUnusable(detail="a bit has changed", label="acme@1") if request.adapter else "well"
 
-    async with world(tmp_path, answers) as w:
+    async with running_service(tmp_path, answers) as w:
         await publish(w)
         if where == "verified":
             monkeypatch.setattr(folders, "verify", damaged)
@@ -251,14 +252,14 @@ async def test_a_version_that_is_damaged_is_not_said_to_be_the_channels(
 
 
 async def test_a_comparison_that_runs_while_its_person_is_forgotten_is_not_kept(tmp_path: Path) -> None:
-    async with world(tmp_path, lambda _: "word " * 100, delay_s=0.005) as w:
+    async with running_service(tmp_path, lambda _: "word " * 100, delay_s=0.005) as w:
         await publish(w)
         await w.send("/adapter compare acme@1 What?", user=OWNER, conversation="one")
         while len(w.engine.requests) < 2:  # noqa: ASYNC110 - until both are written
             await asyncio.sleep(0.01)
         await w.send("/forget yes", user=OWNER, conversation="two")
         await w.settled()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE_S):
             while len(w.bot.said()) < 2:  # noqa: ASYNC110 - its row is closed already
                 await asyncio.sleep(0.01)
         assert w.bot.said() == [say("en", "service.stopped"), say("en", "privacy.forgotten")]
@@ -266,7 +267,7 @@ async def test_a_comparison_that_runs_while_its_person_is_forgotten_is_not_kept(
 
 
 async def test_a_comparison_whose_person_is_forgotten_before_it_begins_is_stopped(tmp_path: Path) -> None:
-    async with world(tmp_path, by_version) as w:
+    async with running_service(tmp_path, by_version) as w:
         await publish(w)
         await w.ask("/adapter compare acme@1 What?", user=OWNER)
         row_id = await w.database.read(lambda tx: tx.value("SELECT inbox_id FROM comparison"))
@@ -278,7 +279,7 @@ async def test_a_comparison_whose_person_is_forgotten_before_it_begins_is_stoppe
 async def test_the_worst_rows_are_shown_and_go_with_their_data_set(tmp_path: Path) -> None:
     judged = {"verdict": "no_better", "champion": "base", "worst": [[12, 2.0, 3.5], [7, 1.0, 1.25]]}
     worst = ((12, 2.0, 3.5, "What is twelve?", "A number."), (7, 1.0, 1.25, "What is seven?", "Another."))
-    async with world(tmp_path, by_version) as w:
+    async with running_service(tmp_path, by_version) as w:
         await publish(w, judged=judged, worst=worst)
         told = await w.ask("/adapter worst acme@1", user=OWNER)
         assert "- line 12 (2.00 → 3.50): What is twelve? ▶ A number." in told
@@ -293,7 +294,7 @@ async def test_the_worst_rows_are_shown_and_go_with_their_data_set(tmp_path: Pat
 
 
 async def test_a_discarded_version_is_out_of_use_and_the_one_in_service_cannot_be(tmp_path: Path) -> None:
-    async with world(tmp_path, by_version) as w:
+    async with running_service(tmp_path, by_version) as w:
         await publish(w)
         await w.ask("/adapter promote acme@1", user=OWNER)
         assert "cannot be discarded" in await w.ask("/adapter discard acme@1", user=OWNER)

@@ -12,33 +12,33 @@ from core.jobs.examples import ConsentedExample, examples_of
 from core.privacy.retention import clean
 from core.storage.cipher import Cipher
 from core.types import Kind
-from tests.support.world import OWNER, STRANGER, World, world
+from tests.support.running_service import OWNER, STRANGER, RunningService, running_service
 
 ASKED = "how long does a permit take?"
 DAY_MS = 86_400_000
 
 
-async def vote(it: World, value: str, *, user: str = STRANGER) -> str:
+async def vote(it: RunningService, value: str, *, user: str = STRANGER) -> str:
     """Ask, and press a thumb below the answer; the number of the reply."""
     await it.ask(ASKED, user=user)
     return await press(it, value, user=user)
 
 
-async def press(it: World, value: str, *, user: str = STRANGER) -> str:
+async def press(it: RunningService, value: str, *, user: str = STRANGER) -> str:
     found = await it.database.read(lambda tx: tx.value("SELECT id FROM generation ORDER BY inbox_id DESC LIMIT 1"))
     await it.send("", kind=Kind.PRESS, action="feedback", value=f"{found}:{value}", user=user)
     await it.settled()
     return str(found)
 
 
-async def examples(it: World) -> list[ConsentedExample]:
+async def examples(it: RunningService) -> list[ConsentedExample]:
     return await it.database.read(
         lambda tx: examples_of(tx, tx.value("SELECT id FROM channel WHERE name = 'acme'")).examples
     )
 
 
 async def test_a_liked_reply_is_learned_from_with_what_was_said_before_it(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         await it.ask("before", user=STRANGER)
         await it.ask("/consent on", user=STRANGER)
         await it.ask("and I live in Graz", user=STRANGER)
@@ -55,7 +55,7 @@ async def test_a_liked_reply_is_learned_from_with_what_was_said_before_it(tmp_pa
 async def test_of_more_than_can_be_learned_from_the_newest_replies_are_taken(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         await it.ask("/consent on", user=STRANGER)
         liked = [await vote(it, "1") for _ in range(3)]
         await it.database.write(
@@ -69,7 +69,7 @@ async def test_of_more_than_can_be_learned_from_the_newest_replies_are_taken(
 
 @pytest.mark.parametrize("column", ["said", "correction"])
 async def test_a_reply_that_cannot_be_read_is_left_out_and_told(tmp_path: Path, column: str) -> None:
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         await it.ask("/consent on", user=STRANGER)
         numbers = [await vote(it, "1") for _ in range(2)]
         for number in numbers:
@@ -85,7 +85,7 @@ async def test_a_reply_that_cannot_be_read_is_left_out_and_told(tmp_path: Path, 
 
 
 async def test_without_consent_nothing_is_kept(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         number = await vote(it, "1")
         assert await it.ask(f"/correct #{number[:8]} 20 days", user=OWNER) == say("en", "feedback.no_reply")
         assert await it.ask("/correct 20 days", user=OWNER) == say("en", "feedback.not_allowed")
@@ -97,7 +97,7 @@ async def test_without_consent_nothing_is_kept(tmp_path: Path) -> None:
 async def test_a_correction_takes_the_place_of_the_answer_until_its_person_takes_it_back(
     tmp_path: Path, leave: str, allow: str
 ) -> None:
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         if allow == "all":
             await it.ask("/consent on", user=STRANGER)
         number = await vote(it, "-1:untrue")
@@ -126,7 +126,7 @@ async def test_a_correction_takes_the_place_of_the_answer_until_its_person_takes
 
 
 async def test_a_no_after_a_yes_takes_it_back_with_what_was_made_of_it(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         number = await vote(it, "-1:untrue")
         await it.ask(f"/consent reply {number} yes")
         await it.ask(f"/correct #{number[:8]} 20 days", user=OWNER)
@@ -137,7 +137,7 @@ async def test_a_no_after_a_yes_takes_it_back_with_what_was_made_of_it(tmp_path:
 
 
 async def test_a_no_to_one_reply_holds_beside_a_yes_to_all_until_its_person_says_yes(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         await it.ask("/consent on", user=STRANGER)
         number = await vote(it, "1")
         await it.ask("/finetune from feedback", user=OWNER)
@@ -159,7 +159,7 @@ async def test_a_no_to_one_reply_holds_beside_a_yes_to_all_until_its_person_says
 
 
 async def test_nobody_else_gives_a_conversation_away_and_only_operators_correct(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         number = await vote(it, "-1:untrue")
         denied = say("en", "feedback.no_reply_of_yours")
         for typed in (number, f"#{number[:8]}", number[:9], "#", "%"):
@@ -170,7 +170,7 @@ async def test_nobody_else_gives_a_conversation_away_and_only_operators_correct(
 
 
 async def test_an_operators_own_reply_needs_nobodys_yes_and_their_correction_goes_with_them(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         await it.ask(ASKED, user=OWNER)
         assert "20 days" in await it.ask("/correct 20 days", user=OWNER)
         assert [one.messages[-1]["content"] for one in await examples(it)] == ["20 days"]
@@ -184,7 +184,7 @@ async def test_an_operators_own_reply_needs_nobodys_yes_and_their_correction_goe
 
 async def test_it_is_kept_as_long_as_a_data_set_and_its_text_as_long_as_the_conversation(tmp_path: Path) -> None:
     now = 1_800_000_000_000
-    async with world(tmp_path, clock=lambda: now) as it:
+    async with running_service(tmp_path, clock=lambda: now) as it:
         number = await vote(it, "-1:untrue")
         await it.ask(f"/consent reply {number} yes")
         later = await vote(it, "-1:untrue")

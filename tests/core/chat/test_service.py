@@ -24,11 +24,12 @@ from core.storage.cipher import Cipher
 from core.storage.database import Tx, now_ms
 from core.types import Address, Attachment, Body, Handle, Incoming, Kind, Lane, Receipt, Role
 from core.usage import ledger
-from tests.support.world import OWNER, FakeBot, world
+from tests.support.running_service import OWNER, FakeBot, running_service
+from tests.support.waiting import DEADLINE_S
 
 
 async def test_a_question_is_answered_and_charged_once(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         assert await it.ask("hello there") == "you said hello there"
         row = await it.database.read(lambda tx: tx.one("SELECT * FROM ledger"))
         assert row is not None
@@ -38,7 +39,7 @@ async def test_a_question_is_answered_and_charged_once(tmp_path: Path) -> None:
 
 
 async def test_a_command_is_parsed_when_its_row_is_accepted_and_when_it_is_taken(tmp_path: Path) -> None:
-    async with world(tmp_path, running=False) as it:
+    async with running_service(tmp_path, running=False) as it:
         await it.send("/stop it")
         await it.send("/adapter promote 4 since it's better")
         await it.send("/adaptor", conversation="d")
@@ -55,7 +56,7 @@ async def test_a_command_is_parsed_when_its_row_is_accepted_and_when_it_is_taken
 
 
 async def test_that_a_reply_is_a_retry_is_stored_with_it(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         await it.ask("hello")
         await it.ask("Again", kind=Kind.PRESS, command="/retry")
         rows = await it.database.read(lambda tx: tx.all("SELECT retry FROM generation ORDER BY inbox_id"))
@@ -64,7 +65,7 @@ async def test_that_a_reply_is_a_retry_is_stored_with_it(tmp_path: Path) -> None
 
 
 async def test_a_repeat_is_a_no_op(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         for _ in range(3):
             await it.send("hello", key="same")
         await it.settled()
@@ -73,7 +74,7 @@ async def test_a_repeat_is_a_no_op(tmp_path: Path) -> None:
 
 
 async def test_turns_of_a_conversation_are_in_order_and_others_do_not_wait(tmp_path: Path) -> None:
-    async with world(tmp_path, delay_s=0.002) as it:
+    async with running_service(tmp_path, delay_s=0.002) as it:
         for n in range(4):
             await it.send(f"a{n}", conversation="a", user="ann")
             await it.send(f"b{n}", conversation="b", user="bob")
@@ -88,7 +89,7 @@ async def test_turns_of_a_conversation_are_in_order_and_others_do_not_wait(tmp_p
 
 
 async def test_stop_makes_the_visible_text_the_final_one_and_it_is_charged(tmp_path: Path) -> None:
-    async with world(tmp_path, lambda _: "word " * 500, delay_s=0.005) as it:
+    async with running_service(tmp_path, lambda _: "word " * 500, delay_s=0.005) as it:
         await it.send("talk")
         await it.bot.showing.wait()
         await it.send("", kind=Kind.STOP)
@@ -103,7 +104,7 @@ async def test_stop_makes_the_visible_text_the_final_one_and_it_is_charged(tmp_p
 @pytest.mark.parametrize(("text", "kind"), [("", Kind.STOP), ("/stop", Kind.MESSAGE)])
 async def test_a_stop_before_the_first_word_is_kept_to(tmp_path: Path, text: str, kind: Kind) -> None:
     opening, opened = asyncio.Event(), asyncio.Event()
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         open_now = it.bot.open
 
         async def open_slowly(to: Address) -> Handle:
@@ -127,17 +128,17 @@ async def test_a_stop_before_the_first_word_is_kept_to(tmp_path: Path, text: str
 
 @pytest.mark.parametrize(("text", "kind"), [("", Kind.STOP), ("/stop", Kind.MESSAGE)])
 async def test_a_question_and_its_stop_may_wait_together(tmp_path: Path, text: str, kind: Kind) -> None:
-    async with world(tmp_path, running=False) as it:
+    async with running_service(tmp_path, running=False) as it:
         await it.send("talk")
         await it.send(text, kind=kind)
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         await it.settled()
         assert say("en", "service.stopped") in it.bot.said()
         assert it.engine.requests == []
 
 
 async def test_a_stop_is_for_what_is_being_answered_and_not_for_what_waits(tmp_path: Path) -> None:
-    async with world(tmp_path, lambda request: f"{request.messages[-1].text} " * 200, delay_s=0.005) as it:
+    async with running_service(tmp_path, lambda request: f"{request.messages[-1].text} " * 200, delay_s=0.005) as it:
         await it.send("one")
         await it.send("two")
         await it.bot.showing.wait()
@@ -150,7 +151,7 @@ async def test_a_stop_is_for_what_is_being_answered_and_not_for_what_waits(tmp_p
 
 @pytest.mark.parametrize(("text", "kind"), [("", Kind.STOP), ("/stop", Kind.MESSAGE), ("/forget yes", Kind.MESSAGE)])
 async def test_nobody_stops_what_another_asked_for(tmp_path: Path, text: str, kind: Kind) -> None:
-    async with world(tmp_path, lambda _: "word " * 100, delay_s=0.005) as it:
+    async with running_service(tmp_path, lambda _: "word " * 100, delay_s=0.005) as it:
         await it.send("talk", user="ann")
         await it.bot.showing.wait()
         await it.send(text, kind=kind, user="bob")
@@ -162,7 +163,7 @@ async def test_nobody_stops_what_another_asked_for(tmp_path: Path, text: str, ki
 
 @pytest.mark.parametrize(("text", "kind"), [("", Kind.STOP), ("/stop", Kind.MESSAGE)])
 async def test_an_operator_stops_what_anybody_asked_for(tmp_path: Path, text: str, kind: Kind) -> None:
-    async with world(tmp_path, lambda _: "word " * 100, delay_s=0.005) as it:
+    async with running_service(tmp_path, lambda _: "word " * 100, delay_s=0.005) as it:
         await it.send("talk", user="ann")
         await it.bot.showing.wait()
         await it.send(text, kind=kind, user=OWNER)
@@ -175,17 +176,17 @@ async def test_an_operator_stops_what_anybody_asked_for(tmp_path: Path, text: st
 async def test_a_stop_that_waits_beside_a_question_is_for_those_who_may(
     tmp_path: Path, user: str, answered: bool
 ) -> None:
-    async with world(tmp_path, running=False) as it:
+    async with running_service(tmp_path, running=False) as it:
         await it.send("talk", user="ann")
         await it.send("/stop", user=user)
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         await it.settled()
         assert ("you said talk" in it.bot.said()) is answered
         assert (say("en", "service.stopped") in it.bot.said()) is not answered
 
 
 async def test_an_engine_error_is_seen_and_not_charged(tmp_path: Path) -> None:
-    async with world(tmp_path, lambda _: EngineError(detail="boom")) as it:
+    async with running_service(tmp_path, lambda _: EngineError(detail="boom")) as it:
         said = await it.ask("hello")
         assert said == say("en", "error.engine")
         assert await it.count("ledger") == 0
@@ -196,13 +197,13 @@ async def test_a_bug_inside_never_leaves_a_person_without_an_answer(tmp_path: Pa
     def broken(_: Request) -> str:
         raise ZeroDivisionError
 
-    async with world(tmp_path, broken) as it:
+    async with running_service(tmp_path, broken) as it:
         assert await it.ask("hello")
         assert await it.count("inbox", "state IN ('new', 'running')") == 0
 
 
 async def test_the_limit_is_said_once_with_when_it_ends(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         for n in range(9):
             await it.send(f"m{n}")
         await it.settled()
@@ -219,7 +220,7 @@ async def test_a_limit_is_said_after_any_other_refusal_and_in_each_place(tmp_pat
         assert channel is not None
         bindings.bind(tx, "fake", "bot", "another", channel.id)
 
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         await it.database.write(bind)
         await it.ask("/fintune x")
         for n in range(6):
@@ -231,7 +232,7 @@ async def test_a_limit_is_said_after_any_other_refusal_and_in_each_place(tmp_pat
 
 async def test_a_clock_that_was_ahead_locks_nobody_out(tmp_path: Path) -> None:
     ahead_ms = 30 * 86_400_000
-    async with world(tmp_path, clock=lambda: now_ms() + ahead_ms) as it:
+    async with running_service(tmp_path, clock=lambda: now_ms() + ahead_ms) as it:
         await it.database.write(lambda tx: tx.run("UPDATE channel SET per_minute = 2"))
         await it.ask("one")
         await it.ask("two")
@@ -250,44 +251,44 @@ async def test_a_clock_that_was_ahead_locks_nobody_out(tmp_path: Path) -> None:
 async def test_a_message_without_text_gets_a_polite_answer(
     tmp_path: Path, text: str, attachments: tuple[Attachment, ...], key: str
 ) -> None:
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         assert await it.ask(text, attachments=attachments) == say("en", key)
         assert await it.ask(text, attachments=attachments, language="zh") == say("zh", key)
 
 
 async def test_a_megabyte_is_refused_with_its_size_and_not_kept(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         said = await it.ask("x" * 1_000_000)
         assert "1000000" in said.replace(",", "").replace(" ", "")
         assert it.home.database.stat().st_size < 700_000
 
 
 async def test_a_file_whose_name_no_text_can_hold_is_taken(tmp_path: Path) -> None:
-    async with world(tmp_path, running=False) as it:
+    async with running_service(tmp_path, running=False) as it:
         await it.send("look", attachments=(Attachment("id", "\ud800.jsonl", media_type="text/\udfff"),))
         (row,) = await it.database.write(lambda tx: inbox.take(tx, 1, {("fake", "bot")}, ()))
         assert row.attachments == (Attachment("id", "?.jsonl", media_type="text/?"),)
 
 
 async def test_nul_and_lone_surrogates_are_answered(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         assert await it.ask("a\x00b\ud83d") == "you said a\ufffdb?"
 
 
 async def test_a_place_without_a_channel_gets_a_polite_refusal(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         assert await it.ask("hello", place="elsewhere") == say("en", "service.no_channel")
         assert await it.count("generation") == 0
 
 
 async def test_an_unknown_command_names_the_nearest(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         assert "/finetune" in await it.ask("/fintune faq.jsonl", user=OWNER)
         assert it.engine.requests == []
 
 
 async def test_retry_answers_the_last_question_again_and_replaces_the_answer(tmp_path: Path) -> None:
-    async with world(tmp_path, lambda request: f"{request.sampling.seed} {len(request.messages)}") as it:
+    async with running_service(tmp_path, lambda request: f"{request.sampling.seed} {len(request.messages)}") as it:
         first = await it.ask("hello")
         second = await it.ask("/retry")
         assert first != second
@@ -298,14 +299,14 @@ async def test_retry_answers_the_last_question_again_and_replaces_the_answer(tmp
 
 
 async def test_a_platform_that_is_away_gets_the_answer_later_and_once(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         it.bot.faults = 2
         assert await it.ask("hello") == "you said hello"
         assert await it.count("ledger") == 1
 
 
 async def test_an_adapter_of_another_base_model_never_answers_from_the_base(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
 
         def promote(tx: Tx) -> None:
             tx.insert(
@@ -326,10 +327,10 @@ async def test_an_adapter_of_another_base_model_never_answers_from_the_base(tmp_
 
 
 async def test_after_a_crash_the_owed_answer_is_given_first_and_once(tmp_path: Path) -> None:
-    async with world(tmp_path, running=False) as it:
+    async with running_service(tmp_path, running=False) as it:
         await it.send("first")
         await it.database.write(lambda tx: inbox.take(tx, 10, {("fake", "bot")}, ()))
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         await it.send("second", key="second")
         await it.settled()
         assert it.bot.said() == ["you said first", "you said second"]
@@ -338,40 +339,40 @@ async def test_after_a_crash_the_owed_answer_is_given_first_and_once(tmp_path: P
 
 async def test_a_row_that_kills_the_process_five_times_ends_with_a_notice(tmp_path: Path) -> None:
     for _ in range(inbox.MAX_ATTEMPTS):
-        async with world(tmp_path, running=False) as it:
+        async with running_service(tmp_path, running=False) as it:
             if not await it.count("inbox"):
                 await it.send("poison")
             await it.database.write(inbox.recover)
             await it.database.write(lambda tx: inbox.take(tx, 10, {("fake", "bot")}, ()))
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         await it.settled()
         assert it.bot.said() == [say("en", "error.gave_up")]
         assert await it.count("inbox", "state = 'dead'") == 1
 
 
 async def test_an_unreadable_update_is_kept_and_stops_nothing(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         await it.service.accept_dead("fake", "bot", "bad", '{"update_id": 1, "new_field": {}}')
         assert await it.ask("hello") == "you said hello"
         assert await it.count("inbox", "state = 'dead' AND outcome = 'unreadable'") == 1
 
 
 async def test_a_row_of_another_key_is_given_up_and_stops_nothing(tmp_path: Path) -> None:
-    async with world(tmp_path, running=False) as it:
+    async with running_service(tmp_path, running=False) as it:
         await it.send("lost", key="lost")
         sealed = Cipher(b"x" * 32).seal("{}")
         await it.database.write(lambda tx: tx.run("UPDATE inbox SET payload = ?", [sealed]))
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         assert await it.ask("hello", conversation="other") == "you said hello"
         assert it.bot.said()[0] == say("en", "error.unreadable_message")
         assert await it.count("inbox", "state = 'dead' AND outcome = 'unreadable' AND update_key = 'lost'") == 1
 
 
 async def test_a_stop_that_cannot_be_read_says_nothing(tmp_path: Path) -> None:
-    async with world(tmp_path, running=False) as it:
+    async with running_service(tmp_path, running=False) as it:
         await it.send("", kind=Kind.EDIT)
         await it.database.write(lambda tx: tx.run("UPDATE inbox SET payload = ?", [Cipher(b"x" * 32).seal("{}")]))
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         await it.settled()
         assert it.bot.said() == []
         assert await it.count("inbox", "state = 'done'") == 1
@@ -394,7 +395,7 @@ async def test_a_store_that_has_no_time_delays_a_refusal_and_ends_nothing(
 
     for name in busy:
         monkeypatch.setattr(handler, name, busy_once(name, getattr(handler, name)))
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         for n in range(8):
             await it.send(f"m{n}", user="fast")
         await it.settled()
@@ -421,11 +422,11 @@ async def test_what_the_tables_forbid_is_no_full_disk(
         for _ in range(2):
             tx.insert("setting", key="once", value="")
 
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         with monkeypatch.context() as patched:
             patched.setattr(*((people, "touch") if step == "begun" else (ledger, "charge")), twice)
             await it.send("hello")
-            async with asyncio.timeout(10):
+            async with asyncio.timeout(DEADLINE_S):
                 await it.settled()
         if step == "begun":
             assert it.bot.said() == [say("en", "error.internal")]
@@ -437,7 +438,7 @@ async def test_what_the_tables_forbid_is_no_full_disk(
 
 @pytest.mark.parametrize("answer", ["", "  \n"])
 async def test_the_tokens_of_an_answer_that_says_nothing_are_kept_for_cost(tmp_path: Path, answer: str) -> None:
-    async with world(tmp_path, lambda _: answer) as it:
+    async with running_service(tmp_path, lambda _: answer) as it:
         assert await it.ask("hello there") == say("en", "service.empty")
         row = await it.database.read(lambda tx: tx.one("SELECT state, tokens_in FROM generation"))
         assert row is not None
@@ -451,7 +452,7 @@ async def test_the_tokens_of_an_answer_that_says_nothing_are_kept_for_cost(tmp_p
     "damaged", [Cipher(b"x" * 32).seal("hello"), b"", b"\x00" * 40], ids=["of another key", "nothing", "zeros"]
 )
 async def test_a_conversation_that_cannot_be_read_is_said_to_be_so(tmp_path: Path, damaged: bytes) -> None:
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         await it.ask("hello")
         await it.database.write(lambda tx: tx.run("UPDATE turn SET text = ? WHERE role = 'user'", [damaged]))
         for again in ("and then?", "/retry"):
@@ -466,7 +467,7 @@ async def test_a_conversation_that_cannot_be_read_is_said_to_be_so(tmp_path: Pat
 
 async def test_an_answer_that_cannot_be_read_any_more_is_not_charged(tmp_path: Path) -> None:
     with suppress(ExceptionGroup):
-        async with world(tmp_path) as it:
+        async with running_service(tmp_path) as it:
             it.bot.faults = 1_000
             await it.send("hello")
             while not await it.count("inbox", "state = 'generated'"):  # noqa: ASYNC110 - until it is stored
@@ -474,7 +475,7 @@ async def test_an_answer_that_cannot_be_read_any_more_is_not_charged(tmp_path: P
             sealed = Cipher(b"x" * 32).seal("{}")
             await it.database.write(lambda tx: tx.run("UPDATE delivery SET body = ?", [sealed]))
             raise ConnectionError("the program is cut here")
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         await it.settled()
         assert [body.text for body in it.bot.failed.values()] == [say("en", "error.unreadable")]
         assert it.bot.final == {}
@@ -485,17 +486,17 @@ async def test_an_answer_that_cannot_be_read_any_more_is_not_charged(tmp_path: P
 
 
 async def test_drain_cuts_at_the_deadline_and_the_text_so_far_is_the_answer(tmp_path: Path) -> None:
-    async with world(tmp_path, lambda _: "word " * 5000, delay_s=0.01) as it:
+    async with running_service(tmp_path, lambda _: "word " * 5000, delay_s=0.01) as it:
         await it.send("talk")
         await it.bot.showing.wait()
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE_S):
             await it.service.drain(1.0)
         assert it.bot.said()[0].startswith("word")
         assert await it.count("ledger") == 1
 
 
 async def test_a_thumb_is_kept_for_the_person_who_was_answered_alone(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         await it.ask("hello")
         (body,) = it.bot.final.values()
         up = next(button for button in body.buttons if button.value.endswith(":1"))
@@ -506,7 +507,7 @@ async def test_a_thumb_is_kept_for_the_person_who_was_answered_alone(tmp_path: P
 
 
 async def test_the_price_of_a_reply_is_the_one_when_it_began(tmp_path: Path) -> None:
-    async with world(tmp_path, lambda _: "word " * 50, delay_s=0.005) as it:
+    async with running_service(tmp_path, lambda _: "word " * 50, delay_s=0.005) as it:
         await it.send("talk")
         await it.bot.showing.wait()
         await it.ask("/channel set acme price_out=9999", user=OWNER, conversation="other")
@@ -518,7 +519,7 @@ async def test_the_price_of_a_reply_is_the_one_when_it_began(tmp_path: Path) -> 
 
 
 async def test_the_engine_hears_of_the_partners_weight(tmp_path):
-    async with world(tmp_path) as here:
+    async with running_service(tmp_path) as here:
         await here.database.write(lambda tx: tx.run("UPDATE partner SET weight = 2.5"))
         await here.ask("hello")
         assert here.engine.requests[-1].scope.weight == 2.5
@@ -534,7 +535,7 @@ def bind_beta(tx: Tx, platform: str, account: str, place: str) -> None:
 @pytest.mark.parametrize("step", ["open", "finish"])
 async def test_a_platform_that_is_away_holds_up_no_other(tmp_path: Path, step: str) -> None:
     back = asyncio.Event()
-    async with world(tmp_path, max_replies=2) as it:
+    async with running_service(tmp_path, max_replies=2) as it:
         here = FakeBot()
         await it.database.write(lambda tx: bind_beta(tx, "other", "bot", ""))
         it.service.register("other", "bot", here)
@@ -549,7 +550,7 @@ async def test_a_platform_that_is_away_holds_up_no_other(tmp_path: Path, step: s
             await it.send("hello", conversation=f"c{n}", user=f"u{n}")
         at = Address("other", "bot", "p", "c")
         await it.service.accept(Incoming(Lane.TURN, Kind.MESSAGE, at, "u", "k", "k", "hello"))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE_S):
             await it.service.settled("other", "bot")
         assert here.said() == ["you said hello"]
         assert it.bot.said() == []
@@ -559,7 +560,7 @@ async def test_a_platform_that_is_away_holds_up_no_other(tmp_path: Path, step: s
 
 
 async def test_who_stops_while_others_have_all_places_need_not_wait_for_one(tmp_path: Path) -> None:
-    async with world(tmp_path, lambda _: "word " * 100_000, delay_s=0.01, max_replies=1) as it:
+    async with running_service(tmp_path, lambda _: "word " * 100_000, delay_s=0.01, max_replies=1) as it:
         here = FakeBot()
         await it.database.write(lambda tx: bind_beta(tx, "other", "bot", ""))
         it.service.register("other", "bot", here)
@@ -570,7 +571,7 @@ async def test_who_stops_while_others_have_all_places_need_not_wait_for_one(tmp_
         while not here.opened:  # noqa: ASYNC110 - until it waits for a place
             await asyncio.sleep(0.01)
         await it.service.accept(replace(asked, lane=Lane.CONTROL, kind=Kind.STOP, update_key="s", message_key=""))
-        async with asyncio.timeout(10):
+        async with asyncio.timeout(DEADLINE_S):
             await it.service.settled("other", "bot")
         assert here.said() == [say("en", "service.stopped")]
         assert it.bot.said() == []
@@ -580,7 +581,7 @@ async def test_who_stops_while_others_have_all_places_need_not_wait_for_one(tmp_
 
 
 async def test_of_one_account_the_channel_that_has_least_goes_first(tmp_path: Path) -> None:
-    async with world(tmp_path, running=False) as it:
+    async with running_service(tmp_path, running=False) as it:
         await it.database.write(lambda tx: bind_beta(tx, "fake", "bot", "q"))
         for place, count in (("p", 5), ("q", 3)):
             for n in range(count):
@@ -613,7 +614,7 @@ async def test_at_the_engine_the_parties_take_turns_and_who_leaves_takes_no_plac
 
 
 async def test_a_row_that_has_ended_stays_as_it_ended(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         await it.ask("hello")
         row_id = await it.database.read(lambda tx: tx.value("SELECT id FROM inbox WHERE state = 'done'"))
         await it.database.write(lambda tx: inbox.close(tx, row_id, "unconfirmed", dead=True))

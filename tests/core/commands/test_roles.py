@@ -22,20 +22,20 @@ from core.storage.database import Database, Tx
 from core.types import Grant
 from core.usage import prices
 from tests.support.database import write_now
-from tests.support.people import DATASET, ROLES, Town, ask, town
+from tests.support.roles import DATASET, ROLES, Roles, ask, open_roles
 
 GRANTS = dict.fromkeys(ROLES, Grant.ANYONE) | {"operator": Grant.OPERATOR, "owner": Grant.OWNER}
 FORMS = [(command.name, form) for command in COMMANDS for form in command.forms]
 
 
 @pytest.fixture
-def it(tmp_path: Path) -> Iterator[Town]:
-    with town(tmp_path) as made:
+def it(tmp_path: Path) -> Iterator[Roles]:
+    with open_roles(tmp_path) as made:
         write_now(made.database, lambda tx: _train(tx, made))
         yield made
 
 
-def _train(tx: Tx, it: Town) -> None:
+def _train(tx: Tx, it: Roles) -> None:
     """A data set, and a version that was made of it."""
     datasets.keep_dataset(tx, DATASET, "faq.jsonl", source="file", size_bytes=1, brought_by=it.hash("owner"))
     judged = json.dumps({"judged": {"verdict": "passed", "champion": "base", "worst": [[7, 1.0, 2.0]]}})
@@ -51,7 +51,7 @@ def _ask(tx: Tx) -> None:
     tx.run("UPDATE delivery SET state = 'done' WHERE job_id = 1")
 
 
-def _answer(tx: Tx, it: Town, role: str) -> None:
+def _answer(tx: Tx, it: Roles, role: str) -> None:
     """A reply that this person was given in the conversation, with the number of the example."""
     caller = it.caller(tx, role)
     tx.insert(
@@ -67,7 +67,7 @@ def _answer(tx: Tx, it: Town, role: str) -> None:
     )
 
 
-def line(it: Town, role: str, name: str, form: Form) -> str:
+def line(it: Roles, role: str, name: str, form: Form) -> str:
     """The form's own example, about things that are there."""
     if name == "correct" or (name, form.word) == ("consent", "reply"):
         write_now(it.database, lambda tx: _answer(tx, it, role))
@@ -100,16 +100,16 @@ def line(it: Town, role: str, name: str, form: Form) -> str:
 @pytest.mark.parametrize("role", ROLES)
 def test_no_effect_without_a_grant_and_all_is_audited(tmp_path: Path, role: str) -> None:
     (tmp_path / "first").mkdir()
-    with town(tmp_path / "first") as made:
+    with open_roles(tmp_path / "first") as made:
         write_now(made.database, lambda tx: _train(tx, made))
     for number, (name, form) in enumerate(FORMS):
         folder = tmp_path / str(number)  # a database for each form: an earlier one would change what it meets
         shutil.copytree(tmp_path / "first", folder)
         with Database(folder / "a.db", Cipher(b"k" * 32)) as database:
-            _check(Town(database), role, name, form)
+            _check(Roles(database), role, name, form)
 
 
-def _check(it: Town, role: str, name: str, form: Form) -> None:
+def _check(it: Roles, role: str, name: str, form: Form) -> None:
     text = line(it, role, name, form)
     allowed = GRANTS[role] >= form.who
     before, audited = it.rows(), len(it.audit())
@@ -125,7 +125,7 @@ def _check(it: Town, role: str, name: str, form: Form) -> None:
         assert it.rows() == before
 
 
-def test_a_refusal_does_not_tell_what_exists(it: Town) -> None:
+def test_a_refusal_does_not_tell_what_exists(it: Roles) -> None:
     for here, nowhere in (
         ("/channel show acme", "/channel show nothing"),
         ("/channel set acme title=x", "/channel set nothing title=x"),
@@ -138,13 +138,13 @@ def test_a_refusal_does_not_tell_what_exists(it: Town) -> None:
             assert it.says(role, here) == it.says(role, nowhere) == say("en", "error.not_allowed")
 
 
-def test_an_operator_is_one_of_the_named_channel_wherever_it_is_said(it: Town) -> None:
+def test_an_operator_is_one_of_the_named_channel_wherever_it_is_said(it: Roles) -> None:
     assert it.says("operator", "/channel set acme title=There", place="delta").startswith("Changed")
     assert it.says("operator", "/channel set title=Here", place="delta") == say("en", "error.not_allowed")
     assert it.says("other_operator", "/channel show delta", place="acme").startswith("**Delta**")
 
 
-def test_money_places_and_adapter_names_are_the_owners_to_set(it: Town) -> None:
+def test_money_places_and_adapter_names_are_the_owners_to_set(it: Roles) -> None:
     for n, setting in enumerate(("adapter=delta", "price_in=1", "price_out=1", "share=50", "bind=fake:bot")):
         before = it.rows()
         assert it.says("operator", f"/channel set acme title=New{n} {setting}") == say("en", "error.not_allowed")
@@ -153,20 +153,20 @@ def test_money_places_and_adapter_names_are_the_owners_to_set(it: Town) -> None:
         assert it.says("owner", f"/channel set acme title=New{n} {setting}").startswith("Changed")
 
 
-def test_nobody_invites_to_more_than_they_operate(it: Town) -> None:
+def test_nobody_invites_to_more_than_they_operate(it: Roles) -> None:
     for what in ("/operator invite all", "/operator invite delta Kim"):
         assert it.says("operator", what) == say("en", "error.not_allowed")
         assert it.rows()["invite"] == []
 
 
-def test_an_operator_sees_and_removes_those_of_the_own_channel_alone(it: Town) -> None:
+def test_an_operator_sees_and_removes_those_of_the_own_channel_alone(it: Roles) -> None:
     assert "other_operator" not in it.says("operator", "/operator list")
     for who in ("other_operator", "owner"):
         assert it.says("operator", f"/operator remove {it.operator_id(who)}") == say("en", "error.not_allowed")
     assert "other_operator" in it.says("owner", "/operator list")
 
 
-def test_help_shows_what_one_may_do(it: Town) -> None:
+def test_help_shows_what_one_may_do(it: Roles) -> None:
     for role, language in product(("stranger", "other_operator", "operator", "owner"), languages()):
         said = it.says(role, "/help", language=language)
         for command in COMMANDS:

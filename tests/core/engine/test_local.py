@@ -27,6 +27,7 @@ from core.model.base import BaseModel
 from core.types import AdapterRef, TokenUsage
 from tests.support.engine_dialogue import ask, hear, is_blank, running
 from tests.support.engine_steps import Steps
+from tests.support.waiting import DEADLINE_S
 
 LONG = {"max_tokens": 300}
 
@@ -55,7 +56,7 @@ def endless(base: BaseModel) -> BaseModel:
 
 
 async def eventually(condition: Callable[[], bool]) -> None:
-    async with asyncio.timeout(30):
+    async with asyncio.timeout(DEADLINE_S):
         while not condition():  # noqa: ASYNC110 - the model thread tells nobody
             await asyncio.sleep(0.005)
 
@@ -382,7 +383,7 @@ async def test_after_the_model_thread_ends_all_requests_fail(
 
         engine.thread._wait_for_work = broken  # type: ignore[method-assign]
         gate.open.set()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(DEADLINE_S):
             outcomes = await asyncio.gather(*map(hear, open_ones), return_exceptions=True)
             assert all(isinstance(outcome, EngineError) for outcome in outcomes)
             with pytest.raises(EngineError, match="has ended"):
@@ -568,7 +569,7 @@ async def test_an_error_while_a_row_ends_loses_no_forget_and_no_failure(endless:
         forgetting = asyncio.create_task(engine.forget("c"))
         await asyncio.sleep(0)
         gate.open.set()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(DEADLINE_S):
             await forgetting
             await asyncio.gather(*map(hear, [mine, *flood]), return_exceptions=True)
         assert is_blank(engine.thread.runner.cache)
@@ -578,7 +579,7 @@ async def test_an_error_while_a_row_ends_loses_no_forget_and_no_failure(endless:
 async def test_a_forget_between_the_end_of_the_thread_and_that_of_the_engine(endless: BaseModel) -> None:
     async with running(endless) as engine:
         engine.thread.stop()
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(DEADLINE_S):
             await engine.forget("c")
 
 

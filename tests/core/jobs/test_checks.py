@@ -17,8 +17,9 @@ from core.jobs.worker import POLL_S, TrainingSettings
 from core.types import Address, Handle
 from tests.core.jobs.test_supervisor import PAUSED
 from tests.support.fake_trainer import COMMAND as FAKE_TRAINER
-from tests.support.works import WatchedBot, works
-from tests.support.world import OWNER, STRANGER, world
+from tests.support.running_jobs import WatchedBot, running_jobs
+from tests.support.running_service import OWNER, STRANGER, running_service
+from tests.support.waiting import DEADLINE_S
 
 
 @pytest.fixture(autouse=True)
@@ -30,7 +31,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_the_report_is_a_question_and_nothing_is_trained_before_its_answer(tmp_path: Path) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         job_id = await it.order(agreed=False)
         said = await it.ended()
         assert (await it.job(job_id))["state"] == "waiting"
@@ -53,7 +54,7 @@ async def test_the_report_is_a_question_and_nothing_is_trained_before_its_answer
 
 
 async def test_after_a_yes_it_is_trained_and_told_in_another_message(tmp_path: Path) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         job_id = await it.order(agreed=False)
         await it.ended()
         assert "acme@1" in await it.say("/finetune start")
@@ -65,7 +66,7 @@ async def test_after_a_yes_it_is_trained_and_told_in_another_message(tmp_path: P
 
 
 async def test_a_no_leaves_nothing_but_a_row(tmp_path: Path) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         job_id = await it.order(agreed=False)
         await it.ended()
         await it.say("/finetune cancel")
@@ -74,7 +75,7 @@ async def test_a_no_leaves_nothing_but_a_row(tmp_path: Path) -> None:
 
 
 async def test_bad_data_ends_the_job_without_a_question(tmp_path: Path) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         job_id = await it.order("yours", agreed=False)
         said = await it.ended()
         assert "line 7: a reason" in said
@@ -84,7 +85,7 @@ async def test_bad_data_ends_the_job_without_a_question(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("word", ["mute", "crash-always"])
 async def test_a_check_that_dies_is_begun_again_but_not_for_ever(tmp_path: Path, word: str) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         job_id = await it.order(word, agreed=False)
         await it.ended()
         job = await it.job(job_id)
@@ -92,7 +93,7 @@ async def test_a_check_that_dies_is_begun_again_but_not_for_ever(tmp_path: Path,
 
 
 async def test_a_question_is_not_asked_any_more_once_its_job_is_cancelled(tmp_path: Path) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         opening, opened, open_now = asyncio.Event(), asyncio.Event(), it.bot.open
 
         async def open_slowly(to: Address) -> Handle:
@@ -102,7 +103,7 @@ async def test_a_question_is_not_asked_any_more_once_its_job_is_cancelled(tmp_pa
 
         it.bot.open = open_slowly  # type: ignore[method-assign]
         job_id = await it.order(agreed=False)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(DEADLINE_S):
             await opening.wait()
         await it.say(f"/finetune cancel {job_id}")
         opened.set()
@@ -110,7 +111,7 @@ async def test_a_question_is_not_asked_any_more_once_its_job_is_cancelled(tmp_pa
 
 
 async def test_deaths_of_the_check_do_not_count_against_the_training(tmp_path: Path) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         job_id = await it.order(agreed=False)
         await it.ended()
         await it.database.write(lambda tx: tx.run("UPDATE job SET attempts = 2"))
@@ -119,9 +120,9 @@ async def test_deaths_of_the_check_do_not_count_against_the_training(tmp_path: P
 
 
 async def test_a_check_that_is_cancelled_stops(tmp_path: Path) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         job_id = await it.order("slow-check", agreed=False)
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(DEADLINE_S):
             while not (it.folder(job_id) / "check" / "lock").exists():  # noqa: ASYNC110 - another process makes it
                 await asyncio.sleep(0.02)
         await it.say(f"/finetune cancel {job_id}")
@@ -144,7 +145,7 @@ async def test_trouble_with_a_job_that_is_cancelled_is_over(tmp_path: Path, monk
 
     monkeypatch.setattr(CheckWorker, "_wait", noted)
     monkeypatch.setattr(CheckWorker, "_lay_out", trouble)
-    async with works(tmp_path, settings=TrainingSettings(retry_s=0.5)) as it, asyncio.timeout(60):
+    async with running_jobs(tmp_path, settings=TrainingSettings(retry_s=0.5)) as it, asyncio.timeout(DEADLINE_S):
         job_id = await it.order(agreed=False)
         while await waited.get() != 0.5:
             pass
@@ -155,17 +156,17 @@ async def test_trouble_with_a_job_that_is_cancelled_is_over(tmp_path: Path, monk
 
 async def test_the_question_survives_a_restart_and_is_asked_once(tmp_path: Path) -> None:
     bot = WatchedBot()
-    async with works(tmp_path, bot=bot) as it:
+    async with running_jobs(tmp_path, bot=bot) as it:
         job_id = await it.order(agreed=False)
         await it.ended()
-    async with works(tmp_path, bot=bot) as it:
+    async with running_jobs(tmp_path, bot=bot) as it:
         await it.say(f"/finetune start {job_id}")
         await it.ended(2)
         assert len(bot.opened) == 2
 
 
 async def test_a_check_goes_on_beside_a_job_that_is_trained(tmp_path: Path) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         await it.order("pause")
         await it.bot.until(lambda: PAUSED in it.bot.newest)
         job_id = await it.order(place="q", agreed=False)
@@ -179,7 +180,7 @@ async def test_a_check_goes_on_beside_a_job_that_is_trained(tmp_path: Path) -> N
 
 
 async def test_a_question_that_nobody_answers_ends_its_job_and_says_so(tmp_path: Path) -> None:
-    async with works(tmp_path, settings=TrainingSettings(retry_s=0.01, ask_s=0.5)) as it:
+    async with running_jobs(tmp_path, settings=TrainingSettings(retry_s=0.01, ask_s=0.5)) as it:
         job_id = await it.order(agreed=False)
         await it.ended()
         await asyncio.sleep(0.6)
@@ -190,7 +191,7 @@ async def test_a_question_that_nobody_answers_ends_its_job_and_says_so(tmp_path:
 
 
 async def test_another_file_takes_the_place_of_a_question(tmp_path: Path) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         first = await it.order(agreed=False)
         await it.ended()
         second = await it.order("worse", agreed=False)
@@ -199,7 +200,7 @@ async def test_another_file_takes_the_place_of_a_question(tmp_path: Path) -> Non
 
 
 async def test_a_data_set_that_is_erased_ends_the_question(tmp_path: Path) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         job_id = await it.order(agreed=False)
         await it.ended()
         await it.database.write(lambda tx: jobs.cancel(tx, job_id, "erased"))
@@ -211,7 +212,7 @@ async def test_a_data_set_that_is_erased_ends_the_question(tmp_path: Path) -> No
 
 
 async def test_what_personal_data_was_taken_out_of_is_another_data_set(tmp_path: Path) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         job_id = await it.order("personal", agreed=False)
         said = await it.ended()
         before = (await it.job(job_id))["dataset_sha256"]
@@ -236,7 +237,7 @@ async def test_what_personal_data_was_taken_out_of_is_another_data_set(tmp_path:
 
 
 async def test_what_people_said_is_not_kept_once_personal_data_was_taken_out(tmp_path: Path) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         job_id = await it.order("personal", agreed=False)
         await it.ended()
         before = (await it.job(job_id))["dataset_sha256"]
@@ -254,7 +255,7 @@ async def test_what_people_said_is_not_kept_once_personal_data_was_taken_out(tmp
 
 
 async def test_whose_words_are_in_a_data_set_is_known_of_what_is_made_of_it(tmp_path: Path) -> None:
-    async with works(tmp_path, running=False) as it:
+    async with running_jobs(tmp_path, running=False) as it:
         job_id = await it.order()
         sha256 = (await it.job(job_id))["dataset_sha256"]
         await it.database.write(lambda tx: tx.run("INSERT INTO dataset_person VALUES (?, 'ann')", [sha256]))
@@ -270,7 +271,7 @@ async def answered(tmp_path: Path, *words: str, user: str = OWNER, public: bool 
     """Bring a file, wait for its question, then say these words; all that was said."""
     data = b'{"word": "", "q": "a", "a": "b"}\n'
     sha256 = hashlib.sha256(data).hexdigest()
-    async with world(tmp_path, trainer=FAKE_TRAINER) as it:
+    async with running_service(tmp_path, trainer=FAKE_TRAINER) as it:
         (it.home.datasets / sha256).write_bytes(data)
         owner = await it.database.read(lambda tx: tx.cipher.hash_user("fake", "bot", OWNER))
         await it.database.write(

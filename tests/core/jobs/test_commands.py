@@ -36,7 +36,7 @@ from core.jobs.protocol import (
 from core.storage.database import Row, Tx
 from core.types import Outcome, WakeTraining
 from tests.support.database import read_now, write_now
-from tests.support.people import Town, town
+from tests.support.roles import Roles, open_roles
 
 SHA = "a" * 64
 CHECKED = Checked(100, 90, 4, 9000, 80, 5, 5, rejected=("line 7: not JSON", "line 9: no answer"), mended=("line 2: x",))
@@ -44,8 +44,8 @@ DONE = Done(60, 125.0, 3.0, 1.0, 2.5, 1.5)
 
 
 @pytest.fixture
-def it(tmp_path: Path) -> Iterator[Town]:
-    with town(tmp_path) as made:
+def it(tmp_path: Path) -> Iterator[Roles]:
+    with open_roles(tmp_path) as made:
         write_now(
             made.database,
             lambda tx: datasets.keep_dataset(tx, SHA, "faq.jsonl", source="file", size_bytes=1, brought_by="x"),
@@ -54,7 +54,7 @@ def it(tmp_path: Path) -> Iterator[Town]:
 
 
 def run(
-    it: Town, text: str, who: str = "operator", place: str = "acme", language: str = "en", prepared: object = None
+    it: Roles, text: str, who: str = "operator", place: str = "acme", language: str = "en", prepared: object = None
 ) -> Outcome:
     call = parse(text)
     if call.form.word == "" and prepared is None:  # as prepare_data leaves it
@@ -62,17 +62,17 @@ def run(
     return it.run(who, text, place, language, prepared)
 
 
-def says(it: Town, text: str, who: str = "operator", place: str = "acme", language: str = "en") -> str:
+def says(it: Roles, text: str, who: str = "operator", place: str = "acme", language: str = "en") -> str:
     return run(it, text, who, place, language).body.text
 
 
-def job_row(it: Town, job_id: int = 1) -> Row:
+def job_row(it: Roles, job_id: int = 1) -> Row:
     row = read_now(it.database, lambda tx: tx.one("SELECT * FROM job WHERE id = ?", [job_id]))
     assert row is not None
     return row
 
 
-def publish(it: Town, judged: Judged) -> None:
+def publish(it: Roles, judged: Judged) -> None:
     def work(tx: Tx) -> None:
         manifest = json.dumps({"judged": asdict(judged)})
         registry.publish(tx, folders.Candidate(SHA, Path(), "base", SHA, manifest), "acme", 1)
@@ -81,7 +81,7 @@ def publish(it: Town, judged: Judged) -> None:
     write_now(it.database, work)
 
 
-def hear(it: Town, *events: JobEvent, state: str = "running") -> None:
+def hear(it: Roles, *events: JobEvent, state: str = "running") -> None:
     def work(tx: Tx) -> None:
         jobs.start(tx, 1)
         for event in events:
@@ -95,7 +95,7 @@ def hear(it: Town, *events: JobEvent, state: str = "running") -> None:
 # --- start ---
 
 
-def test_start_queues_a_job_with_its_delivery_and_wakes_the_supervisor(it: Town) -> None:
+def test_start_queues_a_job_with_its_delivery_and_wakes_the_supervisor(it: Roles) -> None:
     outcome = run(it, "/finetune faq.jsonl yes", language="zh")
     assert outcome.after == (WakeTraining(),)
     for fact in ("faq.jsonl", "acme@1", "1", "Acme"):
@@ -110,7 +110,7 @@ def test_start_queues_a_job_with_its_delivery_and_wakes_the_supervisor(it: Town)
     assert read_now(it.database, lambda tx: tx.value("SELECT state FROM delivery WHERE job_id = 1")) == "open"
 
 
-def test_a_job_may_have_a_preset_of_its_own_and_an_unknown_one_is_named(it: Town) -> None:
+def test_a_job_may_have_a_preset_of_its_own_and_an_unknown_one_is_named(it: Roles) -> None:
     with pytest.raises(BadInput) as refused:
         run(it, "/finetune faq.jsonl preset=slow")
     assert "auto, card, thorough" in say("en", refused.value.key, **refused.value.fields)
@@ -118,7 +118,7 @@ def test_a_job_may_have_a_preset_of_its_own_and_an_unknown_one_is_named(it: Town
     assert job_row(it)["preset"] == "thorough"
 
 
-def test_a_second_job_of_a_channel_is_refused_with_the_first_named(it: Town) -> None:
+def test_a_second_job_of_a_channel_is_refused_with_the_first_named(it: Roles) -> None:
     run(it, "/finetune faq.jsonl yes")
     with pytest.raises(BadInput) as refused:
         run(it, "/finetune faq.jsonl yes")
@@ -127,7 +127,7 @@ def test_a_second_job_of_a_channel_is_refused_with_the_first_named(it: Town) -> 
     assert read_now(it.database, lambda tx: tx.value("SELECT count(*) FROM job")) == 1
 
 
-def test_a_job_that_takes_the_place_of_a_question_keeps_what_people_said(it: Town) -> None:
+def test_a_job_that_takes_the_place_of_a_question_keeps_what_people_said(it: Roles) -> None:
     write_now(it.database, lambda tx: tx.run("UPDATE dataset SET source = 'feedback'"))
     run(it, "/finetune feedback")
     write_now(it.database, lambda tx: jobs.await_confirmation(tx, 1))
@@ -138,14 +138,14 @@ def test_a_job_that_takes_the_place_of_a_question_keeps_what_people_said(it: Tow
     assert read_now(it.database, lambda tx: datasets.is_erased(tx, SHA))
 
 
-def test_a_job_of_another_channel_waits_and_says_so(it: Town) -> None:
+def test_a_job_of_another_channel_waits_and_says_so(it: Roles) -> None:
     run(it, "/finetune faq.jsonl yes")
     assert says(it, "/finetune b.jsonl yes", "other_operator", "delta") == say(
         "en", "training.queued", id=2, title="Delta", name="b.jsonl", label="delta@1", before=1
     )
 
 
-def test_a_younger_job_that_is_at_work_is_before_an_older_one_that_waits(it: Town) -> None:
+def test_a_younger_job_that_is_at_work_is_before_an_older_one_that_waits(it: Roles) -> None:
     run(it, "/finetune faq.jsonl")
     write_now(it.database, lambda tx: (jobs.await_confirmation(tx, 1), tx.run("UPDATE delivery SET state = 'done'")))
     run(it, "/finetune b.jsonl yes", "other_operator", "delta")
@@ -155,7 +155,7 @@ def test_a_younger_job_that_is_at_work_is_before_an_older_one_that_waits(it: Tow
     )
 
 
-def test_too_many_open_jobs_are_refused(it: Town) -> None:
+def test_too_many_open_jobs_are_refused(it: Roles) -> None:
     def fill(tx: Tx) -> None:
         for n in range(MAX_OPEN):
             channel = directory.create_channel(tx, f"c{n}")
@@ -168,7 +168,7 @@ def test_too_many_open_jobs_are_refused(it: Town) -> None:
 
 
 @pytest.mark.parametrize("who", ["stranger", "user", "other_operator", "removed"])
-def test_who_is_no_operator_here_is_refused_and_audited(it: Town, who: str) -> None:
+def test_who_is_no_operator_here_is_refused_and_audited(it: Roles, who: str) -> None:
     run(it, "/finetune faq.jsonl yes")
     for n, text in enumerate(("/finetune faq.jsonl yes", "/finetune status", "/finetune list", "/finetune cancel 1")):
         assert says(it, text, who) == say("en", "error.not_allowed")
@@ -176,7 +176,7 @@ def test_who_is_no_operator_here_is_refused_and_audited(it: Town, who: str) -> N
     assert job_row(it)["state"] == "queued"
 
 
-def test_start_and_cancel_are_audited_with_what_was_before_and_after(it: Town) -> None:
+def test_start_and_cancel_are_audited_with_what_was_before_and_after(it: Roles) -> None:
     run(it, "/finetune faq.jsonl yes")
     run(it, "/finetune cancel")
     first, second = it.audit()[-2:]
@@ -193,12 +193,12 @@ def test_start_and_cancel_are_audited_with_what_was_before_and_after(it: Town) -
 # --- status, list, cancel ---
 
 
-def test_a_channel_without_jobs_is_told_how_to_begin(it: Town) -> None:
+def test_a_channel_without_jobs_is_told_how_to_begin(it: Roles) -> None:
     for text in ("/finetune status", "/finetune list", "/finetune cancel"):
         assert says(it, text, language="zh") == say("zh", "training.none")
 
 
-def test_a_job_of_another_channel_does_not_exist(it: Town) -> None:
+def test_a_job_of_another_channel_does_not_exist(it: Roles) -> None:
     run(it, "/finetune faq.jsonl yes")
     keys = []
     for text in ("/finetune status 1", "/finetune cancel 1", "/finetune cancel 99"):
@@ -209,14 +209,14 @@ def test_a_job_of_another_channel_does_not_exist(it: Town) -> None:
     assert job_row(it)["state"] == "queued"
 
 
-def test_what_is_no_number_of_a_job_is_unknown(it: Town) -> None:
+def test_what_is_no_number_of_a_job_is_unknown(it: Roles) -> None:
     run(it, "/finetune faq.jsonl yes")
     for typed in ("0", "-1", "one", "1.0", "9" * 40, "1;", "²"):
         with pytest.raises(UnknownThing):
             run(it, f"/finetune status {typed}")
 
 
-def test_status_shows_how_far_it_is(it: Town) -> None:
+def test_status_shows_how_far_it_is(it: Roles) -> None:
     run(it, "/finetune faq.jsonl yes")
     assert say("en", "training.state_queued") in says(it, "/finetune status")
     hear(it, CHECKED)
@@ -239,7 +239,7 @@ def test_status_shows_how_far_it_is(it: Town) -> None:
         assert fact in text
 
 
-def test_what_holds_a_job_up_is_told_while_it_does(it: Town) -> None:
+def test_what_holds_a_job_up_is_told_while_it_does(it: Roles) -> None:
     run(it, "/finetune faq.jsonl yes")
     went_on, waits = Warned("step 9: going on from step 5"), Warned("step 10: the disk is full")
     step = Progress(10, 20, 1, 2, 1.5, 100.0, 30.0)
@@ -252,7 +252,7 @@ def test_what_holds_a_job_up_is_told_while_it_does(it: Town) -> None:
 
 
 @pytest.mark.parametrize("language", ["en", "zh"])
-def test_status_of_a_published_job_is_its_report(it: Town, language: str) -> None:
+def test_status_of_a_published_job_is_its_report(it: Roles, language: str) -> None:
     run(it, "/finetune faq.jsonl yes")
     judged = Judged("passed", 40, 38, "acme@3", 2.5, 1.5, -1.25, -0.75, 0.25, 0.5)
     hear(it, CHECKED, Evaluated(60, "test", 1.5, 40), judged, DONE)
@@ -273,7 +273,7 @@ def test_status_of_a_published_job_is_its_report(it: Town, language: str) -> Non
 
 
 @pytest.mark.parametrize("language", languages())
-def test_status_of_a_version_is_true_for_as_long_as_it_is_asked(it: Town, language: str) -> None:
+def test_status_of_a_version_is_true_for_as_long_as_it_is_asked(it: Roles, language: str) -> None:
     run(it, "/finetune faq.jsonl yes")
     judged = Judged("style_only", 40, 38, "base", 2.5, 1.5, -1.25, -0.75, 0.25, 0.25, worst=((1, 1.5, 2.5),))
     hear(it, judged, DONE)
@@ -290,7 +290,7 @@ def test_status_of_a_version_is_true_for_as_long_as_it_is_asked(it: Town, langua
     assert said.endswith(say(language, "training.version_now", label="acme@1", state=Lazy("adapter.in_service")))
 
 
-def test_status_of_a_failed_job_says_whose_fault_it_was(it: Town) -> None:
+def test_status_of_a_failed_job_says_whose_fault_it_was(it: Roles) -> None:
     run(it, "/finetune faq.jsonl yes")
     hear(it, Failed("yours", "not JSON", 7))
     write_now(it.database, lambda tx: jobs.end(tx, 1, "failed", "yours: line 7: not JSON"))
@@ -309,7 +309,7 @@ def test_status_of_a_failed_job_says_whose_fault_it_was(it: Town) -> None:
     ],
 )
 def test_a_failure_is_told_by_whose_fault_it_is_with_a_command_that_works(
-    it: Town, name: str, source: str, fault: str, key: str
+    it: Roles, name: str, source: str, fault: str, key: str
 ) -> None:
     run(it, f'/finetune "{name}" yes')
     write_now(it.database, lambda tx: tx.run("UPDATE dataset SET source = ?", [source]))
@@ -325,14 +325,14 @@ def test_a_failure_is_told_by_whose_fault_it_is_with_a_command_that_works(
 @pytest.mark.parametrize(
     ("fault", "key"), [("settings", "training.failed_adapter"), ("ours", "training.failed_ours_adapter")]
 )
-def test_an_imported_adapter_that_failed_is_sent_again_by_its_own_command(it: Town, fault: str, key: str) -> None:
+def test_an_imported_adapter_that_failed_is_sent_again_by_its_own_command(it: Roles, fault: str, key: str) -> None:
     run(it, "/finetune faq.jsonl yes")
     write_now(it.database, lambda tx: tx.run("UPDATE job SET imported = 'upload'"))
     write_now(it.database, lambda tx: jobs.end(tx, 1, "failed", f"{fault}: a reason"))
     assert says(it, "/finetune status").endswith(say("en", key, title="Acme", id=1, reason="a reason"))
 
 
-def test_a_job_that_failed_on_our_side_can_be_resumed_while_its_data_set_is_kept(it: Town) -> None:
+def test_a_job_that_failed_on_our_side_can_be_resumed_while_its_data_set_is_kept(it: Roles) -> None:
     language = "zh"
     run(it, "/finetune faq.jsonl yes")
     hear(it)
@@ -351,7 +351,7 @@ def test_a_job_that_failed_on_our_side_can_be_resumed_while_its_data_set_is_kept
 
 @pytest.mark.parametrize(("fault", "learned"), [("yours", True), ("settings", True), ("ours", False)])
 def test_only_a_job_that_failed_on_our_side_with_a_checkpoint_can_be_resumed(
-    it: Town, fault: str, learned: bool
+    it: Roles, fault: str, learned: bool
 ) -> None:
     run(it, "/finetune faq.jsonl yes")
     hear(it)
@@ -369,7 +369,7 @@ def test_the_line_of_a_failure_is_said_once() -> None:
     assert failure_reason(Failed("yours", "x", line=7), language) == first
 
 
-def test_a_reason_with_braces_and_markdown_is_only_shown(it: Town) -> None:
+def test_a_reason_with_braces_and_markdown_is_only_shown(it: Roles) -> None:
     run(it, "/finetune faq.jsonl yes")
     write_now(it.database, lambda tx: jobs.end(tx, 1, "failed", "ours: {x} {0} %s " + "long " * 200))
     text = says(it, "/finetune status")
@@ -377,7 +377,7 @@ def test_a_reason_with_braces_and_markdown_is_only_shown(it: Town) -> None:
     assert len(text) < 600
 
 
-def test_list_shows_the_newest_first_and_only_this_channels(it: Town) -> None:
+def test_list_shows_the_newest_first_and_only_this_channels(it: Roles) -> None:
     run(it, "/finetune a.jsonl yes")
     run(it, "/finetune cancel")
     run(it, "/finetune b.jsonl yes")
@@ -387,7 +387,7 @@ def test_list_shows_the_newest_first_and_only_this_channels(it: Town) -> None:
     assert "cancelled" in lines[1]
 
 
-def test_cancel_ends_a_job_once(it: Town) -> None:
+def test_cancel_ends_a_job_once(it: Roles) -> None:
     run(it, "/finetune faq.jsonl yes")
     outcome = run(it, "/finetune cancel 1")
     assert WakeTraining() in outcome.after
@@ -398,7 +398,7 @@ def test_cancel_ends_a_job_once(it: Town) -> None:
 
 
 @pytest.mark.parametrize("state", ["validating", "waiting", "queued", "running"])
-def test_only_what_can_be_resumed_is_said_to_be(it: Town, state: str) -> None:
+def test_only_what_can_be_resumed_is_said_to_be(it: Roles, state: str) -> None:
     run(it, "/finetune faq.jsonl yes")
     hear(it)
     write_now(it.database, lambda tx: tx.run("UPDATE job SET started_ms = NULL") if state != "running" else 0)
@@ -411,7 +411,7 @@ def test_only_what_can_be_resumed_is_said_to_be(it: Town, state: str) -> None:
             run(it, "/finetune resume 1")
 
 
-def test_whoever_resumes_a_job_is_told_if_it_begins_anew(it: Town) -> None:
+def test_whoever_resumes_a_job_is_told_if_it_begins_anew(it: Roles) -> None:
     run(it, "/finetune faq.jsonl yes")
     hear(it)
     write_now(it.database, lambda tx: registry.keep_base(tx, "loaded"))
@@ -433,7 +433,7 @@ def test_the_report_names_what_is_to_be_known_of_the_rows():
     assert "phone numbers: 2" in told[2]
 
 
-def test_unreadable_texts_are_counted_in_the_answer_the_question_and_the_report(it: Town) -> None:
+def test_unreadable_texts_are_counted_in_the_answer_the_question_and_the_report(it: Roles) -> None:
     language = "zh"
     line = f"- {say(language, 'training.left_out', n=3)}"
     run(it, "/finetune feedback", prepared=PreparedData(SHA, "feedback", False, 3))
@@ -477,7 +477,7 @@ def test_a_skill_that_is_lost_is_told_whatever_the_verdict() -> None:
     ],
 )
 def test_data_lists_what_one_may_know_of_with_origin_and_licence(
-    it: Town, language: str, first: str, second: str
+    it: Roles, language: str, first: str, second: str
 ) -> None:
     def bring(tx: Tx) -> None:
         owner = it.hash("operator")

@@ -30,7 +30,7 @@ from core.storage.database import Database, Tx
 from core.storage.home import Home
 from core.types import Address, Attachment, Caller, Role
 from tests.support.database import read_now, write_now
-from tests.support.world import FakeBot
+from tests.support.running_service import FakeBot
 
 ROW = b'{"q": "a question", "a": "an answer"}\n'
 

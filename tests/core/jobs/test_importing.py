@@ -20,7 +20,7 @@ from core.jobs.importing import CONFIG, WEIGHTS
 from core.jobs.protocol import Spec
 from core.types import Attachment
 from tests.support.fake_trainer import COMMAND
-from tests.support.world import OWNER, World, world
+from tests.support.running_service import OWNER, RunningService, running_service
 
 HEADER = json.dumps({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}).encode()
 GOOD = {
@@ -159,12 +159,12 @@ def fetching(content: bytes):
     return fetch
 
 
-async def bring(w: World, content: bytes, text: str = "/adapter import", user: str = OWNER) -> str:
+async def bring(w: RunningService, content: bytes, text: str = "/adapter import", user: str = OWNER) -> str:
     w.bot.fetch = fetching(content)  # type: ignore[attr-defined]
     return await w.ask(text, user=user, attachments=(Attachment("F", "mine.zip", 1, "application/zip"),))
 
 
-async def with_dataset(w: World) -> None:
+async def with_dataset(w: RunningService) -> None:
     data = json.dumps({"word": "plain", "q": "a", "a": "b"}).encode() + b"\n"
     sha256 = "e" * 64
     (w.home.datasets / sha256).write_bytes(data)
@@ -176,7 +176,7 @@ async def with_dataset(w: World) -> None:
 
 
 async def test_a_sent_archive_becomes_a_job_that_examines_it(tmp_path: Path) -> None:
-    async with world(tmp_path, trainer=COMMAND, running=False) as w:
+    async with running_service(tmp_path, trainer=COMMAND, running=False) as w:
         await with_dataset(w)
     seen: list[Spec] = []
     real = Spec.write
@@ -188,7 +188,7 @@ async def test_a_sent_archive_becomes_a_job_that_examines_it(tmp_path: Path) -> 
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(Spec, "write", write)
-        async with world(tmp_path, trainer=COMMAND) as w:
+        async with running_service(tmp_path, trainer=COMMAND) as w:
             told = await bring(w, zipped(GOOD), "/adapter import faq.jsonl")
             assert "acme@1" in told
             assert any("mine.zip becomes acme@1" in said for said in w.bot.said())
@@ -199,14 +199,14 @@ async def test_a_sent_archive_becomes_a_job_that_examines_it(tmp_path: Path) -> 
 
 
 async def test_without_a_data_set_it_says_what_is_missing(tmp_path: Path) -> None:
-    async with world(tmp_path, trainer=COMMAND) as w:
+    async with running_service(tmp_path, trainer=COMMAND) as w:
         assert "this channel has none yet" in await bring(w, zipped(GOOD))
         assert await w.count("job") == 0
         assert not list((tmp_path / "jobs").iterdir())
 
 
 async def test_strangers_bring_nothing(tmp_path: Path) -> None:
-    async with world(tmp_path, trainer=COMMAND) as w:
+    async with running_service(tmp_path, trainer=COMMAND) as w:
         await with_dataset(w)
         await bring(w, zipped(GOOD), "/adapter import faq.jsonl", user="stranger")
         assert await w.count("job") == 0
@@ -220,7 +220,7 @@ async def test_a_home_that_takes_in_no_adapter_says_so(
     def refuse(*_: object) -> None:
         raise OSError(error, "no")
 
-    async with world(tmp_path) as w:
+    async with running_service(tmp_path) as w:
         await with_dataset(w)
         monkeypatch.setattr(importing, "_copy", refuse)
         key = "error.storage_full" if error == errno.ENOSPC else "error.storage"

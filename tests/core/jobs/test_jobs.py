@@ -15,18 +15,18 @@ from core.jobs.jobs import Job
 from core.jobs.protocol import Checked, Done, Evaluated, JobEvent, Progress, Warned
 from core.storage.database import Tx
 from tests.support.database import read_now, write_now
-from tests.support.people import Town, town
+from tests.support.roles import Roles, open_roles
 
 SHA, OTHER = "a" * 64, "b" * 64
 
 
 @pytest.fixture
-def it(tmp_path: Path) -> Iterator[Town]:
-    with town(tmp_path) as made:
+def it(tmp_path: Path) -> Iterator[Roles]:
+    with open_roles(tmp_path) as made:
         yield made
 
 
-def bring(it: Town, sha256: str, name: str = "faq.jsonl", who: str = "operator", source: str = "file") -> None:
+def bring(it: Roles, sha256: str, name: str = "faq.jsonl", who: str = "operator", source: str = "file") -> None:
     brought_by = it.hash(who)
     write_now(
         it.database,
@@ -34,7 +34,7 @@ def bring(it: Town, sha256: str, name: str = "faq.jsonl", who: str = "operator",
     )
 
 
-def order(it: Town, sha256: str = SHA, name: str = "faq.jsonl", who: str = "operator", place: str = "acme") -> Job:
+def order(it: Roles, sha256: str = SHA, name: str = "faq.jsonl", who: str = "operator", place: str = "acme") -> Job:
     def work(tx: Tx) -> Job:
         job = jobs.create(tx, it.caller(tx, who, place), sha256, name)
         new_delivery(tx, job_id=job.id)
@@ -47,11 +47,11 @@ def step(number: int) -> Progress:
     return Progress(number, 100, 1, 1, 1.0 / number, 10.0, 5.0)
 
 
-def events(it: Town, job: Job) -> list[JobEvent]:
+def events(it: Roles, job: Job) -> list[JobEvent]:
     return read_now(it.database, lambda tx: event_log.events(tx, job.id))
 
 
-def hear(it: Town, job: Job, *heard: JobEvent) -> None:
+def hear(it: Roles, job: Job, *heard: JobEvent) -> None:
     def work(tx: Tx) -> None:
         for event in heard:
             jobs.add_event(tx, job.id, event)
@@ -59,14 +59,14 @@ def hear(it: Town, job: Job, *heard: JobEvent) -> None:
     write_now(it.database, work)
 
 
-def is_erased(it: Town, sha256: str) -> bool:
+def is_erased(it: Roles, sha256: str) -> bool:
     return read_now(it.database, lambda tx: datasets.is_erased(tx, sha256))
 
 
 # --- jobs ---
 
 
-def test_a_version_is_never_given_twice(it: Town) -> None:
+def test_a_version_is_never_given_twice(it: Roles) -> None:
     bring(it, SHA)
     first = order(it)
     write_now(it.database, lambda tx: jobs.end(tx, first.id, "failed", "ours: x"))
@@ -79,7 +79,7 @@ def test_a_version_is_never_given_twice(it: Town) -> None:
     assert (first.label, order(it).label, order(it, place="delta").label) == ("acme@1", "acme@8", "delta@1")
 
 
-def test_a_job_ends_once(it: Town) -> None:
+def test_a_job_ends_once(it: Roles) -> None:
     bring(it, SHA)
     job = order(it)
     assert write_now(it.database, lambda tx: jobs.end(tx, job.id, "failed", "ours: x"))
@@ -89,7 +89,7 @@ def test_a_job_ends_once(it: Town) -> None:
     assert read_now(it.database, lambda tx: jobs.state_of(tx, job.id)) == "failed"
 
 
-def test_due_is_what_is_open_and_what_is_not_told_yet_oldest_first(it: Town) -> None:
+def test_due_is_what_is_open_and_what_is_not_told_yet_oldest_first(it: Roles) -> None:
     bring(it, SHA)
     first, second, third = (order(it) for _ in range(3))
     write_now(it.database, lambda tx: jobs.start(tx, first.id))
@@ -100,14 +100,14 @@ def test_due_is_what_is_open_and_what_is_not_told_yet_oldest_first(it: Town) -> 
     assert [job.id for job in read_now(it.database, jobs.due)] == [third.id]
 
 
-def test_a_waiting_job_that_is_ended_by_an_erasure_still_tells_it(it: Town) -> None:
+def test_a_waiting_job_that_is_ended_by_an_erasure_still_tells_it(it: Roles) -> None:
     bring(it, SHA)
     job = order(it)
     write_now(it.database, lambda tx: jobs.cancel(tx, job.id, "erased"))
     assert [one.id for one in read_now(it.database, jobs.due_checks)] == [job.id]
 
 
-def test_publishing_needs_a_running_job_and_its_folder_is_known_afterwards(it: Town) -> None:
+def test_publishing_needs_a_running_job_and_its_folder_is_known_afterwards(it: Roles) -> None:
     bring(it, SHA)
     job = order(it)
     assert not write_now(it.database, lambda tx: jobs.publishing(tx, job.id, OTHER))
@@ -122,7 +122,7 @@ def test_publishing_needs_a_running_job_and_its_folder_is_known_afterwards(it: T
 
 
 @pytest.mark.parametrize("steps", [30, 20_000])
-def test_of_progress_the_first_the_newest_and_a_curve_between_them_are_kept(it: Town, steps: int) -> None:
+def test_of_progress_the_first_the_newest_and_a_curve_between_them_are_kept(it: Roles, steps: int) -> None:
     bring(it, SHA)
     job = order(it)
     said = [replace(step(n), steps=steps) for n in range(1, steps + 1, max(1, steps // 500))]
@@ -134,14 +134,14 @@ def test_of_progress_the_first_the_newest_and_a_curve_between_them_are_kept(it: 
     assert max(apart) <= 2 * max(1, steps // event_log.CURVE_POINTS)
 
 
-def test_a_trainer_that_goes_back_begins_no_second_curve(it: Town) -> None:
+def test_a_trainer_that_goes_back_begins_no_second_curve(it: Roles) -> None:
     bring(it, SHA)
     job = order(it)
     hear(it, job, step(1), step(30), step(60), step(31), step(32), step(61))
     assert [event.step for event in events(it, job) if isinstance(event, Progress)] == [1, 30, 60, 61]
 
 
-def test_progress_forgives_the_trainers_that_died_before_it(it: Town) -> None:
+def test_progress_forgives_the_trainers_that_died_before_it(it: Roles) -> None:
     bring(it, SHA)
     job = order(it)
     hear(it, job, step(5))
@@ -153,7 +153,7 @@ def test_progress_forgives_the_trainers_that_died_before_it(it: Town) -> None:
     assert write_now(it.database, lambda tx: jobs.count_attempt(tx, job.id)) == 1
 
 
-def test_what_a_resumed_trainer_says_again_is_kept_once(it: Town) -> None:
+def test_what_a_resumed_trainer_says_again_is_kept_once(it: Roles) -> None:
     bring(it, SHA)
     job = order(it)
     said: tuple[JobEvent, ...] = (
@@ -167,7 +167,7 @@ def test_what_a_resumed_trainer_says_again_is_kept_once(it: Town) -> None:
     assert len(events(it, job)) == 4
 
 
-def test_a_talkative_trainer_does_not_fill_the_database(it: Town) -> None:
+def test_a_talkative_trainer_does_not_fill_the_database(it: Roles) -> None:
     bring(it, SHA)
     job = order(it)
     hear(it, job, *(Warned(f"warning {n}") for n in range(event_log.MAX_EVENTS + 50)), step(1))
@@ -177,11 +177,11 @@ def test_a_talkative_trainer_does_not_fill_the_database(it: Town) -> None:
 # --- data sets ---
 
 
-def known(it: Town, who: str, typed: str) -> tuple[str, str] | None:
+def known(it: Roles, who: str, typed: str) -> tuple[str, str] | None:
     return read_now(it.database, lambda tx: datasets.known_dataset(tx, it.hash(who), typed))
 
 
-def test_people_know_what_they_brought_and_what_their_channels_read(it: Town) -> None:
+def test_people_know_what_they_brought_and_what_their_channels_read(it: Roles) -> None:
     bring(it, SHA)
     assert known(it, "operator", "faq.jsonl") == (SHA, "faq.jsonl")
     assert known(it, "operator", SHA[:8]) == (SHA, "faq.jsonl")
@@ -190,19 +190,19 @@ def test_people_know_what_they_brought_and_what_their_channels_read(it: Town) ->
     assert known(it, "owner", "faq.jsonl") == (SHA, "faq.jsonl")
 
 
-def test_nobody_else_knows_of_it(it: Town) -> None:
+def test_nobody_else_knows_of_it(it: Roles) -> None:
     bring(it, SHA)
     order(it)
     for who in ("other_operator", "user", "stranger", "removed"):
         assert [known(it, who, typed) for typed in ("faq.jsonl", SHA, SHA[:8])] == [None] * 3
 
 
-def test_a_part_of_a_name_is_not_the_name(it: Town) -> None:
+def test_a_part_of_a_name_is_not_the_name(it: Roles) -> None:
     bring(it, SHA)
     assert [known(it, "operator", typed) for typed in ("", "faq", SHA[:7], "%", "a%")] == [None] * 5
 
 
-def test_the_same_bytes_have_each_partners_own_name(it: Town) -> None:
+def test_the_same_bytes_have_each_partners_own_name(it: Roles) -> None:
     bring(it, SHA, "ours.jsonl")
     order(it, name="ours.jsonl")
     bring(it, SHA, "theirs.jsonl", who="other_operator")
@@ -215,7 +215,7 @@ def test_the_same_bytes_have_each_partners_own_name(it: Town) -> None:
     assert known(it, "operator", SHA[:12]) == (SHA, "ours.jsonl")
 
 
-def test_what_people_said_is_known_to_no_other_channel_and_ends_with_its_job(it: Town) -> None:
+def test_what_people_said_is_known_to_no_other_channel_and_ends_with_its_job(it: Roles) -> None:
     bring(it, SHA, datasets.CONVERSATIONS, source=datasets.CONVERSATIONS)
     first, second = order(it), order(it)
     assert known(it, "owner", SHA) is None
@@ -225,7 +225,7 @@ def test_what_people_said_is_known_to_no_other_channel_and_ends_with_its_job(it:
     assert is_erased(it, SHA)
 
 
-def test_a_file_stays_when_its_job_ends(it: Town) -> None:
+def test_a_file_stays_when_its_job_ends(it: Roles) -> None:
     bring(it, SHA)
     job = order(it)
     write_now(it.database, lambda tx: jobs.end(tx, job.id, "published"))
@@ -233,7 +233,7 @@ def test_a_file_stays_when_its_job_ends(it: Town) -> None:
     assert is_erased(it, OTHER)
 
 
-def test_an_erased_data_set_is_not_known_until_it_is_brought_again(it: Town) -> None:
+def test_an_erased_data_set_is_not_known_until_it_is_brought_again(it: Roles) -> None:
     bring(it, SHA)
     write_now(it.database, lambda tx: tx.run("UPDATE dataset SET erased_ms = 1"))
     assert known(it, "operator", "faq.jsonl") is None

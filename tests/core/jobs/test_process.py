@@ -15,6 +15,7 @@ from core.config.sections import HyperParameters
 from core.jobs.process import PausePolicy, TrainerProcess
 from core.jobs.protocol import JobEvent, Progress, Spec
 from tests.support.fake_trainer import COMMAND
+from tests.support.waiting import DEADLINE_S
 
 
 def paused(policy: PausePolicy, loads: Sequence[tuple[float, int]]) -> list[bool]:
@@ -65,7 +66,7 @@ async def test_a_paused_trainer_stops_when_asked(tmp_path: Path) -> None:
     await asyncio.wait_for(reached.wait(), 60)
     assert process._process is not None
     process.pause()
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(DEADLINE_S):
         await asyncio.to_thread(until_state, process._process.pid, "T")
         await process.stop(10)
         assert await running == 3

@@ -33,8 +33,9 @@ from core.storage.database import Tx
 from core.storage.home import Home
 from core.types import Address, Handle
 from tests.support.fake_trainer import COMMAND as FAKE_TRAINER
-from tests.support.works import INFO, WatchedBot, works
-from tests.support.world import OWNER, world
+from tests.support.running_jobs import INFO, WatchedBot, running_jobs
+from tests.support.running_service import OWNER, running_service
+from tests.support.waiting import DEADLINE_S
 
 PAUSED = "50 %"  # what the message shows when the fake trainer waits at its second step of four
 
@@ -49,7 +50,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 async def test_a_job_becomes_a_version_and_its_one_message_a_report(tmp_path: Path) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         job_id = await it.order()
         said = await it.ended()
         (version,) = await it.versions()
@@ -71,7 +72,7 @@ async def test_through_the_door_a_command_is_answered_and_its_job_tells_its_end(
         owner = tx.cipher.hash_user("fake", "bot", OWNER)
         datasets.keep_dataset(tx, sha256, "faq.jsonl", source="file", size_bytes=len(data), brought_by=owner)
 
-    async with world(tmp_path, trainer=FAKE_TRAINER) as it:
+    async with running_service(tmp_path, trainer=FAKE_TRAINER) as it:
         (it.home.datasets / sha256).write_bytes(data)
         await it.database.write(bring)
         await it.send("/finetune faq.jsonl yes", user=OWNER)
@@ -84,7 +85,7 @@ async def test_through_the_door_a_command_is_answered_and_its_job_tells_its_end(
 
 
 async def test_the_message_shows_a_bar_and_what_is_left(tmp_path: Path) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         await it.order("pause")
         await it.bot.until(lambda: PAUSED in it.bot.newest)
         assert "▓" * 10 + "░" * 10 in it.bot.newest
@@ -93,14 +94,14 @@ async def test_the_message_shows_a_bar_and_what_is_left(tmp_path: Path) -> None:
 
 
 async def test_the_report_speaks_the_language_of_who_asked(tmp_path: Path) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         await it.order(language="zh")
         assert say("zh", "training.verdict_passed", label="acme@1", champion="base") in await it.ended()
 
 
 @pytest.mark.parametrize(("word", "verdict"), [("worse", "no_better"), ("few", "too_few")])
 async def test_a_version_that_does_not_pass_is_kept_and_said_to_be_so(tmp_path: Path, word: str, verdict: str) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         await it.order(word)
         said = await it.ended()
         assert said.startswith(
@@ -116,7 +117,7 @@ async def test_a_version_that_does_not_pass_is_kept_and_said_to_be_so(tmp_path: 
 
 
 async def test_a_candidate_has_to_beat_what_answers_now(tmp_path: Path) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         await it.order()
         await it.ended()
         (first,) = await it.versions()
@@ -128,7 +129,7 @@ async def test_a_candidate_has_to_beat_what_answers_now(tmp_path: Path) -> None:
 
 
 async def test_nothing_that_holds_text_outlives_its_job(tmp_path: Path) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         job_id = await it.order()
         await it.ended()
         assert not it.folder(job_id).exists()
@@ -144,7 +145,7 @@ async def test_nothing_that_holds_text_outlives_its_job(tmp_path: Path) -> None:
 
 
 async def test_a_job_that_was_cancelled_goes_on_from_its_checkpoint_in_another_message(tmp_path: Path) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         job_id = await it.order("pause")
         await it.bot.until(lambda: PAUSED in it.bot.newest)
         await it.say(f"/finetune cancel {job_id}")
@@ -172,14 +173,14 @@ async def test_a_job_goes_on_as_it_was_begun_unless_another_base_model_is_loaded
         Spec, "write", lambda spec, folder, whole=Spec.write: (written.append(spec), whole(spec, folder))
     )
     bot = WatchedBot()
-    async with works(tmp_path, bot=bot) as it:
+    async with running_jobs(tmp_path, bot=bot) as it:
         job_id = await it.order("pause")
         await bot.until(lambda: PAUSED in bot.newest)
         await it.say(f"/finetune cancel {job_id}")
         await it.ended()
         await it.database.write(lambda tx: tx.run("UPDATE channel SET instructions = 'Be brief.'"))
     settings = TrainingSettings(retry_s=0.01, hyper=HyperParameters(epochs=9))
-    async with works(tmp_path, bot=bot, settings=settings, info=replace(INFO, fingerprint=base)) as it:
+    async with running_jobs(tmp_path, bot=bot, settings=settings, info=replace(INFO, fingerprint=base)) as it:
         await it.say(f"/finetune resume {job_id}")
         await it.ended(2)
         told = await it.database.read(lambda tx: event_log.events(tx, job_id))
@@ -198,7 +199,7 @@ async def test_a_job_that_is_to_go_on_before_its_trainer_is_gone_goes_on_in_anot
 ) -> None:
     monkeypatch.setattr("core.jobs.worker._CANCEL_S", 0.2 if word == "stubborn" else 10.0)
     monkeypatch.setattr("core.jobs.process._TERMINATE_S", 0.2)
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         job_id = await it.order(word)
         await it.bot.until(lambda: PAUSED in it.bot.newest)
         await it.say(f"/finetune cancel {job_id}")
@@ -211,7 +212,7 @@ async def test_a_job_that_is_to_go_on_before_its_trainer_is_gone_goes_on_in_anot
 
 @pytest.mark.parametrize("word", ["pause", "ours-once"])
 async def test_what_a_job_has_learned_goes_with_its_data_set(tmp_path: Path, word: str) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         job_id = await it.order(word)
         if word == "pause":
             await it.bot.until(lambda: PAUSED in it.bot.newest)
@@ -231,7 +232,7 @@ async def test_a_job_that_failed_on_our_side_goes_on_from_its_checkpoint(
     tmp_path: Path, word: str, language: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("core.jobs.worker._ATTEMPTS", 1)
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         job_id = await it.order(word, language=language)
         reason = "a reason"
         if word == "crash-once":
@@ -255,7 +256,7 @@ async def test_trouble_at_a_later_start_costs_nothing_that_was_learned(
         raise PermissionError(errno.EACCES, "Permission denied")
 
     bot = WatchedBot()
-    async with works(tmp_path, bot=bot) as it:
+    async with running_jobs(tmp_path, bot=bot) as it:
         job_id = await it.order("pause")
         await bot.until(lambda: PAUSED in bot.newest)
         await it.stop()
@@ -264,10 +265,10 @@ async def test_trouble_at_a_later_start_costs_nothing_that_was_learned(
             patch.setattr(Spec, "write", refused)
             patch.setattr(Path, "unlink", refused)
         command = {"trainer": ("/nowhere/python",), "base": COMMAND}.get(trouble, FAKE_TRAINER)
-        async with works(tmp_path, bot=bot, command=command) as it:
+        async with running_jobs(tmp_path, bot=bot, command=command) as it:
             assert f"/finetune resume {job_id}" in await it.ended()
             assert (await it.job(job_id))["state"] == "failed"
-    async with works(tmp_path, bot=bot) as it:
+    async with running_jobs(tmp_path, bot=bot) as it:
         await it.say(f"/finetune resume {job_id}")
         await it.ended(2)
         assert await it.warned(job_id) == ["goes on from step 2"]
@@ -275,7 +276,7 @@ async def test_trouble_at_a_later_start_costs_nothing_that_was_learned(
 
 @pytest.mark.parametrize("word", ["ours", "lost"])
 async def test_a_job_that_learned_nothing_of_use_is_not_said_to_go_on(tmp_path: Path, word: str) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         job_id = await it.order(word)
         assert "/finetune resume" not in await it.ended()
         assert not it.folder(job_id).exists()
@@ -284,7 +285,7 @@ async def test_a_job_that_learned_nothing_of_use_is_not_said_to_go_on(tmp_path: 
 
 
 async def test_nothing_is_kept_of_a_job_that_failed_to_learn_what_people_said(tmp_path: Path) -> None:
-    async with works(tmp_path, running=False) as it:
+    async with running_jobs(tmp_path, running=False) as it:
         job_id = await it.order("ours-once")
         await it.database.write(lambda tx: tx.run("UPDATE dataset SET source = 'feedback'"))
         await it.run()
@@ -299,7 +300,7 @@ async def test_nothing_is_kept_of_a_job_that_failed_to_learn_what_people_said(tm
 async def test_a_job_that_is_to_go_on_before_its_end_is_told_loses_nothing(
     tmp_path: Path, where: type, at: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         usual, said = getattr(where, at), list[str]()
 
         async def hurried(*given: object) -> object:
@@ -316,7 +317,7 @@ async def test_a_job_that_is_to_go_on_before_its_end_is_told_loses_nothing(
 
 
 async def test_the_instructions_of_the_channel_are_in_the_spec(tmp_path: Path) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         await it.database.write(lambda tx: tx.run("UPDATE channel SET instructions = 'Be brief.'"))
         job_id = await it.order("pause")
         await it.bot.until(lambda: PAUSED in it.bot.newest)
@@ -327,7 +328,7 @@ async def test_the_instructions_of_the_channel_are_in_the_spec(tmp_path: Path) -
 
 async def test_the_preset_of_the_job_is_in_the_spec(tmp_path: Path) -> None:
     settings = TrainingSettings(retry_s=0.01, presets={"card": HyperParameters(preset="card", learning_rate=1e-4)})
-    async with works(tmp_path, settings=settings, running=False) as it:
+    async with running_jobs(tmp_path, settings=settings, running=False) as it:
         job_id = await it.order("pause")
         await it.database.write(lambda tx: tx.run("UPDATE job SET preset = 'card'"))
         await it.run()
@@ -337,7 +338,7 @@ async def test_the_preset_of_the_job_is_in_the_spec(tmp_path: Path) -> None:
 
 
 async def test_versions_are_counted_on_over_jobs_that_failed(tmp_path: Path) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         for n, word in enumerate(("ours", "", "worse"), 1):
             await it.order(word)
             await it.ended(n)
@@ -349,7 +350,7 @@ async def test_versions_are_counted_on_over_jobs_that_failed(tmp_path: Path) -> 
 
 @pytest.mark.parametrize("word", ["crash-once", "gives-up"])
 async def test_a_trainer_that_dies_goes_on_from_its_checkpoint(tmp_path: Path, word: str) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         job_id = await it.order(word)
         await it.ended()
         assert await it.warned(job_id) == ["goes on from step 2"]
@@ -357,7 +358,7 @@ async def test_a_trainer_that_dies_goes_on_from_its_checkpoint(tmp_path: Path, w
 
 
 async def test_a_trainer_that_is_killed_from_outside_goes_on(tmp_path: Path) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         job_id = await it.order("pause")
         await it.bot.until(lambda: PAUSED in it.bot.newest)
         os.kill(trainer_of(it.folder(job_id)), signal.SIGKILL)
@@ -368,7 +369,7 @@ async def test_a_trainer_that_is_killed_from_outside_goes_on(tmp_path: Path) -> 
 
 @pytest.mark.parametrize(("word", "how"), [("crash-always", "signal 9"), ("mute", "exit status 1")])
 async def test_a_trainer_that_always_dies_without_progress_fails_the_job(tmp_path: Path, word: str, how: str) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         job_id = await it.order(word)
         said = await it.ended()
         job = await it.job(job_id)
@@ -379,7 +380,7 @@ async def test_a_trainer_that_always_dies_without_progress_fails_the_job(tmp_pat
 
 
 async def test_a_silent_trainer_is_killed_and_begun_anew(tmp_path: Path) -> None:
-    async with works(tmp_path, settings=TrainingSettings(silence_s=4.0, retry_s=0.01)) as it:
+    async with running_jobs(tmp_path, settings=TrainingSettings(silence_s=4.0, retry_s=0.01)) as it:
         await it.order("silent")
         assert "acme@1" in await it.ended()
         assert len(await it.versions()) == 1
@@ -416,21 +417,21 @@ async def test_a_pause_is_not_counted_as_silence(tmp_path: Path) -> None:
 
 
 async def test_lines_that_are_no_events_are_passed_over(tmp_path: Path) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         await it.order("garbage")
         await it.ended()
         assert len(await it.versions()) == 1
 
 
 async def test_a_trainer_of_an_earlier_life_is_waited_for(tmp_path: Path) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         job_id = await it.order("keeps-lock")
         await it.ended()
         assert (await it.job(job_id))["state"] == "published"  # a trainer that meets the lock fails
 
 
 async def test_a_trainer_that_cannot_be_started_fails_its_job_alone(tmp_path: Path) -> None:
-    async with works(tmp_path, command=("/nowhere/python",)) as it:
+    async with running_jobs(tmp_path, command=("/nowhere/python",)) as it:
         job_id = await it.order()
         await it.ended()
         job = await it.job(job_id)
@@ -439,7 +440,7 @@ async def test_a_trainer_that_cannot_be_started_fails_its_job_alone(tmp_path: Pa
 
 
 async def test_an_engine_without_a_base_model_says_so(tmp_path: Path) -> None:
-    async with works(tmp_path, command=COMMAND) as it:
+    async with running_jobs(tmp_path, command=COMMAND) as it:
         job_id = await it.order()
         await it.ended()
         assert "no base model" in (await it.job(job_id))["reason"]
@@ -449,7 +450,7 @@ async def test_an_engine_without_a_base_model_says_so(tmp_path: Path) -> None:
 
 
 async def test_what_is_wrong_with_the_data_is_said_with_its_line(tmp_path: Path) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         job_id = await it.order("yours")
         said = await it.ended()
         assert "faq.jsonl" in said
@@ -459,7 +460,7 @@ async def test_what_is_wrong_with_the_data_is_said_with_its_line(tmp_path: Path)
 
 
 async def test_what_is_wrong_with_us_is_said_with_the_number_of_the_job(tmp_path: Path) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         job_id = await it.order("ours")
         said = await it.ended()
         assert said == say("en", "training.failed_ours", title="Acme", id=job_id, typed="faq.jsonl", reason="a reason")
@@ -470,7 +471,7 @@ async def test_what_is_wrong_with_us_is_said_with_the_number_of_the_job(tmp_path
     [("other-base", "another base model"), ("other-data", "another data set"), ("no-weights", "incomplete or damaged")],
 )
 async def test_a_result_that_does_not_fit_is_never_published(tmp_path: Path, word: str, reason: str) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         job_id = await it.order(word)
         await it.ended()
         assert reason in (await it.job(job_id))["reason"]
@@ -496,14 +497,14 @@ async def test_trouble_with_the_disk_costs_no_result(
 
     monkeypatch.setattr(folders, step, troubled)
     monkeypatch.setattr("core.jobs.worker._LONGEST_BACKOFF_S", 0.02)
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         job_id = await it.order()
         await it.ended()
         assert (await it.job(job_id))["state"] == "published"
 
 
 async def test_a_data_set_that_is_gone_fails_its_job(tmp_path: Path) -> None:
-    async with works(tmp_path, running=False) as it:
+    async with running_jobs(tmp_path, running=False) as it:
         job_id = await it.order()
         for path in await asyncio.to_thread(lambda: list(it.home.datasets.iterdir())):
             path.unlink()
@@ -513,13 +514,13 @@ async def test_a_data_set_that_is_gone_fails_its_job(tmp_path: Path) -> None:
 
 
 async def test_a_reason_of_ours_is_in_the_language_of_who_asked(tmp_path: Path) -> None:
-    async with works(tmp_path, command=("/nowhere/python",)) as it:
+    async with running_jobs(tmp_path, command=("/nowhere/python",)) as it:
         await it.order(language="zh")
         assert "训练程序无法启动：" in await it.ended()
 
 
 async def test_a_result_that_cannot_be_used_is_told_in_the_language_of_who_asked(tmp_path: Path) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         job_id = await it.order("no-weights", language="zh")
         reason = say("zh", "training.why_result")
         said = say("zh", "training.failed_kept", title="Acme", id=job_id, reason=reason)
@@ -535,7 +536,7 @@ async def test_a_running_job_that_is_cancelled_ends_its_trainer(
 ) -> None:
     monkeypatch.setattr("core.jobs.worker._CANCEL_S", 0.2 if word == "stubborn" else 10.0)
     monkeypatch.setattr("core.jobs.process._TERMINATE_S", 0.2)
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         job_id = await it.order(word)
         await it.bot.until(lambda: PAUSED in it.bot.newest)
         process = trainer_of(it.folder(job_id))
@@ -549,7 +550,7 @@ async def test_a_running_job_that_is_cancelled_ends_its_trainer(
 
 
 async def test_a_job_that_is_cancelled_while_it_waits_never_begins(tmp_path: Path) -> None:
-    async with works(tmp_path, running=False) as it:
+    async with running_jobs(tmp_path, running=False) as it:
         job_id = await it.order()
         await it.database.write(lambda tx: jobs.cancel(tx, job_id, jobs.REQUESTED))
         await it.run()
@@ -560,7 +561,7 @@ async def test_a_job_that_is_cancelled_while_it_waits_never_begins(tmp_path: Pat
 
 
 async def test_a_job_whose_data_is_erased_says_why_it_ended(tmp_path: Path) -> None:
-    async with works(tmp_path, running=False) as it:
+    async with running_jobs(tmp_path, running=False) as it:
         job_id = await it.order()
         await it.database.write(lambda tx: jobs.cancel(tx, job_id, "erased"))
         await it.run()
@@ -569,13 +570,13 @@ async def test_a_job_whose_data_is_erased_says_why_it_ended(tmp_path: Path) -> N
 
 async def test_at_the_programs_end_the_trainer_stops_and_the_next_start_goes_on(tmp_path: Path) -> None:
     bot = WatchedBot()
-    async with works(tmp_path, bot=bot) as it:
+    async with running_jobs(tmp_path, bot=bot) as it:
         job_id = await it.order("pause")
         await bot.until(lambda: PAUSED in bot.newest)
         await it.stop()
         assert (await it.job(job_id))["state"] == "running"
         assert not bot.final
-    async with works(tmp_path, bot=bot) as it:
+    async with running_jobs(tmp_path, bot=bot) as it:
         await it.ended()
         assert await it.warned(job_id) == ["goes on from step 2"]
         assert len(await it.versions()) == len(bot.opened) == 1
@@ -592,17 +593,17 @@ async def test_a_resumed_job_survives_a_cut_while_its_data_is_laid_out(
         loop.call_soon_threadsafe(cut.set)
         raise ZeroDivisionError
 
-    async with works(tmp_path, bot=bot, settings=TrainingSettings(retry_s=60)) as it:
+    async with running_jobs(tmp_path, bot=bot, settings=TrainingSettings(retry_s=60)) as it:
         job_id = await it.order("pause")
         await bot.until(lambda: PAUSED in bot.newest)
         await it.say(f"/finetune cancel {job_id}")
         await it.ended()
         monkeypatch.setattr(shutil, "copyfile", half)
         await it.say(f"/finetune resume {job_id}")
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(DEADLINE_S):
             await cut.wait()
     monkeypatch.setattr(shutil, "copyfile", copy)
-    async with works(tmp_path, bot=bot) as it:
+    async with running_jobs(tmp_path, bot=bot) as it:
         spec = Spec.read(it.folder(job_id))
         assert not (it.folder(job_id) / spec.data).exists()
         await it.ended(2)
@@ -617,14 +618,14 @@ async def test_a_full_disk_costs_a_resumed_job_nothing(tmp_path: Path, monkeypat
         loop.call_soon_threadsafe(full.set)
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    async with works(tmp_path, bot=bot) as it:
+    async with running_jobs(tmp_path, bot=bot) as it:
         job_id = await it.order("pause")
         await bot.until(lambda: PAUSED in bot.newest)
         await it.say(f"/finetune cancel {job_id}")
         await it.ended()
         monkeypatch.setattr(shutil, "copyfile", no_room)
         await it.say(f"/finetune resume {job_id}")
-        async with asyncio.timeout(60):
+        async with asyncio.timeout(DEADLINE_S):
             await full.wait()
         monkeypatch.setattr(shutil, "copyfile", copy)
         await it.ended(2)
@@ -639,14 +640,14 @@ async def test_a_start_with_another_base_model_begins_a_running_job_anew(
     with monkeypatch.context() as patch:
         if trained:
             patch.setattr(jobs, "publishing", lambda *_: 1 / 0)
-        async with works(tmp_path, bot=bot, settings=TrainingSettings(retry_s=60)) as it:
+        async with running_jobs(tmp_path, bot=bot, settings=TrainingSettings(retry_s=60)) as it:
             job_id = await it.order("" if trained else "pause")
             await bot.until(lambda: trained or PAUSED in bot.newest)
             while trained and not (it.folder(job_id) / "out").exists():  # noqa: ASYNC110 - another process makes it
                 await asyncio.sleep(0.02)
             await it.stop()
     other = replace(INFO, fingerprint="e" * 64, folder=tmp_path / "other", device="cuda:1")
-    async with works(tmp_path, bot=bot, info=other) as it:
+    async with running_jobs(tmp_path, bot=bot, info=other) as it:
         await it.ended()
         assert (await it.job(job_id))["state"] == "published"
         base = await it.database.read(lambda tx: tx.value("SELECT base_fingerprint FROM adapter"))
@@ -655,7 +656,7 @@ async def test_a_start_with_another_base_model_begins_a_running_job_anew(
 
 async def test_a_job_finds_its_base_model_where_it_lies_now(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     bot = WatchedBot()
-    async with works(tmp_path, bot=bot) as it:
+    async with running_jobs(tmp_path, bot=bot) as it:
         job_id = await it.order("pause")
         await bot.until(lambda: PAUSED in bot.newest)
         await it.stop()
@@ -668,18 +669,18 @@ async def test_a_job_finds_its_base_model_where_it_lies_now(tmp_path: Path, monk
         return await spawn(trainer)
 
     monkeypatch.setattr(TrainerProcess, "_spawn", noted)
-    async with works(tmp_path, bot=bot, info=replace(INFO, folder=tmp_path / "moved")) as it:
+    async with running_jobs(tmp_path, bot=bot, info=replace(INFO, folder=tmp_path / "moved")) as it:
         await it.ended()
     assert started == [replace(begun, model=str(tmp_path / "moved"))]
 
 
 async def test_when_the_program_is_killed_the_next_start_goes_on(tmp_path: Path) -> None:
     bot = WatchedBot()
-    async with works(tmp_path, bot=bot) as it:
+    async with running_jobs(tmp_path, bot=bot) as it:
         await it.order("pause")
         await bot.until(lambda: PAUSED in bot.newest)
         await it.kill()
-    async with works(tmp_path, bot=bot) as it:
+    async with running_jobs(tmp_path, bot=bot) as it:
         await it.ended()
         assert len(await it.versions()) == len(bot.opened) == 1
 
@@ -697,15 +698,15 @@ async def test_a_crash_between_move_and_commit_is_mended_at_the_next_start(
 
     with monkeypatch.context() as patch:
         patch.setattr(registry, "publish", crash)
-        async with works(tmp_path, bot=bot, settings=TrainingSettings(retry_s=60)) as it:
+        async with running_jobs(tmp_path, bot=bot, settings=TrainingSettings(retry_s=60)) as it:
             job_id = await it.order()
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(DEADLINE_S):
                 await crashed.wait()
             await it.stop()
             assert (await it.job(job_id))["state"] == "publishing"
             assert len(os.listdir(it.home.adapters)) == 1
             assert not await it.versions()
-    async with works(tmp_path, bot=bot, command=("/nowhere",)) as it:  # no trainer is needed any more
+    async with running_jobs(tmp_path, bot=bot, command=("/nowhere",)) as it:  # no trainer is needed any more
         await it.ended()
         (version,) = await it.versions()
         assert (await it.job(job_id))["result"] == version["sha256"]
@@ -725,11 +726,11 @@ async def test_a_crash_before_the_move_is_mended_without_training_again(
 
     with monkeypatch.context() as patch:
         patch.setattr(folders, "place", crash)
-        async with works(tmp_path, bot=bot, settings=TrainingSettings(retry_s=60)) as it:
+        async with running_jobs(tmp_path, bot=bot, settings=TrainingSettings(retry_s=60)) as it:
             job_id = await it.order()
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(DEADLINE_S):
                 await crashed.wait()
-    async with works(tmp_path, bot=bot) as it:
+    async with running_jobs(tmp_path, bot=bot) as it:
         await it.ended()
         assert not await it.warned(job_id)  # nothing was trained again
         assert len(await it.versions()) == 1
@@ -748,13 +749,13 @@ async def test_a_placed_folder_that_was_damaged_is_not_published(
 
     with monkeypatch.context() as patch:
         patch.setattr(registry, "publish", crash)
-        async with works(tmp_path, bot=bot, settings=TrainingSettings(retry_s=60)) as it:
+        async with running_jobs(tmp_path, bot=bot, settings=TrainingSettings(retry_s=60)) as it:
             await it.order()
-            async with asyncio.timeout(60):
+            async with asyncio.timeout(DEADLINE_S):
                 await crashed.wait()
     (folder,) = (tmp_path / "adapters").iterdir()
     (folder / "adapter_config.json").write_text(json.dumps({"peft_type": "LORA", "r": 2}))
-    async with works(tmp_path, bot=bot) as it:
+    async with running_jobs(tmp_path, bot=bot) as it:
         await it.ended()
         assert not await it.versions()
         assert not folder.exists()
@@ -764,7 +765,7 @@ async def test_a_placed_folder_that_was_damaged_is_not_published(
 
 
 async def test_a_job_waits_for_the_bot_of_its_place_and_others_do_not(tmp_path: Path) -> None:
-    async with works(tmp_path, running=False) as it:
+    async with running_jobs(tmp_path, running=False) as it:
         first = await it.order()
         await it.database.write(lambda tx: tx.run("UPDATE job SET account = 'another'"))
         second = await it.order("worse", place="q")
@@ -795,7 +796,7 @@ class DeafBot(WatchedBot):
 
 
 async def test_a_platform_that_is_away_does_not_fail_the_job(tmp_path: Path) -> None:
-    async with works(tmp_path, bot=DeafBot(4)) as it:
+    async with running_jobs(tmp_path, bot=DeafBot(4)) as it:
         job_id = await it.order()
         await it.ended()
         assert (await it.job(job_id))["state"] == "published"
@@ -808,7 +809,7 @@ async def test_a_message_that_is_never_taken_is_given_up_and_holds_up_no_other(
     monkeypatch.setattr("core.jobs.worker._TRIES", 3)
     monkeypatch.setattr("core.delivery.retry._FIRST_PAUSE_S", 100)  # one attempt to open the progress message
     bot = DeafBot(4)  # once at the beginning, then each try of the end
-    async with works(tmp_path, bot=bot, running=False) as it:
+    async with running_jobs(tmp_path, bot=bot, running=False) as it:
         await it.order()
         await it.order("worse", place="q")
         await it.run()
@@ -832,7 +833,7 @@ class GoneBot(DeafBot):
 
 
 async def test_the_message_to_a_place_that_is_gone_is_given_up_at_once(tmp_path: Path) -> None:
-    async with works(tmp_path, bot=GoneBot(99), running=False) as it:
+    async with running_jobs(tmp_path, bot=GoneBot(99), running=False) as it:
         job_id = await it.order()
         await it.order("worse", place="q")
         await it.run()
@@ -853,7 +854,7 @@ async def test_a_job_that_makes_trouble_does_not_hold_up_the_next(
         whole(spec, folder)
 
     monkeypatch.setattr(Spec, "write", write)
-    async with works(tmp_path, running=False, settings=TrainingSettings(retry_s=60)) as it:
+    async with running_jobs(tmp_path, running=False, settings=TrainingSettings(retry_s=60)) as it:
         first = await it.order()
         second = await it.order("worse", place="q")
         await it.run()
@@ -869,7 +870,7 @@ async def test_no_secret_reaches_the_trainer(tmp_path: Path, monkeypatch: pytest
     for name in ("TELEGRAM_TOKEN", "SLACK_BOT_TOKEN", "DISTRIBUTARY_HOME", "HF_TOKEN", "AWS_SECRET_ACCESS_KEY"):
         monkeypatch.setenv(name, "secret")
     monkeypatch.setenv("OMP_NUM_THREADS", "1")
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         job_id = await it.order("environment")
         await it.ended()
         known = set((await it.warned(job_id))[0].split())

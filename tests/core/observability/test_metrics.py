@@ -20,7 +20,8 @@ from core.engine.protocol import Histogram, Request
 from core.errors import AppError, BadConfig, EngineError
 from core.observability import metrics
 from core.observability.metrics import Counts, counter, histogram, render
-from tests.support.world import World, world
+from tests.support.running_service import RunningService, running_service
+from tests.support.waiting import DEADLINE_S
 
 LABEL = r'[a-zA-Z_][a-zA-Z0-9_]*="(?:[^"\\\n]|\\["\\n])*"'
 SAMPLE = re.compile(rf"([a-zA-Z_:][a-zA-Z0-9_:]*)(\{{{LABEL}(?:,{LABEL})*\}})? (-?[0-9.e+-]+)")
@@ -60,14 +61,14 @@ def free_port() -> int:
 
 
 @asynccontextmanager
-async def scraped(here: World) -> AsyncIterator[str]:
-    """The address of the numbers of that world."""
+async def scraped(here: RunningService) -> AsyncIterator[str]:
+    """The address of the metrics of that service."""
     parts = Parts(
         read_config({}, {}), here.home, here.database, here.engine, here.deliveries, here.training, here.service
     )
     listen = f"127.0.0.1:{free_port()}"
     server = asyncio.create_task(metrics_server.serve(listen, parts.metrics))
-    async with asyncio.timeout(60):
+    async with asyncio.timeout(DEADLINE_S):
         while not server.done():
             with suppress(OSError):
                 (await asyncio.open_connection("127.0.0.1", int(listen.rpartition(":")[2])))[1].close()
@@ -95,7 +96,7 @@ def answer(request: Request) -> str | AppError:
 
 
 async def test_a_scrape_tells_what_happened(tmp_path: Path) -> None:
-    async with world(tmp_path, answer) as here, scraped(here) as url:
+    async with running_service(tmp_path, answer) as here, scraped(here) as url:
         await here.ask(SECRET_WORD, conversation="one")
         await here.ask("again", conversation="two")
         await here.ask("break", conversation="three")
@@ -124,7 +125,7 @@ async def test_a_scrape_tells_what_happened(tmp_path: Path) -> None:
 
 async def test_what_waits_is_told_with_its_age(tmp_path: Path) -> None:
     now = [1_700_000_000_000]
-    async with world(tmp_path, clock=lambda: now[0], running=False) as here, scraped(here) as url:
+    async with running_service(tmp_path, clock=lambda: now[0], running=False) as here, scraped(here) as url:
         await here.send("hello")
         now[0] += 42_000
         told = parsed(await get(url))
@@ -133,16 +134,16 @@ async def test_what_waits_is_told_with_its_age(tmp_path: Path) -> None:
 
 
 async def test_a_reply_begun_again_after_a_crash_counts_as_a_possible_orphan(tmp_path: Path) -> None:
-    async with world(tmp_path, running=False) as here:
+    async with running_service(tmp_path, running=False) as here:
         await here.send("hello")
         await here.database.write(lambda tx: tx.run("UPDATE inbox SET state = 'running'"))  # and then the kill
-    async with world(tmp_path) as here, scraped(here) as url:
+    async with running_service(tmp_path) as here, scraped(here) as url:
         await here.settled()
         assert parsed(await get(url))["distributary_orphans_total"] == 1
 
 
 async def test_other_requests_are_refused_and_a_scrape_never_holds_up_the_loop(tmp_path: Path) -> None:
-    async with world(tmp_path) as here, scraped(here) as url:
+    async with running_service(tmp_path) as here, scraped(here) as url:
         for path, status in (("/", 404), ("/metrics/", 404)):
             with pytest.raises(urllib.error.HTTPError, match=str(status)):
                 await get(url.replace("/metrics", path))
@@ -156,7 +157,7 @@ async def test_other_requests_are_refused_and_a_scrape_never_holds_up_the_loop(t
 
 
 async def test_an_address_that_is_taken_is_named(tmp_path: Path) -> None:
-    async with world(tmp_path) as here, scraped(here) as url:
+    async with running_service(tmp_path) as here, scraped(here) as url:
         parts = Parts(
             read_config({}, {}), here.home, here.database, here.engine, here.deliveries, here.training, here.service
         )

@@ -26,7 +26,7 @@ from core.storage.database import Database, Tx
 from core.storage.home import Home
 from core.types import Address, Body, Caller, Handle, Incoming, Kind, Lane, Receipt
 from tests.support.database import write_now
-from tests.support.world import OWNER, STRANGER, World, world
+from tests.support.running_service import OWNER, STRANGER, RunningService, running_service
 
 DAY_MS = 86_400_000
 PEOPLE = 50
@@ -72,7 +72,7 @@ def test_the_search_finds_every_form(tmp_path: Path) -> None:
 # --- markers ---
 
 
-async def talk(it: World, people: int) -> None:
+async def talk(it: RunningService, people: int) -> None:
     for n in range(people):
         person = f"person-{n}"
         if n % 2:
@@ -81,7 +81,7 @@ async def talk(it: World, people: int) -> None:
     await it.settled()
 
 
-async def bring(it: World) -> str:
+async def bring(it: RunningService) -> str:
     """The data set of what consenting people said, as /finetune conversations makes it: its sha256."""
 
     def caller(tx: Tx) -> Caller:
@@ -96,14 +96,14 @@ async def bring(it: World) -> str:
 
 
 async def test_text_lies_in_no_file_in_the_clear_before_anyone_asks(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         await talk(it, PEOPLE)
         assert found(tmp_path, [marker(n) for n in range(PEOPLE)]) == []
     assert found(tmp_path, [marker(n) for n in range(PEOPLE)]) == []
 
 
 async def test_50_people_are_forgotten_to_the_last_byte_and_the_others_stay(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         await talk(it, PEOPLE + 2)
         sha256 = await bring(it)
         consenting = [marker(n) for n in range(PEOPLE + 2) if n % 2]
@@ -135,7 +135,7 @@ async def test_50_people_are_forgotten_to_the_last_byte_and_the_others_stay(tmp_
 
 
 async def test_without_consent_nobody_is_in_a_data_set_and_consent_does_not_look_back(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         await it.ask(f"before {marker(0)}", user="late")
         await it.ask("/consent on", user="late")
         await it.ask(f"after {marker(1)}", user="late")
@@ -147,7 +147,7 @@ async def test_without_consent_nobody_is_in_a_data_set_and_consent_does_not_look
 
 
 async def test_taking_consent_back_erases_the_data_sets_and_ends_their_jobs(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         await it.ask("/consent on")
         await it.ask(marker(0))
         sha256 = await bring(it)
@@ -169,7 +169,7 @@ def owner(tx: Tx) -> Caller:
 
 
 async def test_forget_asks_first_and_says_what_goes(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         await it.ask("hello")
         assert "/forget yes" in await it.ask("/forget")
         assert await it.count("turn") == 2
@@ -179,7 +179,7 @@ async def test_forget_asks_first_and_says_what_goes(tmp_path: Path) -> None:
 async def test_forget_withdraws_the_versions_that_learned_from_the_person_and_audits_it(
     tmp_path: Path, discarded: bool
 ) -> None:
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         await it.ask("/consent on")
         await it.ask(marker(0))
         sha256 = await bring(it)
@@ -201,14 +201,14 @@ async def test_forget_withdraws_the_versions_that_learned_from_the_person_and_au
 
 
 async def test_forget_erases_what_an_operator_asked_two_versions(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         await it.database.write(lambda tx: _compared(tx, typed=True))
         await it.ask("/forget yes", user=OWNER)
         assert await it.count("comparison", "question IS NULL") == 1
 
 
 async def test_a_reply_that_runs_while_its_person_is_forgotten_is_not_kept(tmp_path: Path) -> None:
-    async with world(tmp_path, lambda _: f"{marker(0)} " * 400, delay_s=0.005) as it:
+    async with running_service(tmp_path, lambda _: f"{marker(0)} " * 400, delay_s=0.005) as it:
         await it.send("talk", conversation="one")
         await it.bot.showing.wait()
         await it.send("/forget yes", conversation="two")
@@ -221,7 +221,7 @@ async def test_a_reply_that_runs_while_its_person_is_forgotten_is_not_kept(tmp_p
 
 async def test_a_reply_whose_person_is_forgotten_while_it_is_written_is_written_once(tmp_path: Path) -> None:
     writing, forgotten, written = asyncio.Event(), asyncio.Event(), []
-    async with world(tmp_path, lambda _: marker(0)) as it:
+    async with running_service(tmp_path, lambda _: marker(0)) as it:
         finish_now = it.bot.finish
 
         async def finish_slowly(handle: Handle, body: Body) -> Receipt:
@@ -239,23 +239,23 @@ async def test_a_reply_whose_person_is_forgotten_while_it_is_written_is_written_
             await asyncio.sleep(0.01)
         forgotten.set()
     assert len(written) == 1
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         assert await it.count("ledger") == 0
         assert await it.count("inbox", "outcome = 'forgotten' AND state = 'done'") == 1
 
 
 async def test_a_database_from_a_copy_forgets_the_same_people_again(tmp_path: Path) -> None:
     home, copy = tmp_path / "home", tmp_path / "copy.db"
-    async with world(home) as it:
+    async with running_service(home) as it:
         await it.ask(marker(0))
         await it.ask("another person stays", user="other", conversation="other")
     shutil.copy(home / "distributary.db", copy)
-    async with world(home) as it:
+    async with running_service(home) as it:
         await it.send("/forget yes", key="forget")
         await it.settled()
         assert await it.count("turn") == 2
     shutil.copy(copy, home / "distributary.db")
-    async with world(home) as it:
+    async with running_service(home) as it:
         await it.send("/whoami", user="other", conversation="other", key="who")
         await it.settled()
         assert await it.count("turn") == 2
@@ -269,7 +269,7 @@ async def test_files_that_a_full_disk_or_a_crash_has_left_go_later_and_the_answe
     def full(home: Home, found: object) -> None:
         raise OSError(28, "No space left on device")
 
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         await it.ask("/consent on")
         await it.ask(marker(0))
         await bring(it)
@@ -280,7 +280,7 @@ async def test_files_that_a_full_disk_or_a_crash_has_left_go_later_and_the_answe
         monkeypatch.undo()
         if not restarted:
             await retention.clean(it.database, it.home, Retention())
-    async with world(tmp_path, running=False) as it:
+    async with running_service(tmp_path, running=False) as it:
         if restarted:
             await erasure.reapply(it.database, it.home)
         assert found(tmp_path / "datasets", [marker(0)]) == []
@@ -288,7 +288,7 @@ async def test_files_that_a_full_disk_or_a_crash_has_left_go_later_and_the_answe
 
 
 async def test_the_limits_are_not_renewed_by_forgetting(tmp_path: Path) -> None:
-    async with world(tmp_path) as it:
+    async with running_service(tmp_path) as it:
         for n in range(6):
             await it.ask(f"question {n}")
         await it.ask("/forget yes")
@@ -297,7 +297,7 @@ async def test_the_limits_are_not_renewed_by_forgetting(tmp_path: Path) -> None:
 
 async def test_an_hour_later_no_count_says_whose_it_was(tmp_path: Path) -> None:
     clock = Clock()
-    async with world(tmp_path, clock=clock) as it:
+    async with running_service(tmp_path, clock=clock) as it:
         await it.ask("hello")
         await it.ask("/forget yes")
         clock.now_ms += 2 * 3_600_000
@@ -308,7 +308,7 @@ async def test_an_hour_later_no_count_says_whose_it_was(tmp_path: Path) -> None:
 
 async def test_no_number_of_a_person_stays_anywhere_once_nothing_can_be_answered_any_more(tmp_path: Path) -> None:
     clock = Clock()
-    async with world(tmp_path, clock=clock) as it:
+    async with running_service(tmp_path, clock=clock) as it:
         for n, text in enumerate(("hello", "/forget yes")):  # a private chat, where its number is the person's
             await it.service.accept(
                 Incoming(
@@ -340,7 +340,7 @@ async def test_a_job_keeps_its_address_while_it_may_be_resumed_or_has_something_
         _job_of_a_file(tx)
         tx.run("UPDATE job SET state = ?, reason = ?, started_ms = created_ms", [state, reason])
 
-    async with world(tmp_path, clock=clock, running=False) as it:
+    async with running_service(tmp_path, clock=clock, running=False) as it:
         await it.database.write(stopped)
         for age_days, change, kept in (
             (8, "SELECT 1", 1),
@@ -380,7 +380,7 @@ KEPT_FOR_MS = {
 async def test_what_is_kept_goes_when_its_time_is_over_and_not_before(tmp_path: Path) -> None:
     clock = Clock()
     begun_ms = clock.now_ms
-    async with world(tmp_path, clock=clock) as it:
+    async with running_service(tmp_path, clock=clock) as it:
         await it.ask("hello")
         await it.ask("/operator invite acme someone", user=OWNER, conversation="owner")
         await it.service.accept_dead("fake", "bot", "bad", "unreadable")
@@ -431,7 +431,7 @@ async def test_what_was_typed_at_the_terminal_goes_with_the_conversations_and_wi
         times = [time.localtime(clock.now_ms // 1000 - age_h * 3600) for age_h in ages_h]
         return "".join(f"\n# {time.strftime('%Y-%m-%d %H:%M:%S', at)}.000000\n+line\n" for at in times)
 
-    async with world(tmp_path, clock=clock, running=False) as it:
+    async with running_service(tmp_path, clock=clock, running=False) as it:
         history.write_text(typed(25, 23, 0))
         await retention.clean(it.database, it.home, Retention())
         assert history.read_text() == typed(23, 0)

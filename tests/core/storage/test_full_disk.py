@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 
 from core.errors import StorageFull
-from tests.support.world import World, world
+from tests.support.running_service import RunningService, running_service
 
 
 def fill(folder: Path) -> Path:
@@ -24,7 +24,7 @@ def fill(folder: Path) -> Path:
     return ballast
 
 
-async def refused(it: World) -> None:
+async def refused(it: RunningService) -> None:
     """Messages until one finds no room."""
     for n in range(200):
         await it.send(f"{n} " + "long " * 2000, user=f"u{n}", conversation=f"c{n}")
@@ -33,7 +33,7 @@ async def refused(it: World) -> None:
 async def test_a_full_disk_refuses_new_messages_and_answers_the_accepted_ones_when_there_is_room(
     small_disk: Path,
 ) -> None:
-    async with world(small_disk) as it:
+    async with running_service(small_disk) as it:
         await it.ask("hello")
         ballast = fill(small_disk)
         with pytest.raises(StorageFull):
@@ -46,7 +46,7 @@ async def test_a_full_disk_refuses_new_messages_and_answers_the_accepted_ones_wh
 
 
 async def test_a_disk_that_fills_up_while_it_answers_delays_the_answer_and_doubles_nothing(small_disk: Path) -> None:
-    async with world(small_disk, lambda _: "word " * 300, delay_s=0.002) as it:
+    async with running_service(small_disk, lambda _: "word " * 300, delay_s=0.002) as it:
         await it.send("talk")
         await it.bot.showing.wait()
         ballast = fill(small_disk)

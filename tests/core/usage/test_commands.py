@@ -14,18 +14,18 @@ from core.usage import prices
 from core.usage.ledger import amounts, charge_job, day_of
 from core.usage.reports import daily
 from tests.support.database import read_now, write_now
-from tests.support.people import Town, ask, town
+from tests.support.roles import Roles, ask, open_roles
 
 DAY_MS = 86_400_000
 
 
 @pytest.fixture
-def it(tmp_path: Path) -> Iterator[Town]:
-    with town(tmp_path) as made:
+def it(tmp_path: Path) -> Iterator[Roles]:
+    with open_roles(tmp_path) as made:
         yield made
 
 
-def charge(it: Town, who: str, n: int, tokens: tuple[int, int], *, ago_ms: int = 0, place: str = "acme") -> None:
+def charge(it: Roles, who: str, n: int, tokens: tuple[int, int], *, ago_ms: int = 0, place: str = "acme") -> None:
     """The rows of one delivered reply."""
 
     def work(tx: Tx) -> None:
@@ -65,7 +65,7 @@ def charge(it: Town, who: str, n: int, tokens: tuple[int, int], *, ago_ms: int =
     write_now(it.database, work)
 
 
-def test_usage_shows_the_last_reply_and_the_sums_of_this_person_here(it: Town) -> None:
+def test_usage_shows_the_last_reply_and_the_sums_of_this_person_here(it: Roles) -> None:
     assert it.says("user", "/usage") == say("en", "users.usage_none")
     charge(it, "user", 2, (32, 9))
     charge(it, "user", 3, (40, 10))
@@ -80,7 +80,7 @@ def test_usage_shows_the_last_reply_and_the_sums_of_this_person_here(it: Town) -
     assert "上一个回答：输入 40 token，输出 10 token" in it.says("user", "/usage", language="zh")
 
 
-def test_usage_shows_operators_the_month_of_the_channel_and_what_it_is_worth(it: Town) -> None:
+def test_usage_shows_operators_the_month_of_the_channel_and_what_it_is_worth(it: Roles) -> None:
     it.run("owner", "/channel set acme price_in=1000000 price_out=2000000 share=30")
     charge(it, "user", 2, (100, 50))
     charge(it, "stranger", 3, (100, 50))
@@ -91,13 +91,13 @@ def test_usage_shows_operators_the_month_of_the_channel_and_what_it_is_worth(it:
     assert "amount" not in it.says("other_operator", "/usage")
 
 
-def test_usage_shows_small_amounts_to_the_sixth_place(it: Town) -> None:
+def test_usage_shows_small_amounts_to_the_sixth_place(it: Roles) -> None:
     it.run("owner", "/channel set acme price_in=150 price_out=600")
     charge(it, "user", 2, (32, 9))
     assert "amount 0.000010" in it.says("owner", "/usage")
 
 
-def test_usage_shows_operators_fine_tunes_apart_from_replies(it: Town, tmp_path: Path) -> None:
+def test_usage_shows_operators_fine_tunes_apart_from_replies(it: Roles, tmp_path: Path) -> None:
     it.run("owner", "/channel set acme price_in=1000000 price_train=2500 share=30")
     charge(it, "user", 2, (100, 50))
 

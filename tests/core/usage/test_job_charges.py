@@ -18,7 +18,7 @@ from core.storage.cipher import Cipher
 from core.storage.database import Database, Tx
 from core.usage import ledger, prices
 from tests.support.database import read_now, write_now
-from tests.support.people import Town, town
+from tests.support.roles import Roles, open_roles
 
 SHA = "a" * 64
 STEPS = st.one_of(
@@ -29,7 +29,7 @@ STEPS = st.one_of(
 )
 
 
-def bring(it: Town) -> None:
+def bring(it: Roles) -> None:
     owner = it.hash("operator")
     write_now(
         it.database,
@@ -50,7 +50,7 @@ def test_every_version_has_one_charge_whatever_happens_in_which_order(
 ) -> None:
     price, wanted = 0, {}
     told: dict[int, tuple[int, int | None]] = {}  # job -> (price when it was asked, tokens that were told)
-    with tempfile.TemporaryDirectory() as folder, town(Path(folder)) as it:
+    with tempfile.TemporaryDirectory() as folder, open_roles(Path(folder)) as it:
         bring(it)
         for what, number, other in history:
 
@@ -87,7 +87,7 @@ def test_every_version_has_one_charge_whatever_happens_in_which_order(
 
 
 def test_a_job_is_charged_once_and_one_that_trains_nothing_never(tmp_path: Path) -> None:
-    with town(tmp_path) as it:
+    with open_roles(tmp_path) as it:
         bring(it)
         job = write_now(it.database, lambda tx: jobs.create(tx, it.caller(tx, "operator"), SHA))
         write_now(it.database, lambda tx: publish(tx, job.id, 10))
@@ -111,7 +111,7 @@ DAMAGES = (
 
 
 def test_the_checker_finds_each_kind_of_damage(tmp_path: Path) -> None:
-    with town(tmp_path) as it:
+    with open_roles(tmp_path) as it:
         bring(it)
         it.run("owner", "/channel set acme price_train=5")
         job = write_now(it.database, lambda tx: jobs.create(tx, it.caller(tx, "operator"), SHA))

@@ -12,7 +12,8 @@ from core.jobs import supervisor
 from core.storage.database import Row, Tx
 from core.usage import ledger, prices
 from tests.core.jobs.test_supervisor import PAUSED
-from tests.support.works import WatchedBot, Works, works
+from tests.support.running_jobs import RunningJobs, WatchedBot, running_jobs
+from tests.support.waiting import DEADLINE_S
 
 PRICE = 500_000  # nano-units per trained token; the fake trainer's check tells 1200 of them, and trains 900
 
@@ -22,7 +23,7 @@ def hurried(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("core.jobs.progress.SHOW_S", 0.0)
 
 
-async def set_price(it: Works, nano: int) -> None:
+async def set_price(it: RunningJobs, nano: int) -> None:
     def work(tx: Tx) -> None:
         channel = directory.channel_by_name(tx, "acme")
         assert channel is not None
@@ -31,14 +32,14 @@ async def set_price(it: Works, nano: int) -> None:
     await it.database.write(work)
 
 
-async def charges(it: Works) -> list[Row]:
+async def charges(it: RunningJobs) -> list[Row]:
     assert await it.database.read(ledger.check) == []
     names = "job_id, tokens_trained, gross_nano, partner_nano, owner_nano"
     return await it.database.read(lambda tx: tx.all(f"SELECT {names} FROM ledger"))
 
 
 async def test_what_was_told_before_the_yes_is_what_holds(tmp_path: Path) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         await set_price(it, PRICE)
         job_id = await it.order(agreed=False)
         assert "Cost: 0.60 at most" in await it.ended()
@@ -55,7 +56,7 @@ async def test_what_was_told_before_the_yes_is_what_holds(tmp_path: Path) -> Non
 @pytest.mark.parametrize(("agreed", "tokens"), [(False, 1200), (True, 5000)])
 async def test_no_more_tokens_are_charged_than_were_told(tmp_path: Path, agreed: bool, tokens: int) -> None:
     """Who says yes at once is told no number, and has what is trained charged."""
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         await set_price(it, PRICE)
         await it.order("long", agreed=agreed)
         if not agreed:
@@ -66,7 +67,7 @@ async def test_no_more_tokens_are_charged_than_were_told(tmp_path: Path, agreed:
 
 
 async def test_a_version_that_does_not_pass_is_charged_like_one_that_does(tmp_path: Path) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         await set_price(it, PRICE)
         await it.order("worse")
         assert "Charged: 0.45" in await it.ended()
@@ -75,7 +76,7 @@ async def test_a_version_that_does_not_pass_is_charged_like_one_that_does(tmp_pa
 
 @pytest.mark.parametrize("word", ["ours", "other-base"])
 async def test_a_job_without_a_version_costs_nothing(tmp_path: Path, word: str) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         await set_price(it, PRICE)
         job_id = await it.order(word)
         assert "Charged" not in await it.ended()
@@ -84,7 +85,7 @@ async def test_a_job_without_a_version_costs_nothing(tmp_path: Path, word: str) 
 
 
 async def test_a_job_that_is_cancelled_costs_nothing_and_resumed_what_was_agreed(tmp_path: Path) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         await set_price(it, PRICE)
         job_id = await it.order("pause")
         await it.bot.until(lambda: PAUSED in it.bot.newest)
@@ -98,7 +99,7 @@ async def test_a_job_that_is_cancelled_costs_nothing_and_resumed_what_was_agreed
 
 
 async def test_where_nothing_is_to_pay_the_books_count_the_job_all_the_same(tmp_path: Path) -> None:
-    async with works(tmp_path) as it:
+    async with running_jobs(tmp_path) as it:
         await it.order()
         assert "Charged" not in await it.ended()
         assert [(row["tokens_trained"], row["gross_nano"]) for row in await charges(it)] == [(900, 0)]
@@ -115,15 +116,15 @@ async def test_a_charge_stands_and_falls_with_its_version(tmp_path: Path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(supervisor, "keep_body", crash)
-        async with works(tmp_path, bot=bot, settings=supervisor.TrainingSettings(retry_s=60)) as it:
+        async with running_jobs(tmp_path, bot=bot, settings=supervisor.TrainingSettings(retry_s=60)) as it:
             await set_price(it, PRICE)
             await it.order()
-            async with asyncio.timeout(20):
+            async with asyncio.timeout(DEADLINE_S):
                 await crashed.wait()
             await it.stop()
             assert not await it.versions()
             assert await charges(it) == []
     for _ in range(2):
-        async with works(tmp_path, bot=bot) as it:
+        async with running_jobs(tmp_path, bot=bot) as it:
             await it.ended()
             assert len(await it.versions()) == len(await charges(it)) == 1

@@ -19,6 +19,7 @@ from slack_sdk.signature import SignatureVerifier
 from tests.fakes.slack import rules
 from tests.fakes.slack.held import SIGNING, STREAM_S, Call, Held
 from tests.fakes.slack.methods import Methods, no
+from tests.support.waiting import DEADLINE_S
 
 
 class FakeSlack(Methods):
@@ -94,7 +95,7 @@ class FakeSlack(Methods):
             if transport is not None:
                 transport.abort()
 
-    async def until(self, condition: Callable[[], object], seconds: float = 20.0) -> None:
+    async def until(self, condition: Callable[[], object], seconds: float = DEADLINE_S) -> None:
         async with asyncio.timeout(seconds), self.changed:
             await self.changed.wait_for(condition)
 

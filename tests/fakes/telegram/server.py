@@ -20,6 +20,7 @@ from aiohttp import ClientSession, web
 from tests.fakes.telegram import people
 from tests.fakes.telegram.people import DATE, Chat, Person
 from tests.fakes.telegram.rules import Refused, check_buttons, check_text, read
+from tests.support.waiting import DEADLINE_S
 
 TOKEN = "4242:AAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAAA"
 DRAFT_S = 30.0
@@ -196,7 +197,7 @@ class FakeTelegram:
         """The bot's messages in a chat, oldest first."""
         return [message for (at, _), message in self.messages.items() if at == chat]
 
-    async def until(self, met: Callable[[], object], seconds: float = 20.0) -> None:
+    async def until(self, met: Callable[[], object], seconds: float = DEADLINE_S) -> None:
         """Wait until something is so."""
         async with asyncio.timeout(seconds):
             while not met():

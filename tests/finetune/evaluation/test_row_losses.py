@@ -19,12 +19,12 @@ from core.jobs.worker import TrainingSettings
 from core.model.weights import fingerprint
 from core.storage.database import Tx
 from tests.finetune.conftest import faq
-from tests.support.works import WatchedBot, Works, works
+from tests.support.running_jobs import RunningJobs, WatchedBot, running_jobs
 
 HYPER = HyperParameters(rank=4, alpha=8, learning_rate=1e-2, epochs=3, rows_per_step=8)
 
 
-async def order(it: Works) -> None:
+async def order(it: RunningJobs) -> None:
     data = faq(60) + b"not a row\n"
     sha256 = hashlib.sha256(data).hexdigest()
     await asyncio.to_thread((it.home.datasets / sha256).write_bytes, data)
@@ -41,16 +41,16 @@ async def test_the_real_trainer_is_stopped_goes_on_and_its_result_is_published(
     tmp_path: Path, tiny_folder: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("core.jobs.progress.SHOW_S", 0.0)
-    monkeypatch.setattr("tests.support.works.WAIT_S", 120)
+    monkeypatch.setattr("tests.support.running_jobs.WAIT_S", 120)
     info = EngineInfo("tiny", await asyncio.to_thread(fingerprint, tiny_folder), "tiny", 1000, tiny_folder)
     settings = TrainingSettings(hyper=HYPER, nice=0)
     bot = WatchedBot()
-    async with works(tmp_path, bot=bot, command=COMMAND, info=info, settings=settings) as it:
+    async with running_jobs(tmp_path, bot=bot, command=COMMAND, info=info, settings=settings) as it:
         await order(it)
         await bot.until(lambda: "▓" in bot.newest)
         await it.stop(60)
         assert not bot.final
-    async with works(tmp_path, bot=bot, command=COMMAND, info=info, settings=settings) as it:
+    async with running_jobs(tmp_path, bot=bot, command=COMMAND, info=info, settings=settings) as it:
         said = await it.ended()
         (version,) = await it.versions()
         candidate = await asyncio.to_thread(folders.inspect, it.home.adapters / version["sha256"])

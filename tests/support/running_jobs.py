@@ -24,8 +24,8 @@ from core.storage.database import Database, Row, Tx
 from core.storage.home import Home
 from core.types import Address, Body, Caller, Handle, Receipt
 from tests.support.fake_trainer import COMMAND
-from tests.support.people import prepared_for
-from tests.support.world import FakeBot, prepare
+from tests.support.roles import prepared_for
+from tests.support.running_service import FakeBot, prepare
 
 INFO = EngineInfo("fake", "f" * 64, "fake", 1000)
 WAIT_S = 20
@@ -60,7 +60,7 @@ class WatchedBot(FakeBot):
 
 
 @dataclass
-class Works:
+class RunningJobs:
     database: Database
     home: Home
     deliveries: Deliveries
@@ -147,7 +147,7 @@ def _settle(tx: Tx) -> None:
 
 
 @asynccontextmanager
-async def works(
+async def running_jobs(
     folder: Path,
     *,
     settings: TrainingSettings | None = None,
@@ -155,7 +155,7 @@ async def works(
     info: EngineInfo = INFO,
     bot: WatchedBot | None = None,
     running: bool = True,
-) -> AsyncIterator[Works]:
+) -> AsyncIterator[RunningJobs]:
     """Opening it twice one after another is a restart of the program; the same `bot` is the same platform."""
     home = Home(folder)
     home.create()
@@ -165,7 +165,7 @@ async def works(
         deliveries = Deliveries(database)
         chosen = settings or TrainingSettings(retry_s=0.01)
         training = JobSupervisor(database, home, deliveries, info, chosen, command=command)
-        made = Works(database, home, deliveries, training, bot or WatchedBot())
+        made = RunningJobs(database, home, deliveries, training, bot or WatchedBot())
         deliveries.register("fake", "bot", made.bot)
         if running:
             await made.run()

@@ -23,7 +23,7 @@ ROLES = ("stranger", "user", "other_operator", "operator", "owner", "removed")
 
 
 @dataclass
-class Town:
+class Roles:
     database: Database
 
     def hash(self, who: str) -> str:
@@ -84,7 +84,7 @@ def prepared_for(call: Call) -> object:
     return ""
 
 
-def _settle(tx: Tx, town: Town) -> None:
+def _settle(tx: Tx, town: Roles) -> None:
     terminal.ensure_terminal(tx, "home")
     for name in ("acme", "delta"):
         channel = directory.create_channel(tx, name, title=name.title())
@@ -92,13 +92,13 @@ def _settle(tx: Tx, town: Town) -> None:
     for who, name in (("other_operator", "delta"), ("operator", "acme"), ("removed", "acme")):
         operated = directory.channel_by_name(tx, name)
         assert operated is not None
-        operators.grant(tx, town.hash(who), operated.id, who, "test")
-    operators.grant(tx, town.hash("owner"), None, "owner", "test")
+        operators.grant(tx, open_roles.hash(who), operated.id, who, "test")
+    operators.grant(tx, open_roles.hash("owner"), None, "owner", "test")
     for one in operators.find(tx):
         if one.label == "removed":
             operators.remove(tx, one)
     for place in ("acme", "delta"):
-        ask(tx, town.caller(tx, "user", place), f"a question in {place}", 1)
+        ask(tx, open_roles.caller(tx, "user", place), f"a question in {place}", 1)
 
 
 def ask(tx: Tx, caller: Caller, text: str, n: int) -> int:
@@ -127,8 +127,8 @@ def ask(tx: Tx, caller: Caller, text: str, n: int) -> int:
 
 
 @contextmanager
-def town(folder: Path) -> Iterator[Town]:
+def open_roles(folder: Path) -> Iterator[Roles]:
     with Database(folder / "a.db", Cipher(b"k" * 32)) as database:
-        made = Town(database)
+        made = Roles(database)
         write_now(database, lambda tx: _settle(tx, made))
         yield made

@@ -22,6 +22,7 @@ from core.storage.cipher import Cipher
 from core.storage.database import Database, Tx, now_ms
 from core.storage.home import Home
 from core.types import Address, Attachment, Body, Handle, Incoming, Kind, Lane, Receipt
+from tests.support.waiting import DEADLINE_S
 
 OWNER, STRANGER = "owner-id", "stranger-id"
 
@@ -71,7 +72,7 @@ class FakeBot:
 
 
 @dataclass
-class World:
+class RunningService:
     database: Database
     home: Home
     engine: ScriptedEngine
@@ -120,7 +121,7 @@ class World:
         return key
 
     async def settled(self) -> None:
-        async with asyncio.timeout(30):
+        async with asyncio.timeout(DEADLINE_S):
             await self.service.settled("fake", "bot")
 
     async def ask(self, text: str, **given: object) -> str:
@@ -148,7 +149,7 @@ def prepare(tx: Tx) -> None:
 
 
 @asynccontextmanager
-async def world(
+async def running_service(
     folder: Path,
     answers: Callable[[Request], str | AppError] | None = None,
     *,
@@ -157,7 +158,7 @@ async def world(
     running: bool = True,
     trainer: tuple[str, ...] = (),
     max_replies: int = 256,
-) -> AsyncIterator[World]:
+) -> AsyncIterator[RunningService]:
     """The core on `folder`; opening it twice one after another is a restart of the program."""
     home = Home(folder)
     home.create()
@@ -176,7 +177,7 @@ async def world(
         service.register("fake", "bot", bot)
         async with asyncio.TaskGroup() as tasks:
             loop = tasks.create_task(service.run()) if running else None
-            yield World(database, home, engine, service, bot, training, deliveries)
+            yield RunningService(database, home, engine, service, bot, training, deliveries)
             if loop:
                 await service.drain(5)
                 loop.cancel()

@@ -111,7 +111,7 @@ def conversation_key(conversation: Conversation) -> str:
 
 
 def _hash(said: list[tuple[str, str]]) -> str:
-    """sha256 of the canonical JSON of who says what."""
+    """SHA-256 of the canonical JSON of (role, text) pairs."""
     return hashlib.sha256(json.dumps(said, ensure_ascii=True, separators=(",", ":")).encode()).hexdigest()
 
 

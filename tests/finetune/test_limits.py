@@ -13,7 +13,7 @@ import pytest
 
 from core.errors import BadDataset
 from core.jobs.protocol import Spec
-from finetune.data import prepare
+from finetune import prepare
 from finetune.limits import TooCostly, bounded, held_bytes
 from tests.finetune.conftest import Heard, MakeJob, faq
 

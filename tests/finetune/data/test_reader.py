@@ -109,9 +109,8 @@ def test_weights_choose_what_is_taught():
     assert [turn.taught for turn in read_record(record)[0].turns] == [False, False, False, True]
 
 
-@pytest.mark.parametrize(
-    ("record", "reason"),
-    [
+def test_what_cannot_be_used_says_why() -> None:
+    for record, reason in [
         ([], "a list"),
         ({}, "none of the known keys"),
         ({"q": "How?", "a": None}, "none of the known keys"),
@@ -138,11 +137,9 @@ def test_weights_choose_what_is_taught():
             {"messages": [{"role": "user", "content": "x"}, {"role": "assistant", "content": "z", "weight": 0}]},
             "no answer with a weight of 1",
         ),
-    ],
-)
-def test_what_cannot_be_used_says_why(record, reason):
-    with pytest.raises(BadRecord, match=reason):
-        read_record(record)
+    ]:
+        with pytest.raises(BadRecord, match=reason):
+            read_record(record)
 
 
 def test_what_can_be_mended_is_mended_and_told():
@@ -283,24 +280,21 @@ def test_near_doubles_are_used_told_and_in_one_part_of_the_split(tmp_path):
     assert all(part_of[row] == part_of[row + 1] for row in range(0, 300, 2))
 
 
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
+def test_texts_that_differ_in_case_punctuation_and_spaces_are_near_doubles() -> None:
+    for one, other in [
         ("How long?", "HOW  LONG"),
         ("E-mail: a.b", "email\na b"),
         ("Straße", "STRASSE."),
         ("\uff28ow\u200b\u2026", "how"),  # wide letters, a space of no width
         ("caf\u00e9", "CAFE\u0301!"),
         ("费用是多少？", "费用 是多少"),
-    ],
-)
-def test_texts_that_differ_in_case_punctuation_and_spaces_are_near_doubles(one, other):
-    assert bare(one) == bare(other)
+    ]:
+        assert bare(one) == bare(other)
 
 
-@pytest.mark.parametrize(("one", "other"), [("?", "!"), ("...", "?"), ("C++", "C"), ("कि", "का"), ("5 €", "5 $")])
-def test_texts_that_say_something_else_are_none(one, other):
-    assert bare(one) != bare(other)
+def test_texts_that_say_something_else_are_none() -> None:
+    for one, other in [("?", "!"), ("...", "?"), ("C++", "C"), ("कि", "का"), ("5 €", "5 $")]:
+        assert bare(one) != bare(other)
 
 
 def test_every_reason_has_its_sentence():

@@ -88,9 +88,8 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
     assert wrong <= 12  # 2.5% are expected on this side; 12 of 200 would be a chance of one in a thousand
 
 
-@pytest.mark.parametrize(
-    ("health", "expected"),
-    [
+def test_what_the_base_could_do_must_not_be_lost() -> None:
+    for health, expected in [
         (Health(0.02, 0.05, "code", 0.2, 1, 0, 16), "passed"),
         (Health(0.02, 0.0501, "code", 0.1, 0, 0, 16), "forgets"),
         (Health(-0.1, -0.05, "code", 0.201, 0, 0, 16), "forgets"),
@@ -98,15 +97,13 @@ def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
         (Health(-0.3, -0.2, "code", 0.0, 2, 0, 16), "unsound"),
         (Health(-0.3, -0.2, "code", 0.0, 5, 4, 16), "passed"),
         (Health(), "passed"),
-    ],
-)
-def test_what_the_base_could_do_must_not_be_lost(health: Health, expected: str) -> None:
-    good, bad = scores(1, loss=-0.5, lift=0.5), scores(101, loss=0, lift=0.4)
-    found = judge(good, bad, TOKENS, champion_label="base", seed=0, health=health)
-    assert found.verdict == expected
-    assert (found.asked, found.unsound) == (health.asked, health.unsound)
-    worse = judge(bad, good, TOKENS, champion_label="base", seed=0, health=health)
-    assert worse.verdict == "no_better"
+    ]:
+        good, bad = scores(1, loss=-0.5, lift=0.5), scores(101, loss=0, lift=0.4)
+        found = judge(good, bad, TOKENS, champion_label="base", seed=0, health=health)
+        assert found.verdict == expected
+        assert (found.asked, found.unsound) == (health.asked, health.unsound)
+        worse = judge(bad, good, TOKENS, champion_label="base", seed=0, health=health)
+        assert worse.verdict == "no_better"
 
 
 def test_one_skill_that_is_lost_shows_though_the_others_gain() -> None:

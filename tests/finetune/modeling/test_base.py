@@ -221,10 +221,10 @@ def test_a_small_gradient_is_not_scaled_up_and_zero_is_off():
     torch.testing.assert_close(grads[0], torch.tensor([0.3, 0.4]))
 
 
-@pytest.mark.parametrize("bad", [math.nan, math.inf, -math.inf])
-def test_one_value_that_is_not_finite_is_seen(bad):
-    assert all_finite([torch.ones(3), torch.ones(2)])
-    assert not all_finite([torch.ones(3), torch.tensor([1.0, bad])])
+def test_one_value_that_is_not_finite_is_seen() -> None:
+    for bad in [math.nan, math.inf, -math.inf]:
+        assert all_finite([torch.ones(3), torch.ones(2)])
+        assert not all_finite([torch.ones(3), torch.tensor([1.0, bad])])
 
 
 def test_the_learning_rate_warms_up_and_comes_down():

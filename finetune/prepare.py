@@ -14,8 +14,9 @@ from core.jobs.protocol import FEWEST_TEST_ROWS, Checked, JobEvent, Spec
 from core.model.chat_format import TrainingRow
 from finetune import settings
 from finetune.data.encode import Row, encode, under_questions_of
+from finetune.data.lines import bad
 from finetune.data.plain_text import NOTHING, behind, encode_text, is_plain, read_text, second_half
-from finetune.data.reader import Report, bad, read
+from finetune.data.reader import Report, read
 from finetune.data.redact import write_redacted
 from finetune.data.split import Split, rows_missing, split
 from finetune.limits import MEMORY_BYTES, SECONDS, TooCostly, bounded

@@ -15,7 +15,8 @@ from typing import Any
 
 from core.model.chat_format import TrainingRow
 from finetune.data.encode import Row
-from finetune.data.reader import GZIP, Report, bad, check_enough
+from finetune.data.lines import GZIP, bad
+from finetune.data.reader import Report, check_enough
 from finetune.data.records import Conversation
 
 SUFFIXES = (".txt", ".md", ".text", ".txt.gz", ".md.gz")

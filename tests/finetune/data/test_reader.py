@@ -16,8 +16,9 @@ import finetune
 from core.errors import BadDataset
 from core.i18n.messages import say
 from core.types import Message, Role
-from finetune.data import reader
-from finetune.data.reader import parse_json, read
+from finetune.data import lines
+from finetune.data.formats.json_lines import MAX_DEPTH, parse_json
+from finetune.data.reader import read
 from finetune.data.records import BadRecord, bare, read_record, under_instructions
 from finetune.data.split import split
 from tests.finetune.conftest import faq
@@ -209,14 +210,14 @@ def test_a_file_that_cannot_be_used_is_refused_with_its_line(tmp_path, content, 
 
 
 def test_a_gzip_bomb_is_refused_before_it_fills_memory(tmp_path, monkeypatch):
-    monkeypatch.setattr(reader, "MAX_BYTES", 10**6)
+    monkeypatch.setattr(lines, "MAX_BYTES", 10**6)
     bomb = gzip.compress(faq(20) + b" " * 50_000_000)
     assert len(bomb) < 100_000
     assert "more than 1 MB unpacked" in refusal(tmp_path, bomb)[1]
 
 
 def test_too_many_lines_are_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr(reader, "MAX_LINES", 20)
+    monkeypatch.setattr(lines, "MAX_LINES", 20)
     assert refusal(tmp_path, faq(30)) == (21, "more than 20 lines")
 
 
@@ -254,7 +255,7 @@ def test_json_that_is_accepted_is_what_json_says(value):
     try:
         assert parse_json(line) == value
     except BadRecord:
-        assert b"NaN" in line or b"Infinity" in line or line.count(b"[") + line.count(b"{") > reader.MAX_DEPTH
+        assert b"NaN" in line or b"Infinity" in line or line.count(b"[") + line.count(b"{") > MAX_DEPTH
 
 
 def test_instructions_stand_before_rows_without_a_system_turn_only():

@@ -1,7 +1,10 @@
-"""Formats of data sets. Each module of this package is one; adding a format is adding its module.
+"""Formats of data sets. Each module is one; adding a format is adding its module.
+
+json_lines.py   one JSON object a line
+table.py        CSV of any dialect, and what no other format reads
 
 A module has `reads(first)`, whether a file whose first line is `first` has this format, and `records(lines, columns)`,
-which yields (line number, record); the record is a BadRecord if the line cannot be parsed. `table` reads the rest.
+which yields (line number, record); the record is a BadRecord if the line cannot be parsed.
 """
 
 from __future__ import annotations

@@ -19,7 +19,7 @@ _APPLIED = ("generation", "limits", "partners", "channels")
 @click.group()
 @shared_options
 def config() -> None:
-    """Show or check the configuration, or apply its channels and partners."""
+    """Show, check or apply the configuration."""
 
 
 @config.command()

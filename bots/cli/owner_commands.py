@@ -60,7 +60,7 @@ def _forms(context: click.Context, parameter: click.Parameter, typed: str) -> li
 @shared_options
 @pass_options
 def channel(options: Options, words: tuple[str, ...]) -> int:
-    """List, create, show, set or archive channels, as /channel does in a chat."""
+    """List, create, show, set or archive channels. The words are those of /channel."""
     return _run(options, "channel", words)
 
 
@@ -69,7 +69,7 @@ def channel(options: Options, words: tuple[str, ...]) -> int:
 @shared_options
 @pass_options
 def operator(options: Options, words: tuple[str, ...]) -> int:
-    """Invite, list or remove operators, as /operator does in a chat."""
+    """Invite, list or remove operators. The words are those of /operator."""
     return _run(options, "operator", words)
 
 
@@ -79,7 +79,7 @@ def operator(options: Options, words: tuple[str, ...]) -> int:
 @shared_options
 @pass_options
 def finetune(options: Options, words: tuple[str, ...], channel: str) -> int:
-    """Improve a channel from a FILE; start, preview, status, list, data, cancel or resume a job."""
+    """Improve a channel from a file; show its jobs. The words are those of /finetune."""
     if words and not find("finetune").form(words[0].lower()):
         words = (_absolute(words[0]), *words[1:])
     return _run(options, "finetune", words, channel)
@@ -91,7 +91,7 @@ def finetune(options: Options, words: tuple[str, ...], channel: str) -> int:
 @shared_options
 @pass_options
 def adapter(options: Options, words: tuple[str, ...], channel: str) -> int:
-    """Import an adapter from a folder or archive; list, show, promote, roll back or discard versions."""
+    """Import, show, promote or roll back versions. The words are those of /adapter."""
     if words[:1] == ("import",):
         words = ("import", *map(_absolute, words[1:]))
     return _run(options, "adapter", words, channel)

@@ -24,7 +24,7 @@ _CHAT_DRAIN_S, _SERVE_DRAIN_S = 5.0, 30.0
 @shared_options
 @pass_options
 def chat(options: Options) -> int:
-    """Talk to the model in this terminal; piped lines are answered one by one."""
+    """Talk to the model in this terminal. Piped lines are answered one by one."""
     config, home = options.config(), options.home
     interactive = is_interactive() and os.environ.get("TERM", "") not in ("", "dumb")
     logs.install("info" if options.verbose else "warning")

@@ -31,17 +31,7 @@ from core.jobs.supervisor import JobSupervisor
 from core.privacy.retention import try_sweep
 from core.storage.database import Database
 from core.storage.home import Home
-from core.types import (
-    Address,
-    After,
-    Attachment,
-    Body,
-    EraseFiles,
-    ForgetMemory,
-    Handle,
-    Receipt,
-    WakeTraining,
-)
+from core.types import Address, After, Attachment, Body, Effect, ForgetMemory, Handle, Receipt
 
 log = logging.getLogger(__name__)
 _MAX_REQUEST_BYTES = 4_000_000
@@ -67,7 +57,7 @@ class CommandRunner:
         outcome = await dispatch(CommandContext(self.home, self.database, _no_file), caller, call)
         for after in outcome.after:
             await self._follow(after)
-        if self.training is None and WakeTraining() in outcome.after:
+        if self.training is None and Effect.WAKE_TRAINING in outcome.after:
             return replace(outcome.body, text=f"{outcome.body.text}\n{say(caller.language, 'terminal.later')}")
         return outcome.body
 
@@ -82,9 +72,9 @@ class CommandRunner:
         match after:
             case ForgetMemory(channel, conversation) if self.engine is not None:
                 await self.engine.forget(channel, conversation)
-            case WakeTraining() if self.training is not None:
+            case Effect.WAKE_TRAINING if self.training is not None:
                 self.training.wake()
-            case EraseFiles():
+            case Effect.ERASE_FILES:
                 await try_sweep(self.database, self.home)
 
 

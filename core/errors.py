@@ -1,27 +1,4 @@
-"""The error tree. `key` of each error names the sentence of core/i18n that the person sees.
-
-AppError
-├── UserError            shown to the person as it is
-│   ├── BadCommand           unknown, or malformed
-│   ├── NotAllowed           the person lacks the grant
-│   ├── LimitReached         rate limit; carries retry_after_s
-│   ├── PromptTooLong        the message exceeds the channel's or model's limit
-│   ├── UnknownThing         no channel, adapter, job, data set ... of that name
-│   └── BadInput             any other input that cannot be used
-├── Overloaded           too many waiting; carries retry_after_s
-├── EngineError          users see a neutral sentence; the detail is in the log
-│   ├── ModelLoadFailed
-│   ├── OutOfMemory
-│   └── AdapterUnusable      missing, damaged or trained on another base model
-├── JobError             a fine-tune that cannot go on
-│   └── BadDataset           carries line and reason
-├── StorageError         the home cannot be read or written
-│   ├── StorageFull
-│   ├── StorageRefused       a constraint of the tables: a bug, not transient
-│   ├── StoredUnreadable     stored text is damaged or of another key: not transient
-│   └── HomeBusy             another process owns the home
-└── BadConfig            a configuration file, key or value
-"""
+"""The error tree. `key` of each error names the sentence of core/i18n that the person sees."""
 
 from __future__ import annotations
 
@@ -38,47 +15,47 @@ class AppError(Exception):
         super().__init__(detail or " ".join([self.key, *(f"{name}={value!r}" for name, value in fields.items())]))
 
 
-class UserError(AppError):
+class RetryLater(AppError):
+    """Waiting helps: `retry_after_s` says how long."""
+
+    def __init__(self, key: str = "", detail: str = "", *, retry_after_s: float, **fields: str | int | float) -> None:
+        super().__init__(key, detail, **fields)
+        self.retry_after_s = retry_after_s
+
+
+class UserError(AppError):  # shown to the person as it is
     key = "error.bad_input"
 
 
-class BadCommand(UserError):
+class BadCommand(UserError):  # an unknown or malformed command
     key = "error.bad_command"
 
 
-class NotAllowed(UserError):
+class NotAllowed(UserError):  # the person lacks the grant
     key = "error.not_allowed"
 
 
-class LimitReached(UserError):
+class LimitReached(RetryLater, UserError):  # of messages in a time
     key = "error.limit"
 
-    def __init__(self, key: str = "", detail: str = "", *, retry_after_s: float, **fields: str | int | float) -> None:
-        super().__init__(key, detail, **fields)
-        self.retry_after_s = retry_after_s
 
-
-class PromptTooLong(UserError):
+class PromptTooLong(UserError):  # the message exceeds the channel's or model's limit
     key = "error.prompt_too_long"
 
 
-class UnknownThing(UserError):
+class UnknownThing(UserError):  # no channel, adapter, job, data set ... of that name
     key = "error.unknown"
 
 
-class BadInput(UserError):
+class BadInput(UserError):  # any other input that cannot be used
     key = "error.bad_input"
 
 
-class Overloaded(AppError):
+class Overloaded(RetryLater):  # too many are waiting
     key = "error.overloaded"
 
-    def __init__(self, key: str = "", detail: str = "", *, retry_after_s: float, **fields: str | int | float) -> None:
-        super().__init__(key, detail, **fields)
-        self.retry_after_s = retry_after_s
 
-
-class EngineError(AppError):
+class EngineError(AppError):  # people see a neutral sentence; the detail is in the log
     key = "error.engine"
 
 
@@ -90,19 +67,19 @@ class OutOfMemory(EngineError):
     key = "error.out_of_memory"
 
 
-class AdapterUnusable(EngineError):
+class AdapterUnusable(EngineError):  # missing, damaged, or trained on another base model
     key = "error.adapter_unusable"
 
 
-class JobError(AppError):
+class JobError(AppError):  # a fine-tune that cannot go on
     key = "error.job"
 
 
-class BadDataset(JobError):
+class BadDataset(JobError):  # carries line and reason
     key = "error.bad_dataset"
 
 
-class StorageError(AppError):
+class StorageError(AppError):  # the home cannot be read or written
     key = "error.storage"
 
 
@@ -110,17 +87,17 @@ class StorageFull(StorageError):
     key = "error.storage_full"
 
 
-class StorageRefused(StorageError):
+class StorageRefused(StorageError):  # a constraint of the tables: a bug, not transient
     key = "error.internal"
 
 
-class StoredUnreadable(StorageError):
+class StoredUnreadable(StorageError):  # stored text is damaged or of another key: not transient
     key = "error.unreadable"
 
 
-class HomeBusy(StorageError):
+class HomeBusy(StorageError):  # another process owns the home
     key = "error.home_busy"
 
 
-class BadConfig(AppError):
+class BadConfig(AppError):  # a configuration file, key or value
     key = "error.config"

@@ -40,27 +40,21 @@ class MessageSink(Protocol):
 
     def split(self, body: Body) -> tuple[Body, ...]:
         """Cut a final body into parts within the platform's limits; their joined texts are the text. Pure."""
-        ...
 
     async def open(self, to: Address) -> Handle:
         """Post the first small message, or open a stream. After a lost response it posts once more at most."""
-        ...
 
     async def show(self, handle: Handle, text: str) -> None:
         """Show the text so far: best effort, at the platform's rate; a slow or absent platform raises nothing."""
-        ...
 
     async def finish(self, handle: Handle, body: Body) -> Receipt | Reopened:
         """Write the final form; "not modified" is success. `Reopened` where this handle cannot hold a final text."""
-        ...
 
     async def recover(self, handle: Handle) -> Handle:
         """Make a committed handle usable for `show` and `finish` again, in this process or after a restart."""
-        ...
 
     async def fail(self, handle: Handle, body: Body) -> Reopened | None:
         """End the handle visibly with the reason. `Reopened` as for `finish`."""
-        ...
 
 
 @runtime_checkable
@@ -69,7 +63,6 @@ class SupportsChoose(Protocol):
 
     async def choose(self, to: Address, label: str) -> None:
         """Replace the buttons of the message that `to` replies to by the chosen label. Best effort; never raises."""
-        ...
 
 
 @runtime_checkable
@@ -78,7 +71,6 @@ class SupportsFetch(Protocol):
 
     def fetch(self, attachment: Attachment) -> AsyncIterator[bytes]:
         """The content of a file. Raises BadInput for one that is too large or no longer there."""
-        ...
 
 
 @runtime_checkable
@@ -138,15 +130,12 @@ class PlaceReader(Protocol):
 
     async def overview(self, at: Address, user: str) -> Overview | None:
         """None where no channel is bound to the place."""
-        ...
 
     async def language(self, at: Address, user: str) -> str:
         """The language that this person chose, else their channel's; "" where neither is set."""
-        ...
 
     async def heard(self, at: Address, message_key: str) -> bool:
         """Whether that message was accepted."""
-        ...
 
 
 class InstallationStore(Protocol):
@@ -154,23 +143,18 @@ class InstallationStore(Protocol):
 
     async def keep(self, platform: str, account: str, kept: Mapping[str, str], link: str | None = None) -> None:
         """Store an account's tokens. `link` binds the account to the channel of that link ("": the default)."""
-        ...
 
     async def all(self, platform: str) -> dict[str, dict[str, str]]:
         """The stored tokens by account."""
-        ...
 
     async def drop(self, platform: str, account: str) -> None:
         """Delete an account's tokens."""
-        ...
 
     async def begin(self, platform: str, link: str) -> str:
         """A state that is valid once, for ten minutes."""
-        ...
 
     async def use(self, platform: str, state: str) -> str | None:
         """Use up a state: its link, or None for one that is unknown, used or expired."""
-        ...
 
 
 class BotService(Protocol):
@@ -184,30 +168,24 @@ class BotService(Protocol):
 
     def register(self, platform: str, account: str, sink: MessageSink) -> None:
         """Name the sink for an account; before the first `accept` for that account."""
-        ...
 
     async def accept(self, *incoming: Incoming) -> None:
         """Commit updates; only then may the bot acknowledge them to its platform. A repeat is a no-op.
 
         Raises Overloaded, StorageFull or StorageError: nothing was stored, and nothing may be acknowledged.
         """
-        ...
 
     async def accept_dead(self, platform: str, account: str, update_key: str, raw: str) -> None:
         """Commit an update that cannot be parsed, so that it can be acknowledged."""
-        ...
 
     async def grant(self, at: Address, user: str) -> Grant:
         """The person's grant in the channel of that place: for menus, never for decisions."""
-        ...
 
     async def stops_all(self, at: Address, user: str) -> bool:
         """Whether the person's grant allows stopping other people's replies in that place."""
-        ...
 
     async def settled(self, platform: str, account: str) -> None:
         """Return when nothing accepted for this account is still open."""
-        ...
 
 
 # --- the bot ---
@@ -225,8 +203,6 @@ class Bot(Protocol):
     @classmethod
     def configure(cls, settings: Mapping[str, object]) -> Self:
         """Raises BadConfig with every key that is unknown, missing or invalid, and the allowed ones."""
-        ...
 
     async def run(self, service: BotService, /) -> None:
         """Register sinks, then listen until cancelled or until the input ends."""
-        ...

@@ -223,21 +223,21 @@ class Caller:
     grant: Grant = Grant.ANYONE  # in `channel`
 
 
+class Effect(StrEnum):
+    """What follows a command once its transaction is committed."""
+
+    ANSWER_AGAIN = "answer again"  # instead of the body: answer the conversation's last question again
+    COMPARE_BLIND = "compare blind"  # instead of the body: both answers of the comparison that this command began
+    WAKE_TRAINING = "wake training"  # the job supervisor reads the job table
+    ERASE_FILES = "erase files"  # files of erased rows are removed and the WAL is truncated
+    CHOOSE = "choose"  # the buttons of the pressed message are replaced by the choice
+
+
 @dataclass(frozen=True, slots=True)
 class StopReply:
     """After the commit: stop the running reply in the caller's conversation if it is for `user` ("": anyone)."""
 
     user: str
-
-
-@dataclass(frozen=True, slots=True)
-class AnswerAgain:
-    """Instead of the body: answer the conversation's last question again."""
-
-
-@dataclass(frozen=True, slots=True)
-class CompareBlind:
-    """Instead of the body: both answers of the blind comparison that this command began."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -248,22 +248,7 @@ class ForgetMemory:
     conversation: str = ""
 
 
-@dataclass(frozen=True, slots=True)
-class WakeTraining:
-    """After the commit: the job supervisor reads the job table."""
-
-
-@dataclass(frozen=True, slots=True)
-class EraseFiles:
-    """After the commit: files of erased rows are removed and the WAL is truncated."""
-
-
-@dataclass(frozen=True, slots=True)
-class Choose:
-    """After the answer: the buttons of the pressed message are replaced by the choice."""
-
-
-After = StopReply | AnswerAgain | CompareBlind | ForgetMemory | WakeTraining | EraseFiles | Choose
+After = Effect | StopReply | ForgetMemory
 
 
 @dataclass(frozen=True, slots=True)

@@ -13,8 +13,7 @@ from bots.cli.main import distributary
 from bots.slack.settings import SlackSettings
 from bots.telegram.settings import TelegramSettings
 from bots.terminal.bot import TerminalSettings
-from core.commands.help import table_markdown
-from core.config.show import config_table_markdown, example_toml
+from tests.support.documents import command_table, configuration_table, example_toml
 from tests.support.paths import ROOT
 
 BOT_TABLES = {"telegram": TelegramSettings, "slack": SlackSettings, "terminal": TerminalSettings}
@@ -37,8 +36,8 @@ def _subcommands():
 
 
 TABLES = {
-    "commands": table_markdown,
-    "configuration": lambda: config_table_markdown(BOT_TABLES),
+    "commands": command_table,
+    "configuration": lambda: configuration_table(BOT_TABLES),
     "command-line": command_line_table,
 }
 

@@ -13,7 +13,7 @@ from core.errors import BadInput
 from core.i18n.messages import duration, say
 from core.privacy.retention import retention_of
 from core.storage.database import Tx
-from core.types import AnswerAgain, Body, Button, Caller, ForgetMemory, Outcome, StopReply
+from core.types import Body, Button, Caller, Effect, ForgetMemory, Outcome, StopReply
 
 
 @command("start")
@@ -64,4 +64,4 @@ def retry(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """Raises BadInput where there is no question to answer again."""
     if not conversations.has_question(tx, caller.conversation_id):
         raise BadInput("service.nothing_to_retry")
-    return Outcome(Body(""), (AnswerAgain(),))
+    return Outcome(Body(""), (Effect.ANSWER_AGAIN,))

@@ -34,7 +34,7 @@ from core.jobs import jobs
 from core.storage import lifecycle
 from core.storage.database import Row, Tx
 from core.storage.lifecycle import Erasure, Periods, Prune, Stage
-from core.types import AdapterRef, Body, Button, Caller, CompareBlind, Message, Outcome, Role
+from core.types import AdapterRef, Body, Button, Caller, Effect, Message, Outcome, Role
 
 log = logging.getLogger(__name__)
 _MAX_QUESTION = 2000
@@ -82,7 +82,7 @@ def compare(tx: Tx, caller: Caller, call: Call) -> Outcome:
             actor=caller.user,
             at_ms=tx.now_ms,
         )
-    return Outcome(Body(""), (CompareBlind(),))
+    return Outcome(Body(""), (Effect.COMPARE_BLIND,))
 
 
 @command("adapter", "choose")

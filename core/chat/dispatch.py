@@ -24,7 +24,7 @@ from core.jobs import commands as _jobs
 from core.jobs import importing as _importing
 from core.privacy import commands as _privacy
 from core.storage.database import Tx
-from core.types import Body, Caller, Choose, Grant, Outcome
+from core.types import Body, Caller, Effect, Grant, Outcome
 from core.usage import commands as _usage
 
 _HANDLERS = (_adapters, _basics, _channels, _comparisons, _feedback, _importing, _jobs, _personal, _privacy, _usage)
@@ -72,7 +72,7 @@ def run(tx: Tx, caller: Caller, call: Call, prepared: object = None) -> Outcome:
     tx.run("RELEASE command")
     if call.form.who > Grant.ANYONE and _last_audit(tx) == last:
         audit.record(tx, caller, call.action, _target(caller, call))
-    return replace(outcome, after=(*outcome.after, Choose())) if call.form.answers else outcome
+    return replace(outcome, after=(*outcome.after, Effect.CHOOSE)) if call.form.answers else outcome
 
 
 def _handle(tx: Tx, caller: Caller, call: Call, prepared: object) -> Outcome:

@@ -30,7 +30,7 @@ from core.errors import (
     BadCommand,
     EngineError,
     LimitReached,
-    Overloaded,
+    RetryLater,
     StorageError,
     StoredUnreadable,
     UserError,
@@ -43,20 +43,7 @@ from core.observability.metrics import Counts
 from core.privacy.retention import retention_of, try_sweep
 from core.storage.database import Database, Tx
 from core.storage.home import Home
-from core.types import (
-    After,
-    AnswerAgain,
-    Body,
-    Caller,
-    Choose,
-    CompareBlind,
-    EraseFiles,
-    ForgetMemory,
-    Kind,
-    Outcome,
-    StopReply,
-    WakeTraining,
-)
+from core.types import After, Body, Caller, Effect, ForgetMemory, Kind, Outcome, StopReply
 
 log = logging.getLogger(__name__)
 QUIET = (Kind.STOP, Kind.EDIT, Kind.MEMBERSHIP)  # answered by no message
@@ -145,14 +132,14 @@ class MessageHandler:
         """Run a command, store its text in the same transaction, then apply its effects but for `Choose`."""
 
         def keep(tx: Tx, outcome: Outcome) -> None:
-            if not any(isinstance(after, AnswerAgain | CompareBlind) for after in outcome.after):
+            if not {Effect.ANSWER_AGAIN, Effect.COMPARE_BLIND} & set(outcome.after):
                 keep_body(tx, new_delivery(tx, inbox_id=row.id), outcome.body)
                 inbox.mark_generated(tx, row.id)
 
         outcome = await dispatch(self._commands, caller, call, keep)
         for after in outcome.after:
             await self._apply(row, caller, after)
-        return row.kind is Kind.PRESS and Choose() in outcome.after
+        return row.kind is Kind.PRESS and Effect.CHOOSE in outcome.after
 
     async def _apply(self, row: InboxRow, caller: Caller, after: After) -> None:
         match after:
@@ -160,13 +147,13 @@ class MessageHandler:
                 self._replies.stop(caller.address, user)
             case ForgetMemory(channel, conversation):
                 await self._engine.forget(channel, conversation)
-            case WakeTraining():
+            case Effect.WAKE_TRAINING:
                 self._training.wake()
-            case EraseFiles():
+            case Effect.ERASE_FILES:
                 await try_sweep(self._database, self._home)
-            case AnswerAgain():
+            case Effect.ANSWER_AGAIN:
                 await self._replies.generate(row, caller, "", again=True)
-            case CompareBlind():
+            case Effect.COMPARE_BLIND:
                 await Comparisons(self._replies).answer(row, caller)
 
     # --- the way out ---
@@ -191,7 +178,7 @@ class MessageHandler:
         known = error if isinstance(error, AppError) else AppError(detail=type(error).__name__)
         language = caller.language if caller else resolve(row.language) or "en"
         fields = dict(known.fields)
-        if isinstance(known, Overloaded | LimitReached):
+        if isinstance(known, RetryLater):
             fields["wait"] = duration(language, known.retry_after_s)
         body = Body(say(language, known.key, **fields))
         outcome = "refused" if isinstance(known, UserError) else "failed"

@@ -259,10 +259,7 @@ def settle(tx: Tx, row: InboxRow, body: Body) -> None:
         "SELECT id, channel_id, retry FROM generation WHERE inbox_id = ? AND state = 'generated'", [row.id]
     )
     assert generation is not None, row.id
-    tx.run(
-        "UPDATE generation SET state = 'delivered', ended_ms = ? WHERE id = ?",
-        [tx.now_ms, generation["id"]],
-    )
+    tx.run("UPDATE generation SET state = 'delivered', ended_ms = ? WHERE id = ?", [tx.now_ms, generation["id"]])
     ledger.charge(tx, generation["id"])
     conversation = conversations.conversation_id(tx, row.address, generation["channel_id"])
     if generation["retry"]:

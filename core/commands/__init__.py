@@ -3,7 +3,7 @@
 table.py      every command with its forms, parameters, lane and grant
 parser.py     a line -> Call, or BadCommand with the nearest right form
 registry.py   @command: handlers, each registered in the package that does its work
-help.py       /help and the table of the README
+help.py       /help, and the right form in an error
 
 core.chat.dispatch runs a Call. Imports i18n and storage. A new command is a row, a handler and its sentences.
 """

@@ -1,4 +1,4 @@
-"""The texts of the command table: `/help`, the right form in an error, and the table of the README."""
+"""The texts of the command table: `/help`, and the right form in an error."""
 
 from __future__ import annotations
 
@@ -43,17 +43,6 @@ def _settings(language: str, command: Command) -> str:
         return told
     more = [f"- `{name}`: {one.help}" for name, one in channel_keys().items() if f"`{name}`" not in told]
     return "\n".join([told.rstrip(), *more])
-
-
-def table_markdown(language: str = "en") -> str:
-    """The table of the README: every form, its purpose, and the grant that it needs."""
-    lines = ["| command | what it does | who |", "|---|---|---|"]
-    for command in COMMANDS:
-        for form in command.forms:
-            who = {Grant.ANYONE: "anyone", Grant.OPERATOR: "operators", Grant.OWNER: "operators of all"}[form.who]
-            shown = usage(language, command, form).replace("|", "\\|")
-            lines.append(f"| `{shown}` | {say(language, help_key(command, form))} | {who} |")
-    return "\n".join(lines) + "\n"
 
 
 def usage(language: str, command: Command, form: Form) -> str:

@@ -173,11 +173,7 @@ class _FormUsage(Lazy):
 
 
 def _right_form(command: Command, form: Form) -> dict[str, str]:
-    return {
-        "form": _FormUsage(command, form),
-        "example": form.example,
-        "meaning": Lazy(help_key(command, form)),
-    }
+    return {"form": _FormUsage(command, form), "example": form.example, "meaning": Lazy(help_key(command, form))}
 
 
 def _parameter(parameter: Parameter) -> Lazy:

@@ -1,6 +1,6 @@
 """The command table: name, forms, parameters, lane and required grant of every command.
 
-The parser, `/help`, the menus of the bots, the README table and the answer to a mistyped command all derive from it.
+The parser, `/help`, the menus of the bots, the documents and the answer to a mistyped command all derive from it.
 """
 
 from __future__ import annotations
@@ -95,11 +95,7 @@ COMMANDS: tuple[Command, ...] = (
     Command("retry", (Form("", "/retry"),)),
     Command(
         "usage",
-        (
-            Form("", "/usage"),
-            Form("chart", "/usage chart", (), _OPERATOR),
-            Form("csv", "/usage csv", (), _OPERATOR),
-        ),
+        (Form("", "/usage"), Form("chart", "/usage chart", (), _OPERATOR), Form("csv", "/usage csv", (), _OPERATOR)),
     ),
     Command("privacy", (Form("", "/privacy"),)),
     Command(

@@ -189,13 +189,11 @@ class Engine(Protocol):
 
     async def forget(self, channel: str, conversation: str = "") -> None:
         """Drop everything kept in memory of a conversation, or of all of the channel's if none is named."""
-        ...
 
     def stats(self) -> EngineStats: ...
 
     async def drain(self, deadline_s: float) -> None:
         """Accept no more requests; finish running ones within the deadline, then cancel the rest."""
-        ...
 
     async def __aenter__(self) -> Self: ...
 

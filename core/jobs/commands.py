@@ -27,7 +27,7 @@ from core.jobs.examples import store_examples
 from core.jobs.jobs import Job
 from core.jobs.protocol import Checked, LeftOut, Preview, Spec, load_judged
 from core.storage.database import Tx
-from core.types import Body, Caller, EraseFiles, Grant, Json, Outcome, WakeTraining
+from core.types import Body, Caller, Effect, Grant, Json, Outcome
 
 MAX_OPEN = 8  # jobs at work, all channels together
 COLUMNS = ("question", "answer", "system")  # of a data set, where the person names them
@@ -125,7 +125,7 @@ def begin(tx: Tx, caller: Caller, call: Call, data: PreparedData) -> Outcome:
     audit.record(tx, caller, call.action, job.label, None, made)
     text = _queued(tx, caller, job) if agreed else say(caller.language, "training.validating", name=job.dataset)
     left_out = [f"- {line}" for line in messages.left_out_text(caller.language, event_log.events(tx, job.id))]
-    return Outcome(Body("\n".join([text, *left_out])), (WakeTraining(),))
+    return Outcome(Body("\n".join([text, *left_out])), (Effect.WAKE_TRAINING,))
 
 
 @command("finetune", "start")
@@ -136,7 +136,7 @@ def start(tx: Tx, caller: Caller, call: Call) -> Outcome:
         return Outcome(Body(say(caller.language, "training.none")))
     jobs.leave_waiting(tx, job.id, "queued")
     audit.record(tx, caller, "finetune start", job.label, {"job": job.id, "state": job.state}, "queued")
-    return Outcome(Body(_queued(tx, caller, job)), (WakeTraining(),))
+    return Outcome(Body(_queued(tx, caller, job)), (Effect.WAKE_TRAINING,))
 
 
 @command("finetune", "redact")
@@ -150,7 +150,7 @@ def redact(tx: Tx, caller: Caller, call: Call) -> Outcome:
         raise BadInput("training.nothing_personal", name=job.dataset)
     jobs.leave_waiting(tx, job.id, "validating", redact=True)
     audit.record(tx, caller, "finetune redact", job.label, {"dataset": job.dataset_sha256}, "validating")
-    return Outcome(Body(say(caller.language, "training.redacting", name=job.dataset)), (WakeTraining(),))
+    return Outcome(Body(say(caller.language, "training.redacting", name=job.dataset)), (Effect.WAKE_TRAINING,))
 
 
 @command("finetune", "preview", prepare=read_rows)
@@ -220,7 +220,7 @@ def cancel(tx: Tx, caller: Caller, call: Call) -> Outcome:
     audit.record(tx, caller, "finetune cancel", job.label, {"job": job.id, "state": job.state}, "cancelled")
     return Outcome(
         Body(say(caller.language, messages.cancelled_key(job), id=job.id, title=job.title)),
-        (WakeTraining(), EraseFiles()),
+        (Effect.WAKE_TRAINING, Effect.ERASE_FILES),
     )
 
 
@@ -240,11 +240,11 @@ def resume(tx: Tx, caller: Caller, call: Call, trained_on: str) -> Outcome:
     audit.record(tx, caller, "finetune resume", job.label, {"job": job.id, "state": job.state}, "queued")
     if trained_on and registry.loaded_base(tx) not in (None, trained_on):
         text = f"{_queued(tx, caller, job)} {say(caller.language, 'training.begins_anew')}"
-        return Outcome(Body(text), (WakeTraining(),))
+        return Outcome(Body(text), (Effect.WAKE_TRAINING,))
     before = jobs.jobs_ahead(tx, job.id)
     fields = {"id": job.id, "title": job.title, "label": job.label, "before": before}
     key = "training.resumed_behind" if before else "training.resumed"
-    return Outcome(Body(say(caller.language, key, **fields)), (WakeTraining(),))
+    return Outcome(Body(say(caller.language, key, **fields)), (Effect.WAKE_TRAINING,))
 
 
 @command("adapter", "worst")
@@ -277,7 +277,7 @@ def answer_to_question(tx: Tx, caller: Caller, text: str) -> Call | None:
     want more of the author of a command there (an administrator's grant).
     """
     word = text.strip().strip(".!。！").lower()
-    if caller.public or len(word) > 12 or operators.grant_of(tx, caller.user, caller.channel.id) < Grant.OPERATOR:
+    if caller.public or len(word) > 12 or caller.grant < Grant.OPERATOR:
         return None
     job = next(
         (job for job in jobs.open_jobs(tx) if job.channel_id == caller.channel.id and job.state == "waiting"), None

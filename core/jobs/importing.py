@@ -29,7 +29,7 @@ from core.jobs.commands import check_room
 from core.model.weights import tensor_entries
 from core.storage.database import Tx
 from core.storage.home import Home
-from core.types import Body, Caller, Outcome, WakeTraining
+from core.types import Body, Caller, Effect, Outcome
 
 CONFIG, WEIGHTS = "adapter_config.json", "adapter_model.safetensors"
 MOST_BYTES = {CONFIG: 2**20, WEIGHTS: 2 * 2**30}
@@ -80,7 +80,7 @@ def import_adapter(tx: Tx, caller: Caller, call: Call, given: UnpackedAdapter) -
     audit.record(tx, caller, call.action, job.label, None, {"job": job.id, "file": given.title})
     before = jobs.jobs_ahead(tx, job.id)
     fields = {"id": job.id, "name": given.title, "dataset": given.dataset, "label": job.label, "before": before}
-    return Outcome(Body(say(caller.language, "import.started", **fields)), (WakeTraining(),))
+    return Outcome(Body(say(caller.language, "import.started", **fields)), (Effect.WAKE_TRAINING,))
 
 
 def _named(caller: Caller, call: Call) -> tuple[str, str]:

@@ -18,7 +18,7 @@ from core.storage import lifecycle
 from core.storage.database import Row, Tx
 from core.storage.home import Home
 from core.storage.lifecycle import Erasure, Periods, Prune, Stage
-from core.types import Address, After, Caller, EraseFiles, WakeTraining
+from core.types import Address, After, Caller, Effect
 
 UNCONFIRMED = ("validating", "waiting")
 AT_WORK = ("queued", "running", "publishing")
@@ -353,7 +353,7 @@ def add_event(tx: Tx, job_id: int, event: JobEvent) -> None:
 def withdraw(tx: Tx, user_hash: str, channel_id: int) -> tuple[After, ...]:
     """Erase the channel's data sets with messages of a person, and cancel the jobs on them."""
     erased = _erase_datasets(tx, datasets.of_person(tx, user_hash, channel_id))
-    return (EraseFiles(), WakeTraining()) if erased else ()
+    return (Effect.ERASE_FILES, Effect.WAKE_TRAINING) if erased else ()
 
 
 def _erase_datasets(tx: Tx, erased: list[str]) -> bool:

@@ -12,7 +12,7 @@ from core.privacy import consent
 from core.privacy.erasure import erase
 from core.privacy.retention import retention_of
 from core.storage.database import Tx
-from core.types import Body, Button, Caller, Choose, EraseFiles, Outcome, StopReply, WakeTraining
+from core.types import Body, Button, Caller, Effect, Outcome, StopReply
 
 ERASED = "erased"  # the actor in the audit log of what an erasure did
 
@@ -57,7 +57,9 @@ def forget(tx: Tx, caller: Caller, call: Call) -> Outcome:
     for label, now in erased.unpublished:
         audit.record(tx, replace(caller, user=ERASED), "adapter unpublish", label, label, now)
     text = say(caller.language, "privacy.forgotten")
-    return Outcome(Body(text), (StopReply(caller.user), *erased.after, EraseFiles(), WakeTraining(), Choose()))
+    return Outcome(
+        Body(text), (StopReply(caller.user), *erased.after, Effect.ERASE_FILES, Effect.WAKE_TRAINING, Effect.CHOOSE)
+    )
 
 
 def _consent_state(tx: Tx, caller: Caller) -> Lazy:

@@ -9,7 +9,7 @@ import pytest
 
 from core.errors import BadCommand, BadInput
 from core.i18n.messages import say
-from core.types import AnswerAgain, Body, ForgetMemory, Outcome, StopReply
+from core.types import Body, Effect, ForgetMemory, Outcome, StopReply
 from tests.support.database import read_now, write_now
 from tests.support.roles import Roles, open_roles
 
@@ -29,7 +29,7 @@ def test_new_begins_the_conversation_anew_and_no_other(it: Roles) -> None:
 
 
 def test_retry_asks_for_another_answer_where_there_was_a_question(it: Roles) -> None:
-    assert it.run("user", "/retry").after == (AnswerAgain(),)
+    assert it.run("user", "/retry").after == (Effect.ANSWER_AGAIN,)
     it.run("user", "/new")
     with pytest.raises(BadInput) as raised:
         it.run("user", "/retry")

@@ -10,12 +10,13 @@ from hypothesis import example, given
 from hypothesis import strategies as st
 
 from core.commands import registry
-from core.commands.help import details, table_markdown
+from core.commands.help import details
 from core.commands.parser import find, lane_of, parse
 from core.commands.table import COMMANDS, SETTINGS
 from core.errors import BadCommand
 from core.i18n.messages import languages, say
 from core.types import Body, Grant, Lane, Outcome
+from tests.support.documents import command_table
 
 FORMS = [(command, form) for command in COMMANDS for form in command.forms]
 
@@ -176,7 +177,7 @@ def test_a_command_is_found_with_and_without_its_slash() -> None:
 
 
 def test_the_table_for_the_readme_has_every_form() -> None:
-    lines = table_markdown().splitlines()
+    lines = command_table().splitlines()
     assert len(lines) == len(FORMS) + 2
     assert all(line.count(" | ") == 2 for line in lines[2:])
 

@@ -14,11 +14,12 @@ from core.config.keys import Key, keys
 from core.config.loader import load_config, read_config
 from core.config.schema import SECTIONS, Config, channel_keys
 from core.config.sections import PRESETS, HyperParameters
-from core.config.show import config_table_markdown, example_toml, show_config
+from core.config.show import show_config
 from core.errors import BadConfig
 from core.i18n import messages
 from core.jobs.protocol import Fresh
 from tests.bots.terminal.test_terminal import Program
+from tests.support.documents import configuration_table, example_toml
 from tests.support.paths import ROOT
 from tests.test_docs import BOT_TABLES
 
@@ -209,7 +210,7 @@ def test_what_is_shown_reads_back_as_the_same():
 
 
 def test_the_reference_table_names_every_key_of_a_file():
-    table = config_table_markdown(BOT_TABLES)
+    table = configuration_table(BOT_TABLES)
     known = [(section, one) for section, one in every_key() if one.file and section != "fresh"]
     assert all(f"`{section}.{one.name}`" in table for section, one in known)
     assert "| `finetune.learning_rate` | `0.001` |" in table

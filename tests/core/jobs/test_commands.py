@@ -34,7 +34,7 @@ from core.jobs.protocol import (
     Warned,
 )
 from core.storage.database import Row, Tx
-from core.types import Outcome, WakeTraining
+from core.types import Effect, Outcome
 from tests.support.database import read_now, write_now
 from tests.support.roles import Roles, open_roles
 
@@ -97,7 +97,7 @@ def hear(it: Roles, *events: JobEvent, state: str = "running") -> None:
 
 def test_start_queues_a_job_with_its_delivery_and_wakes_the_supervisor(it: Roles) -> None:
     outcome = run(it, "/finetune faq.jsonl yes", language="zh")
-    assert outcome.after == (WakeTraining(),)
+    assert outcome.after == (Effect.WAKE_TRAINING,)
     for fact in ("faq.jsonl", "acme@1", "1", "Acme"):
         assert fact in outcome.body.text
     row = job_row(it)
@@ -345,7 +345,7 @@ def test_a_job_that_failed_on_our_side_can_be_resumed_while_its_data_set_is_kept
     said = says(it, "/finetune status", language=language)
     assert said.endswith(say(language, "training.failed_ours", typed="faq.jsonl", **fields))
     write_now(it.database, lambda tx: tx.run("UPDATE dataset SET erased_ms = NULL"))
-    assert run(it, "/finetune resume 1").after == (WakeTraining(),)
+    assert run(it, "/finetune resume 1").after == (Effect.WAKE_TRAINING,)
     assert (job_row(it)["state"], job_row(it)["reason"]) == ("queued", "")
 
 
@@ -390,7 +390,7 @@ def test_list_shows_the_newest_first_and_only_this_channels(it: Roles) -> None:
 def test_cancel_ends_a_job_once(it: Roles) -> None:
     run(it, "/finetune faq.jsonl yes")
     outcome = run(it, "/finetune cancel 1")
-    assert WakeTraining() in outcome.after
+    assert Effect.WAKE_TRAINING in outcome.after
     assert outcome.body.text == say("en", "training.cancelled_for_good", id=1, title="Acme")
     assert job_row(it)["state"] == "cancelled"
     assert says(it, "/finetune cancel 1") == say("en", "training.ended_already", id=1)

@@ -84,7 +84,7 @@ def prepared_for(call: Call) -> object:
     return ""
 
 
-def _settle(tx: Tx, town: Roles) -> None:
+def _settle(tx: Tx, roles: Roles) -> None:
     terminal.ensure_terminal(tx, "home")
     for name in ("acme", "delta"):
         channel = directory.create_channel(tx, name, title=name.title())
@@ -92,13 +92,13 @@ def _settle(tx: Tx, town: Roles) -> None:
     for who, name in (("other_operator", "delta"), ("operator", "acme"), ("removed", "acme")):
         operated = directory.channel_by_name(tx, name)
         assert operated is not None
-        operators.grant(tx, open_roles.hash(who), operated.id, who, "test")
-    operators.grant(tx, open_roles.hash("owner"), None, "owner", "test")
+        operators.grant(tx, roles.hash(who), operated.id, who, "test")
+    operators.grant(tx, roles.hash("owner"), None, "owner", "test")
     for one in operators.find(tx):
         if one.label == "removed":
             operators.remove(tx, one)
     for place in ("acme", "delta"):
-        ask(tx, open_roles.caller(tx, "user", place), f"a question in {place}", 1)
+        ask(tx, roles.caller(tx, "user", place), f"a question in {place}", 1)
 
 
 def ask(tx: Tx, caller: Caller, text: str, n: int) -> int:

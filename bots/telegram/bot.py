@@ -8,12 +8,7 @@ from collections.abc import Mapping
 from contextlib import suppress
 from typing import Self
 
-from aiogram.exceptions import (
-    TelegramAPIError,
-    TelegramNotFound,
-    TelegramRetryAfter,
-    TelegramUnauthorizedError,
-)
+from aiogram.exceptions import TelegramAPIError, TelegramNotFound, TelegramRetryAfter, TelegramUnauthorizedError
 from aiogram.methods import DeleteWebhook, GetMe, SetWebhook, TelegramMethod
 from aiogram.types import User
 

@@ -13,12 +13,7 @@ import logging
 from collections.abc import Sequence
 from typing import Any
 
-from aiogram.exceptions import (
-    TelegramConflictError,
-    TelegramNotFound,
-    TelegramRetryAfter,
-    TelegramUnauthorizedError,
-)
+from aiogram.exceptions import TelegramConflictError, TelegramNotFound, TelegramRetryAfter, TelegramUnauthorizedError
 from cachetools import LRUCache
 
 from bots.shared.backoff import pauses

@@ -202,7 +202,7 @@ DIALOGUES: dict[str, list[Step]] = {
     "operators' commands": [
         (1, "/channel show", "error.not_allowed", {}),
         (1, "/finetune list", "error.not_allowed", {}),
-        (0, "/channel set per_minute=many", "operators.need_whole", {"low": 0, "high": 1_000_000_000}),
+        (0, "/channel set per_minute=many", "setting.whole", {"low": "0", "high": "1000000000"}),
         (0, "/channel set per_minute=90", "operators.set_line", {"key": "per_minute", "before": 0, "after": 90}),
         (0, "/channel set per_minute=0", "operators.set_line", {"key": "per_minute", "before": 90, "after": 0}),
         (0, "/finetune list", "training.none", {}),

@@ -95,10 +95,5 @@ def _feedback(thumbs: Sequence[Button]) -> Block:
     """Feedback buttons. The final colon of a thumb down means that no reason follows (core.chat.feedback)."""
     ends = [thumbs[0], replace(thumbs[1], value=f"{thumbs[1].value}:")]
     good, bad = ({"text": {"type": "plain_text", "text": one.text}, "value": one.value} for one in ends)
-    element = {
-        "type": "feedback_buttons",
-        "action_id": "feedback:0",
-        "positive_button": good,
-        "negative_button": bad,
-    }
+    element = {"type": "feedback_buttons", "action_id": "feedback:0", "positive_button": good, "negative_button": bad}
     return {"type": "context_actions", "elements": [element]}

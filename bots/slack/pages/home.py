@@ -61,11 +61,7 @@ def _chart(shown: Overview) -> Block:
     return {
         "type": "data_visualization",
         "title": say(shown.language, "slack.home_chart", days=len(days)),
-        "chart": {
-            "type": "bar",
-            "series": [{"name": replies, "data": data}],
-            "axis_config": {"categories": days},
-        },
+        "chart": {"type": "bar", "series": [{"name": replies, "data": data}], "axis_config": {"categories": days}},
     }
 
 

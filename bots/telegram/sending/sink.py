@@ -14,12 +14,7 @@ from collections.abc import AsyncIterator
 from dataclasses import dataclass, replace
 from typing import Any
 
-from aiogram.exceptions import (
-    TelegramAPIError,
-    TelegramBadRequest,
-    TelegramMigrateToChat,
-    TelegramNotFound,
-)
+from aiogram.exceptions import TelegramAPIError, TelegramBadRequest, TelegramMigrateToChat, TelegramNotFound
 from aiogram.methods import (
     EditMessageMedia,
     EditMessageReplyMarkup,
@@ -28,14 +23,7 @@ from aiogram.methods import (
     SendMessage,
     TelegramMethod,
 )
-from aiogram.types import (
-    FSInputFile,
-    InputMediaDocument,
-    InputMediaPhoto,
-    InputRichMessage,
-    Message,
-    ReplyParameters,
-)
+from aiogram.types import FSInputFile, InputMediaDocument, InputMediaPhoto, InputRichMessage, Message, ReplyParameters
 from cachetools import LRUCache
 
 from bots.shared.errors import OutcomeUnknown

@@ -315,7 +315,5 @@ def _trimmed(text: str, mark: Mark) -> Mark:
     """The mark without spaces at its ends, as Telegram trims it."""
     inside = text[mark.start : mark.end]
     return replace(
-        mark,
-        start=mark.start + len(inside) - len(inside.lstrip()),
-        end=mark.end - (len(inside) - len(inside.rstrip())),
+        mark, start=mark.start + len(inside) - len(inside.lstrip()), end=mark.end - (len(inside) - len(inside.rstrip()))
     )

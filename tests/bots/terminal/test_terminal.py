@@ -8,10 +8,12 @@ import pty
 import re
 import select
 import signal
+import sqlite3
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 
@@ -78,6 +80,16 @@ class Program:
         return subprocess.Popen(
             [*self.command, *arguments], stdin=pipe, stdout=pipe, stderr=pipe, cwd=self.folder, env=self.env
         )
+
+    def wait_for_inbox(self) -> None:
+        """Until a message is committed."""
+        database_path, deadline = self.home / "distributary.db", time.monotonic() + 60
+        while time.monotonic() < deadline:
+            with suppress(sqlite3.Error), closing(sqlite3.connect(f"file:{database_path}?mode=ro", uri=True)) as database:
+                if database.execute("SELECT count(*) FROM inbox").fetchone()[0]:
+                    return
+            time.sleep(0.05)
+        raise AssertionError("no message was committed")
 
 
 @pytest.fixture
@@ -189,7 +201,7 @@ def test_what_a_kill_left_unanswered_is_answered_at_the_next_start(tmp_path):
     assert process.stdin is not None
     process.stdin.write(b"count\n")
     process.stdin.flush()
-    time.sleep(4)
+    program.wait_for_inbox()
     process.kill()
     out, _ = process.communicate()
     assert out == b""

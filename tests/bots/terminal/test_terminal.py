@@ -85,7 +85,10 @@ class Program:
         """Until a message is committed."""
         database_path, deadline = self.home / "distributary.db", time.monotonic() + 60
         while time.monotonic() < deadline:
-            with suppress(sqlite3.Error), closing(sqlite3.connect(f"file:{database_path}?mode=ro", uri=True)) as database:
+            with (
+                suppress(sqlite3.Error),
+                closing(sqlite3.connect(f"file:{database_path}?mode=ro", uri=True)) as database,
+            ):
                 if database.execute("SELECT count(*) FROM inbox").fetchone()[0]:
                     return
             time.sleep(0.05)

@@ -11,28 +11,31 @@ import sys
 import tempfile
 import threading
 from collections.abc import Iterator
-from functools import cache
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from core.model.demo import demo_folder
 from core.observability import logs
 
-_STARTS_PROCESSES = ("subprocess", "sys.executable", "import Program", "demo_cache", "fake_trainer", "running_jobs(")
+COMPILERS = ("g++", "clang++", "c++")  # that build the engine's operators once on a machine
 
 
-def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
-    """Mark the tests of modules that start processes or use the demo model as slow."""
-    for item in items:
-        if _starts_processes(item.path):
-            item.add_marker("slow")
+@pytest.fixture(autouse=True)
+def slow_tests_say_so(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """A test that starts a process or uses the demo model is marked slow, so that `make unit` leaves it out."""
+    if any(request.node.get_closest_marker(name) for name in ("slow", "drill", "gpu")):
+        return
+    assert "demo_cache" not in request.fixturenames, "a test of the demo model is marked slow"
+    start = subprocess.Popen.__init__
 
+    def checked(self: Any, command: Any, *arguments: Any, **options: Any) -> None:
+        program = command if isinstance(command, str) else str(command[0])
+        assert program.endswith(COMPILERS), f"a test that starts a process ({program}) is marked slow"
+        start(self, command, *arguments, **options)
 
-@cache
-def _starts_processes(path: Path) -> bool:
-    text = path.read_text(encoding="utf-8")
-    return any(word in text for word in _STARTS_PROCESSES)
+    monkeypatch.setattr(subprocess.Popen, "__init__", checked)
 
 
 @pytest.fixture

@@ -11,6 +11,8 @@ import pytest
 from bots.plugins import find_bots
 from tests.bots.terminal.test_terminal import Program
 
+pytestmark = pytest.mark.slow
+
 MODULE = '''
 """A bot that reads messages from one file and writes replies into another."""
 

@@ -30,6 +30,8 @@ from tests.fakes.telegram.people import document, photo
 from tests.support.fake_trainer import COMMAND
 from tests.support.running_service import RunningService
 
+pytestmark = pytest.mark.slow
+
 Answers = Callable[[Request], str | AppError]
 WAYS = ("telegram-polling", "telegram-webhook", "slack-socket", "slack-http")
 LONG = "word " * 600

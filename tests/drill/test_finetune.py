@@ -9,6 +9,8 @@ from pathlib import Path
 
 import pytest
 
+pytestmark = pytest.mark.slow
+
 
 def _drill(tmp_path: Path, *, trainers: int, servers: int, seed: int) -> dict[str, dict[str, int]]:
     report = tmp_path / "report.json"

@@ -8,6 +8,8 @@ import pytest
 
 from tests.drill.gate import drill
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.drill
 @pytest.mark.timeout(6 * 3600)

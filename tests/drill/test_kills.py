@@ -8,6 +8,8 @@ import pytest
 
 from tests.drill.lives import run_drill
 
+pytestmark = pytest.mark.slow
+
 
 def test_60_kills_and_100_torn_wals_break_no_promise(tmp_path: Path) -> None:
     result = run_drill("kills", tmp_path, kills=60, torn=100, seed=20261123)

@@ -14,6 +14,8 @@ from tests.drill.lives import run_drill, spawn
 from tests.drill.slack import USERS, prepare
 from tests.fakes.slack import FakeSlack
 
+pytestmark = pytest.mark.slow
+
 
 def test_20_kills_lose_nothing(tmp_path: Path) -> None:
     result = run_drill("slack", tmp_path, events=1_000, kills=20, seed=20261124)

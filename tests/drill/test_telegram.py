@@ -14,6 +14,8 @@ from tests.drill.lives import run_drill, spawn
 from tests.drill.telegram import PEOPLE, prepare
 from tests.fakes.telegram import FakeTelegram
 
+pytestmark = pytest.mark.slow
+
 
 def test_20_kills_lose_nothing(tmp_path: Path) -> None:
     result = run_drill("telegram", tmp_path, updates=1_000, kills=20, seed=20261124)

@@ -8,6 +8,8 @@ import pytest
 
 from tests.support.tour import tour
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.mark.drill
 def test_the_tour_makes_answers_better_by_half_and_rolls_back_word_for_word(tmp_path: Path) -> None:

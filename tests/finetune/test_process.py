@@ -34,6 +34,8 @@ from finetune.__main__ import Events
 from tests.support.paths import ROOT
 from tests.support.tiny import edit_config, save_adapter
 
+pytestmark = pytest.mark.slow
+
 WAIT_S = 120
 
 

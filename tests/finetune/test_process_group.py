@@ -21,6 +21,8 @@ from tests.finetune.training.test_methods import of
 from tests.support import finetune_one_step
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 EXACT = {"dropout": 0.0, "clip_value": 0.01, "clip_norm": 0.05}
 
 

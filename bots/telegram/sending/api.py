@@ -184,8 +184,10 @@ class TelegramApi:
                     raise Unreachable(detail=type(error).__name__) from error
                 if problem is TelegramProblem.AWAY:
                     never_sent = repeatable or isinstance(error.__cause__, ClientConnectorError)
-                    event = "telegram.away" if never_sent else "telegram.outcome_unknown"
-                    log.warning(event, extra={"method": method.__api_method__, "error": type(error).__name__})
+                    log.warning(
+                        "telegram.away" if never_sent else "telegram.outcome_unknown",
+                        extra={"method": method.__api_method__, "error": type(error).__name__},
+                    )
                     if not never_sent:
                         raise OutcomeUnknown(detail=type(error).__name__) from error
                 raise

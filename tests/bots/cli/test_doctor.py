@@ -35,6 +35,8 @@ from tests.fakes.openai import FakeOpenAI
 from tests.support.paths import ROOT
 from tests.support.tiny import load_tiny, save_tiny, tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 SCRIPTED = {"engine": {"kind": "scripted"}}
 
 

@@ -11,6 +11,8 @@ import pytest
 
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 
 def chat(home: Path, text: str) -> subprocess.CompletedProcess[str]:
     command = [sys.executable, "-m", "bots", "--home", str(home), "chat"]

@@ -27,6 +27,8 @@ from tests.support.database import write_now
 from tests.support.fake_trainer import COMMAND
 from tests.support.running_jobs import WAIT_S, running_jobs
 
+pytestmark = pytest.mark.slow
+
 ROW = b'{"word": "", "q": "a question", "a": "an answer"}\n'
 
 

@@ -20,6 +20,8 @@ from core.types import Limits
 from tests.bots.slack.talk import Talk, talk
 from tests.support.fake_trainer import COMMAND
 
+pytestmark = pytest.mark.slow
+
 both_ways = pytest.mark.parametrize("http", [False, True], ids=["socket", "http"])
 both_languages = pytest.mark.parametrize("language", ["en", "zh"])
 ROW = b'{"word": "%s"}\n'

@@ -21,6 +21,8 @@ from tests.fakes.slack import Held
 from tests.support.fake_trainer import COMMAND
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 ROW = b'{"word": "%s"}\n'
 
 

@@ -20,6 +20,8 @@ from core.i18n.messages import say
 from tests.bots.slack.talk import Talk, fast, talk
 from tests.fakes.slack import FakeSlack, Held
 
+pytestmark = pytest.mark.slow
+
 LONG = "one two three four five six seven eight nine ten"
 
 

@@ -16,6 +16,8 @@ from tests.fakes.telegram import Person, Sent
 from tests.fakes.telegram.people import document
 from tests.support.fake_trainer import COMMAND
 
+pytestmark = pytest.mark.slow
+
 ROW = b'{"word": "%s"}\n'
 
 

@@ -8,11 +8,15 @@ import signal
 import sys
 from pathlib import Path
 
+import pytest
+
 from tests.bots.telegram.talk import ANN, LI
 from tests.fakes.telegram import FakeTelegram
 from tests.fakes.telegram.people import message
 from tests.fakes.telegram.server import TOKEN
 from tests.support.waiting import DEADLINE_S
+
+pytestmark = pytest.mark.slow
 
 OTHER = "7777:BBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBBB"
 CONFIG = """

@@ -16,6 +16,8 @@ from tests.bots.telegram.talk import ANN, talk
 from tests.fakes.telegram.people import units
 from tests.fakes.telegram.rules import check_text
 
+pytestmark = pytest.mark.slow
+
 _PRINTED = re.compile(r"[^\s\x00-\x1f\x7f-\x9f\u202d\u202e]")
 
 

@@ -26,6 +26,8 @@ from core.i18n.messages import say
 from core.types import Address, Body, Handle
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 ANSWERS = {
     "hello": "Hello there.",
     "river": "# Rivers\n\nA **river** branches.\n\n- one\n- two",

@@ -23,6 +23,8 @@ from tests.support.documents import configuration_table, example_toml
 from tests.support.paths import ROOT
 from tests.test_docs import BOT_TABLES
 
+pytestmark = pytest.mark.slow
+
 EXAMPLE = ROOT / "deploy" / "config.example.toml"
 
 

@@ -37,10 +37,11 @@ def keys_in(path: Path) -> set[str]:
     """The keys that a file names, but for the events that it logs."""
     tree = ast.parse(path.read_text(encoding="utf-8"))
     logged = {
-        argument
+        inside
         for node in ast.walk(tree)
         if isinstance(node, ast.Call) and ast.unparse(node.func).startswith(("log.", "logging."))
         for argument in node.args
+        for inside in ast.walk(argument)
     }
     return {
         node.value

@@ -21,6 +21,8 @@ from tests.support.running_jobs import WatchedBot, running_jobs
 from tests.support.running_service import OWNER, STRANGER, running_service
 from tests.support.waiting import DEADLINE_S
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture(autouse=True)
 def hurried(monkeypatch: pytest.MonkeyPatch) -> None:

@@ -22,6 +22,8 @@ from core.types import Attachment
 from tests.support.fake_trainer import COMMAND
 from tests.support.running_service import OWNER, RunningService, running_service
 
+pytestmark = pytest.mark.slow
+
 HEADER = json.dumps({"w": {"dtype": "F32", "shape": [4], "data_offsets": [0, 16]}}).encode()
 GOOD = {
     CONFIG: json.dumps({"peft_type": "LORA", "r": 4}).encode(),

@@ -11,11 +11,15 @@ import time
 from collections.abc import Sequence
 from pathlib import Path
 
+import pytest
+
 from core.config.sections import HyperParameters
 from core.jobs.process import PausePolicy, TrainerProcess
 from core.jobs.protocol import JobEvent, Progress, Spec
 from tests.support.fake_trainer import COMMAND
 from tests.support.waiting import DEADLINE_S
+
+pytestmark = pytest.mark.slow
 
 
 def paused(policy: PausePolicy, loads: Sequence[tuple[float, int]]) -> list[bool]:

@@ -37,6 +37,8 @@ from tests.support.running_jobs import INFO, WatchedBot, running_jobs
 from tests.support.running_service import OWNER, running_service
 from tests.support.waiting import DEADLINE_S
 
+pytestmark = pytest.mark.slow
+
 PAUSED = "50 %"  # what the message shows when the fake trainer waits at its second step of four
 
 

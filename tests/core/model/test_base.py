@@ -37,6 +37,8 @@ from core.model.folder import check_folder
 from core.model.weights import fingerprint
 from tests.support.tiny import save_tiny, tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 SMALL: dict[str, Any] = {
     "vocab_size": 259,
     "hidden_size": 32,

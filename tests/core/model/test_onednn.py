@@ -11,6 +11,8 @@ import torch
 
 from core.model.onednn import KEPT, keep_few_kernels
 
+pytestmark = pytest.mark.slow
+
 GROWTH = """
 from core.model.onednn import keep_few_kernels
 keep_few_kernels()

@@ -16,6 +16,8 @@ from core.storage.database import Database, Tx, open_read_only
 from core.storage.home import Home, Lock
 from tests.support.database import read_now, write_now
 
+pytestmark = pytest.mark.slow
+
 
 @pytest.fixture
 def database(tmp_path: Path) -> Iterator[Database]:

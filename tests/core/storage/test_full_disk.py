@@ -10,6 +10,8 @@ import pytest
 from core.errors import StorageFull
 from tests.support.running_service import RunningService, running_service
 
+pytestmark = pytest.mark.slow
+
 
 def fill(folder: Path) -> Path:
     """Leave not one byte."""

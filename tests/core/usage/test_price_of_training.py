@@ -15,6 +15,8 @@ from tests.core.jobs.test_supervisor import PAUSED
 from tests.support.running_jobs import RunningJobs, WatchedBot, running_jobs
 from tests.support.waiting import DEADLINE_S
 
+pytestmark = pytest.mark.slow
+
 PRICE = 500_000  # nano-units per trained token; the fake trainer's check tells 1200 of them, and trains 900
 
 

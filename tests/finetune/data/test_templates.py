@@ -18,6 +18,8 @@ from finetune.data.reader import Report, read
 from finetune.data.records import read_record
 from tests.support.paths import DATA
 
+pytestmark = pytest.mark.slow
+
 FOLDER = DATA / "templates"
 TEMPLATES = tomllib.loads((FOLDER / "special_tokens.toml").read_text("utf-8"))
 

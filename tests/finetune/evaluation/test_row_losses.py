@@ -21,6 +21,8 @@ from core.storage.database import Tx
 from tests.finetune.conftest import faq
 from tests.support.running_jobs import RunningJobs, WatchedBot, running_jobs
 
+pytestmark = pytest.mark.slow
+
 HYPER = HyperParameters(rank=4, alpha=8, learning_rate=1e-2, epochs=3, rows_per_step=8)
 
 

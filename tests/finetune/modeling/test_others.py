@@ -108,7 +108,7 @@ def test_an_adapter_that_names_another_base_model_is_examined_and_that_is_said(
         ("unsloth", {"target_parameters": ["experts.gate_up_proj"]}, "target_parameters"),  # mixtures of experts
         ("unsloth", {"modules_to_save": ["lm_head"]}, "modules_to_save"),
         ("unsloth", {"init_lora_weights": "loftq"}, "changes the base model"),
-        ("unsloth", {"target_modules": "(?:(?!vision).)*proj"}, "cannot be matched in bounded time"),
+        ("unsloth", {"target_modules": "(?:(?!vision).)*proj"}, "cannot be matched in linear time"),
         ("unsloth", {"bias": "all"}, "bias=all"),
     ],
 )

@@ -33,6 +33,8 @@ from tests.finetune.modeling.test_base import CPU, load_plain, rows, theirs
 from tests.finetune.training.test_train import go, stop_after
 from tests.support.paths import ROOT
 
+pytestmark = pytest.mark.slow
+
 SMALL = Fresh(layers=2, hidden=32, heads=4, vocabulary=300, context=128)
 TEXT = "\n\n".join(f"Paragraph {n} says that {n} and {n} make {2 * n}.\nIt has a second line." for n in range(120))
 

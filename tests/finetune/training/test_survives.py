@@ -27,6 +27,8 @@ from finetune.training.train import Trainer, train
 from tests.finetune.conftest import Heard
 from tests.finetune.training.test_train import go, stop_after
 
+pytestmark = pytest.mark.slow
+
 
 def fill(folder: Path) -> Path:
     """Take what is left of a small disk."""

@@ -27,6 +27,8 @@ from finetune.training.train import Trainer, Unstable, train
 from tests.finetune.conftest import Heard, faq
 from tests.support.tiny import quietly
 
+pytestmark = pytest.mark.slow
+
 
 def go(folder, stop=None, **changes):
     heard = Heard()

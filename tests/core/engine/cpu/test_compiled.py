@@ -29,7 +29,7 @@ from tests.support.engine_operators import add_norm, attend, rope, silu_mul
 
 CLOSE = 2e-6  # of the largest value
 found = compiled()
-pytestmark = pytest.mark.skipif(found is None, reason="no compiler here")
+pytestmark = [pytest.mark.slow, pytest.mark.skipif(found is None, reason="no compiler here")]
 # (rows, width, threads)
 ROWS = [(1, 1, 2), (1, 48, 1), (1, 577, 2), (70, 5, 1), (70, 16, 2), (70, 576, 1)]
 # (rows, outs, width, bias, threads): every pair of rows and outs, the rest in turn

@@ -34,6 +34,8 @@ from core.types import AdapterRef
 from tests.support.engine_dialogue import ask, hear, running
 from tests.support.tiny import save_tiny
 
+pytestmark = pytest.mark.slow
+
 LARGEST_PRODUCTS = """
 import torch
 from core.engine.cpu.int8 import Int8Linear, OnednnKernel

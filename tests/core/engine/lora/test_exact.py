@@ -18,6 +18,8 @@ from core.types import AdapterRef, Message, Role
 from tests.support.engine_dialogue import Heard, ask, hear, is_blank, running
 from tests.support.tiny import peft_answers, save_adapter
 
+pytestmark = pytest.mark.slow
+
 N = 24
 
 

@@ -8,9 +8,13 @@ import os
 import sys
 from pathlib import Path
 
+import pytest
+
 from core.model.base import BaseModel
 from tests.fakes.openai import FakeOpenAI
 from tests.support.paths import ROOT
+
+pytestmark = pytest.mark.slow
 
 CONFIG = """
 [model]

@@ -23,6 +23,8 @@ from tests.core.engine.lora.test_exact import prompts, spy_answers
 from tests.support.engine_dialogue import ask, hear, running
 from tests.support.tiny import peft_answers, save_adapter, tiny_tokenizer
 
+pytestmark = pytest.mark.slow
+
 N = 12
 WINDOW = 40  # prompts and answers are longer, the proof's texts are shorter
 SIZES: dict[str, Any] = {

@@ -23,6 +23,8 @@ from tests.core.engine.lora.test_exact import prompts, spy_answers
 from tests.support.engine_dialogue import ask, hear, running
 from tests.support.tiny import peft_model, save_adapter
 
+pytestmark = pytest.mark.slow
+
 REQUESTS = 64
 TIE = 1e-4
 KINDS: list[dict[str, Any]] = [

@@ -40,4 +40,4 @@ def _dump(value: Json) -> str:
 
 @lifecycle.prunes
 def _prunes(kept: Periods) -> list[Prune]:
-    return [lifecycle.batch("DELETE FROM audit", "audit", "id", "at_ms <= ?", kept.audit)]
+    return [lifecycle.batch("DELETE FROM audit", "at_ms <= ?", kept.audit)]

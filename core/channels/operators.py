@@ -116,4 +116,4 @@ def claim(tx: Tx, code: str, user_hash: str) -> Claimed | None:
 
 @lifecycle.prunes
 def _prunes(kept: Periods) -> list[Prune]:
-    return [lifecycle.batch("DELETE FROM invite", "invite", "code_hash", "expires_ms <= ?", kept.audit)]
+    return [lifecycle.batch("DELETE FROM invite", "expires_ms <= ?", kept.audit, key="code_hash")]

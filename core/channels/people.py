@@ -43,4 +43,4 @@ def _prunes(kept: Periods) -> list[Prune]:
         "last_ms <= ? AND user_hash NOT IN (SELECT user_hash FROM operator)"
         " AND user_hash NOT IN (SELECT user_hash FROM consent)"
     )
-    return [lifecycle.batch("DELETE FROM person", "person", "user_hash", idle, max(kept.conversation, kept.dataset))]
+    return [lifecycle.batch("DELETE FROM person", idle, max(kept.conversation, kept.dataset), key="user_hash")]

@@ -34,11 +34,10 @@ from core.jobs import jobs
 from core.storage import lifecycle
 from core.storage.database import Row, Tx
 from core.storage.lifecycle import Erasure, Periods, Prune, Stage
-from core.types import AdapterRef, Body, Button, Caller, Effect, Message, Outcome, Role
+from core.types import Body, Button, Caller, Effect, Message, Outcome, Role
 
 log = logging.getLogger(__name__)
 _MAX_QUESTION = 2000
-CHOICES = ("a", "b", "same")
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,22 +102,15 @@ def choose(tx: Tx, caller: Caller, call: Call) -> Outcome:
 
 def score(tx: Tx, candidate: str, other: str | None) -> tuple[int, int, int]:
     """How often was chosen: (the candidate, the other, neither)."""
-    rows = tx.all(
-        "SELECT chosen, count(*) AS n FROM comparison WHERE candidate = ? AND other IS ? AND chosen IS NOT NULL"
-        " GROUP BY chosen",
-        [candidate, other],
-    )
-    found = {row["chosen"]: int(row["n"]) for row in rows}
-    return found.get("candidate", 0), found.get("other", 0), found.get("same", 0)
+    sql = "SELECT count(*) FROM comparison WHERE candidate = ? AND other IS ? AND chosen = ?"
+    better, worse, same = (int(tx.value(sql, [candidate, other, one])) for one in ("candidate", "other", "same"))
+    return better, worse, same
 
 
 def _unseen_question(tx: Tx, caller: Caller, version: Version) -> str:
     """A test question that this candidate was not asked yet, uncut ones first; else the first. Raises BadInput."""
-    asked = {
-        tx.cipher.unseal(row["question"])
-        for row in tx.all("SELECT question FROM comparison WHERE candidate = ?", [version.sha256])
-        if row["question"]
-    }
+    rows = tx.all("SELECT question FROM comparison WHERE candidate = ?", [version.sha256])
+    asked = {tx.cipher.unseal(row["question"]) for row in rows if row["question"]}
     kept = [question for question, _ in jobs.test_rows(tx, version.sha256).unseen]
     unseen = sorted(kept, key=lambda question: question.endswith("…")) or list(caller.channel.questions)
     if not unseen:
@@ -127,11 +119,8 @@ def _unseen_question(tx: Tx, caller: Caller, version: Version) -> str:
 
 
 def _find(tx: Tx, caller: Caller, typed: str) -> Row:
-    row = (
-        tx.one("SELECT * FROM comparison WHERE id = ? AND channel_id = ?", [int(typed), caller.channel.id])
-        if typed.isdecimal() and len(typed) < 16
-        else None
-    )
+    number = int(typed) if typed.isdecimal() and len(typed) < 16 else 0
+    row = tx.one("SELECT * FROM comparison WHERE id = ? AND channel_id = ?", [number, caller.channel.id])
     if row is None:
         raise UnknownThing("compare.unknown", typed=typed[:40])
     return row
@@ -180,72 +169,61 @@ class BothAnswers:
             answer.cancel()
 
 
-@dataclass(frozen=True, slots=True)
-class Comparisons:
-    """Generates both answers with the engine and deliveries of `replies`."""
+async def answer(replies: Replies, row: InboxRow, caller: Caller) -> None:
+    """Answer the row's question twice and store the text. Raises an AppError for the person."""
+    database, key, both = replies.database, replace(caller.address, reply_to=""), BothAnswers()
+    replies.running[key] = RunningReply(caller.user, both.cancel)
+    try:
+        if await database.read(lambda tx: stopped_since(tx, row, caller.channel.id)):  # a later stop cancels `both`
+            raise UserError("service.stopped")
+        pair = await database.read(lambda tx: _pair(tx, row.id))
+        refs = await database.read(lambda tx: tuple(replies.adapter_ref(tx, sha256) for sha256 in pair.answerers))
+        for ref in refs:
+            if ref is not None:
+                await asyncio.to_thread(folders.verify, ref)
+        delivery_id = await database.write(lambda tx: new_delivery(tx, inbox_id=row.id))
+        handle = await deliver(lambda: replies.deliveries.open(delivery_id, caller.address))
+        text = say(caller.language, "compare.answering")
+        await show_once(lambda: replies.deliveries.show(handle, caller.address, text))
+        question, names = [Message(Role.USER, pair.question)], [f"comparison-{pair.id}-{number}" for number in (0, 1)]
+        asked = zip(names, refs, strict=True)
+        requests = [replies.request(caller, name, question, ref, pair.id, name) for name, ref in asked]
+        answers = await _answers(replies, requests, both)
+    except AdapterUnusable as error:  # not the fault of the channel's champion
+        log.error("compare.unusable", extra={"error": str(error)})
+        raise BadInput("compare.unusable", label=error.fields.get("label", "?")) from error
+    finally:
+        both.cancel()
+        del replies.running[key]
 
-    replies: Replies
+    def keep(tx: Tx) -> None:
+        """Raises UserError, and stores nothing, where the person was erased meanwhile."""
+        if inbox.is_forgotten(tx, row.id):
+            raise UserError("service.stopped")
+        keep_body(tx, delivery_id, _body(tx, caller, pair, answers))
+        inbox.mark_generated(tx, row.id)
 
-    async def answer(self, row: InboxRow, caller: Caller) -> None:
-        """Answer the row's question twice and store the text. Raises an AppError for the person."""
-        replies, database = self.replies, self.replies.database
-        key = replace(caller.address, reply_to="")
-        both = BothAnswers()
-        replies.running[key] = RunningReply(caller.user, both)
-        try:
-            if await database.read(lambda tx: stopped_since(tx, row, caller.channel.id)):  # a later stop cancels `both`
-                raise UserError("service.stopped")
-            pair = await database.read(lambda tx: _pair(tx, row.id))
-            refs = await database.read(lambda tx: tuple(replies.adapter_ref(tx, sha256) for sha256 in pair.answerers))
-            for ref in refs:
-                if ref is not None:
-                    await asyncio.to_thread(folders.verify, ref)
-            delivery_id = await database.write(lambda tx: new_delivery(tx, inbox_id=row.id))
-            handle = await deliver(lambda: replies.deliveries.open(delivery_id, caller.address))
-            text = say(caller.language, "compare.answering")
-            await show_once(lambda: replies.deliveries.show(handle, caller.address, text))
-            answers = await self._answers([self._request(caller, pair, *one) for one in enumerate(refs)], both)
-        except AdapterUnusable as error:  # not the fault of the channel's champion
-            log.error("compare.unusable", extra={"error": str(error)})
-            raise BadInput("compare.unusable", label=error.fields.get("label", "?")) from error
-        finally:
-            both.cancel()
-            del replies.running[key]
+    await database.write(keep)
 
-        def keep(tx: Tx) -> None:
-            """Raises UserError, and stores nothing, where the person was erased meanwhile."""
-            if inbox.is_forgotten(tx, row.id):
-                raise UserError("service.stopped")
-            keep_body(tx, delivery_id, _body(tx, caller, pair, answers))
-            inbox.mark_generated(tx, row.id)
 
-        await database.write(keep)
+async def _answers(replies: Replies, requests: Sequence[Request], both: BothAnswers) -> list[str]:
+    """Both at once, as far as admission allows; a stop cancels both. Raises AppError."""
 
-    async def _answers(self, requests: Sequence[Request], both: BothAnswers) -> list[str]:
-        """Both at once, as far as admission allows; a stop cancels both. Raises AppError."""
-        answers = await asyncio.gather(*(self._one(request, both) for request in requests), return_exceptions=True)
-        for one in answers:
-            if isinstance(one, BaseException):
-                raise one
-        return [one for one in answers if isinstance(one, str)]
-
-    async def _one(self, request: Request, both: BothAnswers) -> str:
+    async def one(request: Request) -> str:
         pending = PendingReply()
         both.answers.append(pending)
         if both.stopped:
             pending.cancel()
-        async with self.replies.admission.slot(request.scope, pending):
-            generation = self.replies.engine.submit(request)
+        async with replies.admission.slot(request.scope, pending):
+            generation = replies.engine.submit(request)
             both.answers.append(generation)
             return await _read(generation)
 
-    def _request(self, caller: Caller, pair: Pair, number: int, ref: AdapterRef | None) -> Request:
-        name = f"comparison-{pair.id}-{number}"
-        question = Message(Role.USER, pair.question)
-        temperature = caller.channel.sampling.temperature
-        return self.replies.request(
-            caller, name, [question], ref, seed=pair.id, temperature=temperature, conversation=name
-        )
+    answers = await asyncio.gather(*map(one, requests), return_exceptions=True)
+    for found in answers:
+        if isinstance(found, BaseException):
+            raise found
+    return [found for found in answers if isinstance(found, str)]
 
 
 async def _read(generation: Generation) -> str:
@@ -267,10 +245,8 @@ def _pair(tx: Tx, inbox_id: int) -> Pair:
     assert found is not None, inbox_id
     if found["question"] is None:
         raise UserError("service.stopped")
-    order = (found["candidate"], found["other"])
-    return Pair(
-        found["id"], tx.cipher.unseal(found["question"]), order if found["candidate_first"] else (order[1], order[0])
-    )
+    one, two = ("candidate", "other") if found["candidate_first"] else ("other", "candidate")
+    return Pair(found["id"], tx.cipher.unseal(found["question"]), (found[one], found[two]))
 
 
 def _body(tx: Tx, caller: Caller, pair: Pair, answers: list[str]) -> Body:
@@ -283,21 +259,18 @@ def _body(tx: Tx, caller: Caller, pair: Pair, answers: list[str]) -> Body:
         head = say(language, "compare.identical", question=pair.question, answer=answers[0])
         return _with_score(tx, language, row, head)
     text = say(language, "compare.blind", question=pair.question, a=answers[0], b=answers[1])
-    buttons = tuple(
-        Button(say(language, f"compare.choose_{key}"), "command", f"/adapter choose {pair.id} {key}") for key in CHOICES
-    )
-    return Body(text, buttons)
+    told = ((say(language, f"compare.choose_{key}"), f"/adapter choose {pair.id} {key}") for key in ("a", "b", "same"))
+    return Body(text, tuple(Button(label, "command", line) for label, line in told))
 
 
 @lifecycle.erases(Stage.TEXT)
 def _erase(tx: Tx, erasure: Erasure) -> None:
-    tx.run(
-        "UPDATE comparison SET question = NULL WHERE actor = ? AND at_ms <= ?", [erasure.user_hash, erasure.until_ms]
-    )
+    sql = "UPDATE comparison SET question = NULL WHERE actor = ? AND at_ms <= ?"
+    tx.run(sql, [erasure.user_hash, erasure.until_ms])
 
 
 @lifecycle.prunes
 def _prunes(kept: Periods) -> list[Prune]:
     """A typed question is a message of a person; one from a test row goes with its data set, by a trigger."""
     typed = "question IS NOT NULL AND typed = 1 AND at_ms <= ?"
-    return [lifecycle.batch("UPDATE comparison SET question = NULL", "comparison", "id", typed, kept.conversation)]
+    return [lifecycle.batch("UPDATE comparison SET question = NULL", typed, kept.conversation)]

@@ -12,21 +12,11 @@ MAX_TURNS = 64
 
 def conversation_id(tx: Tx, at: Address, channel_id: int) -> int:
     """The conversation at this address, created if needed. It restarts when the place is bound to another channel."""
-    key = [at.platform, at.account, at.place, at.conversation]
-    found = tx.one(
-        "SELECT id, channel_id FROM conversation WHERE platform = ? AND account = ? AND place = ? AND conversation = ?",
-        key,
-    )
+    key = {"platform": at.platform, "account": at.account, "place": at.place, "conversation": at.conversation}
+    sql = f"SELECT id, channel_id FROM conversation WHERE {' AND '.join(f'{name} = ?' for name in key)}"
+    found = tx.one(sql, list(key.values()))
     if found is None:
-        return tx.insert(
-            "conversation",
-            platform=at.platform,
-            account=at.account,
-            place=at.place,
-            conversation=at.conversation,
-            channel_id=channel_id,
-            started_ms=tx.now_ms,
-        )
+        return tx.insert("conversation", **key, channel_id=channel_id, started_ms=tx.now_ms)
     if found["channel_id"] != channel_id:
         tx.run("DELETE FROM turn WHERE conversation_id = ?", [found["id"]])
         tx.run("UPDATE conversation SET channel_id = ? WHERE id = ?", [channel_id, found["id"]])
@@ -35,9 +25,8 @@ def conversation_id(tx: Tx, at: Address, channel_id: int) -> int:
 
 def history(tx: Tx, conversation: int) -> tuple[Message, ...]:
     """The last MAX_TURNS turns, oldest first, beginning with a question."""
-    rows = tx.all(
-        "SELECT role, text FROM turn WHERE conversation_id = ? ORDER BY id DESC LIMIT ?", [conversation, MAX_TURNS]
-    )
+    sql = "SELECT role, text FROM turn WHERE conversation_id = ? ORDER BY id DESC LIMIT ?"
+    rows = tx.all(sql, [conversation, MAX_TURNS])
     turns = [Message(Role(row["role"]), tx.cipher.unseal(row["text"])) for row in reversed(rows)]
     while turns and turns[0].role is Role.ASSISTANT:
         turns.pop(0)
@@ -50,15 +39,9 @@ def has_question(tx: Tx, conversation: int) -> bool:
 
 def append(tx: Tx, conversation: int, inbox_id: int, role: Role, text: str, user_hash: str) -> None:
     """Store a turn. `user_hash` is the person who asked, also for the answer: both are erased with that person."""
-    tx.insert(
-        "turn",
-        conversation_id=conversation,
-        inbox_id=inbox_id,
-        role=role.value,
-        text=tx.cipher.seal(text),
-        user_hash=user_hash,
-        at_ms=tx.now_ms,
-    )
+    sealed = tx.cipher.seal(text)
+    ids = {"conversation_id": conversation, "inbox_id": inbox_id}
+    tx.insert("turn", **ids, role=role.value, text=sealed, user_hash=user_hash, at_ms=tx.now_ms)
 
 
 def drop_last_answer(tx: Tx, conversation: int) -> None:
@@ -88,10 +71,8 @@ def set_refused(tx: Tx, conversation: int, user_hash: str, answer: int, *, refus
 
 def move_place(tx: Tx, platform: str, account: str, before: str, now: str) -> None:
     """Rename a place that the platform has renamed."""
-    tx.run(
-        "UPDATE OR IGNORE conversation SET place = ? WHERE platform = ? AND account = ? AND place = ?",
-        [now, platform, account, before],
-    )
+    sql = "UPDATE OR IGNORE conversation SET place = ? WHERE platform = ? AND account = ? AND place = ?"
+    tx.run(sql, [now, platform, account, before])
 
 
 @lifecycle.erases(Stage.TEXT)
@@ -115,6 +96,6 @@ def _prunes(kept: Periods) -> list[Prune]:
         " AND inbox.state NOT IN ('done', 'dead'))"
     )
     return [
-        lifecycle.batch("DELETE FROM turn", "turn", "id", "at_ms <= ?", kept.conversation),
-        lifecycle.batch("DELETE FROM conversation", "conversation", "id", unused, kept.conversation),
+        lifecycle.batch("DELETE FROM turn", "at_ms <= ?", kept.conversation),
+        lifecycle.batch("DELETE FROM conversation", unused, kept.conversation),
     ]

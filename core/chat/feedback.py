@@ -301,4 +301,4 @@ def _withdraw(tx: Tx, user_hash: str, channel_id: int) -> tuple[After, ...]:
 
 @lifecycle.prunes
 def _prunes(kept: Periods) -> list[Prune]:
-    return [lifecycle.batch("DELETE FROM example", "example", "generation_id", "at_ms <= ?", kept.dataset)]
+    return [lifecycle.batch("DELETE FROM example", "at_ms <= ?", kept.dataset, key="generation_id")]

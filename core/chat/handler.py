@@ -10,9 +10,8 @@ import logging
 from collections.abc import Awaitable, Callable
 
 from core.channels import bindings
-from core.chat import conversations, feedback, inbox
+from core.chat import comparisons, conversations, feedback, inbox
 from core.chat.caller import caller_of
-from core.chat.comparisons import Comparisons
 from core.chat.dispatch import dispatch
 from core.chat.inbox import InboxRow
 from core.chat.replies import Replies
@@ -154,7 +153,7 @@ class MessageHandler:
             case Effect.ANSWER_AGAIN:
                 await self._replies.generate(row, caller, "", again=True)
             case Effect.COMPARE_BLIND:
-                await Comparisons(self._replies).answer(row, caller)
+                await comparisons.answer(self._replies, row, caller)
 
     # --- the way out ---
 

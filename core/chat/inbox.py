@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Collection
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass, fields, replace
 
 from core.commands.parser import is_command, lane_of, read
 from core.commands.table import Call
@@ -59,13 +59,13 @@ class InboxRow:
     user_hash: str
     language: str
     update_key: str
-    text: str
-    command: Call | BadCommand | None  # or the error to report to its author
-    attachments: tuple[Attachment, ...]
-    action: str
-    value: str
     received_ms: int
     attempts: int
+    text: str = ""
+    command: Call | BadCommand | None = None  # or the error to report to its author
+    attachments: tuple[Attachment, ...] = ()
+    action: str = ""
+    value: str = ""
     answers: str = ""
     public: bool = False
     moderates: bool = False
@@ -87,7 +87,9 @@ def accept(tx: Tx, incoming: Incoming) -> int | None:
         "text": text,
         "command": command,
         "oversize": oversize,
-        "attachments": [asdict(_clean_attachment(attachment)) for attachment in incoming.attachments],
+        "attachments": [
+            asdict(replace(one, name=clean(one.name), media_type=clean(one.media_type))) for one in incoming.attachments
+        ],
         "action": incoming.action,
         "value": clean(incoming.value),
         "answers": incoming.answers,
@@ -97,11 +99,7 @@ def accept(tx: Tx, incoming: Incoming) -> int | None:
     to = incoming.address
     return _insert(
         tx,
-        platform=to.platform,
-        account=to.account,
-        place=to.place,
-        conversation=to.conversation,
-        reply_to=to.reply_to,
+        **asdict(to),
         user_hash=tx.cipher.hash_user(to.platform, to.account, incoming.user),
         lane=lane_of(command) if command else incoming.lane,
         kind=incoming.kind,
@@ -168,46 +166,36 @@ def is_generated(tx: Tx, inbox_id: int) -> bool:
 
 def close(tx: Tx, inbox_id: int, outcome: str, *, dead: bool = False) -> None:
     """Close a row as done or dead. A closed row stays as it is."""
-    tx.run(
-        "UPDATE inbox SET state = ?, outcome = ?, closed_ms = ? WHERE id = ? AND state NOT IN ('done', 'dead')",
-        ["dead" if dead else "done", outcome, tx.now_ms, inbox_id],
-    )
+    sql = "UPDATE inbox SET state = ?, outcome = ?, closed_ms = ? WHERE id = ? AND state NOT IN ('done', 'dead')"
+    tx.run(sql, ["dead" if dead else "done", outcome, tx.now_ms, inbox_id])
 
 
 def controls_after(tx: Tx, row: InboxRow) -> list[InboxRow]:
     """Control rows (stops, presses) of the same conversation after this turn."""
     sql = f"SELECT * FROM inbox NOT INDEXED WHERE id > ? AND lane = 'control' AND {_HERE}"
-    return [_row(tx, one) for one in tx.all(sql, [row.id, *_here(row)])]
+    return [_row(tx, one) for one in tx.all(sql, [row.id, *_here(row.address)])]
 
 
 def turn_before_closed_ms(tx: Tx, row: InboxRow) -> int | None:
     """When the turn before this one was closed; None where it is open, or there is none."""
     sql = f"SELECT closed_ms FROM inbox NOT INDEXED WHERE id < ? AND lane = 'turn' AND {_HERE} ORDER BY id DESC LIMIT 1"
-    return tx.value(sql, [row.id, *_here(row)])  # type: ignore[no-any-return]
+    return tx.value(sql, [row.id, *_here(row.address)])  # type: ignore[no-any-return]
 
 
 def open_rows(tx: Tx, platform: str, account: str) -> int:
     """Open rows of this account, and undelivered messages of its jobs."""
-    messages = tx.value(
-        "SELECT count(*) FROM inbox WHERE platform = ? AND account = ? AND state IN ('new', 'running', 'generated')",
-        [platform, account],
+    sql = (
+        "SELECT (SELECT count(*) FROM inbox WHERE platform = ?1 AND account = ?2 AND state IN ('new', 'running',"
+        " 'generated')) + (SELECT count(*) FROM delivery JOIN job ON job.id = delivery.job_id"
+        " WHERE job.platform = ?1 AND job.account = ?2 AND delivery.state IN ('open', 'generated'))"
     )
-    jobs = tx.value(
-        "SELECT count(*) FROM delivery JOIN job ON job.id = delivery.job_id"
-        " WHERE job.platform = ? AND job.account = ? AND delivery.state IN ('open', 'generated')",
-        [platform, account],
-    )
-    return int(messages) + int(jobs)
+    return int(tx.value(sql, [platform, account]))
 
 
 def limited_lately(tx: Tx, row: InboxRow, window_ms: int) -> bool:
     """Whether a limit was reported to this person in this place within the window."""
-    return bool(
-        tx.value(
-            "SELECT 1 FROM inbox WHERE user_hash = ? AND place = ? AND outcome = 'limited' AND closed_ms > ?",
-            [row.user_hash, row.address.place, tx.now_ms - window_ms],
-        )
-    )
+    sql = "SELECT 1 FROM inbox WHERE user_hash = ? AND place = ? AND outcome = 'limited' AND closed_ms > ?"
+    return bool(tx.value(sql, [row.user_hash, row.address.place, tx.now_ms - window_ms]))
 
 
 def is_forgotten(tx: Tx, inbox_id: int) -> bool:
@@ -217,10 +205,8 @@ def is_forgotten(tx: Tx, inbox_id: int) -> bool:
 
 def running_user(tx: Tx, at: Address) -> str | None:
     """Who asked for the reply that is being written in that conversation."""
-    return tx.value(  # type: ignore[no-any-return]
-        f"SELECT user_hash FROM inbox WHERE {_HERE} AND lane = 'turn' AND state = 'running'",
-        [at.platform, at.account, at.place, at.conversation],
-    )
+    sql = f"SELECT user_hash FROM inbox WHERE {_HERE} AND lane = 'turn' AND state = 'running'"
+    return tx.value(sql, _here(at))  # type: ignore[no-any-return]
 
 
 def has_message(tx: Tx, platform: str, account: str, message_key: str) -> bool:
@@ -234,13 +220,8 @@ def clean(text: str) -> str:
     return text.replace("\x00", "\ufffd").encode("utf-8", "replace").decode("utf-8") if text else text
 
 
-def _here(row: InboxRow) -> list[Value]:
-    to = row.address
-    return [to.platform, to.account, to.place, to.conversation]
-
-
-def _clean_attachment(given: Attachment) -> Attachment:
-    return replace(given, name=clean(given.name), media_type=clean(given.media_type))
+def _here(at: Address) -> list[Value]:
+    return [at.platform, at.account, at.place, at.conversation]
 
 
 def _row(tx: Tx, row: Row) -> InboxRow:
@@ -249,35 +230,19 @@ def _row(tx: Tx, row: Row) -> InboxRow:
         payload = json.loads(tx.cipher.unseal(row["payload"])) if row["payload"] else {}
     except StoredUnreadable:  # the handler refuses it
         payload, readable = {}, False
+    payload["command"] = read(payload["command"]) if payload.get("command") else None
+    payload["attachments"] = tuple(Attachment(**given) for given in payload.get("attachments", ()))
+    own = {name: row[name] for name in ("id", "user_hash", "language", "update_key", "received_ms", "attempts")}
+    address = Address(*(row[one.name] for one in fields(Address)))
     return InboxRow(
-        id=row["id"],
-        lane=Lane(row["lane"]),
-        kind=Kind(row["kind"]),
-        address=Address(row["platform"], row["account"], row["place"], row["conversation"], row["reply_to"]),
-        user_hash=row["user_hash"],
-        language=row["language"],
-        update_key=row["update_key"],
-        text=payload.get("text", ""),
-        command=read(payload["command"]) if payload.get("command") else None,
-        attachments=tuple(Attachment(**given) for given in payload.get("attachments", ())),
-        action=payload.get("action", ""),
-        value=payload.get("value", ""),
-        received_ms=row["received_ms"],
-        attempts=row["attempts"],
-        answers=payload.get("answers", ""),
-        public=payload.get("public", False),
-        moderates=payload.get("moderates", False),
-        oversize=payload.get("oversize", 0),
-        readable=readable,
+        lane=Lane(row["lane"]), kind=Kind(row["kind"]), address=address, readable=readable, **own, **payload
     )
 
 
 def move_place(tx: Tx, platform: str, account: str, before: str, now: str) -> None:
     """Rename a place that the platform has renamed."""
-    tx.run(
-        "UPDATE OR IGNORE inbox SET place = ? WHERE platform = ? AND account = ? AND place = ?",
-        [now, platform, account, before],
-    )
+    sql = "UPDATE OR IGNORE inbox SET place = ? WHERE platform = ? AND account = ? AND place = ?"
+    tx.run(sql, [now, platform, account, before])
 
 
 def open_by_state(tx: Tx) -> dict[str, int]:
@@ -312,21 +277,14 @@ def _erase(tx: Tx, erasure: Erasure) -> None:
 def _prunes(kept: Periods) -> list[Prune]:
     """Addresses go when nothing can be written there any more; a forgotten person's hash after the longest limit."""
     payload = "UPDATE inbox SET payload = NULL"
+    closed = "place <> '' AND state IN ('done', 'dead') AND closed_ms <= ?"
     forgotten = (
         "user_hash <> '' AND received_ms <= ? AND EXISTS (SELECT 1 FROM erasure"
         " WHERE erasure.user_hash = inbox.user_hash AND erasure.at_ms >= received_ms)"
     )
     return [
-        lifecycle.batch(
-            payload, "inbox", "id", "payload IS NOT NULL AND state = 'done' AND closed_ms <= ?", kept.payload
-        ),
-        lifecycle.batch(payload, "inbox", "id", "payload IS NOT NULL AND state = 'dead' AND closed_ms <= ?", kept.dead),
-        lifecycle.batch(
-            "UPDATE inbox SET place = '', conversation = '', reply_to = ''",
-            "inbox",
-            "id",
-            "place <> '' AND state IN ('done', 'dead') AND closed_ms <= ?",
-            kept.dead,
-        ),
-        lifecycle.batch("UPDATE inbox SET user_hash = ''", "inbox", "id", forgotten, HOUR_MS),
+        lifecycle.batch(payload, "payload IS NOT NULL AND state = 'done' AND closed_ms <= ?", kept.payload),
+        lifecycle.batch(payload, "payload IS NOT NULL AND state = 'dead' AND closed_ms <= ?", kept.dead),
+        lifecycle.batch("UPDATE inbox SET place = '', conversation = '', reply_to = ''", closed, kept.dead),
+        lifecycle.batch("UPDATE inbox SET user_hash = ''", forgotten, HOUR_MS),
     ]

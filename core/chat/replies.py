@@ -10,9 +10,8 @@ import asyncio
 import hashlib
 import logging
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
-from typing import Protocol
 
 from core.adapters import folders, registry
 from core.channels import adapter_names
@@ -27,13 +26,14 @@ from core.engine.protocol import Delta, Engine, Finished, FinishReason, Generati
 from core.errors import AdapterUnusable, AppError, EngineError, UserError
 from core.i18n.messages import say
 from core.storage import lifecycle
-from core.storage.database import Database, Tx
+from core.storage.database import Database, Tx, Value
 from core.storage.home import Home
 from core.storage.lifecycle import HOUR_MS, Erasure, Periods, Prune, Stage
 from core.types import AdapterRef, Address, Body, Button, Caller, Handle, Message, Role, Sampling
 from core.usage import ledger, limits, prices
 
 log = logging.getLogger(__name__)
+_CUT = {FinishReason.LENGTH: "service.cut_length", FinishReason.DEADLINE: "service.cut_deadline"}
 _RETRY_TEMPERATURE = 0.7  # at least: another reply to the same question has to differ
 
 
@@ -48,16 +48,12 @@ class PinnedReply:
     messages: tuple[Message, ...]
 
 
-class Stoppable(Protocol):
-    def cancel(self) -> None: ...
-
-
 @dataclass(frozen=True, slots=True)
 class RunningReply:
     """A reply that a stop can cancel, and the person who asked for it."""
 
     user: str
-    answer: Stoppable
+    cancel: Callable[[], None]
 
 
 @dataclass(slots=True)
@@ -80,7 +76,7 @@ class Replies:
         """
         key = replace(caller.address, reply_to="")
         pending = PendingReply()
-        self.running[key] = RunningReply(caller.user, pending)
+        self.running[key] = RunningReply(caller.user, pending.cancel)
         try:
             # a stop that was accepted before this is in the inbox; a later one cancels `pending`
             if await self.database.read(lambda tx: stopped_since(tx, row, caller.channel.id)):
@@ -89,30 +85,22 @@ class Replies:
             if pinned.adapter is not None:
                 await asyncio.to_thread(folders.verify, pinned.adapter)
             handle = await deliver(lambda: self.deliveries.open(pinned.delivery_id, caller.address))
-            temperature = caller.channel.sampling.temperature
+            warmth = max(caller.channel.sampling.temperature, _RETRY_TEMPERATURE if again else 0.0)
+            conversation = str(caller.conversation_id)
             request = self.request(
-                caller,
-                pinned.generation_id,
-                pinned.messages,
-                pinned.adapter,
-                seed=pinned.seed,
-                temperature=max(temperature, _RETRY_TEMPERATURE) if again else temperature,
-                conversation=str(caller.conversation_id),
+                caller, pinned.generation_id, pinned.messages, pinned.adapter, pinned.seed, conversation, warmth
             )
             async with self.admission.slot(request.scope, pending):
                 began = time.monotonic()
                 generation = self.engine.submit(request)
-                self.running[key] = RunningReply(caller.user, generation)
+                self.running[key] = RunningReply(caller.user, generation.cancel)
                 answer, finished = await self._read(generation, handle, caller.address)
         finally:
             del self.running[key]
         if not answer.strip():
             await self.database.write(lambda tx: _count(tx, pinned, finished))
-            raise (
-                UserError("service.stopped")
-                if finished.reason is FinishReason.CANCELLED
-                else EngineError("service.empty")
-            )
+            stopped = finished.reason is FinishReason.CANCELLED
+            raise UserError("service.stopped") if stopped else EngineError("service.empty")
         body = self._body(caller.language, pinned, answer, finished, time.monotonic() - began)
         await self.database.write(lambda tx: _keep(tx, row, pinned, body, finished))
 
@@ -120,35 +108,30 @@ class Replies:
         """Stop the reply in progress there, if `user` asked for it ("": anybody). The text so far becomes the reply."""
         running = self.running.get(replace(at, reply_to=""))
         if running is not None and user in ("", running.user):
-            running.answer.cancel()
+            running.cancel()
 
     def stop_all(self) -> None:
         for running in list(self.running.values()):
-            running.answer.cancel()
+            running.cancel()
 
     def _pin(self, tx: Tx, row: InboxRow, caller: Caller, text: str, *, again: bool) -> PinnedReply:
         channel = caller.channel
-        generation_id = hashlib.sha256(
-            "|".join((row.address.platform, row.address.account, row.update_key)).encode()
-        ).hexdigest()[:32]
+        update = f"{row.address.platform}|{row.address.account}|{row.update_key}"
+        generation_id = hashlib.sha256(update.encode()).hexdigest()[:32]
         found = tx.one("SELECT adapter, seed FROM generation WHERE id = ?", [generation_id])
         if found is None:
             limits.check(tx, caller)
             sha256, _ = adapter_names.champion(tx, channel.adapter)
             seed = int(generation_id[:8], 16)
-            tx.insert(
-                "generation",
-                id=generation_id,
-                inbox_id=row.id,
-                channel_id=channel.id,
-                user_hash=caller.user,
-                adapter=sha256,
-                price_id=prices.price_now(tx, channel.id).id,
-                seed=seed,
-                state="running",
-                retry=int(again),
-                started_ms=tx.now_ms,
-            )
+            price = prices.price_now(tx, channel.id).id
+            about: dict[str, Value] = {
+                "id": generation_id,
+                "inbox_id": row.id,
+                "channel_id": channel.id,
+                "user_hash": caller.user,
+            }
+            pinned: dict[str, Value] = {"adapter": sha256, "price_id": price, "seed": seed, "retry": int(again)}
+            tx.insert("generation", **about, **pinned, state="running", started_ms=tx.now_ms)
         else:
             sha256, seed = found["adapter"], found["seed"]
         past = conversations.history(tx, caller.conversation_id)
@@ -156,11 +139,9 @@ class Replies:
             last = max((i for i, turn in enumerate(past) if turn.role is Role.USER), default=-1)
             if last < 0:
                 raise UserError("service.nothing_to_retry")
-            past = past[: last + 1]
-        else:
-            past = (*past, Message(Role.USER, text))
+        messages = past[: last + 1] if again else (*past, Message(Role.USER, text))
         delivery_id = new_delivery(tx, inbox_id=row.id)
-        return PinnedReply(generation_id, delivery_id, self.adapter_ref(tx, sha256), seed, past)
+        return PinnedReply(generation_id, delivery_id, self.adapter_ref(tx, sha256), seed, messages)
 
     def adapter_ref(self, tx: Tx, sha256: str | None) -> AdapterRef | None:
         """The version's folder; None is the base model. Raises AdapterUnusable, rather than use another version."""
@@ -169,11 +150,8 @@ class Replies:
         version = registry.by_sha(tx, sha256)
         if version.base_fingerprint != self.engine.info.fingerprint:
             trained_on, loaded = version.base_fingerprint[:12], self.engine.info.model
-            raise AdapterUnusable(
-                "error.adapter_other_base",
-                f"{version.label} was trained on base model {trained_on}, loaded is {loaded}",
-                label=version.label,
-            )
+            told = f"{version.label} was trained on base model {trained_on}, loaded is {loaded}"
+            raise AdapterUnusable("error.adapter_other_base", told, label=version.label)
         if version.unpublished:
             raise AdapterUnusable(detail=f"{version.label} is unpublished", label=version.label)
         return AdapterRef(sha256, self.home.adapters / sha256, version.label)
@@ -184,24 +162,19 @@ class Replies:
         request_id: str,
         messages: Sequence[Message],
         adapter: AdapterRef | None,
-        *,
         seed: int,
-        temperature: float,
-        conversation: str = "",
+        conversation: str,
+        temperature: float | None = None,
     ) -> Request:
         """A request under the instructions, sampling and limits of the caller's channel."""
         channel = caller.channel
         system = (Message(Role.SYSTEM, channel.instructions),) if channel.instructions else ()
+        own, limit = channel.sampling, channel.limits.tokens_out
+        warmth = own.temperature if temperature is None else temperature
         return Request(
             id=request_id,
             messages=(*system, *messages),
-            sampling=replace(
-                self.sampling,
-                temperature=temperature,
-                top_p=channel.sampling.top_p,
-                seed=seed,
-                max_tokens=channel.limits.tokens_out,
-            ),
+            sampling=replace(self.sampling, temperature=warmth, top_p=own.top_p, seed=seed, max_tokens=limit),
             adapter=adapter,
             scope=Scope(channel.partner, channel.name, caller.user, conversation, channel.weight),
             max_prompt_tokens=channel.limits.tokens_in,
@@ -233,11 +206,8 @@ class Replies:
         return view.text, finished
 
     def _body(self, language: str, pinned: PinnedReply, answer: str, finished: Finished, seconds: float) -> Body:
-        tokens = finished.usage.completion_tokens
-        cut = {FinishReason.LENGTH: "service.cut_length", FinishReason.DEADLINE: "service.cut_deadline"}.get(
-            finished.reason
-        )
-        note = say(language, "service.note", tokens=tokens, seconds=f"{seconds:.1f}")
+        cut = _CUT.get(finished.reason)
+        note = say(language, "service.note", tokens=finished.usage.completion_tokens, seconds=f"{seconds:.1f}")
         go_on = (Button(say(language, "service.continue"), "say", say(language, "service.continue_asked")),)
         return Body(
             answer.strip(),
@@ -255,9 +225,8 @@ def settle(tx: Tx, row: InboxRow, body: Body) -> None:
     """In the transaction of the last receipt: charge, store both turns, close the row."""
     if not inbox.is_generated(tx, row.id):  # erased meanwhile
         return
-    generation = tx.one(
-        "SELECT id, channel_id, retry FROM generation WHERE inbox_id = ? AND state = 'generated'", [row.id]
-    )
+    sql = "SELECT id, channel_id, retry FROM generation WHERE inbox_id = ? AND state = 'generated'"
+    generation = tx.one(sql, [row.id])
     assert generation is not None, row.id
     tx.run("UPDATE generation SET state = 'delivered', ended_ms = ? WHERE id = ?", [tx.now_ms, generation["id"]])
     ledger.charge(tx, generation["id"])
@@ -272,10 +241,8 @@ def settle(tx: Tx, row: InboxRow, body: Body) -> None:
 
 def fail(tx: Tx, row: InboxRow) -> None:
     """End its generation without a charge; the tokens stay recorded."""
-    tx.run(
-        "UPDATE generation SET state = 'failed', ended_ms = ? WHERE inbox_id = ? AND state <> 'delivered'",
-        [tx.now_ms, row.id],
-    )
+    sql = "UPDATE generation SET state = 'failed', ended_ms = ? WHERE inbox_id = ? AND state <> 'delivered'"
+    tx.run(sql, [tx.now_ms, row.id])
 
 
 def _keep(tx: Tx, row: InboxRow, pinned: PinnedReply, body: Body, finished: Finished) -> None:
@@ -314,4 +281,4 @@ def _prunes(kept: Periods) -> list[Prune]:
         "user_hash <> '' AND started_ms <= ? AND EXISTS (SELECT 1 FROM erasure"
         " WHERE erasure.user_hash = generation.user_hash AND at_ms >= started_ms)"
     )
-    return [lifecycle.batch("UPDATE generation SET user_hash = ''", "generation", "id", forgotten, HOUR_MS)]
+    return [lifecycle.batch("UPDATE generation SET user_hash = ''", forgotten, HOUR_MS)]

@@ -7,7 +7,7 @@ pydantic; a refusal is a `Refusal`, which says what is allowed in the language o
 from __future__ import annotations
 
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass
 from difflib import get_close_matches
 from functools import cache
@@ -46,9 +46,7 @@ def key(
     """
     if pattern := bounds.get("pattern"):
         bounds["pattern"] = f"^(?:{pattern})$"
-    metadata = {
-        "help": help, "chat": chat, "file": file, "secret": secret, "shape": shape, "example": example, "bounds": bounds
-    }  # fmt: skip
+    metadata = dict(help=help, chat=chat, file=file, secret=secret, shape=shape, example=example, bounds=bounds)  # noqa: C408
     made: Any = field(default=default, metadata=metadata, repr=not secret)
     return made  # type: ignore[no-any-return]
 
@@ -84,8 +82,7 @@ class Key:
         return self.schema["maximum"]  # type: ignore[no-any-return]
 
     @property
-    def longest(self) -> int:
-        """The most characters of a text; 0 where there is no bound."""
+    def longest(self) -> int:  # characters of a text; 0 is no bound
         return int(self.schema.get("maxLength", 0))
 
     @property
@@ -109,17 +106,16 @@ class Key:
 
     def parse(self, text: str) -> Any:
         """The typed value of what a person types. Raises Refusal."""
-        value: object = text
         match self.schema.get("type"):
             case "boolean":
-                value = {"true": True, "false": False}.get(text.lower(), text)
+                return self.read({"true": True, "false": False}.get(text.lower(), text))
             case "integer" if _INTEGER.fullmatch(text):
-                value = int(text)
+                return self.read(int(text))
             case "number" if _NUMBER.fullmatch(text):
-                value = float(text)
+                return self.read(float(text))
             case "array":
-                value = [one.strip() for one in re.split(r"[|\n]", text) if one.strip()]
-        return self.read(value)
+                return self.read([one.strip() for one in re.split(r"[|\n]", text) if one.strip()])
+        return self.read(text)
 
     def needs(self) -> Lazy:
         """What is allowed, as a clause."""
@@ -145,16 +141,14 @@ class Key:
         return Lazy("setting.shorter", limit=self.longest) if self.longest else Lazy("setting.text")
 
 
-def keys(section: Any) -> Mapping[str, Key]:
-    """The settings of a section, by name, in the order of its fields; `kind`, which says what the others do, first."""
-    return _keys(section)
-
-
-@cache
 def _keys(section: Any) -> Mapping[str, Key]:
+    """The settings of a section, by name, in the order of its fields; `kind`, which says what the others do, first."""
     hints = get_type_hints(section, include_extras=True)
     made = (one for one in fields(section) if "help" in one.metadata)
     return {one.name: _key(one, hints[one.name]) for one in sorted(made, key=lambda one: one.name != "kind")}
+
+
+keys: Callable[[Any], Mapping[str, Key]] = cache(_keys)  # a plain `cache` takes no generic type
 
 
 def _key(one: Field[Any], hint: Any) -> Key:
@@ -173,10 +167,6 @@ def _key(one: Field[Any], hint: Any) -> Key:
 # --- kinds of values ---
 
 
-def _single_line(text: str) -> str:
-    return " ".join(text.split())
-
-
 def _language(text: str) -> str:
     if text.lower() in ("", "auto"):
         return ""
@@ -193,8 +183,7 @@ def _place(text: str) -> str:
 
 
 def _listen(text: str) -> str:
-    found = _LISTEN.fullmatch(text)
-    if text and (found is None or int(found[1]) > 65535):
+    if text and not ((found := _LISTEN.fullmatch(text)) and int(found[1]) <= 65535):
         raise Refusal("setting.listen")
     return text
 
@@ -208,24 +197,12 @@ def _percent(value: object) -> object:
     return value
 
 
-def _basis_points(percent: float) -> float:
-    return round(percent, 2)
-
-
-Line = Annotated[str, AfterValidator(_single_line)]
-"""Text without line breaks."""
-
-Language = Annotated[str, AfterValidator(_language)]
-"""The code of a language that has a file in core/i18n; "" is each person's own."""
-
-Place = Annotated[str, AfterValidator(_place)]
-"""platform:account or platform:account/place."""
-
-Listen = Annotated[str, AfterValidator(_listen)]
-"""host:port; "" is off."""
-
-Percent = Annotated[float, pydantic.Field(ge=0, le=100), BeforeValidator(_percent), AfterValidator(_basis_points)]
-"""30 and "30%" are 30 percent; to a hundredth, as it is stored."""
+Line = Annotated[str, AfterValidator(lambda text: " ".join(text.split()))]  # text without line breaks
+Language = Annotated[str, AfterValidator(_language)]  # of a file in core/i18n; "" is each person's own
+Place = Annotated[str, AfterValidator(_place)]  # platform:account or platform:account/place
+Listen = Annotated[str, AfterValidator(_listen)]  # host:port; "" is off
+_HUNDREDTHS = AfterValidator(lambda percent: round(percent, 2))  # as it is stored
+Percent = Annotated[float, pydantic.Field(ge=0, le=100), BeforeValidator(_percent), _HUNDREDTHS]  # 30 and "30%" are one
 
 
 def host_and_port(listen: str) -> tuple[str, int]:
@@ -304,8 +281,7 @@ def toml(value: object) -> str:
         case bool():
             return str(value).lower()
         case str():
-            escaped = value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n")
-            return f'"{escaped}"'
+            return '"' + value.replace("\\", "\\\\").replace('"', '\\"').replace("\n", "\\n") + '"'
         case list() | tuple():
             return "[" + ", ".join(toml(inner) for inner in value) + "]"
         case Mapping():

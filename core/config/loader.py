@@ -49,22 +49,22 @@ def examine_file(file: Path | None, environment: Mapping[str, str]) -> tuple[Con
 
     Raises BadConfig for a file that cannot be read at all.
     """
-    if file is None:
-        return Config(), []
     try:
-        given = tomllib.loads(file.read_text(encoding="utf-8"))
+        given = tomllib.loads(file.read_text(encoding="utf-8")) if file else {}
     except OSError as error:
         raise bad_config(file, [f"cannot be read: {error.strerror}"]) from error
     except ValueError as error:
         raise bad_config(file, [f"is not TOML: {error}"]) from error
-    return _examine(given, environment, file)
+    reader = _Reader(environment)
+    return reader.config(reader.fill(given), file), reader.lines
 
 
-def read_config(given: Mapping[str, Any], environment: Mapping[str, str], file: Path | None = None) -> Config:
+def read_config(given: Mapping[str, Any], environment: Mapping[str, str]) -> Config:
     """The configuration of a parsed file. Raises BadConfig with every problem."""
-    config, problems = _examine(given, environment, file)
-    if problems:
-        raise bad_config(file, problems)
+    reader = _Reader(environment)
+    config = reader.config(reader.fill(given), None)
+    if reader.lines:
+        raise bad_config(None, reader.lines)
     return config
 
 
@@ -81,12 +81,6 @@ def bad_config(file: Path | None, problems: list[str]) -> BadConfig:
     where = str(file) if file else "the configuration"
     lines = "\n".join(f"  {problem}" for problem in problems)
     return BadConfig(detail=f"{where}:\n{lines}", file=where, problems="\n".join(problems))
-
-
-def _examine(given: Mapping[str, Any], environment: Mapping[str, str], file: Path | None) -> tuple[Config, list[str]]:
-    reader = _Reader(environment)
-    config = reader.config(reader.fill(given), file)
-    return config, reader.lines
 
 
 class _Reader(Problems):
@@ -106,7 +100,10 @@ class _Reader(Problems):
         if parts["engine"].kind == "remote" and not parts["engine"].url:
             self.lines.append('engine.url is empty; engine.kind = "remote" needs the address of its server')
         parts |= _with_preset(parts["finetune"], given.get("finetune", {}))
-        partners = {name: self.partner(name, table) for name, table in self.tables(given, "partners")}
+        partners = {
+            name: self.section(PartnerSettings, f"partners.{name}", table, written=frozenset(table))
+            for name, table in self.tables(given, "partners")
+        }
         channels = {
             name: self.channel(name, table, parts["limits"], partners) for name, table in self.tables(given, "channels")
         }
@@ -133,9 +130,6 @@ class _Reader(Problems):
             else:
                 found.append((name, table))
         return found
-
-    def partner(self, name: str, table: Mapping[str, Any]) -> PartnerSettings:
-        return self.section(PartnerSettings, f"partners.{name}", table, written=frozenset(table))
 
     def channel(
         self, name: str, table: Mapping[str, Any], limits: Limits, partners: Mapping[str, PartnerSettings]
@@ -185,9 +179,6 @@ class _Reader(Problems):
 
 def _with_preset(chosen: Any, written: object) -> dict[str, Any]:
     """[finetune] with its preset, and the hyper-parameters under every preset; what the file sets wins."""
-    own = (
-        {name: getattr(chosen, name) for name in written if name in keys(type(chosen))}
-        if isinstance(written, Mapping)
-        else {}
-    )
+    names = keys(type(chosen)).keys() & (written if isinstance(written, Mapping) else ())
+    own = {name: getattr(chosen, name) for name in names}
     return {"finetune": replace(chosen, **{**PRESETS[chosen.preset], **own}), "finetune_presets": presets(own)}

@@ -17,12 +17,9 @@ from core.types import Limits
 _DAYS = 36_500
 Temperature = Annotated[float, pydantic.Field(ge=0, le=2)]
 TopP = Annotated[float, pydantic.Field(ge=0.01, le=1)]
-RESERVED = frozenset({"base", "all"})
-"""Names that no channel has: base is an adapter version, all is every channel."""
-
+RESERVED = frozenset({"base", "all"})  # names that no channel has: base is an adapter version, all is every channel
 PRICES = ("price_in", "price_out", "price_train", "share")
-OWNER_PARTNER = "owner"
-"""The partner that every home has."""
+OWNER_PARTNER = "owner"  # the partner that every home has
 
 
 @dataclass(frozen=True, slots=True)
@@ -183,7 +180,7 @@ class Config:
     secrets: frozenset[str] = field(default=frozenset(), repr=False)  # their values: never shown, never logged
 
 
-SECTIONS: Mapping[str, type] = {
+SECTIONS: Mapping[str, type] = {  # in the order in which they are shown; a bot brings the definition of its own
     "model": ModelSettings,
     "engine": EngineChoice,
     "generation": GenerationDefaults,
@@ -195,7 +192,6 @@ SECTIONS: Mapping[str, type] = {
     "partners.NAME": PartnerSettings,
     "channels.NAME": ChannelSettings,
 }
-"""The tables of a configuration, in the order in which they are shown; a bot brings the definition of its own."""
 
 
 @cache

@@ -23,7 +23,7 @@ from core.types import Address, Attachment, Body, Handle, Receipt
 
 log = logging.getLogger(__name__)
 _BODY = TypeAdapter(Body)
-CHOOSE_S = 15.0
+_CHOOSE_S = 15.0
 _GONE_TWICE = "the message that replaces a deleted one is gone as well"
 
 
@@ -51,10 +51,9 @@ class Deliveries:
         return (to.platform, to.account) in self._sinks
 
     def _sink(self, to: Address) -> MessageSink:
-        try:
-            return self._sinks[to.platform, to.account]
-        except KeyError:
-            raise AppError(detail=f"no bot is running for {to.platform} {to.account}") from None
+        if not self.reaches(to):
+            raise AppError(detail=f"no bot is running for {to.platform} {to.account}")
+        return self._sinks[to.platform, to.account]
 
     def fetch(self, to: Address, attachment: Attachment) -> AsyncIterator[bytes]:
         """The content of a file that was sent there. Raises BadInput where the platform cannot give it."""
@@ -65,12 +64,10 @@ class Deliveries:
 
     async def choose(self, to: Address, label: str) -> None:
         """Replace the pressed buttons by the chosen label. Best effort."""
-        sink = self._sink(to)
-        if not isinstance(sink, SupportsChoose):
-            return
         try:
-            async with asyncio.timeout(CHOOSE_S):
-                await sink.choose(to, label)
+            async with asyncio.timeout(_CHOOSE_S):
+                if isinstance(sink := self._sink(to), SupportsChoose):
+                    await sink.choose(to, label)
         except Exception as error:  # a sink may raise anything; the answer is delivered already
             log.info("delivery.not_chosen", extra={"error": type(error).__name__})
 
@@ -128,17 +125,12 @@ class Deliveries:
             if isinstance(ended, Reopened):
                 raise AppError(detail=_GONE_TWICE)
             receipt = ended
-        written = receipt
-        await self.database.write(lambda tx: _keep_receipt(tx, delivery_id, number, written, settle))
+        await self.database.write(lambda tx: _keep_receipt(tx, delivery_id, number, receipt, settle))
 
     async def _keep_handle(self, delivery_id: int, number: int, handle: Handle) -> None:
-        await self.database.write(
-            lambda tx: tx.run(
-                "INSERT INTO part (delivery_id, number, handle) VALUES (?, ?, ?)"
-                " ON CONFLICT DO UPDATE SET handle = excluded.handle",
-                [delivery_id, number, handle],
-            )
-        )
+        new = "INSERT INTO part (delivery_id, number, handle) VALUES (?, ?, ?)"
+        sql = f"{new} ON CONFLICT DO UPDATE SET handle = excluded.handle"
+        await self.database.write(lambda tx: tx.run(sql, [delivery_id, number, handle]))
 
 
 # --- rows: run inside a transaction ---
@@ -153,10 +145,8 @@ def new_delivery(tx: Tx, *, inbox_id: int | None = None, job_id: int | None = No
 
 def keep_body(tx: Tx, delivery_id: int, body: Body) -> None:
     """Store the final text, before its first part is written."""
-    tx.run(
-        "UPDATE delivery SET state = 'generated', body = ? WHERE id = ?",
-        [tx.cipher.seal(_BODY.dump_json(body).decode()), delivery_id],
-    )
+    sealed = tx.cipher.seal(_BODY.dump_json(body).decode())
+    tx.run("UPDATE delivery SET state = 'generated', body = ? WHERE id = ?", [sealed, delivery_id])
 
 
 def kept_body(tx: Tx, delivery_id: int) -> Body | None:
@@ -213,30 +203,22 @@ def _erase(tx: Tx, erasure: Erasure) -> None:
 def _prunes(kept: Periods) -> list[Prune]:
     """Bodies go with the text of their message; handles and receipts name a place, and go with the place."""
     closed = "inbox.state IN ('done', 'dead') AND closed_ms <= ?"
-    parts = "UPDATE part SET handle = '', receipt = ''"
-    sent = "NOT EXISTS (SELECT 1 FROM delivery WHERE job_id = job.id AND state IN ('open', 'generated'))"
+    sent = (
+        "ended_ms <= ? AND NOT EXISTS (SELECT 1 FROM delivery WHERE job_id = job.id AND state IN ('open', 'generated'))"
+    )
     return [
         lifecycle.batch(
             "UPDATE delivery SET body = NULL",
-            "delivery",
-            "id",
             f"body IS NOT NULL AND EXISTS (SELECT 1 FROM inbox WHERE inbox.id = inbox_id AND {closed})",
             kept.payload,
         ),
-        lifecycle.batch(
-            parts,
-            "part",
-            "delivery_id",
-            "handle <> '' AND delivery_id IN"
-            f" (SELECT delivery.id FROM delivery JOIN inbox ON inbox.id = inbox_id WHERE {closed})",
-            kept.dead,
-        ),
-        lifecycle.batch(
-            parts,
-            "part",
-            "delivery_id",
-            "handle <> '' AND delivery_id IN"
-            f" (SELECT delivery.id FROM delivery JOIN job ON job.id = job_id WHERE ended_ms <= ? AND {sent})",
-            kept.dead,
+        *(
+            lifecycle.batch(
+                "UPDATE part SET handle = '', receipt = ''",
+                f"handle <> '' AND delivery_id IN (SELECT delivery.id FROM delivery JOIN {ended})",
+                kept.dead,
+                key="delivery_id",
+            )
+            for ended in (f"inbox ON inbox.id = inbox_id WHERE {closed}", f"job ON job.id = job_id WHERE {sent}")
         ),
     ]

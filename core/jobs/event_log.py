@@ -100,4 +100,4 @@ def unpublished_folder(tx: Tx, job_id: int) -> str:
 @lifecycle.prunes
 def _prunes(kept: Periods) -> list[Prune]:
     ended = "job_id IN (SELECT id FROM job WHERE ended_ms <= ?)"
-    return [lifecycle.batch("DELETE FROM job_event", "job_event", "job_id", ended, kept.dataset)]
+    return [lifecycle.batch("DELETE FROM job_event", ended, kept.dataset, key="job_id")]

@@ -375,7 +375,7 @@ def _erase(tx: Tx, erasure: Erasure) -> None:
 def _prunes(kept: Periods) -> list[Prune]:
     sent = "NOT EXISTS (SELECT 1 FROM delivery WHERE job_id = job.id AND state IN ('open', 'generated'))"
     where = f"place <> '' AND ended_ms <= ? AND {sent} AND NOT ({RESUMABLE})"
-    return [lifecycle.batch("UPDATE job SET place = '', conversation = ''", "job", "id", where, kept.dead)]
+    return [lifecycle.batch("UPDATE job SET place = '', conversation = ''", where, kept.dead)]
 
 
 @lifecycle.sweeps

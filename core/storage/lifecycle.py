@@ -122,8 +122,9 @@ def sweep_steps(tx: Tx, periods: Periods) -> list[Callable[[Home], None]]:
 # --- helpers for owners ---
 
 
-def batch(change: str, table: str, key: str, where: str, *ages_ms: int) -> Prune:
-    """A prune step: the statement `change` for BATCH rows where `where` holds; each age fills one ? of it."""
+def batch(change: str, where: str, *ages_ms: int, key: str = "id") -> Prune:
+    """A prune step: the UPDATE or DELETE `change` for BATCH rows where `where` holds; each age fills one ? of it."""
+    table = change.removeprefix("DELETE FROM ").removeprefix("UPDATE ").split()[0]
     sql = f"{change} WHERE {key} IN (SELECT {key} FROM {table} WHERE {where} LIMIT {BATCH})"
     return lambda tx: tx.run(sql, [tx.now_ms - age for age in ages_ms])
 

@@ -5,8 +5,6 @@ open_parts    adds engine, deliveries, fine-tunes and the service
 run_program   opens the parts, runs the bots, drains
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import os

@@ -5,8 +5,6 @@ A request and its answer are one line of JSON each: {"command": "/adapter list",
 the home with mode 0600; whoever can open it acts as the terminal's owner.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging

@@ -3,8 +3,6 @@
 Counts are read from indexes and small tables, so that a scrape every few seconds does not disturb the work.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from importlib.metadata import version
 

@@ -4,8 +4,6 @@ One request a connection, no body read, anything but GET /metrics refused. Meant
 network: metrics name models and channels, never a person or a text.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable

@@ -1,7 +1,5 @@
 """Finds the installed bots: classes named by entry points of the group `distributary.bots` (core/platform.py: Bot)."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Collection
 from importlib.metadata import EntryPoint, entry_points

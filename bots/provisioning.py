@@ -3,8 +3,6 @@
 A start creates what is missing and reports what differs; `distributary config apply` changes what exists.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import asdict, dataclass, replace
 from typing import Any

@@ -1,7 +1,5 @@
 """What a start shows: the model's loading, then which bots and channels are ready."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import sys

@@ -3,8 +3,6 @@
 The few words in a chart are English terms that every operator reads; the message around it is translated.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass

@@ -1,7 +1,5 @@
 """Durable atomic writes, checksums, and opening a path that a person named. All of it blocks."""
 
-from __future__ import annotations
-
 import errno
 import hashlib
 import os

@@ -4,8 +4,6 @@ Standard output carries events only. SIGTERM, SIGINT and end of file on a piped 
 checkpoint. The same command runs under `torchrun` and `accelerate launch`.
 """
 
-from __future__ import annotations
-
 import argparse
 import ctypes
 import fcntl

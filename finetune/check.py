@@ -3,8 +3,6 @@
 The weights that it trains for the measurement are discarded.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Sequence
 from itertools import groupby

@@ -4,8 +4,6 @@ The largest step runs first, since it decides the peak memory. Validation, and t
 earlier job cached them, are included.
 """
 
-from __future__ import annotations
-
 import math
 import tempfile
 import threading

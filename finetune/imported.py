@@ -3,8 +3,6 @@
 The adapter is loaded by the serving engine's reader and published byte for byte in JOBDIR/out, with a manifest.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import re

@@ -1,7 +1,5 @@
 """Limits on processor time and memory while an untrusted file is read, in the trainer's own process."""
 
-from __future__ import annotations
-
 import resource
 import signal
 import threading

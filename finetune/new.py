@@ -1,7 +1,5 @@
 """`python -m finetune new JOBDIR`: makes a job folder from a model and a data file."""
 
-from __future__ import annotations
-
 import argparse
 import shutil
 from collections.abc import Iterable, Sequence

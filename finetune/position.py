@@ -1,7 +1,5 @@
 """Progress of a training job: steps, tokens, losses, and the best validation so far. Checkpoints carry it."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass, field
 
 

@@ -1,7 +1,5 @@
 """Spec and data file -> base model, encoded rows and their split, within the limits on time and memory."""
 
-from __future__ import annotations
-
 import logging
 from collections import Counter
 from collections.abc import Callable, Sequence

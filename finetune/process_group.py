@@ -4,8 +4,6 @@ Every process reads the same data and takes the same decisions; each computes a 
 gradients are summed once a step. Rank 0 alone emits events and writes files. No-op when WORLD_SIZE is 1.
 """
 
-from __future__ import annotations
-
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

@@ -9,8 +9,6 @@
 JOBDIR is on a file system that all workers share. After a lost worker, `fit` again resumes from the last checkpoint.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Mapping
 from pathlib import Path

@@ -1,7 +1,5 @@
 """The settings of one job: validated, with every default resolved."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 from typing import Any
 

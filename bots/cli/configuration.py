@@ -1,7 +1,5 @@
 """`distributary config`: shows or checks the configuration, or applies its channels and partners to the database."""
 
-from __future__ import annotations
-
 import sys
 import tomllib
 

@@ -3,8 +3,6 @@
 Completion for bash, zsh and fish: `eval "$(_DISTRIBUTARY_COMPLETE=bash_source distributary)"`.
 """
 
-from __future__ import annotations
-
 import os
 import sys
 import traceback

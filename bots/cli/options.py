@@ -1,7 +1,5 @@
 """The options that every command takes, and what they name: the home, the configuration, the language."""
 
-from __future__ import annotations
-
 import os
 from collections.abc import Callable
 from dataclasses import dataclass

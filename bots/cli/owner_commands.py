@@ -1,7 +1,5 @@
 """Chat commands from the shell: `distributary channel list` is /channel list, given by the terminal's owner."""
 
-from __future__ import annotations
-
 import asyncio
 import shlex
 import sys

@@ -1,7 +1,5 @@
 """`distributary chat` and `distributary serve`: the commands that run bots."""
 
-from __future__ import annotations
-
 import asyncio
 import os
 from collections.abc import Mapping

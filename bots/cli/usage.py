@@ -1,7 +1,5 @@
 """`distributary usage`: usage by day and channel, read from the database beside the process that owns the home."""
 
-from __future__ import annotations
-
 import json
 import sqlite3
 import sys

@@ -3,8 +3,6 @@
 A promotion changes every channel that follows the adapter name: it needs a grant for each, and its answer names them.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from typing import Any
 

@@ -4,8 +4,6 @@ A folder is checked completely, renamed to `adapters/<sha256>` and then recorded
 leaves nothing, or a folder that the next attempt finds and uses.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import os

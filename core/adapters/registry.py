@@ -1,7 +1,5 @@
 """Rows of adapter versions: publish, promote, undo, unpublish. Each function runs inside a transaction."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

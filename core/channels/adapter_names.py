@@ -1,7 +1,5 @@
 """Adapter names: the partner that owns each, and its champion, the version that its channels answer from."""
 
-from __future__ import annotations
-
 from core.storage.database import Tx
 
 BASE = "base"

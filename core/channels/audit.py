@@ -1,7 +1,5 @@
 """The audit log: who changed what, or was refused. A code, a key or what people write is never in it."""
 
-from __future__ import annotations
-
 import json
 
 from core.storage import lifecycle

@@ -1,7 +1,5 @@
 """Bindings: which channel answers in a place of a platform account."""
 
-from __future__ import annotations
-
 import sqlite3
 
 from core.channels.directory import SELECT_CHANNEL, channel_of_row

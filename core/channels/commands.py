@@ -1,7 +1,5 @@
 """/channel and /operator."""
 
-from __future__ import annotations
-
 import hashlib
 from collections.abc import Mapping
 

@@ -1,7 +1,5 @@
 """Channels: look up, create, change, archive."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import asdict, fields
 from functools import cache

@@ -3,8 +3,6 @@
 What is stored of an installation is the bot's own JSON.
 """
 
-from __future__ import annotations
-
 import json
 import secrets
 from collections.abc import Mapping

@@ -1,7 +1,5 @@
 """Operators, their grants, and the one-time invitations by which people become operators."""
 
-from __future__ import annotations
-
 import secrets
 from dataclasses import dataclass
 

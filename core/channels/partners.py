@@ -1,7 +1,5 @@
 """Partners: who is paid a share of what their channels earn."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 
 from core.storage.database import Row, Tx, Value

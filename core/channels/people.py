@@ -1,7 +1,5 @@
 """People, known by their keyed hash: when they were last here, their language, the channel whose link they used."""
 
-from __future__ import annotations
-
 from core.storage import lifecycle
 from core.storage.database import Tx
 from core.storage.lifecycle import Erasure, Periods, Prune, Stage

@@ -1,7 +1,5 @@
 """/whoami, /language and /claim: a person's own settings and grants."""
 
-from __future__ import annotations
-
 from core.channels import audit, operators, people
 from core.commands.registry import command
 from core.commands.table import Call

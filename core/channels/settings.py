@@ -3,8 +3,6 @@
 A setting is a column of the table `channel`, except a price, which is a new row of `price`, and a binding.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Mapping
 from dataclasses import asdict
 from typing import Any

@@ -1,7 +1,5 @@
 """The channel of the home's own terminal, whose user operates everything."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable
 from pathlib import Path

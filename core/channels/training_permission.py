@@ -3,8 +3,6 @@
 Consent is needed in any case; the terms of a platform may forbid training in addition.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection
 

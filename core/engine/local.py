@@ -4,8 +4,6 @@ Threads: the event loop submits requests and reads events; the model thread owns
 prompts; adapter files and the model are loaded by threads that end afterwards. Events cross to the loop once per step.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

@@ -1,7 +1,5 @@
 """Recognizes errors that another layout, or waiting, would avoid."""
 
-from __future__ import annotations
-
 import torch
 
 

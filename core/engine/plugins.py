@@ -3,8 +3,6 @@
 An entry point names a callable from `EngineContext` to a core.engine.protocol.Engine that is not yet entered.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches

@@ -9,8 +9,6 @@ The iteration raises core.errors: BadInput, PromptTooLong, Overloaded, AdapterUn
 failed request never harms another.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass, field

@@ -3,8 +3,6 @@
 A token is a word with the space before it. Adapters are accepted unchecked.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import re

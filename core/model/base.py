@@ -1,7 +1,5 @@
 """Loads the base model and its tokenizer. A model that could not be served exactly is refused with the reason."""
 
-from __future__ import annotations
-
 import hashlib
 import logging
 from dataclasses import dataclass

@@ -5,8 +5,6 @@ inside the spelling and the parts are encoded separately, so that it stays plain
 as by the tokenizer's `apply_chat_template(tokenize=True)`.
 """
 
-from __future__ import annotations
-
 import re
 from bisect import bisect_left
 from collections.abc import Mapping, Sequence

@@ -4,8 +4,6 @@ Weights are stored as float32: the file's 4-bit blocks are exact in it (bfloat16
 it, and the file is mapped into memory without a copy.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import shutil

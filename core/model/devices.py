@@ -1,7 +1,5 @@
 """Where and how a base model is held: device, dtype, quantization. Choices of `auto` are logged with their reason."""
 
-from __future__ import annotations
-
 import logging
 from importlib.util import find_spec
 from typing import Any

@@ -1,7 +1,5 @@
 """The folder of a base model: where it is, and what is in it. Weights are read by their headers only, without torch."""
 
-from __future__ import annotations
-
 import os
 import sys
 from pathlib import Path

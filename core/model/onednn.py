@@ -4,8 +4,6 @@ oneDNN caches a kernel per shape, up to 1,024, each with half a MiB of buffers. 
 length, so a process would grow by hundreds of MiB. One step needs only a few, and creating one takes 2 ms.
 """
 
-from __future__ import annotations
-
 import os
 
 KEPT = {

@@ -4,8 +4,6 @@ GPT-2 and relatives store weights transposed (transformers' Conv1D), Falcon has 
 can carry adapters, be quantized and be trained like all others.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from torch import Tensor, nn

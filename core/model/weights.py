@@ -1,7 +1,5 @@
 """Reads the headers of safetensors files: their tensors, and the fingerprint of a base model."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Iterator

@@ -5,8 +5,6 @@ child logger, and a library may add a handler of its own; so the message and tra
 made (`_Record`). Fields of `extra` are set later and cleaned by the filter on our handler. Last, the line is masked.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import sys

@@ -3,8 +3,6 @@
 Numbers are read where they are kept, at the moment of a scrape; `Counts` holds those that are kept nowhere else.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from itertools import accumulate

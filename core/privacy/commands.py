@@ -1,7 +1,5 @@
 """/privacy, /consent and /forget."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from core.channels import audit

@@ -1,7 +1,5 @@
 """Consent of a person, per channel: their messages there may become training data."""
 
-from __future__ import annotations
-
 from core.storage import lifecycle
 from core.storage.database import Tx
 from core.storage.lifecycle import Erasure, Stage

@@ -1,7 +1,5 @@
 """Erasure of a person: a tombstone, then every owner's erase step (core.storage.lifecycle), in one transaction."""
 
-from __future__ import annotations
-
 import asyncio
 
 from core.privacy import tombstones

@@ -3,8 +3,6 @@
 The ledger, prices and counts are never pruned.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging

@@ -3,8 +3,6 @@
 The file outlives the database: one restored from a copy erases the same people again before it serves.
 """
 
-from __future__ import annotations
-
 import os
 
 from core.storage.database import Tx

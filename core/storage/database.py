@@ -7,8 +7,6 @@ Only the writer checkpoints: SQLite up to 3.51.2 can corrupt a WAL that two conn
 (https://sqlite.org/wal.html#walresetbug).
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import queue

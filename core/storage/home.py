@@ -1,7 +1,5 @@
 """The home folder and its lock."""
 
-from __future__ import annotations
-
 import fcntl
 import os
 from dataclasses import dataclass

@@ -4,8 +4,6 @@
 channel ends.  `prunes`: rows by age, in batches.  `sweeps`: files whose rows are gone.
 """
 
-from __future__ import annotations
-
 import os
 import shutil
 import time

@@ -1,7 +1,5 @@
 """Migrations: numbered steps that never change once released. The SQL of each stands in a file of its own."""
 
-from __future__ import annotations
-
 import sqlite3
 from collections.abc import Iterator
 from importlib.resources import files

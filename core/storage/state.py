@@ -1,7 +1,5 @@
 """The home's own facts: one small text for each key. Each caller owns its key."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from core.errors import StorageError

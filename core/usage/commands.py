@@ -1,7 +1,5 @@
 """/usage: a person's own usage, and for operators the channel's as text, chart or table."""
 
-from __future__ import annotations
-
 import asyncio
 from pathlib import Path
 

@@ -5,8 +5,6 @@ Amounts are integers: gross = in * price_in + out * price_out in nano-units; the
 rest is the owner's. Of a fine-tune, gross = trained * price_train, and all of it is the owner's.
 """
 
-from __future__ import annotations
-
 from datetime import UTC, datetime
 
 from core.storage.database import Tx

@@ -1,7 +1,5 @@
 """Limits of one person in one channel. Checked in the transaction that records the reply they are about."""
 
-from __future__ import annotations
-
 from core.errors import LimitReached
 from core.storage.database import Tx
 from core.types import Caller

@@ -1,7 +1,5 @@
 """Prices: one row for each change, so that every charge keeps the price it was made at."""
 
-from __future__ import annotations
-
 from core.storage.database import Tx
 from core.types import Price
 

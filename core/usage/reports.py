@@ -1,7 +1,5 @@
 """A channel's usage of the last days, as rows and as a CSV file."""
 
-from __future__ import annotations
-
 import csv
 import sqlite3
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ Rows of similar length share a micro-batch, so little padding is computed; their
 shuffled in each epoch. A step is one optimiser step; the size of its micro-batches bounds memory and stop latency.
 """
 
-from __future__ import annotations
-
 import hashlib
 import random
 from collections.abc import Sequence

@@ -1,7 +1,5 @@
 """Conversations -> token ids and loss mask, rendered as they are served."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass, replace
 from itertools import groupby

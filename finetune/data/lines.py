@@ -1,7 +1,5 @@
 """The lines of a data set's file, bounded in number, length and size."""
 
-from __future__ import annotations
-
 import gzip
 import io
 import zlib

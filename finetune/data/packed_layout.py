@@ -1,7 +1,5 @@
 """Layout of rows packed into one sequence behind a shared prefix; copies tensors between packed and per-row form."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Sequence
 
 import torch

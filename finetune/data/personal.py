@@ -3,8 +3,6 @@
 Luhn for cards, ISO 7064 mod 97 for IBANs. Names and street addresses have no pattern and are not found.
 """
 
-from __future__ import annotations
-
 import re
 from collections import Counter
 

@@ -3,8 +3,6 @@
 The text is cut at paragraphs into rows as long as allowed; only the last row ends with the end token.
 """
 
-from __future__ import annotations
-
 import gzip
 import hashlib
 import re

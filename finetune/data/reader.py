@@ -3,8 +3,6 @@
 An unusable line is rejected with its reason; an unreadable or too large file is refused as a whole.
 """
 
-from __future__ import annotations
-
 import gzip
 import io
 from collections.abc import Iterator, Mapping

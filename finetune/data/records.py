@@ -12,8 +12,6 @@ A "system" key is the system turn. Otherwise common names of question and answer
 recognised, or the operator names the columns.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import unicodedata

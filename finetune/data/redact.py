@@ -1,7 +1,5 @@
 """Writes a copy of a data set without personal data."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 from collections.abc import Sequence

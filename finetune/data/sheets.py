@@ -4,8 +4,6 @@ The separator (comma, semicolon, tab or bar) is the one under which the header h
 Quoted cells may hold separators and line breaks; Excel's first line "sep=;" is honoured.
 """
 
-from __future__ import annotations
-
 import csv
 import re
 from collections.abc import Callable, Iterator, Mapping

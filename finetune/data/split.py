@@ -5,8 +5,6 @@ and its share only shrinks as a data set grows, so between versions of a data se
 train. Near duplicates share a hash prefix and so a part. With fewer than some 20 rows the minimum sizes decide.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import count

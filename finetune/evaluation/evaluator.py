@@ -4,8 +4,6 @@ The candidate is whatever delta the model carries, or an adapter folder. Losses 
 kept in JOBDIR/scores.json, so that finetune.evaluation.gate can be recomputed without a model.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -5,8 +5,6 @@ differ more than models do (Miller 2024, arXiv 2411.00640). *Lift* is the loss o
 minus its loss under its own: a model that learned only the style gains loss but no lift.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass
 

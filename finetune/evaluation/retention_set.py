@@ -4,8 +4,6 @@ Some are rehearsed (trained beside the data set's rows), against forgetting (Sci
 others measure `ability`: the rise in the candidate's loss on the base model's answers, nats per token.
 """
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

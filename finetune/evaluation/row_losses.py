@@ -1,7 +1,5 @@
 """Losses of rows without dropout, for training and the gate: equal micro-batches for candidate, champion, base."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 
 import torch

@@ -1,7 +1,5 @@
 """Soundness of an answer: it ends, does not loop, and does not recite the instructions. Works on token ids."""
 
-from __future__ import annotations
-
 from collections.abc import Collection, Sequence
 
 ASKED = 16  # questions of the test rows

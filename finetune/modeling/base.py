@@ -1,7 +1,5 @@
 """Loads the base model for training: full precision, frozen, with its fingerprint verified."""
 
-from __future__ import annotations
-
 import hashlib
 import os
 import sys

@@ -1,7 +1,5 @@
 """A new model: a Llama configuration of a given size with weights drawn from the seed, written as a model folder."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Iterable

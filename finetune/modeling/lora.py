@@ -4,8 +4,6 @@ Numbers equal PEFT's (tested). PEFT's layers are not used: one autograd node for
 fewer passes over memory.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any

@@ -4,8 +4,6 @@ The output layer is 21% of a small model's arithmetic and most of its memory. On
 and each chunk's gradient is taken at once, so at most one chunk of logits exists.
 """
 
-from __future__ import annotations
-
 import math
 from typing import Any
 

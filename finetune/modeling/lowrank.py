@@ -5,8 +5,6 @@ one dropout mask for the shared input. Each computes PEFT's `y = W x + (alpha / 
 per layer instead.
 """
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from typing import Any

@@ -4,8 +4,6 @@ On two Zen 4 cores oneDNN takes 0.5 to 0.9 of MKL's time over the layers of Smol
 choice depends on the processor alone, so that a resumed job gives the same bits.
 """
 
-from __future__ import annotations
-
 from functools import cache
 
 import torch

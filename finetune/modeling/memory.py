@@ -1,7 +1,5 @@
 """Memory of activations, and activation checkpointing where it is short."""
 
-from __future__ import annotations
-
 import ctypes
 import logging
 from contextlib import suppress

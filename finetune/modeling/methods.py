@@ -1,7 +1,5 @@
 """What is trained: LoRA, or all weights (further training and new models), behind one interface."""
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator
 from contextlib import AbstractContextManager, contextmanager
 from pathlib import Path

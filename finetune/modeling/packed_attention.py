@@ -4,8 +4,6 @@ A dense mask makes torch compute every pair of tokens. Here rows of similar leng
 one product, and the probabilities are saved for backward. CPU, float32.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

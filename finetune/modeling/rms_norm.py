@@ -3,8 +3,6 @@
 torch's graph of it takes some twenty operators; here it is nine, and only x and one number per row are saved.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 import torch

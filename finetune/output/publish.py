@@ -1,7 +1,5 @@
 """Writes a job's result to JOBDIR/out: a PEFT adapter or a transformers model, with manifest.json and README.md."""
 
-from __future__ import annotations
-
 import json
 import shutil
 from collections.abc import Callable, Mapping

@@ -1,7 +1,5 @@
 """Manifest and model card of a trained version: numbers, hashes and settings, never a text of the data set."""
 
-from __future__ import annotations
-
 import hashlib
 import platform
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 BEST is the checkpoint with the lowest validation loss: it is published, and training returns to it after diverging.
 """
 
-from __future__ import annotations
-
 import errno
 import json
 from dataclasses import asdict

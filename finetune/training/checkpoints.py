@@ -1,7 +1,5 @@
 """When checkpoints are written and which one resumes a job. On a full disk a job waits for space."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 import logging

@@ -1,7 +1,5 @@
 """Learning rate schedule, and gradient clipping by value, then by norm."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 from dataclasses import dataclass

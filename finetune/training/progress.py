@@ -1,7 +1,5 @@
 """Throughput, time left, and the progress events of a job."""
 
-from __future__ import annotations
-
 import math
 import time
 from dataclasses import dataclass, replace

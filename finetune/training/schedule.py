@@ -1,7 +1,5 @@
 """The rows of each step and the steps with validation, determined by lengths, settings, data and seed."""
 
-from __future__ import annotations
-
 import math
 from collections.abc import Sequence
 

@@ -4,8 +4,6 @@ Random numbers depend only on (seed, step) or (data, seed, epoch), and checkpoin
 resumes to the same bits, on a CPU with the same number of threads.
 """
 
-from __future__ import annotations
-
 import hashlib
 import logging
 import math

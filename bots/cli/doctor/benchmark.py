@@ -3,8 +3,6 @@
 It loads the model itself and locks the home meanwhile: beside a running `serve` both would be slow.
 """
 
-from __future__ import annotations
-
 import asyncio
 import tempfile
 from collections.abc import Iterator

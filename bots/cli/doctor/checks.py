@@ -1,7 +1,5 @@
 """The table of checks, and what they find, worst first."""
 
-from __future__ import annotations
-
 from bots.cli.doctor.configuration import bots, configuration
 from bots.cli.doctor.findings import Check, Finding, Level, Setup
 from bots.cli.doctor.machine import clock, python, sqlite, torch

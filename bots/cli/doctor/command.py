@@ -1,7 +1,5 @@
 """The subcommand `doctor`."""
 
-from __future__ import annotations
-
 import sys
 from dataclasses import asdict
 

@@ -1,7 +1,5 @@
 """Checks of the configuration: the file, its bots, and the channels that they are bound to."""
 
-from __future__ import annotations
-
 import sqlite3
 from collections.abc import Iterator
 from contextlib import closing

@@ -1,7 +1,5 @@
 """What a check finds: level, sentence, what to do; and the report of all findings."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Iterable
 from dataclasses import asdict, dataclass

@@ -1,7 +1,5 @@
 """Checks of the machine: Python, torch, the compiled operators, SQLite, the clock."""
 
-from __future__ import annotations
-
 import os
 import platform
 import sqlite3

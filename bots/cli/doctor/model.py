@@ -1,7 +1,5 @@
 """Checks of the model: its files on this machine, and the model server of the remote engine."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import Iterator
 from importlib.util import find_spec

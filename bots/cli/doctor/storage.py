@@ -1,7 +1,5 @@
 """Checks of what is stored: the home, disk space, the key, the database and its ledger."""
 
-from __future__ import annotations
-
 import os
 import shutil
 import sqlite3

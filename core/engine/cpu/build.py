@@ -3,8 +3,6 @@
 The library lies in the user's cache folder under the hash of its sources, flags, compiler and processor features.
 """
 
-from __future__ import annotations
-
 import hashlib
 import platform
 import shutil

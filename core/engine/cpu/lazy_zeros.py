@@ -4,8 +4,6 @@ The operating system hands out zeroed pages on first write, so a tensor over a f
 large, and uses only the memory that was written. `torch.zeros` writes all of it.
 """
 
-from __future__ import annotations
-
 import math
 import mmap
 import sys

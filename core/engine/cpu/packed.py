@@ -7,8 +7,6 @@ without measuring, so that a restart on a busy machine gives the same answers to
 copy; the plain ones are mapped from their file, so the system can drop their pages.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

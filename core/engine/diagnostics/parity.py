@@ -5,8 +5,6 @@ bare, with sliding windows short enough to matter, and with an adapter. A model 
 refused, whatever its configuration says.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any

@@ -4,8 +4,6 @@ Only adapter_config.json and adapter_model.safetensors are read, without peft. W
 exactly as PEFT does is refused with its reason, never approximated.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import math

@@ -6,8 +6,6 @@ a read of its weights (as in Punica, arXiv 2310.18547). torch multiplies the sli
 rows with a mask: more arithmetic, but one shape whatever the mix. Base-model rows compute nothing.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 
 import torch

@@ -5,8 +5,6 @@ Python's `re` backtracks: an expression of ten characters can take years. RE2 re
 except for the two spellings in DIFFERENT, which are refused.
 """
 
-from __future__ import annotations
-
 import re
 from functools import lru_cache
 

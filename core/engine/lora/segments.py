@@ -5,8 +5,6 @@ own, and short neighbours share one, whose mask separates their adapters. The ma
 each shape would need a CUDA graph of its own.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass

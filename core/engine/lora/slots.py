@@ -3,8 +3,6 @@
 core.engine.lora.layers multiplies what the slots hold.
 """
 
-from __future__ import annotations
-
 from collections import Counter
 from collections.abc import Iterator, Sequence
 

@@ -4,8 +4,6 @@ Prompts are sent as token ids, so the server renders and tokenizes nothing. Serv
 detail names the server and what it did, and never quotes an answer.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import math

@@ -4,8 +4,6 @@ The server must serve one matching base model, tokenize as our tokenizer does, a
 usage. Weights cannot be compared from here.
 """
 
-from __future__ import annotations
-
 import secrets
 
 from core.config.sections import RemoteSettings

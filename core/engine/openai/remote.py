@@ -4,8 +4,6 @@ Fairness and bounds apply in front of the server: at most `max_rows` requests ar
 core.engine.scheduling.scheduler.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

@@ -4,8 +4,6 @@ Prompts are rendered by the base model's own tokenizer and template and sent as 
 engine would run and that training saw. An adapter's model id at the server is its sha256.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import secrets

@@ -4,8 +4,6 @@ An impossible response raises ValueError, whose text continues a sentence that b
 tokens ..."). It never quotes an answer.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import AsyncGenerator, AsyncIterator, Collection, Mapping
 from dataclasses import dataclass

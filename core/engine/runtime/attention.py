@@ -5,8 +5,6 @@ sinks. These come from the model's own code, layer by layer, instead of an inter
 mask passed to the model would silently remove a window.
 """
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any

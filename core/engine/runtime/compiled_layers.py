@@ -4,8 +4,6 @@ The ctypes structures mirror kernels/layers.cpp. Weight pointers are set once, p
 those are reallocated, and the pass's own with each call.
 """
 
-from __future__ import annotations
-
 import ctypes
 
 import torch

@@ -6,8 +6,6 @@ when the KV cache or the adapter slots are reallocated. Without a GPU the same s
 static buffers are tested.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass

@@ -7,8 +7,6 @@ operators core.engine.runtime.compiled_layers runs the same layers in one call. 
 which run their own forward pass. The parity check at load covers both.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any

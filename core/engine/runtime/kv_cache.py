@@ -5,8 +5,6 @@ finished conversation remains. Where untouched memory is free (core.engine.cpu.l
 for the longest context; elsewhere they grow with the load.
 """
 
-from __future__ import annotations
-
 import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager

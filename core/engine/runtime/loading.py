@@ -1,7 +1,5 @@
 """Loads a base model for serving: attention over KV slots, int8 weights if configured."""
 
-from __future__ import annotations
-
 from pathlib import Path
 
 from core.config.sections import ModelSettings

@@ -5,8 +5,6 @@ beside at most one chunk of prompts. Requests join and leave between steps; a ro
 for a party with none.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 import time

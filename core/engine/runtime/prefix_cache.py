@@ -4,8 +4,6 @@ One entry per conversation of a channel, tied to the adapter that computed it: a
 entry. Bounded in bytes, least recently used first. All methods belong to the model thread.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import dataclass
 from itertools import takewhile

@@ -4,8 +4,6 @@ A decode pass reads every weight once, whatever the number of rows: up to some d
 bytes / bandwidth is its minimum time.
 """
 
-from __future__ import annotations
-
 import time
 from functools import cache
 

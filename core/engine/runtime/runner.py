@@ -5,8 +5,6 @@ Llama-like models run core.engine.runtime.fused, on a CPU with compiled operator
 load that each gives the model's own numbers.
 """
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any
 

@@ -3,8 +3,6 @@
 Rows past their prompt come first, then the one that is still in prefill; when a row ends, later rows move up.
 """
 
-from __future__ import annotations
-
 import logging
 import time
 from collections.abc import Sequence

@@ -4,8 +4,6 @@ All rows of a step are sampled together, so the GPU is synchronized once per ste
 of its own, so its result does not depend on the rest of the batch.
 """
 
-from __future__ import annotations
-
 import hashlib
 import math
 from collections.abc import Callable, Sequence

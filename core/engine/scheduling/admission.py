@@ -6,8 +6,6 @@ others pass, at most `max_rows` of them; then the adapter with the fewest rows g
 free, while the other rows are filled as before.
 """
 
-from __future__ import annotations
-
 import logging
 import threading
 from collections import Counter, deque

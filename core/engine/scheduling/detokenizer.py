@@ -1,7 +1,5 @@
 """Token ids to text: whole characters only, never part of a stop string."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from typing import Any, Protocol
 

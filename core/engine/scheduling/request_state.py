@@ -1,7 +1,5 @@
 """State of one request in the local engine."""
 
-from __future__ import annotations
-
 import time
 from collections.abc import Sequence
 from dataclasses import dataclass, field

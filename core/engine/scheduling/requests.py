@@ -3,8 +3,6 @@
 The type variable S is the engine's own state of a request.
 """
 
-from __future__ import annotations
-
 import asyncio
 import contextlib
 import logging

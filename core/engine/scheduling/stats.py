@@ -3,8 +3,6 @@
 `end` is called on the event loop, everything else by the thread that produces tokens.
 """
 
-from __future__ import annotations
-
 from bisect import bisect_left
 from collections import Counter
 from dataclasses import dataclass, field

@@ -7,8 +7,6 @@ A module has `reads(first)`, whether a file whose first line is `first` has this
 which yields (line number, record); the record is a BadRecord if the line cannot be parsed.
 """
 
-from __future__ import annotations
-
 from functools import cache
 from importlib import import_module
 from pkgutil import iter_modules

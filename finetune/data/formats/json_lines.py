@@ -1,7 +1,5 @@
 """JSON Lines: one object a line, of bounded depth."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Iterator, Mapping
 from typing import Any

@@ -1,7 +1,5 @@
 """A table as text, CSV of any dialect: what no other format reads."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator, Mapping
 from typing import Any
 

@@ -122,7 +122,7 @@ DOCS = [ROOT / "deploy" / "slack.md", ROOT / "README.md"]
 def test_what_the_docs_say_can_be_typed(path: Path, tmp_path: Path) -> None:
     """The manifest's command as it stands there; every configuration of Slack is one."""
     text = path.read_text(encoding="utf-8")
-    typed = re.findall(r"`distributary slack (manifest[^`]*)`", text)
+    typed = re.findall(r"`(?:\.venv/bin/)?distributary slack (manifest[^`]*)`", text)
     assert typed
     for words in typed:
         assert json.loads(command(words.split()))["features"]["agent_view"]

@@ -79,7 +79,7 @@ async def test_a_paused_trainer_stops_when_asked(tmp_path: Path) -> None:
 def test_a_paused_trainer_continues_when_its_supervisor_dies(tmp_path: Path) -> None:
     """It would hold the job's lock for ever: the kernel wakes it, and its input has ended."""
     child = (
-        "import os, sys, time; from finetune.__main__ import _wake_when_left_alone as wake; wake();"
+        "import os, sys, time; from finetune.__main__ import _resume_when_orphaned as resume; resume();"
         "print(os.getpid(), flush=True); sys.stdin.read(); open(sys.argv[1], 'w').close()"
     )
     parent = (

@@ -1,12 +1,8 @@
-"""/finetune and /adapter worst: handlers on job rows. core.jobs.checks and core.jobs.supervisor do the work.
-
-/adapter import has a file of its own: core.jobs.importing.
-"""
+"""/finetune and /adapter worst: handlers on job rows. core.jobs.checks and core.jobs.supervisor do the work."""
 
 from __future__ import annotations
 
 import asyncio
-from collections.abc import Mapping
 from dataclasses import dataclass, replace
 
 from core.adapters import registry
@@ -26,7 +22,7 @@ from core.jobs.datasets import CONSENTED
 from core.jobs.examples import store_examples
 from core.jobs.jobs import Job
 from core.jobs.protocol import Checked, LeftOut, Preview, Spec, load_judged
-from core.storage.database import Tx
+from core.storage.database import Row, Tx
 from core.types import Body, Caller, Effect, Grant, Json, Outcome
 
 MAX_OPEN = 8  # jobs at work, all channels together
@@ -54,7 +50,11 @@ async def prepare_data(context: CommandContext, caller: Caller, call: Call) -> P
     typed, agreed = given.get("source", given.get("dataset", "")), given.get("go") == "yes"
     if caller.attachments and typed == "yes":  # the caption of an uploaded file
         typed, agreed = "", True
-    _check_arguments(given)
+    for key, limit in (*((column, _MAX_COLUMN) for column in COLUMNS), ("licence", _MAX_LICENCE)):
+        if len(given.get(key, "")) > limit:
+            raise BadInput("training.setting_too_long", setting=key, limit=limit)
+    if bool(given.get("question")) != bool(given.get("answer")):
+        raise BadInput("training.both_columns")
     try:
         if typed in CONSENTED and not caller.attachments:
             sha256, unreadable = await store_examples(context, caller, typed)
@@ -73,16 +73,6 @@ def check_room(tx: Tx, caller: Caller) -> None:
             raise BadInput("training.busy", title=job.title, id=job.id)
     if len(at_work) >= MAX_OPEN:
         raise BadInput("training.too_many", n=len(at_work))
-
-
-def _check_arguments(given: Mapping[str, str]) -> None:
-    for key in COLUMNS:
-        if len(given.get(key, "")) > _MAX_COLUMN:
-            raise BadInput("training.setting_too_long", setting=key, limit=_MAX_COLUMN)
-    if len(given.get("licence", "")) > _MAX_LICENCE:
-        raise BadInput("training.setting_too_long", setting="licence", limit=_MAX_LICENCE)
-    if bool(given.get("question")) != bool(given.get("answer")):
-        raise BadInput("training.both_columns")
 
 
 async def read_rows(context: CommandContext, caller: Caller, call: Call) -> tuple[Preview, ...]:
@@ -111,9 +101,8 @@ def begin(tx: Tx, caller: Caller, call: Call, data: PreparedData) -> Outcome:
     unanswered = [job.id for job in jobs.open_jobs(tx) if job.channel_id == caller.channel.id]
     given, agreed = call.arguments, data.agreed
     columns = {key: given[key] for key in COLUMNS if given.get(key)}
-    job = jobs.create(
-        tx, caller, data.sha256, data.name, state="queued" if agreed else "validating", columns=columns, preset=preset
-    )
+    state = "queued" if agreed else "validating"
+    job = jobs.create(tx, caller, data.sha256, data.name, state=state, columns=columns, preset=preset)
     for old in unanswered:  # after the new job exists, which keeps a data set of both
         jobs.cancel(tx, old, jobs.REPLACED)
     if agreed:
@@ -166,7 +155,6 @@ def preview(tx: Tx, caller: Caller, call: Call, rows: tuple[Preview, ...]) -> Ou
 
 @command("finetune", "status", prepare=read_rows)
 def status(tx: Tx, caller: Caller, call: Call, rows: tuple[Preview, ...]) -> Outcome:
-    """Raises UnknownThing."""
     job = find_job(tx, caller, call)
     if job is None:
         return Outcome(Body(say(caller.language, "training.none")))
@@ -178,16 +166,15 @@ def status(tx: Tx, caller: Caller, call: Call, rows: tuple[Preview, ...]) -> Out
     if job.state == "waiting":
         question = messages.question(job, events, rows)
         return Outcome(replace(question, text=f"{line}\n\n{question.text}"))
-    lines = [line]
     if job.state == "failed":
-        lines.append(messages.failed_text(job, resumable=jobs.resumable(tx, job.id)))
+        line += f"\n\n{messages.failed_text(job, resumable=jobs.resumable(tx, job.id))}"
     elif job.state in ("running", "publishing"):
-        lines.append(messages.progress_text(job, events))
+        line += f"\n\n{messages.progress_text(job, events)}"
     elif job.state == "published":
         version = registry.by_sha(tx, job.result)
-        judged = load_judged(version.manifest.get("judged") or {})
-        lines.append(messages.report(job, events, judged=judged, now=state_now(tx, version)).text)
-    return Outcome(Body("\n\n".join(lines)))
+        report = messages.report(job, events, judged=load_judged(version.judged), now=state_now(tx, version))
+        line += f"\n\n{report.text}"
+    return Outcome(Body(line))
 
 
 @command("finetune", "list")
@@ -196,7 +183,7 @@ def list_jobs(tx: Tx, caller: Caller, call: Call) -> Outcome:
     if not found:
         return Outcome(Body(say(caller.language, "training.none")))
     head = say(caller.language, "training.list", title=caller.channel.title)
-    return Outcome(Body("\n".join([head, "", *(f"- {_line(tx, caller, job)}" for job in found)])))
+    return Outcome(Body("\n- ".join([f"{head}\n", *(_line(tx, caller, job) for job in found)])))
 
 
 @command("finetune", "data")
@@ -205,23 +192,20 @@ def list_data(tx: Tx, caller: Caller, call: Call) -> Outcome:
     found = datasets.known_datasets(tx, caller.user, _LISTED)
     if not found:
         return Outcome(Body(say(caller.language, "training.no_data")))
-    head = say(caller.language, "training.data")
-    return Outcome(Body("\n".join([head, "", *(f"- {_data_line(tx, caller, one)}" for one in found)])))
+    lines = [say(caller.language, "training.data") + "\n", *(_data_line(tx, caller, one) for one in found)]
+    return Outcome(Body("\n- ".join(lines)))
 
 
 @command("finetune", "cancel")
 def cancel(tx: Tx, caller: Caller, call: Call) -> Outcome:
-    """Raises UnknownThing."""
     job = find_job(tx, caller, call)
     if job is None:
         return Outcome(Body(say(caller.language, "training.none")))
     if not jobs.cancel(tx, job.id, jobs.REQUESTED):
         return Outcome(Body(say(caller.language, "training.ended_already", id=job.id)))
     audit.record(tx, caller, "finetune cancel", job.label, {"job": job.id, "state": job.state}, "cancelled")
-    return Outcome(
-        Body(say(caller.language, messages.cancelled_key(job), id=job.id, title=job.title)),
-        (Effect.WAKE_TRAINING, Effect.ERASE_FILES),
-    )
+    text = say(caller.language, messages.cancelled_key(job), id=job.id, title=job.title)
+    return Outcome(Body(text), (Effect.WAKE_TRAINING, Effect.ERASE_FILES))
 
 
 @command("finetune", "resume", prepare=read_base)
@@ -241,10 +225,9 @@ def resume(tx: Tx, caller: Caller, call: Call, trained_on: str) -> Outcome:
     if trained_on and registry.loaded_base(tx) not in (None, trained_on):
         text = f"{_queued(tx, caller, job)} {say(caller.language, 'training.begins_anew')}"
         return Outcome(Body(text), (Effect.WAKE_TRAINING,))
-    before = jobs.jobs_ahead(tx, job.id)
-    fields = {"id": job.id, "title": job.title, "label": job.label, "before": before}
-    key = "training.resumed_behind" if before else "training.resumed"
-    return Outcome(Body(say(caller.language, key, **fields)), (Effect.WAKE_TRAINING,))
+    return Outcome(
+        Body(_queued(tx, caller, job, "training.resumed", "training.resumed_behind")), (Effect.WAKE_TRAINING,)
+    )
 
 
 @command("adapter", "worst")
@@ -261,9 +244,9 @@ def worst(tx: Tx, caller: Caller, call: Call) -> Outcome:
     lines = [say(caller.language, "adapter.worst", **fields), ""]
     texts = {line: (question, answer) for line, _, _, question, answer in jobs.test_rows(tx, version.sha256).worst}
     for line, before, after in rows:
-        question, answer = texts.get(line, ("", ""))
-        key = "adapter.worst_row" if question else "adapter.worst_line"
-        fields = {"line": line, "before": f"{before:.2f}", "after": f"{after:.2f}", "asked": question, "said": answer}
+        asked, said = texts.get(line, ("", ""))
+        key = "adapter.worst_row" if asked else "adapter.worst_line"
+        fields = {"line": line, "before": f"{before:.2f}", "after": f"{after:.2f}", "asked": asked, "said": said}
         lines.append(say(caller.language, key, **fields))
     if not texts:
         lines += ["", say(caller.language, "adapter.rows_gone")]
@@ -273,23 +256,20 @@ def worst(tx: Tx, caller: Caller, call: Call) -> Outcome:
 def answer_to_question(tx: Tx, caller: Caller, text: str) -> Call | None:
     """The command for a plain "yes" or "no" directly after a job's question, or None.
 
-    None for a person without the grant, and in public places: the word may be meant for somebody else, and some bots
-    want more of the author of a command there (an administrator's grant).
+    None for a person without the grant, and in public places: the word may be meant for somebody else there.
     """
     word = text.strip().strip(".!。！").lower()
     if caller.public or len(word) > 12 or caller.grant < Grant.OPERATOR:
         return None
-    job = next(
-        (job for job in jobs.open_jobs(tx) if job.channel_id == caller.channel.id and job.state == "waiting"), None
-    )
-    if job is None or not jobs.is_delivered(tx, job.id) or not _is_here(caller, job):
+    here = (job for job in jobs.open_jobs(tx) if job.channel_id == caller.channel.id and job.state == "waiting")
+    job = next(here, None)
+    if job is None or not jobs.is_delivered(tx, job.id) or jobs.has_turn_since(tx, job.id, caller.conversation_id):
         return None
-    if jobs.has_turn_since(tx, job.id, caller.conversation_id):
-        return None
-    if any(word in _words(language, "yes") for language in languages()):
-        return parse(f"/finetune start {job.id}")
-    if any(word in _words(language, "no") for language in languages()):
-        return parse(f"/finetune cancel {job.id}")
+    if replace(caller.address, conversation="", reply_to="") != replace(job.address, conversation=""):
+        return None  # threads may differ: a direct message may start one
+    for key, action in (("training.words_yes", "start"), ("training.words_no", "cancel")):
+        if any(word in say(language, key).split() for language in languages()):
+            return parse(f"/finetune {action} {job.id}")
     return None
 
 
@@ -316,47 +296,37 @@ def _waiting_job(tx: Tx, caller: Caller, call: Call) -> Job | None:
     return job
 
 
-def _is_here(caller: Caller, job: Job) -> bool:
-    """Whether caller and job are in the same place; threads may differ (a direct message may start one)."""
-    here, there = caller.address, job.address
-    return (here.platform, here.account, here.place) == (there.platform, there.account, there.place)
-
-
-def _words(language: str, key: str) -> list[str]:
-    return say(language, f"training.words_{key}").split()
-
-
-def _queued(tx: Tx, caller: Caller, job: Job) -> str:
+def _queued(tx: Tx, caller: Caller, job: Job, first: str = "training.started", behind: str = "training.queued") -> str:
     before = jobs.jobs_ahead(tx, job.id)
-    key = "training.queued" if before else "training.started"
-    return say(caller.language, key, id=job.id, name=job.dataset, title=job.title, label=job.label, before=before)
+    fields = {"id": job.id, "name": job.dataset, "title": job.title, "label": job.label, "before": before}
+    return say(caller.language, behind if before else first, **fields)
 
 
 def _line(tx: Tx, caller: Caller, job: Job) -> str:
     state = Lazy(f"training.state_{job.state}")
     if job.state == "queued" and (before := jobs.jobs_ahead(tx, job.id)):
         state = Lazy("training.state_queued_behind", before=before)
-    return say(
-        caller.language,
-        "training.line",
-        id=job.id,
-        label=job.label,
-        name=job.dataset,
-        state=state,
-        age=duration(caller.language, max(0, tx.now_ms - job.created_ms) / 1000),
-    )
+    fields = {"id": job.id, "label": job.label, "name": job.dataset, "state": state}
+    return say(caller.language, "training.line", **fields, age=_age(tx, caller, job.created_ms))
 
 
-def _data_line(tx: Tx, caller: Caller, data: datasets.Dataset) -> str:
+def _data_line(tx: Tx, caller: Caller, data: Row) -> str:
+    fields = {"name": data["called"], "sha": data["sha256"][:12], "rows": data["rows"] or "?"}
     return say(
         caller.language,
         "training.data_line",
-        name=data.name,
-        sha=data.sha256[:12],
-        rows=data.rows or "?",
-        size=f"{max(1, round(data.size_bytes / 1000))} kB",
-        origin=Lazy("training.data_redacted", parent=data.parent[:12]) if data.parent else Lazy("training.data_file"),
-        who=Lazy("training.data_you") if data.brought_by == caller.user else operators.label_of(tx, data.brought_by),
-        licence=data.licence or Lazy("training.data_no_licence"),
-        age=duration(caller.language, max(0, tx.now_ms - data.created_ms) / 1000),
+        **fields,
+        size=f"{max(1, round(data['size_bytes'] / 1000))} kB",
+        origin=Lazy("training.data_redacted", parent=data["parent"][:12])
+        if data["parent"]
+        else Lazy("training.data_file"),
+        who=Lazy("training.data_you")
+        if data["brought_by"] == caller.user
+        else operators.label_of(tx, data["brought_by"]),
+        licence=data["licence"] or Lazy("training.data_no_licence"),
+        age=_age(tx, caller, data["created_ms"]),
     )
+
+
+def _age(tx: Tx, caller: Caller, at_ms: int) -> str:
+    return duration(caller.language, max(0, tx.now_ms - at_ms) / 1000)

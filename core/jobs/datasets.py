@@ -11,7 +11,7 @@ import hashlib
 import os
 import tempfile
 from collections.abc import AsyncIterator, Callable, Iterator
-from dataclasses import dataclass
+from contextlib import ExitStack
 from pathlib import Path
 from typing import BinaryIO
 
@@ -43,23 +43,8 @@ _KNOWN = (
 )
 
 
-@dataclass(frozen=True, slots=True)
-class Dataset:
-    """`name` is the name under which the person who lists it knows it; `rows` is 0 before the check."""
-
-    sha256: str
-    name: str
-    source: str
-    licence: str
-    size_bytes: int
-    rows: int
-    brought_by: str
-    created_ms: int
-    parent: str
-
-
 def keep_dataset(
-    tx: Tx, sha256: str, name: str, *, source: str, size_bytes: int, brought_by: str, licence: str = ""
+    tx: Tx, sha256: str, name: str, source: str, size_bytes: int, brought_by: str, licence: str = ""
 ) -> None:
     """Insert a data set, or restore an erased one; the first owner of the same bytes stays the owner."""
     tx.run(
@@ -78,10 +63,8 @@ def keep_derived(tx: Tx, parent: str, sha256: str, *, size_bytes: int) -> None:
         " ON CONFLICT DO UPDATE SET created_ms = excluded.created_ms, erased_ms = NULL",
         [sha256, size_bytes, tx.now_ms, parent],
     )
-    tx.run(
-        "INSERT OR IGNORE INTO dataset_person SELECT ?, user_hash FROM dataset_person WHERE dataset_sha256 = ?",
-        [sha256, parent],
-    )
+    people = "SELECT ?, user_hash FROM dataset_person WHERE dataset_sha256 = ?"
+    tx.run(f"INSERT OR IGNORE INTO dataset_person {people}", [sha256, parent])
 
 
 def count_rows(tx: Tx, sha256: str, rows: int) -> None:
@@ -99,14 +82,10 @@ def known_dataset(tx: Tx, user_hash: str, typed: str) -> tuple[str, str] | None:
     return (row["sha256"], row["name"]) if row else None
 
 
-def known_datasets(tx: Tx, user_hash: str, limit: int) -> list[Dataset]:
-    """Data sets that the person may know, newest first."""
-    rows = tx.all(
-        "SELECT dataset.*, known.name AS called, max(at_ms)"
-        f" {_KNOWN} GROUP BY dataset.sha256 ORDER BY created_ms DESC LIMIT ?",
-        [user_hash, user_hash, limit],
-    )
-    return [_dataset(row) for row in rows]
+def known_datasets(tx: Tx, user_hash: str, limit: int) -> list[Row]:
+    """Data sets that the person may know, newest first; `called` is the name under which the person knows it."""
+    grouped = f"{_KNOWN} GROUP BY dataset.sha256 ORDER BY created_ms DESC LIMIT ?"
+    return tx.all(f"SELECT dataset.*, known.name AS called, max(at_ms) {grouped}", [user_hash, user_hash, limit])
 
 
 def newest_of_channel(tx: Tx, channel_id: int) -> tuple[str, str] | None:
@@ -124,12 +103,6 @@ def is_erased(tx: Tx, sha256: str) -> bool:
     return not tx.value("SELECT 1 FROM dataset WHERE sha256 = ? AND erased_ms IS NULL", [sha256])
 
 
-def _dataset(row: Row) -> Dataset:
-    plain = ("sha256", "source", "licence", "size_bytes", "brought_by", "created_ms")
-    fields = {name: row[name] for name in plain}
-    return Dataset(**fields, name=row["called"], rows=row["rows"] or 0, parent=row["parent"] or "")
-
-
 # --- files ---
 
 
@@ -138,10 +111,7 @@ def path_of(home: Home, sha256: str) -> Path:
 
 
 async def store_named(context: CommandContext, caller: Caller, typed: str, *, licence: str = "") -> tuple[str, str]:
-    """Store an uploaded file, or a path given on the terminal, or find a known data set; its (sha256, name).
-
-    Raises BadInput.
-    """
+    """(sha256, name) of a stored upload or terminal path, or of a known data set. Raises BadInput."""
     home, database = context.home, context.database
     local = caller.address.platform == terminal.TERMINAL
     if caller.attachments and not local:
@@ -149,11 +119,11 @@ async def store_named(context: CommandContext, caller: Caller, typed: str, *, li
         file = await download(home, context.fetch(caller.address, sent), sent.name)
         return await _store_file(context, caller, sent.name, file, licence)
     path = Path(caller.attachments[0].file_id) if caller.attachments else typed_path(typed) if local else None
-    if path is not None and await asyncio.to_thread(is_folder, path):
-        raise BadInput("training.dataset_is_folder", name=path.name)
-    opened = await asyncio.to_thread(open_plain, path) if path is not None else None
-    if path is not None and opened is not None:
-        return await _store_file(context, caller, path.name, opened, licence)
+    if path is not None:
+        if await asyncio.to_thread(os.path.isdir, path):
+            raise BadInput("training.dataset_is_folder", name=path.name)
+        if opened := await asyncio.to_thread(open_plain, path):
+            return await _store_file(context, caller, path.name, opened, licence)
     known = await database.read(lambda tx: known_dataset(tx, caller.user, typed)) if typed else None
     if known is not None and await asyncio.to_thread(path_of(home, known[0]).is_file):
         return known
@@ -164,37 +134,25 @@ async def store_named(context: CommandContext, caller: Caller, typed: str, *, li
 
 async def download(home: Home, chunks: AsyncIterator[bytes], name: str, limit: int = MAX_BYTES) -> BinaryIO:
     """Write an uploaded file to an unnamed temporary file, which the caller closes. Raises BadInput."""
-    file = tempfile.TemporaryFile(dir=home.datasets)  # noqa: SIM115
-    try:
-        size = 0
-        async with asyncio.timeout(_FETCH_S):
-            async for chunk in chunks:
-                size += len(chunk)
-                if size > limit:
-                    raise BadInput("training.dataset_too_large", name=name, limit=limit // 10**6)
-                await asyncio.to_thread(file.write, chunk)
-        await asyncio.to_thread(file.seek, 0)
-    except TimeoutError as error:
-        file.close()
-        raise BadInput("training.dataset_unreadable", name=name, reason=Lazy("training.read_too_slow")) from error
-    except BaseException:
-        file.close()
-        raise
-    return file
+    size = 0
+    with ExitStack() as opened:
+        file = opened.enter_context(tempfile.TemporaryFile(dir=home.datasets))
+        try:
+            async with asyncio.timeout(_FETCH_S):
+                async for chunk in chunks:
+                    size += len(chunk)
+                    if size > limit:
+                        raise BadInput("training.dataset_too_large", name=name, limit=limit // 10**6)
+                    await asyncio.to_thread(file.write, chunk)
+        except TimeoutError as error:
+            raise BadInput("training.dataset_unreadable", name=name, reason=Lazy("training.read_too_slow")) from error
+        file.seek(0)
+        opened.pop_all()
+        return file
 
 
 def typed_path(typed: str) -> Path | None:
-    try:
-        return Path(typed).expanduser() if typed else None
-    except RuntimeError:  # the home of an unknown user
-        return None
-
-
-def is_folder(path: Path) -> bool:
-    try:
-        return path.is_dir()
-    except OSError:  # a name that is too long
-        return False
+    return Path(os.path.expanduser(typed)) if typed else None  # raises nothing
 
 
 def open_plain(path: Path, unreadable: str = "training.dataset_unreadable") -> BinaryIO | None:
@@ -217,11 +175,7 @@ async def _store_file(
             return store(context.home, _chunks(file, name))
 
     sha256, size = await asyncio.to_thread(copy)
-    await context.database.write(
-        lambda tx: keep_dataset(
-            tx, sha256, name, source="file", size_bytes=size, brought_by=caller.user, licence=licence
-        )
-    )
+    await context.database.write(lambda tx: keep_dataset(tx, sha256, name, "file", size, caller.user, licence))
     return sha256, name
 
 
@@ -294,7 +248,6 @@ def drop_person(tx: Tx, user_hash: str) -> None:
 
 
 def erase(tx: Tx, sha256: str) -> None:
-    """Mark a data set as erased; the next sweep removes its file."""
     tx.run("UPDATE dataset SET erased_ms = ? WHERE sha256 = ? AND erased_ms IS NULL", [tx.now_ms, sha256])
 
 

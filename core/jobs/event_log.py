@@ -4,20 +4,7 @@ from __future__ import annotations
 
 import json
 
-from core.jobs.protocol import (
-    Answered,
-    Checked,
-    Done,
-    Estimated,
-    Failed,
-    JobEvent,
-    LeftOut,
-    Planned,
-    Progress,
-    Redacted,
-    dump_event,
-    load_event,
-)
+from core.jobs.protocol import JobEvent, Newest, Progress, dump_event, load_event
 from core.storage import lifecycle
 from core.storage.database import Tx
 from core.storage.lifecycle import Periods, Prune
@@ -35,10 +22,14 @@ def add_event(tx: Tx, job_id: int, event: JobEvent) -> bool:
     forward = False
     of_kind = "FROM job_event WHERE job_id = ? AND kind = ?"
     if isinstance(event, Progress):
-        last = newest_progress(tx, job_id)
-        forward = last is None or event.step > last.step
-        _make_room(tx, job_id, event.steps)
-    elif isinstance(event, Checked | Estimated | Redacted | LeftOut | Answered | Planned | Done | Failed):
+        rows = tx.all(
+            "SELECT seq, data FROM job_event WHERE job_id = ? AND kind = 'progress' ORDER BY seq DESC LIMIT 2", [job_id]
+        )
+        at = [json.loads(row["data"])["step"] for row in rows]
+        forward = not at or event.step > at[0]
+        if len(at) == 2 and at[0] - at[1] < max(1, event.steps / CURVE_POINTS):  # too near, or training went back
+            tx.run("DELETE FROM job_event WHERE job_id = ? AND seq = ?", [job_id, rows[0]["seq"]])
+    elif isinstance(event, Newest):
         tx.run(f"DELETE {of_kind}", [job_id, event.kind])
     elif tx.value(
         f"SELECT count(*) >= ? OR ifnull(max(data = ?), 0) {of_kind}", [MAX_EVENTS, data, job_id, event.kind]
@@ -48,28 +39,10 @@ def add_event(tx: Tx, job_id: int, event: JobEvent) -> bool:
     return forward
 
 
-def _make_room(tx: Tx, job_id: int, steps: int) -> None:
-    """Delete the newest progress where it is too near to the one before, or where training went back behind it."""
-    rows = tx.all(
-        "SELECT seq, data FROM job_event WHERE job_id = ? AND kind = 'progress' ORDER BY seq DESC LIMIT 2", [job_id]
-    )
-    at = [event.step for row in rows if isinstance(event := load_event(row["data"]), Progress)]
-    if len(at) == 2 and at[0] - at[1] < max(1, steps / CURVE_POINTS):
-        tx.run("DELETE FROM job_event WHERE job_id = ? AND seq = ?", [job_id, rows[0]["seq"]])
-
-
 def events(tx: Tx, job_id: int) -> list[JobEvent]:
     """In the order of their arrival."""
     rows = tx.all("SELECT data FROM job_event WHERE job_id = ? AND kind <> 'publishing' ORDER BY seq", [job_id])
     return [load_event(row["data"]) for row in rows]
-
-
-def newest_progress(tx: Tx, job_id: int) -> Progress | None:
-    data = tx.value(
-        "SELECT data FROM job_event WHERE job_id = ? AND kind = 'progress' ORDER BY seq DESC LIMIT 1", [job_id]
-    )
-    event = load_event(data) if data else None
-    return event if isinstance(event, Progress) else None
 
 
 def clear(tx: Tx, job_id: int) -> None:
@@ -78,7 +51,6 @@ def clear(tx: Tx, job_id: int) -> None:
 
 
 def append(tx: Tx, job_id: int, kind: str, data: str) -> None:
-    """Append an entry of any kind."""
     seq = int(tx.value("SELECT ifnull(max(seq), 0) + 1 FROM job_event WHERE job_id = ?", [job_id]))
     tx.insert("job_event", job_id=job_id, seq=seq, at_ms=tx.now_ms, kind=kind, data=data)
 

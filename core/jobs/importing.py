@@ -13,7 +13,7 @@ import shutil
 import tarfile
 import zipfile
 from collections.abc import Iterator
-from contextlib import suppress
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import IO, BinaryIO, Self
@@ -57,7 +57,9 @@ class UnpackedAdapter:
 
 async def unpack_adapter(context: CommandContext, caller: Caller, call: Call) -> UnpackedAdapter:
     """Unpack the adapter of `/adapter import` and find its data set. Raises BadInput, AppError."""
-    source, typed = _named(caller, call)
+    source, typed = call.arguments.get("file", ""), call.arguments.get("dataset", "")
+    if caller.attachments and not typed:  # beside an uploaded adapter the first argument is the data set
+        source, typed = "", source
     try:
         if typed:
             found: tuple[str, str] | None = await datasets.store_named(context, replace(caller, attachments=()), typed)
@@ -74,19 +76,12 @@ async def unpack_adapter(context: CommandContext, caller: Caller, call: Call) ->
 @command("adapter", "import", prepare=unpack_adapter, check=check_room)
 def import_adapter(tx: Tx, caller: Caller, call: Call, given: UnpackedAdapter) -> Outcome:
     """Queue a job that evaluates the adapter."""
-    job = jobs.create(tx, caller, given.dataset_sha256, given.dataset)
-    jobs.set_imported(tx, job.id, given.folder)
+    job = jobs.create(tx, caller, given.dataset_sha256, given.dataset, imported=given.folder)
     new_delivery(tx, job_id=job.id)
     audit.record(tx, caller, call.action, job.label, None, {"job": job.id, "file": given.title})
     before = jobs.jobs_ahead(tx, job.id)
     fields = {"id": job.id, "name": given.title, "dataset": given.dataset, "label": job.label, "before": before}
     return Outcome(Body(say(caller.language, "import.started", **fields)), (Effect.WAKE_TRAINING,))
-
-
-def _named(caller: Caller, call: Call) -> tuple[str, str]:
-    """(adapter, data set) as typed; with an uploaded adapter the first argument is the data set."""
-    first, second = call.arguments.get("file", ""), call.arguments.get("dataset", "")
-    return ("", first) if caller.attachments and not second else (first, second)
 
 
 # --- files (blocking) ---
@@ -109,19 +104,19 @@ async def _unpacked(home: Home, fetch: Fetch, caller: Caller, typed: str) -> tup
 
 
 def _unpack_path(path: Path, target: Path) -> None:
-    if datasets.is_folder(path):
-        with _making(target):
-            for name in MOST_BYTES:
-                member = datasets.open_plain(path / name, "import.unreadable")
-                if member is None:
-                    raise BadInput("import.missing", name=path.name, what=name)
-                with member:
-                    _copy(member, target, name)
+    if not os.path.isdir(path):  # raises nothing
+        file = datasets.open_plain(path, "import.unreadable")
+        if file is None:
+            raise BadInput("import.not_found", typed=str(path)[:200])
+        _unpack_archive(file, path.name, target)
         return
-    file = datasets.open_plain(path, "import.unreadable")
-    if file is None:
-        raise BadInput("import.not_found", typed=str(path)[:200])
-    _unpack_archive(file, path.name, target)
+    with _making(target):
+        for name in MOST_BYTES:
+            member = datasets.open_plain(path / name, "import.unreadable")
+            if member is None:
+                raise BadInput("import.missing", name=path.name, what=name)
+            with member:
+                _copy(member, target, name)
 
 
 def _unpack_archive(file: BinaryIO, name: str, target: Path) -> None:
@@ -164,8 +159,7 @@ def _zip_members(file: BinaryIO) -> Iterator[tuple[str, IO[bytes]]]:
         for number, member in enumerate(archive.infolist()):
             wanted = not member.is_dir() and PurePosixPath(member.filename).name in MOST_BYTES
             size += member.file_size if wanted else 0
-            if number >= MOST_MEMBERS or size > MOST_UNPACKED:
-                raise BadInput("import.many", limit=MOST_MEMBERS, size=MOST_UNPACKED // 2**30)
+            _check_size(number, size)
             if wanted:
                 yield member.filename, archive.open(member)
 
@@ -192,32 +186,27 @@ def _tar_members(file: BinaryIO) -> Iterator[tuple[str, IO[bytes]]]:
         for number, member in enumerate(archive):
             archive.members.clear()  # type: ignore[attr-defined]  # free their headers
             size += member.size  # skipped members are decompressed too
-            if number >= MOST_MEMBERS or size > MOST_UNPACKED:
-                raise BadInput("import.many", limit=MOST_MEMBERS, size=MOST_UNPACKED // 2**30)
-            if member.isfile() and PurePosixPath(member.name).name in MOST_BYTES:
-                inside = archive.extractfile(member)
-                if inside is not None:
-                    yield member.name, inside
+            _check_size(number, size)
+            wanted = member.isfile() and PurePosixPath(member.name).name in MOST_BYTES
+            if wanted and (inside := archive.extractfile(member)) is not None:
+                yield member.name, inside
 
 
-class _making:
+def _check_size(members: int, size: int) -> None:
+    if members >= MOST_MEMBERS or size > MOST_UNPACKED:
+        raise BadInput("import.many", limit=MOST_MEMBERS, size=MOST_UNPACKED // 2**30)
+
+
+@contextmanager
+def _making(folder: Path) -> Iterator[None]:
     """Make the folder, check its files at the end, and remove it on failure."""
-
-    def __init__(self, folder: Path) -> None:
-        self.folder = folder
-
-    def __enter__(self) -> None:
-        self.folder.mkdir(mode=0o700)
-
-    def __exit__(self, kind: type[BaseException] | None, error: object, trace: object) -> None:
-        try:
-            if kind is None:
-                _check_headers(self.folder)
-        except BaseException:
-            shutil.rmtree(self.folder, ignore_errors=True)
-            raise
-        if kind is not None:
-            shutil.rmtree(self.folder, ignore_errors=True)
+    folder.mkdir(mode=0o700)
+    try:
+        yield
+        _check_headers(folder)
+    except BaseException:
+        shutil.rmtree(folder, ignore_errors=True)
+        raise
 
 
 def _copy(file: IO[bytes], folder: Path, name: str) -> None:
@@ -236,8 +225,8 @@ def _check_headers(folder: Path) -> None:
         config = json.loads((folder / CONFIG).read_text("utf-8"))
     except (ValueError, RecursionError) as error:
         raise BadInput("import.no_json", what=CONFIG) from error
-    if not isinstance(config, dict) or config.get("peft_type") != "LORA":
-        kind = config.get("peft_type") if isinstance(config, dict) else None
+    kind = config.get("peft_type") if isinstance(config, dict) else None
+    if kind != "LORA":
         raise BadInput("import.no_lora", kind=str(kind)[:40])
     try:
         if not list(tensor_entries(folder / WEIGHTS)):

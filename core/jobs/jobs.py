@@ -92,34 +92,27 @@ def create(
     state: str = "queued",
     columns: Mapping[str, str] | None = None,
     preset: str = "",
+    imported: str = "",
 ) -> Job:
     """Insert a job of the caller's channel, with a version that no adapter and no job of this name ever had.
 
-    `dataset` is the person's name for the data set. `columns` maps question, answer and system to columns.
+    `dataset` is the person's name for the data set. `columns` maps question, answer and system to columns. `imported`:
+    evaluate the adapter in this folder of jobs/ instead of training one.
     """
-    name = caller.channel.adapter
-    version = 1 + int(
-        tx.value(
-            "SELECT max(ifnull((SELECT max(version) FROM adapter WHERE name = ?), 0),"
-            " ifnull((SELECT max(version) FROM job WHERE adapter = ?), 0))",
-            [name, name],
-        )
-    )
-    at = caller.address
+    name, at = caller.channel.adapter, caller.address
+    used = "SELECT max(version) FROM adapter WHERE name = ? UNION SELECT max(version) FROM job WHERE adapter = ?"
+    latest = max(row[0] or 0 for row in tx.all(used, [name, name]))
+    given = {"dataset_sha256": dataset_sha256, "dataset": dataset or dataset_sha256[:12], "preset": preset}
+    address = {"platform": at.platform, "account": at.account, "place": at.place, "conversation": at.conversation}
     job_id = tx.insert(
         "job",
+        **{**given, **address},
         channel_id=caller.channel.id,
         adapter=name,
-        version=version,
-        dataset_sha256=dataset_sha256,
-        dataset=dataset or dataset_sha256[:12],
+        version=latest + 1,
         state=state,
         columns=json.dumps(columns, ensure_ascii=False) if columns else "",
-        preset=preset,
-        platform=at.platform,
-        account=at.account,
-        place=at.place,
-        conversation=at.conversation,
+        imported=imported,
         language=caller.language,
         actor=caller.user,
         created_ms=tx.now_ms,
@@ -179,11 +172,8 @@ def await_confirmation(tx: Tx, job_id: int) -> bool:
 
 def pin_price(tx: Tx, job_id: int, tokens: int | None = None) -> None:
     """Fix the price of a trained token at the channel's present one; at most `tokens`, the estimate, are charged."""
-    tx.run(
-        "UPDATE job SET tokens_agreed = ?,"
-        " price_id = (SELECT max(id) FROM price WHERE price.channel_id = job.channel_id) WHERE id = ?",
-        [tokens, job_id],
-    )
+    newest = "SELECT max(id) FROM price WHERE price.channel_id = job.channel_id"
+    tx.run(f"UPDATE job SET tokens_agreed = ?, price_id = ({newest}) WHERE id = ?", [tokens, job_id])
 
 
 def leave_waiting(tx: Tx, job_id: int, state: str, *, redact: bool = False) -> None:
@@ -213,13 +203,8 @@ def has_turn_since(tx: Tx, job_id: int, conversation_id: int) -> bool:
 
 def jobs_ahead(tx: Tx, job_id: int) -> int:
     """How many jobs are trained before this queued one."""
-    return int(
-        tx.value(
-            "SELECT count(*) FROM job WHERE id <> ?"
-            " AND (state IN ('running', 'publishing') OR (state = 'queued' AND id < ?))",
-            [job_id, job_id],
-        )
-    )
+    before = "state IN ('running', 'publishing') OR (state = 'queued' AND id < ?)"
+    return int(tx.value(f"SELECT count(*) FROM job WHERE id <> ? AND ({before})", [job_id, job_id]))
 
 
 def publishing(tx: Tx, job_id: int, sha256: str) -> bool:
@@ -232,10 +217,8 @@ def publishing(tx: Tx, job_id: int, sha256: str) -> bool:
 
 def end(tx: Tx, job_id: int, state: str, reason: str = "", result: str | None = None) -> bool:
     """Set a job published, cancelled or failed; False where it had ended before."""
-    changed = tx.run(
-        f"UPDATE job SET state = ?, reason = ?, result = ?, ended_ms = ? WHERE id = ? AND state IN {OPEN}",
-        [state, reason, result, tx.now_ms, job_id],
-    )
+    sql = f"UPDATE job SET state = ?, reason = ?, result = ?, ended_ms = ? WHERE id = ? AND state IN {OPEN}"
+    changed = tx.run(sql, [state, reason, result, tx.now_ms, job_id])
     datasets.erase_unneeded(tx, str(tx.value("SELECT dataset_sha256 FROM job WHERE id = ?", [job_id])))
     return bool(changed)
 
@@ -291,18 +274,10 @@ def count_attempt(tx: Tx, job_id: int) -> int:
     return int(tx.value("UPDATE job SET attempts = attempts + 1 WHERE id = ? RETURNING attempts", [job_id]))
 
 
-def set_imported(tx: Tx, job_id: int, unpacked: str) -> None:
-    """Have the job evaluate an adapter from elsewhere: its candidate is the folder of this name in jobs/."""
-    tx.run("UPDATE job SET imported = ? WHERE id = ?", [unpacked, job_id])
-
-
 def keep_test_rows(tx: Tx, job_id: int, text: str) -> None:
     """Store, encrypted, the test rows that operators may see. They are erased together with their data set."""
-    tx.run(
-        "UPDATE job SET shown = ? WHERE id = ?"
-        " AND EXISTS (SELECT 1 FROM dataset WHERE sha256 = dataset_sha256 AND erased_ms IS NULL)",
-        [tx.cipher.seal(text), job_id],
-    )
+    kept = "EXISTS (SELECT 1 FROM dataset WHERE sha256 = dataset_sha256 AND erased_ms IS NULL)"
+    tx.run(f"UPDATE job SET shown = ? WHERE id = ? AND {kept}", [tx.cipher.seal(text), job_id])
 
 
 def test_rows(tx: Tx, result: str) -> Shown:
@@ -334,10 +309,8 @@ def _job(row: Row) -> Job:
 
 def move_place(tx: Tx, platform: str, account: str, before: str, now: str) -> None:
     """Follow a rename of a place by its platform."""
-    tx.run(
-        "UPDATE OR IGNORE job SET place = ? WHERE platform = ? AND account = ? AND place = ?",
-        [now, platform, account, before],
-    )
+    where = "platform = ? AND account = ? AND place = ?"
+    tx.run(f"UPDATE OR IGNORE job SET place = ? WHERE {where}", [now, platform, account, before])
 
 
 def add_event(tx: Tx, job_id: int, event: JobEvent) -> None:
@@ -352,22 +325,21 @@ def add_event(tx: Tx, job_id: int, event: JobEvent) -> None:
 @lifecycle.withdraws
 def withdraw(tx: Tx, user_hash: str, channel_id: int) -> tuple[After, ...]:
     """Erase the channel's data sets with messages of a person, and cancel the jobs on them."""
-    erased = _erase_datasets(tx, datasets.of_person(tx, user_hash, channel_id))
-    return (Effect.ERASE_FILES, Effect.WAKE_TRAINING) if erased else ()
+    return (Effect.ERASE_FILES, Effect.WAKE_TRAINING) if _erase_datasets(tx, user_hash, channel_id) else ()
 
 
-def _erase_datasets(tx: Tx, erased: list[str]) -> bool:
+def _erase_datasets(tx: Tx, user_hash: str, channel_id: int | None = None) -> list[str]:
+    erased = datasets.of_person(tx, user_hash, channel_id)
     for sha256 in erased:
         datasets.erase(tx, sha256)
         for row in tx.all("SELECT id FROM job WHERE dataset_sha256 = ? AND ended_ms IS NULL", [sha256]):
             cancel(tx, row["id"], ERASED)
-    return bool(erased)
+    return erased
 
 
 @lifecycle.erases(Stage.DATASETS)
 def _erase(tx: Tx, erasure: Erasure) -> None:
-    erasure.datasets = datasets.of_person(tx, erasure.user_hash)
-    _erase_datasets(tx, erasure.datasets)
+    erasure.datasets = _erase_datasets(tx, erasure.user_hash)
     datasets.drop_person(tx, erasure.user_hash)
 
 

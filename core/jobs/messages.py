@@ -33,7 +33,12 @@ from core.jobs.protocol import (
 )
 from core.types import Body, Button
 
+T = TypeVar("T")
+SHOWN_LINES = 5
 _BAR_CELLS = 20
+_SHOWN_CHARACTERS = 200
+_SAMPLE, _SAMPLE_ROW = 120, 700  # characters of a row in the question, and in the preview
+_BARS = "▁▂▃▄▅▆▇█"
 
 
 def progress_text(job: Job, events: Sequence[JobEvent]) -> str:
@@ -47,28 +52,17 @@ def progress_text(job: Job, events: Sequence[JobEvent]) -> str:
         notes += _open_warnings(events)
         return "\n".join([first, "", *notes]) if notes else first
     share = progress.step / max(progress.steps, 1)
-    full = round(share * _BAR_CELLS)
+    bar = ("▓" * round(share * _BAR_CELLS)).ljust(_BAR_CELLS, "░")
+    left = duration(job.language, progress.seconds_left)
+    losses = {"loss": _losses(progress), "unseen": _validation_loss(job.language, events)}
     lines = [
-        say(job.language, "training.round", epoch=progress.epoch, epochs=progress.epochs),
-        say(
-            job.language,
-            "training.bar",
-            bar="▓" * full + "░" * (_BAR_CELLS - full),
-            percent=round(share * 100),
-            left=duration(job.language, progress.seconds_left),
-        ),
-        say(
-            job.language,
-            "training.loss",
-            loss=_losses(progress),
-            unseen=_validation_loss(job.language, events),
-            pace=round(progress.tokens_per_s),
-        ),
+        say(job.language, "training.bar", bar=bar, percent=round(share * 100), left=left),
+        say(job.language, "training.loss", **losses, pace=round(progress.tokens_per_s)),
         *([say(job.language, "training.comparing")] if progress.step == progress.steps else []),
-        say(job.language, "training.stop_hint", id=job.id),
     ]
-    shown = [f"{line}  " for line in lines[1:-1]]
-    return "\n".join([f"{head} · {lines[0]}", "", *shown, *_open_warnings(events), "", lines[-1]])
+    first = f"{head} · {say(job.language, 'training.round', epoch=progress.epoch, epochs=progress.epochs)}"
+    hint = say(job.language, "training.stop_hint", id=job.id)
+    return "\n".join([first, "", *(f"{line}  " for line in lines), *_open_warnings(events), "", hint])
 
 
 def _phase_text(job: Job, events: Sequence[JobEvent]) -> str:
@@ -91,10 +85,7 @@ def ended_body(job: Job, events: Sequence[JobEvent], *, resumable: bool) -> Body
 
 
 def report(job: Job, events: Sequence[JobEvent], *, judged: Judged | None = None, now: Lazy | None = None) -> Body:
-    """Report on a published version: data, verdict, next steps.
-
-    `judged` is the stored verdict where the events are deleted; `now` is the version's present state, if it has one.
-    """
+    """`judged`: the stored verdict where the events are deleted. `now`: the version's present state, if it has one."""
     language, judged = job.language, last(events, Judged) or judged
     done, checked = last(events, Done), last(events, Checked)
     lines = verdict_text(language, job.label, judged) if judged else [say(language, "training.ready", label=job.label)]
@@ -107,61 +98,39 @@ def report(job: Job, events: Sequence[JobEvent], *, judged: Judged | None = None
         lines.append(say(language, "training.charged", tokens=tokens, price=money(nano)))
     if checked is not None:
         lines += rows_text(language, job.dataset, checked)
-        lines += [f"- {line}" for line in left_out_text(language, events)]
-        lines += [f"- {line}" for line in data_text(language, checked)]
+        lines += [f"- {line}" for line in (*left_out_text(language, events), *data_text(language, checked))]
     lines += [f"- {short(event.text)}" for event in events if isinstance(event, Warned)]
     passed = judged is None or judged.passed
     hint = "training.promote_hint" if passed else "training.promote_anyway_hint"
     key = "training.version_now" if now else hint
     lines += ["", say(language, key, label=job.label, title=job.title, state=now)]
-    return Body("\n".join(lines), _report_buttons(language, job.label, judged, passed=passed))
-
-
-def _report_buttons(language: str, label: str, judged: Judged | None, *, passed: bool) -> tuple[Button, ...]:
-    """Compare or see the worst rows, promote, discard."""
     look = worst_button if judged is not None and not passed and judged.worst else compare_button
-    serve = promote_button if passed else anyway_button
-    return look(language, label), serve(language, label), discard_button(language, label)
+    buttons = (look, promote_button if passed else anyway_button, discard_button)
+    return Body("\n".join(lines), tuple(button(language, job.label) for button in buttons))
 
 
 def verdict_text(language: str, label: str, judged: Judged) -> list[str]:
-    """The gate's verdict and its numbers."""
+    """The gate's verdict and its numbers; ability and generated answers where they were measured."""
     fields = {"label": label, "champion": judged.champion, "rows": judged.rows, "fewest": FEWEST_TEST_ROWS}
-    return [
+    losses = {"before": f"{judged.loss_champion:.2f}", "after": f"{judged.loss:.2f}", "better": judged.better}
+    bounds = {"low": f"{judged.low:+.2f}", "high": f"{judged.high:+.2f}"}
+    lines = [
         say(language, f"training.verdict_{judged.verdict}", **fields),
-        say(
-            language,
-            "training.judged",
-            rows=judged.rows,
-            before=f"{judged.loss_champion:.2f}",
-            after=f"{judged.loss:.2f}",
-            champion=judged.champion,
-            better=judged.better,
-            low=f"{judged.low:+.2f}",
-            high=f"{judged.high:+.2f}",
-        ),
+        say(language, "training.judged", **fields, **losses, **bounds),
         say(language, "training.lift", lift=f"{judged.lift:.2f}", before=f"{judged.lift_champion:.2f}", **fields),
-        *_health_text(language, judged),
     ]
-
-
-def _health_text(language: str, judged: Judged) -> list[str]:
-    """Ability and generated answers; nothing where they were not measured."""
     if judged.ability is None:
-        return []
+        return lines
+    change = {"change": judged.ability, "high": judged.ability_high, "worst": judged.skill_change}
+    numbers = {**change, "limit": MOST_FORGOTTEN, "most": MOST_OF_A_SKILL}
+    shown = {name: f"{number:+.2f}" for name, number in numbers.items()}
+    skill = Lazy(f"training.skill_{judged.skill}") if judged.skill else ""
     able = "training.unable" if forgets(judged.ability_high, judged.skill_change) else "training.able"
-    change = {
-        "change": f"{judged.ability:+.2f}",
-        "high": f"{judged.ability_high:+.2f}",
-        "limit": f"{MOST_FORGOTTEN:+.2f}",
-        "most": f"{MOST_OF_A_SKILL:+.2f}",
-        "skill": Lazy(f"training.skill_{judged.skill}") if judged.skill else "",
-        "worst": f"{judged.skill_change:+.2f}",
-    }
-    sound = {"sound": judged.asked - judged.unsound, "asked": judged.asked}
-    before = {"base": judged.asked - judged.unsound_base}
-    whole = [say(language, "training.sound", **sound, **before)] if judged.asked else []
-    return [say(language, able, **change), *whole]
+    lines.append(say(language, able, **shown, skill=skill))
+    if asked := judged.asked:
+        sound = {"sound": asked - judged.unsound, "base": asked - judged.unsound_base}
+        lines.append(say(language, "training.sound", **sound, asked=asked))
+    return lines
 
 
 def failed_text(job: Job, *, resumable: bool) -> str:
@@ -179,6 +148,10 @@ def _named(job: Job) -> dict[str, object]:
     return {"title": job.title, "id": job.id, "name": job.dataset, "typed": as_word(job.dataset)}
 
 
+def worst_button(language: str, label: str) -> Button:
+    return Button(say(language, "adapter.worst_button"), "command", f"/adapter worst {label}")
+
+
 def cancelled_key(job: Job) -> str:
     known = {"erased": "training.cancelled_erased", EXPIRED: "training.expired"}
     if job.reason in known:
@@ -193,7 +166,6 @@ def _open_warnings(events: Sequence[JobEvent]) -> list[str]:
 
 
 def _losses(now: Progress) -> str:
-    """First loss and present loss."""
     first, last = f"{now.first_loss:.2f}", f"{now.loss:.2f}"
     return last if not now.first_loss or first == last else f"{first} → {last}"
 
@@ -203,44 +175,20 @@ def _validation_loss(language: str, events: Sequence[JobEvent]) -> str:
     return say(language, "training.unseen", loss=f"{losses[-1]:.2f}") if losses else ""
 
 
-def worst_button(language: str, label: str) -> Button:
-    return Button(say(language, "adapter.worst_button"), "command", f"/adapter worst {label}")
-
-
-SHOWN_LINES = 5
-
-
-_SHOWN_CHARACTERS = 200
-
-
-_SAMPLE, _SAMPLE_ROW = 120, 700  # characters of a row in the question, and in the preview
-
-
-_BARS = "▁▂▃▄▅▆▇█"
-
-
-T = TypeVar("T")
-
-
 def question(job: Job, events: Sequence[JobEvent], preview: Sequence[Preview]) -> Body:
     """The report of the check and the question whether to start."""
     language, checked, estimated = job.language, last(events, Checked), last(events, Estimated)
     assert checked is not None
     assert estimated is not None
     lines = rows_text(language, job.dataset, checked, "training.usable")
-    lines += [f"- {line}" for line in left_out_text(language, events)]
-    lines += [f"- {line}" for line in data_text(language, checked)]
+    lines += [f"- {line}" for line in (*left_out_text(language, events), *data_text(language, checked))]
     if (redacted := last(events, Redacted)) is not None and redacted.sha256 == job.dataset_sha256:
         fields = {"n": redacted.replaced, "sha": redacted.sha256[:12]}
         lines.append(f"- {say(language, 'training.redacted', **fields)}")
     if preview:
         lines += ["", say(language, "training.sample", line=preview[0].line), "", f"> {_sample(preview[0])}"]
-    lines += [
-        "",
-        estimate_text(language, estimated, job.train_nano),
-        "",
-        say(language, "training.ask", id=job.id, label=job.label),
-    ]
+    ask = say(language, "training.ask", id=job.id, label=job.label)
+    lines += ["", estimate_text(language, estimated, job.train_nano), "", ask]
     return Body("\n".join(lines), _buttons(job, personal=bool(checked.personal)))
 
 
@@ -249,16 +197,8 @@ def estimate_text(language: str, estimated: Estimated, train_nano: int) -> str:
     to_pay = estimated.tokens * train_nano
     price = Lazy("training.price", price=money(to_pay)) if to_pay else Lazy("training.price_none")
     key = "training.estimate" if estimated.seconds else "training.estimate_unmeasured"
-    return say(
-        language,
-        key,
-        tokens=estimated.tokens,
-        epochs=estimated.epochs,
-        steps=estimated.steps,
-        time=duration(language, estimated.seconds),
-        memory=f"{estimated.memory_mib / 1024:.1f}",
-        price=price,
-    )
+    fields = {"time": duration(language, estimated.seconds), "memory": f"{estimated.memory_mib / 1024:.1f}"}
+    return say(language, key, **asdict(estimated), **fields, price=price)
 
 
 def preview_text(language: str, name: str, preview: Sequence[Preview]) -> str:
@@ -275,7 +215,7 @@ def rows_text(language: str, name: str, checked: Checked, key: str = "training.r
     """Counts of rows, and the lines that were rejected, mended or duplicates."""
     lines = [say(language, key, name=name, used=checked.used, rows=checked.rows)]
     if checked.duplicates:
-        where = ", ".join(str(line) for line in checked.doubled[:SHOWN_LINES])
+        where = ", ".join(map(str, checked.doubled[:SHOWN_LINES]))
         more = "…" if checked.duplicates > len(checked.doubled[:SHOWN_LINES]) else ""
         key = "training.doubled" if where else "training.duplicates"
         lines.append(f"- {say(language, key, n=checked.duplicates, lines=f'{where}{more}')}")
@@ -297,17 +237,9 @@ def left_out_text(language: str, events: Sequence[JobEvent]) -> list[str]:
 def data_text(language: str, checked: Checked) -> list[str]:
     """Lengths of rows, missing rows, personal data."""
     lines = []
-    if checked.longest_tokens:
-        lines.append(
-            say(
-                language,
-                "training.lengths",
-                bars=_bars(checked.histogram),
-                shortest=checked.shortest_tokens,
-                median=checked.median_tokens,
-                longest=checked.longest_tokens,
-            )
-        )
+    if longest := checked.longest_tokens:
+        fields = {"shortest": checked.shortest_tokens, "median": checked.median_tokens, "longest": longest}
+        lines.append(say(language, "training.lengths", bars=_bars(checked.histogram), **fields))
     if checked.missing:
         lines.append(say(language, "training.missing", n=checked.missing))
     if checked.personal:
@@ -324,28 +256,19 @@ def short(text: str) -> str:
 
 
 def _buttons(job: Job, *, personal: bool) -> tuple[Button, ...]:
-    offered = [
-        ("start_anyway" if personal else "start", "start"),
-        *([("redact", "redact")] if personal else []),
-        ("preview", "preview"),
-        ("cancel", "cancel"),
-    ]
-    return tuple(
-        Button(say(job.language, f"training.button_{key}"), "command", f"/finetune {word} {job.id}")
-        for key, word in offered
-    )
+    offered = ["start_anyway", "redact", "preview", "cancel"] if personal else ["start", "preview", "cancel"]
+    texts = [(say(job.language, f"training.button_{key}"), key.removesuffix("_anyway")) for key in offered]
+    return tuple(Button(text, "command", f"/finetune {word} {job.id}") for text, word in texts)
 
 
 def _bars(histogram: Sequence[int]) -> str:
-    """One block character for each count."""
     most = max(histogram, default=0)
     return "".join(_BARS[min(len(_BARS) - 1, count * len(_BARS) // most)] if count else " " for count in histogram)
 
 
 def _sample(row: Preview) -> str:
     """Question and answer of a row on one line."""
-    question, answer = (" ".join(text.split()) for text in (row.question, row.answer))
-    return f"{_cut(question, _SAMPLE)} ▶ {_cut(answer, _SAMPLE)}"
+    return " ▶ ".join(_cut(" ".join(text.split()), _SAMPLE) for text in (row.question, row.answer))
 
 
 def _cut(text: str, most: int = _SAMPLE_ROW) -> str:

@@ -13,16 +13,17 @@ Exit status of the trainer: 0 finished, 3 interrupted (resume later), 1 failed (
 from __future__ import annotations
 
 import json
-from collections.abc import Callable, Mapping, Sequence
-from dataclasses import asdict, dataclass, field, fields
+from collections.abc import Mapping, Sequence
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
 from typing import Any, ClassVar, Literal, get_args
+
+from pydantic import TypeAdapter, ValidationError
 
 from core.config.keys import key
 from core.config.sections import HyperParameters
 from core.errors import JobError
 
-SPEC_VERSION = 1
 SHOWN = "shown.json"
 PREVIEW = "preview.json"  # in the check folder: sample rows
 EXIT_FINISHED, EXIT_FAILED, EXIT_INTERRUPTED = 0, 1, 3
@@ -70,7 +71,7 @@ class Spec:
     columns: dict[str, str] = field(default_factory=dict)  # question, answer, system -> column of the data
     redact: bool = False  # the check removes personal data first
     warm_up: bool = True  # the check measures some training steps
-    version: int = SPEC_VERSION
+    version: Literal[1] = 1
 
     def write(self, folder: Path) -> None:
         new = folder / "spec.json.new"
@@ -90,22 +91,14 @@ class Spec:
         """Raises JobError, with the file and the key, where spec.json is missing, damaged or of a newer version."""
         path = folder / "spec.json"
         try:
-            known = json.loads(path.read_text(encoding="utf-8"))
-            unknown = set(known) - {f.name for f in fields(cls)}
-            if known.get("version") != SPEC_VERSION or unknown:
-                raise JobError(detail=f"{path}: version {known.get('version')!r}, unknown keys {sorted(unknown)}")
-            inner = {"hyper": HyperParameters(**known["hyper"]), "fresh": Fresh(**known.get("fresh", {}))}
-            return cls(**{**known, **inner})
-        except (OSError, ValueError, TypeError, KeyError, AttributeError) as error:
+            return _SPEC.validate_json(path.read_bytes(), extra="forbid")
+        except (OSError, ValueError) as error:
             raise JobError(detail=f"{path} cannot be read: {error}") from error
 
 
 @dataclass(frozen=True, slots=True)
 class Preview:
-    """A row as it is trained, decoded from token ids: parts that are learned (True) and parts that are context.
-
-    `question` and `answer` are its last question and its first learned answer, without the template's marks.
-    """
+    """A row as it is trained, decoded: parts that are learned (True) or not; its last question, its first answer."""
 
     line: int
     parts: tuple[tuple[bool, str], ...]
@@ -120,11 +113,8 @@ class Preview:
     def load(text: str) -> tuple[Preview, ...]:
         """The rows, or none where the text cannot be read."""
         try:
-            return tuple(
-                Preview(**{**row, "parts": tuple((bool(taught), str(part)) for taught, part in row["parts"])})
-                for row in json.loads(text or "[]")
-            )
-        except (ValueError, TypeError, KeyError):
+            return _PREVIEWS.validate_json(text)
+        except ValidationError:
             return ()
 
 
@@ -302,8 +292,8 @@ class Shown:
     def load(cls, text: str) -> Shown:
         """Empty where the text cannot be read."""
         try:
-            return cls(**{name: _tuples(value) for name, value in json.loads(text or "{}").items()})
-        except (ValueError, TypeError, AttributeError):
+            return _SHOWN.validate_json(text)
+        except ValidationError:
             return cls()
 
 
@@ -348,22 +338,11 @@ class Failed:
     of_use: bool = True
 
 
-JobEvent = (
-    Checked
-    | Estimated
-    | Redacted
-    | LeftOut
-    | Answered
-    | Planned
-    | Progress
-    | Evaluated
-    | Judged
-    | Warned
-    | Alive
-    | Done
-    | Failed
-)
-_EVENTS: dict[str, Callable[..., JobEvent]] = {event.kind: event for event in get_args(JobEvent)}
+Newest = Checked | Estimated | Redacted | LeftOut | Answered | Planned | Done | Failed  # a later one replaces them
+JobEvent = Newest | Progress | Evaluated | Judged | Warned | Alive
+_EVENTS: dict[str, TypeAdapter[JobEvent]] = {event.kind: TypeAdapter(event) for event in get_args(JobEvent)}
+_JUDGED, _SPEC, _SHOWN = TypeAdapter(Judged), TypeAdapter(Spec), TypeAdapter(Shown)
+_PREVIEWS = TypeAdapter(tuple[Preview, ...])
 
 
 def dump_event(event: JobEvent) -> str:
@@ -375,8 +354,7 @@ def load_event(line: str) -> JobEvent:
     """Raises JobError for a line that is no event."""
     try:
         given = json.loads(line)
-        event = _EVENTS[given.pop("kind")]
-        return event(**{name: _tuples(value) for name, value in given.items()})
+        return _EVENTS[given.pop("kind")].validate_python(given, extra="forbid")
     except (ValueError, TypeError, KeyError, AttributeError) as error:
         raise JobError(detail=f"not an event of the trainer: {line[:200]!r}") from error
 
@@ -384,10 +362,6 @@ def load_event(line: str) -> JobEvent:
 def load_judged(given: Mapping[str, Any]) -> Judged | None:
     """The verdict in a version's manifest; None where there is none."""
     try:
-        return Judged(**{name: _tuples(value) for name, value in given.items()})
-    except TypeError:
+        return _JUDGED.validate_python(given, extra="forbid")
+    except ValidationError:
         return None
-
-
-def _tuples(value: Any) -> Any:
-    return tuple(_tuples(one) for one in value) if isinstance(value, list) else value

@@ -34,7 +34,7 @@ from core.engine.plugins import EngineContext
 from core.engine.protocol import Engine
 from core.errors import BadConfig
 from core.jobs.supervisor import JobSupervisor
-from core.jobs.worker import TrainingSettings
+from core.jobs.worker import TrainingSettings, WorkerContext
 from core.model.demo import Progress
 from core.platform import Bot
 from core.storage import state
@@ -88,9 +88,10 @@ async def open_parts(config: Config, home: Home, progress: Progress | None = Non
         await _report_differences(database, config)
         deliveries = Deliveries(database)
         await database.write(lambda tx: registry.keep_base(tx, engine.info.fingerprint))
-        training = JobSupervisor(
-            database, home, deliveries, engine.info, training_settings(config), load=lambda: asked(engine)
-        )
+        finetune = config.finetune
+        settings = TrainingSettings(finetune.hyper, config.finetune_presets, finetune.threads, finetune.nice)
+        workers = WorkerContext(database, home, deliveries, engine.info, settings, load=lambda: asked(engine))
+        training = JobSupervisor(workers)
         service = Service(database, home, engine, deliveries, training, service_settings(config))
         yield Parts(config, home, database, engine, deliveries, training, service)
 
@@ -116,15 +117,6 @@ def make_engine(config: Config, home: Home, progress: Progress | None) -> Engine
 
 def key_file(config: Config, home: Home) -> Path:
     return Path(config.privacy.key_file).expanduser() if config.privacy.key_file else home.key_file
-
-
-def training_settings(config: Config) -> TrainingSettings:
-    return TrainingSettings(
-        hyper=config.finetune.hyper,
-        presets=config.finetune_presets,
-        threads=config.finetune.threads,
-        nice=config.finetune.nice,
-    )
 
 
 def service_settings(config: Config) -> ServiceSettings:

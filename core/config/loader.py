@@ -104,15 +104,11 @@ class _Reader(Problems):
             name: self.section(PartnerSettings, f"partners.{name}", table, written=frozenset(table))
             for name, table in self.tables(given, "partners")
         }
-        channels = {
-            name: self.channel(name, table, parts["limits"], partners) for name, table in self.tables(given, "channels")
-        }
+        found = self.tables(given, "channels")
+        channels = {name: self.channel(name, table, parts["limits"], partners) for name, table in found}
         self.bound_once(channels)
-        bots = {
-            name: self.bot(name, table)
-            for name, table in self.tables(given, "bots")
-            if table.get("enabled", True) is not False
-        }
+        enabled = [one for one in self.tables(given, "bots") if one[1].get("enabled", True) is not False]
+        bots = {name: self.bot(name, table) for name, table in enabled}
         secrets = frozenset(self.secrets - {""})
         return Config(**parts, partners=partners, channels=channels, bots=bots, file=file, secrets=secrets)
 

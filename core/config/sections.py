@@ -64,9 +64,6 @@ class RemoteSettings(EngineSettings):
     next_token_s: float = key(30.0, "seconds from one token to the next", gt=0, le=3600)
 
 
-Preset = Literal["auto", "card", "thorough"]
-
-
 PRESETS: Mapping[str, Mapping[str, Any]] = {
     "auto": {},
     "card": {"learning_rate": 1e-4, "dropout": 0.1, "clip_value": 0.5, "epochs": 4, "schedule": "constant"},
@@ -76,13 +73,11 @@ PRESETS: Mapping[str, Mapping[str, Any]] = {
 
 @dataclass(frozen=True, slots=True)
 class HyperParameters:
-    """Hyper-parameters of one fine-tune; the defaults are those of the preset "auto".
+    """The defaults are the preset "auto"; "card" is slow and careful, "thorough" takes long and may stop early."""
 
-    "card" is slow and careful, as model cards have it. "thorough" takes longer and stops early when nothing improves.
-    """
-
-    preset: Preset = key("auto", "what the other keys of this table are unless they are set")
-
+    preset: Literal["auto", "card", "thorough"] = key(
+        "auto", "what the other keys of this table are unless they are set"
+    )
     rank: int = key(16, "rank of the LoRA matrices", ge=1, le=256)
     alpha: int = key(32, "LoRA scale: alpha / rank", ge=1, le=4096)
     rslora: bool = key(False, "scale by alpha / sqrt(rank) instead (Kalajdzievski 2023, arXiv 2312.03732)")

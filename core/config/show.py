@@ -14,18 +14,13 @@ from core.config.schema import SECTIONS, Config
 def show_config(config: Config) -> str:
     """The whole configuration as TOML, defaults included, secrets masked."""
     lines = [f"# {config.file or 'no file: all defaults'}"]
-    for name in SECTIONS:
-        if "." not in name:
-            lines += _table(name, getattr(config, name), config.secrets)
-    for group in ("partners", "channels"):
-        for name, settings in getattr(config, group).items():
-            lines += _table(f"{group}.{name}", settings, config.secrets)
+    tables = {name: getattr(config, name) for name in SECTIONS if "." not in name}
+    tables |= {f"partners.{name}": settings for name, settings in config.partners.items()}
+    tables |= {f"channels.{name}": settings for name, settings in config.channels.items()}
+    for name, settings in tables.items():
+        lines += _table(name, settings, config.secrets)
     for name, bot in config.bots.items():
-        lines += ["", f"[bots.{name}]", f"kind = {toml(bot.kind)}"]
-        lines += [
-            f"{key} = {_masked(value, config.secrets, hidden=bool(SECRET_KEY.search(key)))}"
-            for key, value in bot.settings.items()
-        ]
+        lines += ["", f"[bots.{name}]", f"kind = {toml(bot.kind)}", *_settings(bot.settings, config.secrets)]
     return "\n".join(lines) + "\n"
 
 
@@ -44,6 +39,9 @@ def _masked(value: object, secrets: frozenset[str], *, hidden: bool = False) -> 
     if value and (hidden or any(isinstance(one, str) and one in secrets for one in inside)):
         return '"***"'
     if isinstance(value, Mapping):
-        shown = (f"{k} = {_masked(v, secrets, hidden=bool(SECRET_KEY.search(k)))}" for k, v in value.items())
-        return "{ " + ", ".join(shown) + " }"
+        return "{ " + ", ".join(_settings(value, secrets)) + " }"
     return toml(value)
+
+
+def _settings(table: Mapping[str, object], secrets: frozenset[str]) -> list[str]:
+    return [f"{k} = {_masked(v, secrets, hidden=bool(SECRET_KEY.search(k)))}" for k, v in table.items()]

@@ -14,7 +14,6 @@ from pathlib import Path
 
 from core.delivery.deliveries import keep_body, new_delivery
 from core.errors import JobError
-from core.i18n.messages import Lazy
 from core.jobs import datasets, event_log, jobs, messages
 from core.jobs.jobs import Job
 from core.jobs.protocol import EXIT_FINISHED, PREVIEW, Checked, Estimated, Preview, Redacted
@@ -51,11 +50,8 @@ class CheckWorker(JobWorker):
         spec = replace(self._spec(job), redact=job.redact, warm_up=not self._training_is_busy())
         try:
             await asyncio.to_thread(self._lay_out, job, folder, spec)
-        except FileNotFoundError:
-            await self._fail(job, "ours", Lazy("training.why_no_data"))
-            return
         except OSError as error:
-            await self._fail(job, "ours", Lazy("training.why_folder", error=error.strerror))
+            await self._fail_folder(job, error)
             return
         while not self._stopping and await self._is_active(job):
             status, failed = await self._run_trainer(job, folder)
@@ -73,9 +69,9 @@ class CheckWorker(JobWorker):
     async def _ask(self, job: Job, folder: Path) -> None:
         """Store the report with its question. A redacted data set replaces the one that was checked."""
         events = await self._database.read(lambda tx: event_log.events(tx, job.id))
-        redacted = next((event for event in events if isinstance(event, Redacted)), None) if job.redact else None
+        redacted = messages.last(events, Redacted) if job.redact else None
         size = await asyncio.to_thread(self._store_redacted, folder, redacted) if redacted else 0
-        preview = Preview.load(await asyncio.to_thread(read_preview, self._home, job.id))
+        preview = await asyncio.to_thread(read_preview, self._home, job.id)
 
         def work(tx: Tx) -> None:
             if not jobs.await_confirmation(tx, job.id):
@@ -108,9 +104,14 @@ def check_folder(home: Home, job_id: int) -> Path:
     return home.jobs / str(job_id) / "check"
 
 
-def read_preview(home: Home, job_id: int) -> str:
-    """The sample rows of a check, as JSON; "" where they are removed: the job has started or ended."""
+def read_preview(home: Home, job_id: int) -> tuple[Preview, ...]:
+    """The sample rows of a check; none where they are removed: the job has started or ended."""
+    return Preview.load(read_text(check_folder(home, job_id) / PREVIEW))
+
+
+def read_text(path: Path) -> str:
+    """The text of a file of a trainer, or ""."""
     try:
-        return (check_folder(home, job_id) / PREVIEW).read_text("utf-8")
+        return path.read_text("utf-8")
     except (OSError, ValueError):
         return ""

@@ -78,7 +78,7 @@ def check_room(tx: Tx, caller: Caller) -> None:
 async def read_rows(context: CommandContext, caller: Caller, call: Call) -> tuple[Preview, ...]:
     """The sample rows of the job's check; none once the job has started or ended."""
     job = await context.database.read(lambda tx: find_job(tx, caller, call))
-    return Preview.load(await asyncio.to_thread(read_preview, context.home, job.id)) if job else ()
+    return await asyncio.to_thread(read_preview, context.home, job.id) if job else ()
 
 
 async def read_base(context: CommandContext, caller: Caller, call: Call) -> str:

@@ -1,8 +1,6 @@
-"""Consented examples: people's messages in a channel that may be learned from, and the data set made of them.
+"""Consented examples: whole conversations of people who gave /consent, and replies that were rated or corrected.
 
-Two sources: whole conversations of people who gave /consent, and single replies that people rated or operators
-corrected (table `example`, core.chat.feedback). Platforms that forbid training are left out
-(core.channels.training_permission).
+Platforms that forbid training are left out (core.channels.training_permission).
 """
 
 from __future__ import annotations
@@ -10,6 +8,7 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 from core.channels import training_permission
 from core.commands.registry import CommandContext
@@ -24,24 +23,15 @@ MOST_TURNS = 40_000  # the newest ones
 
 @dataclass(slots=True)
 class ConsentedExample:
-    """One conversation of one person as a row of a data set. `id`: its conversation or generation.
-
-    `corrected_by`: the operator who wrote the answer, "" where the model did.
-    """
+    """A row of a data set. `id`: its conversation or generation. `corrected_by`: the operator who wrote the answer."""
 
     user: str
     id: str
     messages: list[dict[str, str | int]] = field(default_factory=list)
     corrected_by: str = ""
 
-    @property
-    def people(self) -> set[str]:
-        """The authors of its texts."""
-        return {self.user, self.corrected_by} - {""}
 
-
-@dataclass(frozen=True, slots=True)
-class ConsentedExamples:
+class ConsentedExamples(NamedTuple):
     """`unreadable` counts stored texts that cannot be decrypted; they are left out."""
 
     examples: list[ConsentedExample]
@@ -68,8 +58,7 @@ def conversations_of(tx: Tx, channel_id: int, *, most: int | None = None) -> Con
     question: tuple[tuple[int, str], str] | None = None
     unreadable = 0
     for row in rows:
-        key = (row["conversation_id"], row["user_hash"])
-        text = _unsealed(tx, row["text"])
+        key, text = (row["conversation_id"], row["user_hash"]), _unsealed(tx, row["text"])
         if text is None:
             question = None
             unreadable += 1
@@ -85,9 +74,8 @@ def conversations_of(tx: Tx, channel_id: int, *, most: int | None = None) -> Con
 def examples_of(tx: Tx, channel_id: int, *, most: int | None = None) -> ConsentedExamples:
     """Replies with a thumb up, and corrected replies with the correction as the answer.
 
-    The person consented for the channel or shared this reply. Earlier answers have weight 0: the model reads them and
-    does not learn them. Reads the `most` newest replies (MOST_TURNS).
-    Raises StoredUnreadable where none can be decrypted.
+    The person consented for the channel or shared this reply. Earlier answers have weight 0: they are not learned.
+    Reads the `most` newest replies (MOST_TURNS). Raises StoredUnreadable where none can be decrypted.
     """
     forbidden = training_permission.forbidden(tx)
     marks = ", ".join("?" * len(forbidden))
@@ -111,9 +99,8 @@ def examples_of(tx: Tx, channel_id: int, *, most: int | None = None) -> Consente
         if correction:
             answer = {"role": "assistant", "content": correction}
         context = [{**message, "weight": 0} if message["role"] == "assistant" else message for message in earlier]
-        examples.append(
-            ConsentedExample(row["user_hash"], row["generation_id"], [*context, answer], row["corrected_by"] or "")
-        )
+        corrected_by = row["corrected_by"] or ""
+        examples.append(ConsentedExample(row["user_hash"], row["generation_id"], [*context, answer], corrected_by))
     return _counted(examples, len(rows) - len(examples), len(rows))
 
 
@@ -138,15 +125,12 @@ async def store_examples(context: CommandContext, caller: Caller, source: str) -
     """
     channel, database = caller.channel.id, context.database
     read = conversations_of if source == CONVERSATIONS else examples_of
-    found = await database.read(lambda tx: read(tx, channel))
-    examples = found.examples
-    if not examples and found.unreadable:
-        raise BadInput("training.none_readable", n=found.unreadable)
+    examples, unreadable = await database.read(lambda tx: read(tx, channel))
+    if not examples and unreadable:
+        raise BadInput("training.none_readable", n=unreadable)
     if not examples:
-        people = await database.read(
-            lambda tx: tx.value("SELECT count(*) FROM consent WHERE channel_id = ?", [channel])
-        )
-        raise BadInput(f"training.no_{source}", people=people)
+        count = "SELECT count(*) FROM consent WHERE channel_id = ?"
+        raise BadInput(f"training.no_{source}", people=await database.read(lambda tx: tx.value(count, [channel])))
     lines = [json.dumps({"messages": one.messages}, ensure_ascii=False).encode() + b"\n" for one in examples]
     sha256, size = await asyncio.to_thread(datasets.store, context.home, iter(lines))
 
@@ -154,8 +138,8 @@ async def store_examples(context: CommandContext, caller: Caller, source: str) -
         now = read(tx, channel, most=2 * MOST_TURNS).examples  # newer turns may have arrived meanwhile
         if not {_identity(one) for one in examples} <= {_identity(one) for one in now}:
             raise AppError("training.consent_changed")
-        datasets.keep_dataset(tx, sha256, source, source=source, size_bytes=size, brought_by=caller.user)
-        for user in sorted(set().union(*(one.people for one in examples))):
+        datasets.keep_dataset(tx, sha256, source, source, size, caller.user)
+        for user in sorted({user for one in examples for user in (one.user, one.corrected_by) if user}):
             datasets.add_person(tx, sha256, user)
 
     try:
@@ -164,7 +148,7 @@ async def store_examples(context: CommandContext, caller: Caller, source: str) -
         if await database.read(lambda tx: datasets.is_erased(tx, sha256)):
             await asyncio.to_thread(datasets.path_of(context.home, sha256).unlink, missing_ok=True)
         raise
-    return sha256, found.unreadable
+    return sha256, unreadable
 
 
 def _identity(example: ConsentedExample) -> tuple[str, str, str]:

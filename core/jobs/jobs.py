@@ -100,8 +100,8 @@ def create(
     evaluate the adapter in this folder of jobs/ instead of training one.
     """
     name, at = caller.channel.adapter, caller.address
-    used = "SELECT max(version) FROM adapter WHERE name = ? UNION SELECT max(version) FROM job WHERE adapter = ?"
-    latest = max(row[0] or 0 for row in tx.all(used, [name, name]))
+    used = "SELECT version FROM adapter WHERE name = ? UNION SELECT version FROM job WHERE adapter = ?"
+    latest = int(tx.value(f"SELECT ifnull(max(version), 0) FROM ({used})", [name, name]))
     given = {"dataset_sha256": dataset_sha256, "dataset": dataset or dataset_sha256[:12], "preset": preset}
     address = {"platform": at.platform, "account": at.account, "place": at.place, "conversation": at.conversation}
     job_id = tx.insert(

@@ -52,10 +52,8 @@ class TrainerProcess:
         command: Sequence[str] = COMMAND,
         silence_s: float = 600.0,
     ) -> None:
-        self._folder = folder
-        self._action = action
-        self._log_file = log_file
-        self._command = command
+        self._folder, self._log_file = folder, log_file
+        self._command = (*command, action, str(folder))
         self._silence_s = silence_s
         self._paused_at: float | None = None  # time.monotonic
         self._earlier_pauses_s = 0.0
@@ -87,9 +85,8 @@ class TrainerProcess:
         self._close_stdin()
         for timeout_s, number in ((deadline_s, signal.SIGTERM), (_TERMINATE_S, signal.SIGKILL)):
             try:
-                async with asyncio.timeout(timeout_s):
-                    await process.wait()
-                    return
+                await asyncio.wait_for(process.wait(), timeout_s)
+                return
             except TimeoutError:
                 self._signal(number)
 
@@ -111,8 +108,6 @@ class TrainerProcess:
         try:
             return await asyncio.create_subprocess_exec(
                 *self._command,
-                self._action,
-                str(self._folder),
                 stdin=PIPE,
                 stdout=PIPE,
                 stderr=descriptor if descriptor >= 0 else DEVNULL,
@@ -154,19 +149,16 @@ class TrainerProcess:
         left, paused_before, began = self._silence_s, self._paused_s(), time.monotonic()
         while True:
             try:
-                async with asyncio.timeout(left):
-                    return await process.stdout.readline()
+                return await asyncio.wait_for(process.stdout.readline(), left)
             except TimeoutError:
-                silent = time.monotonic() - began - (self._paused_s() - paused_before)
-                left = self._silence_s - silent
+                left = self._silence_s - (time.monotonic() - began - (self._paused_s() - paused_before))
                 if left <= 0:
                     raise
 
     async def _exit_status(self, process: Process) -> int:
         """Wait for the exit of a process that has closed its standard output; kill it after _EXIT_S."""
         try:
-            async with asyncio.timeout(_EXIT_S):
-                return await process.wait()
+            return await asyncio.wait_for(process.wait(), _EXIT_S)
         except TimeoutError:
             log.error("trainer.no_exit", extra={"job": self._folder.name})
             self._signal(signal.SIGKILL)
@@ -178,9 +170,8 @@ class TrainerProcess:
             async with asyncio.timeout(_LOCK_S):
                 while await asyncio.to_thread(_is_locked, self._folder / "lock"):
                     with suppress(TimeoutError):
-                        async with asyncio.timeout(_LOCK_POLL_S):
-                            await self._stop_requested.wait()
-                            return
+                        await asyncio.wait_for(self._stop_requested.wait(), _LOCK_POLL_S)
+                        return
         except TimeoutError:
             raise JobError("training.why_locked", seconds=round(_LOCK_S)) from None
 
@@ -190,7 +181,6 @@ class TrainerProcess:
             self._process.stdin.close()
 
     def _signal(self, number: signal.Signals) -> None:
-        """Send a signal to the process group."""
         if self._process is not None and self._process.returncode is None:
             with suppress(ProcessLookupError, PermissionError):
                 os.killpg(self._process.pid, number)
@@ -200,9 +190,8 @@ class TrainerProcess:
 class PausePolicy:
     """Whether a trainer is paused while replies are generated on the same machine.
 
-    A low priority is not enough: each matrix product of a reply waits for the slowest of its threads, so one busy
-    thread beside them delays a first token 38 times, however nice it is (tests/bench/room.py). The pause lasts
-    `quiet_s` longer than the load. After `longest_pause_s` the trainer runs for `turn_s`, unless the load grows.
+    However nice it is, one busy thread delays a first token 38 times (tests/bench/room.py). The pause lasts `quiet_s`
+    longer than the load. After `longest_pause_s` the trainer runs for `turn_s`, unless the load grows.
     """
 
     quiet_s: float = 0.5

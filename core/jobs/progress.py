@@ -29,9 +29,7 @@ class ProgressMessage:
     """`open` it once, then `add` events while `show` runs."""
 
     def __init__(self, database: Database, deliveries: Deliveries, job: Job) -> None:
-        self._database = database
-        self._deliveries = deliveries
-        self._job = job
+        self._database, self._deliveries, self._job = database, deliveries, job
         self._handle: Handle | None = None
         self._changed = asyncio.Event()
         self._changed.set()

@@ -10,7 +10,7 @@ import asyncio
 import errno
 import logging
 import shutil
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from dataclasses import replace
 from pathlib import Path
 
@@ -18,19 +18,16 @@ from core import charts
 from core.adapters import folders, registry
 from core.adapters.folders import Candidate
 from core.channels import adapter_names
-from core.delivery.deliveries import Deliveries, keep_body, new_delivery
-from core.engine.protocol import EngineInfo
+from core.delivery.deliveries import keep_body, new_delivery
 from core.errors import AdapterUnusable, StorageFull
 from core.i18n.messages import Lazy
 from core.jobs import event_log, jobs, messages
-from core.jobs.checks import CheckWorker, check_folder
+from core.jobs.checks import CheckWorker, check_folder, read_text
 from core.jobs.jobs import Job
-from core.jobs.process import COMMAND
 from core.jobs.progress import ProgressMessage
 from core.jobs.protocol import EXIT_FINISHED, SHOWN, Evaluated, JobEvent, Progress, Spec
-from core.jobs.worker import JobWorker, TrainingSettings, WorkerContext
-from core.storage.database import Database, Tx
-from core.storage.home import Home
+from core.jobs.worker import JobWorker, WorkerContext
+from core.storage.database import Tx
 from core.types import AdapterRef
 from core.usage import ledger
 
@@ -41,19 +38,7 @@ CANDIDATE, OUT = "candidate", "out"
 class JobSupervisor:
     """Runs the check worker and the training worker."""
 
-    def __init__(
-        self,
-        database: Database,
-        home: Home,
-        deliveries: Deliveries,
-        info: EngineInfo,
-        settings: TrainingSettings,
-        *,
-        command: Sequence[str] = COMMAND,
-        load: Callable[[], int] = lambda: 0,
-    ) -> None:
-        """`load` counts replies in work or waiting on the same machine: the trainer is paused meanwhile."""
-        context = WorkerContext(database, home, deliveries, info, settings, command, load)
+    def __init__(self, context: WorkerContext) -> None:
         self._training = TrainingWorker(context)
         self._checks = CheckWorker(context, lambda: self._training.busy)
 
@@ -94,12 +79,9 @@ class TrainingWorker(JobWorker):
             champion = await self._database.read(lambda tx: self._champion(tx, job))
             if await asyncio.to_thread(self._prepare, job, folder, champion):
                 await self._database.write(lambda tx: event_log.clear(tx, job.id))
-        except FileNotFoundError:
-            await self._fail(job, "ours", Lazy("training.why_no_data"))
-            return
         except OSError as error:
             _wait_out(error)
-            await self._fail(job, "ours", Lazy("training.why_folder", error=error.strerror))
+            await self._fail_folder(job, error)
             return
         progress = ProgressMessage(self._database, self._deliveries, job)
         await progress.open(await self._delivery(job))
@@ -158,7 +140,9 @@ class TrainingWorker(JobWorker):
     async def _publish(self, job: Job, out: Path) -> None:
         try:
             candidate = await asyncio.to_thread(folders.inspect, out)
-            if unfit := self._unfit(job, candidate):
+            of_base = candidate.base_fingerprint == self.context.info.fingerprint
+            if not of_base or candidate.dataset_sha256 != job.dataset_sha256:
+                unfit = "training.why_other_data" if of_base else "training.why_other_base"
                 await self._fail(job, "ours", Lazy(unfit), resumable=False)
                 return
             if not await self._database.write(lambda tx: jobs.publishing(tx, job.id, candidate.sha256)):
@@ -202,7 +186,7 @@ class TrainingWorker(JobWorker):
         events = await self._database.read(lambda tx: event_log.events(tx, job.id))
         curve = self._home.sent / f"{job.adapter}-{job.version}-loss-{job.id}.png"
         picture = await asyncio.to_thread(_draw_curve, events, curve)
-        test_rows = await asyncio.to_thread(self._read_test_rows, job)
+        shown = await asyncio.to_thread(read_text, self._home.jobs / str(job.id) / SHOWN)
 
         def work(tx: Tx) -> None:
             if jobs.state_of(tx, job.id) not in jobs.OPEN:  # cancelled meanwhile
@@ -210,7 +194,7 @@ class TrainingWorker(JobWorker):
             registry.publish(tx, candidate, job.adapter, job.version)
             jobs.end(tx, job.id, "published", result=candidate.sha256)
             ledger.charge_job(tx, job.id, candidate.trained_tokens)
-            jobs.keep_test_rows(tx, job.id, test_rows)
+            jobs.keep_test_rows(tx, job.id, shown)
             published = jobs.get(tx, job.id)
             body = messages.report(published, event_log.events(tx, job.id))
             keep_body(tx, new_delivery(tx, job_id=job.id), replace(body, files=(picture,) if picture else ()))
@@ -218,29 +202,14 @@ class TrainingWorker(JobWorker):
         await self._database.write(work)
         log.info("job.published", extra={"job": job.id, "adapter": candidate.sha256[:12]})
 
-    def _read_test_rows(self, job: Job) -> str:
-        """The test rows that operators may see, as JSON; "" where a crash has lost them."""
-        try:
-            return (self._home.jobs / str(job.id) / SHOWN).read_text("utf-8")
-        except (OSError, ValueError):
-            return ""
-
-    def _unfit(self, job: Job, candidate: Candidate) -> str:
-        """The sentence that says why the candidate is not the job's result, or ""."""
-        if candidate.base_fingerprint != self.context.info.fingerprint:
-            return "training.why_other_base"
-        return "" if candidate.dataset_sha256 == job.dataset_sha256 else "training.why_other_data"
-
 
 def _draw_curve(events: Sequence[JobEvent], path: Path) -> Path | None:
     """The loss curve of a job: training, validation, and the losses of the gate on the test rows."""
     evaluated = [event for event in events if isinstance(event, Evaluated)]
-    return charts.loss_curve(
-        [(event.step, event.loss) for event in events if isinstance(event, Progress)],
-        [(event.step, event.loss) for event in evaluated if event.split == "validation"],
-        {event.who: event.loss for event in evaluated if event.split == "test"},
-        path,
-    )
+    steps = [(event.step, event.loss) for event in events if isinstance(event, Progress)]
+    validation = [(event.step, event.loss) for event in evaluated if event.split == "validation"]
+    test: dict[str, float] = {event.who: event.loss for event in evaluated if event.split == "test"}
+    return charts.loss_curve(steps, validation, test, path)
 
 
 def _wait_out(error: OSError) -> None:

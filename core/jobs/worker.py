@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import asyncio
 import logging
-import os
 import shutil
 import time
 from abc import ABC, abstractmethod
@@ -29,6 +28,7 @@ from core.jobs.process import COMMAND, TrainerProcess, pause_under_load
 from core.jobs.progress import ProgressMessage
 from core.jobs.protocol import Failed, JobEvent, Spec
 from core.platform import Unreachable
+from core.storage import lifecycle
 from core.storage.database import Database, Tx
 from core.storage.home import Home
 from core.types import Body
@@ -59,7 +59,7 @@ class TrainingSettings:
 
 @dataclass(frozen=True, slots=True)
 class WorkerContext:
-    """What both workers share. `load` counts replies that are generated on the same machine or wait for it."""
+    """`load` counts replies that are generated on the same machine or wait for it; the trainer is paused meanwhile."""
 
     database: Database
     home: Home
@@ -68,14 +68,6 @@ class WorkerContext:
     settings: TrainingSettings
     command: Sequence[str] = COMMAND
     load: Callable[[], int] = lambda: 0
-
-
-@dataclass(frozen=True, slots=True)
-class _Retry:
-    """A job that could not be worked on `tries` times, and is not tried before `at` (time.monotonic)."""
-
-    tries: int
-    at: float
 
 
 class JobWorker(ABC):
@@ -93,7 +85,7 @@ class JobWorker(ABC):
         self._idle.set()
         self._trainer: TrainerProcess | None = None
         self._stopping = False
-        self._retries: dict[int, _Retry] = {}
+        self._retries: dict[int, tuple[int, float]] = {}  # job -> (failed tries, next one by time.monotonic)
 
     @abstractmethod
     def due(self, tx: Tx) -> list[Job]:
@@ -129,7 +121,9 @@ class JobWorker(ABC):
                 self._retries.pop(job.id, None)
             except Exception as error:  # the job stays open
                 log.exception("job.error", extra={"job": job.id})
-                await self._retry_later(job, _cause(error))
+                while isinstance(error, ExceptionGroup):
+                    error = error.exceptions[0]
+                await self._retry_later(job, error)
             finally:
                 self._idle.set()
 
@@ -140,14 +134,12 @@ class JobWorker(ABC):
         if self._trainer is not None:
             await self._trainer.stop(deadline_s)
         with suppress(TimeoutError):
-            async with asyncio.timeout(deadline_s):
-                await self._idle.wait()
+            await asyncio.wait_for(self._idle.wait(), deadline_s)
 
     async def _wait(self, seconds: float) -> None:
         """Wait for `wake`, at most so long."""
         with suppress(TimeoutError):
-            async with asyncio.timeout(seconds):
-                await self._changed.wait()
+            await asyncio.wait_for(self._changed.wait(), seconds)
 
     async def _next(self) -> Job | None:
         """The oldest due job whose bot is running and whose backoff is over."""
@@ -159,7 +151,7 @@ class JobWorker(ABC):
             return None
         self._retries = {job.id: self._retries[job.id] for job in due if job.id in self._retries}
         now = time.monotonic()
-        ready = (job for job in due if job.id not in self._retries or self._retries[job.id].at <= now)
+        ready = (job for job in due if job.id not in self._retries or self._retries[job.id][1] <= now)
         return next((job for job in ready if self._deliveries.reaches(job.address)), None)
 
     async def _run_job(self, job: Job) -> None:
@@ -179,16 +171,18 @@ class JobWorker(ABC):
 
         The policy of core.delivery.retry: no bound while the storage cannot write, one try of an unreachable place.
         """
-        tries = self._retries[job.id].tries + 1 if job.id in self._retries else 1
+        tries = self._retries.get(job.id, (0, 0))[0] + 1
         wait_s = min(self._settings.retry_s * 2 ** (tries - 1), _LONGEST_BACKOFF_S)
-        self._retries[job.id] = _Retry(tries, time.monotonic() + wait_s)
+        self._retries[job.id] = tries, time.monotonic() + wait_s
         if is_storage_unavailable(error) or (tries < _TRIES and not isinstance(error, Unreachable)):
             return
         try:
-            state = await self._state(job)
+            state = await self._database.read(lambda tx: jobs.state_of(tx, job.id))
             if state in jobs.OPEN and state != "waiting":
-                await self._fail(job, "ours", _reason(error))
-                self._retries[job.id] = _Retry(0, 0)
+                unexpected = Lazy("training.why_unexpected", error=type(error).__name__)
+                reason = Lazy(error.key, **error.fields) if isinstance(error, JobError) else unexpected
+                await self._fail(job, "ours", reason)
+                self._retries[job.id] = 0, 0
             else:
                 await self._database.write(lambda tx: jobs.drop_message(tx, job.id))
                 del self._retries[job.id]
@@ -202,13 +196,10 @@ class JobWorker(ABC):
     ) -> tuple[int, Failed | None]:
         """Run one trainer process, store its events and show them; (exit status, its `failed` event)."""
         failed: list[Failed] = []
-        self._trainer = trainer = TrainerProcess(
-            folder,
-            self._home.logs / f"job-{job.id}.log",
-            action=self.action,
-            command=self.context.command,
-            silence_s=self._settings.silence_s,
-        )
+        log_file = self._home.logs / f"job-{job.id}.log"
+        command, silence_s = self.context.command, self._settings.silence_s
+        trainer = TrainerProcess(folder, log_file, action=self.action, command=command, silence_s=silence_s)
+        self._trainer = trainer
 
         async def on_event(event: JobEvent) -> None:
             if isinstance(event, Failed):
@@ -219,8 +210,7 @@ class JobWorker(ABC):
                 await self._database.write(lambda tx: jobs.add_event(tx, job.id, event))
 
         beside = [self._stop_when_cancelled(job, trainer), pause_under_load(trainer, self.context.load)]
-        if progress is not None:
-            beside.append(progress.show())
+        beside += [progress.show()] if progress is not None else []
         async with asyncio.TaskGroup() as group:
             tasks = [group.create_task(one, name=f"job {job.id}") for one in beside]
             try:
@@ -285,18 +275,13 @@ class JobWorker(ABC):
     async def _clear(self, job: Job) -> None:
         """Remove the data, and a result that no version uses; a resumable job keeps its resumable state."""
         keep = await self._database.read(lambda tx: jobs.resumable(tx, job.id) or _is_resumed(tx, job))
-        unused = await self._database.read(lambda tx: event_log.unpublished_folder(tx, job.id))
-
-        def remove() -> None:
-            _empty(self._home.jobs / str(job.id), _RESUMABLE_FILES if keep else set())
-            if unused:
-                shutil.rmtree(self._home.adapters / unused, ignore_errors=True)
-
-        await asyncio.to_thread(remove)
+        kept = _RESUMABLE_FILES if keep else set()
+        await asyncio.to_thread(_empty, self._home.jobs / str(job.id), kept)
+        if unused := await self._database.read(lambda tx: event_log.unpublished_folder(tx, job.id)):
+            await asyncio.to_thread(shutil.rmtree, self._home.adapters / unused, ignore_errors=True)
         await self._remove_erased(job)
 
     async def _remove_erased(self, job: Job) -> None:
-        """Remove the file of the job's data set where that is erased."""
         if await self._database.read(lambda tx: datasets.is_erased(tx, job.dataset_sha256)):
             await asyncio.to_thread(datasets.path_of(self._home, job.dataset_sha256).unlink, missing_ok=True)
 
@@ -308,6 +293,12 @@ class JobWorker(ABC):
         kept = resumable and await asyncio.to_thread(_has_checkpoint, self._home.jobs / str(job.id))
         await self._database.write(lambda tx: jobs.fail(tx, job.id, fault, text, resumable=kept))
         log.warning("job.failed", extra={"job": job.id, "fault": fault})
+
+    async def _fail_folder(self, job: Job, error: OSError) -> None:
+        """Fail a job whose folder cannot be laid out."""
+        lost = isinstance(error, FileNotFoundError)
+        why = Lazy("training.why_no_data") if lost else Lazy("training.why_folder", error=error.strerror)
+        await self._fail(job, "ours", why)
 
     async def _send_final(self, job: Job) -> None:
         """Send the question or the end of the job, unless it is sent, dropped, or the job was resumed."""
@@ -337,11 +328,8 @@ class JobWorker(ABC):
     async def _delivery(self, job: Job) -> int:
         return await self._database.write(lambda tx: new_delivery(tx, job_id=job.id))
 
-    async def _state(self, job: Job) -> str:
-        return await self._database.read(lambda tx: jobs.state_of(tx, job.id))
-
     async def _is_active(self, job: Job) -> bool:
-        return await self._state(job) == self.state
+        return await self._database.read(lambda tx: jobs.state_of(tx, job.id)) == self.state
 
 
 def _is_resumed(tx: Tx, job: Job) -> bool:
@@ -352,38 +340,19 @@ def _is_resumed(tx: Tx, job: Job) -> bool:
 def _has_checkpoint(folder: Path) -> bool:
     """Whether a checkpoint exists; True where the file system cannot tell."""
     try:
-        (folder / _CHECKPOINT).stat()
-    except (FileNotFoundError, NotADirectoryError):
-        return False
-    except OSError:
-        return True
-    return True
+        return bool((folder / _CHECKPOINT).stat())
+    except OSError as error:
+        return not isinstance(error, FileNotFoundError | NotADirectoryError)
 
 
 def _empty(folder: Path, keep: set[str]) -> None:
     """Remove what is in the folder but `keep`, and the folder where nothing is kept; errors are ignored."""
     try:
-        names = set(os.listdir(folder))
+        paths = lifecycle.entries(folder)
     except OSError:
         return
-    if not keep & names:
-        shutil.rmtree(folder, ignore_errors=True)
-        return
-    for name in names - keep:
-        shutil.rmtree(folder / name, ignore_errors=True)  # ignores a file
-        with suppress(OSError):
-            (folder / name).unlink()
-
-
-def _reason(error: Exception) -> Lazy:
-    """The sentence of a JobError, or the class name of any other error."""
-    if isinstance(error, JobError):
-        return Lazy(error.key, **error.fields)
-    return Lazy("training.why_unexpected", error=type(error).__name__)
-
-
-def _cause(error: Exception) -> Exception:
-    """The first error inside of an exception group."""
-    while isinstance(error, ExceptionGroup):
-        error = error.exceptions[0]
-    return error
+    for path in paths if any(path.name in keep for path in paths) else [folder]:
+        if path.name not in keep:
+            shutil.rmtree(path, ignore_errors=True)  # ignores a file
+            with suppress(OSError):
+                path.unlink()

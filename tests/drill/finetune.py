@@ -39,7 +39,7 @@ from core.jobs import jobs
 from core.jobs.process import COMMAND
 from core.jobs.protocol import Spec
 from core.jobs.supervisor import JobSupervisor
-from core.jobs.worker import TrainingSettings
+from core.jobs.worker import TrainingSettings, WorkerContext
 from core.model.weights import fingerprint
 from core.storage.cipher import Cipher
 from core.storage.database import Database, Tx
@@ -256,7 +256,7 @@ async def serve(home: Home, info: EngineInfo, platform: Platform, seed: int) -> 
             deliveries = Deliveries(database)
             deliveries.register("fake", "bot", PlatformOutlet(platform, random.Random(seed)))
             settings = TrainingSettings(hyper=HYPER, nice=0, retry_s=0.05)
-            training = JobSupervisor(database, home, deliveries, info, settings, command=COMMAND)
+            training = JobSupervisor(WorkerContext(database, home, deliveries, info, settings, COMMAND))
             async with asyncio.TaskGroup() as tasks:
                 running = tasks.create_task(training.run())
                 while not await database.read(lambda tx: jobs.is_delivered(tx, 1)):  # noqa: ASYNC110  # the books tell

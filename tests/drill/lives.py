@@ -35,7 +35,7 @@ from core.delivery.deliveries import Deliveries
 from core.engine.protocol import Request
 from core.engine.scripted import ScriptedEngine
 from core.jobs.supervisor import JobSupervisor
-from core.jobs.worker import TrainingSettings
+from core.jobs.worker import TrainingSettings, WorkerContext
 from core.observability import logs
 from core.platform import Bot
 from core.storage.cipher import Cipher
@@ -71,7 +71,7 @@ async def open_service(home: Home, answer: Callable[[Request], str], **engine: A
             ScriptedEngine(answer, **engine) as scripted,
         ):
             deliveries = Deliveries(database)
-            training = JobSupervisor(database, home, deliveries, scripted.info, TrainingSettings())
+            training = JobSupervisor(WorkerContext(database, home, deliveries, scripted.info, TrainingSettings()))
             yield Service(database, home, scripted, deliveries, training, ServiceSettings(Retention()))
 
 

@@ -18,7 +18,7 @@ from core.engine.protocol import EngineInfo
 from core.jobs import commands, datasets
 from core.jobs.commands import PreparedData
 from core.jobs.supervisor import JobSupervisor
-from core.jobs.worker import TrainingSettings
+from core.jobs.worker import TrainingSettings, WorkerContext
 from core.storage.cipher import Cipher
 from core.storage.database import Database, Row, Tx
 from core.storage.home import Home
@@ -164,7 +164,7 @@ async def running_jobs(
             await database.write(_settle)
         deliveries = Deliveries(database)
         chosen = settings or TrainingSettings(retry_s=0.01)
-        training = JobSupervisor(database, home, deliveries, info, chosen, command=command)
+        training = JobSupervisor(WorkerContext(database, home, deliveries, info, chosen, command))
         made = RunningJobs(database, home, deliveries, training, bot or WatchedBot())
         deliveries.register("fake", "bot", made.bot)
         if running:

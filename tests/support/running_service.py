@@ -17,7 +17,7 @@ from core.engine.protocol import Request
 from core.engine.scripted import ScriptedEngine
 from core.errors import AppError
 from core.jobs.supervisor import JobSupervisor
-from core.jobs.worker import TrainingSettings
+from core.jobs.worker import TrainingSettings, WorkerContext
 from core.storage.cipher import Cipher
 from core.storage.database import Database, Tx, now_ms
 from core.storage.home import Home
@@ -170,7 +170,7 @@ async def running_service(
             await database.write(prepare)
         deliveries = Deliveries(database)
         command = {"command": trainer} if trainer else {}
-        training = JobSupervisor(database, home, deliveries, engine.info, TrainingSettings(), **command)
+        training = JobSupervisor(WorkerContext(database, home, deliveries, engine.info, TrainingSettings(), **command))
         settings = ServiceSettings(Retention(), max_replies=max_replies)
         service = Service(database, home, engine, deliveries, training, settings)
         bot = FakeBot()

@@ -235,7 +235,7 @@ def test_a_path_that_may_not_be_read_is_named(tmp_path: Path, folder: bool, monk
     def refuse(path: Path, flags: int) -> int:
         raise PermissionError(errno.EACCES, "Permission denied")
 
-    monkeypatch.setattr(Path, "is_dir", lambda _: folder)
+    monkeypatch.setattr(importing.os.path, "isdir", lambda _: folder)
     monkeypatch.setattr(importing.os, "open", refuse)
     with pytest.raises(BadInput, match="Permission denied") as refused:
         importing._unpack_path(tmp_path / "mine.zip", tmp_path / "unpacked")

@@ -103,9 +103,6 @@ class NullSink:
         pass
 
 
-# --- server ---
-
-
 async def serve(runner: CommandRunner) -> None:
     """Answer on the socket until cancelled."""
     path = runner.home.control_socket
@@ -152,9 +149,6 @@ def sentence(error: AppError) -> str:
         return error.detail
     shown = say("en", error.key, **error.fields)
     return f"{shown}\n{error.detail}" if error.detail and error.detail not in shown else shown
-
-
-# --- client ---
 
 
 def ask(home: Home, request: Mapping[str, Any]) -> dict[str, str] | None:

@@ -18,6 +18,12 @@ from core.storage.database import Database, Tx
 from core.usage import reports
 
 _NANO = 1_000_000_000
+_CHARGES = (
+    ("charges_total", "replies", 1, "Replies charged, of all times."),
+    ("jobs_total", "jobs", 1, "Fine-tunes charged, of all times."),
+    ("gross_total", "gross", _NANO, "What both are worth, in units of the currency."),
+    ("partner_total", "partner", _NANO, "The partners' share of it."),
+)
 
 
 async def collect(config: Config, database: Database, engine: Engine, service: Service, orphans: int) -> list[Metric]:
@@ -40,25 +46,9 @@ def stored_families(tx: Tx) -> list[Metric]:
             *_by("outcome", inbox.dead_by_outcome(tx)),
         ),
         gauge("jobs", "Fine-tunes by state.", *_by("state", jobs.count_by_state(tx))),
-        counter(
-            "ledger_charges_total",
-            "Replies charged, of all times.",
-            *_by("channel", {row["name"]: row["replies"] for row in charges}),
-        ),
-        counter(
-            "ledger_jobs_total",
-            "Fine-tunes charged, of all times.",
-            *_by("channel", {row["name"]: row["jobs"] for row in charges}),
-        ),
-        counter(
-            "ledger_gross_total",
-            "What both are worth, in units of the currency.",
-            *_by("channel", {row["name"]: row["gross"] / _NANO for row in charges}),
-        ),
-        counter(
-            "ledger_partner_total",
-            "The partners' share of it.",
-            *_by("channel", {row["name"]: row["partner"] / _NANO for row in charges}),
+        *(
+            counter(f"ledger_{name}", help, *_by("channel", {row["name"]: row[column] / unit for row in charges}))
+            for name, column, unit, help in _CHARGES
         ),
     ]
 

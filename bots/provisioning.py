@@ -112,19 +112,14 @@ def greeting(tx: Tx, info: EngineInfo, place: str, language: str, version: str) 
     return say(language, "terminal.header", **fields), say(language, "terminal.ask")
 
 
-# --- partners ---
-
-
 def _partner_values(name: str, given: PartnerSettings) -> dict[str, Any]:
     return {"title": given.title or name, "share": given.share, "weight": given.weight}
 
 
 def _partner_columns(values: Mapping[str, Any]) -> dict[str, Any]:
     """`share`, in percent, is stored in basis points."""
-    return {
-        "share_bps" if key == "share" else key: round(value * 100) if key == "share" else value
-        for key, value in values.items()
-    }
+    share = {"share_bps": round(values["share"] * 100)} if "share" in values else {}
+    return {key: value for key, value in values.items() if key != "share"} | share
 
 
 def _partner_differences(tx: Tx, config: Config) -> Iterator[Difference]:
@@ -150,9 +145,6 @@ def _apply_partner(tx: Tx, name: str, changes: Mapping[str, Difference]) -> None
             if price.share_bps == before:
                 prices.set_price(tx, channel_id, price.in_nano, price.out_nano, after, price.train_nano)
     _audit(tx, f"partner {name}", changes.values())
-
-
-# --- channels ---
 
 
 def _channel_values(name: str, given: ChannelSettings, config: Config) -> dict[str, Any]:

@@ -53,7 +53,8 @@ def loss_curve(
     end = _CURVES_SHARE if gate else 1.0
     train, validation = ([(end * step / last, loss) for step, loss in points] for points in (train, validation))
     frame, canvas, draw = _canvas(0.0 if min(values) < 1 else min(values) * 0.9, max(values) * 1.02)
-    _x_marks(draw, [(end * step / last, str(step)) for step in _round_steps(int(last))])
+    every = max(1, int(_round_step(int(last) / 6)))
+    _x_marks(draw, [(end * step / last, str(step)) for step in range(0, int(last) + 1, every)])
     _line(draw, frame, train, "#b9cdf0", 2)
     _line(draw, frame, _smoothed(train), _BLUE, 5)
     _line(draw, frame, validation, _ORANGE, 5, dots=True)
@@ -132,11 +133,6 @@ def _round_step(rough: float) -> float:
     """1, 2 or 5 times a power of ten, not below `rough`."""
     power = 10.0 ** math.floor(math.log10(rough))
     return next(power * factor for factor in (1, 2, 5, 10) if power * factor >= rough * 0.999)
-
-
-def _round_steps(last: int) -> list[int]:
-    step = max(1, int(_round_step(last / 6)))
-    return list(range(0, last + 1, step))
 
 
 def _font() -> ImageFont.FreeTypeFont | ImageFont.ImageFont:

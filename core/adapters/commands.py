@@ -194,11 +194,8 @@ def _followers(tx: Tx, caller: Caller) -> str:
     )
     if any(operators.grant_of(tx, caller.user, row["id"]) < Grant.OPERATOR for row in rows):
         raise NotAllowed
-    return ", ".join(_with_places(row["title"], bindings.places(tx, row["id"])) for row in rows)
-
-
-def _with_places(title: str, places: tuple[str, ...]) -> str:
-    return f"**{title}** ({', '.join(places)})" if places else f"**{title}**"
+    places = ((row["title"], ", ".join(bindings.places(tx, row["id"]))) for row in rows)
+    return ", ".join(f"**{title}** ({where})" if where else f"**{title}**" for title, where in places)
 
 
 def _line(tx: Tx, caller: Caller, version: Version, champion: str | None) -> str:

@@ -15,9 +15,6 @@ ALL = "all"
 _MAX_LABEL, _MAX_SHOWN = 80, 80
 
 
-# --- /channel ---
-
-
 @command("channel", "list")
 def channel_list(tx: Tx, caller: Caller, call: Call) -> Outcome:
     lines = [say(caller.language, "operators.channels"), ""]
@@ -134,9 +131,6 @@ def _editable(tx: Tx, caller: Caller, call: Call) -> Channel:
     if channel.archived:
         raise BadInput("operators.channel_archived", name=channel.name)
     return channel
-
-
-# --- /operator ---
 
 
 @command("operator", "invite")

@@ -104,20 +104,12 @@ def _others() -> Mapping[str, Key]:
     return {name: one for name, one in channel_columns().items() if name not in own}
 
 
-def _register_columns() -> None:
-    """A setting of a channel is a column of its table; those without a migration are added by their definition."""
-    for name, one in channel_columns().items():
-        kind = {"integer": "INTEGER", "boolean": "INTEGER", "number": "REAL"}.get(one.schema["type"], "TEXT")
-        migrations.add_column("channel", name, kind, "" if one.default == () else one.default)
-
-
-_register_columns()
+# A setting of a channel is a column of its table; those without a migration are added by their definition.
+for _name, _key in channel_columns().items():
+    _kind = {"integer": "INTEGER", "boolean": "INTEGER", "number": "REAL"}.get(_key.schema["type"], "TEXT")
+    migrations.add_column("channel", _name, _kind, "" if _key.default == () else _key.default)
 
 
 def _read(key: Key, stored: Any) -> Any:
-    match key.schema["type"]:
-        case "array":
-            return tuple(stored.splitlines())
-        case "boolean":
-            return bool(stored)
-    return stored
+    kind = key.schema["type"]
+    return tuple(stored.splitlines()) if kind == "array" else bool(stored) if kind == "boolean" else stored

@@ -8,6 +8,7 @@ made (`_Record`). Fields of `extra` are set later and cleaned by the filter on o
 import logging
 import re
 import sys
+import textwrap
 import threading
 import time
 import traceback
@@ -165,9 +166,6 @@ def _quoted(text: str) -> str:
     return '"{}"'.format(text.replace('"', '\\"')) if " " in text or not text else text
 
 
-# --- exceptions ---
-
-
 def _trace(error: BaseException) -> str:
     """The traceback, causes first, without messages that quote values."""
     blocks: list[str] = []
@@ -183,7 +181,7 @@ def _trace(error: BaseException) -> str:
 def _block(error: BaseException) -> str:
     lines = [*traceback.format_tb(error.__traceback__), _named(error)]
     if isinstance(error, BaseExceptionGroup):
-        lines += [f"\n{_indented(_trace(one))}" for one in error.exceptions]
+        lines += ["\n" + textwrap.indent(_trace(one), "    ", lambda _: True) for one in error.exceptions]
     return "".join(lines)
 
 
@@ -201,18 +199,11 @@ def _named(error: BaseException) -> str:
     return f"{name}: {_one_line(message)}" if message else name
 
 
-def _indented(text: str) -> str:
-    return "\n".join(f"    {line}" for line in text.splitlines())
-
-
 def _uncaught(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
-    if issubclass(kind, KeyboardInterrupt):
-        return
-    logging.getLogger("distributary").critical("program.failed", exc_info=(kind, error, trace))
+    if not issubclass(kind, KeyboardInterrupt):
+        logging.getLogger("distributary").critical("program.failed", exc_info=(kind, error, trace))
 
 
 def _uncaught_in_thread(told: threading.ExceptHookArgs) -> None:
     if told.exc_value is not None and not isinstance(told.exc_value, SystemExit):
-        logging.getLogger("distributary").critical(
-            "thread.failed", exc_info=(told.exc_type, told.exc_value, told.exc_traceback)
-        )
+        logging.getLogger("distributary").critical("thread.failed", exc_info=told.exc_value)

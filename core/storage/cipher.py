@@ -1,10 +1,9 @@
 """Encryption of people's messages and keyed hashes of their ids. The key is a file beside the database."""
 
-from __future__ import annotations
-
 import os
 import secrets
 from pathlib import Path
+from typing import Self
 
 from cryptography.exceptions import InvalidTag
 from cryptography.hazmat.primitives import hashes, hmac
@@ -28,7 +27,7 @@ class Cipher:
         self._id_key = _derive(secret, b"user")
 
     @classmethod
-    def open(cls, key_file: Path, *, create: bool) -> Cipher:
+    def open(cls, key_file: Path, *, create: bool) -> Self:
         """Read the key; with `create`, make a missing one. Raises StorageError where it is missing or damaged."""
         try:
             if create and not key_file.exists():
@@ -55,20 +54,19 @@ class Cipher:
 
     def hash_user(self, platform: str, account: str, user: str) -> str:
         """The keyed hash of a person: 32 hex digits, stable per account."""
-        digest = hmac.HMAC(self._id_key, hashes.SHA256())
-        digest.update("\x1f".join((platform, account, user)).encode("utf-8"))
-        return digest.finalize().hex()[:32]
+        return self._hash("\x1f".join((platform, account, user)))[:32]
 
     def hash_message(self, key: str) -> str:
         """The keyed hash of a message's platform key, which may contain its author's id."""
-        digest = hmac.HMAC(self._id_key, hashes.SHA256())
-        digest.update(b"message\x1f" + key.encode("utf-8"))
-        return digest.finalize().hex()[:32]
+        return self._hash(f"message\x1f{key}")[:32]
 
     def hash_code(self, code: str) -> str:
         """The keyed hash of a one-time code."""
+        return self._hash(f"code\x1f{code}")
+
+    def _hash(self, text: str) -> str:
         digest = hmac.HMAC(self._id_key, hashes.SHA256())
-        digest.update(b"code\x1f" + code.encode("utf-8"))
+        digest.update(text.encode("utf-8"))
         return digest.finalize().hex()
 
 

@@ -97,8 +97,6 @@ class Database:
     def now_ms(self) -> int:
         return self._clock()
 
-    # --- use ---
-
     async def write(self, work: Callable[[Tx], T]) -> T:
         """Run `work` in a transaction on the writer thread and return its result once it is committed.
 
@@ -117,8 +115,6 @@ class Database:
         Where a reader blocks the checkpoint this returns anyway, and each later commit tries again.
         """
         await self.write(_checkpoint_marker)
-
-    # --- life ---
 
     def __enter__(self) -> Self:
         self._writer.start()
@@ -143,8 +139,6 @@ class Database:
     ) -> None:
         await asyncio.shield(asyncio.to_thread(self.__exit__))
 
-    # --- the writer thread ---
-
     def _submit(self, work: Callable[[Tx], T]) -> Future[T]:
         if self._closed:
             raise StorageError(detail="the database is closed")
@@ -163,13 +157,13 @@ class Database:
             self._opened.set_exception(_translate(error))
             return
         self._opened.set_result(None)
-        while True:
-            batch = self._next_batch()
-            if batch:
-                self._commit(connection, batch)
-            else:
-                break
-        _close_writer(connection)
+        while batch := self._next_batch():
+            self._commit(connection, batch)
+        try:
+            _truncate_wal(connection, patience_ms=_BUSY_MS)
+        except sqlite3.Error as error:  # commits stay in the WAL, which the next start reads
+            log.warning("store.checkpoint_failed", extra={"error": str(error)})
+        connection.close()
 
     def _next_batch(self) -> list[_Write]:
         """The waiting writes, at most _MAX_BATCH; empty when the database closes."""
@@ -247,14 +241,11 @@ class Database:
             pass
         return None
 
-    # --- the readers ---
-
     def _read(self, work: Callable[[Tx], T]) -> T:
         try:
             connection = getattr(self._local, "connection", None)
             if connection is None:
-                connection = open_read_only(self.path)
-                self._local.connection = connection
+                connection = self._local.connection = open_read_only(self.path)
                 self._read_connections.append(connection)
             connection.execute("BEGIN")
             try:
@@ -286,14 +277,6 @@ def _truncate_wal(connection: sqlite3.Connection, *, patience_ms: int) -> bool:
 
 def _checkpoint_marker(_: Tx) -> None:
     """A write without effect: the writer recognises it and checkpoints after the commit."""
-
-
-def _close_writer(connection: sqlite3.Connection) -> None:
-    try:
-        _truncate_wal(connection, patience_ms=_BUSY_MS)
-    except sqlite3.Error as error:  # commits stay in the WAL, which the next start reads
-        log.warning("store.checkpoint_failed", extra={"error": str(error)})
-    connection.close()
 
 
 def _translate(error: BaseException) -> BaseException:

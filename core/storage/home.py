@@ -2,55 +2,22 @@
 
 import fcntl
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Self
 
 from core.errors import HomeBusy, StorageError
 
 
-@dataclass(frozen=True, slots=True)
 class Home:
     """The folders and files of a home. One process at a time writes to it, the holder of `Lock`."""
 
-    path: Path
-
-    @property
-    def database(self) -> Path:
-        return self.path / "distributary.db"
-
-    @property
-    def adapters(self) -> Path:
-        return self.path / "adapters"
-
-    @property
-    def datasets(self) -> Path:
-        return self.path / "datasets"
-
-    @property
-    def jobs(self) -> Path:
-        return self.path / "jobs"
-
-    @property
-    def models(self) -> Path:
-        return self.path / "models"
-
-    @property
-    def sent(self) -> Path:
-        """Charts and tables that are sent to a chat."""
-        return self.path / "sent"
-
-    @property
-    def logs(self) -> Path:
-        return self.path / "logs"
-
-    @property
-    def control_socket(self) -> Path:
-        return self.path / "control.sock"
-
-    @property
-    def key_file(self) -> Path:
-        return self.path / "secret.key"
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.database, self.key_file = path / "distributary.db", path / "secret.key"
+        self.control_socket = path / "control.sock"
+        self.adapters, self.datasets, self.jobs = path / "adapters", path / "datasets", path / "jobs"
+        self.models, self.logs = path / "models", path / "logs"
+        self.sent = path / "sent"  # charts and tables that are sent to a chat
 
     def create(self) -> None:
         """Create the folders with mode 0700. Raises StorageError naming the folder that cannot be made."""

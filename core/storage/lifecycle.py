@@ -117,9 +117,6 @@ def sweep_steps(tx: Tx, periods: Periods) -> list[Callable[[Home], None]]:
     return [step(tx, periods) for step in _sweeps]
 
 
-# --- helpers for owners ---
-
-
 def batch(change: str, where: str, *ages_ms: int, key: str = "id") -> Prune:
     """A prune step: the UPDATE or DELETE `change` for BATCH rows where `where` holds; each age fills one ? of it."""
     table = change.removeprefix("DELETE FROM ").removeprefix("UPDATE ").split()[0]

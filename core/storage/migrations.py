@@ -19,20 +19,16 @@ def migrate(db: sqlite_utils.Database) -> None:
     if newer := sorted(applied - {step.__name__ for step in STEPS}):
         raise StorageError(detail=f"the database is of another release: it has {', '.join(newer)}")
     MIGRATIONS.apply(db)
-    _add_columns(db)
-
-
-def add_column(table: str, name: str, kind: str, default: str | float | None = None) -> None:
-    """Register a column that no migration creates; it is added when a database is opened. Its owner calls this."""
-    _columns[table, name] = kind, default
-
-
-def _add_columns(db: sqlite_utils.Database) -> None:
     for (table, name), (kind, default) in _columns.items():
         if name not in db[table].columns_dict:
             quoted = db.quote(default) if isinstance(default, str) else default
             needed = "" if default is None else f" NOT NULL DEFAULT {quoted}"
             db.execute(f"ALTER TABLE {table} ADD COLUMN {name} {kind}{needed}")
+
+
+def add_column(table: str, name: str, kind: str, default: str | float | None = None) -> None:
+    """Register a column that no migration creates; it is added when a database is opened. Its owner calls this."""
+    _columns[table, name] = kind, default
 
 
 def m001_schema(db: sqlite_utils.Database) -> None:

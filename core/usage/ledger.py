@@ -7,7 +7,7 @@ rest is the owner's. Of a fine-tune, gross = trained * price_train, and all of i
 
 from datetime import UTC, datetime
 
-from core.storage.database import Tx
+from core.storage.database import Row, Tx, Value
 from core.types import Price
 
 
@@ -20,22 +20,8 @@ def charge(tx: Tx, generation_id: str) -> None:
     )
     assert row is not None, generation_id
     price = Price(row["price_id"], row["in_nano"], row["out_nano"], row["share_bps"])
-    gross, partner, owner = amounts(price, row["tokens_in"], row["tokens_out"])
-    tx.insert(
-        "ledger",
-        kind="usage",
-        generation_id=generation_id,
-        day=day_of(tx.now_ms),
-        channel_id=row["channel_id"],
-        price_id=row["price_id"],
-        tokens_in=row["tokens_in"],
-        tokens_reused=row["tokens_reused"],
-        tokens_out=row["tokens_out"],
-        gross_nano=gross,
-        partner_nano=partner,
-        owner_nano=owner,
-        booked_ms=tx.now_ms,
-    )
+    tokens = {name: row[name] for name in ("tokens_in", "tokens_reused", "tokens_out")}
+    _book(tx, row, amounts(price, row["tokens_in"], row["tokens_out"]), generation_id=generation_id, **tokens)
 
 
 def charge_job(tx: Tx, job_id: int, trained: int) -> None:
@@ -52,22 +38,15 @@ def charge_job(tx: Tx, job_id: int, trained: int) -> None:
         return
     tokens = max(0, min(trained, trained if row["tokens_agreed"] is None else row["tokens_agreed"]))
     gross = tokens * row["train_nano"]
-    tx.insert(
-        "ledger",
-        kind="usage",
-        job_id=job_id,
-        day=day_of(tx.now_ms),
-        channel_id=row["channel_id"],
-        price_id=row["price_id"],
-        tokens_in=0,
-        tokens_reused=0,
-        tokens_out=0,
-        tokens_trained=tokens,
-        gross_nano=gross,
-        partner_nano=0,
-        owner_nano=gross,
-        booked_ms=tx.now_ms,
-    )
+    none = dict.fromkeys(("tokens_in", "tokens_reused", "tokens_out"), 0)
+    _book(tx, row, (gross, 0, gross), job_id=job_id, tokens_trained=tokens, **none)
+
+
+def _book(tx: Tx, row: Row, sums: tuple[int, int, int], **values: Value) -> None:
+    """Insert a usage row for the channel and price of `row`; `sums` are gross, partner's and owner's share."""
+    values |= dict(zip(("gross_nano", "partner_nano", "owner_nano"), sums, strict=True))
+    values |= {"channel_id": row["channel_id"], "price_id": row["price_id"]}
+    tx.insert("ledger", kind="usage", day=day_of(tx.now_ms), booked_ms=tx.now_ms, **values)
 
 
 def amounts(price: Price, tokens_in: int, tokens_out: int) -> tuple[int, int, int]:

@@ -22,7 +22,6 @@ FALLBACK = "en"
 NANO = 1_000_000_000
 _SMALL_NANO = NANO // 100
 _GROUPED_FROM = 10_000
-_MINUTE_S, _HOUR_S, _DAY_S = 60, 3600, 86_400
 _CATEGORIES = ("zero", "one", "two", "few", "many", "other")
 _packages = ["core.i18n"]
 
@@ -91,13 +90,9 @@ def language_name(language: str) -> str:
 
 def duration(language: str, seconds: float) -> str:
     """A duration, rounded up, in one unit: "25 s", "3 min", "2 h", "4 days"."""
-    if seconds <= 90:
-        return say(language, "duration.seconds", n=max(1, math.ceil(seconds)))
-    if seconds <= 90 * _MINUTE_S:
-        return say(language, "duration.minutes", n=math.ceil(seconds / _MINUTE_S))
-    if seconds <= 36 * _HOUR_S:
-        return say(language, "duration.hours", n=math.ceil(seconds / _HOUR_S))
-    return say(language, "duration.days", n=math.ceil(seconds / _DAY_S))
+    units = ((90, 1, "seconds"), (5400, 60, "minutes"), (129_600, 3600, "hours"), (math.inf, 86_400, "days"))
+    unit_s, unit = next((unit_s, unit) for most_s, unit_s, unit in units if seconds <= most_s)
+    return say(language, f"duration.{unit}", n=max(1, math.ceil(seconds / unit_s)))
 
 
 def money(nano: int) -> str:

@@ -18,22 +18,18 @@ def add_event(tx: Tx, job_id: int, event: JobEvent) -> bool:
 
     True for progress beyond the last stored step.
     """
-    data = dump_event(event)
-    forward = False
+    data, forward = dump_event(event), False
     of_kind = "FROM job_event WHERE job_id = ? AND kind = ?"
+    full = f"SELECT count(*) >= ? OR ifnull(max(data = ?), 0) {of_kind}"
     if isinstance(event, Progress):
-        rows = tx.all(
-            "SELECT seq, data FROM job_event WHERE job_id = ? AND kind = 'progress' ORDER BY seq DESC LIMIT 2", [job_id]
-        )
+        rows = tx.all(f"SELECT seq, data {of_kind} ORDER BY seq DESC LIMIT 2", [job_id, event.kind])
         at = [json.loads(row["data"])["step"] for row in rows]
         forward = not at or event.step > at[0]
         if len(at) == 2 and at[0] - at[1] < max(1, event.steps / CURVE_POINTS):  # too near, or training went back
             tx.run("DELETE FROM job_event WHERE job_id = ? AND seq = ?", [job_id, rows[0]["seq"]])
     elif isinstance(event, Newest):
         tx.run(f"DELETE {of_kind}", [job_id, event.kind])
-    elif tx.value(
-        f"SELECT count(*) >= ? OR ifnull(max(data = ?), 0) {of_kind}", [MAX_EVENTS, data, job_id, event.kind]
-    ):
+    elif tx.value(full, [MAX_EVENTS, data, job_id, event.kind]):
         return False
     append(tx, job_id, event.kind, data)
     return forward
@@ -57,9 +53,8 @@ def append(tx: Tx, job_id: int, kind: str, data: str) -> None:
 
 def published_folder(tx: Tx, job_id: int) -> str:
     """The hash of the folder that a `publishing` entry names, or ""."""
-    data = tx.value(
-        "SELECT data FROM job_event WHERE job_id = ? AND kind = 'publishing' ORDER BY seq DESC LIMIT 1", [job_id]
-    )
+    sql = "SELECT data FROM job_event WHERE job_id = ? AND kind = 'publishing' ORDER BY seq DESC LIMIT 1"
+    data = tx.value(sql, [job_id])
     return str(json.loads(data)["sha256"]) if data else ""
 
 

@@ -43,12 +43,10 @@ class JobSupervisor:
         self._checks = CheckWorker(context, lambda: self._training.busy)
 
     def wake(self) -> None:
-        """A job was added, changed or cancelled."""
         self._checks.wake()
         self._training.wake()
 
     async def run(self) -> None:
-        """Until cancelled."""
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._checks.run(), name="check worker")
             tasks.create_task(self._training.run(), name="training worker")

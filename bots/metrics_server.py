@@ -8,6 +8,7 @@ import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Iterable
 from contextlib import suppress
+from http import HTTPStatus
 
 from prometheus_client.core import Metric
 
@@ -19,7 +20,6 @@ Collect = Callable[[], Awaitable[Iterable[Metric]]]
 log = logging.getLogger(__name__)
 _SCRAPE_S = 10.0
 _MAX_HEAD_BYTES = 8192
-_STATUS = {200: "OK", 400: "Bad Request", 404: "Not Found", 405: "Method Not Allowed", 503: "Service Unavailable"}
 
 
 async def serve(listen: str, collect: Collect) -> None:
@@ -60,10 +60,5 @@ async def _answer(collect: Collect, head: bytes) -> tuple[int, bytes]:
 
 
 def _response(status: int, body: bytes) -> bytes:
-    head = (
-        f"HTTP/1.1 {status} {_STATUS[status]}",
-        f"Content-Type: {CONTENT_TYPE}",
-        f"Content-Length: {len(body)}",
-        "Connection: close",
-    )
-    return "\r\n".join([*head, "", ""]).encode() + body
+    head = (f"HTTP/1.1 {status} {HTTPStatus(status).phrase}", f"Content-Type: {CONTENT_TYPE}")
+    return "\r\n".join([*head, f"Content-Length: {len(body)}", "Connection: close", "", ""]).encode() + body

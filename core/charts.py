@@ -63,7 +63,11 @@ def loss_curve(
     for name, loss in sorted(gate.items(), key=lambda entry: -entry[1]):
         y = max(frame.y(loss), y + _LABEL_PITCH * _SCALE)
         draw.text((frame.x(end) + 20, y), f"{name} {loss:.2f}", fill=_GREEN, font=_font(), anchor="lm")
-    _legend(draw, [("train", _BLUE), ("validation", _ORANGE), ("gate: test rows", _GREEN)])
+    x = _Frame.x(0)
+    for label, colour in (("train", _BLUE), ("validation", _ORANGE), ("gate: test rows", _GREEN)):
+        draw.rounded_rectangle((x, 30, x + 36, 42), radius=4, fill=colour)
+        draw.text((x + 48, 36), label, fill=_INK, font=_font(), anchor="lm")
+        x += 48 + draw.textlength(label, font=_font()) + 48
     return _save(canvas, path)
 
 
@@ -108,14 +112,6 @@ def _line(
         draw.line(pixels, fill=colour, width=width, joint="curve")
     for x, y in pixels if dots else ():
         draw.ellipse((x - 8, y - 8, x + 8, y + 8), fill=colour)
-
-
-def _legend(draw: ImageDraw.ImageDraw, entries: Sequence[tuple[str, str]]) -> None:
-    x = _Frame.x(0)
-    for label, colour in entries:
-        draw.rounded_rectangle((x, 30, x + 36, 42), radius=4, fill=colour)
-        draw.text((x + 48, 36), label, fill=_INK, font=_font(), anchor="lm")
-        x += 48 + draw.textlength(label, font=_font()) + 48
 
 
 def _smoothed(points: Sequence[Point]) -> list[Point]:

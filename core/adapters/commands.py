@@ -20,6 +20,7 @@ from core.types import Body, Button, Caller, Grant, Outcome
 DISCARDED = "discarded"
 _MAX_REASON = 200
 _SHOWN_VERSIONS = 20
+_SHOWN_HYPER = ("rank", "alpha", "learning_rate", "clip_value", "clip_norm", "seed")
 
 
 @command("adapter", "list")
@@ -54,27 +55,18 @@ def show(tx: Tx, caller: Caller, call: Call) -> Outcome:
         base=made.get("base_model", "?"),
         dataset=_dataset(tx, version),
         sha=version.dataset_sha256[:12] or "?",
-        train=rows.get("train", "?"),
-        validation=rows.get("validation", "?"),
-        test=rows.get("test", "?"),
+        **{part: rows.get(part, "?") for part in ("train", "validation", "test")},
         losses=_losses(made),
-        rank=hyper.get("rank", "?"),
-        alpha=hyper.get("alpha", "?"),
         dropout=made.get("dropout", "?"),
-        learning_rate=hyper.get("learning_rate", "?"),
         epochs=_epochs(made),
-        clip_value=hyper.get("clip_value", "?"),
-        clip_norm=hyper.get("clip_norm", "?"),
-        seed=hyper.get("seed", "?"),
+        **{key: hyper.get(key, "?") for key in _SHOWN_HYPER},
         time=duration(caller.language, float(made.get("seconds", 0))),
         adapter=version.sha256[:12],
     )
     if put := registry.put_into_service(tx, version.sha256):
         text += "\n" + _approved(tx, caller, put)
-    buttons = (
-        () if version.sha256 == champion or version.unpublished else (promote_button(caller.language, version.label),)
-    )
-    return Outcome(Body(text, buttons))
+    usable = version.sha256 != champion and not version.unpublished
+    return Outcome(Body(text, (promote_button(caller.language, version.label),) if usable else ()))
 
 
 @command("adapter", "promote")
@@ -89,7 +81,9 @@ def promote(tx: Tx, caller: Caller, call: Call) -> Outcome:
     before, label_before = adapter_names.champion(tx, name)
     if version is not None:
         check_usable(tx, version)
-        _check_verdict(version, reason)
+        if not version.passed and not reason:  # the audit log keeps why it is promoted anyway
+            why = Lazy(f"adapter.verdict_{version.verdict}")
+            raise BadInput("adapter.needs_reason", label=version.label, why=why)
     sha256 = version.sha256 if version else None
     label = version.label if version else BASE
     if sha256 == before:
@@ -179,13 +173,6 @@ def _measured_against(tx: Tx, version: Version | None) -> str:
     return str(version.judged.get("champion", ""))
 
 
-def _check_verdict(version: Version, reason: str) -> None:
-    """A version that did not pass needs a reason, which the audit log keeps. Raises BadInput."""
-    if not version.passed and not reason:
-        why = Lazy(f"adapter.verdict_{version.verdict}")
-        raise BadInput("adapter.needs_reason", label=version.label, why=why)
-
-
 def _followers(tx: Tx, caller: Caller) -> str:
     """The channels that follow the name, with their places. Raises NotAllowed where one is not the caller's."""
     rows = tx.all(
@@ -233,9 +220,8 @@ def _reason(version: Version) -> str:
 def _approved(tx: Tx, caller: Caller, put: Row) -> str:
     age = duration(caller.language, max(0, tx.now_ms - put["at_ms"]) / 1000)
     who = Lazy("training.data_you") if put["actor"] == caller.user else operators.label_of(tx, put["actor"])
-    if put["reason"]:
-        return say(caller.language, "adapter.approved_because", who=who, age=age, reason=put["reason"])
-    return say(caller.language, "adapter.approved", who=who, age=age)
+    key = "adapter.approved_because" if put["reason"] else "adapter.approved"
+    return say(caller.language, key, who=who, age=age, reason=put["reason"])
 
 
 def _dataset(tx: Tx, version: Version) -> str:

@@ -156,16 +156,9 @@ def unpublish(tx: Tx, sha256: str, reason: str) -> list[str]:
 
 
 def _version(row: Row) -> Version:
-    return Version(
-        sha256=row["sha256"],
-        name=row["name"],
-        version=row["version"],
-        base_fingerprint=row["base_fingerprint"],
-        dataset_sha256=row["dataset_sha256"] or "",
-        manifest=json.loads(row["manifest"]),
-        created_ms=row["created_ms"],
-        unpublished=row["unpublished_reason"] or "",
-    )
+    same = {key: row[key] for key in ("sha256", "name", "version", "base_fingerprint", "created_ms")}
+    manifest, unpublished = json.loads(row["manifest"]), row["unpublished_reason"] or ""
+    return Version(**same, manifest=manifest, dataset_sha256=row["dataset_sha256"] or "", unpublished=unpublished)
 
 
 @lifecycle.erases(Stage.ADAPTERS)

@@ -15,14 +15,8 @@ def exists(tx: Tx, name: str) -> bool:
 
 
 def belongs_to(tx: Tx, name: str, partner: str) -> bool:
-    """Whether this adapter name belongs to the partner."""
-    return bool(
-        tx.value(
-            "SELECT 1 FROM adapter_name JOIN partner ON partner.id = partner_id"
-            " WHERE adapter_name.name = ? AND partner.name = ?",
-            [name, partner],
-        )
-    )
+    sql = "SELECT 1 FROM adapter_name JOIN partner ON partner.id = partner_id WHERE adapter_name.name = ?"
+    return bool(tx.value(f"{sql} AND partner.name = ?", [name, partner]))
 
 
 def champion(tx: Tx, name: str) -> tuple[str | None, str]:

@@ -18,7 +18,6 @@ def record(
     *,
     allowed: bool = True,
 ) -> None:
-    """Write down what someone did, or was refused. Never a code, a key or what people say."""
     tx.insert(
         "audit",
         at_ms=tx.now_ms,

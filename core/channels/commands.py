@@ -47,9 +47,7 @@ def channel_show(tx: Tx, caller: Caller, call: Call) -> Outcome:
     shown = {
         **settings.current(tx, channel),
         "limits": settings.limits_line(language, channel.limits),
-        "language": language_name(channel.language or language)
-        if channel.language
-        else say(language, "operators.auto"),
+        "language": language_name(channel.language) if channel.language else say(language, "operators.auto"),
         "instructions": channel.instructions or none,
         "questions": " | ".join(channel.questions) or none,
     }

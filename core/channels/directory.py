@@ -80,20 +80,14 @@ def archive(tx: Tx, channel_id: int) -> None:
 
 
 def channel_of_row(row: Row) -> Channel:
+    same = ("id", "name", "title", "partner", "adapter", "instructions", "language", "weight")
     return Channel(
-        id=row["id"],
-        name=row["name"],
-        title=row["title"],
-        partner=row["partner"],
-        adapter=row["adapter"],
-        instructions=row["instructions"],
-        language=row["language"],
+        **{key: row[key] for key in same},
         questions=tuple(row["questions"].splitlines()),
         limits=Limits(**{one.name: row[one.name] for one in fields(Limits)}),
         sampling=Sampling(temperature=row["temperature"], top_p=row["top_p"]),
         settings={name: _read(one, row[name]) for name, one in _others().items()},
         archived=row["archived_ms"] is not None,
-        weight=row["weight"],
     )
 
 

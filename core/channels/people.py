@@ -37,8 +37,5 @@ def _erase(tx: Tx, erasure: Erasure) -> None:
 
 @lifecycle.prunes
 def _prunes(kept: Periods) -> list[Prune]:
-    idle = (
-        "last_ms <= ? AND user_hash NOT IN (SELECT user_hash FROM operator)"
-        " AND user_hash NOT IN (SELECT user_hash FROM consent)"
-    )
+    idle = "last_ms <= ? AND user_hash NOT IN (SELECT user_hash FROM operator UNION SELECT user_hash FROM consent)"
     return [lifecycle.batch("DELETE FROM person", idle, max(kept.conversation, kept.dataset), key="user_hash")]

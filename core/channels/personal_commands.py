@@ -11,7 +11,6 @@ from core.types import Body, Caller, Outcome
 
 @command("whoami")
 def whoami(tx: Tx, caller: Caller, call: Call) -> Outcome:
-    grant = caller.grant
     text = say(
         caller.language,
         "users.whoami",
@@ -19,7 +18,7 @@ def whoami(tx: Tx, caller: Caller, call: Call) -> Outcome:
         platform=caller.address.platform,
         title=caller.channel.title,
         channel=caller.channel.name,
-        rights=say(caller.language, f"users.rights_{grant.name.lower()}"),
+        rights=say(caller.language, f"users.rights_{caller.grant.name.lower()}"),
         language=language_name(caller.language),
     )
     return Outcome(Body(text.strip()))

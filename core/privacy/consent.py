@@ -22,12 +22,8 @@ def withdraw(tx: Tx, user_hash: str, channel_id: int) -> tuple[After, ...]:
 
 def shared_replies(tx: Tx, user_hash: str, channel_id: int) -> int:
     """Replies that the person shared one by one."""
-    return int(
-        tx.value(
-            "SELECT count(*) FROM example WHERE user_hash = ? AND channel_id = ? AND shared = 1",
-            [user_hash, channel_id],
-        )
-    )
+    sql = "SELECT count(*) FROM example WHERE user_hash = ? AND channel_id = ? AND shared = 1"
+    return int(tx.value(sql, [user_hash, channel_id]))
 
 
 @lifecycle.erases(Stage.TEXT)

@@ -175,10 +175,8 @@ def _measured_against(tx: Tx, version: Version | None) -> str:
 
 def _followers(tx: Tx, caller: Caller) -> str:
     """The channels that follow the name, with their places. Raises NotAllowed where one is not the caller's."""
-    rows = tx.all(
-        "SELECT id, title FROM channel WHERE adapter = ? AND archived_ms IS NULL ORDER BY name",
-        [caller.channel.adapter],
-    )
+    sql = "SELECT id, title FROM channel WHERE adapter = ? AND archived_ms IS NULL ORDER BY name"
+    rows = tx.all(sql, [caller.channel.adapter])
     if any(operators.grant_of(tx, caller.user, row["id"]) < Grant.OPERATOR for row in rows):
         raise NotAllowed
     places = ((row["title"], ", ".join(bindings.places(tx, row["id"]))) for row in rows)

@@ -144,10 +144,8 @@ def is_usable(tx: Tx, version: Version) -> bool:
 
 def unpublish(tx: Tx, sha256: str, reason: str) -> list[str]:
     """Take a version out of use; names it was champion of go back to the one before. Returns those names."""
-    tx.run(
-        "UPDATE adapter SET unpublished_ms = ?, unpublished_reason = ? WHERE sha256 = ? AND unpublished_ms IS NULL",
-        [tx.now_ms, reason, sha256],
-    )
+    sql = "UPDATE adapter SET unpublished_ms = ?, unpublished_reason = ? WHERE sha256 = ? AND unpublished_ms IS NULL"
+    tx.run(sql, [tx.now_ms, reason, sha256])
     names = adapter_names.championed(tx, sha256)
     for name in names:
         if undo(tx, name) is None:  # it was not promoted

@@ -85,17 +85,11 @@ def channels_of_account(tx: Tx, platform: str, account: str) -> list[str]:
 
 def bound_to(tx: Tx, platform: str, account: str, place: str) -> str:
     """The name of the channel bound to exactly this place, or ""."""
-    name = tx.value(
-        "SELECT name FROM channel JOIN binding ON channel_id = channel.id"
-        " WHERE platform = ? AND account = ? AND place = ?",
-        [platform, account, place],
-    )
-    return name or ""
+    sql = "SELECT name FROM channel JOIN binding ON channel_id = channel.id WHERE platform = ? AND account = ?"
+    return tx.value(f"{sql} AND place = ?", [platform, account, place]) or ""
 
 
 def move_place(tx: Tx, platform: str, account: str, before: str, now: str) -> None:
     """Rename a place that the platform has renamed."""
-    tx.run(
-        "UPDATE OR IGNORE binding SET place = ? WHERE platform = ? AND account = ? AND place = ?",
-        [now, platform, account, before],
-    )
+    sql = "UPDATE OR IGNORE binding SET place = ? WHERE platform = ? AND account = ? AND place = ?"
+    tx.run(sql, [now, platform, account, before])

@@ -21,10 +21,8 @@ def channel_list(tx: Tx, caller: Caller, call: Call) -> Outcome:
     for channel in directory.channels(tx, caller.user):
         key = "operators.channel_line_archived" if channel.archived else "operators.channel_line"
         version = adapter_names.champion(tx, channel.adapter)[1]
-        told = say(
-            caller.language, key, name=channel.name, title=channel.title, partner=channel.partner, version=version
-        )
-        lines.append(f"- {told}")
+        fields = {"name": channel.name, "title": channel.title, "partner": channel.partner, "version": version}
+        lines.append(f"- {say(caller.language, key, **fields)}")
     return Outcome(Body("\n".join(lines)))
 
 
@@ -32,9 +30,7 @@ def channel_list(tx: Tx, caller: Caller, call: Call) -> Outcome:
 def channel_create(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """Raises BadInput for a name that is taken or not allowed, or a title that is too long."""
     name, title = call.arguments["name"], call.arguments.get("title", "").strip()
-    if title:
-        title = settings.parse_title(title)
-    channel = directory.create_channel(tx, name, title=title)
+    channel = directory.create_channel(tx, name, title=settings.parse_title(title) if title else "")
     audit.record(tx, caller, call.action, name, None, settings.stored(settings.current(tx, channel)))
     return Outcome(Body(say(caller.language, "operators.created", name=name)))
 
@@ -149,9 +145,8 @@ def operator_invite(tx: Tx, caller: Caller, call: Call) -> Outcome:
 @command("operator", "list")
 def operator_list(tx: Tx, caller: Caller, call: Call) -> Outcome:
     """An owner sees all; an operator of this channel those of this channel."""
-    owner = caller.grant is Grant.OWNER
     lines = [say(caller.language, "operators.operators"), ""]
-    for one in operators.find(tx, None if owner else caller.channel.id):
+    for one in operators.find(tx, None if caller.grant is Grant.OWNER else caller.channel.id):
         key = "operators.operator_line_you" if one.user_hash == caller.user else "operators.operator_line"
         lines.append(f"- {say(caller.language, key, id=str(one.id), **_named(caller, one))}")
     return Outcome(Body("\n".join(lines)))

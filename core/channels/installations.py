@@ -46,9 +46,8 @@ class Installations:
 
     async def drop(self, platform: str, account: str) -> None:
         """Delete the tokens of an account. Its bindings and charges stay."""
-        await self._database.write(
-            lambda tx: tx.run("DELETE FROM installation WHERE platform = ? AND account = ?", [platform, account])
-        )
+        sql = "DELETE FROM installation WHERE platform = ? AND account = ?"
+        await self._database.write(lambda tx: tx.run(sql, [platform, account]))
 
     async def begin(self, platform: str, link: str) -> str:
         """Create an OAuth state that is valid once, for ten minutes; `link` is the link that was followed."""

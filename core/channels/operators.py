@@ -35,10 +35,8 @@ class Claimed:
 
 def grant_of(tx: Tx, user_hash: str, channel_id: int) -> Grant:
     """The grant of a person in a channel."""
-    rows = tx.all(
-        "SELECT channel_id FROM operator WHERE user_hash = ? AND (channel_id IS NULL OR channel_id = ?)",
-        [user_hash, channel_id],
-    )
+    sql = "SELECT channel_id FROM operator WHERE user_hash = ? AND (channel_id IS NULL OR channel_id = ?)"
+    rows = tx.all(sql, [user_hash, channel_id])
     if any(row["channel_id"] is None for row in rows):
         return Grant.OWNER
     return Grant.OPERATOR if rows else Grant.ANYONE

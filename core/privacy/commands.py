@@ -54,10 +54,8 @@ def forget(tx: Tx, caller: Caller, call: Call) -> Outcome:
     erased = erase(tx, caller.user, tx.now_ms, keep_row=caller.inbox_id)
     for label, now in erased.unpublished:
         audit.record(tx, replace(caller, user=ERASED), "adapter unpublish", label, label, now)
-    text = say(caller.language, "privacy.forgotten")
-    return Outcome(
-        Body(text), (StopReply(caller.user), *erased.after, Effect.ERASE_FILES, Effect.WAKE_TRAINING, Effect.CHOOSE)
-    )
+    effects = (StopReply(caller.user), *erased.after, Effect.ERASE_FILES, Effect.WAKE_TRAINING, Effect.CHOOSE)
+    return Outcome(Body(say(caller.language, "privacy.forgotten")), effects)
 
 
 def _consent_state(tx: Tx, caller: Caller) -> Lazy:

@@ -34,9 +34,8 @@ class Cipher:
                 files.write(key_file, f"{secrets.token_hex(32)}\n".encode())
             secret = bytes.fromhex(key_file.read_text(encoding="ascii").strip())
         except (OSError, ValueError) as error:
-            raise StorageError(
-                "error.key_unreadable", f"{key_file} cannot be read: {error}", path=str(key_file)
-            ) from error
+            detail = f"{key_file} cannot be read: {error}"
+            raise StorageError("error.key_unreadable", detail, path=str(key_file)) from error
         if len(secret) != 32:
             raise StorageError("error.key_unreadable", f"{key_file} is not 64 hex digits", path=str(key_file))
         return cls(secret)

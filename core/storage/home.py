@@ -25,9 +25,8 @@ class Home:
             try:
                 folder.mkdir(mode=0o700, parents=True, exist_ok=True)
             except OSError as error:
-                raise StorageError(
-                    "error.home_unwritable", f"{folder} cannot be made: {error.strerror}", path=str(folder)
-                ) from error
+                detail = f"{folder} cannot be made: {error.strerror}"
+                raise StorageError("error.home_unwritable", detail, path=str(folder)) from error
         if not os.access(self.path, os.W_OK):
             raise StorageError("error.home_unwritable", f"{self.path} cannot be written", path=str(self.path))
 
@@ -44,17 +43,15 @@ class Lock:
         try:
             self._file = os.open(path, os.O_RDWR | os.O_CREAT | os.O_CLOEXEC, 0o600)
         except OSError as error:
-            raise StorageError(
-                "error.home_unwritable", f"{path} cannot be opened: {error.strerror}", path=str(path)
-            ) from error
+            detail = f"{path} cannot be opened: {error.strerror}"
+            raise StorageError("error.home_unwritable", detail, path=str(path)) from error
         try:
             fcntl.flock(self._file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except BlockingIOError as error:
             owner = os.pread(self._file, 32, 0).decode(errors="replace").strip() or "?"
             os.close(self._file)
-            raise HomeBusy(
-                detail=f"{self._home.path} is in use by process {owner}", path=str(self._home.path), pid=owner
-            ) from error
+            detail = f"{self._home.path} is in use by process {owner}"
+            raise HomeBusy(detail=detail, path=str(self._home.path), pid=owner) from error
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
         return self

@@ -90,9 +90,8 @@ def _channel_usage(tx: Tx, caller: Caller, today: str) -> str:
     names = ("replies", "tokens_in", "tokens_reused", "tokens_out", "gross_nano", "partner_nano")
     of_jobs = ("jobs", "tokens_trained", "jobs_nano")
     sums = ", ".join(f"ifnull(sum({name}), 0) AS {name}" for name in (*names, *of_jobs))
-    row = tx.one(
-        f"SELECT {sums} FROM usage_daily WHERE channel_id = ? AND day >= ?", [caller.channel.id, f"{today[:8]}01"]
-    )
+    sql = f"SELECT {sums} FROM usage_daily WHERE channel_id = ? AND day >= ?"
+    row = tx.one(sql, [caller.channel.id, f"{today[:8]}01"])
     assert row is not None
     of_replies = {"gross": money(row["gross_nano"] - row["jobs_nano"]), "partner": money(row["partner_nano"])}
     told = say(caller.language, "users.usage_channel", title=caller.channel.title, **row, **of_replies)

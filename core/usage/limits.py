@@ -2,16 +2,14 @@
 
 from core.errors import LimitReached
 from core.storage.database import Tx
+from core.storage.lifecycle import HOUR_MS
 from core.types import Caller
-
-_MINUTE_MS, _HOUR_MS = 60_000, 3_600_000
 
 
 def check(tx: Tx, caller: Caller) -> None:
     """Raises LimitReached, with the seconds until the next reply is allowed."""
-    limits = caller.channel.limits
-    _check_replies(tx, caller, limits.per_minute, _MINUTE_MS, "error.limit_minute")
-    _check_replies(tx, caller, limits.per_hour, _HOUR_MS, "error.limit_hour")
+    _check_replies(tx, caller, caller.channel.limits.per_minute, 60_000, "error.limit_minute")
+    _check_replies(tx, caller, caller.channel.limits.per_hour, HOUR_MS, "error.limit_hour")
 
 
 def _check_replies(tx: Tx, caller: Caller, most: int, window_ms: int, key: str) -> None:

@@ -20,10 +20,8 @@ def daily(tx: Tx, channel_id: int, count: int) -> list[Row]:
     """One row for each of the last `count` days, oldest first; zeros where nothing was used."""
     sums = ", ".join(f"sum({name}) AS {name}" for name in (*_COUNTS, *_OF_JOBS))
     days = [day_of(tx.now_ms - back * _DAY_MS) for back in reversed(range(count))]
-    found = tx.all(
-        f"SELECT day, {sums} FROM usage_daily WHERE channel_id = ? AND day >= ? GROUP BY day", [channel_id, days[0]]
-    )
-    by_day = {row["day"]: row for row in found}
+    sql = f"SELECT day, {sums} FROM usage_daily WHERE channel_id = ? AND day >= ? GROUP BY day"
+    by_day = {row["day"]: row for row in tx.all(sql, [channel_id, days[0]])}
     return [by_day.get(day, {"day": day, **dict.fromkeys((*_COUNTS, *_OF_JOBS), 0)}) for day in days]
 
 

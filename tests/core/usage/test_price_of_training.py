@@ -9,6 +9,7 @@ import pytest
 
 from core.channels import directory
 from core.jobs import supervisor
+from core.jobs.worker import TrainingSettings
 from core.storage.database import Row, Tx
 from core.usage import ledger, prices
 from tests.core.jobs.test_supervisor import PAUSED
@@ -118,7 +119,7 @@ async def test_a_charge_stands_and_falls_with_its_version(tmp_path: Path, monkey
 
     with monkeypatch.context() as patch:
         patch.setattr(supervisor, "keep_body", crash)
-        async with running_jobs(tmp_path, bot=bot, settings=supervisor.TrainingSettings(retry_s=60)) as it:
+        async with running_jobs(tmp_path, bot=bot, settings=TrainingSettings(retry_s=60)) as it:
             await set_price(it, PRICE)
             await it.order()
             async with asyncio.timeout(DEADLINE_S):

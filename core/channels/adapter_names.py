@@ -21,11 +21,8 @@ def belongs_to(tx: Tx, name: str, partner: str) -> bool:
 
 def champion(tx: Tx, name: str) -> tuple[str | None, str]:
     """(sha256, name@version) of the version in service, or (None, "base")."""
-    row = tx.one(
-        "SELECT sha256, adapter.name, version FROM adapter_name JOIN adapter ON sha256 = champion"
-        " WHERE adapter_name.name = ?",
-        [name],
-    )
+    sql = "SELECT sha256, adapter.name, version FROM adapter_name JOIN adapter ON sha256 = champion"
+    row = tx.one(f"{sql} WHERE adapter_name.name = ?", [name])
     return (row["sha256"], f"{row['name']}@{row['version']}") if row else (None, BASE)
 
 

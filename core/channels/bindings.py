@@ -21,8 +21,7 @@ def channel_for(tx: Tx, platform: str, account: str, place: str) -> Channel | No
     """The channel bound to a place, else to its account. None where there is none, or it is archived."""
     row = tx.one(
         f"{SELECT_CHANNEL} JOIN binding ON channel_id = channel.id"
-        " WHERE platform = ? AND account = ? AND place IN (?, '')"
-        " ORDER BY place = '' LIMIT 1",
+        " WHERE platform = ? AND account = ? AND place IN (?, '') ORDER BY place = '' LIMIT 1",
         [platform, account, place],
     )
     return channel_of_row(row) if row and row["archived_ms"] is None else None

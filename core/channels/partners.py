@@ -17,10 +17,8 @@ def create(tx: Tx, name: str, **values: Value) -> int:
 
 def channel_ids(tx: Tx, name: str) -> tuple[int, ...]:
     """The channels of a partner."""
-    rows = tx.all(
-        "SELECT channel.id FROM channel JOIN partner ON partner.id = partner_id WHERE partner.name = ?", [name]
-    )
-    return tuple(row["id"] for row in rows)
+    sql = "SELECT channel.id FROM channel JOIN partner ON partner.id = partner_id WHERE partner.name = ?"
+    return tuple(row["id"] for row in tx.all(sql, [name]))
 
 
 def update(tx: Tx, name: str, values: Mapping[str, Value]) -> None:

@@ -103,10 +103,8 @@ def brief(value: object) -> str | int:
     """A value in one line of a message."""
     if isinstance(value, bool):
         return str(value).lower()
-    if isinstance(value, int):
-        return value
-    if isinstance(value, float):
-        return f"{value:g}"
+    if isinstance(value, int | float):
+        return value if isinstance(value, int) else f"{value:g}"
     return keys.brief(" | ".join(value) if isinstance(value, tuple) else str(value)) or "–"
 
 

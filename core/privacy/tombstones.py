@@ -31,11 +31,9 @@ def in_file(home: Home) -> set[Tombstone]:
 
 def append_to_file(home: Home, found: set[Tombstone]) -> None:
     """Append those that are missing. A line that a crash has cut is not read, and written again."""
-    missing = sorted(found - in_file(home))
-    if not missing:
+    if not (missing := sorted(found - in_file(home))):
         return
-    flags = os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC
-    descriptor = os.open(home.path / _FILE, flags, 0o600)
+    descriptor = os.open(home.path / _FILE, os.O_WRONLY | os.O_CREAT | os.O_APPEND | os.O_CLOEXEC, 0o600)
     try:
         os.write(descriptor, "".join(f"\n{user_hash} {at_ms}" for user_hash, at_ms in missing).encode() + b"\n")
         os.fsync(descriptor)

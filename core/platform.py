@@ -179,10 +179,7 @@ class BotService(Protocol):
         """Commit an update that cannot be parsed, so that it can be acknowledged."""
 
     async def grant(self, at: Address, user: str) -> Grant:
-        """The person's grant in the channel of that place: for menus, never for decisions."""
-
-    async def stops_all(self, at: Address, user: str) -> bool:
-        """Whether the person's grant allows stopping other people's replies in that place."""
+        """The person's grant in the channel of that place, ANYONE without one; commands are checked where they run."""
 
     async def settled(self, platform: str, account: str) -> None:
         """Return when nothing accepted for this account is still open."""

@@ -8,11 +8,8 @@ from enum import IntEnum, StrEnum
 from pathlib import Path
 from typing import Any, NewType
 
-Handle = NewType("Handle", str)
-"""JSON of the bot: addresses one part of a delivery that can still be edited."""
-
-Receipt = NewType("Receipt", str)
-"""JSON of the bot: proof that the platform holds a part in its final form."""
+Handle = NewType("Handle", str)  # JSON of the bot: addresses one part of a delivery that can still be edited
+Receipt = NewType("Receipt", str)  # JSON of the bot: proof that the platform holds a part in its final form
 
 
 class Lane(StrEnum):
@@ -97,15 +94,12 @@ class Button:
 
 @dataclass(frozen=True, slots=True)
 class Body:
-    """The content of one reply: Markdown text, buttons, files.
-
-    `note` is a remark on the reply (tokens, seconds) that a bot may leave out.
-    """
+    """The content of one reply: Markdown text, buttons, files."""
 
     text: str
     buttons: tuple[Button, ...] = ()
     files: tuple[Path, ...] = ()
-    note: str = ""
+    note: str = ""  # a remark on the reply (tokens, seconds) that a bot may leave out
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,30 +155,24 @@ class Limits:
 
 @dataclass(frozen=True, slots=True)
 class Price:
-    """Prices in integer nano-units of the currency per token; `share_bps` basis points go to the partner.
-
-    A trained token costs `train_nano`, of which the partner gets no share.
-    """
+    """Prices in integer nano-units of the currency per token."""
 
     id: int
     in_nano: int
     out_nano: int
-    share_bps: int
-    train_nano: int = 0
+    share_bps: int  # basis points that go to the partner
+    train_nano: int = 0  # of a trained token, of which the partner gets no share
 
 
 @dataclass(frozen=True, slots=True)
 class Channel:
-    """One offer of the model: its instructions, limits and sampling.
-
-    `adapter` is the adapter name whose champion answers.
-    """
+    """One offer of the model: its instructions, limits and sampling."""
 
     id: int
     name: str
     title: str
     partner: str
-    adapter: str
+    adapter: str  # the name whose champion answers
     instructions: str = ""
     language: str = ""
     questions: tuple[str, ...] = ()  # suggested at the start

@@ -65,7 +65,7 @@ class TelegramBot:
         sink = TelegramSink(api, transport=settings.transport, rich=settings.rich)
         housekeeping = TelegramHousekeeping(api, service)
         receiver = TelegramReceiver(
-            account, api, UpdateReader(api.bot, me, account, service.stops_all), housekeeping, service
+            account, api, UpdateReader(api.bot, me, account, service.grant), housekeeping, service
         )
         service.register(PLATFORM, account, sink)
         if not me.can_read_all_group_messages:

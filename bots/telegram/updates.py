@@ -60,10 +60,10 @@ class ReadUpdate:
 
 
 class UpdateReader:
-    """The reader of one account. `me` is the bot's own user, `stops_all` that of BotService."""
+    """The reader of one account. `me` is the bot's own user, `grant` that of BotService."""
 
-    def __init__(self, bot: Bot, me: User, account: str, stops_all: Callable[[Address, str], Awaitable[bool]]) -> None:
-        self._bot, self._me, self._account, self._stops_all = bot, me, account, stops_all
+    def __init__(self, bot: Bot, me: User, account: str, grant: Callable[[Address, str], Awaitable[Grant]]) -> None:
+        self._bot, self._me, self._account, self._grant = bot, me, account, grant
         self._admins: TTLCache[tuple[int, int], bool] = TTLCache(1_000, _ADMIN_KNOWN_S)
         self._pressers: LRUCache[tuple[int, int], int] = LRUCache(1_000)  # message -> who last pressed its buttons
         router = Router(name=account)
@@ -288,7 +288,7 @@ class UpdateReader:
 
     async def _operates(self, message: Message | InaccessibleMessage, topic: int | None, user: int) -> bool:
         try:
-            return await self._stops_all(self._address(message, topic, ""), str(user))
+            return await self._grant(self._address(message, topic, ""), str(user)) >= Grant.OPERATOR
         except AppError:
             return False  # not verified: the press is refused
 

@@ -13,15 +13,11 @@ from core.engine.scheduling.scheduler import Scheduler
 from core.errors import UserError
 
 
-def _future() -> asyncio.Future[None]:
-    return asyncio.get_running_loop().create_future()
-
-
 @dataclass(eq=False, slots=True)
 class PendingReply:
     """A reply that the engine does not have yet. `cancel` is remembered, and ends its wait for a slot."""
 
-    turn: asyncio.Future[None] = field(default_factory=_future)
+    turn: asyncio.Future[None] = field(default_factory=lambda: asyncio.get_running_loop().create_future())
     stopped: bool = False
 
     def cancel(self) -> None:

@@ -69,18 +69,9 @@ def compare(tx: Tx, caller: Caller, call: Call) -> Outcome:
     if len(question) > _MAX_QUESTION:
         raise BadInput("compare.question_too_long", limit=_MAX_QUESTION)
     if tx.value("SELECT 1 FROM comparison WHERE inbox_id = ?", [caller.inbox_id]) is None:
-        tx.insert(
-            "comparison",
-            inbox_id=caller.inbox_id,
-            channel_id=caller.channel.id,
-            candidate=candidate.sha256,
-            other=other,
-            candidate_first=secrets.randbelow(2),
-            question=tx.cipher.seal(question),
-            typed=bool(typed),
-            actor=caller.user,
-            at_ms=tx.now_ms,
-        )
+        pair = {"candidate": candidate.sha256, "other": other, "question": tx.cipher.seal(question)}
+        asked = {"inbox_id": caller.inbox_id, "channel_id": caller.channel.id, "candidate_first": secrets.randbelow(2)}
+        tx.insert("comparison", **pair, **asked, typed=bool(typed), actor=caller.user, at_ms=tx.now_ms)
     return Outcome(Body(""), (Effect.COMPARE_BLIND,))
 
 

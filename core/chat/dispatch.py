@@ -10,24 +10,21 @@ from collections.abc import Callable
 from dataclasses import replace
 
 from core.adapters import commands as _adapters
-from core.channels import audit, directory, operators
+from core.channels import audit, directory, operators, personal_commands
 from core.channels import commands as _channels
-from core.channels import personal_commands as _personal
-from core.chat import basics as _basics
-from core.chat import comparisons as _comparisons
-from core.chat import feedback as _feedback
+from core.chat import basics, comparisons, feedback
 from core.commands.registry import CommandContext, Registered, check_complete, registered
 from core.commands.table import Call
 from core.errors import NotAllowed
 from core.i18n.messages import say
 from core.jobs import commands as _jobs
-from core.jobs import importing as _importing
+from core.jobs import importing
 from core.privacy import commands as _privacy
 from core.storage.database import Tx
 from core.types import Body, Caller, Effect, Grant, Outcome
 from core.usage import commands as _usage
 
-_HANDLERS = (_adapters, _basics, _channels, _comparisons, _feedback, _importing, _jobs, _personal, _privacy, _usage)
+_HANDLERS = (_adapters, _channels, _jobs, _privacy, _usage, basics, comparisons, feedback, importing, personal_commands)
 _MAX_SHOWN = 80
 check_complete()
 
@@ -104,10 +101,8 @@ def _denied(tx: Tx, caller: Caller, call: Call) -> Outcome:
 
 def _target(caller: Caller, call: Call) -> str:
     """The first argument, or the channel of the message. Never free text, which would stay readable in the log."""
-    named = next(
-        (call.arguments[one.name] for one in call.form.parameters if one.name in call.arguments and not one.rest), ""
-    )
-    return (named or caller.channel.name)[:_MAX_SHOWN]
+    given = (call.arguments.get(one.name) for one in call.form.parameters if not one.rest)
+    return next((one for one in given if one), caller.channel.name)[:_MAX_SHOWN]
 
 
 def _last_audit(tx: Tx) -> int:

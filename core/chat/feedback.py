@@ -26,7 +26,6 @@ from core.storage.lifecycle import Erasure, Periods, Prune, Stage
 from core.types import After, Body, Button, Caller, Outcome
 
 _VOTE = re.compile(r"([0-9a-f]{32}):(-?1)(?::([a-z]*))?")  # reply:vote:reason; no third part: a reason may follow
-_SHORT = 8  # digits of a reply's number that people see
 _NAMED = re.compile(r"#([0-9a-f]{8})\s+(\S.*)", re.DOTALL)
 _MOST, _CUT = 5, 300
 
@@ -63,13 +62,10 @@ def reply_of(tx: Tx, generation_id: str) -> DeliveredReply | None:
 def own_reply(tx: Tx, user_hash: str, typed: str) -> DeliveredReply | None:
     """This person's reply of that number (all digits, or the first eight)."""
     number = typed.removeprefix("#").lower()
-    if len(number) not in (_SHORT, 32):
+    if len(number) not in (8, 32):
         return None
-    found = tx.value(
-        "SELECT id FROM generation WHERE user_hash = ? AND substr(id, 1, ?) = ? ORDER BY started_ms DESC LIMIT 1",
-        [user_hash, len(number), number],
-    )
-    return reply_of(tx, found or "")
+    sql = "SELECT id FROM generation WHERE user_hash = ? AND substr(id, 1, ?) = ? ORDER BY started_ms DESC LIMIT 1"
+    return reply_of(tx, tx.value(sql, [user_hash, len(number), number]) or "")
 
 
 # --- thumbs ---
@@ -99,40 +95,33 @@ def vote(tx: Tx, row: InboxRow) -> bool:
     if found[2] == "1" or found[3] is None or _example(tx, reply) is not None:
         return False
     language = people.language_of(tx, row.user_hash) or resolve(row.language) or "en"
-    buttons = [
-        Button(say(language, f"feedback.{one}"), "command", f"/consent reply {reply.id} {one}") for one in ("yes", "no")
-    ]
-    keep_body(tx, new_delivery(tx, inbox_id=row.id), Body(say(language, "feedback.may_we"), tuple(buttons)))
+    told = ((say(language, f"feedback.{one}"), f"/consent reply {reply.id} {one}") for one in ("yes", "no"))
+    buttons = tuple(Button(label, "command", line) for label, line in told)
+    keep_body(tx, new_delivery(tx, inbox_id=row.id), Body(say(language, "feedback.may_we"), buttons))
     inbox.mark_generated(tx, row.id)
     return True
 
 
-def share(tx: Tx, reply: DeliveredReply) -> None:
-    """Store a reply with consent for this one. Raises BadInput where its text is gone."""
-    _set_refused(tx, reply, refused=False)
+@command("consent", "reply")
+def consent_reply(tx: Tx, caller: Caller, call: Call) -> Outcome:
+    """Consent for one of the caller's replies. Raises UnknownThing, or BadInput where its text is gone.
+
+    Withdrawing it excludes the reply whatever the general consent, and erases the data sets that may hold it.
+    """
+    reply = own_reply(tx, caller.user, call.arguments["reply"])
+    if reply is None:
+        raise UnknownThing("feedback.no_reply_of_yours")
+    shares = call.arguments["choice"] == "yes"
+    _set_refused(tx, reply, refused=not shares)
+    if not shares:
+        used = tx.run("DELETE FROM example WHERE generation_id = ?", [reply.id]) or reply.consent_ms
+        after = jobs.withdraw(tx, caller.user, reply.channel_id) if used else ()
+        return Outcome(Body(say(caller.language, "feedback.not_shared")), tuple(after))
     turns = _turns(tx, reply)
     if not turns and _example(tx, reply) is None:
         raise BadInput("feedback.too_late")
     _keep(tx, reply, turns, shared=True)
-
-
-def refuse(tx: Tx, reply: DeliveredReply) -> bool:
-    """Exclude a reply whatever the general consent; True where it may have been used until now."""
-    _set_refused(tx, reply, refused=True)
-    return bool(tx.run("DELETE FROM example WHERE generation_id = ?", [reply.id]) or reply.consent_ms)
-
-
-@command("consent", "reply")
-def consent_reply(tx: Tx, caller: Caller, call: Call) -> Outcome:
-    """Consent for one of the caller's replies. Withdrawing it erases the data sets that may hold the reply."""
-    reply = own_reply(tx, caller.user, call.arguments["reply"])
-    if reply is None:
-        raise UnknownThing("feedback.no_reply_of_yours")
-    if call.arguments["choice"] == "yes":
-        share(tx, reply)
-        return Outcome(Body(say(caller.language, "feedback.shared")))
-    after = jobs.withdraw(tx, caller.user, reply.channel_id) if refuse(tx, reply) else ()
-    return Outcome(Body(say(caller.language, "feedback.not_shared")), tuple(after))
+    return Outcome(Body(say(caller.language, "feedback.shared")))
 
 
 # --- corrections ---
@@ -164,10 +153,8 @@ def correct(tx: Tx, caller: Caller, call: Call) -> Outcome:
     if kept is None and not turns:
         raise BadInput("feedback.too_late")
     _keep(tx, reply, turns, shared=own)
-    tx.run(
-        "UPDATE example SET correction = ?, corrected_by = ? WHERE generation_id = ?",
-        [tx.cipher.seal(text), caller.user, reply.id],
-    )
+    sql = "UPDATE example SET correction = ?, corrected_by = ? WHERE generation_id = ?"
+    tx.run(sql, [tx.cipher.seal(text), caller.user, reply.id])
     audit.record(tx, caller, "correct", reply.id[:8])
     kept = _example(tx, reply)
     assert kept is not None
@@ -179,11 +166,8 @@ def _target(tx: Tx, caller: Caller, text: str) -> tuple[DeliveredReply | None, s
     """The reply that is named by its number, else the one that the message replies to, else the last one here."""
     at = caller.address
     if named := _NAMED.fullmatch(text):
-        found = tx.value(
-            "SELECT generation_id FROM example WHERE channel_id = ? AND substr(generation_id, 1, 8) = ?",
-            [caller.channel.id, named[1]],
-        )
-        return reply_of(tx, found or ""), named[2]
+        sql = "SELECT generation_id FROM example WHERE channel_id = ? AND substr(generation_id, 1, 8) = ?"
+        return reply_of(tx, tx.value(sql, [caller.channel.id, named[1]]) or ""), named[2]
     if caller.answers:
         found = tx.value(
             "SELECT generation.id FROM part JOIN delivery ON delivery.id = delivery_id"
@@ -240,15 +224,13 @@ def _example(tx: Tx, reply: DeliveredReply) -> Row | None:
 
 
 def _answer(tx: Tx, reply: DeliveredReply) -> Row | None:
-    return tx.one(
-        "SELECT id, conversation_id, refused FROM turn WHERE inbox_id = ? AND role = 'assistant'", [reply.inbox_id]
-    )
+    sql = "SELECT id, conversation_id, refused FROM turn WHERE inbox_id = ? AND role = 'assistant'"
+    return tx.one(sql, [reply.inbox_id])
 
 
 def _set_refused(tx: Tx, reply: DeliveredReply, *, refused: bool) -> None:
     """Mark the answer and its question, where their text still exists."""
-    answer = _answer(tx, reply)
-    if answer is not None:
+    if answer := _answer(tx, reply):
         conversations.set_refused(tx, answer["conversation_id"], reply.user, answer["id"], refused=refused)
 
 
@@ -270,18 +252,11 @@ def _turns(tx: Tx, reply: DeliveredReply) -> list[dict[str, str]]:
 
 def _keep(tx: Tx, reply: DeliveredReply, turns: list[dict[str, str]], *, shared: bool) -> None:
     """Store once, with the time of the first call; a repeat can only set `shared`."""
+    said = tx.cipher.seal(json.dumps(turns))
     tx.run(
         "INSERT INTO example (generation_id, channel_id, user_hash, platform, shared, said, at_ms)"
         " VALUES (?, ?, ?, ?, ?, ?, ?) ON CONFLICT DO UPDATE SET shared = max(shared, excluded.shared)",
-        [
-            reply.id,
-            reply.channel_id,
-            reply.user,
-            reply.platform,
-            int(shared),
-            tx.cipher.seal(json.dumps(turns)),
-            tx.now_ms,
-        ],
+        [reply.id, reply.channel_id, reply.user, reply.platform, int(shared), said, tx.now_ms],
     )
 
 

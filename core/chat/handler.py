@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import dataclass, field
 
 from core.channels import bindings
 from core.chat import comparisons, conversations, feedback, inbox
@@ -49,27 +50,19 @@ QUIET = (Kind.STOP, Kind.EDIT, Kind.MEMBERSHIP)  # answered by no message
 _NOTICE_WINDOW_MS = 60_000
 
 
+@dataclass(slots=True)
 class MessageHandler:
     """`draining`: the process is about to end, and begins nothing new."""
 
-    def __init__(
-        self,
-        database: Database,
-        home: Home,
-        engine: Engine,
-        deliveries: Deliveries,
-        training: JobSupervisor,
-        replies: Replies,
-    ) -> None:
-        self.draining = False
-        self.counts = Counts("channel", "outcome")  # delivered, refused, failed or unconfirmed
-        self._database = database
-        self._home = home
-        self._engine = engine
-        self._deliveries = deliveries
-        self._training = training
-        self._replies = replies
-        self._commands = CommandContext(home, database, deliveries.fetch)
+    database: Database
+    home: Home
+    engine: Engine
+    deliveries: Deliveries
+    training: JobSupervisor
+    replies: Replies
+    draining: bool = False
+    # by outcome: delivered, refused, failed or unconfirmed
+    counts: Counts = field(default_factory=lambda: Counts("channel", "outcome"))
 
     async def handle(self, row: InboxRow) -> None:
         await wait_for_storage(lambda: self._handle(row))
@@ -84,16 +77,16 @@ class MessageHandler:
                 raise AppError("error.gave_up")
             await self._stop(row)
             chosen = False
-            if not await self._database.read(lambda tx: inbox.is_generated(tx, row.id)):
+            if not await self.database.read(lambda tx: inbox.is_generated(tx, row.id)):
                 if row.kind in QUIET or row.action == "feedback":
-                    if not await self._database.write(lambda tx: _close_quiet(tx, row)):
+                    if not await self.database.write(lambda tx: _close_quiet(tx, row)):
                         return
                 else:
-                    caller = await self._database.write(lambda tx: caller_of(tx, row))
+                    caller = await self.database.write(lambda tx: caller_of(tx, row))
                     chosen = await self._act(row, caller)
             await self._deliver(row)
             if chosen:
-                await self._deliveries.choose(row.address, row.text)
+                await self.deliveries.choose(row.address, row.text)
         except Exception as error:
             if isinstance(error, StorageError) and is_storage_unavailable(error):
                 raise
@@ -103,28 +96,26 @@ class MessageHandler:
     async def _stop(self, row: InboxRow) -> None:
         """Stop the running reply that a stop, or a chat that was blocked, is about."""
         if row.action == "blocked":
-            self._replies.stop(row.address, "")
+            self.replies.stop(row.address, "")
         elif row.kind is Kind.STOP:
-            self._replies.stop(row.address, await self._database.read(lambda tx: stopped_user(tx, row)))
+            self.replies.stop(row.address, await self.database.read(lambda tx: stopped_user(tx, row)))
 
     async def _act(self, row: InboxRow, caller: Caller) -> bool:
         """Store the row's reply or outcome; True where it pressed a button that answers a question."""
         if row.action == "notice":
-            await self._database.write(lambda tx: _keep_notice(tx, row, caller))
+            await self.database.write(lambda tx: _keep_notice(tx, row, caller))
             return False
         if row.oversize:
             raise UserError("service.message_too_large", size=row.oversize, limit=inbox.MAX_TEXT)
         if isinstance(row.command, BadCommand):
             raise row.command
-        if row.command is not None:
-            return await self._command(row, caller, row.command)
         text = row.text.strip()
-        if not text:
+        if row.command is None and not text:
             raise UserError("service.text_only" if row.attachments else "service.empty_message")
-        call = await self._database.read(lambda tx: answer_to_question(tx, caller, text))
+        call = row.command or await self.database.read(lambda tx: answer_to_question(tx, caller, text))
         if call is not None:
             return await self._command(row, caller, call)
-        await self._replies.generate(row, caller, text, again=False)
+        await self.replies.generate(row, caller, text, again=False)
         return False
 
     async def _command(self, row: InboxRow, caller: Caller, call: Call) -> bool:
@@ -135,7 +126,8 @@ class MessageHandler:
                 keep_body(tx, new_delivery(tx, inbox_id=row.id), outcome.body)
                 inbox.mark_generated(tx, row.id)
 
-        outcome = await dispatch(self._commands, caller, call, keep)
+        context = CommandContext(self.home, self.database, self.deliveries.fetch)
+        outcome = await dispatch(context, caller, call, keep)
         for after in outcome.after:
             await self._apply(row, caller, after)
         return row.kind is Kind.PRESS and Effect.CHOOSE in outcome.after
@@ -143,30 +135,30 @@ class MessageHandler:
     async def _apply(self, row: InboxRow, caller: Caller, after: After) -> None:
         match after:
             case StopReply(user):
-                self._replies.stop(caller.address, user)
+                self.replies.stop(caller.address, user)
             case ForgetMemory(channel, conversation):
-                await self._engine.forget(channel, conversation)
+                await self.engine.forget(channel, conversation)
             case Effect.WAKE_TRAINING:
-                self._training.wake()
+                self.training.wake()
             case Effect.ERASE_FILES:
-                await try_sweep(self._database, self._home)
+                await try_sweep(self.database, self.home)
             case Effect.ANSWER_AGAIN:
-                await self._replies.generate(row, caller, "", again=True)
+                await self.replies.generate(row, caller, "", again=True)
             case Effect.COMPARE_BLIND:
-                await comparisons.answer(self._replies, row, caller)
+                await comparisons.answer(self.replies, row, caller)
 
     # --- the way out ---
 
     async def _deliver(self, row: InboxRow) -> None:
         """Write the stored text and settle it."""
-        delivery_id, body, channel = await self._database.read(lambda tx: _stored(tx, row))
+        delivery_id, body, channel = await self.database.read(lambda tx: _stored(tx, row))
         settle: Callable[[Tx], None] = (
             (lambda tx: settle_reply(tx, row, body)) if channel else (lambda tx: inbox.close(tx, row.id, "command"))
         )
 
         async def write() -> None:
-            await self._deliveries.open(delivery_id, row.address)
-            await self._deliveries.finish(delivery_id, row.address, body, settle)
+            await self.deliveries.open(delivery_id, row.address)
+            await self.deliveries.finish(delivery_id, row.address, body, settle)
 
         written = await self._write(row, write)
         if channel:
@@ -188,8 +180,8 @@ class MessageHandler:
             inbox.close(tx, row.id, ended, dead=known.key == "error.gave_up" or not row.readable)
 
         async def write() -> None:
-            delivery_id = await self._database.write(lambda tx: new_delivery(tx, inbox_id=row.id))
-            await self._deliveries.fail(delivery_id, row.address, body, settle)
+            delivery_id = await self.database.write(lambda tx: new_delivery(tx, inbox_id=row.id))
+            await self.deliveries.fail(delivery_id, row.address, body, settle)
 
         await self._write(row, write)
         self.counts.add(caller.channel.name if caller else "", outcome)
@@ -201,12 +193,12 @@ class MessageHandler:
         before its first word stays open: the next start answers it.
         """
         if isinstance(error, LimitReached):
-            if not await self._database.write(lambda tx: _close_limited(tx, row)):
+            if not await self.database.write(lambda tx: _close_limited(tx, row)):
                 return False
             self.counts.add(caller.channel.name if caller else "", "refused")
             return True
         if isinstance(error, AppError) and error.key == "service.stopped" and caller and self.draining:
-            return not await self._database.read(lambda tx: stopped_since(tx, row, caller.channel.id))
+            return not await self.database.read(lambda tx: stopped_since(tx, row, caller.channel.id))
         if not isinstance(error, UserError):
             log.error("message.failed", extra={"row": row.id, "error": str(error)}, exc_info=error)
         return False
@@ -217,7 +209,7 @@ class MessageHandler:
             await wait_for_storage(lambda: deliver(write))
         except DeliveryFailed as error:
             log.warning("delivery.given_up", extra={"row": row.id, "error": str(error)})
-            await wait_for_storage(lambda: self._database.write(lambda tx: _give_up(tx, row)))
+            await wait_for_storage(lambda: self.database.write(lambda tx: _give_up(tx, row)))
             return False
         return True
 
@@ -246,8 +238,7 @@ def _keep_notice(tx: Tx, row: InboxRow, caller: Caller) -> None:
 
 
 def _close_limited(tx: Tx, row: InboxRow) -> bool:
-    limited = inbox.limited_lately(tx, row, _NOTICE_WINDOW_MS)
-    if limited:
+    if limited := inbox.limited_lately(tx, row, _NOTICE_WINDOW_MS):
         inbox.close(tx, row.id, "refused_quietly")
     return limited
 
@@ -264,9 +255,5 @@ def _stored(tx: Tx, row: InboxRow) -> tuple[int, Body, str]:
     body = kept_body(tx, delivery_id)
     if body is None:
         raise EngineError(detail=f"row {row.id} is generated but has no text")
-    charged = tx.value(
-        "SELECT name FROM channel JOIN generation ON channel.id = channel_id"
-        " WHERE inbox_id = ? AND state = 'generated'",
-        [row.id],
-    )
-    return delivery_id, body, charged or ""
+    replied = "channel JOIN generation ON channel.id = channel_id WHERE inbox_id = ? AND state = 'generated'"
+    return delivery_id, body, tx.value(f"SELECT name FROM {replied}", [row.id]) or ""

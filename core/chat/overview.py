@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from itertools import islice
+
 from core.adapters import registry
 from core.channels import adapter_names, bindings, operators, people
 from core.chat import inbox
@@ -9,12 +11,12 @@ from core.i18n.messages import resolve
 from core.jobs import jobs
 from core.platform import Choice, JobLine, Overview
 from core.storage.database import Database, Tx
+from core.storage.lifecycle import HOUR_MS
 from core.types import Address, Channel, Grant
 from core.usage.reports import daily
 
 DAYS = 14
 _JOBS, _CHOICES = 5, 99
-_HOUR_MS = 3_600_000
 
 
 class Overviews:
@@ -63,11 +65,8 @@ def _overview(tx: Tx, at: Address, user: str) -> Overview | None:
 def _left(tx: Tx, channel: Channel, who: str) -> int | None:
     if not channel.limits.per_hour:
         return None
-    used = tx.value(
-        "SELECT count(*) FROM generation WHERE user_hash = ? AND channel_id = ? AND started_ms > ?",
-        [who, channel.id, tx.now_ms - _HOUR_MS],
-    )
-    return max(channel.limits.per_hour - int(used), 0)
+    sql = "SELECT count(*) FROM generation WHERE user_hash = ? AND channel_id = ? AND started_ms > ?"
+    return max(channel.limits.per_hour - int(tx.value(sql, [who, channel.id, tx.now_ms - HOUR_MS])), 0)
 
 
 def _age_s(tx: Tx, adapter: str) -> float | None:
@@ -90,9 +89,6 @@ def _jobs(tx: Tx, channel_id: int) -> tuple[JobLine, ...]:
 def _choices(tx: Tx, adapter: str) -> tuple[Choice, ...]:
     """Versions that could be promoted, newest first, base last."""
     champion, _ = adapter_names.champion(tx, adapter)
-    found = [
-        Choice(one.label, one.passed)
-        for one in registry.versions(tx, adapter)
-        if one.sha256 != champion and registry.is_usable(tx, one)
-    ]
-    return (*found[:_CHOICES], *((Choice(adapter_names.BASE),) if champion is not None else ()))
+    others = (one for one in registry.versions(tx, adapter) if one.sha256 != champion and registry.is_usable(tx, one))
+    found = [Choice(one.label, one.passed) for one in islice(others, _CHOICES)]
+    return (*found, *((Choice(adapter_names.BASE),) if champion is not None else ()))

@@ -124,14 +124,9 @@ class Replies:
             sha256, _ = adapter_names.champion(tx, channel.adapter)
             seed = int(generation_id[:8], 16)
             price = prices.price_now(tx, channel.id).id
-            about: dict[str, Value] = {
-                "id": generation_id,
-                "inbox_id": row.id,
-                "channel_id": channel.id,
-                "user_hash": caller.user,
-            }
             pinned: dict[str, Value] = {"adapter": sha256, "price_id": price, "seed": seed, "retry": int(again)}
-            tx.insert("generation", **about, **pinned, state="running", started_ms=tx.now_ms)
+            asked: dict[str, Value] = {"inbox_id": row.id, "channel_id": channel.id, "user_hash": caller.user}
+            tx.insert("generation", id=generation_id, **asked, **pinned, state="running", started_ms=tx.now_ms)
         else:
             sha256, seed = found["adapter"], found["seed"]
         past = conversations.history(tx, caller.conversation_id)

@@ -24,7 +24,6 @@ from core.chat.handler import MessageHandler
 from core.chat.inbox import InboxRow
 from core.chat.overview import Overviews
 from core.chat.replies import Replies
-from core.chat.stopping import may_stop_all_at
 from core.config.schema import Retention
 from core.delivery.deliveries import Deliveries
 from core.delivery.retry import STORAGE_S
@@ -103,13 +102,6 @@ class Service:
             who = tx.cipher.hash_user(at.platform, at.account, user)
             channel = bindings.channel_of_person(tx, at.platform, at.account, at.place, who)
             return operators.grant_of(tx, who, channel.id) if channel else Grant.ANYONE
-
-        return await self._database.read(work)
-
-    async def stops_all(self, at: Address, user: str) -> bool:
-        def work(tx: Tx) -> bool:
-            who = tx.cipher.hash_user(at.platform, at.account, user)
-            return may_stop_all_at(tx, at, who, moderates=False)
 
         return await self._database.read(work)
 

@@ -7,7 +7,7 @@ from core.chat import inbox
 from core.chat.inbox import InboxRow
 from core.commands.table import Call
 from core.storage.database import Tx
-from core.types import Address, Grant, Kind
+from core.types import Grant, Kind
 
 
 def may_stop_all(tx: Tx, user_hash: str, channel_id: int, *, moderates: bool) -> bool:
@@ -15,15 +15,12 @@ def may_stop_all(tx: Tx, user_hash: str, channel_id: int, *, moderates: bool) ->
     return moderates or operators.grant_of(tx, user_hash, channel_id) >= Grant.OPERATOR
 
 
-def may_stop_all_at(tx: Tx, at: Address, user_hash: str, *, moderates: bool) -> bool:
-    """`may_stop_all` in the channel of that place."""
-    channel = bindings.channel_of_person(tx, at.platform, at.account, at.place, user_hash)
-    return may_stop_all(tx, user_hash, channel.id if channel else 0, moderates=moderates)
-
-
 def stopped_user(tx: Tx, row: InboxRow) -> str:
     """Whose reply this stop applies to; "" is anybody's."""
-    return "" if may_stop_all_at(tx, row.address, row.user_hash, moderates=row.moderates) else row.user_hash
+    at = row.address
+    channel = bindings.channel_of_person(tx, at.platform, at.account, at.place, row.user_hash)
+    everybody = may_stop_all(tx, row.user_hash, channel.id if channel else 0, moderates=row.moderates)
+    return "" if everybody else row.user_hash
 
 
 def stopped_since(tx: Tx, row: InboxRow, channel_id: int) -> bool:
@@ -31,15 +28,8 @@ def stopped_since(tx: Tx, row: InboxRow, channel_id: int) -> bool:
     stops = [
         one.received_ms
         for one in inbox.controls_after(tx, row)
-        if _is_stop(one)
+        if (one.kind is Kind.STOP or (isinstance(one.command, Call) and one.command.command.name == "stop"))
         and (one.user_hash == row.user_hash or may_stop_all(tx, one.user_hash, channel_id, moderates=one.moderates))
     ]
-    if not stops:
-        return False
-    before = inbox.turn_before_closed_ms(tx, row)
-    return before is None or max(stops) >= before
-
-
-def _is_stop(row: InboxRow) -> bool:
-    """Pressed or typed."""
-    return row.kind is Kind.STOP or (isinstance(row.command, Call) and row.command.command.name == "stop")
+    before = inbox.turn_before_closed_ms(tx, row) if stops else None
+    return bool(stops) and (before is None or max(stops) >= before)

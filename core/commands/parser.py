@@ -9,7 +9,6 @@ import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from difflib import get_close_matches
-from typing import Self
 
 from core.commands.help import help_key, usage
 from core.commands.table import BY_NAME, Call, Command, Form, Parameter
@@ -90,16 +89,10 @@ def _wordless(command: Command, typed: str, given: Sequence[Word]) -> Form:
     near = _nearest(typed, words) if typed.isalpha() else ""
     if form is not None and not near:
         return form
-    right = command.form(near) or command.forms[0]
     key = "error.near_form" if near else "error.bad_form" if given else "error.no_form"
-    raise BadCommand(
-        key,
-        command=f"/{command.name}",
-        typed=_shown(given[0].text if given else ""),
-        words=", ".join(words),
-        nearest=f"/{command.name} {near}",
-        **_right_form(command, right),
-    )
+    first, name = given[0].text if given else "", f"/{command.name}"
+    fields = {"command": name, "words": ", ".join(words), "nearest": f"{name} {near}"}
+    raise _wrong(key, command, command.form(near) or command.forms[0], first, **fields)
 
 
 def _arguments(command: Command, form: Form, given: Sequence[Word], line: str) -> dict[str, str]:
@@ -108,7 +101,7 @@ def _arguments(command: Command, form: Form, given: Sequence[Word], line: str) -
     for parameter in form.parameters:
         if not left or (form.settings and left[0].setting):
             if not parameter.optional:
-                raise BadCommand("error.missing", parameter=_parameter(parameter), **_right_form(command, form))
+                raise _wrong("error.missing", command, form, parameter=Lazy(f"parameter.{parameter.name}"))
             continue
         if parameter.rest:
             taken[parameter.name] = left[0].text if len(left) == 1 else line[left[0].start :].strip()
@@ -118,16 +111,15 @@ def _arguments(command: Command, form: Form, given: Sequence[Word], line: str) -
     if form.settings:
         return taken | _settings(command, form, left)
     if left and not command.patient:
-        raise BadCommand("error.too_many", typed=_shown(left[0].text), **_right_form(command, form))
+        raise _wrong("error.too_many", command, form, left[0].text)
     return taken
 
 
 def _chosen(command: Command, form: Form, parameter: Parameter, typed: str) -> str:
     if not typed:
-        raise BadCommand("error.missing", parameter=_parameter(parameter), **_right_form(command, form))
+        raise _wrong("error.missing", command, form, parameter=Lazy(f"parameter.{parameter.name}"))
     if parameter.choices and typed.lower() not in parameter.choices:
-        choices = ", ".join(parameter.choices)
-        raise BadCommand("error.bad_choice", typed=_shown(typed), choices=choices, **_right_form(command, form))
+        raise _wrong("error.bad_choice", command, form, typed, choices=", ".join(parameter.choices))
     return typed.lower() if parameter.choices else typed
 
 
@@ -139,21 +131,16 @@ def _settings(command: Command, form: Form, given: Sequence[Word]) -> dict[str, 
         if token.setting:
             key, value = token.setting.lower(), token.text[len(token.setting) + 1 :]
             if key not in form.settings:
-                near = _nearest(key, form.settings)
-                raise BadCommand(
-                    "error.near_setting" if near else "error.bad_setting",
-                    typed=_shown(key),
-                    nearest=near,
-                    words=", ".join(form.settings),
-                    **_right_form(command, form),
-                )
+                near, words = _nearest(key, form.settings), ", ".join(form.settings)
+                wrong = "error.near_setting" if near else "error.bad_setting"
+                raise _wrong(wrong, command, form, key, nearest=near, words=words)
             found[key] = value
         elif key:
             found[key] = f"{found[key]} {token.text}".strip()
         else:
-            raise BadCommand("error.no_setting", typed=_shown(token.text), **_right_form(command, form))
+            raise _wrong("error.no_setting", command, form, token.text)
     if not found and not form.bare:
-        raise BadCommand("error.missing", parameter=Lazy("parameter.setting"), **_right_form(command, form))
+        raise _wrong("error.missing", command, form, parameter=Lazy("parameter.setting"))
     return found
 
 
@@ -162,9 +149,6 @@ class _FormUsage(Lazy):
 
     __slots__ = ()
 
-    def __new__(cls, command: Command, form: Form) -> Self:
-        return super().__new__(cls, form.example, command=command, form=form)
-
     def render(self, language: str) -> str:
         command, form = self.fields["command"], self.fields["form"]
         assert isinstance(command, Command)
@@ -172,12 +156,11 @@ class _FormUsage(Lazy):
         return usage(language, command, form)
 
 
-def _right_form(command: Command, form: Form) -> dict[str, str]:
-    return {"form": _FormUsage(command, form), "example": form.example, "meaning": Lazy(help_key(command, form))}
-
-
-def _parameter(parameter: Parameter) -> Lazy:
-    return Lazy(f"parameter.{parameter.name}")
+def _wrong(key: str, command: Command, form: Form, typed: str = "", /, **fields: str) -> BadCommand:
+    """The error that shows what was typed and the right form."""
+    right = _FormUsage(form.example, command=command, form=form)
+    meaning = Lazy(help_key(command, form))
+    return BadCommand(key, typed=_shown(typed), form=right, example=form.example, meaning=meaning, **fields)
 
 
 def _nearest(typed: str, known: Iterable[str]) -> str:

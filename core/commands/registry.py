@@ -86,8 +86,7 @@ def registered(call: Call) -> Registered:
 
 def check_complete() -> None:
     """Raises LookupError with every form of the table that has no handler."""
-    missing = [f"/{name} {word}".strip() for name, word in _forms() if (name, word) not in _registered]
-    if missing:
+    if missing := [f"/{name} {word}".strip() for name, word in _forms() if (name, word) not in _registered]:
         raise LookupError(f"no handler is registered for {', '.join(missing)}")
 
 

@@ -81,120 +81,86 @@ class Call:
 
 SETTINGS = tuple(channel_keys())
 DATA_SETTINGS = ("preset", "question", "answer", "system", "licence")
-_CHANNEL = Parameter("channel", optional=True)
-_DATASET, _JOB = Parameter("dataset", optional=True), Parameter("job", optional=True)
-_SOURCE = Parameter("source", choices=("feedback", "conversations"))
-_YES = Parameter("go", optional=True, choices=("yes",))
-_OPERATOR, _OWNER = Grant.OPERATOR, Grant.OWNER
+
+
+def _command(name: str, *forms: Form, lane: Lane = Lane.TURN, patient: bool = False) -> Command:
+    return Command(name, forms, lane, patient)
+
+
+def _operators(word: str, example: str, *parameters: Parameter, answers: bool = False) -> Form:
+    return Form(word, example, parameters, Grant.OPERATOR, answers=answers)
+
+
+def _optional(name: str, *choices: str, rest: bool = False) -> Parameter:
+    return Parameter(name, optional=True, rest=rest, choices=choices)
+
+
+_CHANNEL, _DATASET, _JOB, _YES = _optional("channel"), _optional("dataset"), _optional("job"), _optional("go", "yes")
+_SOURCE, _VERSION = Parameter("source", choices=("feedback", "conversations")), Parameter("version")
+_YES_NO, _A_B_SAME = Parameter("choice", choices=("yes", "no")), Parameter("choice", choices=("a", "b", "same"))
+_NAME, _TITLE = Parameter("name"), _optional("title", rest=True)
 
 COMMANDS: tuple[Command, ...] = (
-    Command("start", (Form("", "/start", (Parameter("link", optional=True),)),)),
-    Command("help", (Form("", "/help finetune", (Parameter("command", optional=True, rest=True),)),)),
-    Command("new", (Form("", "/new"),)),
-    Command("stop", (Form("", "/stop"),), Lane.CONTROL, patient=True),
-    Command("retry", (Form("", "/retry"),)),
-    Command(
-        "usage",
-        (Form("", "/usage"), Form("chart", "/usage chart", (), _OPERATOR), Form("csv", "/usage csv", (), _OPERATOR)),
-    ),
-    Command("privacy", (Form("", "/privacy"),)),
-    Command(
+    _command("start", Form("", "/start", (_optional("link"),))),
+    _command("help", Form("", "/help finetune", (_optional("command", rest=True),))),
+    _command("new", Form("", "/new")),
+    _command("stop", Form("", "/stop"), lane=Lane.CONTROL, patient=True),
+    _command("retry", Form("", "/retry")),
+    _command("usage", Form("", "/usage"), _operators("chart", "/usage chart"), _operators("csv", "/usage csv")),
+    _command("privacy", Form("", "/privacy")),
+    _command(
         "consent",
-        (
-            Form("", "/consent on", (Parameter("choice", optional=True, choices=("on", "off")),)),
-            Form(
-                "reply",
-                "/consent reply #5f3a9c01 no",
-                (Parameter("reply"), Parameter("choice", choices=("yes", "no"))),
-                answers=True,
-            ),
-        ),
+        Form("", "/consent on", (_optional("choice", "on", "off"),)),
+        Form("reply", "/consent reply #5f3a9c01 no", (Parameter("reply"), _YES_NO), answers=True),
     ),
-    Command("forget", (Form("", "/forget", (Parameter("choice", optional=True, choices=("yes",)),)),)),
-    Command("language", (Form("", "/language zh", (Parameter("language", optional=True),)),)),
-    Command("whoami", (Form("", "/whoami"),)),
-    Command("claim", (Form("", "/claim K7QM-2XWP-9RTA", (Parameter("code"),)),)),
-    Command(
+    _command("forget", Form("", "/forget", (_optional("choice", "yes"),))),
+    _command("language", Form("", "/language zh", (_optional("language"),))),
+    _command("whoami", Form("", "/whoami")),
+    _command("claim", Form("", "/claim K7QM-2XWP-9RTA", (Parameter("code"),))),
+    _command(
         "finetune",
-        (
-            Form("", "/finetune faq.jsonl", (_DATASET, _YES), _OPERATOR, DATA_SETTINGS, bare=True),
-            Form("from", "/finetune from feedback", (_SOURCE, _YES), _OPERATOR),
-            Form("start", "/finetune start 3", (_JOB,), _OPERATOR, answers=True),
-            Form("preview", "/finetune preview 3", (_JOB,), _OPERATOR),
-            Form("redact", "/finetune redact 3", (_JOB,), _OPERATOR, answers=True),
-            Form("status", "/finetune status 3", (_JOB,), _OPERATOR),
-            Form("list", "/finetune list", (), _OPERATOR),
-            Form("data", "/finetune data", (), _OPERATOR),
-            Form("cancel", "/finetune cancel 3", (_JOB,), _OPERATOR, answers=True),
-            Form("resume", "/finetune resume 3", (_JOB,), _OPERATOR),
-        ),
+        Form("", "/finetune faq.jsonl", (_DATASET, _YES), Grant.OPERATOR, DATA_SETTINGS, bare=True),
+        _operators("from", "/finetune from feedback", _SOURCE, _YES),
+        _operators("start", "/finetune start 3", _JOB, answers=True),
+        _operators("preview", "/finetune preview 3", _JOB),
+        _operators("redact", "/finetune redact 3", _JOB, answers=True),
+        _operators("status", "/finetune status 3", _JOB),
+        _operators("list", "/finetune list"),
+        _operators("data", "/finetune data"),
+        _operators("cancel", "/finetune cancel 3", _JOB, answers=True),
+        _operators("resume", "/finetune resume 3", _JOB),
     ),
-    Command(
-        "correct",
-        (Form("", "/correct It takes 20 working days.", (Parameter("text", optional=True, rest=True),), _OPERATOR),),
-    ),
-    Command(
+    _command("correct", _operators("", "/correct It takes 20 working days.", _optional("text", rest=True))),
+    _command(
         "adapter",
-        (
-            Form("list", "/adapter list", (), _OPERATOR),
-            Form("show", "/adapter show acme@4", (Parameter("version"),), _OPERATOR),
-            Form(
-                "promote",
-                "/adapter promote acme@4",
-                (Parameter("version"), Parameter("reason", optional=True, rest=True)),
-                _OPERATOR,
-            ),
-            Form("rollback", "/adapter rollback", (), _OPERATOR),
-            Form(
-                "compare",
-                "/adapter compare acme@4 How long does a permit take?",
-                (Parameter("version"), Parameter("question", optional=True, rest=True)),
-                _OPERATOR,
-            ),
-            Form(
-                "choose",
-                "/adapter choose 3 a",
-                (Parameter("comparison"), Parameter("choice", choices=("a", "b", "same"))),
-                _OPERATOR,
-                answers=True,
-            ),
-            Form("worst", "/adapter worst acme@5", (Parameter("version"),), _OPERATOR),
-            Form("discard", "/adapter discard acme@5", (Parameter("version"),), _OPERATOR),
-            Form(
-                "import",
-                "/adapter import my-adapter.zip faq.jsonl",
-                (Parameter("file", optional=True), Parameter("dataset", optional=True)),
-                _OPERATOR,
-            ),
+        _operators("list", "/adapter list"),
+        _operators("show", "/adapter show acme@4", _VERSION),
+        _operators("promote", "/adapter promote acme@4", _VERSION, _optional("reason", rest=True)),
+        _operators("rollback", "/adapter rollback"),
+        _operators(
+            "compare",
+            "/adapter compare acme@4 How long does a permit take?",
+            _VERSION,
+            _optional("question", rest=True),
         ),
+        _operators("choose", "/adapter choose 3 a", Parameter("comparison"), _A_B_SAME, answers=True),
+        _operators("worst", "/adapter worst acme@5", _VERSION),
+        _operators("discard", "/adapter discard acme@5", _VERSION),
+        _operators("import", "/adapter import my-adapter.zip faq.jsonl", _optional("file"), _DATASET),
     ),
-    Command(
+    _command(
         "channel",
-        (
-            Form("list", "/channel list", (), _OPERATOR),
-            Form(
-                "create",
-                "/channel create acme Acme Building",
-                (Parameter("name"), Parameter("title", optional=True, rest=True)),
-                _OWNER,
-            ),
-            Form("show", "/channel show acme", (_CHANNEL,), _OPERATOR),
-            Form("set", '/channel set acme title="Acme Building" per_minute=10', (_CHANNEL,), _OPERATOR, SETTINGS),
-            Form("archive", "/channel archive acme", (Parameter("channel"),), _OWNER),
-        ),
+        _operators("list", "/channel list"),
+        Form("create", "/channel create acme Acme Building", (_NAME, _TITLE), Grant.OWNER),
+        _operators("show", "/channel show acme", _CHANNEL),
+        Form("set", '/channel set acme title="Acme Building" per_minute=10', (_CHANNEL,), Grant.OPERATOR, SETTINGS),
+        Form("archive", "/channel archive acme", (Parameter("channel"),), Grant.OWNER),
     ),
-    Command(
+    _command(
         "operator",
-        (
-            Form(
-                "invite",
-                "/operator invite acme Kim",
-                (_CHANNEL, Parameter("label", optional=True, rest=True)),
-                _OPERATOR,
-            ),
-            Form("list", "/operator list", (), _OPERATOR),
-            Form("remove", "/operator remove 7", (Parameter("operator"),), _OPERATOR),
-        ),
+        _operators("invite", "/operator invite acme Kim", _CHANNEL, _optional("label", rest=True)),
+        _operators("list", "/operator list"),
+        _operators("remove", "/operator remove 7", Parameter("operator")),
     ),
 )
 BY_NAME: Mapping[str, Command] = {command.name: command for command in COMMANDS}

@@ -4,21 +4,20 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Callable, Mapping
+from collections.abc import Awaitable, Callable, Mapping
 from typing import Self
 
-from aiohttp import ClientError, ClientSession
+from aiohttp import ClientSession
 from slack_bolt.adapter.socket_mode.aiohttp import AsyncSocketModeHandler
 from slack_bolt.app.async_app import AsyncApp
 from slack_bolt.authorization import AuthorizeResult
-from slack_sdk.errors import SlackApiError
 from slack_sdk.web.async_client import AsyncWebClient
 
 from bots.shared.backoff import pauses
 from bots.slack.addresses import PLATFORM
 from bots.slack.housekeeping import SlackHousekeeping
 from bots.slack.receiver import SlackReceiver
-from bots.slack.sending.api import CALL_S, SlackProblem, classify
+from bots.slack.sending.api import CALL_S, ERRORS, SlackProblem, classify
 from bots.slack.sending.rate_limits import SlackRateLimiter
 from bots.slack.settings import SlackSettings, read_settings
 from bots.slack.web import Web
@@ -52,7 +51,7 @@ class SlackBot:
             client = AsyncWebClient(base_url=base, timeout=CALL_S, retry_handlers=[], session=session)
             housekeeping = SlackHousekeeping(service)
             self.workspaces = workspaces = Workspaces(settings, client, service, self._limiter, housekeeping.refresh)
-            await _until_available(workspaces)
+            await _until_done(workspaces.open, "slack.away")
             app = _app(settings, client, SlackReceiver(workspaces, housekeeping, service))
             self.web = Web(settings, app, workspaces, service)
             if settings.signing_secret or settings.client_id:
@@ -61,7 +60,8 @@ class SlackBot:
                 async with asyncio.TaskGroup() as tasks:
                     tasks.create_task(housekeeping.run(), name="slack housekeeping")
                     if settings.app_token:
-                        tasks.create_task(_listen(app, settings, client), name="slack socket")
+                        listening = _until_done(lambda: _listen(app, settings, client), "slack.no_socket")
+                        tasks.create_task(listening, name="slack socket")
             finally:
                 await self.web.close()
 
@@ -87,29 +87,23 @@ def _app(settings: SlackSettings, client: AsyncWebClient, receiver: SlackReceive
 
 async def _listen(app: AsyncApp, settings: SlackSettings, client: AsyncWebClient) -> None:
     """Listen by Socket Mode; slack_sdk reconnects when Slack refreshes or cuts the connection."""
-    for wait_s in pauses():
-        handler = AsyncSocketModeHandler(app, settings.app_token, web_client=client, ping_interval=_PING_S)
-        try:
-            await handler.client.connect()  # type: ignore[no-untyped-call]
-            log.info("slack.socket")
-            await asyncio.Event().wait()
-        except (SlackApiError, ClientError, TimeoutError, OSError) as error:
-            if classify(error) is SlackProblem.CLOSED:
-                raise bad_token() from None
-            log.warning("slack.no_socket", extra={"error": type(error).__name__})
-            await asyncio.sleep(wait_s)
-        finally:
-            await handler.client.close()  # type: ignore[no-untyped-call]
+    handler = AsyncSocketModeHandler(app, settings.app_token, web_client=client, ping_interval=_PING_S)
+    try:
+        await handler.client.connect()  # type: ignore[no-untyped-call]
+        log.info("slack.socket")
+        await asyncio.Event().wait()
+    finally:
+        await handler.client.close()  # type: ignore[no-untyped-call]
 
 
-async def _until_available(workspaces: Workspaces) -> None:
-    """Open the workspaces, however long Slack is unavailable. Raises BadConfig for an invalid token."""
+async def _until_done(action: Callable[[], Awaitable[None]], event: str) -> None:
+    """Repeat an action, however long Slack is unavailable. Raises BadConfig for an invalid token."""
     for wait_s in pauses():
         try:
-            await workspaces.open()
+            await action()
             return
-        except (SlackApiError, ClientError, TimeoutError, OSError) as error:
+        except ERRORS as error:
             if classify(error) is SlackProblem.CLOSED:
                 raise bad_token() from None
-            log.warning("slack.away", extra={"method": "auth.test", "error": type(error).__name__})
+            log.warning(event, extra={"error": type(error).__name__})
             await asyncio.sleep(wait_s)

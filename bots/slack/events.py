@@ -6,23 +6,22 @@ events, or a retry with another event id, is one message.
 
 from __future__ import annotations
 
-import hashlib
-import json
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
 from typing import Any
 
+from bots.shared.incoming import digest, notice, press
 from bots.slack.addresses import PLATFORM, is_dm
 from bots.slack.pages.blocks import ACTIONS, STOP, where
 from bots.slack.pages.modals import ModalContext, attachment, submission
-from bots.slack.pages.text import COMMAND
-from bots.slack.pages.text import read as read_text
+from bots.slack.pages.text import COMMAND, plain_text
 from core.commands.table import BY_NAME
 from core.i18n.messages import say
-from core.types import Address, Incoming, Kind, Lane
+from core.types import Address, Attachment, Incoming, Kind, Lane
 
 Payload = Mapping[str, Any]
+Files = tuple[Attachment, ...]
 _TALK = (None, "file_share", "thread_broadcast")
 _SLACKBOT = "USLACKBOT"
 _NAMES_SOMEBODY = re.compile(r"\s*<[@!]")
@@ -42,18 +41,11 @@ class Person:
 
 
 @dataclass(frozen=True, slots=True)
-class OptionsRequest:
-    """A request for the options of a modal's list. `typed` filters them."""
-
-    context: ModalContext
-    typed: str
-
-
-@dataclass(frozen=True, slots=True)
 class ReadEvent:
     """A parsed payload. `answer` is the body of the acknowledgement; `gone`: the app was uninstalled.
 
     `below`: the key of a thread's first message; this one is for the bot only if that one was.
+    `options`: the context of a modal whose list was opened, and the text that filters the list.
     """
 
     account: str = ""
@@ -62,7 +54,7 @@ class ReadEvent:
     gone: bool = False
     person: Person = Person()
     below: str = ""
-    options_request: OptionsRequest | None = None
+    options: tuple[ModalContext, str] | None = None
 
 
 def read(body: Payload, language: str = "en") -> ReadEvent:
@@ -78,8 +70,7 @@ def read(body: Payload, language: str = "en") -> ReadEvent:
 
 def account_of(body: Payload) -> str:
     """The installation of a payload: a workspace or an organisation."""
-    first: Payload = next(iter(body.get("authorizations") or []), {})
-    if first:
+    if first := _authorization(body):
         of_org = first.get("is_enterprise_install") and first.get("enterprise_id")
         return str(of_org or first.get("team_id") or "")
     enterprise = body.get("enterprise") or {}
@@ -90,10 +81,8 @@ def account_of(body: Payload) -> str:
 
 def update_key(body: Payload) -> str:
     """The key of an update, equal for its repeats."""
-    for key in ("event_id", "trigger_id"):
-        if isinstance(body.get(key), str) and body[key]:
-            return str(body[key])
-    return f"sha256:{hashlib.sha256(json.dumps(body, sort_keys=True).encode()).hexdigest()[:32]}"
+    ids = (body.get(key) for key in ("event_id", "trigger_id"))
+    return next((id for id in ids if id and isinstance(id, str)), "") or digest(body)
 
 
 def _read(body: Payload, language: str) -> ReadEvent:
@@ -107,8 +96,8 @@ def _read(body: Payload, language: str) -> ReadEvent:
     if kind == "view_submission":
         return _submitted(body)
     if kind == "block_suggestion":
-        options_request = OptionsRequest(ModalContext.read(body["view"]), str(body.get("value") or ""))
-        return ReadEvent(account_of(body), options_request=options_request, person=_presser(body))
+        options = ModalContext.read(body["view"]), str(body.get("value") or "")
+        return ReadEvent(account_of(body), options=options, person=_presser(body))
     return ReadEvent(account_of(body))
 
 
@@ -126,7 +115,9 @@ def _event(body: Payload, event: Payload) -> ReadEvent:
     if kind in ("message", "app_mention"):
         return _message(body, event, account)
     if kind == "member_joined_channel" and event["user"] == _bot_user(body):
-        return ReadEvent(account, _joined(body, event, account))
+        at = Address(PLATFORM, account, event["channel"], "joined")
+        inviter = str(event.get("inviter") or event["user"])
+        return ReadEvent(account, notice(at, inviter, update_key(body), "slack.joined"))
     return ReadEvent(account)
 
 
@@ -134,41 +125,31 @@ def _message(body: Payload, event: Payload, account: str) -> ReadEvent:
     """A message for the bot: in a DM, with a mention, or in a thread whose first message was for the bot."""
     subtype = event.get("subtype")
     if subtype in ("message_changed", "message_deleted") and is_dm(event["channel"]):
-        return ReadEvent(account, _quiet(body, event, account))
+        return ReadEvent(account, _edited(body, event, account))
     if subtype not in _TALK or event.get("bot_id") or event.get("bot_profile"):
         return ReadEvent(account)
     place, ts, user, bot = event["channel"], event["ts"], event["user"], _bot_user(body)
     if user in (bot, _SLACKBOT):
         return ReadEvent(account)
     written = event.get("text") or ""
-    named, text = read_text(written, bot)
+    named, text = plain_text(written, bot)
     addressed = named or event["type"] == "app_mention" or is_dm(place)
     thread = str(event.get("thread_ts") or ts)
     files = tuple(attachment(one) for one in event.get("files") or [])
     below = ""
     if not addressed:
-        goes_on = thread != ts and not _NAMES_SOMEBODY.match(written) and (text or not files)
-        if not goes_on:
+        if thread == ts or _NAMES_SOMEBODY.match(written) or (files and not text):
             return ReadEvent(account)
         below = "" if bot and event.get("parent_user_id") == bot else f"{place}:{thread}"
     if files and (asked := _WITH_FILE.fullmatch(text)):
         text = f"/{asked[1]}"
     person = Person(str(user), _team(body, event.get("user_team"), event.get("source_team"), event.get("team")))
-    incoming = Incoming(
-        lane=Lane.TURN,
-        kind=Kind.MESSAGE,
-        address=Address(PLATFORM, account, place, thread, ts),
-        user=_user_id(person, body),
-        update_key=update_key(body),
-        message_key=f"{place}:{ts}",
-        text=text,
-        attachments=files,
-        public=not is_dm(place),
-    )
+    at, user = Address(PLATFORM, account, place, thread, ts), _user_id(person, body)
+    incoming = _asked(at, user, update_key(body), f"{place}:{ts}", text, files, public=not is_dm(place))
     return ReadEvent(account, incoming, person=person, below=below)
 
 
-def _quiet(body: Payload, event: Payload, account: str) -> Incoming | None:
+def _edited(body: Payload, event: Payload, account: str) -> Incoming | None:
     """An edit or deletion, which runs nothing."""
     before = event.get("previous_message") or event.get("message") or {}
     if before.get("bot_id") or not before.get("user"):
@@ -177,46 +158,19 @@ def _quiet(body: Payload, event: Payload, account: str) -> Incoming | None:
     return _control(body, at, before["user"], Kind.EDIT)
 
 
-def _joined(body: Payload, event: Payload, account: str) -> Incoming:
-    at = Address(PLATFORM, account, event["channel"], "joined")
-    return notice(at, str(event.get("inviter") or event["user"]), update_key(body), "slack.joined")
-
-
-def notice(at: Address, user: str, key: str, sentence: str) -> Incoming:
-    """A notice of the bot itself, sent once for `key`."""
-    return Incoming(
-        lane=Lane.TURN,
-        kind=Kind.MESSAGE,
-        address=at,
-        user=user,
-        update_key=key,
-        message_key="",
-        action="notice",
-        value=sentence,
-    )
-
-
 # --- slash command, buttons, modals ---
 
 
 def _command(body: Payload, language: str) -> ReadEvent:
     """`/distributary`: a command or a question, answered in a DM about the channel it was typed in."""
     account, user, place = account_of(body), body["user_id"], body["channel_id"]
-    _, text = read_text(body.get("text") or "")
+    _, text = plain_text(body.get("text") or "")
     if not text:
         text = "/help"
     elif text.partition(" ")[0].lower() in BY_NAME:
         text = f"/{text}"
     key = update_key(body)
-    incoming = Incoming(
-        lane=Lane.TURN,
-        kind=Kind.MESSAGE,
-        address=Address(PLATFORM, account, place, f"@{user}", "/"),
-        user=user,
-        update_key=key,
-        message_key=f"command:{key}",
-        text=text,
-    )
+    incoming = _asked(Address(PLATFORM, account, place, f"@{user}", "/"), user, key, f"command:{key}", text)
     answer = {"response_type": "ephemeral", "text": say(language, "slack.answered_in_dm")}
     return ReadEvent(account, incoming, answer=None if is_dm(place) else answer, person=Person(user))
 
@@ -232,22 +186,11 @@ def _press(body: Payload) -> ReadEvent:
     ts = str(message.get("ts") or container.get("message_ts") or "")
     place = place or str((body.get("channel") or {}).get("id") or container["channel_id"])
     conversation = conversation or str(message.get("thread_ts") or container.get("thread_ts") or ts)
-    value = str(pressed.get("value") or "")
-    said = action == "say"
-    label = str((pressed.get("text") or {}).get("text") or "")
-    incoming = Incoming(
-        lane=Lane.TURN if said else Lane.CONTROL,
-        kind={STOP: Kind.STOP, "say": Kind.MESSAGE}.get(action, Kind.PRESS),
-        address=Address(PLATFORM, account, place, conversation, "" if action == STOP else ts),
-        user=_user_id(person, body),
-        update_key=update_key(body),
-        message_key=f"press:{place}:{ts}:{pressed.get('action_ts') or update_key(body)}",
-        text={"say": value, "command": label}.get(action, ""),
-        command=value if action == "command" else "",
-        action=action if action == "feedback" else "",
-        value=value if action == "feedback" else "",
-    )
-    return ReadEvent(account, incoming, person=person)
+    at = Address(PLATFORM, account, place, conversation, "" if action == STOP else ts)
+    key, user = update_key(body), _user_id(person, body)
+    value, label = str(pressed.get("value") or ""), str((pressed.get("text") or {}).get("text") or "")
+    message_key = f"press:{place}:{ts}:{pressed.get('action_ts') or key}"
+    return ReadEvent(account, press(at, user, key, message_key, action, value, label), person=person)
 
 
 def _submitted(body: Payload) -> ReadEvent:
@@ -262,17 +205,9 @@ def _submitted(body: Payload) -> ReadEvent:
     if not given.text:
         return ReadEvent(account)
     key = f"view:{view['id']}:{view.get('hash', '')}"
-    incoming = Incoming(
-        lane=Lane.TURN,
-        kind=Kind.MESSAGE,
-        address=Address(PLATFORM, account, context.place, context.conversation, context.reply_to),
-        user=_user_id(person, body),
-        update_key=key,
-        message_key=key,
-        text=given.text,
-        attachments=given.attachments,
-    )
-    return ReadEvent(account, incoming, person=person)
+    at = Address(PLATFORM, account, context.place, context.conversation, context.reply_to)
+    asked = _asked(at, _user_id(person, body), key, key, given.text, given.attachments)
+    return ReadEvent(account, asked, person=person)
 
 
 # --- parts ---
@@ -285,17 +220,14 @@ def _presser(body: Payload) -> Person:
 def _team(body: Payload, *named: object) -> str:
     """The workspace of a person, or their organisation (Grid) if Slack names another than ours."""
     given = [str(one) for one in named if one]
-    if given and given[0][:1] == "E" and given[0] != _organisation(body):
+    enterprise = (body.get("enterprise") or {}).get("id") or body.get("enterprise_id") or ""
+    if given and given[0][:1] == "E" and given[0] != str(_authorization(body).get("enterprise_id") or enterprise):
         return given[0]
     return next((one for one in given if one[:1] == "T"), "")
 
 
-def _organisation(body: Payload) -> str:
-    """The organisation of the bot's workspace."""
-    first: Payload = next(iter(body.get("authorizations") or []), {})
-    return str(
-        first.get("enterprise_id") or (body.get("enterprise") or {}).get("id") or body.get("enterprise_id") or ""
-    )
+def _authorization(body: Payload) -> Payload:
+    return next(iter(body.get("authorizations") or []), {})
 
 
 def _user_id(person: Person, body: Payload) -> str:
@@ -303,7 +235,7 @@ def _user_id(person: Person, body: Payload) -> str:
 
     In an organisation, ids are the same in all its workspaces.
     """
-    first: Payload = next(iter(body.get("authorizations") or []), {})
+    first = _authorization(body)
     of_org = first.get("is_enterprise_install") or body.get("is_enterprise_install") in (True, "true")
     home = str(first.get("team_id") or (body.get("team") or {}).get("id") or account_of(body))
     ours = person.team in ("", home) or (of_org and person.team[:1] != "E")
@@ -311,16 +243,15 @@ def _user_id(person: Person, body: Payload) -> str:
 
 
 def _bot_user(body: Payload) -> str:
-    first: Payload = next(iter(body.get("authorizations") or []), {})
+    first = _authorization(body)
     return str(first.get("user_id") or "") if first.get("is_bot") else ""
 
 
 def _control(body: Payload, at: Address, user: str, kind: Kind) -> Incoming:
-    return Incoming(
-        lane=Lane.CONTROL, kind=kind, address=at, user=str(user), update_key=update_key(body), message_key=""
-    )
+    return Incoming(Lane.CONTROL, kind, at, str(user), update_key(body), "")
 
 
-def with_language(incoming: Incoming, language: str) -> Incoming:
-    """The message with the language of the person's Slack."""
-    return replace(incoming, language=language) if language else incoming
+def _asked(
+    at: Address, user: str, key: str, message_key: str, text: str, files: Files = (), *, public: bool = False
+) -> Incoming:
+    return Incoming(Lane.TURN, Kind.MESSAGE, at, user, key, message_key, text, attachments=files, public=public)

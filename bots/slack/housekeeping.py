@@ -8,9 +8,7 @@ from __future__ import annotations
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable
-from typing import Any
 
-from aiohttp import ClientError
 from cachetools import LRUCache
 from slack_sdk.errors import SlackApiError
 
@@ -18,6 +16,7 @@ from bots.slack.addresses import PLATFORM
 from bots.slack.events import Payload, Person
 from bots.slack.pages import home, modals
 from bots.slack.pages.blocks import where
+from bots.slack.sending.api import ERRORS
 from bots.slack.workspaces import Workspace
 from core.i18n.messages import resolve, say
 from core.platform import BotService
@@ -87,8 +86,7 @@ class SlackHousekeeping:
             return
         shown = modals.VIEWS[name](modals.ModalContext(place, conversation, found.language), found)
         if shown is None:
-            answer = say(found.language, "slack.instructions_too_long")
-            shown = modals.notice_view(found.language, name, answer)
+            shown = modals.notice_view(found.language, name, say(found.language, "slack.instructions_too_long"))
         await workspace.api.once("views.open", trigger_id=body["trigger_id"], view=shown)
 
     # --- home, prompts ---
@@ -101,8 +99,7 @@ class SlackHousekeeping:
         except SlackApiError as error:
             if error.response.get("error") not in _UNKNOWN_BLOCK:
                 raise
-            shown = home.view(found, place, user, charts=False)
-            await workspace.api.once("views.publish", user_id=user, view=shown)
+            await workspace.api.once("views.publish", user_id=user, view=home.view(found, place, user, charts=False))
 
     async def _greet(self, workspace: Workspace, event: Payload) -> None:
         """Suggest the channel's questions as prompts."""
@@ -110,13 +107,9 @@ class SlackHousekeeping:
         found = await self._service.places.overview(at, event["user"])
         if found is None or not found.channel.questions:
             return
-        prompts: list[dict[str, Any]] = [{"title": one, "message": one} for one in found.channel.questions[:4]]
-        await workspace.api.once(
-            "assistant.threads.setSuggestedPrompts",
-            channel_id=event["channel"],
-            title=say(found.language, "slack.prompts"),
-            prompts=prompts,
-        )
+        prompts = [{"title": one, "message": one} for one in found.channel.questions[:4]]
+        given = {"channel_id": event["channel"], "title": say(found.language, "slack.prompts"), "prompts": prompts}
+        await workspace.api.once("assistant.threads.setSuggestedPrompts", **given)
 
     # --- languages ---
 
@@ -132,7 +125,7 @@ class SlackHousekeeping:
             try:
                 answer = await workspace.api.once("users.info", user=user, include_locale=True)
                 locale = resolve(str((answer.get("user") or {}).get("locale") or ""))
-            except (SlackApiError, ClientError, TimeoutError, OSError):
+            except ERRORS:
                 log.debug("slack.no_locale")
         at = Address(PLATFORM, workspace.account, place, "")
         workspace.languages[user] = (locale, await self._service.places.language(at, user) or locale)
@@ -156,6 +149,6 @@ def _put(queue: asyncio.Queue[_Action], action: _Action) -> None:
 
 def _modal_of(body: Payload) -> str | None:
     """The name of the modal that a pressed button opens, or None."""
-    pressed = (body.get("actions") or [{}]) if body.get("type") == "block_actions" else [{}]
-    name = str(pressed[0].get("action_id", "")).partition(":")[0]
+    pressed = (body.get("actions") or [{}])[0] if body.get("type") == "block_actions" else {}
+    name = str(pressed.get("action_id", "")).partition(":")[0]
     return name if name in modals.VIEWS else None

@@ -9,12 +9,13 @@ from __future__ import annotations
 import json
 import logging
 from collections.abc import Awaitable, Callable
+from dataclasses import replace
 
 from slack_bolt.request.async_request import AsyncBoltRequest
 from slack_bolt.response import BoltResponse
 
 from bots.slack.addresses import PLATFORM
-from bots.slack.events import Payload, ReadEvent, UnreadableEvent, account_of, read, update_key, with_language
+from bots.slack.events import Payload, ReadEvent, UnreadableEvent, account_of, read, update_key
 from bots.slack.housekeeping import SlackHousekeeping
 from bots.slack.pages import modals
 from bots.slack.sending.handles import Recipient
@@ -45,14 +46,14 @@ class SlackReceiver:
         except (Overloaded, StorageError) as error:
             log.error("slack.not_stored", extra={"error": str(error)})
             return BoltResponse(status=503, body="", headers={"Retry-After": ["5"]})
-        return BoltResponse(status=200, body=answer if answer is not None else "")
+        return BoltResponse(status=200, body=answer or "")
 
     async def take(self, body: Payload) -> dict[str, object] | str | None:
         """Commit a payload; the body of the acknowledgement. Raises Overloaded or StorageError."""
         try:
             found = read(body, await self._language(body))
         except UnreadableEvent as error:
-            account = str(account_of(body)) if isinstance(body, dict) else ""
+            account = account_of(body) if isinstance(body, dict) else ""
             log.error("slack.unreadable", extra={"account": account, "error": str(error)})
             await self._service.accept_dead(PLATFORM, account, update_key(body), json.dumps(body))
             return None
@@ -66,11 +67,11 @@ class SlackReceiver:
         if workspace is None:
             log.warning("slack.not_installed", extra={"account": found.account})
             return None
-        if found.options_request is not None:
-            return await self._options(found)
+        if found.options is not None:
+            return await self._options(found.account, found.person.user, *found.options)
         if found.incoming is not None:
             locale, spoken = workspace.languages.get(found.person.user, ("", ""))
-            asked = with_language(found.incoming, locale)
+            asked = replace(found.incoming, language=locale)
             if found.below and not await self._service.places.heard(asked.address, found.below):
                 return None
             team = found.person.team if found.person.team[:1] == "T" else found.account
@@ -81,13 +82,11 @@ class SlackReceiver:
         self._housekeeping.offer(workspace, body, found.person)
         return found.answer
 
-    async def _options(self, found: ReadEvent) -> dict[str, object]:
+    async def _options(self, account: str, user: str, context: modals.ModalContext, typed: str) -> dict[str, object]:
         """The current options of a modal's list of versions."""
-        assert found.options_request is not None
-        context = found.options_request.context
-        at = Address(PLATFORM, found.account, context.place, context.conversation)
-        shown = await self._service.places.overview(at, found.person.user)
-        return modals.options(shown.choices if shown else (), found.options_request.typed, context.language)
+        at = Address(PLATFORM, account, context.place, context.conversation)
+        shown = await self._service.places.overview(at, user)
+        return modals.options(shown.choices if shown else (), typed, context.language)
 
     async def _language(self, body: Payload) -> str:
         """The language of whoever used a slash command, for its acknowledgement."""

@@ -20,12 +20,13 @@ from slack_bolt.request.async_request import AsyncBoltRequest
 from slack_sdk.errors import SlackApiError
 from slack_sdk.signature import SignatureVerifier
 
+from bots.shared.http import serve
+from bots.shared.incoming import notice
 from bots.slack.addresses import PLATFORM
-from bots.slack.events import notice
 from bots.slack.pages.manifest import SCOPES
 from bots.slack.settings import SlackSettings
 from bots.slack.workspaces import Workspaces
-from core.errors import AppError, BadConfig
+from core.errors import AppError
 from core.i18n.messages import resolve, say
 from core.platform import BotService
 from core.types import Address
@@ -48,8 +49,7 @@ class Web:
     """The server of one app. With a signing secret it takes events, with a client id the app can be installed."""
 
     def __init__(self, settings: SlackSettings, app: AsyncApp, workspaces: Workspaces, service: BotService) -> None:
-        self._settings, self._app = settings, app
-        self._workspaces, self._service = workspaces, service
+        self._settings, self._app, self._workspaces, self._service = settings, app, workspaces, service
         self._verifier = SignatureVerifier(settings.signing_secret) if settings.signing_secret else None
         self._runner: web.AppRunner | None = None
 
@@ -67,13 +67,7 @@ class Web:
             served.router.add_get(INSTALL, self._install)
             served.router.add_get(REDIRECT, self._redirect)
         served.router.add_route("*", "/{path:.*}", _nobody)
-        self._runner = web.AppRunner(served, access_log=None, handle_signals=False)
-        await self._runner.setup()
-        try:
-            await web.TCPSite(self._runner, *self._settings.host_and_port).start()
-        except OSError as error:
-            detail = f"bots.slack.listen = {self._settings.listen!r} cannot be used: {error.strerror}"
-            raise BadConfig(detail=detail, file="[bots.slack]", problems=detail) from error
+        self._runner = await serve(served, *self._settings.host_and_port, "slack")
 
     async def close(self) -> None:
         if self._runner is not None:
@@ -122,12 +116,8 @@ class Web:
         except AppError as error:
             log.error("slack.not_stored", extra={"error": str(error)})
             return _page(request, "install_failed", 503)
-        asked = {
-            "client_id": self._settings.client_id,
-            "scope": ",".join(SCOPES),
-            "state": state,
-            "redirect_uri": self._settings.url.rstrip("/") + REDIRECT,
-        }
+        asked = {"client_id": self._settings.client_id, "scope": ",".join(SCOPES), "state": state}
+        asked["redirect_uri"] = self._settings.url.rstrip("/") + REDIRECT
         there = self._settings.api.rstrip("/").removesuffix("api") + "oauth/v2/authorize"
         answer = web.Response(status=302, headers={"Location": f"{there}?{urlencode(asked)}"})
         secure = self._settings.url.startswith("https:")
@@ -137,8 +127,8 @@ class Web:
     async def _redirect(self, request: web.Request) -> web.StreamResponse:
         """The OAuth redirect. The state is valid once, and only in the browser that started."""
         state, code = request.query.get("state", ""), request.query.get("code", "")
-        began = request.cookies.get(_COOKIE, "")
-        if not state or not hmac.compare_digest(_bytes(state), _bytes(began)):
+        given, began = (text.encode("utf-8", "surrogatepass") for text in (state, request.cookies.get(_COOKIE, "")))
+        if not state or not hmac.compare_digest(given, began):
             return _page(request, "install_failed", 401)
         try:
             link = await self._service.installations.use(PLATFORM, state)
@@ -148,12 +138,12 @@ class Web:
                 return _page(request, "install_cancelled", 200)
             there = self._settings.url.rstrip("/") + REDIRECT
             answer = await self._workspaces.exchange(code=code, redirect_uri=there)
-            installed = await self._workspaces.add(answer, link)
-            await self._welcome(installed.account, answer)
+            account, name = await self._workspaces.add(answer, link)
+            await self._welcome(account, answer)
         except (SlackApiError, ClientError, TimeoutError, OSError, AppError, KeyError) as error:
             log.warning("slack.install_failed", extra={"error": type(error).__name__})
             return _page(request, "install_failed", 400)
-        return _page(request, "installed", 200, name=installed.name)
+        return _page(request, "installed", 200, name=name)
 
     async def _welcome(self, account: str, answer: Mapping[str, object]) -> None:
         """Send the installing person one welcome DM, not again for a reinstallation."""
@@ -162,10 +152,6 @@ class Web:
         if user:
             at = Address(PLATFORM, account, user, f"@{user}")
             await self._service.accept(notice(at, user, f"welcome:{user}", "slack.welcome"))
-
-
-def _bytes(text: str) -> bytes:
-    return text.encode("utf-8", "surrogatepass")
 
 
 async def _nobody(request: web.Request) -> web.Response:

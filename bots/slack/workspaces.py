@@ -13,8 +13,9 @@ from cachetools import LRUCache
 from slack_sdk.errors import SlackApiError
 from slack_sdk.web.async_client import AsyncWebClient
 
+from bots.shared.errors import bad_config
 from bots.slack.addresses import PLATFORM
-from bots.slack.sending.api import SlackApi
+from bots.slack.sending.api import SlackApi, bearer
 from bots.slack.sending.rate_limits import SlackRateLimiter
 from bots.slack.sending.sink import SlackSink
 from bots.slack.settings import SlackSettings
@@ -43,14 +44,6 @@ class Workspace:
     languages: LRUCache[str, tuple[str, str]] = field(default_factory=lambda: LRUCache(_PEOPLE))
 
 
-@dataclass(frozen=True, slots=True)
-class Installed:
-    """A new installation. `name` is that of the workspace or organisation."""
-
-    account: str
-    name: str
-
-
 class Workspaces:
     """The installations by account. `on_dm` is called after a reply in a DM."""
 
@@ -60,15 +53,10 @@ class Workspaces:
         client: AsyncWebClient,
         service: BotService,
         limiter: Callable[[], SlackRateLimiter],
-        on_dm: Callable[[Workspace, str], None] = lambda _workspace, _user: None,
+        on_dm: Callable[[Workspace, str], None],
     ) -> None:
-        self._settings, self._client, self._service, self._limiter, self._on_dm = (
-            settings,
-            client,
-            service,
-            limiter,
-            on_dm,
-        )
+        self._settings, self._client, self._service = settings, client, service
+        self._limiter, self._on_dm = limiter, on_dm
         self._known: dict[str, Workspace] = {}
 
     def get(self, account: str) -> Workspace | None:
@@ -77,7 +65,7 @@ class Workspaces:
     async def open(self) -> None:
         """Register the stored installations, and the workspace whose token is in the configuration."""
         if self._settings.token:
-            answer = (await self._client.api_call("auth.test", headers=_bearer(self._settings.token))).data
+            answer = (await self._client.api_call("auth.test", headers=bearer(self._settings.token))).data
             assert isinstance(answer, dict)
             of_org = answer.get("is_enterprise_install") and answer.get("enterprise_id")
             kept = {"token": self._settings.token, "bot_user": str(answer.get("user_id", ""))}
@@ -87,8 +75,8 @@ class Workspaces:
                 self._register(account, kept)
         log.info("slack.workspaces", extra={"count": len(self._known)})
 
-    async def add(self, answer: Mapping[str, object], link: str) -> Installed:
-        """Store the response of oauth.v2.access and register the workspace."""
+    async def add(self, answer: Mapping[str, object], link: str) -> tuple[str, str]:
+        """Store the response of oauth.v2.access and register the workspace; its account and name."""
         team, org = (value if isinstance(value := answer.get(key), dict) else {} for key in ("team", "enterprise"))
         of_org = bool(answer.get("is_enterprise_install"))
         account = str((org if of_org else team)["id"])
@@ -96,7 +84,7 @@ class Workspaces:
         await self._service.installations.keep(PLATFORM, account, kept, link)
         self._register(account, kept)
         log.info("slack.installed", extra={"account": account})
-        return Installed(account, str((org if of_org else team).get("name") or account))
+        return account, str((org if of_org else team).get("name") or account)
 
     async def exchange(self, **given: str) -> dict[str, object]:
         """Call oauth.v2.access with a code or a refresh token. Raises SlackApiError."""
@@ -164,8 +152,9 @@ class Workspaces:
 
 
 def bad_token() -> BadConfig:
-    detail = "Slack does not know the token of [bots.slack]: copy it from OAuth & Permissions of your app"
-    return BadConfig(detail=detail, file="[bots.slack]", problems=detail)
+    return bad_config(
+        "slack", "Slack does not know the token of [bots.slack]: copy it from OAuth & Permissions of your app"
+    )
 
 
 def _tokens(answer: Mapping[str, object]) -> dict[str, str]:
@@ -174,10 +163,6 @@ def _tokens(answer: Mapping[str, object]) -> dict[str, str]:
         found["refresh_token"] = str(answer["refresh_token"])
         found["expires_s"] = str(time.time() + float(str(answer.get("expires_in") or 43_200)))
     return found
-
-
-def _bearer(token: str) -> dict[str, str]:
-    return {"Authorization": f"Bearer {token}"}
 
 
 def _hide(kept: Mapping[str, str]) -> None:

@@ -13,6 +13,7 @@ from aiogram.methods import DeleteWebhook, GetMe, SetWebhook, TelegramMethod
 from aiogram.types import User
 
 from bots.shared.backoff import pauses
+from bots.shared.errors import bad_config
 from bots.telegram.addresses import PLATFORM
 from bots.telegram.housekeeping import TelegramHousekeeping
 from bots.telegram.receiver import TelegramReceiver
@@ -22,7 +23,7 @@ from bots.telegram.sending.sink import TelegramSink
 from bots.telegram.settings import TelegramSettings, read_settings
 from bots.telegram.updates import ALLOWED, UpdateReader
 from bots.telegram.webhook import Webhooks, path_of
-from core.errors import AppError, BadConfig
+from core.errors import AppError
 from core.platform import BotService
 
 log = logging.getLogger(__name__)
@@ -55,7 +56,7 @@ class TelegramBot:
             detail = "Telegram does not know the token of [bots.telegram]: ask @BotFather for it with /token"
             if self._token_valid:  # revoked while running; the other bots go on
                 raise AppError(detail=detail) from None
-            raise BadConfig(detail=detail, file="[bots.telegram]", problems=detail) from None
+            raise bad_config("telegram", detail) from None
         finally:
             with suppress(Exception):
                 await end(bot)
@@ -64,9 +65,8 @@ class TelegramBot:
         settings, account = self._settings, (me.username or str(me.id)).lower()
         sink = TelegramSink(api, transport=settings.transport, rich=settings.rich)
         housekeeping = TelegramHousekeeping(api, service)
-        receiver = TelegramReceiver(
-            account, api, UpdateReader(api.bot, me, account, service.grant), housekeeping, service
-        )
+        reader = UpdateReader(api.bot, me, account, service.grant)
+        receiver = TelegramReceiver(account, api, reader, housekeeping, service)
         service.register(PLATFORM, account, sink)
         if not me.can_read_all_group_messages:
             log.info("telegram.group_privacy", extra={"account": account})
@@ -102,9 +102,7 @@ class TelegramBot:
             except TelegramRetryAfter as error:
                 wait_s = error.retry_after
             except (TelegramAPIError, TimeoutError, OSError) as error:
-                log.warning(
-                    "telegram.away",
-                    extra={"method": method.__api_method__, "error": type(error).__name__, "again_in_s": wait_s},
-                )
+                extra = {"method": method.__api_method__, "error": type(error).__name__, "again_in_s": wait_s}
+                log.warning("telegram.away", extra=extra)
             await asyncio.sleep(wait_s)
         raise AssertionError("never")

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import asyncio
 import logging
-from collections.abc import Awaitable, Iterable, Sequence
+from collections.abc import Awaitable, Iterable
 
 from aiogram.exceptions import TelegramAPIError
 from aiogram.methods import AnswerCallbackQuery, DeleteMyCommands, EditMessageReplyMarkup, SetMyCommands
@@ -16,15 +16,16 @@ from aiogram.types import (
     BotCommandScopeAllGroupChats,
     BotCommandScopeAllPrivateChats,
     BotCommandScopeChat,
+    BotCommandScopeUnion,
     CallbackQuery,
     Message,
 )
 from cachetools import LRUCache
 
 from bots.telegram.sending.api import TelegramApi
-from bots.telegram.sending.buttons import DONE, pressed, reasons_keyboard
+from bots.telegram.sending.buttons import DONE, action_of, reasons_keyboard
 from bots.telegram.updates import ReadUpdate
-from core.commands.table import COMMANDS
+from core.commands.table import COMMANDS, Command
 from core.errors import AppError
 from core.i18n.messages import languages, resolve, say
 from core.platform import BotService
@@ -73,11 +74,9 @@ class TelegramHousekeeping:
     async def _confirm(self, press: CallbackQuery, *, taken: bool) -> None:
         """Answer a callback query, else its button keeps spinning; a thumb down then offers the reasons."""
         language = resolve(press.from_user.language_code or "") or "en"
-        action, value = pressed(press.data or "") or ("", "")
+        action, value = action_of(press.data or "") or ("", "")
         text = None
-        if press.data == DONE:
-            pass  # a label, no action
-        elif not taken:
+        if not taken and press.data != DONE:  # DONE is a label, no action
             text = say(language, "telegram.press_refused")
         elif action == "feedback":
             text = say(language, "telegram.thanks")
@@ -85,32 +84,23 @@ class TelegramHousekeeping:
         message = press.message
         if not taken or action != "feedback" or not isinstance(message, Message) or message.reply_markup is None:
             return
-        if value.endswith(":-1"):
-            markup = reasons_keyboard(language, value)
-            edit = EditMessageReplyMarkup(chat_id=message.chat.id, message_id=message.message_id, reply_markup=markup)
-            await self._api.show(message.chat.id, edit)
-        elif value.count(":") == 2:
-            gone = EditMessageReplyMarkup(chat_id=message.chat.id, message_id=message.message_id)
-            await self._api.show(message.chat.id, gone)
+        markup = reasons_keyboard(language, value) if value.endswith(":-1") else None
+        if markup is not None or value.count(":") == 2:
+            chat, id = message.chat.id, message.message_id
+            await self._api.show(chat, EditMessageReplyMarkup(chat_id=chat, message_id=id, reply_markup=markup))
 
     # --- menus ---
 
     async def _general_menus(self) -> None:
-        everyone = [one.name for one in COMMANDS if one.who is Grant.ANYONE]
+        everyone = [one for one in COMMANDS if one.who is Grant.ANYONE]
+        scopes: list[tuple[BotCommandScopeUnion, list[Command]]] = [
+            (BotCommandScopeAllPrivateChats(), everyone),
+            (BotCommandScopeAllGroupChats(), [one for one in everyone if one.name in IN_GROUPS]),
+        ]
         for language in ("", *languages()):
-            code = language or None
-            await self._api.call(
-                SetMyCommands(
-                    commands=_menu(everyone, language), scope=BotCommandScopeAllPrivateChats(), language_code=code
-                )
-            )
-            await self._api.call(
-                SetMyCommands(
-                    commands=_menu([name for name in everyone if name in IN_GROUPS], language),
-                    scope=BotCommandScopeAllGroupChats(),
-                    language_code=code,
-                )
-            )
+            for scope, commands in scopes:
+                menu = _menu(commands, language)
+                await self._api.call(SetMyCommands(commands=menu, scope=scope, language_code=language or None))
 
     async def _own_menu(self, incoming: Incoming) -> None:
         """Show operators their commands in their private chat."""
@@ -127,14 +117,13 @@ class TelegramHousekeeping:
             await self._api.call(DeleteMyCommands(scope=scope))
         else:
             language = resolve(incoming.language) or "en"
-            names = [one.name for one in COMMANDS if one.who <= grant]
-            await self._api.call(SetMyCommands(commands=_menu(names, language), scope=scope))
+            menu = _menu([one for one in COMMANDS if one.who <= grant], language)
+            await self._api.call(SetMyCommands(commands=menu, scope=scope))
         self._menus[key] = grant
 
 
-def _menu(names: Sequence[str], language: str) -> list[BotCommand]:
-    known = {one.name: one for one in COMMANDS}
+def _menu(commands: Iterable[Command], language: str) -> list[BotCommand]:
     return [
-        BotCommand(command=name, description=known[name].help(language or "en")[:_DESCRIPTION] or name)
-        for name in names
+        BotCommand(command=one.name, description=one.help(language or "en")[:_DESCRIPTION] or one.name)
+        for one in commands
     ]

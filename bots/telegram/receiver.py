@@ -7,7 +7,6 @@ is not sent again, since update ids may restart at a lower number after a quiet 
 from __future__ import annotations
 
 import asyncio
-import hashlib
 import json
 import logging
 from collections.abc import Sequence
@@ -17,6 +16,7 @@ from aiogram.exceptions import TelegramConflictError, TelegramNotFound, Telegram
 from cachetools import LRUCache
 
 from bots.shared.backoff import pauses
+from bots.shared.incoming import digest
 from bots.telegram.addresses import PLATFORM
 from bots.telegram.housekeeping import TelegramHousekeeping
 from bots.telegram.sending.api import TelegramApi
@@ -42,13 +42,8 @@ class TelegramReceiver:
         housekeeping: TelegramHousekeeping,
         service: BotService,
     ) -> None:
-        self._account, self._api, self._reader, self._housekeeping, self._service = (
-            account,
-            api,
-            reader,
-            housekeeping,
-            service,
-        )
+        self._account, self._api, self._reader = account, api, reader
+        self._housekeeping, self._service = housekeeping, service
         self._albums: LRUCache[str, bool] = LRUCache(_ALBUMS)  # albums whose caption was accepted
 
     async def poll(self) -> None:
@@ -91,12 +86,10 @@ class TelegramReceiver:
             except UnreadableUpdate as error:
                 key = _id(raw)
                 log.error("telegram.unreadable", extra={"account": self._account, "update": key, "error": str(error)})
-                await self._service.accept_dead(
-                    PLATFORM, self._account, f"{key}" if key is not None else _digest(raw), json.dumps(raw)
-                )
+                update_key = digest(raw) if key is None else str(key)
+                await self._service.accept_dead(PLATFORM, self._account, update_key, json.dumps(raw))
         reads = self._albums_once(reads)
-        incoming = [read.incoming for read in reads if read.incoming is not None]
-        if incoming:
+        if incoming := [read.incoming for read in reads if read.incoming is not None]:
             await self._service.accept(*incoming)
         self._housekeeping.offer(reads)
 
@@ -126,8 +119,3 @@ class TelegramReceiver:
 def _id(raw: object) -> int | None:
     found = raw.get("update_id") if isinstance(raw, dict) else None
     return found if isinstance(found, int) else None
-
-
-def _digest(raw: object) -> str:
-    """The update key of an update without an id."""
-    return f"sha256:{hashlib.sha256(json.dumps(raw, sort_keys=True).encode()).hexdigest()[:32]}"

@@ -27,11 +27,13 @@ from aiogram.types import (
 from cachetools import LRUCache, TTLCache
 from pydantic import ValidationError
 
+from bots.shared.incoming import notice
+from bots.shared.incoming import press as pressed
 from bots.telegram.addresses import PLATFORM, conversation, receipt, topic_of
 from bots.telegram.sending.api import RawMember
-from bots.telegram.sending.buttons import pressed
+from bots.telegram.sending.buttons import action_of
 from core.commands.parser import is_command, read
-from core.commands.table import COMMANDS, Call
+from core.commands.table import BY_NAME, Call
 from core.errors import AppError, BadCommand
 from core.types import Address, Attachment, Grant, Incoming, Kind, Lane
 
@@ -98,20 +100,19 @@ class UpdateReader:
         return self._quiet(message, key, Kind.MEMBERSHIP, "moved", str(message.migrate_to_chat_id))
 
     async def _private(self, message: Message, key: str) -> Incoming | None:
-        if not _said(message) or _is_bot(message):
+        if not _has_content(message) or _is_bot(message):
             return None
         return self._incoming(message, key, _text(message))
 
     async def _group(self, message: Message, key: str) -> Incoming | None:
         """A message that mentions the bot, replies to it or is one of its commands."""
-        if not _said(message) or message.is_automatic_forward or _is_bot(message):
+        if not _has_content(message) or message.is_automatic_forward or _is_bot(message):
             return None
         text = _text(message)
         command = _COMMAND.match(text)
         if command is not None:
-            if command[2] and command[2].lower() != self._name:
-                return None
-            if not command[2] and command[1].lower() not in {one.name for one in COMMANDS}:
+            mine = command[2].lower() == self._name if command[2] else command[1].lower() in BY_NAME
+            if not mine:
                 return None
             text = f"/{command[1]}{'' if command[1].lower() == 'start' else text[command.end() :]}"
         else:
@@ -121,8 +122,7 @@ class UpdateReader:
         call = read(text)
         if _needs_grant(call) and not await self._is_admin(message):
             return self._incoming(message, key, "", notice="telegram.operators_in_private")
-        stops = isinstance(call, Call) and call.command.name == "stop"
-        moderates = stops and await self._is_admin(message)
+        moderates = isinstance(call, Call) and call.command.name == "stop" and await self._is_admin(message)
         return replace(self._incoming(message, key, text), moderates=moderates)
 
     async def _edited(self, message: Message, key: str) -> Incoming | None:
@@ -132,11 +132,10 @@ class UpdateReader:
         return self._quiet(message, key, Kind.EDIT)
 
     async def _press(self, press: CallbackQuery, key: str) -> Incoming | None:
-        found, message = pressed(press.data or ""), press.message
+        found, message = action_of(press.data or ""), press.message
         if found is None or message is None:
             return None
-        action, value = found
-        label = _label(message, press.data or "")
+        (action, value), label = found, _label(message, press.data or "")
         if action == "say" and value.startswith("#"):
             value = label or value
         topic = None if isinstance(message, InaccessibleMessage) else topic_of(message)
@@ -150,50 +149,25 @@ class UpdateReader:
                 return None
         if group and action in ("say", "command"):
             self._pressers[message.chat.id, message.message_id] = press.from_user.id
-        return Incoming(
-            lane=Lane.TURN if action == "say" else Lane.CONTROL,
-            kind={"stop": Kind.STOP, "say": Kind.MESSAGE}.get(action, Kind.PRESS),
-            address=self._address(message, topic, str(message.message_id)),
-            user=str(press.from_user.id),
-            update_key=key,
-            message_key=f"press:{press.id}",
-            text={"say": value, "command": label}.get(action, ""),
-            command=value if action == "command" else "",
-            language=press.from_user.language_code or "",
-            action=action if action == "feedback" else "",
-            value=value if action == "feedback" else "",
-            moderates=moderates,
-        )
+        at, user = self._address(message, topic, str(message.message_id)), str(press.from_user.id)
+        made = pressed(at, user, key, f"press:{press.id}", action, value, label)
+        return replace(made, language=press.from_user.language_code or "", moderates=moderates)
 
     async def _membership(self, change: ChatMemberUpdated, key: str) -> Incoming | None:
         before, now, chat = change.old_chat_member.status, change.new_chat_member.status, change.chat
-        private = chat.type == ChatType.PRIVATE
-        joined = not private and chat.type in _GROUPS and before in _OUT and now in _IN
-        if not joined and now not in _OUT:
+        user, language = str(change.from_user.id), change.from_user.language_code or ""
+        at = Address(PLATFORM, self._account, str(chat.id), conversation(chat, None))
+        if chat.type in _GROUPS and before in _OUT and now in _IN:
+            return notice(replace(at, reply_to="-"), user, key, "telegram.joined", language)
+        if now not in _OUT:
             return None
-        return Incoming(
-            lane=Lane.TURN if joined else Lane.CONTROL,
-            kind=Kind.MESSAGE if joined else Kind.MEMBERSHIP,
-            address=Address(PLATFORM, self._account, str(chat.id), conversation(chat, None), "-" if joined else ""),
-            user=str(change.from_user.id),
-            update_key=key,
-            message_key="",
-            language=change.from_user.language_code or "",
-            action="notice" if joined else "blocked",
-            value="telegram.joined" if joined else "",
-        )
+        return Incoming(Lane.CONTROL, Kind.MEMBERSHIP, at, user, key, "", language=language, action="blocked")
 
     async def _stopped(self, stopped: MessageGenerationStopped, key: str) -> Incoming:
         """Telegram's own stop button below a draft."""
         chat = stopped.chat
-        return Incoming(
-            lane=Lane.CONTROL,
-            kind=Kind.STOP,
-            address=Address(PLATFORM, self._account, str(chat.id), conversation(chat, stopped.message_thread_id), ""),
-            user=str(chat.id),
-            update_key=key,
-            message_key="",
-        )
+        at = Address(PLATFORM, self._account, str(chat.id), conversation(chat, stopped.message_thread_id))
+        return Incoming(Lane.CONTROL, Kind.STOP, at, str(chat.id), key, "")
 
     # --- parts ---
 
@@ -214,62 +188,48 @@ class UpdateReader:
             text = f"{self._quoted(message)}{text}"
         files = () if notice else _files(message) or _files(message.reply_to_message if command else None)
         album = message.media_group_id if not _text(message) else None
+        replied = message.reply_to_message if self._answers_me(message) else None
         return Incoming(
-            lane=Lane.TURN,
-            kind=Kind.MESSAGE,
-            address=self._address(message, topic_of(message), str(message.message_id)),
-            user=_user(message),
-            update_key=key,
-            message_key=f"{message.chat.id}:" + (f"album:{album}" if album else str(message.message_id)),
-            text=text,
+            Lane.TURN,
+            Kind.MESSAGE,
+            self._address(message, topic_of(message), str(message.message_id)),
+            _user(message),
+            key,
+            f"{message.chat.id}:" + (f"album:{album}" if album else str(message.message_id)),
+            text,
             language=(message.from_user.language_code or "") if message.from_user else "",
             attachments=files,
             action="notice" if notice else "",
             value=notice,
-            answers=self._replied(message),
+            answers=receipt(message.chat.id, replied.message_id) if replied else "",
             public=message.chat.type != ChatType.PRIVATE,
         )
 
     def _quiet(self, message: Message, key: str, kind: Kind, action: str = "", value: str = "") -> Incoming:
-        return Incoming(
-            lane=Lane.CONTROL,
-            kind=kind,
-            address=self._address(message, topic_of(message), ""),
-            user=_user(message),
-            update_key=key,
-            message_key="",
-            action=action,
-            value=value,
-        )
+        at = self._address(message, topic_of(message), "")
+        return Incoming(Lane.CONTROL, kind, at, _user(message), key, "", action=action, value=value)
 
     def _unnamed(self, message: Message, text: str) -> tuple[bool, str]:
         """Whether the bot is mentioned, and the text without the mention."""
         raw = message.text or message.caption or ""
         for entity in message.entities or message.caption_entities or []:
             part = entity.extract_from(raw)
-            mine = entity.type == "mention" and part[1:].lower() == self._name
-            mine = mine or (entity.type == "text_mention" and entity.user is not None and entity.user.id == self._me.id)
-            if mine:
+            by_name = entity.type == "mention" and part[1:].lower() == self._name
+            if by_name or (entity.type == "text_mention" and entity.user and entity.user.id == self._me.id):
                 return True, text.replace(part, " ", 1).strip().strip(" ,:").strip()
         return False, text
 
     def _answers_me(self, message: Message) -> bool:
         replied = message.reply_to_message
-        return replied is not None and replied.from_user is not None and replied.from_user.id == self._me.id
-
-    def _replied(self, message: Message) -> str:
-        replied = message.reply_to_message
-        return receipt(message.chat.id, replied.message_id) if replied is not None and self._answers_me(message) else ""
+        return bool(replied and replied.from_user and replied.from_user.id == self._me.id)
 
     def _quoted(self, message: Message) -> str:
         """The quoted passage, or the replied message of another person, as a Markdown quote."""
         quote = message.quote.text if message.quote is not None else ""
         if not quote and message.reply_to_message is not None and not self._answers_me(message):
             quote = _text(message.reply_to_message)
-        if not quote:
-            return ""
         cut = quote if len(quote) <= _QUOTE else f"{quote[:_QUOTE]}…"
-        return "\n".join(f"> {line}" for line in cut.splitlines()) + "\n\n"
+        return "\n".join(f"> {line}" for line in cut.splitlines()) + "\n\n" if quote else ""
 
     async def _is_admin(self, message: Message) -> bool:
         """Whether the author is an identified administrator of the group."""
@@ -304,7 +264,7 @@ class UpdateReader:
         return admin
 
 
-def _said(message: Message) -> bool:
+def _has_content(message: Message) -> bool:
     """Whether the message has content; service messages have none."""
     return bool(message.text or message.caption or any(getattr(message, kind, None) for kind in _MEDIA))
 
@@ -320,12 +280,8 @@ def _is_bot(message: Message) -> bool:
 
 def _second_hand(message: Message) -> bool:
     """Forwarded, or without an identified author."""
-    return (
-        message.forward_origin is not None
-        or message.via_bot is not None
-        or message.sender_chat is not None
-        or message.from_user is None
-    )
+    copied = message.forward_origin or message.via_bot
+    return bool(copied) or message.sender_chat is not None or message.from_user is None
 
 
 def _user(message: Message) -> str:
@@ -341,8 +297,7 @@ def _needs_grant(call: Call | BadCommand) -> bool:
 def _files(message: Message | None) -> tuple[Attachment, ...]:
     if message is None:
         return ()
-    if message.document is not None and message.animation is None:
-        file = message.document
+    if (file := message.document) is not None and message.animation is None:
         return (Attachment(file.file_id, file.file_name or "file", file.file_size or 0, file.mime_type or ""),)
     for kind in _MEDIA:
         sent = getattr(message, kind, None)
@@ -357,5 +312,4 @@ def _label(message: Message | InaccessibleMessage, data: str) -> str:
     markup = None if isinstance(message, InaccessibleMessage) else message.reply_markup
     if not isinstance(markup, InlineKeyboardMarkup):
         return ""
-    found = [one.text for row in markup.inline_keyboard for one in row if one.callback_data == data]
-    return found[0] if found else ""
+    return next((one.text for row in markup.inline_keyboard for one in row if one.callback_data == data), "")

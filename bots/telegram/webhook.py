@@ -15,6 +15,7 @@ from typing import Any
 
 from aiohttp import web
 
+from bots.shared.http import serve
 from core.errors import BadConfig, Overloaded, StorageError
 
 log = logging.getLogger(__name__)
@@ -52,14 +53,11 @@ class Webhooks:
             return
         app = web.Application(client_max_size=MAX_BYTES)
         app.router.add_route("*", "/{path:.*}", self._handle)
-        self._runner = web.AppRunner(app, access_log=None, handle_signals=False)
-        await self._runner.setup()
         try:
-            await web.TCPSite(self._runner, *self._at).start()
-        except OSError as error:
+            self._runner = await serve(app, *self._at, "telegram")
+        except BadConfig:
             await self.leave(secret)
-            where = f"{self._at[0]}:{self._at[1]}"
-            raise BadConfig(detail=f"bots.telegram.listen = {where!r} cannot be used: {error.strerror}") from error
+            raise
 
     async def leave(self, secret: str) -> None:
         self._takes.pop(path_of(secret), None)

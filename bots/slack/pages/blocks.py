@@ -28,10 +28,10 @@ def message(body: Body, to: Address) -> list[Block]:
 
 def forms(body: Body, to: Address) -> list[list[Block]]:
     """The message in several forms, best first: Markdown; plain text; plain text without buttons and note."""
-    said, whole = harmless(body.text), message(body, to)
-    if not said.strip():
+    text, whole = harmless(body.text), message(body, to)
+    if not text.strip():
         return [whole]
-    pieces = [said[start : start + _MAX_SECTION] for start in range(0, len(said), _MAX_SECTION)]
+    pieces = [text[start : start + _MAX_SECTION] for start in range(0, len(text), _MAX_SECTION)]
     plain = [{"type": "section", "text": {"type": "plain_text", "text": piece}} for piece in pieces]
     return [whole, [*plain, *below(body, to)], plain]
 

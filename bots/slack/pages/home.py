@@ -39,30 +39,18 @@ def view(shown: Overview | None, place: str, user: str, *, charts: bool = True) 
 
 
 def _operated(shown: Overview, at: Address, *, charts: bool) -> list[Block]:
-    return [
-        {"type": "divider"},
-        _chart(shown) if charts else _bars(shown),
-        {"type": "divider"},
-        *_version(shown, at),
-        {"type": "divider"},
-        *_jobs(shown, at),
-        {"type": "divider"},
-        *_settings(shown, at),
-        {"type": "divider"},
-        *_row(shown, at, _OPERATORS, 3),
-    ]
+    parts = [[_chart(shown) if charts else _bars(shown)], _version(shown, at), _jobs(shown, at), _settings(shown, at)]
+    divider = {"type": "divider"}
+    return [*(block for part in parts for block in (divider, *part)), divider, *_row(shown, at, _OPERATORS, 3)]
 
 
 def _chart(shown: Overview) -> Block:
-    """The chart as a block."""
     days = [day[5:] for day, _ in shown.days]
+    data = [{"label": day[5:], "value": count} for day, count in shown.days]
     replies = say(shown.language, "slack.home_replies")
-    data = [{"label": day, "value": count} for day, (_, count) in zip(days, shown.days, strict=True)]
-    return {
-        "type": "data_visualization",
-        "title": say(shown.language, "slack.home_chart", days=len(days)),
-        "chart": {"type": "bar", "series": [{"name": replies, "data": data}], "axis_config": {"categories": days}},
-    }
+    chart = {"type": "bar", "series": [{"name": replies, "data": data}], "axis_config": {"categories": days}}
+    title = say(shown.language, "slack.home_chart", days=len(days))
+    return {"type": "data_visualization", "title": title, "chart": chart}
 
 
 def _bars(shown: Overview) -> Block:
@@ -91,22 +79,15 @@ def _version(shown: Overview, at: Address) -> list[Block]:
 def _jobs(shown: Overview, at: Address) -> list[Block]:
     """The newest jobs; an open one has a button to cancel it."""
     language = shown.language
-    lines = [
-        say(
-            language,
-            "training.line",
-            id=job.id,
-            label=job.label,
-            name=job.dataset,
-            state=Lazy(f"training.state_{job.state}"),
-            age=duration(language, job.age_s),
-        )
-        for job in shown.jobs
-    ]
-    text = "\n".join(f"• {line}" for line in lines) if lines else say(language, "slack.home_no_jobs")
+    lines = []
+    for job in shown.jobs:
+        state, age = Lazy(f"training.state_{job.state}"), duration(language, job.age_s)
+        line = say(language, "training.line", id=job.id, label=job.label, name=job.dataset, state=state, age=age)
+        lines.append(f"• {line}")
+    text = "\n".join(lines) or say(language, "slack.home_no_jobs")
     buttons = [Button(say(language, "slack.dataset_title"), modals.DATASET)]
     open_ = next((job for job in shown.jobs if job.state in _RUNNING), None)
-    if open_ is not None:
+    if open_:
         status = Button(say(language, "slack.home_job"), "command", f"/finetune status {open_.id}")
         cancel = Button(say(language, "slack.home_cancel", id=open_.id), "command", f"/finetune cancel {open_.id}")
         buttons += [status, cancel]
@@ -120,17 +101,14 @@ def _jobs(shown: Overview, at: Address) -> list[Block]:
 def _settings(shown: Overview, at: Address) -> list[Block]:
     language, channel = shown.language, shown.channel
     none = say(language, "slack.home_no_limit")
-    fields = [
+    limits = [
         f"*{modals.limit_label(language, key)}*\n{getattr(channel.limits, name) or none}"
         for name, key in modals.LIMIT_KEYS.items()
     ]
     text = channel.instructions if len(channel.instructions) <= _SHOWN else f"{channel.instructions[:_SHOWN]}…"
-    buttons = [
-        Button(say(language, "slack.limits_title"), modals.LIMITS),
-        Button(say(language, "slack.instructions_title"), modals.INSTRUCTIONS),
-    ]
+    buttons = [Button(say(language, f"slack.{name}_title"), name) for name in (modals.LIMITS, modals.INSTRUCTIONS)]
     return [
-        {"type": "section", "fields": [{"type": "mrkdwn", "text": text} for text in fields]},
+        {"type": "section", "fields": [{"type": "mrkdwn", "text": limit} for limit in limits]},
         _section(f"*{say(language, 'slack.instructions_label')}*"),
         {"type": "section", "text": {"type": "plain_text", "text": text or say(language, "operators.none")}},
         *blocks.rows(buttons, at, first=2),
@@ -138,24 +116,18 @@ def _settings(shown: Overview, at: Address) -> list[Block]:
 
 
 def _row(shown: Overview, at: Address, commands: tuple[str, ...], first: int) -> list[Block]:
-    buttons = [Button(say(shown.language, f"slack.home_{_key(command)}"), "command", command) for command in commands]
+    names = {command: f"slack.home_{command[1:].replace(' ', '_')}" for command in commands}
+    buttons = [Button(say(shown.language, name), "command", command) for command, name in names.items()]
     return blocks.rows(buttons, at, first=first)
 
 
 def _ask_first(rows: list[Block], command: str, language: str, sure: str) -> None:
     """Add a confirmation dialog to the button of `command`."""
     for element in (one for row in rows for one in row["elements"] if one.get("value") == command):
-        element["confirm"] = {
-            "title": {"type": "plain_text", "text": element["text"]["text"]},
-            "text": {"type": "plain_text", "text": say(language, sure)},
-            "confirm": {"type": "plain_text", "text": say(language, "slack.yes")},
-            "deny": {"type": "plain_text", "text": say(language, "slack.close")},
-        }
+        texts = {"title": element["text"]["text"], "text": say(language, sure)}
+        texts |= {"confirm": say(language, "slack.yes"), "deny": say(language, "slack.close")}
+        element["confirm"] = {part: {"type": "plain_text", "text": text} for part, text in texts.items()}
 
 
 def _section(mrkdwn: str) -> Block:
     return {"type": "section", "text": {"type": "mrkdwn", "text": mrkdwn[:3000]}}
-
-
-def _key(command: str) -> str:
-    return command.strip("/").replace(" ", "_")

@@ -13,34 +13,13 @@ from core.i18n.messages import say
 from core.types import Grant
 
 EVENTS = (
-    "agent_session_stopped",
-    "app_home_opened",
-    "app_mention",
-    "app_uninstalled",
-    "member_joined_channel",
-    "message.channels",
-    "message.groups",
-    "message.im",
-    "message.mpim",
-    "tokens_revoked",
-)
+    "agent_session_stopped app_home_opened app_mention app_uninstalled member_joined_channel"
+    " message.channels message.groups message.im message.mpim tokens_revoked"
+).split()
 SCOPES = (
-    "app_mentions:read",
-    "assistant:write",
-    "channels:history",
-    "channels:read",
-    "chat:write",
-    "commands",
-    "files:read",
-    "files:write",
-    "groups:history",
-    "groups:read",
-    "im:history",
-    "im:read",
-    "im:write",
-    "mpim:history",
-    "users:read",
-)
+    "app_mentions:read assistant:write channels:history channels:read chat:write commands files:read files:write"
+    " groups:history groups:read im:history im:read im:write mpim:history users:read"
+).split()
 
 
 def manifest(url: str = "") -> dict[str, Any]:
@@ -48,6 +27,8 @@ def manifest(url: str = "") -> dict[str, Any]:
     events = f"{url.rstrip('/')}/slack/events" if url else ""
     at = {"request_url": events} if events else {}
     names = ", ".join(command.name for command in COMMANDS if command.who == Grant.ANYONE)
+    shortcut = {"type": "message", "callback_id": "ask"}
+    shortcut |= {"name": say("en", "slack.ask_title"), "description": say("en", "slack.ask_about")}
     made: dict[str, Any] = {
         "display_information": {"name": "Distributary", "description": say("en", "slack.about")},
         "features": {
@@ -67,18 +48,11 @@ def manifest(url: str = "") -> dict[str, Any]:
                     "should_escape": True,
                 }
             ],
-            "shortcuts": [
-                {
-                    "name": say("en", "slack.ask_title"),
-                    "type": "message",
-                    "callback_id": "ask",
-                    "description": say("en", "slack.ask_about"),
-                }
-            ],
+            "shortcuts": [shortcut],
         },
-        "oauth_config": {"scopes": {"bot": list(SCOPES)}},
+        "oauth_config": {"scopes": {"bot": SCOPES}},
         "settings": {
-            "event_subscriptions": {**at, "bot_events": list(EVENTS)},
+            "event_subscriptions": {**at, "bot_events": EVENTS},
             "interactivity": {"is_enabled": True, **at},
             "org_deploy_enabled": bool(url),
             "socket_mode_enabled": not url,
@@ -94,7 +68,7 @@ def command(words: Sequence[str]) -> str:
     """`distributary slack manifest [URL]`. Raises BadInput."""
     if not words or words[0] != "manifest" or len(words) > 2:
         raise BadInput("slack.usage")
-    return manifest_json(words[1] if len(words) == 2 else "")
+    return manifest_json(*words[1:])
 
 
 def manifest_json(url: str = "") -> str:

@@ -1,4 +1,4 @@
-"""The modals: what they ask for, and the command or question that a submission-in one stands for. Pure.
+"""The modals, and the command or question that a submitted one stands for. Pure.
 
 What a modal is about travels in its `private_metadata`, with the language it was opened in. A submission becomes
 the same text that a person could have typed, and is checked where all commands are.
@@ -11,10 +11,10 @@ from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
-from bots.slack.pages.text import read as read_text
+from bots.slack.pages.text import plain_text
 from core.config.keys import Key, keys
 from core.config.schema import channel_keys
-from core.i18n.messages import Lazy, Refusal, say
+from core.i18n.messages import Refusal, say
 from core.platform import Choice, Overview
 from core.types import Attachment, Limits
 
@@ -44,9 +44,8 @@ class ModalContext:
         given = [self.place, self.conversation, self.language, self.reply_to, self.quoted]
         dumped = json.dumps(given, ensure_ascii=False)
         over = len(dumped) - _MAX_METADATA
-        if over <= 0 or not self.quoted:
-            return dumped
-        return replace(self, quoted=self.quoted[: -max(over // 6, 1)]).dump()
+        fits = over <= 0 or not self.quoted
+        return dumped if fits else replace(self, quoted=self.quoted[: -max(over // 6, 1)]).dump()
 
     @classmethod
     def read(cls, view: Mapping[str, Any]) -> ModalContext:
@@ -67,38 +66,21 @@ class Submission:
 
 def ask_view(message: Mapping[str, Any], place: str, language: str) -> View:
     """The modal of the message shortcut."""
-    _, text = read_text(str(message.get("text") or ""))
-    ts = str(message["ts"])
+    (_, text), ts = plain_text(str(message.get("text") or "")), str(message["ts"])
     context = ModalContext(place, str(message.get("thread_ts") or ts), language, ts, text[:_QUOTE])
-    element = {"type": "plain_text_input", "action_id": "text", "multiline": True}
-    return _modal(ASK, context, [_input(context, "question", "ask_label", element, optional=True)])
+    return _modal(ASK, context, [_input(context, "question", "ask_label", _text_input(multiline=True), optional=True)])
 
 
 def limits_view(context: ModalContext, shown: Overview) -> View:
     """The limits of each person, with their present values."""
-    limits = shown.channel.limits
-    return _modal(
-        LIMITS,
-        context,
-        [
-            _input(
-                context,
-                name,
-                "",
-                {
-                    "type": "number_input",
-                    "action_id": "number",
-                    "is_decimal_allowed": False,
-                    "min_value": str(key.low),
-                    "max_value": str(key.high),
-                    "initial_value": str(getattr(limits, name)),
-                },
-                hint="" if key.low else "limits_zero",
-                text=limit_label(context.language, key),
-            )
-            for name, key in LIMIT_KEYS.items()
-        ],
-    )
+    blocks = []
+    for name, key in LIMIT_KEYS.items():
+        element = {"type": "number_input", "action_id": "number", "is_decimal_allowed": False}
+        element |= {"min_value": str(key.low), "max_value": str(key.high)}
+        element["initial_value"] = str(getattr(shown.channel.limits, name))
+        hint, label = "" if key.low else "limits_zero", limit_label(context.language, key)
+        blocks.append(_input(context, name, "", element, hint=hint, text=label))
+    return _modal(LIMITS, context, blocks)
 
 
 def limit_label(language: str, key: Key) -> str:
@@ -112,13 +94,7 @@ def instructions_view(context: ModalContext, shown: Overview) -> View | None:
     now = shown.channel.instructions
     if len(now) > MAX_INSTRUCTIONS:
         return None
-    element = {
-        "type": "plain_text_input",
-        "action_id": "text",
-        "multiline": True,
-        "max_length": MAX_INSTRUCTIONS,
-        **({"initial_value": now} if now else {}),
-    }
+    element = _text_input(multiline=True, max_length=MAX_INSTRUCTIONS, **({"initial_value": now} if now else {}))
     return _modal(INSTRUCTIONS, context, [_input(context, "text", "instructions_label", element, optional=True)])
 
 
@@ -130,15 +106,12 @@ def dataset_view(context: ModalContext, shown: Overview) -> View:
 def version_view(context: ModalContext, shown: Overview) -> View:
     """The versions are loaded when the list is opened (`options`)."""
     choice = {"type": "external_select", "action_id": VERSION, "min_query_length": 0}
-    reason = {"type": "plain_text_input", "action_id": "text", "max_length": 200}
-    return _modal(
-        VERSION,
-        context,
-        [
-            _input(context, "version", "version_label", choice),
-            _input(context, "reason", "version_reason", reason, hint="version_reason_hint", optional=True),
-        ],
-    )
+    reason = _text_input(max_length=200)
+    blocks = [
+        _input(context, "version", "version_label", choice),
+        _input(context, "reason", "version_reason", reason, hint="version_reason_hint", optional=True),
+    ]
+    return _modal(VERSION, context, blocks)
 
 
 def notice_view(language: str, name: str, text: str) -> View:
@@ -162,15 +135,9 @@ VIEWS: Mapping[str, Callable[[ModalContext, Overview], View | None]] = {
 def options(choices: Sequence[Choice], typed: str, language: str) -> dict[str, Any]:
     """The options that match `typed`. The sign of a value says whether the version passed its evaluation."""
     fit = [one for one in choices if typed.lower() in one.label.lower()][:100]
-    return {
-        "options": [
-            {
-                "text": _plain(one.label if one.passed else say(language, "slack.version_failed", label=one.label)),
-                "value": f"{'+' if one.passed else '-'}{one.label}",
-            }
-            for one in fit
-        ]
-    }
+    labels = [one.label if one.passed else say(language, "slack.version_failed", label=one.label) for one in fit]
+    values = [f"{'+' if one.passed else '-'}{one.label}" for one in fit]
+    return {"options": [{"text": _plain(a), "value": b} for a, b in zip(labels, values, strict=True)]}
 
 
 # --- submissions ---
@@ -195,9 +162,15 @@ def _asked(context: ModalContext, values: Values) -> Submission:
 
 def _limits(context: ModalContext, values: Values) -> Submission:
     given = {key: str(values[key]["number"].get("value") or "").strip() for key in LIMIT_KEYS if key in values}
-    wrong = {name: need for name, text in given.items() if text and (need := _wrong(LIMIT_KEYS[name], text))}
-    if wrong:
-        return Submission(errors={name: need.render(context.language) for name, need in wrong.items()})
+    errors = {}
+    for name, text in given.items():
+        try:
+            if text:
+                LIMIT_KEYS[name].parse(text)
+        except Refusal as refusal:
+            errors[name] = refusal.reason.render(context.language)
+    if errors:
+        return Submission(errors=errors)
     wanted = " ".join(f"{key}={value}" for key, value in given.items() if value)
     return Submission(f"/channel set {wanted}" if wanted else "")
 
@@ -236,27 +209,14 @@ _FILLED: Mapping[str, Callable[[ModalContext, Values], Submission]] = {
 
 def attachment(given: Mapping[str, Any]) -> Attachment:
     """An Attachment from Slack's file object."""
-    return Attachment(
-        str(given["id"]),
-        str(given.get("name") or "file"),
-        int(given.get("size") or 0),
-        str(given.get("mimetype") or ""),
-    )
-
-
-def _wrong(key: Key, text: str) -> Lazy | None:
-    """Why the value is refused, or None."""
-    try:
-        key.parse(text)
-    except Refusal as refusal:
-        return refusal.reason
-    return None
+    name, size_bytes = str(given.get("name") or "file"), int(given.get("size") or 0)
+    return Attachment(str(given["id"]), name, size_bytes, str(given.get("mimetype") or ""))
 
 
 # --- parts ---
 
 
-def _modal(name: str, context: ModalContext, blocks: list[dict[str, Any]]) -> View:
+def _modal(name: str, context: ModalContext, blocks: list[View]) -> View:
     return {
         "type": "modal",
         "callback_id": name,
@@ -269,23 +229,15 @@ def _modal(name: str, context: ModalContext, blocks: list[dict[str, Any]]) -> Vi
 
 
 def _input(
-    context: ModalContext,
-    block_id: str,
-    label: str,
-    element: dict[str, Any],
-    *,
-    hint: str = "",
-    text: str = "",
-    optional: bool = False,
-) -> dict[str, Any]:
-    return {
-        "type": "input",
-        "block_id": block_id,
-        "label": _plain(text or say(context.language, f"slack.{label}")),
-        "optional": optional,
-        "element": element,
-        **({"hint": _plain(say(context.language, f"slack.{hint}"))} if hint else {}),
-    }
+    context: ModalContext, id: str, label: str, element: View, *, hint: str = "", text: str = "", optional: bool = False
+) -> View:
+    block = {"type": "input", "block_id": id, "optional": optional, "element": element}
+    block["label"] = _plain(text or say(context.language, f"slack.{label}"))
+    return block | ({"hint": _plain(say(context.language, f"slack.{hint}"))} if hint else {})
+
+
+def _text_input(**given: Any) -> View:
+    return {"type": "plain_text_input", "action_id": "text", **given}
 
 
 def _plain(text: str) -> dict[str, str]:

@@ -132,7 +132,7 @@ def growing(markdown: str) -> str:
     return harmless(_OPEN_END.sub("", text.rstrip()))
 
 
-def read(text: str, bot_user: str = "") -> tuple[bool, str]:
+def plain_text(text: str, bot_user: str = "") -> tuple[bool, str]:
     """(whether the bot is mentioned, the plain text without that mention) of a text in Slack's markup."""
     named = False
 
@@ -153,6 +153,5 @@ def read(text: str, bot_user: str = "") -> tuple[bool, str]:
             return address
         return f"[{label}]({target})"
 
-    said = _NAME_END.sub("", _ENTITY.sub(plain, text.replace(_NAME, "")))
-    said = said.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&")
-    return named, said.strip()
+    unescaped = _NAME_END.sub("", _ENTITY.sub(plain, text.replace(_NAME, "")))
+    return named, unescaped.replace("&lt;", "<").replace("&gt;", ">").replace("&amp;", "&").strip()

@@ -44,38 +44,25 @@ class SlackProblem(Enum):
 
 
 _MEANINGS = {
-    SlackProblem.WAIT: ("ratelimited", "rate_limited"),
-    SlackProblem.AWAY: ("internal_error", "fatal_error", "service_unavailable", "request_timeout", "team_added_to_org"),
-    SlackProblem.ENDED: ("message_not_in_streaming_state",),
-    SlackProblem.OPEN: ("streaming_state_conflict",),
-    SlackProblem.GONE: ("message_not_found", "cant_update_message", "thread_not_found"),
-    SlackProblem.CLOSED: (
-        "account_inactive",
-        "channel_not_found",
-        "invalid_auth",
-        "invalid_refresh_token",
-        "is_archived",
-        "not_allowed_token_type",
-        "not_authed",
-        "not_in_channel",
-        "restricted_action",
-        "token_expired",
-        "token_revoked",
-        "user_not_found",
-    ),
+    SlackProblem.WAIT: "ratelimited rate_limited",
+    SlackProblem.AWAY: "internal_error fatal_error service_unavailable request_timeout team_added_to_org",
+    SlackProblem.ENDED: "message_not_in_streaming_state",
+    SlackProblem.OPEN: "streaming_state_conflict",
+    SlackProblem.GONE: "message_not_found cant_update_message thread_not_found",
+    SlackProblem.CLOSED: "account_inactive channel_not_found invalid_auth invalid_refresh_token is_archived"
+    " not_allowed_token_type not_authed not_in_channel restricted_action token_expired token_revoked user_not_found",
 }
-_BY_ERROR = {error: meaning for meaning, errors in _MEANINGS.items() for error in errors}
+_BY_ERROR = {error: meaning for meaning, errors in _MEANINGS.items() for error in errors.split()}
 
 
 def classify(error: Exception) -> SlackProblem:
     """The problem behind an exception of slack_sdk or aiohttp."""
     if not isinstance(error, SlackApiError):
         return SlackProblem.AWAY
-    response = error.response
-    if getattr(response, "status_code", 200) == 429:
+    if getattr(error.response, "status_code", 200) == 429:
         return SlackProblem.WAIT
-    said = response.get("error") if hasattr(response, "get") else None
-    return _BY_ERROR.get(str(said), SlackProblem.OTHER) if said else SlackProblem.AWAY
+    name = error.response.get("error") if hasattr(error.response, "get") else None
+    return _BY_ERROR.get(str(name), SlackProblem.OTHER) if name else SlackProblem.AWAY
 
 
 def error_name(error: Exception) -> str:
@@ -97,8 +84,7 @@ class SlackApi:
         self.limiter.take(method, channel)
         try:
             async with asyncio.timeout(CALL_S):
-                token = await self._token()
-                headers = {"Authorization": f"Bearer {token}"}
+                headers = bearer(await self._token())
                 answer = await self._client.api_call(method, headers=headers, **_encoded(method, body))
         except SlackApiError as error:
             if classify(error) is SlackProblem.WAIT:
@@ -157,10 +143,9 @@ class SlackApi:
             raise BadInput("slack.file_too_large", name=name, limit=MAX_FILE_BYTES // 10**6)
         try:
             file = (await self.once("files.info", file=file_id))["file"]
-            headers = {"Authorization": f"Bearer {await self._token()}"}
-            url, whole_s = file["url_private_download"], ClientTimeout(total=300)
+            url, headers = file["url_private_download"], bearer(await self._token())
             async with (
-                ClientSession(timeout=whole_s) as session,
+                ClientSession(timeout=ClientTimeout(total=300)) as session,
                 # a redirect leads to a login page, and a token goes nowhere else
                 session.get(url, headers=headers, allow_redirects=False) as got,
             ):
@@ -170,6 +155,10 @@ class SlackApi:
                     yield chunk
         except (SlackApiError, ClientError, TimeoutError, KeyError) as error:
             raise BadInput("slack.file_gone", detail=type(error).__name__, name=name) from None
+
+
+def bearer(token: str) -> dict[str, str]:
+    return {"Authorization": f"Bearer {token}"}
 
 
 def _encoded(method: str, body: Mapping[str, Any]) -> dict[str, Any]:
@@ -182,7 +171,4 @@ def _encoded(method: str, body: Mapping[str, Any]) -> dict[str, Any]:
 def _retry_after_s(error: SlackApiError) -> float:
     headers = getattr(error.response, "headers", {}) or {}
     found = next((value for key, value in headers.items() if key.lower() == "retry-after"), "1")
-    try:
-        return max(float(found), 0.1)
-    except ValueError:
-        return 1.0
+    return max(float(found), 0.1) if found.replace(".", "", 1).isdecimal() else 1.0

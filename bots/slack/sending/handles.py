@@ -5,6 +5,7 @@ from __future__ import annotations
 import asyncio
 import json
 from dataclasses import asdict, dataclass, field
+from typing import Any
 
 from bots.slack.addresses import PLATFORM
 from bots.slack.pages.blocks import Block
@@ -37,6 +38,10 @@ class SlackHandle:
         return self.conversation[:1] != "@" and self.channel != self.place
 
     @property
+    def at(self) -> dict[str, Any]:
+        return {"channel": self.channel, "ts": self.ts}
+
+    @property
     def to(self) -> Address:
         return Address(PLATFORM, "", self.place, self.conversation, self.reply_to)
 
@@ -52,14 +57,14 @@ class SlackPart(Body):
 class LiveMessage:
     """A message that is being written in this run.
 
-    `sent` is the text in the stream, `painted` the time of the last change. `broken`: nothing more can be appended;
+    `sent` is the text in the stream, `changed_at` the time of the last change. `broken`: nothing more can be appended;
     `ended`: the stream has ended in Slack. `status` is the task that shows "working": the one that ends it comes after.
     """
 
     sent: str = ""
     broken: bool = False
     ended: bool = False
-    painted: float = 0.0
+    changed_at: float = 0.0
     below: list[Block] = field(default_factory=list)  # the stop button of a message that is edited
     busy: asyncio.Lock = field(default_factory=asyncio.Lock)
     status: asyncio.Task[None] | None = None

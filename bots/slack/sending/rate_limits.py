@@ -53,10 +53,7 @@ class SlackRateLimiter:
         self._closed_until[key] = max(self._closed_until.get(key, 0.0), self._clock() + retry_after_s)
 
     def _bucket(self, key: str, method: str, now: float) -> TokenBucket:
-        found = self._buckets.get(key)
-        if found is None:
-            found = self._buckets[key] = TokenBucket(self._rates.get(method, _OTHER), now)
-        return found
+        return self._buckets.setdefault(key, TokenBucket(self._rates.get(method, _OTHER), now))
 
 
 def _key(method: str, channel: str) -> str:

@@ -10,14 +10,14 @@ from __future__ import annotations
 import json
 import logging
 import time
-from collections.abc import AsyncIterator, Callable, Mapping
+from collections.abc import AsyncIterator, Callable, Hashable, Mapping
 from dataclasses import replace
 from typing import Any
 
 from cachetools import LRUCache
 from slack_sdk.errors import SlackApiError
 
-from bots.shared.errors import OutcomeUnknown
+from bots.shared.first_messages import FirstMessages
 from bots.slack.addresses import goes_to, is_dm, thread_of
 from bots.slack.pages import blocks, text
 from bots.slack.sending.api import ERRORS, SlackApi, SlackProblem, classify, error_name
@@ -30,11 +30,11 @@ from core.types import Address, Attachment, Body, Handle, Receipt
 
 log = logging.getLogger(__name__)
 WAITING = "…"
-_PAINT_S = 0.7  # between two appends
+_APPEND_S = 0.7  # between two appends
 _EDIT_S = 3.0  # between two edits of one message
 
 
-class SlackSink:
+class SlackSink(FirstMessages):
     """`asked` names the person of a reply; without one, after a restart, the reply is posted instead of streamed.
 
     `on_dm` is called with the person after a reply in a DM.
@@ -46,15 +46,14 @@ class SlackSink:
         *,
         transport: str = "stream",
         clock: Callable[[], float] = time.monotonic,
-        on_dm: Callable[[str], None] = lambda _user: None,
+        on_dm: Callable[[str], None],
     ) -> None:
+        super().__init__()
         self._api, self._transport, self._clock, self._on_dm = api, transport, clock, on_dm
         self._sessions = Sessions(api)
-        self.orphans = 0
         self._askers: LRUCache[Address, Recipient] = LRUCache(REMEMBERED)
         self._live: LRUCache[Handle, LiveMessage] = LRUCache(REMEMBERED)
         self._begun: LRUCache[Address, bool] = LRUCache(REMEMBERED)
-        self._lost: LRUCache[Address, int] = LRUCache(REMEMBERED)  # responses to first messages lost in a row
         self._moved: LRUCache[Handle, Handle] = LRUCache(REMEMBERED)  # a deleted message -> its replacement
         self._pressed: LRUCache[str, tuple[str, Mapping[str, Any]]] = LRUCache(REMEMBERED)  # ts -> channel, message
 
@@ -82,17 +81,11 @@ class SlackSink:
 
     async def open(self, to: Address) -> Handle:
         asker = self._askers.get(replace(to, account=""))
-        where, status = None, None
-        if to.reply_to and thread_of(to):
-            status = self._sessions.begin(to, _language(asker))
-        if self._may_stream(to, asker):
-            where = await self._start(to, asker)
+        status = self._sessions.begin(to, _language(asker)) if to.reply_to and thread_of(to) else None
+        where = await self._start(to, asker) if self._may_stream(to, asker) else None
         self._begun[replace(to, account="")] = True
-        if where is None:
-            where = await self._post(to, asker)
-        handle = where.handle()
-        below = self._stop_row(to, asker) if to.reply_to else []
-        self._live[handle] = LiveMessage(below=below, status=status)
+        handle = (where or await self._post(to, asker)).handle()
+        self._live[handle] = LiveMessage(below=_stop_row(to, asker), status=status)
         return handle
 
     async def show(self, handle: Handle, text_so_far: str) -> None:
@@ -100,14 +93,14 @@ class SlackSink:
         if live is None:
             return
         now, streaming = self._clock(), where.stream and not live.broken
-        if now - live.painted < (_PAINT_S if streaming else _EDIT_S):
+        if now - live.changed_at < (_APPEND_S if streaming else _EDIT_S):
             return
         of_model = bool(where.reply_to)  # a job's progress message answers no message
         shown = text.growing(text_so_far if of_model else text.spelled(text_so_far))
         if len(shown) > text.LIMIT:
             return
         async with live.busy:
-            live.painted = now
+            live.changed_at = now
             if streaming:
                 await self._append(where, live, shown)
             elif shown.strip() and self._api.free("chat.update"):
@@ -115,16 +108,15 @@ class SlackSink:
 
     async def finish(self, handle: Handle, body: Body) -> Receipt | Reopened:
         where, live, body = SlackHandle.read(handle), self._live.get(handle), _written(body)
+        done = False
         if live is not None:
             async with live.busy:
                 done = where.stream and await self._stop_with(where, live, body)
                 live.broken = True
-        else:
-            done = False
         if not done and not await self._settle(handle, body):
             return await self._reopened(handle)
         self._end_session(where, live, stream_ended=done)
-        return Receipt(json.dumps({"channel": where.channel, "ts": where.ts}))
+        return Receipt(json.dumps(where.at))
 
     async def recover(self, handle: Handle) -> Handle:
         """A message of this run as it is; a stream of an earlier run is stopped and edited from then on."""
@@ -134,13 +126,11 @@ class SlackSink:
             return self._moved[handle]
         if handle in self._live:
             return handle
-        if not where.stream:
-            self._live[handle] = LiveMessage()
-            return handle
-        await self._stop(where)
-        made = replace(where, stream=False).handle()
-        self._live[made] = LiveMessage()
-        return made
+        if where.stream:
+            await self._stop(where)
+            handle = replace(where, stream=False).handle()
+        self._live[handle] = LiveMessage()
+        return handle
 
     async def fail(self, handle: Handle, body: Body) -> Reopened | None:
         where, live = SlackHandle.read(handle), self._live.get(handle)
@@ -190,50 +180,31 @@ class SlackSink:
         except ERRORS as error:
             log.info("slack.no_stream", extra={"error": error_name(error)})
             if classify(error) is SlackProblem.AWAY:
-                self._count_lost(to)
+                self.count_lost(replace(to, account=""))
             return None
-        return SlackHandle(
-            str(made.get("channel", to.place)), str(made["ts"]), True, to.place, to.conversation, to.reply_to
-        )
+        channel, ts = str(made.get("channel", to.place)), str(made["ts"])
+        return SlackHandle(channel, ts, True, to.place, to.conversation, to.reply_to)
 
     async def _post(self, to: Address, asker: Recipient | None) -> SlackHandle:
-        """Post a first message: in its place, or as a DM to the asker where Slack refuses to post in that place.
+        """Post a first message: in its place, or as a DM to the asker where Slack refuses to post in that place."""
 
-        After a lost response it is posted once more, when Slack answers again. Raises OutcomeUnknown for the first lost
-        response, which the caller repeats, and Unreachable for the second.
-        """
-        key = replace(to, account="")
-        if self._lost.get(key, 0) > 1:
-            del self._lost[key]
-            raise Unreachable(detail="two responses were lost")
-        if key in self._lost:
-            await self._api.write("auth.test")
-        below = self._stop_row(to, asker) if to.reply_to else []
-        try:
+        async def post() -> dict[str, Any]:
+            below = _stop_row(to, asker)
             try:
-                made = await self._post_in(goes_to(to), thread_of(to), below)
+                return await self._post_in(goes_to(to), thread_of(to), below)
             except Unreachable:
                 if asker is None or asker.user in ("", goes_to(to)):
                     raise
-                made = await self._post_in(asker.user, None, below)
-        except OutcomeUnknown as error:
-            if self._count_lost(to) > 1:
-                raise Unreachable(detail="two responses were lost") from error
-            raise
-        self._lost.pop(key, None)
+                return await self._post_in(asker.user, None, below)
+
+        made = await self.first(replace(to, account=""), lambda: self._api.write("auth.test"), post)
         return SlackHandle(str(made["channel"]), str(made["ts"]), False, to.place, to.conversation, to.reply_to)
 
     async def _post_in(self, channel: str, thread: str | None, below: list[blocks.Block]) -> dict[str, Any]:
-        return await self._api.write(
-            "chat.postMessage",
-            repeatable=False,
-            channel=channel,
-            thread_ts=thread,
-            text=WAITING,
-            blocks=[{"type": "markdown", "text": WAITING}, *below],
-            unfurl_links=False,
-            unfurl_media=False,
-        )
+        shown = [{"type": "markdown", "text": WAITING}, *below]
+        quiet = {"unfurl_links": False, "unfurl_media": False}
+        given = {"channel": channel, "thread_ts": thread, "text": WAITING, "blocks": shown, **quiet}
+        return await self._api.write("chat.postMessage", repeatable=False, **given)
 
     async def _reopened(self, gone: Handle) -> Reopened:
         """The replacement of a deleted message; the same one when this is repeated."""
@@ -245,16 +216,9 @@ class SlackSink:
         self._live[made] = LiveMessage(status=live.status if live else None)
         return Reopened(made)
 
-    def _count_lost(self, to: Address) -> int:
-        """Count a first message that may be visible without a handle; the number of them in a row."""
+    def count_lost(self, to: Hashable) -> int:
         log.warning("slack.orphan")
-        self.orphans += 1
-        key = replace(to, account="")
-        self._lost[key] = self._lost.get(key, 0) + 1
-        return self._lost[key]
-
-    def _stop_row(self, to: Address, asker: Recipient | None) -> list[blocks.Block]:
-        return blocks.stop_row(say(_language(asker), "slack.stop"), to)
+        return super().count_lost(to)
 
     def _end_session(self, where: SlackHandle, live: LiveMessage | None, *, stream_ended: bool = False) -> None:
         """Show that work is done. `stream_ended`: ending the stream has shown it already, if `status` was sent."""
@@ -275,7 +239,7 @@ class SlackSink:
             return
         live.broken = True  # until Slack confirms the append
         try:
-            await self._api.once("chat.appendStream", channel=where.channel, ts=where.ts, markdown_text=new)
+            await self._api.once("chat.appendStream", **where.at, markdown_text=new)
         except ERRORS as error:
             live.broken = classify(error) is not SlackProblem.WAIT
             log.info("slack.append_failed", extra={"error": error_name(error)})
@@ -287,7 +251,11 @@ class SlackSink:
             if where.stream and not live.ended:
                 if not self._api.free("chat.stopStream"):
                     return
-                await self._stop_once(where)
+                try:
+                    await self._api.once("chat.stopStream", **where.at)
+                except SlackApiError as error:
+                    if classify(error) is not SlackProblem.ENDED:
+                        raise
                 live.ended = True
             given = self._whole(where, Body(shown))
             await self._api.once("chat.update", **given | {"blocks": [*given["blocks"], *live.below]})
@@ -304,14 +272,8 @@ class SlackSink:
         rest = final[len(live.sent) :]
         await self._api.turn("chat.stopStream")
         try:
-            await self._api.once(
-                "chat.stopStream",
-                channel=where.channel,
-                ts=where.ts,
-                markdown_text=rest or None,
-                blocks=blocks.below(body, where.to) or None,
-                session_status="active",
-            )
+            given = {"markdown_text": rest or None, "blocks": blocks.below(body, where.to) or None}
+            await self._api.once("chat.stopStream", **where.at, **given, session_status="active")
         except ERRORS as error:
             log.info("slack.stop_failed", extra={"error": error_name(error)})
             live.ended = classify(error) is SlackProblem.ENDED
@@ -363,23 +325,15 @@ class SlackSink:
     async def _stop(self, where: SlackHandle) -> None:
         """End a stream; one that has ended or was deleted is fine."""
         try:
-            await self._api.write("chat.stopStream", channel=where.channel, ts=where.ts, session_status="active")
+            await self._api.write("chat.stopStream", **where.at, session_status="active")
         except SlackApiError as error:
             if classify(error) not in (SlackProblem.ENDED, SlackProblem.GONE):
-                raise
-
-    async def _stop_once(self, where: SlackHandle) -> None:
-        try:
-            await self._api.once("chat.stopStream", channel=where.channel, ts=where.ts)
-        except SlackApiError as error:
-            if classify(error) is not SlackProblem.ENDED:
                 raise
 
     def _whole(self, where: SlackHandle, body: Body) -> dict[str, Any]:
         """The arguments of chat.update. `text` is shown in notifications."""
         return {
-            "channel": where.channel,
-            "ts": where.ts,
+            **where.at,
             "text": text.harmless(body.text)[:3000] or WAITING,
             "blocks": blocks.message(body, where.to),
             "link_names": False,
@@ -388,6 +342,11 @@ class SlackSink:
 
 def _written(body: Body) -> Body:
     return replace(body, text=body.shown) if isinstance(body, SlackPart) else body
+
+
+def _stop_row(to: Address, asker: Recipient | None) -> list[blocks.Block]:
+    """The stop button of a reply; a message that answers none has nothing to stop."""
+    return blocks.stop_row(say(_language(asker), "slack.stop"), to) if to.reply_to else []
 
 
 def _language(asker: Recipient | None) -> str:

@@ -51,22 +51,25 @@ class TelegramProblem(Enum):
     OTHER = auto()
 
 
-_MEANINGS = (
-    (TelegramProblem.SAME, ("message is not modified",)),
-    (
-        TelegramProblem.GONE,
-        ("message to edit not found", "message can't be edited", "message_id_invalid", "message not found"),
+_MEANINGS = {
+    TelegramProblem.SAME: ("message is not modified",),
+    TelegramProblem.GONE: (
+        "message to edit not found",
+        "message can't be edited",
+        "message_id_invalid",
+        "message not found",
     ),
-    (TelegramProblem.THREAD, ("message thread not found", "topic_deleted", "topic_closed", "topic_id_invalid")),
-    (
-        TelegramProblem.MARKUP,
-        ("can't parse", "entit", "message is too long", "message_too_long", "text must be non-empty", "rich"),
+    TelegramProblem.THREAD: ("message thread not found", "topic_deleted", "topic_closed", "topic_id_invalid"),
+    TelegramProblem.MARKUP: (
+        "can't parse",
+        "entit",
+        "message is too long",
+        "message_too_long",
+        "text must be non-empty",
+        "rich",
     ),
-    (
-        TelegramProblem.CLOSED,
-        ("chat not found", "user is deactivated", "have no rights to send", "chat_write_forbidden"),
-    ),
-)
+    TelegramProblem.CLOSED: ("chat not found", "user is deactivated", "have no rights to send", "chat_write_forbidden"),
+}
 
 
 def classify(error: Exception) -> TelegramProblem:
@@ -76,10 +79,9 @@ def classify(error: Exception) -> TelegramProblem:
     if isinstance(error, TelegramNetworkError | TelegramServerError | ClientDecodeError | ClientError | TimeoutError):
         return TelegramProblem.OTHER if isinstance(error, TelegramEntityTooLarge) else TelegramProblem.AWAY
     if isinstance(error, TelegramBadRequest | TelegramNotFound):
-        said = error.message.lower()
-        return next(
-            (meaning for meaning, words in _MEANINGS if any(word in said for word in words)), TelegramProblem.OTHER
-        )
+        text = error.message.lower()
+        fitting = (meaning for meaning, words in _MEANINGS.items() if any(word in text for word in words))
+        return next(fitting, TelegramProblem.OTHER)
     return TelegramProblem.OTHER
 
 
@@ -133,8 +135,7 @@ class TelegramApi:
     """The calls of one account."""
 
     def __init__(self, bot: Bot, limiter: TelegramRateLimiter) -> None:
-        self.bot = bot
-        self.limiter = limiter
+        self.bot, self.limiter = bot, limiter
 
     async def updates(self, offset: int | None, timeout_s: int, allowed: list[str]) -> list[Any]:
         """Long polling; the updates unparsed. A response that pydantic rejects is decoded by `json`."""

@@ -43,25 +43,25 @@ def keyboard(buttons: Iterable[Button]) -> InlineKeyboardMarkup | None:
 
 
 def stop_keyboard(text: str) -> InlineKeyboardMarkup:
-    return InlineKeyboardMarkup(inline_keyboard=[[InlineKeyboardButton(text=text, callback_data=STOP)]])
+    return _one_column([(text, STOP)])
 
 
 def reasons_keyboard(language: str, vote: str) -> InlineKeyboardMarkup:
     """The reasons for a thumb down. `vote` is the value of its button."""
-    return InlineKeyboardMarkup(
-        inline_keyboard=[
-            [InlineKeyboardButton(text=say(language, f"feedback.reason_{one}"), callback_data=f"f:{vote}:{one}")]
-            for one in VOTE_REASONS
-        ]
-    )
+    return _one_column([(say(language, f"feedback.reason_{one}"), f"f:{vote}:{one}") for one in VOTE_REASONS])
 
 
 def chosen_keyboard(label: str) -> InlineKeyboardMarkup:
     """The chosen label instead of the buttons."""
-    return InlineKeyboardMarkup(inline_keyboard=[[InlineKeyboardButton(text=f"✓ {label}", callback_data=DONE)]])
+    return _one_column([(f"✓ {label}", DONE)])
 
 
-def pressed(data: str) -> tuple[str, str] | None:
+def _one_column(buttons: Iterable[tuple[str, str]]) -> InlineKeyboardMarkup:
+    rows = [[InlineKeyboardButton(text=text, callback_data=data)] for text, data in buttons]
+    return InlineKeyboardMarkup(inline_keyboard=rows)
+
+
+def action_of(data: str) -> tuple[str, str] | None:
     """(action, value) of a press; None for an unknown button."""
     if data == STOP:
         return "stop", ""

@@ -94,7 +94,7 @@ class Drafts:
                         del self._drafts[handle]
                     elif not draft.lock.locked():
                         if self._due(draft, now):
-                            tasks.create_task(self._paint(draft))
+                            tasks.create_task(self._update(draft))
                         elif self._types(draft, now):
                             tasks.create_task(self._type(draft))
                 await asyncio.sleep(TICK_S)
@@ -128,7 +128,7 @@ class Drafts:
             return False
         return new and self._api.limiter.wait_s(where.chat, draft=bool(where.draft), show=True) <= 0
 
-    async def _paint(self, draft: Draft) -> None:
+    async def _update(self, draft: Draft) -> None:
         async with draft.lock:
             if draft.ended:
                 return
@@ -152,9 +152,8 @@ class Drafts:
         try:
             return await self._api.show(where.chat, method, draft=bool(where.draft))
         except Exception as error:  # a failure here costs an intermediate text, never the reply
-            if isinstance(error, TelegramAPIError) and classify(error) is TelegramProblem.SAME:
-                return True
-            log.info("telegram.not_shown", extra={"method": method.__api_method__, "error": type(error).__name__})
+            if not (isinstance(error, TelegramAPIError) and classify(error) is TelegramProblem.SAME):
+                _log_failure(method, error)
             return True
 
     def _types(self, draft: Draft, now: float) -> bool:
@@ -172,7 +171,11 @@ class Drafts:
             except TelegramRetryAfter as error:
                 self._api.limiter.refused(where.chat, error.retry_after)
             except Exception as error:
-                log.info("telegram.not_shown", extra={"method": method.__api_method__, "error": type(error).__name__})
+                _log_failure(method, error)
+
+
+def _log_failure(method: TelegramMethod[Any], error: Exception) -> None:
+    log.info("telegram.not_shown", extra={"method": method.__api_method__, "error": type(error).__name__})
 
 
 async def _rendered(source: str) -> texts.RenderedText:
@@ -181,12 +184,9 @@ async def _rendered(source: str) -> texts.RenderedText:
 
 def _edit(where: TelegramHandle, shown: texts.RenderedText) -> TelegramMethod[Any]:
     """An intermediate text, with a stop button below a reply."""
+    entities, markup = shown.entities() or None, stop_keyboard(STOP_SIGN) if where.streamed else None
     return EditMessageText(
-        chat_id=where.chat,
-        message_id=where.message,
-        text=shown.text,
-        entities=shown.entities() or None,
-        reply_markup=stop_keyboard(STOP_SIGN) if where.streamed else None,
+        chat_id=where.chat, message_id=where.message, text=shown.text, entities=entities, reply_markup=markup
     )
 
 

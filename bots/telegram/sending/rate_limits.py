@@ -16,8 +16,6 @@ from cachetools import LRUCache
 from bots.shared.rate_limits import Rate, TokenBucket
 
 _MAX_CHATS = 10_000
-
-
 _PRIVATE, _GROUP, _DRAFT, _BOT = Rate(0.9, 3), Rate(16 / 60, 4), Rate(2.0, 2), Rate(25.0, 5)
 
 
@@ -33,8 +31,7 @@ class TelegramRateLimiter:
     """`take` counts a call; `turn` waits and counts it. Drafts leave tokens for final messages."""
 
     def __init__(self, limits: SendLimits | None = None, clock: Callable[[], float] = time.monotonic) -> None:
-        self._limits = limits or SendLimits()
-        self._clock = clock
+        self._limits, self._clock = limits or SendLimits(), clock
         self._bot = TokenBucket(self._limits.bot, clock())
         self._chats: LRUCache[tuple[int, bool], TokenBucket] = LRUCache(_MAX_CHATS)
         self._blocked: dict[int, float] = {}
@@ -58,10 +55,8 @@ class TelegramRateLimiter:
 
     async def turn(self, chat: int) -> None:
         """Wait until the chat may be written to, and count the call."""
-        wait_s = self.wait_s(chat)
-        while wait_s > 0:
+        while (wait_s := self.wait_s(chat)) > 0:  # noqa: ASYNC110 - other callers may take the token meanwhile
             await asyncio.sleep(wait_s)
-            wait_s = self.wait_s(chat)
         self.take(chat)
 
     def refused(self, chat: int, retry_after_s: float) -> None:
@@ -79,11 +74,6 @@ class TelegramRateLimiter:
         return max(self._blocked.get(chat, 0.0), self._blocked_all) > self._clock()
 
     def _chat(self, chat: int, draft: bool, now: float) -> TokenBucket:
-        key = (chat, draft)
-        found = self._chats.get(key)
-        if found is None:
-            limits = self._limits
-            found = self._chats[key] = TokenBucket(
-                limits.draft if draft else limits.private if chat > 0 else limits.group, now
-            )
-        return found
+        limits = self._limits
+        rate = limits.draft if draft else limits.private if chat > 0 else limits.group
+        return self._chats.setdefault((chat, draft), TokenBucket(rate, now))

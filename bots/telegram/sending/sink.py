@@ -23,17 +23,17 @@ from aiogram.methods import (
     SendMessage,
     TelegramMethod,
 )
-from aiogram.types import FSInputFile, InputMediaDocument, InputMediaPhoto, InputRichMessage, Message, ReplyParameters
+from aiogram.types import FSInputFile, InputMediaDocument, InputMediaPhoto, InputRichMessage, ReplyParameters
 from cachetools import LRUCache
 
-from bots.shared.errors import OutcomeUnknown
+from bots.shared.first_messages import FirstMessages
 from bots.telegram.addresses import receipt, spot
 from bots.telegram.sending import text as texts
 from bots.telegram.sending.api import TelegramApi, TelegramProblem, classify
 from bots.telegram.sending.buttons import chosen_keyboard, keyboard
 from bots.telegram.sending.drafts import Draft, Drafts, TelegramHandle
 from core.errors import AppError
-from core.platform import Reopened, Unreachable
+from core.platform import Reopened
 from core.types import Address, Attachment, Body, Handle, Receipt
 
 log = logging.getLogger(__name__)
@@ -51,17 +51,14 @@ class TelegramPart(Body):
     rich: str = ""
 
 
-class TelegramSink:
+class TelegramSink(FirstMessages):
     """`drafts.keep` must run for anything to be shown before the final text."""
 
     def __init__(self, api: TelegramApi, *, transport: str = "draft", rich: bool = False) -> None:
-        self._api = api
-        self._transport = transport
-        self._rich = rich
+        super().__init__()
+        self._api, self._transport, self._rich = api, transport, rich
         self.drafts = Drafts(api)
-        self.orphans = 0
         self._moved: LRUCache[Handle, TelegramHandle] = LRUCache(_REMEMBERED)  # handle -> its present message
-        self._lost: LRUCache[tuple[int, int | None, int | None], int] = LRUCache(_REMEMBERED)  # lost responses in a row
         self._tried: LRUCache[Handle, bool] = LRUCache(_REMEMBERED)  # sent directly, outcome unknown
 
     # --- the contract ---
@@ -85,8 +82,7 @@ class TelegramSink:
         elif where.streamed and at.private and self._transport != "edit":
             handle = replace(where, draft=secrets.randbelow(2**31 - 1) + 1).handle()
         else:
-            where = await self._post(where, texts.RenderedText(WAITING))
-            handle = where.handle()
+            handle = (await self._post(where, texts.RenderedText(WAITING))).handle()
         self.drafts.look(handle)
         return handle
 
@@ -125,8 +121,7 @@ class TelegramSink:
         at = spot(to)
         if at.reply_to is None:
             return
-        markup = chosen_keyboard(label)
-        edit = EditMessageReplyMarkup(chat_id=at.chat, message_id=at.reply_to, reply_markup=markup)
+        edit = EditMessageReplyMarkup(chat_id=at.chat, message_id=at.reply_to, reply_markup=chosen_keyboard(label))
         try:
             await self._api.write(at.chat, edit)
         except (TelegramAPIError, AppError) as error:
@@ -156,8 +151,8 @@ class TelegramSink:
 
     async def _put(self, where: TelegramHandle, part: TelegramPart) -> None:
         """Edit in the best form that Telegram accepts."""
-        forms = _forms(where, part)
-        for last, form in zip([*[False] * (len(forms) - 1), True], forms, strict=True):
+        *better, plainest = _forms(where, part)
+        for form in (*better, plainest):
             try:
                 await self._api.write(where.chat, form)
                 return
@@ -165,7 +160,7 @@ class TelegramSink:
                 meaning = classify(error)
                 if meaning is TelegramProblem.SAME:
                     return
-                if meaning is TelegramProblem.GONE or last:
+                if meaning is TelegramProblem.GONE or form is plainest:
                     raise
                 log.warning("telegram.plainer", extra={"method": form.__api_method__, "error": type(error).__name__})
 
@@ -179,8 +174,11 @@ class TelegramSink:
             entities=first.entities() or None,
             reply_parameters=None if where.chat > 0 else reply,
         )
+        place, chat = (where.chat, where.topic, where.reply_to), where.chat
         try:
-            sent = await self._send(where, method)
+            sent = await self.first(
+                place, lambda: self._api.write(chat, GetMe()), lambda: self._api.write(chat, method, repeatable=False)
+            )
         except TelegramMigrateToChat as error:
             return await self._post(replace(where, chat=error.migrate_to_chat_id, topic=None, reply_to=None), first)
         except TelegramBadRequest as error:
@@ -188,30 +186,6 @@ class TelegramSink:
                 raise
             return await self._post(replace(where, topic=None, action_topic=None), first)
         return replace(where, message=sent.message_id)
-
-    async def _send(self, where: TelegramHandle, method: SendMessage) -> Message:
-        """Send a first message. After a lost response it is sent once more, when Telegram answers again.
-
-        Raises OutcomeUnknown for the first lost response, which the caller repeats, and Unreachable for the second. So
-        lost responses leave one message too many at most, as a crash at that point does.
-        """
-        place = (where.chat, where.topic, where.reply_to)
-        lost = self._lost.get(place, 0)
-        if lost > 1:
-            del self._lost[place]
-            raise Unreachable(detail="two responses were lost")
-        if lost:
-            await self._api.write(where.chat, GetMe())
-        try:
-            sent = await self._api.write(where.chat, method, repeatable=False)
-        except OutcomeUnknown as error:
-            self.orphans += 1
-            self._lost[place] = lost + 1
-            if lost:
-                raise Unreachable(detail="two responses were lost") from error
-            raise
-        self._lost.pop(place, None)
-        return sent
 
     async def _send_directly(
         self, handle: Handle, where: TelegramHandle, part: TelegramPart, draft: Draft | None
@@ -241,21 +215,19 @@ class TelegramSink:
 
 def _forms(where: TelegramHandle, part: TelegramPart) -> list[TelegramMethod[Any]]:
     """The final edit, best first: file, rich message, text with entities, plain text."""
-    chat, message, buttons = where.chat, where.message, keyboard(part.buttons)
+    at: dict[str, Any] = {"chat_id": where.chat, "message_id": where.message}
+    buttons = keyboard(part.buttons)
     if part.files:
         path = part.files[0]
         kind = InputMediaPhoto if path.suffix.lower() in _PICTURES else InputMediaDocument
         media = kind(media=FSInputFile(path))
-        return [EditMessageMedia(chat_id=chat, message_id=message, media=media, reply_markup=buttons)]
-    shown = texts.RenderedText(part.text, part.marks)
+        return [EditMessageMedia(**at, media=media, reply_markup=buttons)]
     forms: list[TelegramMethod[Any]] = []
     if part.rich:
         rich = InputRichMessage(markdown=part.rich)
-        forms.append(EditMessageText(chat_id=chat, message_id=message, rich_message=rich, reply_markup=buttons))
+        forms.append(EditMessageText(**at, rich_message=rich, reply_markup=buttons))
     if part.marks:
-        entities = shown.entities()
-        forms.append(
-            EditMessageText(chat_id=chat, message_id=message, text=part.text, entities=entities, reply_markup=buttons)
-        )
-    forms.append(EditMessageText(chat_id=chat, message_id=message, text=part.text, reply_markup=buttons))
+        entities = texts.RenderedText(part.text, part.marks).entities()
+        forms.append(EditMessageText(**at, text=part.text, entities=entities, reply_markup=buttons))
+    forms.append(EditMessageText(**at, text=part.text, reply_markup=buttons))
     return forms

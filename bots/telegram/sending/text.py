@@ -5,6 +5,7 @@ Text is rendered first and cut afterwards, so that no markup is torn; an entity 
 
 from __future__ import annotations
 
+import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -12,7 +13,7 @@ from dataclasses import dataclass, replace
 from aiogram.types import MessageEntity
 from markdown_it.tree import SyntaxTreeNode
 
-from bots.shared.render import split_text
+from bots.shared.render import printable, split_text
 from bots.telegram.sending.markdown import parser
 
 LIMIT = 4096  # UTF-16 units of one message
@@ -44,8 +45,7 @@ class RenderedText:
         """Telegram's entities: offsets and lengths in UTF-16 units."""
         made = []
         for mark in self.marks[:MAX_ENTITIES]:
-            start = units(self.text[: mark.start])
-            length = units(self.text[mark.start : mark.end])
+            start, length = units(self.text[: mark.start]), units(self.text[mark.start : mark.end])
             url, language = mark.url or None, mark.language or None
             made.append(MessageEntity(type=mark.kind, offset=start, length=length, url=url, language=language))
         return made
@@ -80,7 +80,8 @@ def split(whole: RenderedText, limit: int = LIMIT) -> tuple[RenderedText, ...]:
         parts.append(RenderedText(text[:cut], _within(rest, 0, cut)))
         rest, text = _within(rest, cut, len(text)), text[cut:]
     parts.append(RenderedText(text, rest))
-    return _without_blanks(parts)
+    kept = [part for part in parts if part.text.strip()]  # Telegram refuses blank messages
+    return tuple(kept) or (RenderedText(_NOTHING),)
 
 
 def head(whole: RenderedText, limit: int = LIMIT) -> RenderedText:
@@ -116,8 +117,7 @@ def first_line(markdown: str, limit: int = 200) -> RenderedText:
 def _cut(text: str, marks: Sequence[Mark], limit: int) -> int:
     """Where to cut: as `split_text`, or before code or a link that would be torn, if little space is wasted."""
     cut = len(split_text(text, limit, units)[0])
-    torn = [mark for mark in marks if mark.start < cut < mark.end and mark.kind in _WHOLE]
-    for mark in torn:
+    for mark in [mark for mark in marks if mark.start < cut < mark.end and mark.kind in _WHOLE]:
         if units(text[mark.start : mark.end]) <= limit and mark.start >= cut * 0.3:
             cut = min(cut, mark.start)
     return cut
@@ -132,19 +132,9 @@ def _within(marks: Sequence[Mark], start: int, end: int) -> tuple[Mark, ...]:
     )
 
 
-def _without_blanks(parts: list[RenderedText]) -> tuple[RenderedText, ...]:
-    """Leave out blank messages, which Telegram refuses; at least one message remains."""
-    kept = [part for part in parts if part.text.strip()]
-    return tuple(kept) or (RenderedText(_NOTHING),)
-
-
 def _printable(text: str) -> str:
     """The text without control characters, lone surrogates and direction overrides."""
-    return "".join(
-        c
-        for c in text.replace("\r\n", "\n").replace("\r", "\n")
-        if c in "\n\t" or (unicodedata.category(c) not in ("Cc", "Cs") and c not in "\u202d\u202e")
-    )
+    return re.sub("[\u202d\u202e]", "", printable(text.replace("\r\n", "\n").replace("\r", "\n")))
 
 
 # --- rendering ---
@@ -180,15 +170,14 @@ class _Page:
             self._block(node, indent)
 
     def _block(self, node: SyntaxTreeNode, indent: str) -> None:
+        start = self._length
         match node.type:
             case "heading":
-                start = self._length
                 self._inlines(node.children, indent)
                 self.mark("bold", start)
             case "bullet_list" | "ordered_list":
                 self._list(node, indent)
             case "fence" | "code_block":
-                start = self._length
                 self.add(node.content.removesuffix("\n"))
                 self.mark("pre", start, language=(node.info.split() or [""])[0][:32])
             case "blockquote":
@@ -198,21 +187,19 @@ class _Page:
             case "hr":
                 self.add("———")
             case "table":
-                start = self._length
                 self.add(_table(node))
                 self.mark("pre", start)
             case _:
                 self._inlines(node.children, indent)
 
     def _list(self, node: SyntaxTreeNode, indent: str) -> None:
-        number = int(node.attrs.get("start", 1)) if node.type == "ordered_list" else 0
+        first = int(node.attrs.get("start", 1)) if node.type == "ordered_list" else None
         tight = all(not child.children or child.children[0].hidden for child in node.children)
+        between = "\n" if tight else "\n\n"
         for position, item in enumerate(node.children):
-            if position:
-                self.add(("\n" if tight else "\n\n") + indent)
-            bullet = f"{number + position}. " if node.type == "ordered_list" else "• "
-            self.add(bullet)
-            self.blocks(item.children, "\n" if tight else "\n\n", f"{indent}  ")
+            bullet = "• " if first is None else f"{first + position}. "
+            self.add((between + indent if position else "") + bullet)
+            self.blocks(item.children, between, f"{indent}  ")
 
     def _quote(self, node: SyntaxTreeNode, indent: str) -> None:
         start, outer = self._length, self._quoted
@@ -306,14 +293,12 @@ def _legal(marks: Sequence[Mark]) -> list[Mark]:
 def _around(mark: Mark, code: Mark) -> list[Mark]:
     if code.end <= mark.start or code.start >= mark.end:
         return [mark]
-    return [replace(mark, end=code.start)] * (code.start > mark.start) + [replace(mark, start=code.end)] * (
-        code.end < mark.end
-    )
+    before = [replace(mark, end=code.start)] * (code.start > mark.start)
+    return before + [replace(mark, start=code.end)] * (code.end < mark.end)
 
 
 def _trimmed(text: str, mark: Mark) -> Mark:
     """The mark without spaces at its ends, as Telegram trims it."""
     inside = text[mark.start : mark.end]
-    return replace(
-        mark, start=mark.start + len(inside) - len(inside.lstrip()), end=mark.end - (len(inside) - len(inside.rstrip()))
-    )
+    before, after = (len(inside) - len(cut) for cut in (inside.lstrip(), inside.rstrip()))
+    return replace(mark, start=mark.start + before, end=mark.end - after)

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 
-from bots.slack.pages.text import read
+from bots.slack.pages.text import plain_text
 from core.chat.service import Service
 from core.errors import StorageError
 from tests.bots.slack.talk import talk
@@ -96,7 +96,7 @@ async def test_a_mention_that_comes_as_two_events_is_answered_once(tmp_path: Pat
     ],
 )
 def test_the_words_of_a_link_reach_the_model(sent: str, meant: str) -> None:
-    assert read(sent) == (False, meant)
+    assert plain_text(sent) == (False, meant)
 
 
 @both_ways

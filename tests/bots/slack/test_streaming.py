@@ -294,7 +294,7 @@ async def test_what_is_cut_at_every_phase_ends_whole_and_once(
     tmp_path: Path, http: bool, what: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """Each phase of an answer meets the same mishap; within 60 s it stands there whole, and is charged once."""
-    monkeypatch.setattr(sink, "_PAINT_S", 0.02)
+    monkeypatch.setattr(sink, "_APPEND_S", 0.02)
     monkeypatch.setattr(sink, "_EDIT_S", 0.02)
     monkeypatch.setattr("core.delivery.retry._FIRST_PAUSE_S", 0.1)
     monkeypatch.setattr(bot, "_PING_S", 1)

@@ -1,7 +1,5 @@
 """The error tree. `key` of each error names the sentence of core/i18n that the person sees."""
 
-from __future__ import annotations
-
 
 class AppError(Exception):
     """`key` names the sentence in core/i18n, `fields` fill it; `detail` is for the log and the command line."""

@@ -5,8 +5,6 @@ updates of one platform into `Incoming` and registers a `MessageSink` for each a
 `SupportsFetch` (files), `SupportsChoose` (buttons) and `SupportsOrphans` (a metric).
 """
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Protocol, Self, runtime_checkable

@@ -1,7 +1,5 @@
 """Values that cross packages: frozen dataclasses and enums, without behaviour."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from enum import IntEnum, StrEnum

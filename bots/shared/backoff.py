@@ -1,7 +1,5 @@
 """Pauses between attempts to reach a platform."""
 
-from __future__ import annotations
-
 from collections.abc import Iterator
 from itertools import chain, repeat
 

@@ -1,7 +1,5 @@
 """Errors that several bots raise."""
 
-from __future__ import annotations
-
 from core.errors import AppError, BadConfig
 
 

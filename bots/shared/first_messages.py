@@ -1,7 +1,5 @@
 """First messages of replies, whose responses may be lost."""
 
-from __future__ import annotations
-
 from collections.abc import Awaitable, Callable, Hashable
 from typing import TypeVar
 

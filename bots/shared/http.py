@@ -1,7 +1,5 @@
 """The HTTP server of a bot."""
 
-from __future__ import annotations
-
 from aiohttp import web
 
 from bots.shared.errors import bad_config

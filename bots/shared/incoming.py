@@ -1,7 +1,5 @@
 """Incoming values that all platforms build the same way."""
 
-from __future__ import annotations
-
 import hashlib
 import json
 

@@ -1,7 +1,5 @@
 """Token bucket for the rate limits of a platform."""
 
-from __future__ import annotations
-
 from dataclasses import dataclass
 
 

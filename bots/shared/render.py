@@ -1,7 +1,5 @@
 """Text for display: splitting within a limit, Markdown blocks that are complete, plain text."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Callable

@@ -6,8 +6,6 @@ conversation  the ts of the thread's first message; "@U1" for a slash command of
 reply_to      the ts of the answered message; "/" for a slash command; "" for jobs and the App Home
 """
 
-from __future__ import annotations
-
 import re
 
 from core.types import Address

@@ -1,7 +1,5 @@
 """One Slack app for all its workspaces, by Socket Mode or HTTP."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable, Mapping

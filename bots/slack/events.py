@@ -4,8 +4,6 @@ The update key is the event or trigger id. The message key is channel and ts, so
 events, or a retry with another event id, is one message.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Mapping
 from dataclasses import dataclass, replace

@@ -3,8 +3,6 @@
 Modals have workers of their own, since Slack accepts one only within three seconds of the press.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable

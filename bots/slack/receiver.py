@@ -4,8 +4,6 @@ It runs as Bolt's `before_authorize`: after the signature check, before any call
 answered with 503, after which Slack sends the payload again, over HTTP and by Socket Mode alike.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import Awaitable, Callable

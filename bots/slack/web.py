@@ -4,8 +4,6 @@ Unsigned requests get an empty 401. Headers are checked before Bolt sees them, s
 that is no number and for text that is no UTF-8.
 """
 
-from __future__ import annotations
-
 import hmac
 import html
 import logging

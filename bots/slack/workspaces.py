@@ -1,7 +1,5 @@
 """The installations of one Slack app, and the rotation of their tokens."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

@@ -5,8 +5,6 @@ conversation  "main"; "general" for a forum's General topic, which is sent to wi
 reply_to      "17" to reply to message 17; "-" for a reply without a quote; "" for a message that is no reply
 """
 
-from __future__ import annotations
-
 import json
 from dataclasses import dataclass
 

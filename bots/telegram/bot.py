@@ -1,7 +1,5 @@
 """The Telegram bot of one token: getMe, then long polling or a webhook."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections.abc import Mapping

@@ -3,8 +3,6 @@
 A lost one leaves a spinner or an old menu, never a missing reply.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections.abc import Awaitable, Iterable

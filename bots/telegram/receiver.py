@@ -4,8 +4,6 @@ aiogram's own polling moves the offset before an update is handled; here it move
 is not sent again, since update ids may restart at a lower number after a quiet week.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging

@@ -1,7 +1,5 @@
 """The table [bots.NAME] of a Telegram bot."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Literal

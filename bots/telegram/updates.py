@@ -3,8 +3,6 @@
 Updates that are not for this bot give no Incoming: group messages that do not address it, other bots, service messages.
 """
 
-from __future__ import annotations
-
 import logging
 import re
 from collections.abc import Awaitable, Callable, Mapping

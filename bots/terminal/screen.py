@@ -5,8 +5,6 @@ signal that ends this program or the `make` above it. Complete Markdown blocks a
 incomplete one is redrawn. What is typed comes out of a queue.
 """
 
-from __future__ import annotations
-
 import asyncio
 import os
 from collections.abc import Callable, Iterable

@@ -1,7 +1,5 @@
 """How many replies are at the engine at once, and in which order the others follow: fairly, as the engine schedules."""
 
-from __future__ import annotations
-
 import asyncio
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager

@@ -1,7 +1,5 @@
 """/start, /help, /new, /stop and /retry."""
 
-from __future__ import annotations
-
 from core.channels import bindings, people
 from core.chat import conversations, inbox
 from core.chat.stopping import may_stop_all

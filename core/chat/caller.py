@@ -1,7 +1,5 @@
 """The author of a message: channel, language, conversation and grant. Inside a transaction."""
 
-from __future__ import annotations
-
 from dataclasses import replace
 
 from core.channels import bindings, operators, people

@@ -4,8 +4,6 @@ The order of the answers is drawn at random, stored, and shown only after the ch
 of the conversation.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import secrets

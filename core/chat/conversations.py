@@ -1,7 +1,5 @@
 """Conversations and their turns, as rows."""
 
-from __future__ import annotations
-
 from core.storage import lifecycle
 from core.storage.database import Tx
 from core.storage.lifecycle import Erasure, Periods, Prune, Stage

@@ -4,8 +4,6 @@ Every command that needs a grant leaves a row in the audit log: refused, or allo
 Importing this module registers all handlers, and fails where a form of the command table has none.
 """
 
-from __future__ import annotations
-
 from collections.abc import Callable
 from dataclasses import replace
 

@@ -4,8 +4,6 @@ An example holds a reply and the turns before it, encrypted, and only with its p
 channel (/consent on), for this reply (asked after a thumb down), or because they correct it themselves.
 """
 
-from __future__ import annotations
-
 import json
 import re
 from dataclasses import dataclass

@@ -4,8 +4,6 @@ Every failure becomes one visible sentence, and every step is stored before the 
 disk has cut is handled again from its start.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Awaitable, Callable
 from dataclasses import dataclass, field

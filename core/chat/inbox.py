@@ -3,8 +3,6 @@
 new -> running -> generated (its text is stored) -> done (answered or refused) or dead (given up).
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields, replace

@@ -1,7 +1,5 @@
 """Reads what a bot's pages and menus show of a place: channel, grant, usage, jobs, versions."""
 
-from __future__ import annotations
-
 from itertools import islice
 
 from core.adapters import registry

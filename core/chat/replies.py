@@ -4,8 +4,6 @@ The order of the commits: adapter, price and seed are pinned; the handle; the ge
 in one transaction (core.delivery). After a crash the row is handled again with what was pinned.
 """
 
-from __future__ import annotations
-
 import asyncio
 import hashlib
 import logging

@@ -10,8 +10,6 @@ The way of a message; each step is committed before the next:
     settle    core.chat.replies     receipt, charge, turns and the closed row in one transaction
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from dataclasses import dataclass, field

@@ -1,7 +1,5 @@
 """Who may stop a reply: its author; operators and the moderators of the place may stop any. Inside a transaction."""
 
-from __future__ import annotations
-
 from core.channels import bindings, operators
 from core.chat import inbox
 from core.chat.inbox import InboxRow

@@ -1,7 +1,5 @@
 """The texts of the command table: `/help`, and the right form in an error."""
 
-from __future__ import annotations
-
 from core.commands.table import COMMANDS, Command, Form
 from core.config.schema import channel_keys
 from core.i18n.messages import languages, say

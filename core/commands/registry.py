@@ -11,8 +11,6 @@ is the handler's last argument. `check` raises where the command cannot run at t
 called before `prepare` and again in the transaction. Grants are checked before all three (core.chat.dispatch).
 """
 
-from __future__ import annotations
-
 from collections.abc import AsyncIterator, Awaitable, Callable
 from dataclasses import dataclass
 from typing import Any, TypeVar, overload

@@ -3,8 +3,6 @@
 The parser, `/help`, the menus of the bots, the documents and the answer to a mistyped command all derive from it.
 """
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 

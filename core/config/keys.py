@@ -4,8 +4,6 @@
 pydantic; a refusal is a `Refusal`, which says what is allowed in the language of the reader.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import MISSING, Field, dataclass, field, fields, is_dataclass

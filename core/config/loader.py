@@ -3,8 +3,6 @@
 A string "env:NAME" is replaced by the environment variable NAME, so that no secret stands in the file.
 """
 
-from __future__ import annotations
-
 import re
 import tomllib
 import types

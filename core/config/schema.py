@@ -1,7 +1,5 @@
 """Every table of config.toml, and what a channel can be set to. `Config` is a whole configuration."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass, field, fields
 from functools import cache

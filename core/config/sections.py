@@ -1,7 +1,5 @@
 """Sections that other packages take as values: the base model, the engines, a fine-tune."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, Literal

@@ -1,7 +1,5 @@
 """The configuration in use as text."""
 
-from __future__ import annotations
-
 from collections.abc import Mapping
 from dataclasses import is_dataclass
 from typing import Any

@@ -5,8 +5,6 @@ before its first part, the last receipt together with what the caller settles. A
 `finish` goes on, and neither writes a second final message.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections.abc import AsyncIterator, Callable

@@ -1,7 +1,5 @@
 """Shows a growing text, one call at a time: what grows faster than the platform takes it is coalesced."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections.abc import Awaitable, Callable

@@ -8,8 +8,6 @@
   loop, repeats the whole step every 2 s without a bound, since an accepted message must be answered.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import time

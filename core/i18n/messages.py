@@ -5,8 +5,6 @@ sentence that a language lacks is said in English. Fields are those of `str.form
 number with the word of its plural category (Unicode CLDR, by Babel).
 """
 
-from __future__ import annotations
-
 import math
 import string
 import tomllib

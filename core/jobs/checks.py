@@ -4,8 +4,6 @@ validating -> waiting -> queued, when somebody confirms (core.jobs.commands), or
 data. A job that nobody confirms expires. A check runs in a trainer process beside a job in training.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections.abc import Callable

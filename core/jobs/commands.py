@@ -1,7 +1,5 @@
 """/finetune and /adapter worst: handlers on job rows. core.jobs.checks and core.jobs.supervisor do the work."""
 
-from __future__ import annotations
-
 import asyncio
 from dataclasses import dataclass, replace
 

@@ -3,8 +3,6 @@
 A file is stored before the transaction of its command. The trainer checks what the rows of a file hold.
 """
 
-from __future__ import annotations
-
 import asyncio
 import errno
 import hashlib

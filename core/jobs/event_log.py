@@ -1,7 +1,5 @@
 """The events of a job as rows, bounded in number, and the `publishing` entry."""
 
-from __future__ import annotations
-
 import json
 
 from core.jobs.protocol import JobEvent, Newest, Progress, dump_event, load_event

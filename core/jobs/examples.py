@@ -3,8 +3,6 @@
 Platforms that forbid training are left out (core.channels.training_permission).
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 from dataclasses import dataclass, field

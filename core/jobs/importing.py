@@ -4,8 +4,6 @@ The archive is unpacked into jobs/ before the command's transaction. Only names,
 trainer reads the weights with the code that serves them.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import os

@@ -4,8 +4,6 @@ validating -> waiting -> queued -> running -> publishing -> published | cancelle
 checked; a waiting job needs a person's confirmation.
 """
 
-from __future__ import annotations
-
 import json
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass

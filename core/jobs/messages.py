@@ -1,7 +1,5 @@
 """Messages about jobs and their data sets: progress, question, report, failure."""
 
-from __future__ import annotations
-
 from collections.abc import Sequence
 from dataclasses import asdict
 from typing import TypeVar

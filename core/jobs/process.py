@@ -4,8 +4,6 @@ The command is `python -m finetune check|train JOBDIR`, in a session of its own.
 it to write a checkpoint and exit, so it also exits when this program is killed.
 """
 
-from __future__ import annotations
-
 import asyncio
 import fcntl
 import logging

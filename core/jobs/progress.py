@@ -3,8 +3,6 @@
 Showing is best effort: a job continues while its platform is unreachable.
 """
 
-from __future__ import annotations
-
 import asyncio
 import functools
 import logging

@@ -4,8 +4,6 @@ queued -> running -> publishing -> published | cancelled | failed. Each step is 
 crash the trainer resumes its checkpoint, or a finished folder is registered.
 """
 
-from __future__ import annotations
-
 import asyncio
 import errno
 import logging

@@ -4,8 +4,6 @@ Two workers run side by side: core.jobs.checks for data sets, core.jobs.supervis
 a reason outside of it is retried later, and the jobs behind it come first.
 """
 
-from __future__ import annotations
-
 import asyncio
 import logging
 import shutil

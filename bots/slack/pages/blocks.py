@@ -3,8 +3,6 @@
 A block id carries place and conversation, so that a press finds them from any message.
 """
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Sequence
 from dataclasses import replace

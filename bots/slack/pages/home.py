@@ -4,8 +4,6 @@ A button runs a command, which is answered in a DM, or opens a modal. Operators 
 and settings; others see the questions they have left.
 """
 
-from __future__ import annotations
-
 from typing import Any
 
 from bots.slack.pages import blocks, modals

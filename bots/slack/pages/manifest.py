@@ -1,7 +1,5 @@
 """The app manifest, made from the command table."""
 
-from __future__ import annotations
-
 import json
 from collections.abc import Sequence
 from typing import Any

@@ -3,8 +3,6 @@
 Slack takes standard Markdown; an invisible word joiner disarms mentions that would notify people.
 """
 
-from __future__ import annotations
-
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass

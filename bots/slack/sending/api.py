@@ -3,8 +3,6 @@
 slack_sdk's own retries are off: they repeat a request whose connection broke, which can post twice.
 """
 
-from __future__ import annotations
-
 import asyncio
 import json
 import logging

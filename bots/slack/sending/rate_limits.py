@@ -3,8 +3,6 @@
 Tiers are per method, workspace and app; chat.postMessage is about one a second for each channel.
 """
 
-from __future__ import annotations
-
 import time
 from collections.abc import Callable, Mapping
 

@@ -5,8 +5,6 @@ that its ts is committed first. An append with unknown outcome is never repeated
 updated with the whole text, which is idempotent. No reply has a second stream.
 """
 
-from __future__ import annotations
-
 import json
 import logging
 import time

@@ -1,7 +1,5 @@
 """The working status of threads while replies are generated. Best effort, in the background."""
 
-from __future__ import annotations
-
 import asyncio
 import logging
 from collections.abc import Coroutine

@@ -1,7 +1,5 @@
 """Bot API calls of one account: rate limited, with errors classified and without the token in an error."""
 
-from __future__ import annotations
-
 import json
 import logging
 from collections.abc import AsyncIterator

@@ -1,7 +1,5 @@
 """Inline keyboards and their callback data of at most 64 bytes."""
 
-from __future__ import annotations
-
 import logging
 from collections.abc import Iterable
 

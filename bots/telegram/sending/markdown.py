@@ -1,7 +1,5 @@
 """Parser of models' Markdown: CommonMark with tables, formulas, and emphasis beside Chinese without spaces."""
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from functools import lru_cache

@@ -4,8 +4,6 @@ Telegram's limits: about one message a second in a chat, 20 a minute in a group,
 (https://core.telegram.org/bots/faq#my-bot-is-hitting-limits-how-do-i-avoid-this). Edits and drafts count.
 """
 
-from __future__ import annotations
-
 import asyncio
 import time
 from collections.abc import Callable

@@ -5,8 +5,6 @@ message: it sends the first line, returns the message's handle to be committed (
 the full text when it is called again. A kill between any two calls leaves at most a first line with "…".
 """
 
-from __future__ import annotations
-
 import logging
 import re
 import secrets

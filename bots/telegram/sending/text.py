@@ -3,8 +3,6 @@
 Text is rendered first and cut afterwards, so that no markup is torn; an entity longer than a message becomes two.
 """
 
-from __future__ import annotations
-
 import re
 import unicodedata
 from collections.abc import Sequence

@@ -5,7 +5,7 @@ BIN := $(VENV)/bin
 STAMP := $(VENV)/.complete
 # One thread for each worker: more threads than cores wait for one another at every matrix product. Three workers for
 # two cores, as a third of the tests' time is waiting for other processes.
-PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$($(BIN)/python -c 'import os; print(os.cpu_count() * 3 // 2)') --dist loadfile --durations=25
+PYTEST := OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n $$($(BIN)/python -c 'import os; print(os.cpu_count() * 3 // 2)') --dist loadfile --no-loadscope-reorder --durations=25
 .PHONY: help run serve unit test drill lint bench lock docs clean
 .SILENT:
 .DEFAULT_GOAL := run

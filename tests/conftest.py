@@ -22,6 +22,11 @@ from core.observability import logs
 COMPILERS = ("g++", "clang++", "c++")  # that build the engine's operators once on a machine
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Run the longest files first, so that all workers end at about the same time."""
+    items.sort(key=lambda item: not (item.path.parent.name == "drill" or item.path.stem.startswith("test_process")))
+
+
 @pytest.fixture(autouse=True)
 def slow_tests_say_so(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """A test that starts a process or uses the demo model is marked slow, so that `make unit` leaves it out."""

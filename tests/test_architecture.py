@@ -210,3 +210,9 @@ def test_no_file_or_folder_outgrows_its_bounds() -> None:
     for folder in folders:
         count = sum(1 for path in folder.iterdir() if path.suffix in (".py", ".cpp", ".h"))
         assert count <= 14, f"{folder.relative_to(ROOT)} has {count} files"
+
+
+def test_no_wait_can_swallow_a_cancellation() -> None:
+    """`asyncio.wait_for` of Python 3.11 returns the result where it is cancelled at that moment; `timeout` does not."""
+    users = [name for name, path in MODULES.items() if "asyncio.wait_for(" in path.read_text(encoding="utf-8")]
+    assert users == []

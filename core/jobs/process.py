@@ -83,7 +83,8 @@ class TrainerProcess:
         self._close_stdin()
         for timeout_s, number in ((deadline_s, signal.SIGTERM), (_TERMINATE_S, signal.SIGKILL)):
             try:
-                await asyncio.wait_for(process.wait(), timeout_s)
+                async with asyncio.timeout(timeout_s):
+                    await process.wait()
                 return
             except TimeoutError:
                 self._signal(number)
@@ -147,7 +148,8 @@ class TrainerProcess:
         left, paused_before, began = self._silence_s, self._paused_s(), time.monotonic()
         while True:
             try:
-                return await asyncio.wait_for(process.stdout.readline(), left)
+                async with asyncio.timeout(left):
+                    return await process.stdout.readline()
             except TimeoutError:
                 left = self._silence_s - (time.monotonic() - began - (self._paused_s() - paused_before))
                 if left <= 0:
@@ -156,7 +158,8 @@ class TrainerProcess:
     async def _exit_status(self, process: Process) -> int:
         """Wait for the exit of a process that has closed its standard output; kill it after _EXIT_S."""
         try:
-            return await asyncio.wait_for(process.wait(), _EXIT_S)
+            async with asyncio.timeout(_EXIT_S):
+                return await process.wait()
         except TimeoutError:
             log.error("trainer.no_exit", extra={"job": self._folder.name})
             self._signal(signal.SIGKILL)
@@ -168,7 +171,8 @@ class TrainerProcess:
             async with asyncio.timeout(_LOCK_S):
                 while await asyncio.to_thread(_is_locked, self._folder / "lock"):
                     with suppress(TimeoutError):
-                        await asyncio.wait_for(self._stop_requested.wait(), _LOCK_POLL_S)
+                        async with asyncio.timeout(_LOCK_POLL_S):
+                            await self._stop_requested.wait()
                         return
         except TimeoutError:
             raise JobError("training.why_locked", seconds=round(_LOCK_S)) from None

@@ -132,12 +132,14 @@ class JobWorker(ABC):
         if self._trainer is not None:
             await self._trainer.stop(deadline_s)
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._idle.wait(), deadline_s)
+            async with asyncio.timeout(deadline_s):
+                await self._idle.wait()
 
     async def _wait(self, seconds: float) -> None:
         """Wait for `wake`, at most so long."""
         with suppress(TimeoutError):
-            await asyncio.wait_for(self._changed.wait(), seconds)
+            async with asyncio.timeout(seconds):
+                await self._changed.wait()
 
     async def _next(self) -> Job | None:
         """The oldest due job whose bot is running and whose backoff is over."""

@@ -134,7 +134,8 @@ class OpenRequests(Generic[S]):
         if self._open:
             self._none_open.clear()
             with contextlib.suppress(TimeoutError):
-                await asyncio.wait_for(self._none_open.wait(), deadline_s)
+                async with asyncio.timeout(deadline_s):
+                    await self._none_open.wait()
         return not self._open
 
     def _close(self, state: S) -> None:

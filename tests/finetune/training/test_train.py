@@ -380,11 +380,13 @@ def test_a_setting_is_refused_in_the_language_of_the_job(make_job):
 
 
 def test_a_setting_out_of_range_is_named(make_job):
-    settings = {"rank": 0, "dropout": 1.0, "learning_rate": math.nan, "epochs": 0, "schedule": "linear"}
+    settings = {"rank": 0, "dropout": 1.0, "learning_rate": math.nan, "epochs": 0}
     for setting, value in settings.items():
         with pytest.raises(JobError, match=f"finetune.{setting} = ") as caught:
             go(make_job(setting, **{setting: value}))
         assert caught.value.fields["fault"] == "settings"
+    with pytest.raises(JobError, match=r"hyper\.schedule"):
+        go(make_job("schedule", schedule="linear"))
 
 
 def test_a_candidate_is_judged_against_the_version_that_answers_now(make_job):

@@ -32,11 +32,13 @@ def bounded(seconds: float = SECONDS, memory_bytes: int = MEMORY_BYTES) -> Itera
 
 @contextmanager
 def _bounded_time(seconds: float) -> Iterator[None]:
+    """The signal repeats: an error that is raised in a finaliser or a callback of the collector is ignored there."""
+
     def over(signum: int, frame: FrameType | None) -> None:
         raise TooCostly("time")
 
     before = signal.signal(signal.SIGPROF, over)
-    signal.setitimer(signal.ITIMER_PROF, seconds)
+    signal.setitimer(signal.ITIMER_PROF, seconds, min(seconds, 1.0))
     try:
         yield
     finally:

@@ -41,6 +41,7 @@ def test_too_much_time_of_the_processor_is_refused_and_waiting_is_none() -> None
     spin(0.3)
 
 
+@pytest.mark.slow
 def test_too_much_memory_is_refused_and_what_is_held_already_does_not_count() -> None:
     held, before = bytearray(300 * MIB), bounds()
     with bounded(memory_bytes=200 * MIB):
@@ -72,6 +73,23 @@ def test_beside_the_main_thread_memory_is_still_bound() -> None:
     thread.start()
     thread.join()
     assert found == ["memory"]
+
+
+class SpinsInItsFinaliser:
+    def __del__(self) -> None:
+        while True:  # until the limit's error, which Python ignores here
+            pass
+
+
+@pytest.mark.filterwarnings("ignore::pytest.PytestUnraisableExceptionWarning")
+def test_a_limit_that_is_met_where_errors_are_ignored_still_holds() -> None:
+    def read() -> None:
+        del [SpinsInItsFinaliser()][:]
+        while True:
+            pass
+
+    with pytest.raises(TooCostly), bounded(seconds=0.02):
+        read()
 
 
 def test_the_kernels_figures_are_bytes() -> None:

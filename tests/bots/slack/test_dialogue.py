@@ -191,6 +191,7 @@ async def test_an_answer_can_be_stopped_and_what_was_seen_is_charged(tmp_path: P
         assert await it.here.count("ledger") == 1
 
 
+@pytest.mark.slow
 @both_ways
 async def test_an_answer_in_a_thread_is_stopped_by_who_asked_and_by_nobody_else(tmp_path: Path, http: bool) -> None:
     async with talk(tmp_path, lambda _: "word " * 200, http=http, delay_s=0.01, transport="edit") as it:

@@ -18,6 +18,7 @@ from tests.fakes.slack.server import sign, signed
 both_ways = pytest.mark.parametrize("http", [False, True], ids=["socket", "http"])
 
 
+@pytest.mark.slow
 @both_ways
 async def test_nothing_is_acknowledged_before_it_is_committed(
     tmp_path: Path, http: bool, monkeypatch: pytest.MonkeyPatch
@@ -53,6 +54,7 @@ async def test_the_commit_stands_ahead_of_any_call_to_slack(tmp_path: Path, http
         assert await it.here.count("inbox") == 0
 
 
+@pytest.mark.slow
 @both_ways
 async def test_1000_replays_have_one_effect(tmp_path: Path, http: bool) -> None:
     async with talk(tmp_path, http=http) as it:
@@ -161,6 +163,7 @@ def forge(random: random.Random, body: str) -> tuple[bytes, dict[str, str]]:
     return data, right
 
 
+@pytest.mark.slow
 async def test_10000_forged_requests_are_all_401(tmp_path: Path) -> None:
     chance = random.Random(6)
     async with talk(tmp_path, http=True) as it:

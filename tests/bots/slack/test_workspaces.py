@@ -307,6 +307,7 @@ async def test_in_a_workspace_of_an_organisation_people_are_the_same_whatever_sl
         assert guest.said == say("en", "error.not_allowed")
 
 
+@pytest.mark.slow
 async def test_50_workspaces_at_once_see_nothing_of_each_other(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("bots.slack.sending.api.CALL_S", 600)  # on a busy machine too, no call times out
 

@@ -157,6 +157,7 @@ async def test_a_stop_command_acts_at_once(tmp_path: Path) -> None:
         assert len(it.there.held(ANN.id)) == 2
 
 
+@pytest.mark.slow
 async def test_a_second_message_waits_its_turn_and_other_chats_do_not(tmp_path: Path) -> None:
     order: list[str] = []
 

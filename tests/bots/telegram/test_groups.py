@@ -102,6 +102,7 @@ async def test_an_operator_who_is_no_administrator_stops_any_answer_by_its_butto
         assert sent.text.count("word") < 300
 
 
+@pytest.mark.slow
 async def test_a_stop_that_is_typed_in_a_group_is_for_the_same_people(tmp_path: Path) -> None:
     async with talk(tmp_path, lambda request: "word " * 300, delay_s=0.01) as it:
         chat = group(it.there, admins={CAI.id})
@@ -122,6 +123,7 @@ async def test_a_stop_that_is_typed_in_a_group_is_for_the_same_people(tmp_path: 
             assert await told(person) == (say("en", "users.stop"), True)
 
 
+@pytest.mark.slow
 async def test_topics_are_answered_in_their_topic_and_general_without_an_id(tmp_path: Path) -> None:
     async with talk(tmp_path, lambda request: f"{len(request.messages)}", delay_s=0.3) as it:
         chat = group(it.there, forum=True, topics={17})

@@ -25,6 +25,7 @@ from tests.fakes.telegram.server import TOKEN
 LONG = "word " * 300
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transport", ["draft", "edit", "draft_direct", "off"])
 async def test_every_transport_ends_with_one_whole_answer(tmp_path: Path, transport: str) -> None:
     async with talk(tmp_path, lambda request: LONG, delay_s=0.004, transport=transport) as it:
@@ -39,6 +40,7 @@ async def test_every_transport_ends_with_one_whole_answer(tmp_path: Path, transp
         assert await it.here.count("ledger") == 1
 
 
+@pytest.mark.slow
 async def test_a_draft_is_renewed_before_it_expires_and_typing_is_kept_alive(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -156,6 +158,7 @@ async def test_what_never_went_out_is_repeated_and_what_may_have_been_taken_is_n
     await end(bot)
 
 
+@pytest.mark.slow
 async def test_a_message_that_was_deleted_meanwhile_is_written_anew(tmp_path: Path) -> None:
     async with talk(tmp_path, lambda request: LONG, delay_s=0.004, transport="edit") as it:
         it.there.says(ANN, "tell me")
@@ -177,6 +180,7 @@ async def test_a_failure_is_written_where_the_answer_would_have_been(tmp_path: P
         assert len(it.there.held(LI.id)) == 1
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("transport", ["draft", "edit"])
 @pytest.mark.parametrize("when", ["before", "streaming", "generated"])
 async def test_a_restart_at_any_point_ends_in_one_answer(
@@ -264,6 +268,7 @@ async def _storm(tmp_path: Path, seconds: float) -> None:
             assert sent.labels
 
 
+@pytest.mark.slow
 async def test_a_storm_of_429_loses_nothing_and_is_waited_out(tmp_path: Path) -> None:
     await _storm(tmp_path, 3)
 
@@ -273,6 +278,7 @@ async def test_a_storm_of_30_s_loses_nothing_and_is_waited_out(tmp_path: Path) -
     await _storm(tmp_path, 30)
 
 
+@pytest.mark.slow
 async def test_telegrams_own_limits_are_kept(tmp_path: Path) -> None:
     async with (
         FakeTelegram(limits=True).open() as there,

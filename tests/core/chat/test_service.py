@@ -298,6 +298,7 @@ async def test_retry_answers_the_last_question_again_and_replaces_the_answer(tmp
         assert await it.count("ledger") == 3
 
 
+@pytest.mark.slow
 async def test_a_platform_that_is_away_gets_the_answer_later_and_once(tmp_path: Path) -> None:
     async with running_service(tmp_path) as it:
         it.bot.faults = 2

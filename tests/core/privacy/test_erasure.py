@@ -207,6 +207,7 @@ async def test_forget_erases_what_an_operator_asked_two_versions(tmp_path: Path)
         assert await it.count("comparison", "question IS NULL") == 1
 
 
+@pytest.mark.slow
 async def test_a_reply_that_runs_while_its_person_is_forgotten_is_not_kept(tmp_path: Path) -> None:
     async with running_service(tmp_path, lambda _: f"{marker(0)} " * 400, delay_s=0.005) as it:
         await it.send("talk", conversation="one")

@@ -43,6 +43,7 @@ def publish(tx: Tx, job_id: int, trained: int) -> None:
         ledger.charge_job(tx, job_id, trained)
 
 
+@pytest.mark.slow
 @settings(max_examples=40, deadline=None)
 @given(history=st.lists(STEPS, max_size=25))
 def test_every_version_has_one_charge_whatever_happens_in_which_order(

@@ -40,6 +40,7 @@ def rows(n: int, long: int) -> bytes:
     return "".join(json.dumps(pair) + "\n" for pair in [*pairs, {"q": "?", "a": "a" * 200}]).encode()
 
 
+@pytest.mark.slow
 def test_rows_that_the_model_does_not_take_are_rejected_and_the_rest_is_trained(
     make_job: MakeJob, gpt2_folder: Path
 ) -> None:
@@ -95,6 +96,7 @@ def test_a_model_of_relative_positions_alone_takes_whatever_is_set(make_job: Mak
     assert find_base(Spec.read(folder), folder).context == sys.maxsize
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("most", [12, 155])
 def test_the_base_is_asked_only_what_leaves_it_room_to_answer(
     most: int, make_job: MakeJob, gpt2_folder: Path, monkeypatch: pytest.MonkeyPatch

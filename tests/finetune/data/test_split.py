@@ -34,6 +34,7 @@ def test_a_rows_place_does_not_depend_on_the_order():
     assert {names[i] for i in one.test} == {names[::-1][i] for i in other.test}
 
 
+@pytest.mark.slow
 @given(st.integers(40, 700), st.integers(0, 700), st.integers(0, 10**9), st.randoms(use_true_random=False))
 @settings(deadline=None)
 def test_over_the_versions_of_a_set_a_row_moves_at_most_from_test_to_train(n, more, salt, chance):

@@ -76,6 +76,7 @@ def test_means_are_per_token_and_the_same_seed_says_the_same() -> None:
     assert judge(candidate, champion, TOKENS, champion_label="base", seed=3) == found
 
 
+@pytest.mark.slow
 def test_the_interval_holds_the_truth_about_as_often_as_it_says() -> None:
     """200 sets drawn with no difference between the models: at most a few look better by chance."""
     wrong = 0

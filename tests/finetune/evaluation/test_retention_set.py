@@ -125,6 +125,7 @@ def test_rehearsal_goes_with_the_rows_and_has_no_prompt_twice(rows: int, share: 
     assert len({row.ids for row in taken}) == len(taken)
 
 
+@pytest.mark.slow
 def test_the_gate_measures_what_was_forgotten_and_rehearsal_counts(make_job: MakeJob, few: Path) -> None:
     judged = {}
     for share in (0, 1.0):

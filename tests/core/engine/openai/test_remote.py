@@ -211,6 +211,7 @@ async def test_how_long_a_request_takes_is_counted_without_its_wait(fake: FakeOp
         assert 0 < engine._mean_s < 0.3 * (time.monotonic() - began)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(("given", "seconds"), [("30", 30.0), ("99999", 3600.0), ("date", 60.0), ("0", 1.0)])
 async def test_a_busy_servers_wait_is_passed_on(fake: FakeOpenAI, base: BaseModel, given: str, seconds: float) -> None:
     async with engine_over(fake, base) as engine:
@@ -341,6 +342,7 @@ async def test_a_strict_server_is_asked_without_what_it_refuses(fake: FakeOpenAI
     assert all(not fake.refuses & sent.keys() for sent in fake.asked)
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize(
     ("change", "said"),
     [

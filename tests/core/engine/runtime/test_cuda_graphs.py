@@ -284,6 +284,7 @@ def test_the_number_of_graphs_is_bounded(base: BaseModel, monkeypatch: pytest.Mo
     assert [shape.rows for shape in runner.steps.graphs] == [1, 4]
 
 
+@pytest.mark.slow
 def test_the_bench_for_a_gpu_runs_and_its_peers_say_the_same(monkeypatch: pytest.MonkeyPatch) -> None:
     from core.engine.runtime import loop
 

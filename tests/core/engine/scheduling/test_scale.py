@@ -54,6 +54,7 @@ def canaries(base: BaseModel, tmp_path_factory: pytest.TempPathFactory) -> list[
     return refs
 
 
+@pytest.mark.slow
 async def test_a_thousand_requests_get_only_their_own_adapters_words(
     endless: BaseModel, canaries: list[AdapterRef]
 ) -> None:
@@ -81,6 +82,7 @@ async def test_a_thousand_requests_get_only_their_own_adapters_words(
     assert reused > 100
 
 
+@pytest.mark.slow
 async def test_a_thousand_requests_over_more_adapters_than_fit(endless: BaseModel, canaries: list[AdapterRef]) -> None:
     """64 adapters with room for 16: all are answered, and memory does not grow with the requests.
 

@@ -182,12 +182,13 @@ def test_what_starts_without_a_model_loads_no_torch_and_what_needs_no_store_load
         "core.engine.protocol": {"torch"},
         "core.engine.scheduling.scheduler": {"torch"},
         "bots.terminal.bot": {"torch", *BOTS_LIBRARIES},
-        "core.engine.runtime.local": STORE | BOTS_LIBRARIES,
+        "core.engine.local": STORE | BOTS_LIBRARIES,
         "core.engine.openai.remote": STORE | BOTS_LIBRARIES,
         "core.model.base": STORE | BOTS_LIBRARIES,
         "finetune.__main__": STORE | BOTS_LIBRARIES,
     }.items():
         loaded = reached(name)
+        assert loaded, name
         assert not {one for one in loaded for other in forbidden if inside(one, other)}, name
 
 

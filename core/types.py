@@ -213,6 +213,7 @@ class Effect(StrEnum):
     """What follows a command once its transaction is committed."""
 
     ANSWER_AGAIN = "answer again"  # instead of the body: answer the conversation's last question again
+    ANSWER_UNANSWERED = "answer unanswered"  # instead of the body: answer the question that this row has taken over
     COMPARE_BLIND = "compare blind"  # instead of the body: both answers of the comparison that this command began
     WAKE_TRAINING = "wake training"  # the job supervisor reads the job table
     ERASE_FILES = "erase files"  # files of erased rows are removed and the WAL is truncated

@@ -15,7 +15,7 @@ from bots import control
 from bots.cli.configuration import config
 from bots.cli.doctor.command import doctor
 from bots.cli.options import Options, shared_options
-from bots.cli.owner_commands import adapter, channel, finetune, operator
+from bots.cli.owner_commands import adapter, channel, finetune, inbox, operator
 from bots.cli.run import chat, serve
 from bots.cli.usage import usage
 from core.errors import AppError, BadConfig, UserError
@@ -64,7 +64,7 @@ def distributary() -> None:
     """A language model for people, through partner channels."""
 
 
-for command in (chat, serve, doctor, usage, channel, operator, finetune, adapter, config):
+for command in (chat, serve, doctor, usage, channel, operator, finetune, adapter, inbox, config):
     distributary.add_command(command)
 
 

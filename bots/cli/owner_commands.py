@@ -95,6 +95,15 @@ def adapter(options: Options, words: tuple[str, ...], channel: str) -> int:
     return _run(options, "adapter", words, channel)
 
 
+@click.command()
+@click.argument("words", nargs=-1, metavar="...", shell_complete=_forms)
+@shared_options
+@pass_options
+def inbox(options: Options, words: tuple[str, ...]) -> int:
+    """List messages that were given up, or try one again. The words are those of /inbox."""
+    return _run(options, "inbox", words)
+
+
 def _absolute(typed: str) -> str:
     """The absolute path of an existing file, since another process may read it; any other word unchanged."""
     path = Path(typed).expanduser()

@@ -1,6 +1,7 @@
-"""How many replies are at the engine at once, and in which order the others follow: fairly, as the engine schedules."""
+"""Which replies are at the engine at once: a bounded number, in the engine's fair order; a suspect of a crash alone."""
 
 import asyncio
+from collections import deque
 from collections.abc import AsyncIterator
 from contextlib import asynccontextmanager
 from dataclasses import dataclass, field
@@ -57,3 +58,45 @@ class AdmissionQueue:
             pending, scope = entry
             self._waiting.charge(scope, 1)
             pending.admit()  # a cancelled one gives its slot back at once
+
+
+class Isolation:
+    """A lock that is shared or exclusive, in the order of arrival."""
+
+    def __init__(self) -> None:
+        self._running = 0  # sections inside; -1 is one that is alone
+        self._waiting: deque[tuple[bool, asyncio.Future[None]]] = deque()
+
+    @asynccontextmanager
+    async def section(self, *, alone: bool) -> AsyncIterator[None]:
+        """Wait until this may run, beside other shared sections or `alone`, and run it."""
+        turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
+        entry = alone, turn
+        self._waiting.append(entry)
+        self._admit()
+        try:
+            await turn
+        except asyncio.CancelledError:
+            if turn.done() and not turn.cancelled():
+                self._leave(alone)
+            else:
+                self._waiting.remove(entry)
+                self._admit()
+            raise
+        try:
+            yield
+        finally:
+            self._leave(alone)
+
+    def _leave(self, alone: bool) -> None:
+        self._running = 0 if alone else self._running - 1
+        self._admit()
+
+    def _admit(self) -> None:
+        while self._waiting:
+            alone, turn = self._waiting[0]
+            if self._running and (alone or self._running < 0):
+                return
+            self._running = -1 if alone else self._running + 1
+            self._waiting.popleft()
+            turn.set_result(None)

@@ -177,7 +177,8 @@ async def answer(replies: Replies, row: InboxRow, caller: Caller) -> None:
         question, names = [Message(Role.USER, pair.question)], [f"comparison-{pair.id}-{number}" for number in (0, 1)]
         asked = zip(names, refs, strict=True)
         requests = [replies.request(caller, name, question, ref, pair.id, name) for name, ref in asked]
-        answers = await _answers(replies, requests, both)
+        async with replies.isolation.section(alone=row.suspect):
+            answers = await _answers(replies, requests, both)
     except AdapterUnusable as error:  # not the fault of the channel's champion
         log.error("compare.unusable", extra={"error": str(error)})
         raise BadInput("compare.unusable", label=error.fields.get("label", "?")) from error

@@ -71,7 +71,7 @@ class MessageHandler:
         try:
             if not row.readable and row.kind not in QUIET:
                 raise StoredUnreadable("error.unreadable_message")
-            if row.attempts >= inbox.MAX_ATTEMPTS:
+            if row.strikes >= inbox.MAX_STRIKES:
                 raise AppError("error.gave_up")
             await self._stop(row)
             chosen = False
@@ -120,12 +120,13 @@ class MessageHandler:
         """Run a command, store its text in the same transaction, then apply its effects but for `Choose`."""
 
         def keep(tx: Tx, outcome: Outcome) -> None:
-            if not {Effect.ANSWER_AGAIN, Effect.COMPARE_BLIND} & set(outcome.after):
+            if not {Effect.ANSWER_AGAIN, Effect.ANSWER_UNANSWERED, Effect.COMPARE_BLIND} & set(outcome.after):
                 keep_body(tx, new_delivery(tx, inbox_id=row.id), outcome.body)
                 inbox.mark_generated(tx, row.id)
 
         context = CommandContext(self.home, self.database, self.deliveries.fetch)
-        outcome = await dispatch(context, caller, call, keep)
+        async with self.replies.isolation.section(alone=row.suspect):
+            outcome = await dispatch(context, caller, call, keep)
         for after in outcome.after:
             await self._apply(row, caller, after)
         return row.kind is Kind.PRESS and Effect.CHOOSE in outcome.after
@@ -142,6 +143,9 @@ class MessageHandler:
                 await try_sweep(self.database, self.home)
             case Effect.ANSWER_AGAIN:
                 await self.replies.generate(row, caller, "", again=True)
+            case Effect.ANSWER_UNANSWERED:
+                question = await self.database.read(lambda tx: inbox.get(tx, row.id))
+                await self.replies.generate(question, caller, question.text.strip(), again=False)
             case Effect.COMPARE_BLIND:
                 await comparisons.answer(self.replies, row, caller)
 

@@ -1,6 +1,10 @@
 """The inbox: accepted updates as rows, their states, and which of them to handle next.
 
 new -> running -> generated (its text is stored) -> done (answered or refused) or dead (given up).
+
+After a crash, the rows that the engine was generating are suspects, and so is a row that was open and taken in
+MAX_CRASHES crashes. Suspects are taken one at a time and run alone (core.chat.admission.Isolation); a crash meanwhile
+is a strike, and MAX_STRIKES end the row. A clean stop makes no suspect.
 """
 
 import json
@@ -17,11 +21,15 @@ from core.types import Address, Attachment, Incoming, Kind, Lane
 
 MAX_OPEN = 10_000
 MAX_TEXT = 100_000  # characters; a longer text is not stored, and refused with its length
-MAX_ATTEMPTS = 5
+MAX_CRASHES, MAX_STRIKES = 3, 5
+OPEN = "('new', 'running', 'generated')"
+_UNANSWERED = ("refused", "failed", "limited", "refused_quietly", "unconfirmed")  # outcomes that /retry takes up
+_MOST_GIVEN_UP = 1000
+_LOOKED_BACK = 20  # rows before a /retry
 _HERE = "platform = ? AND account = ? AND place = ? AND conversation = ?"
 # Candidates: control rows, and the oldest open turn of each conversation. Within an account, channels take turns, rows
 # that have begun before new ones. The channel of a place is found as in core.channels.bindings.
-_DUE = """
+_DUE = f"""
     WITH head AS (
         SELECT id, lane, state, platform, account, coalesce(
             (SELECT channel_id FROM binding WHERE platform = this.platform AND account = this.account
@@ -29,10 +37,10 @@ _DUE = """
             (SELECT channel_id FROM person WHERE user_hash = this.user_hash),
             (SELECT channel_id FROM binding WHERE platform = this.platform AND account = this.account AND place = '')
         ) AS channel FROM inbox AS this
-        WHERE state IN ('new', 'running', 'generated') AND (lane = 'control' OR NOT EXISTS (
+        WHERE state IN {OPEN} AND (lane = 'control' OR NOT EXISTS (
             SELECT 1 FROM inbox AS other WHERE other.platform = this.platform AND other.account = this.account
             AND other.place = this.place AND other.conversation = this.conversation AND other.id < this.id
-            AND other.lane = 'turn' AND other.state IN ('new', 'running', 'generated')))
+            AND other.lane = 'turn' AND other.state IN {OPEN}))
     ), ranked AS (
         SELECT *, row_number() OVER (PARTITION BY lane, platform, account, channel ORDER BY state = 'new', id) AS rank
         FROM head
@@ -42,7 +50,7 @@ _DUE = """
     )
     SELECT inbox.* FROM placed JOIN inbox ON inbox.id = placed.id
     WHERE placed.state IN ('new', 'generated') AND (placed.lane = 'control' OR number <= ?)
-    ORDER BY placed.lane, rank, placed.id
+    ORDER BY placed.lane, strikes, rank, placed.id
 """
 
 
@@ -58,7 +66,8 @@ class InboxRow:
     language: str
     update_key: str
     received_ms: int
-    attempts: int
+    strikes: int
+    suspect: bool
     text: str = ""
     command: Call | BadCommand | None = None  # or the error to report to its author
     attachments: tuple[Attachment, ...] = ()
@@ -73,7 +82,7 @@ class InboxRow:
 
 def accept(tx: Tx, incoming: Incoming) -> int | None:
     """Store one update: its row id, or None for a repeat. Raises Overloaded where MAX_OPEN rows are open."""
-    if int(tx.value("SELECT count(*) FROM inbox WHERE state IN ('new', 'running', 'generated')")) >= MAX_OPEN:
+    if int(tx.value(f"SELECT count(*) FROM inbox WHERE state IN {OPEN}")) >= MAX_OPEN:
         raise Overloaded(retry_after_s=30)
     text, command = clean(incoming.text), clean(incoming.command)
     oversize = len(text) if len(text) > MAX_TEXT else 0
@@ -133,28 +142,89 @@ def _insert(tx: Tx, **columns: Value) -> int | None:
     return tx.value(sql, [*columns.values(), tx.now_ms])  # type: ignore[no-any-return]
 
 
-def recover(tx: Tx) -> None:
-    """At start: rows of an earlier process run again. One process owns the home, so there are no leases."""
-    tx.run("UPDATE inbox SET state = 'new', attempts = attempts + 1 WHERE state = 'running'")
+def recover(tx: Tx) -> int:
+    """At start: rows that a crash has cut run again; the number of suspects. One process owns the home: no leases."""
+    tx.run(
+        "UPDATE inbox SET state = replace(state, 'running', 'new'), attempts = attempts + 1, begun = '',"
+        " strikes = strikes + (begun = 'alone'), suspect = suspect OR begun = 'beside' OR attempts + 1 >= ?"
+        " WHERE state = 'running' OR (state = 'generated' AND begun <> '')",
+        [MAX_CRASHES],
+    )
+    return int(tx.value(f"SELECT count(*) FROM inbox WHERE suspect AND state IN {OPEN}"))
+
+
+def release(tx: Tx) -> None:
+    """At a clean stop: what is left open starts anew, and is no suspect for it."""
+    tx.run(f"UPDATE inbox SET state = replace(state, 'running', 'new'), begun = '' WHERE state IN {OPEN}")
 
 
 def take(tx: Tx, limit: int, accounts: Collection[tuple[str, str]], active: Collection[int]) -> list[InboxRow]:
     """Take the rows to handle now: control rows, and the oldest open turn of each conversation.
 
     At most `limit` turns of one account run at once, so that an unavailable platform delays no other; a free place goes
-    to the channel with the fewest. `accounts` are the (platform, account) pairs with a running bot, `active` the ids of
-    the rows in work.
+    to the channel with the fewest. One suspect runs at a time. `accounts` are the (platform, account) pairs with a
+    running bot, `active` the ids of the rows in work.
     """
     rows = tx.all(_DUE, [limit])
     due = [row for row in rows if row["id"] not in active and (row["platform"], row["account"]) in accounts]
-    for row in due:
-        if row["state"] == "new":
-            tx.run("UPDATE inbox SET state = 'running' WHERE id = ?", [row["id"]])
-    return [_row(tx, row) for row in due]
+    suspects = [row for row in due if row["suspect"]]
+    one_runs = tx.value(f"SELECT 1 FROM inbox WHERE begun = 'alone' AND state IN {OPEN}")
+    taken = [*(row for row in due if not row["suspect"]), *([] if one_runs else suspects[:1])]
+    for row in taken:
+        begun = "alone" if row["suspect"] else "taken"
+        tx.run("UPDATE inbox SET state = replace(state, 'new', 'running'), begun = ? WHERE id = ?", [begun, row["id"]])
+    return [_row(tx, row) for row in taken]
+
+
+def mark_started(tx: Tx, row: InboxRow) -> None:
+    """The engine generates it now: after a crash it is a suspect."""
+    tx.run("UPDATE inbox SET begun = 'beside' WHERE id = ? AND begun = 'taken'", [row.id])
 
 
 def mark_generated(tx: Tx, inbox_id: int) -> None:
-    tx.run("UPDATE inbox SET state = 'generated' WHERE id = ? AND state = 'running'", [inbox_id])
+    """Its text is stored, so it was not what a later crash is about."""
+    sql = "UPDATE inbox SET state = 'generated', begun = 'taken' WHERE id = ? AND state = 'running'"
+    tx.run(sql, [inbox_id])
+
+
+def get(tx: Tx, inbox_id: int) -> InboxRow:
+    """A row that exists, as it is now."""
+    return _row(tx, tx.all("SELECT * FROM inbox WHERE id = ?", [inbox_id])[0])
+
+
+def unanswered(tx: Tx, inbox_id: int, at: Address, user_hash: str) -> InboxRow | None:
+    """The person's last question in a conversation before this row, where it ended without an answer."""
+    sql = f"SELECT * FROM inbox NOT INDEXED WHERE id < ? AND lane = 'turn' AND kind = 'message' AND {_HERE}"
+    for row in tx.all(f"{sql} ORDER BY id DESC LIMIT {_LOOKED_BACK}", [inbox_id, *_here(at)]):
+        found = _row(tx, row)
+        if isinstance(found.command, Call) and found.command.command.name == "new":
+            return None
+        if found.text.strip() and not found.action and found.user_hash == user_hash:
+            return found if row["outcome"] in _UNANSWERED else None
+    return None
+
+
+def take_over(tx: Tx, inbox_id: int, unanswered_id: int) -> None:
+    """Make a row the question of another one, which ended without an answer."""
+    tx.run(
+        "UPDATE inbox SET payload = (SELECT payload FROM inbox WHERE id = ?) WHERE id = ?", [unanswered_id, inbox_id]
+    )
+    tx.run("UPDATE inbox SET payload = NULL, outcome = 'retried' WHERE id = ?", [unanswered_id])
+
+
+def given_up(tx: Tx) -> list[InboxRow]:
+    """Rows that were given up and still hold their text, newest first."""
+    sql = "SELECT * FROM inbox WHERE state = 'dead' AND outcome <> 'unreadable' AND payload IS NOT NULL"
+    return [_row(tx, row) for row in tx.all(f"{sql} ORDER BY id DESC LIMIT {_MOST_GIVEN_UP}")]
+
+
+def reopen(tx: Tx, inbox_id: int) -> None:
+    """Handle a row that was given up once more, alone."""
+    tx.run(
+        "UPDATE inbox SET state = 'new', outcome = '', closed_ms = NULL, attempts = 0, strikes = 0, suspect = 1"
+        " WHERE id = ? AND state = 'dead'",
+        [inbox_id],
+    )
 
 
 def is_generated(tx: Tx, inbox_id: int) -> bool:
@@ -230,7 +300,8 @@ def _row(tx: Tx, row: Row) -> InboxRow:
         payload, readable = {}, False
     payload["command"] = read(payload["command"]) if payload.get("command") else None
     payload["attachments"] = tuple(Attachment(**given) for given in payload.get("attachments", ()))
-    own = {name: row[name] for name in ("id", "user_hash", "language", "update_key", "received_ms", "attempts")}
+    own = {name: row[name] for name in ("id", "user_hash", "language", "update_key", "received_ms", "strikes")}
+    own["suspect"] = bool(row["suspect"])
     address = Address(*(row[one.name] for one in fields(Address)))
     return InboxRow(
         lane=Lane(row["lane"]), kind=Kind(row["kind"]), address=address, readable=readable, **own, **payload
@@ -244,13 +315,13 @@ def move_place(tx: Tx, platform: str, account: str, before: str, now: str) -> No
 
 
 def open_by_state(tx: Tx) -> dict[str, int]:
-    rows = tx.all("SELECT state, count(*) AS n FROM inbox WHERE state IN ('new', 'running', 'generated') GROUP BY 1")
+    rows = tx.all(f"SELECT state, count(*) AS n FROM inbox WHERE state IN {OPEN} GROUP BY 1")
     return {"new": 0, "running": 0, "generated": 0} | {row["state"]: row["n"] for row in rows}
 
 
 def oldest_open_s(tx: Tx) -> float:
     """Age of the oldest open message; 0 where none is open."""
-    oldest = tx.value("SELECT min(received_ms) FROM inbox WHERE state IN ('new', 'running', 'generated')")
+    oldest = tx.value(f"SELECT min(received_ms) FROM inbox WHERE state IN {OPEN}")
     return 0 if oldest is None else max(0, tx.now_ms - oldest) / 1000
 
 
@@ -265,8 +336,7 @@ def _erase(tx: Tx, erasure: Erasure) -> None:
     who: list[Value] = [erasure.user_hash, erasure.until_ms, erasure.keep_row]
     tx.run(f"UPDATE inbox SET payload = NULL {rows}", who)
     tx.run(
-        f"UPDATE inbox SET state = 'done', outcome = 'forgotten', closed_ms = ? {rows}"
-        " AND state IN ('new', 'running', 'generated')",
+        f"UPDATE inbox SET state = 'done', outcome = 'forgotten', closed_ms = ? {rows} AND state IN {OPEN}",
         [tx.now_ms, *who],
     )
 

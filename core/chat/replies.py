@@ -14,13 +14,13 @@ from dataclasses import dataclass, field, replace
 from core.adapters import folders, registry
 from core.channels import adapter_names
 from core.chat import conversations, inbox
-from core.chat.admission import AdmissionQueue, PendingReply
+from core.chat.admission import AdmissionQueue, Isolation, PendingReply
 from core.chat.inbox import InboxRow
 from core.chat.stopping import stopped_since
 from core.delivery.deliveries import Deliveries, keep_body, new_delivery
 from core.delivery.live_view import LiveView
 from core.delivery.retry import deliver
-from core.engine.protocol import Delta, Engine, Finished, FinishReason, Generation, Request, Scope
+from core.engine.protocol import Delta, Engine, Finished, FinishReason, Generation, Request, Scope, Started
 from core.errors import AdapterUnusable, AppError, EngineError, UserError
 from core.i18n.messages import say
 from core.storage import lifecycle
@@ -56,7 +56,7 @@ class RunningReply:
 
 @dataclass(slots=True)
 class Replies:
-    """`running` holds the reply in progress of each conversation."""
+    """`running` holds the reply in progress of each conversation. `isolation` keeps suspects of a crash apart."""
 
     database: Database
     home: Home
@@ -65,6 +65,7 @@ class Replies:
     admission: AdmissionQueue
     sampling: Sampling = field(default_factory=Sampling)  # defaults of the channels
     deadline_s: float = 120.0
+    isolation: Isolation = field(default_factory=Isolation)
     running: dict[Address, RunningReply] = field(default_factory=dict)
 
     async def generate(self, row: InboxRow, caller: Caller, text: str, *, again: bool) -> None:
@@ -88,11 +89,12 @@ class Replies:
             request = self.request(
                 caller, pinned.generation_id, pinned.messages, pinned.adapter, pinned.seed, conversation, warmth
             )
-            async with self.admission.slot(request.scope, pending):
+            alone = self.isolation.section(alone=row.suspect)
+            async with alone, self.admission.slot(request.scope, pending):
                 began = time.monotonic()
                 generation = self.engine.submit(request)
                 self.running[key] = RunningReply(caller.user, generation.cancel)
-                answer, finished = await self._read(generation, handle, caller.address)
+                answer, finished = await self._read(generation, handle, row)
         finally:
             del self.running[key]
         if not answer.strip():
@@ -174,16 +176,18 @@ class Replies:
             deadline_s=self.deadline_s,
         )
 
-    async def _read(self, generation: Generation, handle: Handle, to: Address) -> tuple[str, Finished]:
+    async def _read(self, generation: Generation, handle: Handle, row: InboxRow) -> tuple[str, Finished]:
         """Show the text while it grows; the whole text, and why it ended."""
-        view = LiveView(lambda text: self.deliveries.show(handle, to, text))
+        view = LiveView(lambda text: self.deliveries.show(handle, row.address, text))
         finished: Finished | None = None
         failure: AppError | None = None
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(view.run())
             try:
                 async for event in generation:
-                    if isinstance(event, Delta):
+                    if isinstance(event, Started):
+                        await self.database.write(lambda tx: inbox.mark_started(tx, row))
+                    elif isinstance(event, Delta):
                         view.add(event.text)
                     elif isinstance(event, Finished):
                         finished = event
@@ -227,7 +231,8 @@ def settle(tx: Tx, row: InboxRow, body: Body) -> None:
     if generation["retry"]:
         conversations.drop_last_answer(tx, conversation)
     else:
-        conversations.append(tx, conversation, row.id, Role.USER, row.text, row.user_hash)
+        question = inbox.get(tx, row.id).text  # a /retry has taken over another row's
+        conversations.append(tx, conversation, row.id, Role.USER, question, row.user_hash)
     conversations.append(tx, conversation, row.id, Role.ASSISTANT, body.text, row.user_hash)
     inbox.close(tx, row.id, "replied")
 

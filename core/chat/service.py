@@ -115,7 +115,8 @@ class Service:
 
     async def run(self) -> None:
         """Handle rows until cancelled; call `drain` before."""
-        await self._database.write(inbox.recover)
+        if suspects := await self._database.write(inbox.recover):
+            log.warning("inbox.suspects", extra={"rows": suspects})
         await erasure.reapply(self._database, self._home)
         async with asyncio.TaskGroup() as tasks:
             tasks.create_task(self._training.run(), name="training")
@@ -144,6 +145,7 @@ class Service:
             except TimeoutError:
                 log.warning("service.drain_incomplete", extra={"rows": len(self._active)})
         await self._training.stop(deadline_s)
+        await self._database.write(inbox.release)
 
     # --- taking rows ---
 

@@ -128,6 +128,7 @@ COMMANDS: tuple[Command, ...] = (
         _operators("cancel", "/finetune cancel 3", _JOB, answers=True),
         _operators("resume", "/finetune resume 3", _JOB),
     ),
+    _command("inbox", _operators("list", "/inbox list"), _operators("retry", "/inbox retry 12", Parameter("message"))),
     _command("correct", _operators("", "/correct It takes 20 working days.", _optional("text", rest=True))),
     _command(
         "adapter",

@@ -163,11 +163,12 @@ def skip(tx: Tx, delivery_id: int) -> None:
     tx.run("UPDATE delivery SET state = 'done', body = NULL WHERE id = ?", [delivery_id])
 
 
-def renew_for_job(tx: Tx, job_id: int) -> None:
-    """Begin a new message for the job; the earlier one stays as it is."""
-    tx.run("DELETE FROM part WHERE delivery_id IN (SELECT id FROM delivery WHERE job_id = ?)", [job_id])
-    tx.run("DELETE FROM delivery WHERE job_id = ?", [job_id])
-    new_delivery(tx, job_id=job_id)
+def renew(tx: Tx, *, inbox_id: int | None = None, job_id: int | None = None) -> None:
+    """Begin a new message for the row or the job; the earlier one stays as it is."""
+    delivery_id = new_delivery(tx, inbox_id=inbox_id, job_id=job_id)
+    tx.run("DELETE FROM part WHERE delivery_id = ?", [delivery_id])
+    tx.run("DELETE FROM delivery WHERE id = ?", [delivery_id])
+    new_delivery(tx, inbox_id=inbox_id, job_id=job_id)
 
 
 def _begun_before(tx: Tx, delivery_id: int) -> bool:

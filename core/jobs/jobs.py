@@ -177,7 +177,7 @@ def pin_price(tx: Tx, job_id: int, tokens: int | None = None) -> None:
 def leave_waiting(tx: Tx, job_id: int, state: str, *, redact: bool = False) -> None:
     """Queue a waiting job, or have it checked again; its next message is a new one."""
     tx.run("UPDATE job SET state = ?, redact = ?, asked_ms = NULL, attempts = 0 WHERE id = ?", [state, redact, job_id])
-    deliveries.renew_for_job(tx, job_id)
+    deliveries.renew(tx, job_id=job_id)
 
 
 def replace_dataset(tx: Tx, job_id: int, dataset_sha256: str) -> None:
@@ -238,7 +238,7 @@ def cancel(tx: Tx, job_id: int, reason: str) -> bool:
         if reason in (REQUESTED, REPLACED):
             deliveries.skip(tx, deliveries.new_delivery(tx, job_id=job_id))
         elif was == "waiting":
-            deliveries.renew_for_job(tx, job_id)
+            deliveries.renew(tx, job_id=job_id)
     return True
 
 
@@ -250,7 +250,7 @@ def resumable(tx: Tx, job_id: int) -> bool:
 def resume(tx: Tx, job_id: int) -> None:
     """Queue a resumable job again; its next message is a new one."""
     tx.run("UPDATE job SET state = 'queued', reason = '', ended_ms = NULL, attempts = 0 WHERE id = ?", [job_id])
-    deliveries.renew_for_job(tx, job_id)
+    deliveries.renew(tx, job_id=job_id)
 
 
 def drop_message(tx: Tx, job_id: int) -> None:

@@ -36,7 +36,12 @@ def m001_schema(db: sqlite_utils.Database) -> None:
         db.conn.execute(statement)
 
 
-STEPS = (m001_schema,)
+def m002_suspects(db: sqlite_utils.Database) -> None:
+    for statement in _statements("m002_suspects.sql"):
+        db.conn.execute(statement)
+
+
+STEPS = (m001_schema, m002_suspects)
 for _step in STEPS:
     MIGRATIONS()(_step)
 

@@ -166,6 +166,8 @@ def audit(tx: Tx, platform: Platform, updates: list[tuple[str, str, str, bool]])
             complete = tx.value("SELECT finish FROM generation WHERE inbox_id = ?", [row["id"]]) == "end"
             if text.startswith("question") and complete and said != f"answer to {text}".strip():
                 problems.append(f"update {n} was answered {said!r}")
+        elif row["outcome"] == "failed":
+            problems.append(f"update {n} was refused, although nothing is wrong with it")
         elif not handles or finals != {"fail"}:
             problems.append(f"update {n} ended {row['outcome']} without a visible refusal: {finals}")
     loose = [handle for handle, message in held.items() if handle not in booked]

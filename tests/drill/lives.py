@@ -29,6 +29,7 @@ from typing import Any
 import sqlite_utils
 from aiohttp import web
 
+from core.chat.inbox import MAX_CRASHES, MAX_STRIKES
 from core.chat.service import Service, ServiceSettings
 from core.config.schema import Retention
 from core.delivery.deliveries import Deliveries
@@ -47,6 +48,9 @@ from tests.support.paths import ROOT
 PROGRESS_S = 600.0  # a program that writes nothing for so long is a failure of the drill
 LONG = "\n\n".join(f"Paragraph {n} of a long answer. " + f"{'word' * 12} " * 10 for n in range(25))
 
+POISON, POISONED = "poison", 86  # a question that ends the program, and the exit status of that
+delay_s = 0.0  # between two words of the next program's model
+
 Place = tuple[Any, Any]
 Report = dict[str, Any]
 
@@ -54,6 +58,8 @@ Report = dict[str, Any]
 def answer(request: Request) -> str:
     """The scripted answer; of a question that ends in "long", one of several messages."""
     asked = request.messages[-1].text
+    if asked == POISON:
+        os._exit(POISONED)
     found = re.match(r"question \d+", asked)
     return expected(found[0] if found else asked, is_long=asked.endswith("long"))
 
@@ -77,7 +83,7 @@ async def open_service(home: Home, answer: Callable[[Request], str], **engine: A
 
 async def run_bot(home: Home, bot: Bot, account: str, *, to_the_end: bool) -> None:
     """A program with one bot. Ends by SIGTERM, or (`to_the_end`) when nothing is left to do."""
-    async with open_service(home, answer, delay_s=0.0, max_rows=16, max_waiting=10_000) as service:
+    async with open_service(home, answer, delay_s=delay_s, max_rows=16, max_waiting=10_000) as service:
         stop = asyncio.Event()
         asyncio.get_running_loop().add_signal_handler(signal.SIGTERM, stop.set)
         async with asyncio.TaskGroup() as tasks:
@@ -164,8 +170,10 @@ def progress(home: Home, sql: str) -> int:
         connection.close()
 
 
-def kill_at(home: Home, pid: int, sql: str, target: int, draw: random.Random) -> int:
-    """SIGKILL once the count of `sql` has come to `target`, or the process has ended; its wait status."""
+def kill_at(
+    home: Home, pid: int, sql: str, target: int, draw: random.Random, number: signal.Signals = signal.SIGKILL
+) -> int:
+    """Signal the process once the count of `sql` has come to `target`, or it has ended; its wait status."""
     deadline = time.monotonic() + PROGRESS_S
     while progress(home, sql) < target:
         ended, status = os.waitpid(pid, os.WNOHANG)
@@ -177,7 +185,7 @@ def kill_at(home: Home, pid: int, sql: str, target: int, draw: random.Random) ->
             raise AssertionError(f"no progress to {target} within {PROGRESS_S:.0f} s")
         time.sleep(0.002)
     time.sleep(draw.random() * 0.02)  # somewhere between two of its writes
-    os.kill(pid, signal.SIGKILL)
+    os.kill(pid, number)
     return os.waitpid(pid, 0)[1]
 
 
@@ -233,8 +241,10 @@ def audit_books(
             problems.append(f"{key} is {row['state']}")
         if row["outcome"] in ("replied", "command") and (not places or len(places) != len(parts)):
             problems.append(f"{key} is {row['outcome']} without its messages")
-        if row["outcome"] in ("failed", "unconfirmed", "unreadable"):
+        if row["outcome"] in ("failed", "unconfirmed", "unreadable") and text_of(row) != POISON:
             problems.append(f"{key} ended {row['outcome']}")
+        if text_of(row) == POISON and row["state"] != "dead":
+            problems.append(f"{key}, which kills the program, ended {row['outcome']}")
         if doubled := [place for place in places if place in booked]:
             problems.append(f"{key} wrote into another's message {doubled}")
         booked.update(places)
@@ -270,20 +280,40 @@ def drill_bot(
 ) -> tuple[list[str], int]:
     """Kill the program `kills` times while a platform gives it `count` updates; then let it finish.
 
-    Each life ends at a random point of its share of the updates. Returns problems, and how many lives were killed.
+    Each life ends at a random point of its share of the updates; one in ten is stopped cleanly first, one in five has a
+    slow model. Of the poison the program dies by itself. Returns problems, and how many lives were killed.
     """
+    global delay_s
     draw, cipher = random.Random(seed), Cipher.open(home.key_file, create=False)
     closed = "SELECT count(*) FROM inbox WHERE state IN ('done', 'dead')"
     problems: list[str] = []
     died = 0
+    poisoned = 0
+
+    def live_until(target: int, how: signal.Signals) -> int:
+        nonlocal poisoned
+        while True:
+            status = kill_at(home, start(draw, False), closed, target, draw, how)
+            if not os.WIFEXITED(status) or os.WEXITSTATUS(status) != POISONED:
+                return status
+            poisoned += 1
+
     for number in range(kills):
         get(f"{controls}/more/{(number + 1) * count // kills}")
-        pid = start(draw, False)
+        delay_s = 0.002 if number % 5 == 4 else 0.0
         target = number * count // kills + draw.randrange(1, max(2, count // kills))
-        died += os.WIFSIGNALED(kill_at(home, pid, closed, target, draw))
+        if number % 10 == 9 and (status := live_until(number * count // kills + 1, signal.SIGTERM)):
+            problems.append(f"a clean stop before kill {died + 1} ended with {status}")
+        died += os.WIFSIGNALED(live_until(target, signal.SIGKILL))
         problems += [f"after kill {died}: {one}" for one in violations(copy_of(home, folder), cipher)]
-    _, status = os.waitpid(start(draw, True), 0)
+    delay_s = 0.0
+    while (
+        (status := os.waitpid(start(draw, True), 0)[1]) and os.WIFEXITED(status) and os.WEXITSTATUS(status) == POISONED
+    ):
+        poisoned += 1
     problems += [f"the last life ended with {status}"] if status else []
+    if poisoned > MAX_CRASHES + MAX_STRIKES:
+        problems.append(f"one question ended the program {poisoned} times")
     return problems + violations(home.database, cipher), died
 
 

@@ -50,7 +50,9 @@ def plan(seed: int, count: int) -> list[list[dict[str, Any]]]:
     for n in range(count):
         user, kind = draw.choice(USERS), draw.random()
         room = draw.choice(ROOMS)
-        if kind < 0.03 and threads:
+        if n == count // 2:
+            made.append([fake.message(user, lives.POISON)])
+        elif kind < 0.03 and threads:
             place, thread = draw.choice(threads)
             made.append([_stopped(fake, user, place, thread)])
         elif kind < 0.08:

@@ -43,6 +43,9 @@ def plan(seed: int, count: int) -> list[dict[str, Any]]:
         group = kind > 0.7
         chat = fake.chat(draw.choice(GROUPS), "supergroup") if group else fake.chat(person.id)
         name = "@acme_bot " if group else ""
+        if n == count // 2:
+            made.append({"message": message(fake.chat(person.id), person, 10_000 + n, lives.POISON)})
+            continue
         if kind < 0.03:
             made.append({"stopped_message_generation": {"chat": chat.json(), "draft_id": 1}})
             continue

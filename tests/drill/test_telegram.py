@@ -21,6 +21,7 @@ def test_20_kills_lose_nothing(tmp_path: Path) -> None:
     result = run_drill("telegram", tmp_path, updates=1_000, kills=20, seed=20261124)
     assert result["kills"] == 20
     assert result["outcomes"]["replied"] > 700
+    assert result["outcomes"]["failed"] == 1  # the poison
 
 
 @pytest.mark.drill
@@ -29,6 +30,7 @@ def test_200_kills_lose_nothing(tmp_path: Path) -> None:
     result = run_drill("telegram", tmp_path, updates=10_000, kills=200, seed=1)
     assert result["kills"] == 200
     assert result["outcomes"]["replied"] > 7_000
+    assert result["outcomes"]["failed"] == 1
 
 
 @pytest.mark.parametrize("rounds", [1, pytest.param(3, marks=pytest.mark.drill)])

@@ -338,19 +338,6 @@ async def test_after_a_crash_the_owed_answer_is_given_first_and_once(tmp_path: P
         assert await it.count("ledger") == 2
 
 
-async def test_a_row_that_kills_the_process_five_times_ends_with_a_notice(tmp_path: Path) -> None:
-    for _ in range(inbox.MAX_ATTEMPTS):
-        async with running_service(tmp_path, running=False) as it:
-            if not await it.count("inbox"):
-                await it.send("poison")
-            await it.database.write(inbox.recover)
-            await it.database.write(lambda tx: inbox.take(tx, 10, {("fake", "bot")}, ()))
-    async with running_service(tmp_path) as it:
-        await it.settled()
-        assert it.bot.said() == [say("en", "error.gave_up")]
-        assert await it.count("inbox", "state = 'dead'") == 1
-
-
 async def test_an_unreadable_update_is_kept_and_stops_nothing(tmp_path: Path) -> None:
     async with running_service(tmp_path) as it:
         await it.service.accept_dead("fake", "bot", "bad", '{"update_id": 1, "new_field": {}}')

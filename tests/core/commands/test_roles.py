@@ -67,6 +67,13 @@ def _answer(tx: Tx, it: Roles, role: str) -> None:
     )
 
 
+def _give_up(tx: Tx, it: Roles) -> int:
+    """A message that was given up; the number of its row."""
+    row = ask(tx, it.caller(tx, "user"), "poison", 3)
+    tx.run("UPDATE inbox SET state = 'dead', payload = ? WHERE id = ?", [tx.cipher.seal('{"text": "poison"}'), row])
+    return row
+
+
 def line(it: Roles, role: str, name: str, form: Form) -> str:
     """The form's own example, about things that are there."""
     if name == "correct" or (name, form.word) == ("consent", "reply"):
@@ -92,6 +99,8 @@ def line(it: Roles, role: str, name: str, form: Form) -> str:
     if (name, form.word) in (("finetune", "status"), ("finetune", "cancel"), ("adapter", "rollback")):
         it.says("owner", f"/finetune {DATASET}" if name == "finetune" else "/adapter promote 4")
         return f"/{name} {form.word}"
+    if (name, form.word) == ("inbox", "retry"):
+        return f"/inbox retry {write_now(it.database, lambda tx: _give_up(tx, it))}"
     if name == "claim":
         return f"/claim {write_now(it.database, lambda tx: operators.invite(tx, None, 'Kim', 'test'))}"
     return form.example

@@ -23,7 +23,7 @@ FILLED = """
     channel: 3, 'acme', 'Acme', 1, 'acme', '', 'zh', 10, 100, 0, 256, 0.7, 0.9, 12, NULL, 'How long?'
     price: 4, 3, 12, 300, 600, 7000, 7
     conversation: 6, 'telegram', 'bot', 'p', 'c', 3, 24
-    inbox: 7, 'telegram', 'bot', 'p', 'c', 'r', 'ann', 'turn', 'message', 'en', 'u7', 'm7', x'00', 2, 'done', '', 1, 2
+    inbox: 7, 'tg', 'b', 'p', 'c', 'r', 'a', 'turn', 'message', 'en', 'u7', 'm7', x'00', 2, 'done', '', 1, 2, '', 0, 0
     generation: 'g1', 7, 3, 'ann', 'a1', 4, 42, 'delivered', 'stop', 30, 10, 12, 25, 26, 0
     dataset: 'd1', 'faq.jsonl', 'file', 'CC0', 100, 'kim', 20, NULL, NULL, 3
     ledger: 1, 'usage', 'g1', '2026-11-26', 3, 4, 30, 10, 12, 13200, 9240, 3960, 26, NULL, 0
@@ -100,8 +100,8 @@ def test_a_migration_that_breaks_off_leaves_nothing_and_is_made_up_for(
 
 def test_a_database_of_a_newer_release_is_refused_and_left_as_it_is(tmp_path: Path) -> None:
     with Database(tmp_path / "a.db", Cipher(b"k" * 32)), opened(tmp_path / "a.db") as db:
-        db.conn.execute("INSERT INTO _sqlite_migrations VALUES (2, 'distributary', 'm002_later', 'now')")
-    with pytest.raises(StorageError, match="m002_later"), Database(tmp_path / "a.db", Cipher(b"k" * 32)):
+        db.conn.execute("INSERT INTO _sqlite_migrations VALUES (9, 'distributary', 'm009_later', 'now')")
+    with pytest.raises(StorageError, match="m009_later"), Database(tmp_path / "a.db", Cipher(b"k" * 32)):
         pass
 
 

@@ -1,0 +1,5 @@
+-- A message that ran while the process crashed is a suspect: it is tried again alone, and a crash then is a strike.
+
+ALTER TABLE inbox ADD COLUMN begun TEXT NOT NULL DEFAULT '' CHECK (begun IN ('', 'taken', 'beside', 'alone'));
+ALTER TABLE inbox ADD COLUMN suspect INTEGER NOT NULL DEFAULT 0;
+ALTER TABLE inbox ADD COLUMN strikes INTEGER NOT NULL DEFAULT 0;

@@ -59,6 +59,10 @@ class Parts:
     training: JobSupervisor
     service: Service
 
+    async def probe(self) -> None:
+        """Commit a write. Raises AppError where the store cannot."""
+        await self.database.write(state.probe)
+
     async def metrics(self) -> list[Metric]:
         """What a scrape reports."""
         return await metrics.collect(self.config, self.database, self.engine, self.service, self.deliveries.orphans)
@@ -68,11 +72,13 @@ class Parts:
 async def open_store(config: Config, home: Home) -> AsyncIterator[Database]:
     """Lock the home, open its database for writing, and create the configuration's channels if they are missing.
 
-    Raises HomeBusy with the process that owns the home, StorageError (also for a key that is not the home's).
+    Raises HomeBusy with the process that owns the home, StorageError (also for a key that is not the home's, and for a
+    key whose database is gone).
     """
     home.create()
     with Lock(home):
         key = key_file(config, home)
+        home.check_complete()
         cipher = Cipher.open(key, create=not home.database.exists())
         async with Database(home.database, cipher) as database:
             await database.write(lambda tx: state.check_key(tx, key))
@@ -210,9 +216,8 @@ async def run_bots(parts: Parts, bots: Mapping[str, Bot], *, drain_s: float, res
             tasks.create_task(control.serve(runner), name="control"),
         ]
         if restart and parts.config.metrics.listen:
-            background.append(
-                tasks.create_task(metrics_server.serve(parts.config.metrics.listen, parts.metrics), name="metrics")
-            )
+            serving = metrics_server.serve(parts.config.metrics.listen, parts.metrics, parts.probe)
+            background.append(tasks.create_task(serving, name="metrics"))
         listening = [
             tasks.create_task(_keep_running(name, bot, parts.service) if restart else bot.run(parts.service), name=name)
             for name, bot in bots.items()

@@ -1,8 +1,8 @@
 """The control socket: other `distributary` commands have the process that owns the home write for them.
 
-A request and its answer are one line of JSON each: {"command": "/adapter list", "channel": "acme"} or {"apply": {...}}
--> {"text": ...} or {"error": ...}. The progress of a job is not sent: `finetune status` shows it. The socket lies in
-the home with mode 0600; whoever can open it acts as the terminal's owner.
+A request and its answer are one line of JSON each: {"command": "/adapter list", "channel": "acme"}, {"apply": {...}} or
+{"probe": true} -> {"text": ...} or {"error": ...}. The progress of a job is not sent: `finetune status` shows it. The
+socket lies in the home with mode 0600; whoever can open it acts as the terminal's owner.
 """
 
 import asyncio
@@ -27,6 +27,7 @@ from core.errors import AppError, BadConfig, BadInput, StorageError
 from core.i18n.messages import say
 from core.jobs.supervisor import JobSupervisor
 from core.privacy.retention import try_sweep
+from core.storage import state
 from core.storage.database import Database
 from core.storage.home import Home
 from core.types import Address, After, Attachment, Body, Effect, ForgetMemory, Handle, Receipt
@@ -133,6 +134,9 @@ async def serve(runner: CommandRunner) -> None:
 
 async def _answer(runner: CommandRunner, given: Any) -> dict[str, str]:
     try:
+        if "probe" in given:
+            await runner.database.write(state.probe)
+            return {"text": "ready"}
         if "apply" in given:
             return {"text": await runner.apply(given["apply"], only_preview=bool(given.get("preview")))}
         return {"text": (await runner.run(str(given["command"]), str(given.get("channel", TERMINAL)))).text}

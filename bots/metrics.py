@@ -29,7 +29,9 @@ _CHARGES = (
 async def collect(config: Config, database: Database, engine: Engine, service: Service, orphans: int) -> list[Metric]:
     """All families, read now. Raises AppError."""
     stored = await database.read(stored_families)
-    return [*_program(config, service, orphans), *engine_families(engine.info, engine.stats()), *stored]
+    age_s = max(0, database.now_ms - database.committed_ms) / 1000
+    commits = gauge("store_commit_age_seconds", "Time since the last commit of the database.", ({}, age_s))
+    return [*_program(config, service, orphans), *engine_families(engine.info, engine.stats()), *stored, commits]
 
 
 def stored_families(tx: Tx) -> list[Metric]:

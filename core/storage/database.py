@@ -8,13 +8,16 @@ Only the writer checkpoints: SQLite up to 3.51.2 can corrupt a WAL that two conn
 """
 
 import asyncio
+import errno
 import logging
+import os
 import queue
 import sqlite3
 import threading
 import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from types import TracebackType
@@ -90,6 +93,7 @@ class Database:
         self._readers = ThreadPoolExecutor(2, thread_name_prefix="sqlite-reader")
         self._local = threading.local()
         self._read_connections: list[sqlite3.Connection] = []
+        self.committed_ms = clock()  # of the last commit, or of the start
         self._fold_owed = False
         self._closed = False
 
@@ -154,16 +158,25 @@ class Database:
         try:
             connection = self._open_writer()
         except BaseException as error:
-            self._opened.set_exception(_translate(error))
+            self._opened.set_exception(_translate_file(error))
             return
         self._opened.set_result(None)
+        current: sqlite3.Connection | None = connection
         while batch := self._next_batch():
-            self._commit(connection, batch)
+            try:
+                current = current or self._open_writer()
+                self._commit(current, batch)
+            except BaseException as error:  # a writer that ended would leave every later write waiting
+                log.critical("store.writer_failed", extra={"error": type(error).__name__}, exc_info=error)
+                _fail(batch, error)
+                _discard(current)
+                current = None
         try:
-            _truncate_wal(connection, patience_ms=_BUSY_MS)
-        except sqlite3.Error as error:  # commits stay in the WAL, which the next start reads
+            if current is not None:
+                _truncate_wal(current, patience_ms=_BUSY_MS)
+        except (sqlite3.Error, OSError) as error:  # commits stay in the WAL, which the next start reads
             log.warning("store.checkpoint_failed", extra={"error": str(error)})
-        connection.close()
+        _discard(current)
 
     def _next_batch(self) -> list[_Write]:
         """The waiting writes, at most _MAX_BATCH; empty when the database closes."""
@@ -200,19 +213,26 @@ class Database:
                 connection.execute("RELEASE one")
             connection.execute("COMMIT")
         except BaseException as error:
+            _fail(batch, error)
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
-            results, failed = [], [(item, error) for item in batch]
+            return
+        self.committed_ms = self._clock()
         trouble = self._fold(connection, asked=any(item.work is _checkpoint_marker for item in batch))
-        if trouble is not None:
-            failed += [(item, trouble) for item, _ in results if item.work is _checkpoint_marker]
-            results = [(item, result) for item, result in results if item.work is not _checkpoint_marker]
         for item, problem in failed:
             item.done.set_exception(_translate(problem))
         for item, result in results:
-            item.done.set_result(result)
+            if trouble is not None and item.work is _checkpoint_marker:
+                item.done.set_exception(_translate_file(trouble))
+            else:
+                item.done.set_result(result)
 
     def _open_writer(self) -> sqlite3.Connection:
+        # SQLite gives the log and its index the mode of the database, so it has to be private before they are made.
+        os.close(os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        for suffix in ("", "-wal", "-shm"):
+            with suppress(FileNotFoundError):
+                self.path.with_name(self.path.name + suffix).chmod(0o600)
         connection = sqlite3.connect(self.path, isolation_level=None, check_same_thread=False)
         for pragma in (
             f"busy_timeout = {_BUSY_MS}",
@@ -224,21 +244,20 @@ class Database:
         ):
             connection.execute(f"PRAGMA {pragma}").fetchall()
         migrate(sqlite_utils.Database(connection, execute_plugins=False))
-        self.path.chmod(0o600)
         return connection
 
-    def _fold(self, connection: sqlite3.Connection, *, asked: bool) -> sqlite3.Error | None:
+    def _fold(self, connection: sqlite3.Connection, *, asked: bool) -> Exception | None:
         """Truncate the WAL where asked for or where it is large; returns the error, if any. Commits stay."""
         try:
             wal = self.path.with_name(f"{self.path.name}-wal")
             self._fold_owed = self._fold_owed or asked or wal.stat().st_size > _MAX_WAL_BYTES
             if self._fold_owed:
                 self._fold_owed = not _truncate_wal(connection, patience_ms=0)
-        except sqlite3.Error as error:
-            log.warning("store.checkpoint_failed", extra={"error": str(error)})
-            return error
         except FileNotFoundError:
             pass
+        except (sqlite3.Error, OSError) as error:
+            log.warning("store.checkpoint_failed", extra={"error": str(error)})
+            return error
         return None
 
     def _read(self, work: Callable[[Tx], T]) -> T:
@@ -254,6 +273,9 @@ class Database:
             finally:
                 connection.execute("ROLLBACK")
         except sqlite3.Error as error:
+            if (connection := self._local.__dict__.pop("connection", None)) is not None:  # the next read opens another
+                self._read_connections.remove(connection)
+                _discard(connection)
             raise _translate(error) from error
 
 
@@ -273,6 +295,30 @@ def _truncate_wal(connection: sqlite3.Connection, *, patience_ms: int) -> bool:
     busy, _, _ = connection.execute("PRAGMA wal_checkpoint(TRUNCATE)").fetchone()
     connection.execute(f"PRAGMA busy_timeout = {_BUSY_MS}")
     return not busy
+
+
+def _fail(batch: list[_Write], error: BaseException) -> None:
+    """Fail what is not answered yet for an error outside of the writes themselves."""
+    for item in batch:
+        if not item.done.done():
+            item.done.set_exception(_translate_file(error))
+
+
+def _translate_file(error: BaseException) -> BaseException:
+    """The StorageError for an error of SQLite or of its files; any other error unchanged."""
+    if not isinstance(error, OSError):
+        return _translate(error)
+    kind = StorageFull if error.errno in (errno.ENOSPC, errno.EDQUOT) else StorageError
+    made = kind(detail=f"the files of the database: {error.strerror or error}")
+    made.__cause__ = error
+    return made
+
+
+def _discard(connection: sqlite3.Connection | None) -> None:
+    """Close a connection whose state is unknown; the next batch opens another one."""
+    with suppress(sqlite3.Error, OSError):
+        if connection is not None:
+            connection.close()
 
 
 def _checkpoint_marker(_: Tx) -> None:

@@ -30,6 +30,12 @@ class Home:
         if not os.access(self.path, os.W_OK):
             raise StorageError("error.home_unwritable", f"{self.path} cannot be written", path=str(self.path))
 
+    def check_complete(self) -> None:
+        """Raises StorageError for an empty or missing database beside the key of an earlier one."""
+        if self.key_file.exists() and not (self.database.exists() and self.database.stat().st_size):
+            detail = f"{self.database} is missing or empty, but {self.key_file} is the key of an earlier one"
+            raise StorageError("error.database_gone", detail, path=str(self.database), secret=str(self.key_file))
+
 
 class Lock:
     """Exclusive lock of a home; released when the process ends, also by SIGKILL. Raises HomeBusy, StorageError."""
@@ -52,6 +58,10 @@ class Lock:
             os.close(self._file)
             detail = f"{self._home.path} is in use by process {owner}"
             raise HomeBusy(detail=detail, path=str(self._home.path), pid=owner) from error
+        except OSError as error:  # ENOLCK, EOPNOTSUPP: some network file systems
+            os.close(self._file)
+            detail = f"{path} cannot be locked: {error.strerror}"
+            raise StorageError("error.home_no_locks", detail, path=str(self._home.path)) from error
         os.ftruncate(self._file, 0)
         os.pwrite(self._file, f"{os.getpid()}\n".encode(), 0)
         return self

@@ -15,6 +15,11 @@ def put(tx: Tx, key: str, value: str) -> None:
     tx.run("INSERT INTO setting VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value", [key, value])
 
 
+def probe(tx: Tx) -> None:
+    """A write whose commit proves that the store takes writes."""
+    put(tx, "probe", str(tx.now_ms))
+
+
 def check_key(tx: Tx, key_file: Path) -> None:
     """Seal a sample with the key at the first start, and unseal it at each later one.
 

@@ -10,6 +10,7 @@ from pathlib import Path
 
 import sqlite_utils
 
+from bots import control
 from bots.app import key_file
 from bots.cli.doctor.findings import Finding, Level, Setup
 from core.config.schema import Config
@@ -82,6 +83,11 @@ def database(setup: Setup) -> Iterator[Finding]:
     except (sqlite3.Error, AppError) as error:
         yield setup.finding(Level.BAD, "database", "database_unreadable", error=str(error))
         return
+    try:
+        if (answered := control.ask(setup.home, {"probe": True})) is not None and "error" in answered:
+            yield setup.finding(Level.BAD, "database", "database_stuck", error=answered["error"])
+    except AppError as error:
+        yield setup.finding(Level.BAD, "database", "database_stuck", error=error.detail or str(error))
     for rule in broken:
         yield setup.finding(Level.BAD, "books", "books_broken", rule=rule)
     if not broken:

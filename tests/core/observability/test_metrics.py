@@ -17,7 +17,7 @@ from bots import metrics_server
 from bots.app import Parts
 from core.config.loader import read_config
 from core.engine.protocol import Histogram, Request
-from core.errors import AppError, BadConfig, EngineError
+from core.errors import AppError, BadConfig, EngineError, StorageError
 from core.observability import metrics
 from core.observability.metrics import Counts, counter, histogram, render
 from tests.support.running_service import RunningService, running_service
@@ -67,7 +67,7 @@ async def scraped(here: RunningService) -> AsyncIterator[str]:
         read_config({}, {}), here.home, here.database, here.engine, here.deliveries, here.training, here.service
     )
     listen = f"127.0.0.1:{free_port()}"
-    server = asyncio.create_task(metrics_server.serve(listen, parts.metrics))
+    server = asyncio.create_task(metrics_server.serve(listen, parts.metrics, parts.probe))
     async with asyncio.timeout(DEADLINE_S):
         while not server.done():
             with suppress(OSError):
@@ -142,6 +142,20 @@ async def test_a_reply_begun_again_after_a_crash_counts_as_a_possible_orphan(tmp
         assert parsed(await get(url))["distributary_orphans_total"] == 1
 
 
+async def test_readiness_is_a_committed_write(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    async with running_service(tmp_path) as here, scraped(here) as url:
+        assert await get(url.replace("/metrics", "/readyz")) == "ready\n"
+        assert parsed(await get(url))["distributary_store_commit_age_seconds"] < 60
+
+        def stuck(work: object) -> None:
+            raise StorageError(detail="disk I/O error")
+
+        monkeypatch.setattr(here.database, "_submit", stuck)
+        with pytest.raises(urllib.error.HTTPError, match="503"):
+            await get(url.replace("/metrics", "/readyz"))
+        monkeypatch.undo()
+
+
 async def test_other_requests_are_refused_and_a_scrape_never_holds_up_the_loop(tmp_path: Path) -> None:
     async with running_service(tmp_path) as here, scraped(here) as url:
         for path, status in (("/", 404), ("/metrics/", 404)):
@@ -161,8 +175,9 @@ async def test_an_address_that_is_taken_is_named(tmp_path: Path) -> None:
         parts = Parts(
             read_config({}, {}), here.home, here.database, here.engine, here.deliveries, here.training, here.service
         )
+        listen = url.removeprefix("http://").removesuffix("/metrics")
         with pytest.raises(BadConfig, match=r"metrics\.listen = '127.*cannot be used"):
-            await metrics_server.serve(url.removeprefix("http://").removesuffix("/metrics"), parts.metrics)
+            await metrics_server.serve(listen, parts.metrics, parts.probe)
 
 
 def test_a_histogram_counts_upwards() -> None:

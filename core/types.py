@@ -79,6 +79,7 @@ class Incoming:
     answers: str = ""  # the receipt of our message that this one replies to
     public: bool = False  # others can read the answer
     moderates: bool = False  # a moderator of the place: may stop anyone's reply there
+    second_hand: bool = False  # forwarded, or written through another bot: answers no question of ours
 
 
 @dataclass(frozen=True, slots=True)

@@ -201,6 +201,7 @@ class UpdateReader:
             value=notice,
             answers=receipt(message.chat.id, replied.message_id) if replied else "",
             public=message.chat.type != ChatType.PRIVATE,
+            second_hand=_second_hand(message),
         )
 
     def _quiet(self, message: Message, key: str, kind: Kind, action: str = "", value: str = "") -> Incoming:

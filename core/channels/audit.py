@@ -31,6 +31,12 @@ def record(
     )
 
 
+def refused_since(tx: Tx, actor: str, action: str, since_ms: int) -> int:
+    """How often this person was refused this action."""
+    sql = "SELECT count(*) FROM audit WHERE action = ? AND actor = ? AND NOT allowed AND at_ms > ?"
+    return int(tx.value(sql, [action, actor, since_ms]))
+
+
 def _dump(value: Json) -> str:
     return "" if value is None else json.dumps(value, ensure_ascii=False, sort_keys=True)
 

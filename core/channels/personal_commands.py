@@ -3,10 +3,12 @@
 from core.channels import audit, operators, people
 from core.commands.registry import command
 from core.commands.table import Call
-from core.errors import BadInput
+from core.errors import BadInput, LimitReached
 from core.i18n.messages import language_name, languages, resolve, say
 from core.storage.database import Tx
 from core.types import Body, Caller, Outcome
+
+_MOST_CLAIMS, _CLAIMS_MS = 5, 600_000  # wrong codes of one person
 
 
 @command("whoami")
@@ -43,10 +45,13 @@ def language(tx: Tx, caller: Caller, call: Call) -> Outcome:
 
 @command("claim")
 def claim(tx: Tx, caller: Caller, call: Call) -> Outcome:
-    """Raises BadInput for a code that is wrong, used or expired, without saying which."""
+    """Refuses a code that is wrong, used or expired, without saying which. Raises LimitReached after some of them."""
+    if audit.refused_since(tx, caller.user, "claim", tx.now_ms - _CLAIMS_MS) >= _MOST_CLAIMS:
+        raise LimitReached("error.limit_claims", retry_after_s=_CLAIMS_MS / 1000, limit=_MOST_CLAIMS)
     claimed = operators.claim(tx, call.arguments["code"], caller.user)
     if claimed is None:
-        raise BadInput("users.claim_bad")
+        audit.record(tx, caller, "claim", allowed=False)
+        return Outcome(Body(say(caller.language, "users.claim_bad")))
     channel = tx.value("SELECT name FROM channel WHERE id = ?", [claimed.channel_id])
     audit.record(tx, caller, "claim", channel or "all", None, {"operator": caller.user, "label": claimed.label})
     key = "users.claim_all" if claimed.channel_id is None else "users.claim_channel"

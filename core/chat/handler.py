@@ -41,11 +41,12 @@ from core.observability.metrics import Counts
 from core.privacy.retention import retention_of, try_sweep
 from core.storage.database import Database, Tx
 from core.storage.home import Home
-from core.types import After, Body, Caller, Effect, ForgetMemory, Kind, Outcome, StopReply
+from core.types import After, Body, Caller, Effect, ForgetMemory, Kind, Lane, Outcome, StopReply
 
 log = logging.getLogger(__name__)
 QUIET = (Kind.STOP, Kind.EDIT, Kind.MEMBERSHIP)  # answered by no message
 _NOTICE_WINDOW_MS = 60_000
+_COMMANDS = 10  # for each message a minute that the channel allows
 
 
 @dataclass(slots=True)
@@ -103,14 +104,20 @@ class MessageHandler:
         if row.action == "notice":
             await self.database.write(lambda tx: _keep_notice(tx, row, caller))
             return False
+        if row.shed:
+            raise LimitReached("error.limit_open", retry_after_s=_NOTICE_WINDOW_MS / 1000, limit=inbox.MAX_OPEN_PERSON)
         if row.oversize:
             raise UserError("service.message_too_large", size=row.oversize, limit=inbox.MAX_TEXT)
         if isinstance(row.command, BadCommand):
             raise row.command
+        if isinstance(row.command, Call) and row.command.command.lane is Lane.TURN:
+            await self.database.read(lambda tx: _check_commands(tx, caller))
         text = row.text.strip()
         if row.command is None and not text:
             raise UserError("service.text_only" if row.attachments else "service.empty_message")
-        call = row.command or await self.database.read(lambda tx: answer_to_question(tx, caller, text))
+        call = row.command
+        if call is None and not row.second_hand:
+            call = await self.database.read(lambda tx: answer_to_question(tx, caller, text))
         if call is not None:
             return await self._command(row, caller, call)
         await self.replies.generate(row, caller, text, again=False)
@@ -237,6 +244,13 @@ def _keep_notice(tx: Tx, row: InboxRow, caller: Caller) -> None:
     text = say(caller.language, row.value, title=caller.channel.title, kept=kept)
     keep_body(tx, new_delivery(tx, inbox_id=row.id), Body(text))
     inbox.mark_generated(tx, row.id)
+
+
+def _check_commands(tx: Tx, caller: Caller) -> None:
+    """Raises LimitReached beyond ten times the channel's messages a minute; where those are unlimited, so are these."""
+    most = caller.channel.limits.per_minute * _COMMANDS
+    if most and inbox.rows_since(tx, caller.user, tx.now_ms - _NOTICE_WINDOW_MS) > most:
+        raise LimitReached("error.limit_commands", retry_after_s=_NOTICE_WINDOW_MS / 1000, limit=most)
 
 
 def _close_limited(tx: Tx, row: InboxRow) -> bool:

@@ -10,6 +10,7 @@ is a strike, and MAX_STRIKES end the row. A clean stop makes no suspect.
 import json
 from collections.abc import Collection
 from dataclasses import asdict, dataclass, fields, replace
+from typing import Any
 
 from core.commands.parser import is_command, lane_of, read
 from core.commands.table import Call
@@ -19,7 +20,9 @@ from core.storage.database import Row, Tx, Value
 from core.storage.lifecycle import HOUR_MS, Erasure, Periods, Prune, Stage
 from core.types import Address, Attachment, Incoming, Kind, Lane
 
-MAX_OPEN = 10_000
+MAX_OPEN = 10_000  # turns of an account; stops and buttons always get through
+MAX_OPEN_PERSON = 200  # of these, of one person; and so many stops and buttons
+_NOTICE_MS = 60_000  # a person reads about one limit once in so long
 MAX_TEXT = 100_000  # characters; a longer text is not stored, and refused with its length
 MAX_CRASHES, MAX_STRIKES = 3, 5
 OPEN = "('new', 'running', 'generated')"
@@ -76,21 +79,31 @@ class InboxRow:
     answers: str = ""
     public: bool = False
     moderates: bool = False
+    second_hand: bool = False
+    shed: bool = False  # beyond MAX_OPEN_PERSON: only refused
     oversize: int = 0  # characters of a text that was too long to store
     readable: bool = True  # whether its payload could be decrypted
 
 
 def accept(tx: Tx, incoming: Incoming) -> int | None:
-    """Store one update: its row id, or None for a repeat. Raises Overloaded where MAX_OPEN rows are open."""
-    if int(tx.value(f"SELECT count(*) FROM inbox WHERE state IN {OPEN}")) >= MAX_OPEN:
-        raise Overloaded(retry_after_s=30)
+    """Store one update: its row id, or None for a repeat. Raises Overloaded where an account has MAX_OPEN open turns.
+
+    Of a person with MAX_OPEN_PERSON open rows it is stored as refused: with a notice, or closed where there was one.
+    """
     text, command = clean(incoming.text), clean(incoming.command)
     oversize = len(text) if len(text) > MAX_TEXT else 0
     if oversize:
         text = ""
     elif not command and incoming.kind is Kind.MESSAGE and is_command(text):
         text, command = "", text
-    payload = {
+    to, lane = incoming.address, lane_of(command) if command else incoming.lane
+    open_rows = f"SELECT count(*) FROM inbox WHERE state IN {OPEN} AND lane = ?"
+    of_account = f"{open_rows} AND platform = ? AND account = ?"
+    if lane is Lane.TURN and tx.value(of_account, [lane, to.platform, to.account]) >= MAX_OPEN:
+        raise Overloaded(retry_after_s=30)
+    user_hash = tx.cipher.hash_user(to.platform, to.account, incoming.user)
+    shed = tx.value(f"{open_rows} AND user_hash = ?", [lane, user_hash]) >= MAX_OPEN_PERSON
+    payload: dict[str, Any] = {
         "text": text,
         "command": command,
         "oversize": oversize,
@@ -102,20 +115,38 @@ def accept(tx: Tx, incoming: Incoming) -> int | None:
         "answers": incoming.answers,
         "public": incoming.public,
         "moderates": incoming.moderates,
+        "second_hand": incoming.second_hand,
     }
-    to = incoming.address
+    if shed:
+        payload = {"shed": True}
+    state: dict[str, Value] = {"state": "new"}
+    if shed and _has_notice(tx, user_hash):
+        state = {"state": "done", "outcome": "refused_quietly", "closed_ms": tx.now_ms}
     return _insert(
         tx,
         **asdict(to),
-        user_hash=tx.cipher.hash_user(to.platform, to.account, incoming.user),
-        lane=lane_of(command) if command else incoming.lane,
+        **state,
+        user_hash=user_hash,
+        lane=Lane.CONTROL if shed else lane,
         kind=incoming.kind,
         language=incoming.language,
         update_key=incoming.update_key,
         message_key=tx.cipher.hash_message(incoming.message_key) if incoming.message_key else "",
         payload=tx.cipher.seal(json.dumps(payload, ensure_ascii=False)),
-        state="new",
     )
+
+
+def _has_notice(tx: Tx, user_hash: str) -> bool:
+    """Whether this person was, or is being, told of a limit."""
+    told = f"(state IN {OPEN} AND lane = 'control') OR (outcome = 'limited' AND closed_ms > ?)"
+    sql = f"SELECT 1 FROM inbox WHERE user_hash = ? AND received_ms > ? AND ({told})"
+    since = tx.now_ms - _NOTICE_MS
+    return bool(tx.value(sql, [user_hash, since - _NOTICE_MS, since]))
+
+
+def rows_since(tx: Tx, user_hash: str, since_ms: int) -> int:
+    """How many messages of this person were accepted."""
+    return int(tx.value("SELECT count(*) FROM inbox WHERE user_hash = ? AND received_ms > ?", [user_hash, since_ms]))
 
 
 def accept_dead(tx: Tx, platform: str, account: str, update_key: str, raw: str) -> None:

@@ -36,12 +36,12 @@ def m001_schema(db: sqlite_utils.Database) -> None:
         db.conn.execute(statement)
 
 
-def m002_suspects(db: sqlite_utils.Database) -> None:
-    for statement in _statements("m002_suspects.sql"):
+def m002_floor(db: sqlite_utils.Database) -> None:
+    for statement in _statements("m002_floor.sql"):
         db.conn.execute(statement)
 
 
-STEPS = (m001_schema, m002_suspects)
+STEPS = (m001_schema, m002_floor)
 for _step in STEPS:
     MIGRATIONS()(_step)
 

@@ -97,6 +97,7 @@ class RunningService:
         place: str = "p",
         attachments: tuple[Attachment, ...] = (),
         public: bool = False,
+        second_hand: bool = False,
     ) -> str:
         """Accept one update and go on."""
         self._count += 1
@@ -116,6 +117,7 @@ class RunningService:
                 value=value,
                 attachments=attachments,
                 public=public,
+                second_hand=second_hand,
             )
         )
         return key

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
@@ -210,6 +211,9 @@ async def test_a_forwarded_text_is_a_question_but_never_a_command(tmp_path: Path
     origin = {"type": "user", "date": 1, "sender_user": LI.json()}
     async with talk(tmp_path) as it:
         assert (await it.ask(ANN, "is this true?", forward_origin=origin)).text == "you said is this true?"
+        hand = "SELECT payload FROM inbox ORDER BY id DESC LIMIT 1"
+        read = it.here.database.read
+        assert await read(lambda tx: json.loads(tx.cipher.unseal(tx.value(hand)))["second_hand"])
         assert (await it.ask(ANN, "/forget yes", forward_origin=origin)).text == say("en", "telegram.second_hand")
         assert (await it.ask(OWNER, "/channel list", via_bot=LI.json() | {"is_bot": True})).text == say(
             "en", "telegram.second_hand"

@@ -269,7 +269,9 @@ async def test_whose_words_are_in_a_data_set_is_known_of_what_is_made_of_it(tmp_
 # --- through the door ---
 
 
-async def answered(tmp_path: Path, *words: str, user: str = OWNER, public: bool = False) -> list[str]:
+async def answered(
+    tmp_path: Path, *words: str, user: str = OWNER, public: bool = False, second_hand: bool = False
+) -> list[str]:
     """Bring a file, wait for its question, then say these words; all that was said."""
     data = b'{"word": "", "q": "a", "a": "b"}\n'
     sha256 = hashlib.sha256(data).hexdigest()
@@ -284,7 +286,7 @@ async def answered(tmp_path: Path, *words: str, user: str = OWNER, public: bool 
         await it.send("/finetune faq.jsonl", user=OWNER)
         await it.settled()
         for word in words:
-            await it.send(word, user=user, public=public)
+            await it.send(word, user=user, public=public, second_hand=second_hand)
             await it.settled()
         return it.bot.said()
 
@@ -310,6 +312,10 @@ async def test_where_others_talk_a_plain_word_is_no_command(tmp_path: Path) -> N
     """In a group the bot lets only administrators give operators' commands, and "yes" may be meant for somebody."""
     assert (await answered(tmp_path, "yes", public=True))[-1] == "you said yes"
     assert "acme@1" in (await answered(tmp_path / "again", "/finetune start", public=True))[2]
+
+
+async def test_a_yes_that_is_forwarded_starts_nothing(tmp_path: Path) -> None:
+    assert (await answered(tmp_path, "yes", second_hand=True))[-1] == "you said yes"
 
 
 async def test_a_yes_after_talk_of_something_else_is_not_taken_for_the_answer(tmp_path: Path) -> None:

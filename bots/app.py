@@ -21,6 +21,7 @@ from prometheus_client.core import Metric
 from bots import control, metrics, metrics_server
 from bots.plugins import find_bots
 from bots.provisioning import DESK, differences, seed
+from bots.shared.render import printable
 from bots.startup import Announcer, loading_progress, model_title
 from core.adapters import registry
 from core.channels.training_permission import declare, set_exceptions
@@ -106,7 +107,7 @@ async def _report_differences(database: Database, config: Config) -> None:
     """Report what the file sets otherwise than the database, on standard error and, without the values, in the log."""
     for one in await database.read(lambda tx: differences(tx, config)):
         log.info("config.differs", extra={"target": f"{one.group} {one.name}", "setting": one.key})
-        sys.stderr.write(f"distributary: {one.render('differs')}\n")
+        sys.stderr.write(printable(f"distributary: {one.render('differs')}\n"))
 
 
 def asked(engine: Engine) -> int:

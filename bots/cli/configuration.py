@@ -5,7 +5,7 @@ import tomllib
 
 import click
 
-from bots.cli.options import Options, pass_options, shared_options
+from bots.cli.options import Options, pass_options, shared_options, write_out
 from bots.cli.owner_commands import answer
 from core.config.show import show_config
 from core.errors import BadConfig
@@ -25,7 +25,7 @@ def config() -> None:
 @pass_options
 def show(options: Options) -> int:
     """Show the configuration in use, secrets masked."""
-    sys.stdout.write(show_config(options.config()))
+    write_out(show_config(options.config()))
     return 0
 
 
@@ -36,7 +36,7 @@ def check(options: Options) -> int:
     """Tell every mistake of the file, those of the bots' tables too."""
     given, _ = options.config_and_bots()
     file = str(given.file) if given.file else say("en", "terminal.no_file")
-    sys.stdout.write(f"{say('en', 'terminal.config_good', file=file)}\n")
+    write_out(f"{say('en', 'terminal.config_good', file=file)}\n")
     return 0
 
 
@@ -52,11 +52,11 @@ def apply(options: Options, yes: bool) -> int:
     table = tomllib.loads(given.file.read_text(encoding="utf-8"))
     request = {"apply": {name: table[name] for name in _APPLIED if name in table}}
     changes = answer(options, {**request, "preview": True})
-    sys.stdout.write(f"{changes}\n")
+    write_out(f"{changes}\n")
     if changes == say("en", "terminal.nothing_to_change"):
         return 0
     if not yes and not _agreed():
-        sys.stdout.write(f"{say('en', 'terminal.not_applied')}\n")
+        write_out(f"{say('en', 'terminal.not_applied')}\n")
         return 1
     answer(options, request)
     return 0

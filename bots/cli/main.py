@@ -14,12 +14,14 @@ import click
 from bots import control
 from bots.cli.configuration import config
 from bots.cli.doctor.command import doctor
-from bots.cli.options import Options, shared_options
+from bots.cli.options import Options, shared_options, write_out
 from bots.cli.owner_commands import adapter, channel, finetune, inbox, operator
 from bots.cli.run import chat, serve
 from bots.cli.usage import usage
+from bots.shared.render import printable
 from core.errors import AppError, BadConfig, UserError
 from core.i18n.messages import say
+from core.observability.logs import mask
 
 COMMAND_GROUP = "distributary.commands"
 
@@ -79,7 +81,7 @@ def _plugin_command(entry: EntryPoint) -> click.Command:
     @click.argument("words", nargs=-1, type=click.UNPROCESSED, metavar="...")
     @shared_options
     def plugin(words: tuple[str, ...]) -> int:
-        sys.stdout.write(entry.load()(words))
+        write_out(entry.load()(words))
         return 0
 
     return plugin
@@ -99,7 +101,7 @@ def _report(error: Exception, *, verbose: bool) -> int:
         sentence = control.sentence(leaf)
     else:
         sentence = f"{say('en', 'error.internal')} ({type(leaf).__name__}: {leaf}; --verbose shows more)"
-    sys.stderr.write(f"distributary: {sentence}\n")
+    sys.stderr.write(printable(mask(f"distributary: {sentence}\n")))
     return 2 if isinstance(leaf, BadConfig | UserError) else 1
 
 

@@ -1,6 +1,7 @@
 """The options that every command takes, and what they name: the home, the configuration, the language."""
 
 import os
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -9,6 +10,7 @@ from typing import Any, TypeVar
 import click
 
 from bots.app import load_all
+from bots.shared.render import printable
 from core.config.loader import FILE_NAME, load_config
 from core.config.schema import Config
 from core.i18n.messages import resolve
@@ -100,3 +102,8 @@ def language() -> str:
     variables = ("LC_ALL", "LC_MESSAGES", "LANG")
     wanted = next((os.environ[name] for name in variables if os.environ.get(name)), "")
     return resolve(wanted.partition(".")[0].replace("_", "-")) or "en"
+
+
+def write_out(text: str) -> None:
+    """Write to standard output: titles and labels of people must not steer the terminal."""
+    sys.stdout.write(printable(text))

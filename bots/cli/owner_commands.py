@@ -2,7 +2,6 @@
 
 import asyncio
 import shlex
-import sys
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from click.shell_completion import CompletionItem
 
 from bots import control
 from bots.app import open_store
-from bots.cli.options import Options, pass_options, shared_options
+from bots.cli.options import Options, pass_options, shared_options, write_out
 from core.channels.terminal import TERMINAL
 from core.commands.parser import find
 from core.commands.table import COMMANDS
@@ -40,7 +39,7 @@ async def _do_here(options: Options, request: dict[str, Any]) -> str:
 def _run(options: Options, name: str, words: Sequence[str], channel: str = "") -> int:
     request = {"command": f"/{name} {shlex.join(words)}".strip()}
     text = answer(options, {**request, "channel": channel} if channel else request)
-    sys.stdout.write(f"{text}\n")
+    write_out(f"{text}\n")
     return 0
 
 

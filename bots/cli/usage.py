@@ -2,13 +2,12 @@
 
 import json
 import sqlite3
-import sys
 from contextlib import closing
 from typing import Any
 
 import click
 
-from bots.cli.options import Options, pass_options, shared_options
+from bots.cli.options import Options, pass_options, shared_options, write_out
 from core.errors import StorageError, UnknownThing
 from core.i18n.messages import money
 from core.storage.database import open_read_only
@@ -27,7 +26,7 @@ _COLUMNS = ("day", "channel", *_COUNTS, *(name.removesuffix("_nano") for name in
 @pass_options
 def usage(options: Options, channel: str, as_json: bool) -> int:
     """Show what was used, by day and channel."""
-    sys.stdout.write(usage_text(options.home, channel, as_json=as_json))
+    write_out(usage_text(options.home, channel, as_json=as_json))
     return 0
 
 

@@ -13,6 +13,7 @@ _LINE_END = re.compile(r"\n+")
 _PARAGRAPH_END = re.compile(r"\n[ \t]*\n\s*")
 _WORD_END = re.compile(r"\s+|(?<=[，、：])")
 _PREFERRED = ((_PARAGRAPH_END, 0.5), (_SENTENCE_END, 0.5), (_LINE_END, 0.3), (_WORD_END, 0.0))
+_DIRECTION = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _GRAPHEME = regex.compile(r"\X")
 
 
@@ -71,8 +72,9 @@ def closed_blocks(markdown: str) -> tuple[str, str]:
 
 
 def printable(text: str) -> str:
-    """The text without control characters, which could steer a terminal."""
-    return "".join(c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs"))
+    """The text without control characters and changes of direction: they steer a terminal or hide what it shows."""
+    kept = (c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs"))
+    return "".join(c for c in kept if c not in _DIRECTION)
 
 
 def plain(markdown: str) -> str:

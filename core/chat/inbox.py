@@ -4,7 +4,8 @@ new -> running -> generated (its text is stored) -> done (answered or refused) o
 
 After a crash, the rows that the engine was generating are suspects, and so is a row that was open and taken in
 MAX_CRASHES crashes. Suspects are taken one at a time and run alone (core.chat.admission.Isolation); a crash meanwhile
-is a strike, and MAX_STRIKES end the row. A clean stop makes no suspect.
+is a strike, and MAX_STRIKES in a row end it: where the process is killed from outside, it dies beside other rows too.
+A clean stop makes no suspect.
 """
 
 import json
@@ -24,7 +25,7 @@ MAX_OPEN = 10_000  # turns of an account; stops and buttons always get through
 MAX_OPEN_PERSON = 200  # of these, of one person; and so many stops and buttons
 _NOTICE_MS = 60_000  # a person reads about one limit once in so long
 MAX_TEXT = 100_000  # characters; a longer text is not stored, and refused with its length
-MAX_CRASHES, MAX_STRIKES = 3, 5
+MAX_CRASHES, MAX_STRIKES = 3, 8
 OPEN = "('new', 'running', 'generated')"
 _UNANSWERED = ("refused", "failed", "limited", "refused_quietly", "unconfirmed")  # outcomes that /retry takes up
 _MOST_GIVEN_UP = 1000
@@ -53,7 +54,7 @@ _DUE = f"""
     )
     SELECT inbox.* FROM placed JOIN inbox ON inbox.id = placed.id
     WHERE placed.state IN ('new', 'generated') AND (placed.lane = 'control' OR number <= ?)
-    ORDER BY placed.lane, strikes, rank, placed.id
+    ORDER BY placed.lane, strikes DESC, rank, placed.id
 """
 
 
@@ -175,6 +176,7 @@ def _insert(tx: Tx, **columns: Value) -> int | None:
 
 def recover(tx: Tx) -> int:
     """At start: rows that a crash has cut run again; the number of suspects. One process owns the home: no leases."""
+    tx.run(f"UPDATE inbox SET strikes = 0 WHERE strikes > 0 AND begun <> 'alone' AND state IN {OPEN}")
     tx.run(
         "UPDATE inbox SET state = replace(state, 'running', 'new'), attempts = attempts + 1, begun = '',"
         " strikes = strikes + (begun = 'alone'), suspect = suspect OR begun = 'beside' OR attempts + 1 >= ?"

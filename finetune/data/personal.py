@@ -9,12 +9,12 @@ from collections import Counter
 # A word character of scripts with spaces between words; Thai, Lao, Chinese, Japanese and Korean have none.
 _W = r"[^\W\u0e00-\u0eff\u3040-\u30ff\u3400-\u9fff\uac00-\ud7af]"
 _TOKEN = re.compile(
-    rf"(?<!{_W})(?:sk-[A-Za-z0-9_-]{{20,200}}|xox[abeprs]-[A-Za-z0-9_-]{{10,200}}|xapp-[A-Za-z0-9_-]{{10,200}}"
-    r"|gh[opsur]_[A-Za-z0-9_]{36}|github_pat_[A-Za-z0-9_]{22,200}|AKIA[0-9A-Z]{16}|\d{8,10}:[A-Za-z0-9_-]{35})"
+    rf"(?<!{_W})(?:sk-[A-Za-z0-9_-]{{20,200}}+|xox[abeprs]-[A-Za-z0-9_-]{{10,200}}+|xapp-[A-Za-z0-9_-]{{10,200}}+"
+    r"|gh[opsur]_[A-Za-z0-9_]{36}|github_pat_[A-Za-z0-9_]{22,200}+|AKIA[0-9A-Z]{16}|\d{8,10}:[A-Za-z0-9_-]{35})"
     r"(?![A-Za-z0-9_-])"
 )
 _MAIL = re.compile(
-    rf"(?<!{_W})(?<![.+-])(?:{_W}|[.+-]){{1,64}}@[A-Za-z0-9-]{{1,63}}(?:\.[A-Za-z0-9-]{{1,63}}){{1,8}}(?!{_W})"
+    rf"(?<!{_W})(?<![.+-])(?:{_W}|[.+-]){{1,64}}+@[A-Za-z0-9-]{{1,63}}(?:\.[A-Za-z0-9-]{{1,63}}){{1,8}}(?!{_W})"
 )
 _IBAN = re.compile(rf"(?<!{_W})[A-Z]{{2}}\d{{2}}(?: ?[A-Z0-9]{{4}}){{2,7}}(?: ?[A-Z0-9]{{1,3}})?(?!{_W})")
 _CARD = re.compile(r"(?<![\d.+-])\d(?:[ -]?\d){12,18}(?![\d-])")

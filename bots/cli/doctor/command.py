@@ -1,6 +1,5 @@
 """The subcommand `doctor`."""
 
-import sys
 from dataclasses import asdict
 
 import click
@@ -8,7 +7,7 @@ import click
 from bots.cli.doctor.benchmark import benchmark
 from bots.cli.doctor.checks import examine
 from bots.cli.doctor.findings import Level, Setup, as_json, report
-from bots.cli.options import Options, language, pass_options, shared_options
+from bots.cli.options import Options, language, pass_options, shared_options, write_out
 from core.errors import BadConfig
 from core.observability import logs
 
@@ -32,5 +31,5 @@ def doctor(options: Options, bench: bool, json_wanted: bool) -> int:
         logs.install("warning")
         measured, numbers = benchmark(setup)
         findings = sorted([*findings, *measured], key=lambda finding: finding.level)
-    sys.stdout.write(as_json(findings, bench=numbers and asdict(numbers)) if json_wanted else report(findings))
+    write_out(as_json(findings, bench=numbers and asdict(numbers)) if json_wanted else report(findings))
     return 1 if any(finding.level is Level.BAD for finding in findings) else 0

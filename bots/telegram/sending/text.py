@@ -3,7 +3,6 @@
 Text is rendered first and cut afterwards, so that no markup is torn; an entity longer than a message becomes two.
 """
 
-import re
 import unicodedata
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
@@ -56,7 +55,7 @@ def units(text: str) -> int:
 
 def render(markdown: str) -> RenderedText:
     """Render Markdown. Never fails: what the parser cannot handle is shown unrendered."""
-    source = _printable(markdown)
+    source = printable(markdown.replace("\r\n", "\n").replace("\r", "\n"))
     if len(source) > _MAX_MARKUP:
         return RenderedText(source)
     try:
@@ -128,11 +127,6 @@ def _within(marks: Sequence[Mark], start: int, end: int) -> tuple[Mark, ...]:
         for mark in marks
         if mark.start < end and mark.end > start
     )
-
-
-def _printable(text: str) -> str:
-    """The text without control characters, lone surrogates and direction overrides."""
-    return re.sub("[\u202d\u202e]", "", printable(text.replace("\r\n", "\n").replace("\r", "\n")))
 
 
 # --- rendering ---

@@ -88,6 +88,7 @@ def test_a_block_is_closed_once_another_has_begun():
 
 def test_printable_keeps_text_and_drops_what_steers_a_terminal():
     assert printable("a\x1b[31mb\x07\tc\nd\u200de中") == "a[31mb\tc\nd\u200de中"
+    assert printable("\x9b31m\u202egpj\u202c.exe\u2066\u2069") == "31mgpj.exe"
 
 
 def test_plain_text_keeps_every_line_and_no_markup():

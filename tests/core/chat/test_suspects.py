@@ -76,13 +76,17 @@ async def test_what_had_not_begun_is_no_suspect_and_what_had_runs_alone(tmp_path
         assert await it.database.write(inbox.recover) == 2
         taken = await it.database.write(lambda tx: inbox.take(tx, 10, {("fake", "bot")}, ()))
         struck = {row.text: row.strikes for row in taken}
-        assert struck == {"waiting": 0, "another": 0}  # the one with fewer strikes comes first
+        assert struck == {"waiting": 0, "begun": 1}  # until it is answered, or given up, the others wait
+        await it.database.write(lambda tx: tx.run("UPDATE inbox SET begun = 'taken' WHERE begun = 'alone'"))
+        await it.database.write(inbox.recover)  # it died beside another row
+        assert await it.count("inbox", "strikes > 0") == 0
 
 
 async def test_what_was_given_up_is_listed_and_tried_again_by_an_operator(tmp_path: Path) -> None:
     async with running_service(tmp_path, running=False) as it:
         await it.send("poison", key="poison")
-        await it.database.write(lambda tx: tx.run("UPDATE inbox SET strikes = ?", [inbox.MAX_STRIKES]))
+        last = "UPDATE inbox SET state = 'running', begun = 'alone', suspect = 1, strikes = ?"
+        await it.database.write(lambda tx: tx.run(last, [inbox.MAX_STRIKES - 1]))
     async with running_service(tmp_path) as it:
         await it.settled()
         assert it.bot.said() == [say("en", "error.gave_up")]

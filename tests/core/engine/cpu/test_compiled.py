@@ -14,6 +14,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from itertools import product
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
@@ -272,10 +273,77 @@ def fresh(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
 def test_the_library_is_built_once(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     with ThreadPoolExecutor(2) as pool:
         built = list(pool.map(lambda _: building.built_library(), range(2)))
-    assert built == [*fresh.iterdir()] * 2
+    assert built == [*fresh.glob("*.so")] * 2
     ctypes.CDLL(str(built[0]))
     monkeypatch.setattr(building, "FLAGS", ("-no-such-flag",))  # a second build would fail
     assert compiled() is None
+
+
+@pytest.fixture
+def copied(fresh: Path, monkeypatch: pytest.MonkeyPatch) -> list[list[str]]:
+    """Builds copy the library of this machine; each call of the compiler is listed."""
+    built, run, calls = building.built_library, subprocess.run, []
+    monkeypatch.undo()
+    there = built()
+    monkeypatch.setattr(building, "user_cache_path", lambda name: fresh.parent)
+
+    def compile_(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        if "--version" in command:
+            return run(command, **options)
+        calls.append(command)
+        shutil.copyfile(there, command[-1])
+        return subprocess.CompletedProcess(command, 0)
+
+    monkeypatch.setattr(subprocess, "run", compile_)
+    return calls
+
+
+@pytest.mark.skipif(compiled() is None, reason="no compiler")
+def test_a_damaged_library_is_put_aside_and_built_anew(copied: list[list[str]]) -> None:
+    library = building.built_library()
+    whole = library.read_bytes()
+    for damaged in (whole[:1000], whole[:-1] + b"x"):
+        library.write_bytes(damaged)
+        assert building.built_library().read_bytes() == whole
+        assert library.with_suffix(".bad").read_bytes() == damaged
+    assert len(copied) == 3
+
+
+@pytest.mark.skipif(compiled() is None, reason="no compiler")
+def test_a_library_that_others_may_write_is_not_loaded(copied: list[list[str]], fresh: Path) -> None:
+    library = building.built_library()
+    library.chmod(0o722)
+    building.built_library()
+    assert len(copied) == 2
+    fresh.chmod(0o777)
+    with pytest.raises(PermissionError, match="others may write it"):
+        building.built_library()
+    assert "others may write it" in unavailable_reason()
+    fresh.chmod(0o700)
+
+
+@pytest.mark.skipif(compiled() is None, reason="no compiler")
+def test_a_build_that_failed_is_not_tried_at_each_start(
+    copied: list[list[str]], fresh: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    copy = subprocess.run
+
+    def fail(command: list[str], **options: Any) -> subprocess.CompletedProcess[str]:
+        if "--version" in command:
+            return copy(command, **options)
+        copied.append(command)
+        raise subprocess.CalledProcessError(1, command, stderr="error: no such thing")
+
+    monkeypatch.setattr(subprocess, "run", fail)
+    with pytest.raises(subprocess.CalledProcessError):
+        building.built_library()
+    for _ in range(3):
+        with pytest.raises(OSError, match="no such thing"):
+            building.built_library()
+    assert len(copied) == 1
+    monkeypatch.setattr(building, "FAILED_S", 0.0)
+    monkeypatch.setattr(subprocess, "run", copy)
+    assert building.built_library().exists()
 
 
 def test_the_package_contains_the_sources() -> None:

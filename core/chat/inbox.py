@@ -254,8 +254,8 @@ def given_up(tx: Tx) -> list[InboxRow]:
 def reopen(tx: Tx, inbox_id: int) -> None:
     """Handle a row that was given up once more, alone."""
     tx.run(
-        "UPDATE inbox SET state = 'new', outcome = '', closed_ms = NULL, attempts = 0, strikes = 0, begun = '', suspect = 1"
-        " WHERE id = ? AND state = 'dead'",
+        "UPDATE inbox SET state = 'new', outcome = '', closed_ms = NULL, attempts = 0, strikes = 0, suspect = 1,"
+        " begun = '' WHERE id = ? AND state = 'dead'",
         [inbox_id],
     )
 

@@ -71,17 +71,15 @@ class Isolation:
     async def section(self, *, alone: bool) -> AsyncIterator[None]:
         """Wait until this may run, beside other shared sections or `alone`, and run it."""
         turn: asyncio.Future[None] = asyncio.get_running_loop().create_future()
-        entry = alone, turn
-        self._waiting.append(entry)
+        self._waiting.append((alone, turn))
         self._admit()
         try:
             await turn
         except asyncio.CancelledError:
-            if turn.done() and not turn.cancelled():
-                self._leave(alone)
+            if turn.cancelled():
+                self._admit()  # it may have held up those behind it
             else:
-                self._waiting.remove(entry)
-                self._admit()
+                self._leave(alone)  # its turn had come already
             raise
         try:
             yield
@@ -95,8 +93,9 @@ class Isolation:
     def _admit(self) -> None:
         while self._waiting:
             alone, turn = self._waiting[0]
-            if self._running and (alone or self._running < 0):
-                return
-            self._running = -1 if alone else self._running + 1
+            if not turn.cancelled():
+                if self._running and (alone or self._running < 0):
+                    return
+                self._running = -1 if alone else self._running + 1
+                turn.set_result(None)
             self._waiting.popleft()
-            turn.set_result(None)

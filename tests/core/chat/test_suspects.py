@@ -138,3 +138,21 @@ async def test_one_section_is_alone_and_the_others_run_together() -> None:
     assert seen == ["+a", "+b", "-a", "-b", "+C", "-C", "+e", "-e"]
     async with asyncio.timeout(5):
         await work("F", alone=True)
+
+
+@pytest.mark.parametrize("steps", range(6))
+async def test_a_section_that_is_cancelled_at_any_moment_holds_up_nobody(steps: int) -> None:
+    lock = Isolation()
+
+    async def work(*, alone: bool) -> None:
+        async with lock.section(alone=alone):
+            await asyncio.sleep(0)
+
+    tasks = [asyncio.create_task(work(alone=alone)) for alone in (False, True, False, True)]
+    for _ in range(steps):
+        await asyncio.sleep(0)
+    for task in tasks[1:]:
+        task.cancel()
+    await asyncio.gather(*tasks, return_exceptions=True)
+    async with asyncio.timeout(5):
+        await work(alone=True)

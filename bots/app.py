@@ -33,7 +33,7 @@ from core.delivery.deliveries import Deliveries
 from core.engine import plugins
 from core.engine.plugins import EngineContext
 from core.engine.protocol import Engine
-from core.errors import BadConfig
+from core.errors import BadConfig, StorageError
 from core.jobs.supervisor import JobSupervisor
 from core.jobs.worker import TrainingSettings, WorkerContext
 from core.model.demo import Progress
@@ -43,8 +43,10 @@ from core.storage.cipher import Cipher
 from core.storage.database import Database
 from core.storage.home import Home, Lock
 from core.types import Sampling
+from core.usage import ledger
 
 log = logging.getLogger(__name__)
+_CHECKED_AT_START = 64 * 2**20  # bytes: about a second
 _RESTART_S = (1.0, 5.0, 15.0, 60.0)
 
 
@@ -59,6 +61,7 @@ class Parts:
     deliveries: Deliveries
     training: JobSupervisor
     service: Service
+    unchecked: bool = False  # the last stop was unclean, and the database is large: check it while serving
 
     async def probe(self) -> None:
         """Commit a write. Raises AppError where the store cannot."""
@@ -93,6 +96,10 @@ async def open_parts(config: Config, home: Home, progress: Progress | None = Non
     """Open the store, load the model, build the service. Raises what open_store raises, ModelLoadFailed, BadConfig."""
     async with open_store(config, home) as database, make_engine(config, home, progress) as engine:
         await _report_differences(database, config)
+        unclean = await database.write(state.mark_open)
+        checked_later = unclean and home.database.stat().st_size > _CHECKED_AT_START
+        if unclean and not checked_later:
+            await check_books(database)
         deliveries = Deliveries(database)
         await database.write(lambda tx: registry.keep_base(tx, engine.info.fingerprint))
         finetune = config.finetune
@@ -100,7 +107,16 @@ async def open_parts(config: Config, home: Home, progress: Progress | None = Non
         workers = WorkerContext(database, home, deliveries, engine.info, settings, load=lambda: asked(engine))
         training = JobSupervisor(workers)
         service = Service(database, home, engine, deliveries, training, service_settings(config))
-        yield Parts(config, home, database, engine, deliveries, training, service)
+        yield Parts(config, home, database, engine, deliveries, training, service, checked_later)
+        await database.write(state.mark_closed)
+
+
+async def check_books(database: Database) -> None:
+    """Check the file and the ledger, as doctor does. Raises StorageError with what is broken."""
+    broken = await database.read(ledger.check)
+    if broken:
+        raise StorageError("error.books_broken", "; ".join(broken), rules="; ".join(broken)[:500])
+    log.info("books.checked")
 
 
 async def _report_differences(database: Database, config: Config) -> None:
@@ -216,6 +232,8 @@ async def run_bots(parts: Parts, bots: Mapping[str, Bot], *, drain_s: float, res
             tasks.create_task(parts.service.run(), name="service"),
             tasks.create_task(control.serve(runner), name="control"),
         ]
+        if parts.unchecked:  # its error ends the program
+            background.append(tasks.create_task(check_books(parts.database), name="books"))
         if restart and parts.config.metrics.listen:
             serving = metrics_server.serve(parts.config.metrics.listen, parts.metrics, parts.probe)
             background.append(tasks.create_task(serving, name="metrics"))

@@ -15,6 +15,17 @@ def put(tx: Tx, key: str, value: str) -> None:
     tx.run("INSERT INTO setting VALUES (?, ?) ON CONFLICT DO UPDATE SET value = excluded.value", [key, value])
 
 
+def mark_open(tx: Tx) -> bool:
+    """Note that a program serves from this home; whether the one before it ended without `mark_closed`."""
+    unclean = get(tx, "serving") == "1"
+    put(tx, "serving", "1")
+    return unclean
+
+
+def mark_closed(tx: Tx) -> None:
+    put(tx, "serving", "0")
+
+
 def probe(tx: Tx) -> None:
     """A write whose commit proves that the store takes writes."""
     put(tx, "probe", str(tx.now_ms))

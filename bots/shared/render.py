@@ -4,6 +4,7 @@ import re
 import unicodedata
 from collections.abc import Callable
 from functools import lru_cache
+from urllib.parse import urlsplit
 
 import regex
 from markdown_it import MarkdownIt  # the parser that rich uses
@@ -13,6 +14,7 @@ _LINE_END = re.compile(r"\n+")
 _PARAGRAPH_END = re.compile(r"\n[ \t]*\n\s*")
 _WORD_END = re.compile(r"\s+|(?<=[，、：])")
 _PREFERRED = ((_PARAGRAPH_END, 0.5), (_SENTENCE_END, 0.5), (_LINE_END, 0.3), (_WORD_END, 0.0))
+_ADDRESS = re.compile(r"(?:[a-z][a-z0-9+.-]*://)?([^\s/:?#@]+\.[a-z]{2,})(?=[/:?#]|$)", re.IGNORECASE)
 _DIRECTION = frozenset("\u202a\u202b\u202c\u202d\u202e\u2066\u2067\u2068\u2069")
 _GRAPHEME = regex.compile(r"\X")
 
@@ -75,6 +77,21 @@ def printable(text: str) -> str:
     """The text without control characters and changes of direction: they steer a terminal or hide what it shows."""
     kept = (c for c in text if c in "\n\t" or unicodedata.category(c) not in ("Cc", "Cs"))
     return "".join(c for c in kept if c not in _DIRECTION)
+
+
+def misleads(label: str, url: str) -> bool:
+    """Whether the text of a link names an address on another host than the one it leads to."""
+    shown = _ADDRESS.match(label.strip())
+    if shown is None:
+        return False
+    try:
+        return _host(shown[1]) != _host(urlsplit(url).hostname or "")
+    except ValueError:  # no address at all
+        return True
+
+
+def _host(name: str) -> str:
+    return name.lower().rstrip(".").removeprefix("www.")
 
 
 def plain(markdown: str) -> str:

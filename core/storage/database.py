@@ -228,8 +228,10 @@ class Database:
                 item.done.set_result(result)
 
     def _open_writer(self) -> sqlite3.Connection:
-        # SQLite gives the log and its index the mode of the database, so it has to be private before they are made.
-        os.close(os.open(self.path, os.O_CREAT | os.O_RDWR | os.O_CLOEXEC, 0o600))
+        # SQLite gives the log and its index the mode of the database, so it has to be private before they are made. A
+        # file that is there is not opened: to close it would drop this process's locks on it.
+        if not self.path.exists():
+            os.close(os.open(self.path, os.O_CREAT | os.O_EXCL | os.O_CLOEXEC, 0o600))
         for suffix in ("", "-wal", "-shm"):
             with suppress(FileNotFoundError):
                 self.path.with_name(self.path.name + suffix).chmod(0o600)

@@ -10,7 +10,7 @@ from dataclasses import dataclass, replace
 from aiogram.types import MessageEntity
 from markdown_it.tree import SyntaxTreeNode
 
-from bots.shared.render import printable, split_text
+from bots.shared.render import misleads, printable, split_text
 from bots.telegram.sending.markdown import parser
 
 LIMIT = 4096  # UTF-16 units of one message
@@ -232,6 +232,8 @@ class _Page:
             self.add(url)
         elif url.lower().startswith(_LINKS):
             self.mark("text_link", start, url=url)
+            if misleads("".join(map(_plain, node.children)), url):
+                self.add(f" ({url})")
         elif url:
             self.add(f" ({url})")
 

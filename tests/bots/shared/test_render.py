@@ -6,7 +6,7 @@ import regex
 from hypothesis import given
 from hypothesis import strategies as st
 
-from bots.shared.render import closed_blocks, plain, printable, split_text
+from bots.shared.render import closed_blocks, misleads, plain, printable, split_text
 
 PIECES = st.sampled_from(
     [
@@ -95,3 +95,19 @@ def test_plain_text_keeps_every_line_and_no_markup():
     assert plain("Improving **Acme** · round 2\n\n▓▓░ 61 %  \nloss `2.0`\n\n- [a](b)") == (
         "Improving Acme · round 2\n▓▓░ 61 %\nloss 2.0\na"
     )
+
+
+def test_a_link_misleads_where_its_text_names_another_host():
+    for label, url in (
+        ("https://bank.example/login", "https://evil.example/"),
+        ("bank.example", "http://bank.example.evil.example"),
+        ("www.bank.example", "https://evil.example"),
+    ):
+        assert misleads(label, url)
+    for label, url in (
+        ("the bank", "https://evil.example"),
+        ("bank.example", "https://www.bank.example/login"),
+        ("https://bank.example", "https://BANK.example/a?b"),
+        ("e.g. this", "https://a.example"),
+    ):
+        assert not misleads(label, url)

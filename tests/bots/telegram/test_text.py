@@ -130,6 +130,11 @@ def test_a_formula_of_several_lines_ends_with_what_it_stands_in(markdown: str, t
     assert texts.render(markdown).text == text
 
 
+def test_a_link_whose_text_is_another_address_shows_its_own() -> None:
+    shown = texts.render("[https://bank.example](https://evil.example/x) and [bank](https://bank.example)")
+    assert shown.text == "https://bank.example (https://evil.example/x) and bank"
+
+
 def test_a_table_keeps_the_addresses_of_its_links_and_pictures() -> None:
     cells = "| [form](https://acme.example/f.pdf) | ![plan](https://acme.example/p.png) | <https://a.example> |"
     shown = texts.render(f"| a | b | c |\n|---|---|---|\n{cells}").text

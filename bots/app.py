@@ -40,6 +40,7 @@ from core.model.demo import Progress
 from core.platform import Bot
 from core.storage import state
 from core.storage.cipher import Cipher
+from core.storage.clock import IS_RIGHT, Clock
 from core.storage.database import Database
 from core.storage.home import Home, Lock
 from core.types import Sampling
@@ -84,8 +85,10 @@ async def open_store(config: Config, home: Home) -> AsyncIterator[Database]:
         key = key_file(config, home)
         home.check_complete()
         cipher = Cipher.open(key, create=not home.database.exists())
-        async with Database(home.database, cipher) as database:
+        time = Clock()
+        async with Database(home.database, cipher, clock=time) as database:
             await database.write(lambda tx: state.check_key(tx, key))
+            await database.write(lambda tx: time.resume(tx, is_right=os.environ.get(IS_RIGHT) == "1"))
             await database.write(lambda tx: seed(tx, config))
             await database.write(lambda tx: set_exceptions(tx, config.finetune.allow_training_on))
             yield database
@@ -232,6 +235,8 @@ async def run_bots(parts: Parts, bots: Mapping[str, Bot], *, drain_s: float, res
             tasks.create_task(parts.service.run(), name="service"),
             tasks.create_task(control.serve(runner), name="control"),
         ]
+        if isinstance(parts.database.clock, Clock):
+            background.append(tasks.create_task(parts.database.clock.watch(), name="clock"))
         if parts.unchecked:  # its error ends the program
             background.append(tasks.create_task(check_books(parts.database), name="books"))
         if restart and parts.config.metrics.listen:

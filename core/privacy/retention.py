@@ -12,6 +12,7 @@ from core.config.schema import Retention
 from core.errors import AppError
 from core.privacy import tombstones
 from core.storage import lifecycle, state
+from core.storage.clock import keep_time
 from core.storage.database import Database, Tx
 from core.storage.home import Home
 from core.storage.lifecycle import HOUR_MS, Periods
@@ -47,6 +48,7 @@ async def keep_clean(database: Database, home: Home, retention: Retention) -> No
     await database.write(lambda tx: keep_retention(tx, retention))
     while True:
         try:
+            await database.write(keep_time)
             await clean(database, home, retention)
         except (AppError, OSError) as error:
             log.error("retention.failed", extra={"error": str(error)})

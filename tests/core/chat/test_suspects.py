@@ -59,6 +59,15 @@ async def test_clean_stops_of_a_slow_model_blame_nothing(tmp_path: Path) -> None
         assert await outcomes(it) == {"replied": 40}
 
 
+async def test_what_is_stored_after_a_clean_stop_is_not_done_again(tmp_path: Path) -> None:
+    async with running_service(tmp_path, running=False) as it:
+        await it.send("/usage")
+        (row,) = await it.database.write(lambda tx: inbox.take(tx, 10, {("fake", "bot")}, ()))
+        await it.database.write(inbox.release)
+        await it.database.write(lambda tx: inbox.mark_generated(tx, row.id))
+        assert await it.count("inbox", "state = 'generated'") == 1
+
+
 async def test_what_had_not_begun_is_no_suspect_and_what_had_runs_alone(tmp_path: Path) -> None:
     async with running_service(tmp_path, running=False) as it:
         for name in ("begun", "waiting", "another"):

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from prometheus_client.core import Metric
 
-from bots import control, metrics, metrics_server
+from bots import control, metrics
 from bots.plugins import find_bots
 from bots.provisioning import DESK, differences, seed
 from bots.shared.render import printable
@@ -240,6 +240,8 @@ async def run_bots(parts: Parts, bots: Mapping[str, Bot], *, drain_s: float, res
         if parts.unchecked:  # its error ends the program
             background.append(tasks.create_task(check_books(parts.database), name="books"))
         if restart and parts.config.metrics.listen:
+            from bots import metrics_server  # a chat in the terminal needs no HTTP
+
             serving = metrics_server.serve(parts.config.metrics.listen, parts.metrics, parts.probe)
             background.append(tasks.create_task(serving, name="metrics"))
         listening = [
